@@ -8,9 +8,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import geoopt  # noqa: F401
 
-from manifold_nets import errors
+from manifold_nets import errors, sources
 from manifold_nets.constraints import restore
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["Partition", "SphereProduct", "errors", "restore"]
+__all__ = ["Partition", "SphereProduct", "errors", "restore", "sources"]

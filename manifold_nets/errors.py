@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "AnalysisError",
     "ConstraintLostError",
     "DegenerateGroupError",
+    "ExampleInputsError",
     "ManifoldNetsError",
+    "ModelBuildError",
+    "ModelNotFoundError",
+    "ModelSpecError",
     "OffManifoldError",
     "PartitionError",
+    "StateDictMismatchError",
     "UnsupportedManifoldError",
+    "WeightsFileError",
 ]
 
 
@@ -79,3 +86,77 @@ class ConstraintLostError(ManifoldNetsError, RuntimeError):
             "manifold_nets.param_groups(model), which finds the manifold through the model."
         )
         self.names = tuple(names)
+
+
+class ExampleInputsError(ManifoldNetsError, ValueError):
+    """Example inputs have a form that cannot be given to a model, or the model refused them."""
+
+    def __init__(self, found: str, cause: BaseException | None = None) -> None:
+        why = f" The model said: {type(cause).__name__}: {cause}." if cause is not None else ""
+        super().__init__(
+            f"example_inputs: found {found}; expected a tensor, a tuple of positional inputs, a dict of keyword "
+            f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass a "
+            "batch of at least two examples that are not constant."
+        )
+
+
+class AnalysisError(ManifoldNetsError, RuntimeError):
+    """The structure of a model could not be read."""
+
+    def __init__(self, model: str, cause: BaseException) -> None:
+        lines = str(cause).strip().splitlines()
+        super().__init__(
+            f"{model}: torch.export could not trace it ({type(cause).__name__}: {lines[0] if lines else ''}); a model "
+            "whose control flow does not depend on the data is expected. Move such control flow out of forward, or "
+            "analyse the submodule that it surrounds."
+        )
+
+
+class ModelSpecError(ManifoldNetsError, ValueError):
+    """A text does not name a model."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(
+            f"MODEL: found {text!r}; expected package.module:callable, file.py:callable, torchvision:NAME or "
+            "timm:NAME. Write the callable that builds the model after the last colon."
+        )
+
+
+class ModelNotFoundError(ManifoldNetsError, LookupError):
+    """A module, a file, an attribute or an architecture that a specification names does not exist."""
+
+    def __init__(self, spec: str, found: str, remedy: str) -> None:
+        super().__init__(f"{spec}: {found}. {remedy}")
+
+
+class ModelBuildError(ManifoldNetsError, RuntimeError):
+    """A callable that a specification names built no model."""
+
+    def __init__(self, spec: str, found: str) -> None:
+        super().__init__(
+            f"{spec}: {found}; expected a callable that returns a torch.nn.Module. Check that it runs in Python as "
+            "written, and pass its arguments as keyword arguments (--kwargs on the command line)."
+        )
+
+
+class WeightsFileError(ManifoldNetsError, ValueError):
+    """A file of weights cannot be read."""
+
+    def __init__(self, path: object, found: str, remedy: str) -> None:
+        super().__init__(f"{path}: found {found}; expected a safetensors file or a torch file of weights. {remedy}")
+
+
+class StateDictMismatchError(ManifoldNetsError, ValueError):
+    """The names or shapes of a file of weights are not those of the model."""
+
+    def __init__(
+        self, path: str, model: str, missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str]
+    ) -> None:
+        parts = {"missing from the file": missing, "unknown to the model": unexpected, "of another shape": shapes}
+        found = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in parts.items() if names)
+        remedy = "Build the model with the arguments that it was trained with (--kwargs on the command line)."
+        if missing and {name.partition(".")[2] for name in unexpected} >= set(missing):
+            prefix = unexpected[0].partition(".")[0]
+            remedy = f"The file's names begin with {prefix!r} (a wrapped model): save the weights of model.{prefix}."
+        super().__init__(f"{path}: weights do not fit {model}: {found}. {remedy}")
+        self.missing, self.unexpected, self.shapes = tuple(missing), tuple(unexpected), tuple(shapes)

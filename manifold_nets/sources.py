@@ -1,0 +1,268 @@
+"""Models by name: a callable of a module or of a file, or an architecture of torchvision or timm, with its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import importlib.util
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError
+from manifold_nets.weights import load_weights
+
+__all__ = ["ModelSpec", "import_torchvision", "load_model"]
+
+_log = logging.getLogger(__name__)
+_VISION = "pip install 'manifold_nets[vision]'"
+_declared_operators: list[torch.library.Library] = []
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a model comes from, as written on a command line: ``PLACE:NAME``.
+
+    Args:
+        kind: ``"torchvision"``, ``"timm"``, ``"file"`` or ``"module"``.
+        place: the library, the path of the file, or the dotted name of the module.
+        name: the architecture, or the (dotted) attribute that is called.
+
+    Example:
+        >>> ModelSpec.parse("torchvision:resnet18").kind
+        'torchvision'
+        >>> ModelSpec.parse("nets/small.py:build")
+        ModelSpec(kind='file', place='nets/small.py', name='build')
+    """
+
+    kind: str
+    place: str
+    name: str
+
+    @classmethod
+    def parse(cls, text: str) -> ModelSpec:
+        """Read ``package.module:callable``, ``file.py:callable``, ``torchvision:NAME`` or ``timm:NAME``.
+
+        Raises:
+            ModelSpecError: the text has none of these forms.
+        """
+        place, colon, name = text.rpartition(":")
+        if not (place and colon and name):
+            raise ModelSpecError(text)
+        if place in ("torchvision", "timm"):
+            return cls(place, place, name)
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ModelSpecError(text)
+        if place.endswith(".py"):
+            return cls("file", place, name)
+        if not all(part.isidentifier() for part in place.split(".")):
+            raise ModelSpecError(text)
+        return cls("module", place, name)
+
+    def __str__(self) -> str:
+        return f"{self.place}:{self.name}"
+
+
+def load_model(
+    spec: str | ModelSpec,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    weights: str | Path | None = None,
+) -> nn.Module:
+    """Build the model that a specification names, and load its weights from a file.
+
+    Nothing is downloaded: architectures of torchvision and timm start from fresh weights, also their backbones.
+
+    Args:
+        spec: ``package.module:callable``, ``file.py:callable``, ``torchvision:NAME`` or ``timm:NAME``. The folder of
+            the file, or the working directory for a module, is importable while the model is built. An attribute that
+            is itself a `torch.nn.Module` object is taken as it is.
+        kwargs: keyword arguments of the callable.
+        weights: a file for `load_weights`: safetensors, a torch file, or a converted model written by `save`.
+
+    Raises:
+        ModelSpecError: the specification has none of the forms.
+        ModelNotFoundError: a module, a file, an attribute or an architecture does not exist.
+        ModelBuildError: the callable raised, or returned something that is no model.
+        WeightsFileError: the file cannot be read.
+        StateDictMismatchError: its names or shapes are not the model's.
+
+    Example:
+        >>> load_model("torch.nn:Linear", kwargs={"in_features": 4, "out_features": 2})
+        Linear(in_features=4, out_features=2, bias=True)
+    """
+    spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
+    arguments = dict(kwargs or {})
+    build = {"torchvision": _from_torchvision, "timm": _from_timm}.get(spec.kind, _from_python)
+    model = build(spec, arguments)
+    if weights is None:
+        return model
+    return load_weights(model, weights)
+
+
+def import_torchvision() -> ModuleType:
+    """Import torchvision, also where its wheel was built for another device than torch.
+
+    A torchvision wheel carries compiled operators. Beside a torch built for another device they do not load, and the
+    import fails where torchvision registers Python code for them (``operator torchvision::nms does not exist``).
+    Declaring the names of these operators is enough for every model made of torch's own operators; the compiled ones
+    (non-maximum suppression, RoI pooling, deformable convolution) stay unavailable. A warning is logged once.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+        RuntimeError: the import fails for another reason.
+    """
+    declared: list[str] = []
+    while True:
+        try:
+            module = importlib.import_module("torchvision")
+            break
+        except RuntimeError as error:
+            found = re.fullmatch(r"operator torchvision::(\w+) does not exist", str(error))
+            if found is None or found[1] in declared:
+                raise
+            declared.append(found[1])
+            _declare_operator(found[1])
+            for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+    if declared:
+        _log.warning(
+            "this torchvision was built for another torch: its models work, its compiled operators (%s, …) do not",
+            ", ".join(declared),
+        )
+    return module
+
+
+def _declare_operator(name: str) -> None:
+    # The schema is never called; the object is kept because the declaration goes when it does.
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(f"{name}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+    _declared_operators.append(library)
+
+
+def _from_torchvision(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        models = import_torchvision().models
+    except ModuleNotFoundError as error:
+        raise _not_installed(spec, error) from error
+    if spec.name not in models.list_models():
+        raise ModelNotFoundError(
+            str(spec), f"torchvision has no model {spec.name!r}", _near(spec.name, models.list_models())
+        )
+    builder = models.get_model_builder(spec.name)
+    # Segmentation and detection models download a trained backbone unless told not to.
+    accepted = inspect.signature(builder).parameters
+    offline = {name: None for name in ("weights", "weights_backbone") if name in accepted}
+    with warnings.catch_warnings():
+        # googlenet and inception_v3 announce a future change of their initialization at every call.
+        warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
+        return _call(spec, builder, {**offline, **kwargs})
+
+
+def _from_timm(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        import_torchvision()
+        timm = importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        raise _not_installed(spec, error) from error
+    if not timm.is_model(spec.name):
+        raise ModelNotFoundError(str(spec), f"timm has no model {spec.name!r}", _near(spec.name, timm.list_models()))
+    return _call(spec, timm.create_model, {"model_name": spec.name, "pretrained": False, **kwargs})
+
+
+def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
+    path = Path(spec.place)
+    with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
+        module = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
+        found: Any = module
+        for part in spec.name.split("."):
+            if not hasattr(found, part):
+                names = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
+                raise ModelNotFoundError(str(spec), f"{spec.place} has no attribute {spec.name!r}", _near(part, names))
+            found = getattr(found, part)
+        if isinstance(found, nn.Module) and not kwargs:
+            return found
+        if not callable(found) or isinstance(found, nn.Module):
+            raise ModelBuildError(str(spec), f"{spec.name} is a {type(found).__name__}, which takes no arguments")
+        return _call(spec, found, kwargs)
+
+
+def _import_file(spec: ModelSpec, path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelNotFoundError(str(spec), f"there is no file {path}", "Write the path from the working directory.")
+    name = f"_manifold_nets_model_{path.stem}"
+    location = importlib.util.spec_from_file_location(name, path)
+    if location is None or location.loader is None:
+        raise ModelNotFoundError(str(spec), f"{path} is no Python file", "Name a file that ends in .py.")
+    module = importlib.util.module_from_spec(location)
+    # Classes look their own module up by name (dataclasses, pickle), also after the import.
+    sys.modules[name] = module
+    try:
+        location.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ModelBuildError(str(spec), f"importing {path} raised {_described(error)}") from error
+    return module
+
+
+def _import_module(spec: ModelSpec) -> ModuleType:
+    try:
+        return importlib.import_module(spec.place)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{spec.place}.".startswith(f"{error.name}."):
+            remedy = "Install the package, run from the folder that holds it, or name a file: path/to/file.py:callable."
+            raise ModelNotFoundError(str(spec), f"there is no module {error.name!r}", remedy) from error
+        raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
+    except Exception as error:
+        raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
+
+
+def _call(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        model = build(**kwargs)
+    except Exception as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
+        raise ModelBuildError(str(spec), f"{spec.name}({shown}) raised {_described(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelBuildError(str(spec), f"{spec.name} returned an object of type {type(model).__name__}")
+    return model
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Put a folder first on the import path, as Python does for a script."""
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+
+
+def _not_installed(spec: ModelSpec, error: ModuleNotFoundError) -> ModelNotFoundError:
+    return ModelNotFoundError(str(spec), f"{error.name} is not installed", f"Install the extra: {_VISION}.")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    if near:
+        return f"Near matches: {', '.join(near)}."
+    return f"It has {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}." if names else "It has none."
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

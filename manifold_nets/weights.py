@@ -1,0 +1,116 @@
+"""Weights of a model from a file: safetensors, a torch file read without running code, or a converted model."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.errors import StateDictMismatchError, WeightsFileError
+
+__all__ = ["load_weights", "read_state_dict"]
+
+# Names under which training scripts put the weights into a larger dictionary.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Load the weights of a file into a model.
+
+    Args:
+        model: freshly made; its parameters and buffers are overwritten.
+        path: a safetensors file, a torch file (read with ``weights_only=True``), or a file written by `save`, which
+            puts the model's weights back on their spheres.
+
+    Returns:
+        The model.
+
+    Raises:
+        WeightsFileError: the file does not exist, cannot be read, or holds no weights.
+        StateDictMismatchError: its names or shapes are not the model's; the model is left as it was.
+
+    Example:
+        >>> import tempfile
+        >>> net, trained = nn.Linear(4, 2), nn.Linear(4, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(trained.state_dict(), Path(folder) / "net.pt")
+        ...     _ = load_weights(net, Path(folder) / "net.pt")
+        >>> bool((net.weight == trained.weight).all())
+        True
+    """
+    path = Path(path)
+    state = read_state_dict(path)
+    _check(model, path, state)
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file or of a torch file, told apart by their first bytes.
+
+    Raises:
+        WeightsFileError: the file does not exist, cannot be read, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsFileError(path, "no such file", "Check the path.")
+    if is_safetensors(path):
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise WeightsFileError(path, f"a damaged safetensors file ({error})", "Write it again.") from error
+    return _from_torch_file(path)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Tell whether a file starts as a safetensors file does: eight bytes of length, then a JSON object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
+
+
+def _from_torch_file(path: Path) -> dict[str, Tensor]:
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsFileError(
+            path,
+            "objects other than tensors, or no torch file",
+            "Only files that load with weights_only=True are read: save model.state_dict(), not the model.",
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise WeightsFileError(path, f"a damaged torch file ({error})", "Write it again.") from error
+    for name in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not (isinstance(content, Mapping) and content and all(isinstance(v, Tensor) for v in content.values())):
+        raise WeightsFileError(
+            path, f"a {type(content).__name__} that is no dictionary of tensors", "Save model.state_dict()."
+        )
+    return dict(content)
+
+
+def _check(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    present = {id(own[name]) for name in state if name in own}
+    # A tied weight may be stored under one of its names only, and old files lack the batch counters.
+    missing = [
+        name
+        for name, value in own.items()
+        if name not in state and id(value) not in present and not name.endswith("num_batches_tracked")
+    ]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {tuple(value.shape)} instead of {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        raise StateDictMismatchError(str(path), type(model).__name__, missing, unexpected, shapes)

@@ -1,0 +1,144 @@
+"""Weights from files: what is read, what is refused, and that a refused file changes nothing."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from manifold_nets import errors
+from manifold_nets.sources import load_model
+from manifold_nets.weights import load_weights, read_state_dict
+
+
+def small(seed: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).to(dtype)
+    net[1].running_mean.uniform_(-1, 1)
+    return net
+
+
+def check_same(one: nn.Module, other: nn.Module) -> None:
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def write(path: Path, state: dict[str, torch.Tensor], form: str) -> Path:
+    if form == "safetensors":
+        safetensors.torch.save_file(state, path)
+    elif form == "legacy":
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        torch.save({form: state, "epoch": 3} if form != "plain" else state, path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "legacy", "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_file_gives_the_weights_back(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
+    trained, fresh = small(1, dtype), small(2, dtype)
+    path = write(tmp_path / "net.bin", dict(trained.state_dict()), form)
+    with pytest.raises(AssertionError):
+        check_same(fresh, trained)
+    assert load_weights(fresh, path) is fresh
+    check_same(fresh, trained)
+
+
+def test_through_a_specification(tmp_path: Path) -> None:
+    trained = nn.Linear(3, 2)
+    path = write(tmp_path / "net.safetensors", dict(trained.state_dict()), "safetensors")
+    model = load_model("torch.nn:Linear", kwargs={"in_features": 3, "out_features": 2}, weights=str(path))
+    check_same(model, trained)
+
+
+def test_a_tied_weight_may_be_stored_once(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+            self.head.weight = self.embedding.weight
+
+    trained, fresh = Tied(), Tied()
+    path = tmp_path / "net.safetensors"
+    safetensors.torch.save_model(trained, str(path))
+    assert len(read_state_dict(path)) == 1
+    check_same(load_weights(fresh, path), trained)
+
+
+def test_old_files_lack_the_batch_counter(tmp_path: Path) -> None:
+    state = {name: value for name, value in small(1).state_dict().items() if "num_batches" not in name}
+    model = load_weights(small(2), write(tmp_path / "net.pt", state, "plain"))
+    assert torch.equal(model[0].weight, state["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("0.weight"), r"1 missing from the file: 0\.weight"),
+        (lambda s: s.update(extra=torch.ones(2)), "1 unknown to the model: extra"),
+        (lambda s: s.update({"3.bias": torch.ones(5)}), r"1 of another shape: 3\.bias \(5,\) instead of \(2,\)"),
+    ],
+)
+def test_a_mismatch_lists_the_names_and_changes_nothing(tmp_path: Path, change: object, message: str) -> None:
+    state = dict(small(1).state_dict())
+    change(state)
+    path = write(tmp_path / "net.pt", state, "plain")
+    model = small(2)
+    with pytest.raises(errors.StateDictMismatchError, match=message):
+        load_weights(model, path)
+    check_same(model, small(2))
+
+
+def test_a_wrapped_model_is_recognized(tmp_path: Path) -> None:
+    state = {f"module.{name}": value for name, value in small(1).state_dict().items()}
+    with pytest.raises(errors.StateDictMismatchError, match="begin with 'module'"):
+        load_weights(small(2), write(tmp_path / "net.pt", state, "plain"))
+
+
+class Trap:
+    """Unpickling runs code: it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (Path.touch, (self.path,))
+
+
+def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    torch.save({"weight": Trap(sprung)}, tmp_path / "net.pt")
+    with pytest.raises(errors.WeightsFileError, match="weights_only=True"):
+        read_state_dict(tmp_path / "net.pt")
+    assert not sprung.exists()
+    torch.load(tmp_path / "net.pt", weights_only=False)
+    assert sprung.exists(), "the trap must work where code is run"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "legacy"])
+@pytest.mark.parametrize("kept", [0, 5, 100, -10])
+def test_a_truncated_file_is_named(tmp_path: Path, form: str, kept: int) -> None:
+    path = write(tmp_path / ("net.safetensors" if form == "safetensors" else "net.pt"), small(1).state_dict(), form)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(errors.WeightsFileError, match=path.name):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("content", [3, [torch.ones(2)], {}, {"a": 1}, OrderedDict(a=torch.ones(1), b="x")])
+def test_a_torch_file_without_weights(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(errors.WeightsFileError, match="dictionary of tensors"):
+        read_state_dict(tmp_path / "net.pt")
+
+
+def test_a_foreign_or_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "net.txt").write_text("just a note about a net\n")
+    with pytest.raises(errors.WeightsFileError, match=r"net\.txt"):
+        read_state_dict(tmp_path / "net.txt")
+    with pytest.raises(errors.WeightsFileError, match="no such file"):
+        read_state_dict(tmp_path / "gone.pt")
