@@ -5,19 +5,29 @@ Every message names the parameter or file, the value found, the value expected, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 __all__ = [
     "AnalysisError",
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointMismatchError",
+    "CheckpointTensorError",
     "ConstraintLostError",
     "DegenerateGroupError",
     "ExampleInputsError",
+    "FunctionChangedError",
     "ManifoldNetsError",
     "ModelBuildError",
     "ModelNotFoundError",
     "ModelSpecError",
+    "NothingToConvertError",
     "OffManifoldError",
+    "OptionError",
     "PartitionError",
+    "ReportMismatchError",
+    "SelectionError",
     "StateDictMismatchError",
     "UnsupportedManifoldError",
     "WeightsFileError",
@@ -160,3 +170,86 @@ class StateDictMismatchError(ManifoldNetsError, ValueError):
             remedy = f"The file's names begin with {prefix!r} (a wrapped model): save the weights of model.{prefix}."
         super().__init__(f"{path}: weights do not fit {model}: {found}. {remedy}")
         self.missing, self.unexpected, self.shapes = tuple(missing), tuple(unexpected), tuple(shapes)
+
+
+class CheckpointError(ManifoldNetsError):
+    """Base of the errors about checkpoint files; ``path`` is the file."""
+
+    def __init__(self, path: str | os.PathLike[str], message: str) -> None:
+        super().__init__(f"{os.fspath(path)}: {message}")
+        self.path = os.fspath(path)
+
+
+class CheckpointFormatError(CheckpointError, ValueError):
+    """A file is not a checkpoint that this release can read."""
+
+    def __init__(self, path: str | os.PathLike[str], found: str, remedy: str) -> None:
+        super().__init__(path, f"found {found}; expected a checkpoint written by manifold_nets.save. {remedy}")
+
+
+class CheckpointMismatchError(CheckpointError, ValueError):
+    """A checkpoint does not fit the model it was to be loaded into; the model was not touched."""
+
+    def __init__(self, path: str | os.PathLike[str], model: str, differences: Sequence[str]) -> None:
+        super().__init__(
+            path,
+            f"does not fit this {model}, which was left as it was: {'; '.join(differences)}. Make the model with the "
+            "arguments it was saved with, in the same dtype, and save and load the bare module rather than one "
+            "wrapped by torch.compile or a parallel trainer.",
+        )
+        self.differences = tuple(differences)
+
+
+class CheckpointTensorError(CheckpointError, TypeError):
+    """A model holds something that a checkpoint cannot store; no file was written."""
+
+    def __init__(self, path: str | os.PathLike[str], name: str, found: str, remedy: str) -> None:
+        super().__init__(path, f"{name} is {found}; expected a dense tensor with values. {remedy}")
+
+
+class OptionError(ManifoldNetsError, ValueError):
+    """An option has a value that has no meaning."""
+
+    def __init__(self, option: str, found: object, expected: str) -> None:
+        super().__init__(f"{option}: found {found!r}; expected {expected}. Pass such a value or leave the option out.")
+
+
+class SelectionError(ManifoldNetsError, ValueError):
+    """A selection of weights matched nothing."""
+
+    def __init__(self, option: str, pattern: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{option}={pattern!r} matches no weight; expected a pattern or predicate on these names: "
+            f"{listed(names, 40)}. Patterns are those of a shell: 'layer1.*', '*.conv?.weight'."
+        )
+
+
+class NothingToConvertError(ManifoldNetsError, ValueError):
+    """No weight of a model has a scale symmetry that conversion could remove."""
+
+    def __init__(self, model: str, reasons: Sequence[tuple[str, str]]) -> None:
+        told = listed((f"{name} ({why})" for name, why in reasons), 12)
+        super().__init__(
+            f"{model}: nothing to convert: no selected weight is scale-invariant. Left: {told or 'no weights'}. "
+            "Scale-invariant weights stand in front of a normalization; train this model as it is."
+        )
+
+
+class ReportMismatchError(ManifoldNetsError, ValueError):
+    """A report or plan belongs to another model."""
+
+    def __init__(self, model: str, reported: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"report: it was made for {reported}, but {model} differs from it in {listed(names)}. "
+            "Run diagnose on this model."
+        )
+
+
+class FunctionChangedError(ManifoldNetsError, RuntimeError):
+    """A rewritten model does not compute what it computed before."""
+
+    def __init__(self, model: str, mode: str, difference: float, limit: float) -> None:
+        super().__init__(
+            f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; at "
+            f"most {limit:.3g} is expected. Nothing was changed. Use radius='keep', or exclude the layers in question."
+        )

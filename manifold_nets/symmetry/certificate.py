@@ -1,0 +1,199 @@
+"""The Euler certificate: one float64 pass that proves or refutes the scale invariance of every group of every weight.
+
+If the output does not change under ``w_G → α w_G`` then ``⟨∂L/∂w_G, w_G⟩ = 0`` (Euler), for every cotangent of the
+output. So one forward and one backward pass with a random cotangent give, for all groups at once,
+
+    value_G = |Σ_G w ⊙ ∂L/∂w| / (‖w_G‖ ‖∂L/∂w_G‖) ,
+
+which is rounding where the group is invariant and of order one where it is not. It is sharp in float64, in training
+mode, with the eps of every normalization made negligible and with dropout off; it sees nothing where the gradient
+vanishes, and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from manifold_nets.errors import AnalysisError, ExampleInputsError
+from manifold_nets.symmetry.graph import Inputs
+from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
+
+__all__ = ["EulerField", "analysis_copy", "euler_field"]
+
+# torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
+NEGLIGIBLE_EPS = 1e-30
+# A gradient this much smaller than the largest one of the network is rounding and proves nothing.
+EVIDENCE_FLOOR = 1e-11
+_EPS_POSITION = {
+    torch.batch_norm: 7,
+    torch.instance_norm: 7,
+    torch.group_norm: 4,
+    torch.layer_norm: 4,
+    torch.rms_norm: 3,
+}
+_EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "norm_eps", "layer_norm_eps")
+_DROPOUTS = (
+    torch.dropout,
+    torch.feature_dropout,
+    torch.alpha_dropout,
+    torch.feature_alpha_dropout,
+    torch.dropout_,
+    torch.feature_dropout_,
+    torch.alpha_dropout_,
+    torch.feature_alpha_dropout_,
+)
+_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
+_LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
+
+
+class _SharpConditions(TorchFunctionMode):
+    """Replaces every eps by a negligible one and switches dropout off, also where no module attribute says so."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        position = _EPS_POSITION.get(func)
+        if position is not None:
+            args, kwargs = _replaced(args, kwargs, position, "eps", NEGLIGIBLE_EPS)
+        elif func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        elif func in _ADDITIONS and len(args) == 2 and _is_eps(args[1]):
+            args = (args[0], NEGLIGIBLE_EPS)
+        elif func in _LOWER_BOUNDS and len(args) == 2 and _is_eps(args[1]):
+            args = (args[0], NEGLIGIBLE_EPS)
+        elif func in _LOWER_BOUNDS and _is_eps(kwargs.get("min")):
+            kwargs["min"] = NEGLIGIBLE_EPS
+        return func(*args, **kwargs)
+
+
+def _is_eps(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value <= LARGEST_EPS
+
+
+def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value: float) -> tuple[Any, dict[str, Any]]:
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
+
+
+def analysis_copy(model: nn.Module) -> nn.Module:
+    """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not touched.
+
+    Raises:
+        AnalysisError: the model cannot be copied.
+    """
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        raise AnalysisError(type(model).__name__, error) from error
+    twin = twin.to(torch.float64).train()
+    for module in twin.modules():
+        for attribute in ("p", "drop_prob", "drop_rate", "dropout", "dropout_p"):
+            if isinstance(module.__dict__.get(attribute), float):
+                setattr(module, attribute, 0.0)
+    for parameter in twin.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(True)
+    return twin
+
+
+@dataclass(frozen=True)
+class EulerField:
+    """Weights and gradients of one float64 pass, by parameter name.
+
+    Args:
+        weights: the parameters at which the gradients were taken.
+        gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on the parameter.
+    """
+
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def products(self, name: str) -> Tensor:
+        """The Euler field ``e = w ⊙ ∂L/∂w`` of a parameter."""
+        return self.weights[name] * self.gradients[name]
+
+
+def euler_field(twin: nn.Module, inputs: Inputs, seed: int) -> EulerField:
+    """Run the forward and backward pass of the certificate on an analysis copy.
+
+    One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
+    and scales at 0 or 1, as they are initialized, would hide gradients or fake invariances. The copy is left with
+    these values.
+
+    Raises:
+        ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
+    """
+    device = next(iter(twin.parameters())).device
+    generator = torch.Generator(device).manual_seed(seed)
+    parameters = dict(twin.named_parameters())
+    with torch.no_grad():
+        for parameter in parameters.values():
+            if parameter.ndim <= 1 or not bool(parameter.any()):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device=device)
+                parameter.add_(noise, alpha=0.1)
+    with _negligible_eps(twin), torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        with _SharpConditions():
+            outputs = _run(twin, inputs)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for output in outputs:
+            cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64, device=device)
+            loss = loss + (output * cotangent.to(output.dtype)).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return EulerField(
+        {name: parameter.detach() for name, parameter in parameters.items()},
+        {
+            name: torch.zeros_like(parameter, requires_grad=False) if gradient is None else gradient.detach()
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        },
+    )
+
+
+def _run(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+    args, kwargs = inputs
+    try:
+        result = twin(*args, **kwargs)
+    except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        raise ExampleInputsError(f"tensors of shapes {shapes}", error) from error
+    outputs = [leaf for leaf in output_tensors(result) if leaf.is_floating_point() and leaf.requires_grad]
+    if not outputs:
+        raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
+    return outputs
+
+
+def output_tensors(result: Any) -> list[Tensor]:
+    """All tensors in what a model returned: nested tuples, dictionaries and dataclasses."""
+    leaves: list[Tensor] = []
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            leaves.append(leaf)
+        elif hasattr(leaf, "__dict__"):
+            leaves.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
+    return leaves
+
+
+@contextlib.contextmanager
+def _negligible_eps(model: nn.Module) -> Iterator[None]:
+    """Set the eps attributes of all modules to a negligible value and back."""
+    saved: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        for attribute in _EPS_NAMES:
+            value = module.__dict__.get(attribute)
+            if isinstance(value, float):
+                saved.append((module, attribute, value))
+                setattr(module, attribute, NEGLIGIBLE_EPS)
+    try:
+        yield
+    finally:
+        for module, attribute, value in saved:
+            setattr(module, attribute, value)

@@ -1,0 +1,225 @@
+"""`diagnose`: structure from the graph, proof from the Euler certificate, and what they say together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField, analysis_copy, euler_field
+from manifold_nets.symmetry.find import Structure, follow_weight
+from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
+from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.rules import Absorption
+
+__all__ = ["diagnose"]
+
+
+def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, seed: int = 0) -> SymmetryReport:
+    """Find the scale symmetries of a network's weights: which groups of entries, why, how sure, and the remedy.
+
+    Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
+    normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
+    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate`). A contradiction between the two is
+    reported as a disagreement. The model, its mode, buffers, gradients and the random state are left as they were.
+
+    Args:
+        model: the network, in any mode, dtype and device.
+        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or ``((…), {…})``; at least
+            two examples, as batch normalization needs them.
+        tolerance: largest certificate value of an invariant group, relative.
+        seed: seed of the random cotangent.
+
+    Returns:
+        A `SymmetryReport`; every parameter with at least two dimensions has its finding.
+
+    Raises:
+        ExampleInputsError: the model refuses the inputs.
+        AnalysisError: the model cannot be copied or exported.
+
+    References:
+        Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, for the symmetries; Euler's theorem on homogeneous functions
+        for the certificate.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+        >>> report = diagnose(net, torch.randn(4, 3, 8, 8))
+        >>> [(w.name, w.status) for w in report.weights]
+        [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
+    """
+    inputs = to_float64(split_inputs(example_inputs))
+    with torch.random.fork_rng():
+        twin = analysis_copy(model)
+        graph = trace(twin, inputs)
+        variances = _batch_variances(graph, twin, inputs, seed)
+        field = euler_field(twin, inputs, seed)
+    names = [name for name, parameter in twin.named_parameters() if parameter.ndim >= 2]
+    floor = EVIDENCE_FLOOR * max((_size(field, name) for name in names), default=0.0)
+    constrained = {weight.name for weight in constrained_weights(model)}
+    findings = []
+    for name in names:
+        structure = follow_weight(graph, name) if graph.placeholders_of(name) else None
+        finding = _Judge(twin, graph, field, variances, tolerance, floor).finding(name, structure, name in constrained)
+        findings.append(finding)
+    return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
+
+
+def _size(field: EulerField, name: str) -> float:
+    return float(field.weights[name].norm() * field.gradients[name].norm())
+
+
+def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
+    """Batch variance of every channel in front of every batch normalization, on the example inputs."""
+    found: dict[Any, Tensor] = {}
+
+    def visit(node: torch.fx.Node, fetch: Any) -> None:
+        if op_name(node) == "batch_norm":
+            z = fetch(bound_arguments(node)["input"])
+            found[node] = z.var([axis for axis in range(z.ndim) if axis != 1], unbiased=False)
+
+    with torch.no_grad():
+        torch.manual_seed(seed)
+        graph.interpret(twin, inputs, visit)
+    return found
+
+
+class _Judge:
+    """Puts structure and certificate of one weight side by side."""
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        graph: TracedGraph,
+        field: EulerField,
+        variances: dict[Any, Tensor],
+        tolerance: float,
+        floor: float,
+    ) -> None:
+        self.twin, self.graph, self.field, self.variances = twin, graph, field, variances
+        self.tolerance, self.floor = tolerance, floor
+
+    def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
+        """Judge one weight."""
+        shape = tuple(self.field.weights[name].shape)
+        layer = type(self.twin.get_submodule(name.rpartition(".")[0])).__name__
+        partition = structure.partition if structure is not None else None
+        if structure is None or partition is None:
+            return self._without_groups(name, shape, layer, structure)
+        groups = structure.group_of_scale(partition)
+        certificate = self._certificate(structure, partition, groups)
+        status = {"invariant": "constrained" if constrained else "invariant", "not invariant": "disagreement"}.get(
+            certificate.verdict, certificate.verdict
+        )
+        return WeightFinding(
+            name=name,
+            shape=shape,
+            layer=layer,
+            status=status,
+            partition=partition,
+            filters_per_group=structure.seed.n_groups // partition.n_groups,
+            absorbers=tuple(self._absorber(a, groups) for a in structure.absorptions),
+            scaled_along=tuple(ScaledAlong(bias, _relabelled(ids, groups)) for bias, ids in structure.companions.items()),
+            certificate=certificate,
+            broken_by=None,
+            remedy=_REMEDIES[status],
+        )
+
+    def _without_groups(
+        self, name: str, shape: tuple[int, ...], layer: str, structure: Structure | None
+    ) -> WeightFinding:
+        """Judge a weight for which structure claims no groups: the certificate must not find any either."""
+        seed = structure.seed if structure is not None else Partition.filters(shape)
+        tried = [self._alone(name, partition) for partition in (seed, Partition.whole(shape))]
+        certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
+        if structure is None:
+            reason, unknown = "the parameter does not occur in the graph", False
+        else:
+            reason = "; ".join(str(because) for because in structure.breaks[:3])
+            unknown = any(because.unknown for because in structure.breaks)
+            if structure.free:
+                joined = sum(len(members) for members in structure.free)
+                reason = f"{joined} of {structure.scales.count} filters are free, the others are not: {reason}"
+        status = "unknown" if unknown else "not invariant"
+        if certificate.verdict == "invariant" and not unknown:
+            status = "disagreement"
+        elif certificate.verdict == "no evidence":
+            status = "no evidence"
+        return WeightFinding(name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status])
+
+    def _alone(self, name: str, partition: Partition) -> Certificate:
+        sums = partition.sum(self.field.products(name)).flatten()
+        weight, gradient = partition.norms(self.field.weights[name]), partition.norms(self.field.gradients[name])
+        return self._verdict(sums, weight.flatten(), gradient.flatten())
+
+    def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
+        """Certificate of each group together with the biases that are scaled along."""
+        name = structure.name
+        sums = partition.sum(self.field.products(name)).flatten()
+        weight = partition.sum(self.field.weights[name].square()).flatten()
+        gradient = partition.sum(self.field.gradients[name].square()).flatten()
+        for bias, ids in structure.companions.items():
+            entries = torch.tensor(_relabelled(ids, groups), device=sums.device)
+            kept = entries >= 0
+            for total, values in (
+                (sums, self.field.products(bias)),
+                (weight, self.field.weights[bias].square()),
+                (gradient, self.field.gradients[bias].square()),
+            ):
+                total.index_add_(0, entries[kept], values.reshape(-1)[kept])
+        return self._verdict(sums, weight.sqrt(), gradient.sqrt())
+
+    def _verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor) -> Certificate:
+        size = weight * gradient
+        evidence = size > self.floor
+        values = torch.where(evidence, sums.abs() / size, torch.zeros_like(size))
+        # A sum that is not a number is no evidence of invariance.
+        refuted = (evidence & ~(values <= self.tolerance)) | ~sums.isfinite()
+        n_refuted, n_evidence = int(refuted.sum()), int((evidence | refuted).sum())
+        verdict = "not invariant" if n_refuted else "invariant" if n_evidence else "no evidence"
+        return Certificate(
+            value=float(values.max()) if n_evidence else None,
+            verdict=verdict,
+            groups_certified=n_evidence - n_refuted,
+            groups_refuted=n_refuted,
+            groups_without_evidence=len(sums) - n_evidence,
+        )
+
+    def _absorber(self, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
+        args = bound_arguments(absorption.node)
+        parameters, running = self.graph.parameters, absorption.running_mean
+        per_channel = absorption.kind in ("batch", "instance")
+        variances = self.variances.get(absorption.node)
+        return Absorber(
+            op=absorption.op,
+            module=absorption.module,
+            kind=absorption.kind,
+            degree=absorption.degree,
+            eps=args.get("eps"),
+            weight=parameters.get(args.get("weight")),  # type: ignore[arg-type]
+            bias=parameters.get(args.get("bias")),  # type: ignore[arg-type]
+            running_mean=running,
+            running_var=absorption.running_var,
+            calls=self.graph.uses_of_buffer(running),
+            groups=_relabelled(absorption.ids, groups) if per_channel else (),
+            variances=tuple(variances.tolist()) if variances is not None and absorption.kind == "batch" else (),
+        )
+
+
+def _relabelled(ids: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> tuple[int, ...]:
+    """Turn scales into group numbers, flat; −1 stays."""
+    flat = ids.reshape(-1)
+    return tuple(np.where(flat < 0, -1, groups[flat]).tolist())
+
+
+_REMEDIES = {
+    "invariant": "keep each group on a sphere and train with a Riemannian optimizer (manifold_nets.convert)",
+    "constrained": "none needed: each group is on its sphere",
+    "not invariant": "leave it: its scale matters to the function",
+    "unknown": "leave it, or report the operation: nothing is known about its scale",
+    "no evidence": "leave it: its gradient vanishes on these inputs; try other inputs",
+    "disagreement": "leave it and report it: structure and certificate contradict each other",
+}

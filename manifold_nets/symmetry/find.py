@@ -1,0 +1,197 @@
+"""Structure: follow the scales of each weight through the graph and read off which are free."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.fx import Node
+
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, is_in_place, op_name
+from manifold_nets.symmetry.rules import RULES, VIEWS, Absorption, Adoption, Result, Use, as_list
+from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
+
+__all__ = ["Structure", "follow_weight"]
+
+
+@dataclass
+class Structure:
+    """What the graph says of one weight.
+
+    Args:
+        name: the weight.
+        seed: the partition whose groups were given one scale each.
+        scales: what the network demands of these scales.
+        absorptions: the normalizations that absorb some of them.
+        companions: biases that are scaled along, with the scale of each entry.
+    """
+
+    name: str
+    seed: Partition
+    scales: Scales
+    absorptions: list[Absorption]
+    companions: dict[str, Ids]
+    absorbed: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ids = [self.scales.roots(a.ids).reshape(-1) for a in self.absorptions]
+        self.absorbed = set(np.unique(np.concatenate(ids)).tolist()) if ids else set()
+
+    @property
+    def free(self) -> list[list[int]]:
+        """Groups of scales that are free: joined with each other, pinned by nothing, absorbed by something."""
+        return [
+            members
+            for root, members in self.scales.classes().items()
+            if self.scales.break_of(root) is None and root in self.absorbed
+        ]
+
+    @property
+    def breaks(self) -> list[Break]:
+        """The distinct reasons why scales are not free, in the order of the scales."""
+        found: dict[Break, None] = {}
+        for root in self.scales.classes():
+            because = self.scales.break_of(root)
+            if because is not None:
+                found[because] = None
+            elif root not in self.absorbed:
+                found[Break("unused", "", "reaches neither a normalization nor the output")] = None
+        return list(found)
+
+    @property
+    def partition(self) -> Partition | None:
+        """The partition into free groups; None where some part of the weight is not free."""
+        free = self.free
+        if sum(len(members) for members in free) != self.scales.count:
+            return None
+        return joined_partition(self.seed, free)
+
+    def group_of_scale(self, partition: Partition) -> Ids:
+        """Number of the group of ``partition`` that each scale belongs to."""
+        seed_ids = self.seed.group_ids().reshape(-1).numpy()
+        group_ids = partition.group_ids().reshape(-1).numpy()
+        result = np.zeros(self.scales.count, dtype=np.int64)
+        result[seed_ids] = group_ids
+        return result
+
+
+def joined_partition(seed: Partition, classes: list[list[int]]) -> Partition:
+    """Write classes of seed groups as a partition: the finest one that a view can express.
+
+    Single groups, blocks of consecutive groups and strided sets have views; any other joins fall back to the whole
+    tensor, which is a union of free groups and so free as well.
+    """
+    count, total = len(classes), seed.n_groups
+    if count == total:
+        return seed
+    size = total // count
+    if count > 1 and all(len(members) == size for members in classes):
+        if all(members == list(range(k * size, (k + 1) * size)) for k, members in enumerate(sorted(classes))):
+            blocks = _consecutive_blocks(seed, count, size)
+            if blocks is not None:
+                return blocks
+        if seed.kept == (0,) and all(members == list(range(k, total, count)) for k, members in enumerate(sorted(classes))):
+            return Partition(seed.shape, (size, count, *seed.shape[1:]), (1,))
+    return Partition.whole(seed.shape)
+
+
+def _consecutive_blocks(seed: Partition, count: int, size: int) -> Partition | None:
+    if seed.kept == (0,):
+        return Partition.blocks(seed.shape, count)
+    groups, fan_in, per_group, *kernel = seed.view
+    if per_group % size == 0:
+        return Partition(seed.shape, (groups, fan_in, per_group // size, size, *kernel), (0, 2))
+    if size % per_group == 0:
+        return Partition(seed.shape, (count, groups // count, fan_in, per_group, *kernel), (0,))
+    return None
+
+
+def follow_weight(graph: TracedGraph, name: str) -> Structure:
+    """Follow the scales of one weight, scaling along the biases that the network asks to be scaled along."""
+    sources = graph.placeholders_of(name)
+    seed = _seed_partition(sources)
+    seeds: dict[Node, Label] = {node: Label(_seed_label(seed)) for node in sources}
+    companions: dict[str, Ids] = {}
+    while True:
+        scales = Scales(seed.n_groups)
+        absorptions, adoptions = _propagate(graph, seeds, scales)
+        fresh = [adoption for adoption in adoptions if adoption.parameter not in companions]
+        if not fresh or scales.all_pinned:
+            break
+        for adoption in fresh:
+            companions[adoption.parameter] = adoption.ids
+            seeds.update({node: Label(adoption.ids) for node in graph.placeholders_of(adoption.parameter)})
+    return Structure(name, seed, scales, absorptions, companions)
+
+
+def _seed_partition(sources: list[Node]) -> Partition:
+    """Filters of the weight's first use: output channels of a transposed convolution are not its rows."""
+    shape = tuple(sources[0].meta["val"].shape)
+    for node in sources:
+        for user in node.users:
+            if "transpose" in op_name(user) and op_name(user).startswith("conv"):
+                return Partition.transposed_filters(shape, int(bound_arguments(user)["groups"]))
+    return Partition.filters(shape)
+
+
+def _seed_label(seed: Partition) -> Ids:
+    if seed.view == seed.shape:
+        return np.arange(seed.n_groups, dtype=np.int64).reshape(seed.spread_shape)
+    groups, fan_in, per_group, *kernel = seed.view
+    ids = np.arange(seed.n_groups, dtype=np.int64).reshape(groups, 1, per_group)
+    spread = np.broadcast_to(ids, (groups, fan_in, per_group))
+    return spread.reshape(groups * fan_in, per_group, *(1 for _ in kernel))
+
+
+def _propagate(
+    graph: TracedGraph, seeds: dict[Node, Label], scales: Scales
+) -> tuple[list[Absorption], list[Adoption]]:
+    labels: dict[Node, Result] = dict(seeds)
+    absorptions: list[Absorption] = []
+    adoptions: list[Adoption] = []
+    queue: list[tuple[int, Node]] = []
+    queued: set[Node] = set()
+
+    def visit_users(node: Node, after: int) -> None:
+        for user in node.users:
+            if graph.order[user] > after and user not in queued:
+                queued.add(user)
+                heapq.heappush(queue, (graph.order[user], user))
+
+    for node in seeds:
+        visit_users(node, -1)
+    while queue and not scales.all_pinned:
+        _, node = heapq.heappop(queue)
+        use = Use(node, graph, scales, labels, absorptions, adoptions)
+        result = _apply(use)
+        labels[node] = result
+        if is_in_place(node):
+            _write_back(use, result)
+            visit_users(node.all_input_nodes[0], graph.order[node])
+        if any(label is not None for label in as_list(result)):
+            visit_users(node, -1)
+    return absorptions, adoptions
+
+
+def _apply(use: Use) -> Result:
+    if use.node.op == "output":
+        use.pin("is reached without a normalization")
+        return None
+    if not any(label is not None for node in use.node.all_input_nodes for label in as_list(use.labels.get(node))):
+        return None
+    known = RULES.get(use.op)
+    if known is None:
+        use.pin("has no rule: what it does to a scale is unknown", unknown=True)
+        return None
+    return known(use)
+
+
+def _write_back(use: Use, result: Result) -> None:
+    """An in-place operation changes the tensor that it reads; later readers of that tensor see the result."""
+    target = use.node.all_input_nodes[0]
+    if op_name(target) in VIEWS and target.op == "call_function":
+        use.pin("writes into a view of another tensor", *as_list(result))
+        use.pin("writes into a view of another tensor")
+    use.labels[target] = result

@@ -1,0 +1,187 @@
+"""From a model to its aten graph, with the names that a user knows: parameters, buffers, modules."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from manifold_nets.errors import AnalysisError, ExampleInputsError
+
+__all__ = ["Inputs", "TracedGraph", "bound_arguments", "op_name", "split_inputs", "to_float64", "trace"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def split_inputs(example_inputs: Any) -> Inputs:
+    """Turn example inputs into positional and keyword inputs.
+
+    A tensor is one positional input; a tuple holds positional inputs; a dict holds keyword inputs; a tuple of a tuple
+    and a dict holds both.
+
+    Raises:
+        ExampleInputsError: anything else.
+
+    Example:
+        >>> split_inputs((torch.zeros(1),))
+        ((tensor([0.]),), {})
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+            return example_inputs[0], dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise ExampleInputsError(f"{type(example_inputs).__name__}")
+
+
+def to_float64(tree: Any) -> Any:
+    """Cast every floating-point tensor in a tree of inputs to float64 and copy the others."""
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(torch.float64) if leaf.is_floating_point() else leaf.detach().clone()
+
+    return pytree.tree_map(cast, tree)
+
+
+def op_name(node: Node) -> str:
+    """Name of the operation without its overload and without the underscore of the in-place form."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[-1]
+        return name.rstrip("_") if not name.startswith("_") else name
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_in_place(node: Node) -> bool:
+    """Whether the operation writes into its first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    first = node.target._schema.arguments[:1]
+    return bool(first and first[0].alias_info is not None and first[0].alias_info.is_write)
+
+
+def bound_arguments(node: Node) -> dict[str, Any]:
+    """Arguments of an operation by their schema names, defaults filled in."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(i): argument for i, argument in enumerate(node.args)}
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if position < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """The aten graph of a model in training mode.
+
+    Args:
+        program: what `torch.export` returned.
+        parameters: the name of the parameter behind each placeholder; tied names are the first one of the model.
+        buffers: the name of the buffer behind each placeholder.
+        order: the position of each node.
+    """
+
+    program: torch.export.ExportedProgram
+    parameters: dict[Node, str]
+    buffers: dict[Node, str]
+    order: dict[Node, int]
+
+    def module_of(self, node: Node) -> str:
+        """Qualified name of the innermost module that runs the operation; empty for the model itself."""
+        stack = node.meta.get("nn_module_stack") or {}
+        names = [path for path, _ in stack.values()]
+        return names[-1].split("@")[0] if names else ""
+
+    def placeholders_of(self, parameter: str) -> list[Node]:
+        """The placeholders that hold a parameter."""
+        return [node for node, name in self.parameters.items() if name == parameter]
+
+    def uses_of_buffer(self, buffer: str | None) -> int:
+        """How many operations read a buffer; 1 where there is none."""
+        return sum(len(node.users) for node, name in self.buffers.items() if name == buffer) or 1
+
+    def interpret(self, model: nn.Module, inputs: Inputs, visit: Any) -> Any:
+        """Run the graph node by node on real tensors, calling ``visit(node, fetch)`` before each operation.
+
+        ``fetch`` turns an argument of the node into its value.
+        """
+        graph = self
+
+        class Visitor(Interpreter):
+            def run_node(self, n: Node) -> Any:
+                if n.op == "call_function":
+                    visit(n, lambda argument: self.env[argument] if isinstance(argument, Node) else argument)
+                return super().run_node(n)
+
+        state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        signature = self.program.graph_signature
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = {
+            **signature.inputs_to_lifted_tensor_constants,
+            **getattr(signature, "inputs_to_lifted_custom_objs", {}),
+        }
+        flat_inputs = iter(pytree.tree_leaves(inputs))
+        values: list[Any] = []
+        for node in self.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in named:
+                values.append(state[named[node.name]] if named[node.name] in state else graph.program.state_dict[named[node.name]])
+            elif node.name in constants:
+                values.append(self.program.constants[constants[node.name]])
+            else:
+                values.append(next(flat_inputs))
+        return Visitor(self.program.graph_module).run(*values)
+
+
+def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
+    """Export a model to its aten graph without running it on real data.
+
+    Raises:
+        AnalysisError: `torch.export` refuses the model.
+    """
+    args, kwargs = inputs
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, kwargs, strict=False)
+    except Exception as error:
+        raise AnalysisError(type(model).__name__, error) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    first_name = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    signature = program.graph_signature
+    nodes = list(program.graph.nodes)
+    parameters = {
+        node: first_name[id(by_name[signature.inputs_to_parameters[node.name]])]
+        for node in nodes
+        if node.op == "placeholder" and node.name in signature.inputs_to_parameters
+    }
+    buffers = {
+        node: signature.inputs_to_buffers[node.name]
+        for node in nodes
+        if node.op == "placeholder" and node.name in signature.inputs_to_buffers
+    }
+    return TracedGraph(program, parameters, buffers, {node: i for i, node in enumerate(nodes)})

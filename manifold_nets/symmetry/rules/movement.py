@@ -1,0 +1,250 @@
+"""Operations that move entries: the label moves with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch.fx import Node
+
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, rule, shape_of
+from manifold_nets.symmetry.scales import UNSCALED, Ids, Label
+
+__all__ = ["VIEWS", "reshape_ids"]
+
+VIEWS = frozenset(
+    "view reshape _unsafe_view flatten unflatten view_as permute transpose swapaxes t movedim squeeze unsqueeze expand "
+    "expand_as select slice narrow chunk split split_with_sizes unbind getitem alias detach".split()
+)
+
+
+def reshape_ids(ids: Ids, before: Sequence[int], after: Sequence[int]) -> Ids:
+    """Reshape ids as their tensor is reshaped, expanding only the axes that are cut or joined and vary.
+
+    Axes are matched in the smallest runs with equal products; a run along which the ids do not vary stays at size 1.
+    """
+    expand = [1] * len(before)
+    result = [1] * len(after)
+    i = j = 0
+    while i < len(before) or j < len(after):
+        start_i, start_j, left, right = i, j, 1, 1
+        while True:
+            if left <= right and i < len(before):
+                left *= before[i]
+                i += 1
+            elif j < len(after):
+                right *= after[j]
+                j += 1
+            elif i < len(before):
+                left *= before[i]
+                i += 1
+            if left == right and (i > start_i or j > start_j):
+                break
+        if any(n > 1 for n in ids.shape[start_i:i]):
+            expand[start_i:i] = before[start_i:i]
+            result[start_j:j] = after[start_j:j]
+    return np.broadcast_to(ids, expand).reshape(result)
+
+
+@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+def reshape(use: Use) -> Result:
+    """Reshapes of every name."""
+    label = use.label("self")
+    if label is None:
+        return None
+    return Label.compressed(reshape_ids(label.ids, use.shape("self"), use.out_shape), label.degree)
+
+
+@rule("permute", "transpose", "swapaxes", "t", "movedim", "numpy_T")
+def permute(use: Use) -> Result:
+    """Permutations of the axes."""
+    label = use.label("self")
+    if label is None:
+        return None
+    ids, args = label.ids, use.args
+    if "dims" in args:
+        moved = ids.transpose([d % ids.ndim for d in args["dims"]])
+    elif "source" in args:
+        moved = np.moveaxis(ids, args["source"], args["destination"])
+    elif "dim0" in args or "axis0" in args:
+        pair = (args["dim0"], args["dim1"]) if "dim0" in args else (args["axis0"], args["axis1"])
+        moved = np.swapaxes(ids, *pair)
+    else:
+        moved = ids.T
+    return Label(moved, label.degree)
+
+
+@rule("squeeze")
+def squeeze(use: Use) -> Result:
+    """Remove axes of size 1 of the tensor, not of its compressed label."""
+    label = use.label("self")
+    if label is None:
+        return None
+    shape, dim = use.shape("self"), use.args.get("dim")
+    wanted = range(len(shape)) if dim is None else [d % len(shape) for d in (dim if isinstance(dim, list) else [dim])]
+    return Label(np.squeeze(label.ids, tuple(d for d in wanted if shape[d] == 1)), label.degree)
+
+
+@rule("unsqueeze")
+def unsqueeze(use: Use) -> Result:
+    """Insert an axis of size 1."""
+    label = use.label("self")
+    if label is None:
+        return None
+    return Label(np.expand_dims(label.ids, use.args["dim"] % (label.ids.ndim + 1)), label.degree)
+
+
+@rule("expand", "expand_as")
+def expand(use: Use) -> Result:
+    """Repeat along axes of size 1: the label, which broadcasts, stays."""
+    label = use.label("self")
+    return None if label is None else Label(aligned(label, len(use.out_shape)), label.degree)
+
+
+@rule("repeat", "tile")
+def repeat(use: Use) -> Result:
+    """Tile a tensor."""
+    label = use.label("self")
+    if label is None:
+        return None
+    counts = use.args.get("repeats", use.args.get("dims"))
+    ids = aligned(label, len(use.out_shape))
+    counts = [1] * (ids.ndim - len(counts)) + list(counts)
+    return Label(np.tile(ids, [c if n > 1 else 1 for n, c in zip(ids.shape, counts, strict=True)]), label.degree)
+
+
+@rule("slice", "narrow", "select", "flip", "roll")
+def pick(use: Use) -> Result:
+    """Keep or reorder entries along one axis; nothing to do along an axis on which the label does not vary."""
+    label = use.label("self")
+    if label is None:
+        return None
+    ids, args = label.ids, use.args
+    if use.op == "select":
+        dim = args["dim"] % ids.ndim
+        return Label.compressed(ids.take(args["index"] if ids.shape[dim] > 1 else 0, dim), label.degree)
+    if use.op in ("flip", "roll"):
+        dims = [d % ids.ndim for d in args["dims"]]
+        moved = np.flip(ids, dims) if use.op == "flip" else _rolled(use, label, dims)
+        return Label(moved, label.degree)
+    dim = (args["dim"] or 0) % ids.ndim
+    if ids.shape[dim] == 1:
+        return label
+    if use.op == "narrow":
+        cut = slice(args["start"], args["start"] + args["length"])
+    else:
+        cut = slice(args["start"], args["end"], args["step"])
+    return Label.compressed(ids[(slice(None),) * dim + (cut,)], label.degree)
+
+
+def _rolled(use: Use, label: Label, dims: Sequence[int]) -> Ids:
+    if not dims:
+        use.pin("rolls the flattened tensor", label, unknown=True)
+        return label.ids
+    shifts = use.args["shifts"]
+    return np.roll(label.ids, [s % label.ids.shape[d] for s, d in zip(shifts, dims, strict=True)], dims)
+
+
+@rule("chunk", "split", "split_with_sizes", "unbind", "tensor_split")
+def split(use: Use) -> Result:
+    """Cut a tensor into parts along one axis."""
+    label = use.label("self")
+    if label is None:
+        return None
+    parts = [shape_of(fake) for fake in use.node.meta["val"]]
+    dim = use.args.get("dim", 0) % label.ids.ndim
+    whole = label.ids.shape[dim] == 1
+    if use.op == "unbind":
+        return [Label.compressed(label.ids.take(0 if whole else k, dim), label.degree) for k in range(len(parts))]
+    if whole:
+        return [label] * len(parts)
+    cuts = np.cumsum([part[dim] for part in parts])[:-1]
+    return [Label.compressed(ids, label.degree) for ids in np.split(label.ids, cuts, dim)]
+
+
+@rule("getitem")
+def getitem(use: Use) -> Result:
+    """Take one of several results."""
+    source, index = use.args["0"], use.args["1"]
+    found = as_list(use.labels.get(source)) if isinstance(source, Node) else [None]
+    return found[index] if len(found) > 1 else found[0]
+
+
+@rule("cat", "concat", "concatenate", "stack")
+def cat(use: Use) -> Result:
+    """Join tensors along an axis; parts that no scale reaches are marked so."""
+    nodes: list[Any] = [node for node in use.args["tensors"] if shape_of(node) != (0,)]
+    labels = [use.label_of(node) for node in nodes]
+    degrees = {label.degree for label in labels if label is not None}
+    if len(degrees) > 1:
+        use.pin("joins tensors that are scaled to different degrees")
+        return None
+    rank = len(use.out_shape)
+    dim = (use.args.get("dim") or 0) % rank
+    parts = []
+    for node, label in zip(nodes, labels, strict=True):
+        shape = shape_of(node)
+        ids = np.full((1,) * len(shape), UNSCALED) if label is None else label.ids
+        if use.op == "stack":
+            parts.append(np.expand_dims(ids, dim))
+        else:
+            parts.append(np.broadcast_to(ids, [shape[a] if a == dim else n for a, n in enumerate(ids.shape)]))
+    common = np.broadcast_shapes(*[tuple(1 if a == dim else n for a, n in enumerate(p.shape)) for p in parts])
+    full = [np.broadcast_to(p, [p.shape[a] if a == dim else n for a, n in enumerate(common)]) for p in parts]
+    return Label.compressed(np.concatenate(full, dim), degrees.pop())
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+      "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
+def pad(use: Use) -> Result:
+    """Padding with zeros, which any scale leaves alone, or with entries of the tensor itself."""
+    label = use.label("self")
+    if label is None:
+        return None
+    if use.args.get("mode", "constant") == "constant" and (use.args.get("value") or 0) != 0:
+        use.pin("pads with a constant that is not zero", label)
+        return None
+    amounts = use.args.get("pad") or use.args.get("padding")
+    axes = list(range(label.ids.ndim - len(amounts) // 2, label.ids.ndim))
+    if any(label.ids.shape[axis] > 1 for axis in axes):
+        widths = [(0, 0)] * label.ids.ndim
+        for k, axis in enumerate(reversed(axes)):
+            widths[axis] = (amounts[2 * k], amounts[2 * k + 1]) if label.ids.shape[axis] > 1 else (0, 0)
+        if any(amount < 0 for pair in widths for amount in pair):
+            use.pin("crops a tensor along an axis on which its scale varies", label, unknown=True)
+            return None
+        return Label(np.pad(label.ids, widths, mode="edge"), label.degree)
+    return label
+
+
+@rule("index")
+def index(use: Use) -> Result:
+    """Advanced indexing along axes on which the label does not vary."""
+    label = use.label("self")
+    if label is None:
+        if any(use.label_of(i) for i in use.args["indices"]):
+            use.pin("indexes with a scaled tensor")
+        return None
+    indexed = [axis for axis, i in enumerate(use.args["indices"]) if i is not None]
+    if any(label.ids.shape[axis] > 1 for axis in indexed):
+        merged = use.merge(label.ids, indexed, "picks entries that have different scales")
+        label = Label(merged, label.degree)
+    inserted = max(len(shape_of(i)) for i in use.args["indices"] if i is not None)
+    contiguous = indexed == list(range(indexed[0], indexed[-1] + 1))
+    at = indexed[0] if contiguous else 0
+    rest = np.squeeze(label.ids, tuple(indexed))
+    return Label(np.expand_dims(rest, tuple(range(at, at + inserted))), label.degree)
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def shuffle(use: Use) -> Result:
+    """Fixed permutations of channels and pixels, followed on the full label."""
+    label = use.label("self")
+    if label is None:
+        return None
+    import torch
+
+    full = np.ascontiguousarray(label.along(use.shape("self"), range(1, label.ids.ndim)))
+    moved = use.node.target(torch.from_numpy(full), *use.node.args[1:])  # type: ignore[operator]
+    return Label.compressed(moved.numpy(), label.degree)

@@ -1,0 +1,152 @@
+"""One operation of the graph as a rule sees it: its arguments, their labels, and what it may demand of the scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.fx import Node
+
+from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
+
+__all__ = ["Absorption", "Adoption", "Result", "Rule", "RULES", "Use", "rule"]
+
+Result = Label | list[Label | None] | None
+
+
+@dataclass(frozen=True)
+class Absorption:
+    """A normalization that absorbs scales: which of its statistics are scaled, by which scale, to which degree.
+
+    ``ids`` broadcasts to the statistics of the operation, kept with their axes: (1, C, 1, …) for batch normalization.
+    """
+
+    node: Node
+    kind: str
+    op: str
+    module: str
+    ids: Ids
+    degree: float
+    running_mean: str | None = None
+    running_var: str | None = None
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """A bias that has to be scaled along with the weight: its parameter and the scale of each of its entries."""
+
+    parameter: str
+    ids: Ids
+
+
+@dataclass
+class Use:
+    """An operation at which a scale arrives."""
+
+    node: Node
+    graph: TracedGraph
+    scales: Scales
+    labels: dict[Node, Result]
+    absorptions: list[Absorption] = field(default_factory=list)
+    adoptions: list[Adoption] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.args = bound_arguments(self.node)
+        self.op = op_name(self.node)
+
+    def label(self, name: str) -> Label | None:
+        """Label of an argument; None where it is not scaled."""
+        return self.label_of(self.args.get(name))
+
+    def label_of(self, value: Any) -> Label | None:
+        """Label of a node; None where it is not scaled or no node."""
+        found = self.labels.get(value) if isinstance(value, Node) else None
+        return found if isinstance(found, Label) else None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor argument."""
+        return shape_of(self.args[name])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the (first) result."""
+        return shape_of(self.node)
+
+    def why(self, reason: str, *, unknown: bool = False) -> Break:
+        """Build the reason for a condition that this operation puts on the scales."""
+        return Break(self.op, self.graph.module_of(self.node), reason, unknown)
+
+    def pin(self, reason: str, *labels: Label | None, unknown: bool = False) -> None:
+        """Refuse the scales of these labels (of all arguments when none is given)."""
+        given: Sequence[Label | None] = labels or [
+            label for node in self.node.all_input_nodes for label in as_list(self.labels.get(node))
+        ]
+        for label in given:
+            if label is not None:
+                self.scales.pin(label.ids, self.why(reason, unknown=unknown))
+
+    def merge(self, ids: Ids, axes: Sequence[int], reason: str = "sums entries that have different scales") -> Ids:
+        """Demand one scale along the axes; return the ids with these axes reduced to 1."""
+        return self.scales.merge(ids, [axis % ids.ndim for axis in axes], self.why(reason))
+
+    def absorb(
+        self, kind: str, label: Label, ids: Ids, *, running_mean: Any = None, running_var: Any = None
+    ) -> None:
+        """Record that the operation removes these scales from its result."""
+        name = self.graph.buffers.get
+        self.absorptions.append(
+            Absorption(
+                self.node, kind, self.op, self.graph.module_of(self.node), ids, label.degree,
+                name(running_mean), name(running_var),
+            )
+        )  # fmt: skip
+
+    def adopt(self, value: Any, ids: Ids, degree: float) -> bool:
+        """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
+        parameter = self.graph.parameters.get(value) if isinstance(value, Node) else None
+        if parameter is None or degree != 1.0:
+            return False
+        self.adoptions.append(Adoption(parameter, ids))
+        return True
+
+
+Rule = Callable[[Use], Result]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under the names of the aten operations that it describes."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def as_list(result: Result) -> list[Label | None]:
+    """Return the labels of one result or of several."""
+    return result if isinstance(result, list) else [result]
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Shape of the tensor that a node stands for; of the first one where it stands for several."""
+    fake = value.meta["val"] if isinstance(value, Node) else value
+    while isinstance(fake, (list, tuple)):
+        fake = fake[0]
+    return tuple(int(n) for n in fake.shape) if isinstance(fake, Tensor) else ()
+
+
+def aligned(label: Label, ndim: int) -> Ids:
+    """Ids of a label with axes of size 1 in front, as broadcasting does it."""
+    return label.ids.reshape((1,) * (ndim - label.ids.ndim) + label.ids.shape)
+
+
+def unscaled(ndim: int) -> Ids:
+    """Ids of a tensor that no scale reaches."""
+    return np.full((1,) * ndim, -1, dtype=np.int64)
