@@ -1,0 +1,267 @@
+"""Saving a model with its manifolds to a file, and loading them back into a freshly made model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import attach, constrained_weights, detach
+from manifold_nets.conversion import storage
+from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.errors import (
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    CheckpointTensorError,
+    OffManifoldError,
+    listed,
+)
+from manifold_nets.manifold import SphereProduct
+
+__all__ = ["load", "save"]
+
+_PROJECT = (
+    "It was trained by an optimizer that ignores the manifold, cast to another dtype, or edited. To put it back: call "
+    "manifold_nets.restore(model), then, under torch.no_grad(), model.get_parameter({name!r}).proj_(). Train with "
+    "manifold_nets.optim to keep it there."
+)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's `state_dict` and the manifolds of its constrained weights to one safetensors file.
+
+    The tensors stand under their usual names, so that any safetensors reader can read them; the partitions and the
+    exact radii, the format's version and a checksum stand in the file's metadata. Tied tensors are stored once, with
+    their other names. Non-contiguous tensors and other memory formats are stored in row-major order. The file appears
+    whole or not at all: it is written beside ``path``, flushed, and renamed. The same model gives the same bytes.
+
+    Only weights on a `SphereProduct` keep their manifold. The gradients, the training mode and the optimizer are not
+    part of a model's state; save ``optimizer.state_dict()`` beside it to go on training.
+
+    Args:
+        model: the model; it is not changed.
+        path: the file to write. An existing file is replaced.
+
+    Raises:
+        OffManifoldError: the norm of a group is not its radius, to a few machine epsilons of the weight's dtype.
+        CheckpointTensorError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter,
+            of a dtype that safetensors lacks, or no tensor.
+        FileNotFoundError: the folder of ``path`` does not exist.
+
+    Example:
+        >>> import tempfile, torch, manifold_nets as mn
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mn.save(mn.layers.UnitNormLinear(4, 3), f"{folder}/layer.safetensors")
+        ...     layer = mn.load(torch.nn.Linear(4, 3), f"{folder}/layer.safetensors")
+        >>> layer.weight.manifold
+        SphereProduct(3 filters of 4, radius 1) manifold
+    """
+    tensors, aliases = _unique(_storable(model, path))
+    manifolds = {}
+    for weight in constrained_weights(model):
+        stored = aliases.get(weight.name, weight.name)
+        if stored not in tensors:
+            found = "constrained, but has no entry in the state_dict"
+            raise CheckpointTensorError(path, weight.name, found, "Remove the hook that renames or drops it.")
+        _require_on_spheres(tensors[stored], weight.name, weight.manifold, _PROJECT.format(name=weight.name))
+        manifolds[stored] = weight.manifold
+    storage.write(path, storage.Contents(tensors, manifolds, aliases))
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint of `save` into a freshly made model, and put its weights on their manifolds again.
+
+    The model may be the plain architecture or a converted one. Everything is checked before the model is touched:
+    names, shapes, dtypes and tied tensors must be the same in file and model, and the constrained weights must lie on
+    their spheres. Then the values are copied in place: device and memory format stay the model's.
+
+    The manifolds become those of the file. A weight that is on the same manifold already keeps its parameter object,
+    and an optimizer that holds it stays valid; every other constrained weight becomes a new `geoopt.ManifoldParameter`
+    and a weight that only the model constrained becomes a plain parameter, so build optimizers after loading. Tied
+    weights stay tied. Nothing is unpickled.
+
+    Args:
+        model: the architecture that was saved, in the dtype it was saved in; its values are overwritten.
+        path: a file that `save` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        CheckpointFormatError: the file is truncated, damaged, of another kind, or of a newer format version.
+        CheckpointMismatchError: file and model differ; the message says in what.
+        OSError: the file does not exist or cannot be read.
+
+    Example:
+        See `save`.
+    """
+    contents = storage.read(path)
+    differences = _differences(model, contents)
+    if differences:
+        raise CheckpointMismatchError(path, type(model).__name__, differences)
+    for name, manifold in contents.manifolds.items():
+        try:
+            _require_on_spheres(contents.tensors[name], name, manifold, remedy="")
+        except OffManifoldError as error:
+            raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+    model.load_state_dict(contents.expanded())
+    _set_manifolds(model, contents)
+    return model
+
+
+def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the entries of the state_dict, or refuse by name what safetensors cannot hold."""
+    state: Mapping[str, object] = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointTensorError(path, name, f"a {type(value).__name__}", "Keep it outside of the state_dict.")
+        if nn.parameter.is_lazy(value):
+            raise CheckpointTensorError(path, name, "a lazy parameter without a shape", "Run the model once first.")
+        if hasattr(value, "__tensor_flatten__"):
+            kind = type(value).__name__
+            raise CheckpointTensorError(path, name, f"a {kind}", "Gather or dequantize it to a plain tensor first.")
+        if value.layout != torch.strided:
+            raise CheckpointTensorError(path, name, f"a {value.layout} tensor", "Call to_dense() on it first.")
+        if value.is_meta:
+            raise CheckpointTensorError(path, name, "on the meta device", "Give it values: to_empty, then load them.")
+        if value.dtype not in _DTYPES:
+            raise CheckpointTensorError(path, name, f"of {value.dtype}", "Cast it to a dtype that safetensors has.")
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+# What safetensors 0.4 and later store.
+_DTYPES = frozenset(
+    getattr(torch, name)
+    for name in "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 bool "
+    "int64 int32 int16 int8 uint8 uint16 uint32 uint64".split()
+)
+
+
+def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return each tensor once, contiguous and in the main memory, and the first name of every further name."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    storages: set[int] = set()
+    for name, value in state.items():
+        stored = first.setdefault(_place(value) or name, name)
+        if stored != name:
+            aliases[name] = stored
+            continue
+        dense = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        # Two tensors may overlap without being tied; safetensors wants each in a storage of its own.
+        if dense.untyped_storage().data_ptr() in storages:
+            dense = dense.clone()
+        storages.add(dense.untyped_storage().data_ptr())
+        tensors[name] = dense
+    return tensors, aliases
+
+
+def _place(tensor: Tensor) -> tuple[object, ...] | None:
+    """Identify the memory that a tensor shows: equal for tied tensors; None where it has no entries."""
+    if tensor.is_meta or nn.parameter.is_lazy(tensor) or hasattr(tensor, "__tensor_flatten__"):
+        return None
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return None
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def _require_on_spheres(stored: Tensor, name: str, manifold: SphereProduct, remedy: str) -> None:
+    """Raise `OffManifoldError` where a norm is off by more than rounding explains.
+
+    The optimizers stay below 4 machine epsilons and a cast adds at most half of one; 8 leaves room for neither of them
+    to be met by chance. Where a radius is so small that entries are subnormal, each entry carries an absolute error.
+    """
+    limits = torch.finfo(stored.dtype)
+    subnormal = limits.tiny * limits.eps * math.sqrt(manifold.partition.group_size) / float(manifold.radii.min())
+    manifold.require_point(stored, name, rtol=8 * limits.eps + subnormal, remedy=remedy)
+
+
+def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
+    """Say in what a file and a model differ; an empty list where the file can be loaded."""
+    in_file, in_model = contents.expanded(), model.state_dict()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    missing, extra = in_model.keys() - in_file.keys(), in_file.keys() - in_model.keys()
+    found = []
+    if missing:
+        found.append(f"the file lacks {listed(sorted(missing))}")
+    if extra:
+        found.append(f"the model lacks {listed(sorted(extra))}")
+    shared = [name for name in in_model if name in in_file]
+    each = [(name, _difference(in_file[name], in_model[name])) for name in shared]
+    each += [(name, "constrained in the file, but no parameter of the model") for name in contents.manifolds
+             if name not in parameters and name in in_model]  # fmt: skip
+    found += _cut([f"{name}: {text}" for name, text in each if text])
+    return found + _cut(_ties(contents.aliases, {name: in_model[name] for name in shared}))
+
+
+def _difference(stored: Tensor, present: object) -> str | None:
+    if not isinstance(present, Tensor):
+        return f"a tensor in the file, a {type(present).__name__} in the model"
+    if nn.parameter.is_lazy(present):
+        return "a lazy parameter without a shape; run the model once first"
+    if stored.shape != present.shape:
+        return f"shape {tuple(stored.shape)} in the file, {tuple(present.shape)} in the model"
+    if stored.dtype != present.dtype:
+        return f"{stored.dtype} in the file, {present.dtype} in the model"
+    if hasattr(present, "__tensor_flatten__"):
+        return f"a {type(present).__name__} in the model; load before sharding or quantizing it"
+    if present.is_meta:
+        return "on the meta device; call model.to_empty(device=…) first"
+    if any(size > 1 and stride == 0 for size, stride in zip(present.shape, present.stride(), strict=True)):
+        return "an expanded view in the model, which cannot be written to"
+    return None
+
+
+def _ties(aliases: Mapping[str, str], present: Mapping[str, object]) -> list[str]:
+    """Say which tensors are tied in the file alone or in the model alone."""
+    in_file = _groups({name: aliases.get(name, name) for name in present})
+    in_model = _groups({name: (isinstance(value, Tensor) and _place(value)) or name for name, value in present.items()})
+    return [
+        f"{', '.join(sorted(names))} are one tensor in the {where}, but not in the {other}"
+        for where, other, sets in (("file", "model", in_file - in_model), ("model", "file", in_model - in_file))
+        for names in sorted(sets, key=sorted)
+        if len(names) > 1
+    ]
+
+
+def _groups(labels: Mapping[str, object]) -> set[frozenset[str]]:
+    """Return the sets of names that have the same label."""
+    groups: dict[object, set[str]] = {}
+    for name, label in labels.items():
+        groups.setdefault(label, set()).add(name)
+    return {frozenset(names) for names in groups.values()}
+
+
+def _cut(texts: list[str], limit: int = 8) -> list[str]:
+    return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]
+
+
+def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
+    """Make the weights that the file constrains, and no others, constrained."""
+    owners = {
+        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for leaf in module._parameters
+    }
+    wanted = dict(contents.manifolds)
+    replaced = []
+    for weight in list(constrained_weights(model)):
+        name = contents.aliases.get(weight.name, weight.name)
+        same = name in wanted and wanted[name].to_dict() == weight.manifold.to_dict()
+        if same and isinstance(weight.parameter, geoopt.ManifoldParameter):
+            del wanted[name]
+        elif name not in wanted:
+            old = weight.parameter
+            detach(weight.module, weight.leaf)
+            replaced.append((old, weight.module.get_parameter(weight.leaf)))
+    for name, manifold in wanted.items():
+        module, leaf = owners[name]
+        old = module.get_parameter(leaf)
+        attach(module, leaf, manifold)
+        replaced.append((old, module.get_parameter(leaf)))
+    replace_everywhere(model, replaced)

@@ -1,0 +1,181 @@
+"""The checkpoint file: tensors in safetensors, with one JSON document about them in its metadata.
+
+The document, under the key ``manifold_nets``, holds the format's name and version, the manifold of each constrained
+weight, the names under which a tied tensor is known besides the one it is stored under, and a checksum of all that
+and of the tensors' bytes. The tensors themselves can be read by any safetensors reader. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from manifold_nets.errors import CheckpointFormatError
+from manifold_nets.manifold import SphereProduct
+
+__all__ = ["FORMAT", "VERSION", "Contents", "atomic_file", "read", "write"]
+
+FORMAT = "manifold_nets checkpoint"
+VERSION = 1
+# One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
+_KEY = "manifold_nets"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds: tensors by name, stored once each; manifolds; other names of stored tensors."""
+
+    tensors: Mapping[str, Tensor]
+    manifolds: Mapping[str, SphereProduct]
+    aliases: Mapping[str, str]
+
+    def expanded(self) -> dict[str, Tensor]:
+        """Return the tensors under all their names."""
+        return {**self.tensors, **{alias: self.tensors[name] for alias, name in self.aliases.items()}}
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary file in the folder of ``path``, which takes its place when the block ends without an error.
+
+    The file is flushed to the disk before it is renamed, so that a reader finds the old file or the whole new one.
+    When the block raises, ``path`` is as it was and the temporary file is gone. A symbolic link is followed, and a
+    file that is replaced hands on its permissions.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with atomic_file(Path(folder) / "notes.txt") as temporary:
+        ...         _ = temporary.write_text("all or nothing")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['notes.txt']
+    """
+    final = Path(path).resolve()
+    if not final.parent.is_dir():
+        raise FileNotFoundError(f"{final}: its folder does not exist. Make it first, or choose another path.")
+    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        # The writer may put a file of its own in place of this one, with other permissions.
+        mode = (final if final.exists() else temporary).stat().st_mode
+        yield temporary
+        temporary.chmod(mode & 0o7777)
+        _flush(temporary)
+        temporary.replace(final)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write a checkpoint file atomically. The tensors are dense, contiguous and in the main memory."""
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "manifolds": {name: manifold.to_dict() for name, manifold in contents.manifolds.items()},
+        "aliases": dict(contents.aliases),
+    }
+    document["checksum"] = _checksum(contents.tensors, document)
+    metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Read a checkpoint file.
+
+    Raises:
+        CheckpointFormatError: the file is truncated, damaged, of another kind, or of a newer format version.
+        OSError: the file does not exist or cannot be read.
+    """
+    if Path(path).is_dir():
+        raise CheckpointFormatError(path, "a folder", "Pass the file that manifold_nets.save wrote.")
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except safetensors.SafetensorError as error:
+        found = f"no readable safetensors file ({error})"
+        raise CheckpointFormatError(
+            path, found, "It is of another kind, truncated or damaged: save it again."
+        ) from None
+    document = _document(path, metadata)
+    if document.get("checksum") != _checksum(tensors, document):
+        raise CheckpointFormatError(
+            path, "contents that do not match their checksum", "It is damaged, or was edited: save it again."
+        )
+    return _contents(path, document, tensors)
+
+
+def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Parse the JSON document, and refuse files of another kind and of newer versions."""
+    if _KEY not in metadata:
+        raise CheckpointFormatError(
+            path,
+            f"a safetensors file without the metadata {_KEY!r}",
+            "Read a plain one with safetensors.torch.load_file and model.load_state_dict, then call "
+            "manifold_nets.convert.",
+        )
+    try:
+        document = json.loads(metadata[_KEY])
+        kind, version = document["format"], document["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        kind = version = document = None
+    if kind != FORMAT or not isinstance(version, int) or version < 1:
+        raise CheckpointFormatError(path, f"unreadable metadata {_KEY!r}", "It is damaged: save it again.")
+    if version > VERSION:
+        raise CheckpointFormatError(
+            path, f"format version {version}", f"This release reads versions up to {VERSION}: upgrade manifold_nets."
+        )
+    return dict(document)
+
+
+def _contents(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
+    try:
+        manifolds = {str(name): SphereProduct.from_dict(data) for name, data in document["manifolds"].items()}
+        aliases = {str(alias): str(name) for alias, name in document["aliases"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        found = f"manifolds or aliases that cannot be read ({type(error).__name__}: {error})"
+        raise CheckpointFormatError(path, found, "It is damaged: save it again.") from None
+    fits = all(name in tensors and tensors[name].shape == m.partition.shape for name, m in manifolds.items())
+    if not fits or any(alias in tensors or name not in tensors for alias, name in aliases.items()):
+        raise CheckpointFormatError(path, "manifolds or aliases of other tensors", "It is damaged: save it again.")
+    return Contents(tensors, manifolds, aliases)
+
+
+def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """CRC-32 over the document (without its checksum) and over name, type, shape and bytes of every tensor."""
+    rest = {key: value for key, value in document.items() if key != "checksum"}
+    crc = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
+    return f"crc32:{crc:08x}"

@@ -1,0 +1,236 @@
+"""save and load: what is in the file, what comes back, and what save refuses."""
+
+import copy
+
+import geoopt
+import hypothesis.strategies as st
+import pytest
+import safetensors.torch
+import torch
+from checkpoint_cases import (
+    DTYPES,
+    architecture,
+    check_same,
+    check_untouched,
+    constrained,
+    put,
+    snapshot,
+    with_buffer,
+)
+from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+import manifold_nets as mn
+from manifold_nets.constraints import attach
+from manifold_nets.conversion.checkpoint import load, save
+from manifold_nets.errors import CheckpointMismatchError, CheckpointTensorError, OffManifoldError
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("converted_first", [False, True])
+def test_round_trip_gives_back_values_and_manifolds(tmp_path, dtype, converted_first):
+    net = constrained(dtype)
+    fresh = constrained(dtype, seed=5) if converted_first else architecture(dtype, seed=5)
+    save(net, tmp_path / "net.safetensors")
+    assert load(fresh, str(tmp_path / "net.safetensors")) is fresh
+    check_same(net, fresh)
+    x = torch.randn(3, 2, 6, 6).to(dtype)
+    assert torch.equal(net.eval()(x), fresh.eval()(x))
+
+
+def test_sabotage_a_changed_radius_bit_or_type_is_noticed():
+    net = constrained()
+    radius = net[0].weight.manifold.radii
+    radius[3] = torch.nextafter(radius[3], torch.tensor(1.0, dtype=torch.float64))
+    for spoil in (
+        lambda m: attach(m[0], "weight", mn.SphereProduct((6, 2, 3, 3), radius=radius)),
+        lambda m: m[1].running_var.copy_(torch.nextafter(m[1].running_var, torch.tensor(9.0))),
+        lambda m: setattr(m[3], "weight", geoopt.ManifoldParameter(m[3].weight.detach())),
+    ):
+        spoiled = copy.deepcopy(net)
+        check_same(net, spoiled)
+        spoil(spoiled)
+        with pytest.raises(AssertionError):
+            check_same(net, spoiled)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(radii=st.lists(st.floats(1e-30, 1e30), min_size=4, max_size=4), dtype=st.sampled_from(DTYPES[:2]))
+def test_radii_are_exact(tmp_path, radii, dtype):
+    sphere = mn.SphereProduct((4, 3), radius=radii)
+    layer = put(nn.Linear(3, 4).to(dtype), "weight", sphere)
+    save(layer, tmp_path / "layer.safetensors")
+    loaded = load(nn.Linear(3, 4).to(dtype), tmp_path / "layer.safetensors")
+    assert loaded.weight.manifold.radii.tolist() == radii
+
+
+def test_file_is_plain_safetensors_in_equal_bytes(tmp_path):
+    net = constrained()
+    save(net, tmp_path / "a.safetensors")
+    save(copy.deepcopy(net), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    plain = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert plain.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in plain.items())
+
+
+def test_loading_keeps_parameter_objects_on_the_same_manifold(tmp_path):
+    net, fresh = constrained(), constrained(seed=4)
+    save(net, tmp_path / "net.safetensors")
+    before = [id(p) for p in fresh.parameters()]
+    load(fresh, tmp_path / "net.safetensors")
+    assert [id(p) for p in fresh.parameters()] == before
+
+
+def test_manifolds_of_the_file_replace_those_of_the_model(tmp_path):
+    net = put(architecture(), "0.weight", mn.SphereProduct((6, 2, 3, 3)))
+    fresh = put(architecture(seed=2), "0.weight", mn.SphereProduct((6, 2, 3, 3), radius=2.0))
+    put(fresh, "5.weight", mn.SphereProduct((5, 144)))
+    save(net, tmp_path / "net.safetensors")
+    load(fresh, tmp_path / "net.safetensors")
+    check_same(net, fresh)
+    assert type(fresh[5].weight) is nn.Parameter
+
+
+def test_a_constraint_whose_parameter_was_replaced_is_saved_and_restored(tmp_path):
+    net = constrained()
+    net.load_state_dict(net.state_dict(), assign=True)
+    assert type(net[0].weight) is nn.Parameter
+    save(net, tmp_path / "net.safetensors")
+    fresh = load(constrained(seed=3), tmp_path / "net.safetensors")
+    check_same(constrained(), fresh)
+    load(net, tmp_path / "net.safetensors")
+    check_same(fresh, net)
+
+
+# ---- tied tensors and memory formats --------------------------------------------------------------------------------
+
+
+def tied(seed=0):
+    torch.manual_seed(seed)
+    net = nn.ModuleDict({"b": nn.Linear(4, 4), "a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    net["c"].weight = net["a"].weight = net["b"].weight
+    return net
+
+
+@pytest.mark.parametrize("converted_first", [False, True])
+def test_tied_weights_are_stored_once_and_stay_tied(tmp_path, converted_first):
+    net = put(tied(), "b.weight", mn.SphereProduct((4, 4)))
+    net["a"].weight = net["c"].weight = net["b"].weight
+    save(net, tmp_path / "net.safetensors")
+    assert sorted(safetensors.torch.load_file(tmp_path / "net.safetensors")) == [
+        "a.bias",
+        "b.bias",
+        "b.weight",
+        "c.bias",
+    ]
+    fresh = tied(seed=1)
+    if converted_first:
+        put(fresh, "a.weight", mn.SphereProduct((4, 4), radius=5.0))
+        fresh["b"].weight = fresh["c"].weight = fresh["a"].weight
+    load(fresh, tmp_path / "net.safetensors")
+    check_same(net, fresh)
+    assert fresh["a"].weight is fresh["b"].weight is fresh["c"].weight
+
+
+def test_ties_do_not_depend_on_the_order_of_the_modules(tmp_path):
+    net = tied()
+    save(net, tmp_path / "net.safetensors")
+    other = tied(seed=1)
+    reordered = nn.ModuleDict({name: other[name] for name in ("c", "a", "b")})
+    load(reordered, tmp_path / "net.safetensors")
+    assert torch.equal(reordered["a"].weight, net["b"].weight)
+
+
+def test_ties_in_one_of_file_and_model_are_refused(tmp_path):
+    untied = nn.ModuleDict({name: nn.Linear(4, 4) for name in "bac"})
+    for net, fresh, where in ((tied(), untied, "in the file, but not"), (untied, tied(), "in the model, but not")):
+        save(net, tmp_path / "net.safetensors")
+        before = snapshot(fresh)
+        with pytest.raises(CheckpointMismatchError, match=rf"a\.weight, b\.weight, c\.weight are one tensor {where}"):
+            load(fresh, tmp_path / "net.safetensors")
+        check_untouched(fresh, before)
+
+
+def test_memory_formats_and_overlapping_tensors(tmp_path):
+    net = constrained().to(memory_format=torch.channels_last)
+    whole = torch.arange(12.0).reshape(3, 4)
+    for name, view in {"whole": whole, "transposed": whole.T, "slice": whole[1:], "empty": torch.zeros(0, 3)}.items():
+        net.register_buffer(name, view)
+    save(net, tmp_path / "net.safetensors")
+    fresh = architecture(seed=9).to(memory_format=torch.channels_last)
+    for name, shape in {"whole": (3, 4), "transposed": (4, 3), "slice": (2, 4), "empty": (0, 3)}.items():
+        fresh.register_buffer(name, torch.zeros(shape))
+    load(fresh, tmp_path / "net.safetensors")
+    check_same(net, fresh)
+    assert fresh[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- what save refuses ----------------------------------------------------------------------------------------------
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"note": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("net", "name"),
+    [
+        (nn.Linear(2, 2, device="meta"), "weight is on the meta device"),
+        (nn.LazyLinear(2), "weight is a lazy parameter"),
+        (WithExtraState(2, 2), "_extra_state is a dict"),
+        (with_buffer(torch.zeros(2, dtype=torch.complex128)), "extra is of torch.complex128"),
+        (with_buffer(torch.eye(2).to_sparse()), "extra is a torch.sparse_coo tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_save_refuses_by_name_and_writes_nothing(tmp_path, net, name):
+    with pytest.raises(CheckpointTensorError, match=name):
+        save(net, tmp_path / "net.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_save_refuses_a_weight_off_its_sphere_and_accepts_rounding(tmp_path, dtype):
+    net = constrained(dtype)
+    eps = torch.finfo(dtype).eps
+    with torch.no_grad():
+        net[0].weight[3] *= 1 + 2 * eps
+    save(net, tmp_path / "net.safetensors")
+    good = (tmp_path / "net.safetensors").read_bytes()
+    with torch.no_grad():
+        net[0].weight[3] *= 1 + 30 * eps
+    with pytest.raises(OffManifoldError, match=r"0\.weight: group 3 has norm .* radius 0\.3333.*proj_") as caught:
+        save(net, tmp_path / "net.safetensors")
+    assert (tmp_path / "net.safetensors").read_bytes() == good
+    assert [file.name for file in tmp_path.iterdir()] == ["net.safetensors"]
+    assert "restore(model)" in str(caught.value)
+    with torch.no_grad():
+        net.get_parameter("0.weight").proj_()
+    save(net, tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_save_refuses_a_group_without_a_direction(tmp_path, value):
+    net = constrained()
+    with torch.no_grad():
+        net[0].weight[2] = value
+    with pytest.raises(OffManifoldError, match=r"0\.weight: group 2"):
+        save(net, tmp_path / "net.safetensors")
+
+
+def test_half_precision_casts_of_small_radii_are_within_rounding(tmp_path):
+    for radius in (1.0, 1e-3, 1e-5):
+        layer = put(nn.Conv2d(64, 8, 3), "weight", mn.SphereProduct((8, 64, 3, 3), radius=radius)).half()
+        save(layer, tmp_path / "layer.safetensors")
+        loaded = load(nn.Conv2d(64, 8, 3).half(), tmp_path / "layer.safetensors")
+        assert torch.equal(layer.weight, loaded.weight)
+
+
+def test_save_into_a_missing_folder_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="its folder does not exist"):
+        save(constrained(), tmp_path / "none" / "net.safetensors")

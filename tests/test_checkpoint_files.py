@@ -1,0 +1,264 @@
+"""Checkpoint files that are interrupted, damaged, of another kind, or of another model."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import hypothesis.strategies as st
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from checkpoint_cases import architecture, check_same, check_untouched, constrained, put, snapshot, with_buffer
+from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+import manifold_nets as mn
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.conversion import storage
+from manifold_nets.conversion.checkpoint import load, save
+from manifold_nets.errors import CheckpointError, CheckpointFormatError, CheckpointMismatchError
+
+# ---- writing all or nothing -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace", "safetensors.torch.save_file"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch, where, existing):
+    path = tmp_path / "net.safetensors"
+    if existing:
+        save(constrained(seed=7), path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(*_args, **_kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(OSError, match="no space left"):
+        save(constrained(), path)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    save(put(nn.Linear(3, 3), "weight", mn.SphereProduct((3, 3))), path)
+    before = path.read_bytes()
+    script = f"""
+        import os, torch, manifold_nets
+        from manifold_nets.conversion.checkpoint import save
+        os.fsync = lambda descriptor: os._exit(9)
+        save(torch.nn.Linear(3, 3), {str(path)!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)
+    assert done.returncode == 9
+    assert path.read_bytes() == before
+    load(nn.Linear(3, 3), path)
+
+
+def test_permissions_and_links_are_kept(tmp_path):
+    real, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
+    save(constrained(), real)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert real.stat().st_mode & 0o777 == 0o666 & ~mask
+    real.chmod(0o640)
+    link.symlink_to(real)
+    save(constrained(seed=3), link)
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    check_same(constrained(seed=3), load(architecture(), real))
+
+
+# ---- bad files ------------------------------------------------------------------------------------------------------
+
+
+def small():
+    torch.manual_seed(0)
+    return put(nn.Linear(3, 2), "weight", mn.SphereProduct((2, 3), radius=[0.5, 2.0]))
+
+
+def check_damaged_file_is_harmless(path, data):
+    """Loading gives a checkpoint error and leaves the model alone, or gives exactly what was saved."""
+    path.write_bytes(data)
+    fresh = nn.Linear(3, 2)
+    before = snapshot(fresh)
+    try:
+        load(fresh, path)
+    except CheckpointError as caught:
+        error = str(caught)
+    else:
+        check_same(small(), fresh)
+        return
+    assert str(path) in error
+    check_untouched(fresh, before)
+
+
+@pytest.fixture(scope="module")
+def file_and_bytes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "layer.safetensors"
+    save(small(), path)
+    return path, path.read_bytes()
+
+
+def test_every_truncation_is_an_error(file_and_bytes):
+    path, data = file_and_bytes
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointFormatError, match="truncated"):
+            load(nn.Linear(3, 2), path)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_bytes_are_harmless(file_and_bytes, data):
+    path, good = file_and_bytes
+    changed = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(good) - 1))
+        changed[place] = data.draw(st.integers(0, 255))
+    check_damaged_file_is_harmless(path, bytes(changed))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(noise=st.binary(max_size=200), keep=st.integers(0, 60))
+def test_noise_is_harmless(file_and_bytes, noise, keep):
+    path, good = file_and_bytes
+    check_damaged_file_is_harmless(path, good[:keep] + noise)
+
+
+def test_sabotage_without_its_checksum_a_damaged_file_is_loaded(file_and_bytes, monkeypatch):
+    path, good = file_and_bytes
+    checksum = json.loads(metadata_of(path, good))["checksum"]
+    damaged = good[:-32] + bytes([good[-32] ^ 1]) + good[-31:]
+    check_damaged_file_is_harmless(path, damaged)
+    monkeypatch.setattr(storage, "_checksum", lambda *_: checksum)
+    with pytest.raises(AssertionError, match="bias"):
+        check_damaged_file_is_harmless(path, damaged)
+
+
+def metadata_of(path, data):
+    path.write_bytes(data)
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()["manifold_nets"]
+
+
+def rewrite(path, net, **changes):
+    """Write a checkpoint whose document is changed, with a checksum that fits."""
+    save(net, path)
+    document = {**json.loads(metadata_of(path, path.read_bytes())), **changes}
+    tensors = safetensors.torch.load_file(path)
+    document["checksum"] = storage._checksum(tensors, document)
+    safetensors.torch.save_file(tensors, path, metadata={"manifold_nets": json.dumps(document)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2, "manifolds": None}, "format version 2.*upgrade"),
+        ({"version": 0}, "unreadable"),
+        ({"format": "something else"}, "unreadable"),
+        ({"manifolds": {"weight": {}}}, "cannot be read"),
+        ({"manifolds": {"weight": {"shape": [2, 3], "view": [7], "kept": [0], "radius": [1]}}}, "cannot be read"),
+        ({"manifolds": {"nowhere": {"shape": [2], "view": [2], "kept": [], "radius": [1]}}}, "of other tensors"),
+        ({"manifolds": {"bias": {"shape": [3], "view": [3], "kept": [], "radius": [1]}}}, "of other tensors"),
+        ({"manifolds": {"weight": {"shape": [2, 3], "view": [2, 3], "kept": [0], "radius": [1.5]}}}, "off its sphere"),
+        ({"aliases": {"more": "nowhere"}}, "of other tensors"),
+        ({"aliases": ["more"]}, "cannot be read"),
+    ],
+)
+def test_documents_of_other_versions_and_contents(tmp_path, changes, message):
+    path = tmp_path / "layer.safetensors"
+    rewrite(path, small(), **changes)
+    fresh = nn.Linear(3, 2)
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointFormatError, match=message) as caught:
+        load(fresh, path)
+    assert str(path) in str(caught.value)
+    check_untouched(fresh, before)
+
+
+class Trap:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def __reduce__(self):
+        return (os.mkdir, (self.flag,))
+
+
+def test_files_of_other_kinds_are_refused_and_nothing_is_unpickled(tmp_path):
+    flag = tmp_path / "unpickled"
+    torch.save({"weight": Trap(str(flag))}, tmp_path / "torch.pt")
+    (tmp_path / "raw.pkl").write_bytes(pickle.dumps(Trap(str(flag))))
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    safetensors.torch.save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    for name, message in {
+        "torch.pt": "another kind",
+        "raw.pkl": "another kind",
+        "empty": "another kind",
+        "folder": "found a folder",
+        "plain.safetensors": "without the metadata.*load_file",
+    }.items():
+        with pytest.raises(CheckpointFormatError, match=message) as caught:
+            load(nn.Linear(3, 2), tmp_path / name)
+        assert name in str(caught.value)
+    assert not flag.exists()
+    with pytest.raises(FileNotFoundError, match="absent"):
+        load(nn.Linear(3, 2), tmp_path / "absent.safetensors")
+
+
+# ---- a good file and another model ----------------------------------------------------------------------------------
+
+
+class Renamed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.bias = nn.Linear(3, 2, bias=False), nn.Parameter(torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("fresh", "message"),
+    [
+        (nn.Linear(3, 2, bias=False), "the model lacks bias"),
+        (Renamed(), r"the file lacks first\.weight; the model lacks weight"),
+        (nn.Linear(4, 2), r"weight: shape \(2, 3\) in the file, \(2, 4\) in the model"),
+        (nn.Linear(3, 2).to(torch.bfloat16), r"weight: torch.float32 in the file, torch.bfloat16 in the model"),
+        (nn.Linear(3, 2, device="meta"), "weight: on the meta device"),
+        (nn.LazyLinear(2), "weight: a lazy parameter"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_differences_are_said_and_the_model_is_left_alone(tmp_path, fresh, message):
+    save(small(), tmp_path / "layer.safetensors")
+    values = {name: p.detach().clone() for name, p in fresh.named_parameters() if not nn.parameter.is_lazy(p)}
+    with pytest.raises(CheckpointMismatchError, match=message) as caught:
+        load(fresh, tmp_path / "layer.safetensors")
+    assert type(fresh).__name__ in str(caught.value)
+    assert caught.value.differences
+    assert list(constrained_weights(fresh)) == []
+    now = {name: fresh.get_parameter(name) for name in values}
+    assert all(now[name].is_meta or torch.equal(value, now[name]) for name, value in values.items())
+
+
+def test_expanded_buffers_and_constrained_buffers_are_refused(tmp_path):
+    save(with_buffer(torch.ones(2, 3)), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointMismatchError, match="extra: an expanded view"):
+        load(with_buffer(torch.ones(3).expand(2, 3)), tmp_path / "net.safetensors")
+    plain = nn.Module()
+    plain.register_buffer("weight", torch.zeros(2, 3))
+    plain.register_buffer("bias", torch.zeros(2))
+    save(small(), tmp_path / "layer.safetensors")
+    with pytest.raises(CheckpointMismatchError, match="weight: constrained in the file, but no parameter"):
+        load(plain, tmp_path / "layer.safetensors")
+
+
+def test_long_lists_of_differences_are_cut(tmp_path):
+    save(nn.Sequential(*[nn.Linear(2, 2) for _ in range(20)]), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointMismatchError, match="and 32 more of these"):
+        load(nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)]), tmp_path / "net.safetensors")
