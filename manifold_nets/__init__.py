@@ -8,9 +8,29 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import geoopt  # noqa: F401
 
-from manifold_nets import errors, sources
+from manifold_nets import errors, optim, sources
 from manifold_nets.constraints import restore
+from manifold_nets.conversion import conversion_record, convert, load, plan, revert, save, verify
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim import param_groups
+from manifold_nets.symmetry import SymmetryReport, diagnose
 
-__all__ = ["Partition", "SphereProduct", "errors", "restore", "sources"]
+__all__ = [
+    "Partition",
+    "SphereProduct",
+    "SymmetryReport",
+    "conversion_record",
+    "convert",
+    "diagnose",
+    "errors",
+    "load",
+    "optim",
+    "param_groups",
+    "plan",
+    "restore",
+    "revert",
+    "save",
+    "sources",
+    "verify",
+]

@@ -1,0 +1,21 @@
+"""Putting a network's weights on spheres and giving them back: plan, apply, verify, revert, save, load."""
+
+from manifold_nets.conversion.apply import ConversionRecord, conversion_record, convert
+from manifold_nets.conversion.checkpoint import load, save
+from manifold_nets.conversion.plan import Action, ConversionPlan, plan
+from manifold_nets.conversion.revert import revert
+from manifold_nets.conversion.verify import Verification, verify
+
+__all__ = [
+    "Action",
+    "ConversionPlan",
+    "ConversionRecord",
+    "Verification",
+    "conversion_record",
+    "convert",
+    "load",
+    "plan",
+    "revert",
+    "save",
+    "verify",
+]

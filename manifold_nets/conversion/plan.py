@@ -130,7 +130,7 @@ def plan(
     _require_same_model(model, report)
     wanted = _selected(report, include, "include", default=True)
     unwanted = _selected(report, exclude, "exclude", default=False)
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state = named_tensors(model)
     actions = []
     for finding in report.weights:
         if finding.status == "constrained":
@@ -143,6 +143,14 @@ def plan(
             action = _sphere_action(finding, state, radius, train_tolerance)
         actions.append(action)
     return ConversionPlan(report.model, tuple(actions), report.example_inputs)
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model under all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def sphere_of(action: Action, weight: Tensor) -> tuple[SphereProduct, Tensor]:

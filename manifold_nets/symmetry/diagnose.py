@@ -122,7 +122,9 @@ class _Judge:
             partition=partition,
             filters_per_group=structure.seed.n_groups // partition.n_groups,
             absorbers=tuple(self._absorber(a, groups) for a in structure.absorptions),
-            scaled_along=tuple(ScaledAlong(bias, _relabelled(ids, groups)) for bias, ids in structure.companions.items()),
+            scaled_along=tuple(
+                ScaledAlong(bias, _relabelled(ids, groups)) for bias, ids in structure.companions.items()
+            ),
             certificate=certificate,
             broken_by=None,
             remedy=_REMEDIES[status],

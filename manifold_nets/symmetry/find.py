@@ -92,7 +92,9 @@ def joined_partition(seed: Partition, classes: list[list[int]]) -> Partition:
             blocks = _consecutive_blocks(seed, count, size)
             if blocks is not None:
                 return blocks
-        if seed.kept == (0,) and all(members == list(range(k, total, count)) for k, members in enumerate(sorted(classes))):
+        if seed.kept == (0,) and all(
+            members == list(range(k, total, count)) for k, members in enumerate(sorted(classes))
+        ):
             return Partition(seed.shape, (size, count, *seed.shape[1:]), (1,))
     return Partition.whole(seed.shape)
 
@@ -145,9 +147,7 @@ def _seed_label(seed: Partition) -> Ids:
     return spread.reshape(groups * fan_in, per_group, *(1 for _ in kernel))
 
 
-def _propagate(
-    graph: TracedGraph, seeds: dict[Node, Label], scales: Scales
-) -> tuple[list[Absorption], list[Adoption]]:
+def _propagate(graph: TracedGraph, seeds: dict[Node, Label], scales: Scales) -> tuple[list[Absorption], list[Adoption]]:
     labels: dict[Node, Result] = dict(seeds)
     absorptions: list[Absorption] = []
     adoptions: list[Adoption] = []

@@ -129,7 +129,10 @@ class TracedGraph:
                     visit(n, lambda argument: self.env[argument] if isinstance(argument, Node) else argument)
                 return super().run_node(n)
 
-        state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+        state = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         signature = self.program.graph_signature
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         constants = {
@@ -142,7 +145,9 @@ class TracedGraph:
             if node.op != "placeholder":
                 continue
             if node.name in named:
-                values.append(state[named[node.name]] if named[node.name] in state else graph.program.state_dict[named[node.name]])
+                values.append(
+                    state[named[node.name]] if named[node.name] in state else graph.program.state_dict[named[node.name]]
+                )
             elif node.name in constants:
                 values.append(self.program.constants[constants[node.name]])
             else:

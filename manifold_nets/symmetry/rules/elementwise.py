@@ -140,7 +140,9 @@ def mul(use: Use) -> Result:
 def power(use: Use) -> Result:
     """Powers multiply the degree."""
     label = use.label("self")
-    exponent: Any = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.get(use.op, use.args.get("exponent"))
+    exponent: Any = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.get(
+        use.op, use.args.get("exponent")
+    )
     if label is None or not isinstance(exponent, (int, float)):
         use.pin("has a scaled exponent")
         return None
@@ -163,7 +165,13 @@ def reduce(use: Use) -> Result:
     if label is None or use.op == "logsumexp":
         return not_homogeneous(use)
     given = use.args.get("dim")
-    axes = range(label.ids.ndim) if given is None or given == [] else given if isinstance(given, (list, tuple)) else [given]
+    axes = (
+        range(label.ids.ndim)
+        if given is None or given == []
+        else given
+        if isinstance(given, (list, tuple))
+        else [given]
+    )
     axes = [axis % label.ids.ndim for axis in axes]
     merged = use.merge(label.ids, axes)
     if use.op != "cumsum" and not use.args.get("keepdim", False):

@@ -93,9 +93,7 @@ class Use:
         """Demand one scale along the axes; return the ids with these axes reduced to 1."""
         return self.scales.merge(ids, [axis % ids.ndim for axis in axes], self.why(reason))
 
-    def absorb(
-        self, kind: str, label: Label, ids: Ids, *, running_mean: Any = None, running_var: Any = None
-    ) -> None:
+    def absorb(self, kind: str, label: Label, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> None:
         """Record that the operation removes these scales from its result."""
         name = self.graph.buffers.get
         self.absorptions.append(

@@ -1,0 +1,206 @@
+"""Carrying out a conversion plan: all new values are computed first, then put in place, then checked."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import attach, detach
+from manifold_nets.conversion.algebra import gather, rescaled_variance
+from manifold_nets.conversion.plan import Action, ConversionPlan, Selector, named_tensors, plan, sphere_of
+from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
+from manifold_nets.errors import FunctionChangedError, NothingToConvertError
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.symmetry.report import Absorber
+
+__all__ = ["ConversionRecord", "conversion_record", "convert"]
+
+_RECORD = "_manifold_nets_conversion"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """What a conversion did: the plan that was carried out and how far the function is from what it was."""
+
+    plan: ConversionPlan
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"plan": self.plan.to_dict(), "verification": self.verification.to_dict()}
+
+    def __str__(self) -> str:
+        return f"{self.plan}\n  {self.verification}"
+
+
+def conversion_record(model: nn.Module) -> ConversionRecord | None:
+    """Return what `convert` did to this model, or None where it was not converted in this process."""
+    record = model.__dict__.get(_RECORD)
+    return record if isinstance(record, ConversionRecord) else None
+
+
+def convert(
+    model: nn.Module,
+    report_or_example_inputs: Any,
+    *,
+    radius: Literal["unit", "keep"] = "unit",
+    include: Selector = None,
+    exclude: Selector = None,
+    train_tolerance: float = 1e-4,
+    inplace: bool = False,
+) -> nn.Module:
+    """Put every scale-invariant weight of a network on a product of spheres without changing what it computes.
+
+    The weights become `geoopt.ManifoldParameter`s in their natural shape under their usual names; `state_dict` keys,
+    shapes and the forward pass stay. With unit radius a filter w of norm n becomes w/n, its bias b/n, the running mean
+    m/n and the running variance (v + eps)/n² − eps, which keeps evaluation mode exact; see `plan` for training mode and
+    for the layers that keep their norms. The result is compared with the original in both modes; see
+    `conversion_record`.
+
+    Args:
+        model: the network; left as it is unless ``inplace``.
+        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
+        radius: ``"unit"`` or ``"keep"``.
+        include: names of weights to convert; see `plan`.
+        exclude: names of weights to leave; see `plan`.
+        train_tolerance: largest relative change of a layer's normalized training output; see `plan`.
+        inplace: rewrite the model itself; its weights become new parameter objects, so build optimizers afterwards.
+
+    Returns:
+        The converted copy, or the model itself. A model that is converted already comes back unchanged.
+
+    Raises:
+        NothingToConvertError: no selected weight is scale-invariant.
+        DegenerateGroupError: a weight to convert has a zero or non-finite filter.
+        FunctionChangedError: the output in evaluation mode would change by more than rounding.
+        SelectionError, OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
+        In every case the model is left as it was.
+
+    References:
+        Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+        >>> net = convert(net, torch.randn(4, 3, 8, 8))
+        >>> type(net[0].weight).__name__, net[0].weight.manifold.partition.n_groups
+        ('ManifoldParameter', 8)
+    """
+    chosen = plan(
+        model,
+        report_or_example_inputs,
+        radius=radius,
+        include=include,
+        exclude=exclude,
+        train_tolerance=train_tolerance,
+    )
+    if not chosen.spheres and not any(action.action == "already" for action in chosen.actions):
+        raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions])
+    before = both_modes(model, chosen.example_inputs)
+    target = model if inplace else copy.deepcopy(model)
+    undo = _carry_out(target, chosen)
+    verification = compare_outputs(before, both_modes(target, chosen.example_inputs))
+    limit = eval_limit(_dtype(target))
+    if not verification.eval_difference <= limit:
+        undo()
+        raise FunctionChangedError(chosen.model, "evaluation", verification.eval_difference, limit)
+    target.__dict__[_RECORD] = record = ConversionRecord(_without_inputs(chosen), verification)
+    _log.info("%s", record)
+    return target
+
+
+def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
+    """Drop what a model should not carry into its copies and pickles: the inputs and the findings channel by channel."""
+    return replace(chosen, actions=tuple(replace(a, finding=None) for a in chosen.actions), example_inputs=None)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
+    """Rewrite the weights of a plan; return a function that takes it back."""
+    state = named_tensors(model)
+    manifolds: dict[str, SphereProduct] = {}
+    changed: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor:
+        return changed.get(name, state[name].detach().to(torch.float64))
+
+    for action in chosen.spheres:
+        manifold, factors = sphere_of(action, state[action.name])
+        manifolds[action.name] = manifold
+        if action.radius == "unit":
+            spread = manifold.partition.spread(factors)
+            changed[action.name] = manifold.partition.multiply(current(action.name), spread)
+            changed.update(_scaled_along(action, factors, current))
+    points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
+    # Nothing has been written so far; from here on nothing can fail for reasons of the values.
+    saved = {name: state[name].detach().clone() for name in changed}
+    with torch.no_grad():
+        for name, value in changed.items():
+            state[name].copy_(value)
+            state[name].grad = None
+    holders = {name: _holders(model, state[name]) for name in manifolds}
+    originals = {name: state[name] for name in manifolds}
+    for name, manifold in manifolds.items():
+        _attach_everywhere(holders[name], manifold, points[name])
+
+    def undo() -> None:
+        with torch.no_grad():
+            for name, value in saved.items():
+                state[name].copy_(value)
+        for name, places in holders.items():
+            for module, leaf in places:
+                detach(module, leaf)
+                setattr(module, leaf, originals[name])
+
+    return undo
+
+
+def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    return [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter]
+
+
+def _attach_everywhere(places: list[tuple[nn.Module, str]], manifold: SphereProduct, point: Tensor) -> None:
+    """Put a weight on its manifold in every module that holds it; tied weights stay one object."""
+    (first, first_leaf), *others = places
+    attach(first, first_leaf, manifold, point)
+    for module, leaf in others:
+        attach(module, leaf, manifold)
+        setattr(module, leaf, first.get_parameter(first_leaf))
+
+
+def _scaled_along(action: Action, factors: Tensor, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """New float64 values of the biases and running statistics that change with a weight."""
+    finding = action.finding
+    changed: dict[str, Tensor] = {}
+    if finding is None:
+        return changed
+    for bias in finding.scaled_along:
+        old = current(bias.name)
+        changed[bias.name] = old * gather(factors, bias.groups).reshape(old.shape)
+    seen: set[str] = set()
+    for absorber in finding.absorbers:
+        if absorber.running_mean is None or absorber.running_var is None or absorber.running_var in seen:
+            continue
+        seen.add(absorber.running_var)
+        changed.update(_rescaled_statistics(absorber, factors, current))
+    return changed
+
+
+def _rescaled_statistics(absorber: Absorber, factors: Tensor, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    mean, variance = str(absorber.running_mean), str(absorber.running_var)
+    factor = gather(factors, absorber.groups) ** absorber.degree
+    reached = torch.tensor(absorber.groups, device=factor.device) >= 0
+    new_variance = rescaled_variance(current(variance), absorber.eps or 0.0, factor)
+    return {
+        mean: current(mean) * factor,
+        variance: torch.where(reached, new_variance, current(variance)),
+    }
