@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import geoopt
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import DegenerateGroupError, OffManifoldError, PartitionError
-from manifold_nets.groups import Partition, accumulation_dtype
+from manifold_nets.errors import OffManifoldError, PartitionError
+from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate, root_sum_squares, wide
+from manifold_nets.radii import Radii
 
-__all__ = ["SphereProduct"]
+__all__ = ["SphereProduct", "on_first_instance"]
+
+_on_first_instance: list[Callable[[], None]] = []
+
+
+def on_first_instance(action: Callable[[], None]) -> None:
+    """Have a function called once, before the first `SphereProduct` is made, copied or unpickled in this process."""
+    _on_first_instance.append(action)
 
 
 class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
@@ -25,9 +33,10 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
 
     so lengths are radians, ``egrad2rgrad`` is r² times the projected gradient, and steps of the same learning rate
     follow the same path of unit directions whatever the radius is. `inner`, `norm` and `dist` are those of the whole
-    product, scalars, as in `geoopt.ProductManifold`; `component_inner` and `component_dist` give them group by group.
+    product, scalars, as in `geoopt.ProductManifold`; `group_inner` and `component_dist` give them group by group.
 
-    Half-precision tensors are computed in float32 and rounded once at the end.
+    Half-precision tensors are computed in float32 and rounded once at the end. Every method has a gradient, also at
+    coinciding points and zero vectors. Groups of one entry are pairs of points, with nothing to optimize.
 
     Args:
         shape: natural shape of the weight, or a `Partition`.
@@ -45,77 +54,58 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
     Example:
         >>> sphere = SphereProduct((8, 3, 5, 5))
         >>> w = sphere.random_uniform(8, 3, 5, 5)
-        >>> bool(sphere.check_point_on_manifold(w)), float(sphere.dist(w, w))
+        >>> sphere.check_point_on_manifold(w), float(sphere.dist(w, w))
         (True, 0.0)
     """
 
     name = "SphereProduct"
     reversible = False
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> SphereProduct:
+        while _on_first_instance:
+            _on_first_instance.pop()()
+        return super().__new__(cls)  # type: ignore[no-any-return]
+
     def __init__(
         self,
         shape: Sequence[int] | Partition,
         *,
         view: Sequence[int] | None = None,
-        kept: Sequence[int] = (0,),
+        kept: Sequence[int] | None = None,
         radius: float | Sequence[float] | Tensor = 1.0,
     ) -> None:
         super().__init__()
-        if isinstance(shape, Partition):
-            self.partition = shape
-        else:
-            self.partition = Partition(tuple(shape), tuple(view if view is not None else shape), tuple(kept))
+        if not isinstance(shape, Partition):
+            axes = (0,) if kept is None else tuple(kept)
+            shape = Partition(tuple(shape), tuple(shape if view is None else view), axes)
+        elif view is not None or kept is not None:
+            raise PartitionError("a partition with a view or kept axes", "one or the other", "Leave one of them out.")
+        self.partition = shape
         self.ndim = len(self.partition.shape)
-        # Kept out of the module's buffers: casting a model to half precision must not round its radii.
-        self._radii = self._checked_radii(radius)
-        self._spread_radii: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def _checked_radii(self, radius: float | Sequence[float] | Tensor) -> tuple[float, ...]:
-        given = torch.as_tensor(radius, dtype=torch.float64).detach().cpu().flatten().tolist()
-        if len(given) not in (1, self.partition.n_groups):
-            raise PartitionError(
-                f"{len(given)} radii", f"one, or one for each of {self.partition.n_groups} groups", "Pass as many."
-            )
-        for group, value in enumerate(given):
-            if not (value > 0 and math.isfinite(value)):
-                raise PartitionError(
-                    f"radius {value} for group {group}", "a positive finite number", "Use the norm of the group."
-                )
-        return (given[0],) if all(value == given[0] for value in given) else tuple(given)
-
-    # ---- the radii -------------------------------------------------------------------------------------------------
+        self._radii = Radii(self.partition, radius)
 
     @property
     def uniform_radius(self) -> float | None:
         """The radius where all groups have the same one, else None."""
-        return self._radii[0] if len(self._radii) == 1 else None
+        return self._radii.uniform
 
     @property
     def radii(self) -> Tensor:
-        """Radius of each group: float64, shape ``(n_groups,)``."""
-        return torch.tensor(self._radii, dtype=torch.float64).expand(self.partition.n_groups).clone()
+        """Radius of each group: float64, shape ``(n_groups,)``, on the CPU."""
+        return self._radii.tensor()
 
     def radius_for(self, x: Tensor) -> Tensor | float:
         """Return the radii as a factor for the groups of ``x``: a number, or a tensor of ``spread_shape``."""
-        if len(self._radii) == 1:
-            return self._radii[0]
-        key = (x.device, accumulation_dtype(x.dtype))
-        if key not in self._spread_radii:
-            values = torch.tensor(self._radii, dtype=torch.float64).to(*key)
-            self._spread_radii[key] = self.partition.spread(values)
-        return self._spread_radii[key]
+        return self._radii.factor(x)
 
     def to_dict(self) -> dict[str, Any]:
         """Return partition and radii as plain lists for JSON; one radius where all groups share it."""
-        return {**self.partition.to_dict(), "radius": list(self._radii)}
+        return {**self.partition.to_dict(), "radius": list(self._radii.values)}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> SphereProduct:
+    def from_dict(cls, data: Mapping[str, Any]) -> SphereProduct:
         """Rebuild a manifold from `to_dict`."""
         return cls(Partition.from_dict(data), radius=data["radius"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_spread_radii": {}}
 
     # ---- points and tangent vectors --------------------------------------------------------------------------------
 
@@ -125,27 +115,28 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         Raises:
             DegenerateGroupError: a group is zero or not finite.
         """
-        wide = _wide(x)
-        norms = self.partition.norms(wide)
-        self._refuse_degenerate(norms, "x")
-        # Dividing first keeps the squares in range; the second pass removes what the first one rounded.
-        unit = self.partition.multiply(wide, 1 / norms)
-        return self._rescale(unit, self.partition.norms(unit)).to(x.dtype)
+        norms = self.partition.norms(x)
+        refuse_degenerate(norms, "x")
+        return self._onto_spheres(wide(x), norms).to(x.dtype)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Orthogonal projection on the tangent space: ``u − ⟨w, u⟩ w/r²`` in each group."""
-        x32, u32 = _wide(x), _wide(u)
-        radius = self.radius_for(x32)
-        coefficient = self.partition.inner(x32, u32) / radius / radius
-        return (u32 - self.partition.multiply(x32, coefficient)).to(u.dtype)
+        partition, x_wide, u_wide = self.partition, wide(x), wide(u)
+        if self._radii.moderate and partition.group_size > 1:
+            coefficient = self._radii.divide_twice(partition.inner(x_wide, u_wide))
+            return partition.subtract(u_wide, coefficient, x_wide).to(u.dtype)
+        return self._tangential(self._radii.divide(x_wide), u_wide).to(u.dtype)
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Riemannian gradient: ``r² (g − ⟨w, g⟩ w/r²)`` in each group, from the Euclidean gradient ``g``."""
-        radius = self.radius_for(x)
-        tangent = self.proju(x, u)
-        if isinstance(radius, float):
-            return tangent if radius == 1.0 else tangent * (radius * radius)
-        return self.partition.multiply(_wide(tangent), radius * radius).to(u.dtype)
+        return self._radii.multiply_twice(self.proju(wide(x), wide(u))).to(u.dtype)
+
+    def group_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Inner product ``⟨u, v⟩/r²`` of each group, in ``partition.spread_shape`` and float32 or better."""
+        if self._radii.moderate:
+            return self._radii.divide_twice(self.partition.inner(u, u if v is None else v))
+        first = self._radii.divide(wide(u))
+        return self.partition.inner(first, first if v is None else self._radii.divide(wide(v)))
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Inner product ``⟨u, v⟩/r²`` of each group, repeated over its entries so that it broadcasts with ``x``."""
@@ -154,70 +145,55 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
             return inner
         return inner.expand(self.partition.view).reshape(self.partition.shape)
 
-    def group_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Inner product ``⟨u, v⟩/r²`` of each group, in ``partition.spread_shape`` and float32 or better."""
-        radius = self.radius_for(x)
-        return self.partition.inner(u, u if v is None else v) / radius / radius
-
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         """Inner product of two tangent vectors over the whole product: a scalar, in the dtype of ``u``."""
         return self._total(self.group_inner(x, u, v), keepdim).to(u.dtype)
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Length of a tangent vector in radians: ``(Σ_G ‖u_G‖²/r_G²)^½``."""
-        return self._norm_total(self.partition.norms(u) / self.radius_for(u), keepdim).to(u.dtype)
+        return self._norm(self._radii.divide(wide(u)), keepdim).to(u.dtype)
 
     # ---- moving ----------------------------------------------------------------------------------------------------
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Metric projection of ``x + u``: ``r (w + u)/‖w + u‖``, a retraction of second order."""
-        moved = _wide(x) + _wide(u)
-        return self._rescale(moved, self.partition.norms(moved)).to(x.dtype)
+        moved = wide(x) + wide(u)
+        return self._onto_spheres(moved, self.partition.norms(moved)).to(x.dtype)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Geodesic from ``x``: ``cos(θ) w + (sin θ/θ) u`` with ``θ = ‖u‖/r`` in each group."""
-        x32, u32 = _wide(x), _wide(u)
-        angle = self.partition.norms(u32) / self.radius_for(x32)
-        moved = self.partition.multiply(x32, angle.cos()) + self.partition.multiply(u32, torch.sinc(angle / math.pi))
-        return self._rescale(moved, self.partition.norms(moved)).to(x.dtype)
+        x, u, dtype = wide(x), wide(u), x.dtype
+        angle = self.partition.norms(self._radii.divide(u))
+        moved = self.partition.multiply(x, angle.cos()) + self.partition.multiply(u, torch.sinc(angle / math.pi))
+        return self._onto_spheres(moved, self.partition.norms(moved)).to(dtype)
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Tangent vector at ``x`` whose geodesic reaches ``y`` at time 1, of length `dist`.
 
-        The direction is taken from ``y − w`` where the angle is acute and from ``y + w`` where it is obtuse, so that
-        neither near nor nearly antipodal points lose digits. Exact antipodes have many shortest geodesics: a fixed one
-        is returned. A group of one entry has no tangent vectors: zero is returned.
+        Exact antipodes have many shortest geodesics: a fixed one is returned. A group of one entry has no tangent
+        vectors: zero is returned.
         """
-        x32, y32 = _wide(x), _wide(y)
-        angle = self._angles(x32, y32)
-        near = torch.where(self.partition.inner(x32, y32) < 0, -1.0, 1.0).to(x32.dtype)
-        direction = self.proju(x32, y32 - self.partition.multiply(x32, near))
-        # The projection of a short vector is itself short of digits; once more removes what it left behind.
-        direction = self.proju(x32, direction)
-        length = self.partition.norms(direction)
-        antipodal = (length == 0) & (near < 0)
-        if bool(antipodal.any()):
-            direction = torch.where(
-                antipodal.expand(self.partition.view).reshape(x.shape), self._any_tangent(x32), direction
-            )
-            length = self.partition.norms(direction)
-        factor = angle * self.radius_for(x32) / torch.where(length > 0, length, torch.ones_like(length))
-        return self.partition.multiply(direction, factor).to(x.dtype)
+        partition, x_unit = self.partition, self._radii.divide(wide(x))
+        angle, direction = self._geodesic(wide(x), wide(y))
+        tiny = torch.finfo(angle.dtype).tiny
+        antipodal = (angle > 1) & (partition.norms(direction) <= tiny)
+        direction = partition.where(antipodal, self._any_tangent(x_unit), direction)
+        length = partition.norms(direction)
+        # Where nothing is left of the direction the points coincide, and the ratio of angle and length tends to 1.
+        ratio = torch.where(length <= tiny, 1.0, angle / torch.where(length <= tiny, 1.0, length))
+        return self._radii.multiply(partition.multiply(direction, ratio)).to(x.dtype)
 
     def component_dist(self, x: Tensor, y: Tensor) -> Tensor:
         """Angle between the groups of two points, in radians: shape ``(n_groups,)``, float32 or better."""
-        return self._angles(_wide(x), _wide(y)).flatten()
+        return self._geodesic(wide(x), wide(y))[0].flatten()
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Geodesic distance in radians: the root of the sum of the squared angles of all groups.
-
-        Each angle is ``2 atan2(‖x̂ − ŷ‖, ‖x̂ + ŷ‖)`` (W. Kahan), accurate at every angle; an arc cosine is not.
-        """
-        return self._norm_total(self._angles(_wide(x), _wide(y)), keepdim).to(x.dtype)
+        """Geodesic distance in radians: the root of the sum of the squared angles of all groups."""
+        return self._norm(self.component_dist(x, y), keepdim).to(x.dtype)
 
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Squared geodesic distance in square radians."""
-        return self._total(self._angles(_wide(x), _wide(y)).square(), keepdim).to(x.dtype)
+        return self._total(self.component_dist(x, y).square(), keepdim).to(x.dtype)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Vector transport by projection on the tangent space at ``y``."""
@@ -229,19 +205,9 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         self, *size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Tensor:
         """Draw a point uniformly on the product of spheres, as a `geoopt.ManifoldTensor` of the natural shape."""
-        wanted = geoopt.utils.size2shape(*size) if size else self.partition.shape
-        self._assert_check_shape(wanted, "x")
-        kind = dtype or torch.get_default_dtype()
-        normal = torch.randn(wanted, dtype=accumulation_dtype(kind), device=device)
-        if normal.device.type == "meta":
-            return geoopt.ManifoldTensor(normal.to(kind), manifold=self)
-        return geoopt.ManifoldTensor(self.projx(normal).to(kind), manifold=self)
+        return self._sample(torch.randn, size, dtype, device)
 
-    def random(
-        self, *size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None, **_: Any
-    ) -> Tensor:
-        """Draw a point uniformly; the same as `random_uniform`."""
-        return self.random_uniform(*size, dtype=dtype, device=device)
+    random = random_uniform
 
     def origin(
         self,
@@ -251,113 +217,111 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         seed: int | None = 42,
     ) -> Tensor:
         """Return a fixed point, the same at every call: all entries of a group equal, positive, of norm ``r``."""
-        wanted = geoopt.utils.size2shape(*size) if size else self.partition.shape
-        self._assert_check_shape(wanted, "x")
-        kind = dtype or torch.get_default_dtype()
-        ones = torch.ones(wanted, dtype=accumulation_dtype(kind), device=device)
-        return geoopt.ManifoldTensor(self.projx(ones).to(kind), manifold=self)
+        return self._sample(torch.ones, size, dtype, device)
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
     def refuse_degenerate(self, x: Tensor, name: str) -> None:
         """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
-        self._refuse_degenerate(self.partition.norms(x), name)
+        refuse_degenerate(self.partition.norms(x), name)
 
     def deviations(self, x: Tensor) -> Tensor:
-        """Relative deviation ``|‖w_G‖/r_G − 1|`` of each group: float64, shape ``(n_groups,)``."""
-        norms = self.partition.norms(x.detach().to(torch.float64)).flatten()
-        return (norms / self.radii.to(norms.device) - 1).abs()
+        """Relative deviation ``|‖w_G‖/r_G − 1|`` of each group: float64, shape ``(n_groups,)``, on the CPU."""
+        return (self._norms(x) / self.radii - 1).abs()
 
     def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str) -> None:
         """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
         deviations = self.deviations(x)
         worst = int(torch.nan_to_num(deviations, nan=math.inf).argmax())
         if not float(deviations[worst]) <= rtol:
-            norm = float(self.partition.norms(x.detach().double()).flatten()[worst])
-            raise OffManifoldError(name, worst, norm, float(self.radii[worst]), remedy)
-
-    def _refuse_degenerate(self, norms: Tensor, name: str) -> None:
-        if torch.compiler.is_compiling() or norms.device.type == "meta":
-            return
-        flat = norms.detach().flatten()
-        bad = ~(flat.isfinite() & (flat > 0))
-        if bool(bad.any()):
-            indices = bad.nonzero().flatten().tolist()
-            raise DegenerateGroupError(name, indices, [float(flat[i]) for i in indices])
+            raise OffManifoldError(name, worst, float(self._norms(x)[worst]), float(self.radii[worst]), remedy)
 
     def _check_shape(self, shape: Sequence[int], name: str) -> tuple[bool, str | None]:
         if tuple(shape) == self.partition.shape:
             return True, None
-        return False, f"`{name}` has shape {tuple(shape)}, but the manifold holds weights of shape {self.partition.shape}"
+        return False, f"`{name}` has shape {tuple(shape)}, but these spheres hold shape {self.partition.shape}"
 
-    def _check_point_on_manifold(
-        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
-        norms = self.partition.norms(x.detach().to(torch.float64)).flatten().cpu()
-        off = (norms - self.radii).abs() / self.radii
-        bad = ~(off <= atol + rtol)
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
+        # Rounding a point to its dtype alone moves a norm by up to half a machine epsilon.
+        bad = ~(self.deviations(x) <= atol + rtol + torch.finfo(x.dtype).eps)
         if not bool(bad.any()):
             return True, None
         group = int(bad.nonzero()[0])
         return False, (
-            f"group {group} of `x` has norm {float(norms[group]):.9g} instead of {float(self.radii[group]):.9g} "
-            f"({int(bad.sum())} of {len(norms)} groups are off) with atol={atol}, rtol={rtol}"
+            f"group {group} of `x` has norm {float(self._norms(x)[group]):.9g} instead of "
+            f"{float(self.radii[group]):.9g} ({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
         )
 
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
-        x64, u64 = x.detach().to(torch.float64), u.detach().to(torch.float64)
-        radius = self.radius_for(x64)
-        radial = (self.partition.inner(x64, u64) / radius / radius).abs()
-        allowed = atol + rtol * self.partition.norms(u64) / radius
-        bad = ~(radial <= allowed).flatten()
+        x_unit, u_unit = (self._radii.divide(t.detach().to(torch.float64)) for t in (x, u))
+        radial = self.partition.inner(x_unit, u_unit).abs()
+        eps = max(torch.finfo(x.dtype).eps, torch.finfo(u.dtype).eps)
+        bad = ~(radial <= atol + (rtol + eps) * self.partition.norms(u_unit)).flatten()
         if not bool(bad.any()):
             return True, None
         group = int(bad.nonzero()[0])
         return False, (
             f"group {group} of `u` has a radial part of {float(radial.flatten()[group]):.6g} radians instead of 0 "
-            f"({int(bad.sum())} of {bad.numel()} groups are off) with atol={atol}, rtol={rtol}"
+            f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
         )
 
     def extra_repr(self) -> str:
-        radius = f"radius {self._radii[0]:g}" if len(self._radii) == 1 else f"radii {min(self._radii):g}…{max(self._radii):g}"
+        """Partition and radii, for `repr`."""
         points = "; groups of one entry: two points, nothing to optimize" if self.partition.group_size == 1 else ""
-        return f"{self.partition}, {radius}{points}"
+        return f"{self.partition}, {self._radii}{points}"
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
 
-    def _rescale(self, x: Tensor, norms: Tensor) -> Tensor:
-        return self.partition.multiply(x, self.radius_for(x) / norms)
+    def _onto_spheres(self, x: Tensor, norms: Tensor) -> Tensor:
+        # Divide, then multiply: the ratio of radius and norm may be out of range where the result is not.
+        return self._radii.multiply(self.partition.divide(x, norms))
 
-    def _angles(self, x: Tensor, y: Tensor) -> Tensor:
-        x_unit = self._rescale(x, self.partition.norms(x))
-        y_unit = self._rescale(y, self.partition.norms(y))
-        return 2 * torch.atan2(self.partition.norms(x_unit - y_unit), self.partition.norms(x_unit + y_unit))
+    def _tangential(self, x_unit: Tensor, u: Tensor) -> Tensor:
+        if self.partition.group_size == 1:
+            return u * 0.0  # there is no tangent vector but zero; rounding would leave a multiple of u
+        return self.partition.subtract(u, self.partition.inner(x_unit, u), x_unit)
 
-    def _any_tangent(self, x: Tensor) -> Tensor:
-        """Return a fixed unit-free tangent vector: the coordinate of each group that `x` uses least, projected."""
-        partition = self.partition
-        if partition.group_size == 1:
-            return torch.zeros_like(x)
-        order = (*partition.kept, *partition.reduced)
-        grouped = x.reshape(partition.view).permute(order)
-        flat = grouped.reshape(partition.n_groups, partition.group_size)
-        axis = torch.zeros_like(flat).scatter_(1, flat.abs().argmin(1, keepdim=True), 1.0)
-        inverse = [order.index(i) for i in range(len(order))]
-        return self.proju(x, axis.reshape(grouped.shape).permute(inverse).reshape(x.shape))
+    def _geodesic(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the angle of each group, and a tangent vector in the direction of ``y``, as long as the sine.
 
-    def _total(self, per_group: Tensor, keepdim: bool) -> Tensor:
-        total = per_group.sum()
-        return total.reshape((1,) * self.ndim) if keepdim else total
+        The direction is taken from ``y − w`` where the angle is acute and from ``y + w`` where it is obtuse: exact
+        differences, so that neither near nor nearly antipodal points lose digits, as an arc cosine would.
+        """
+        x_unit, partition = self._radii.divide(x), self.partition
+        cosine = partition.inner(x_unit, self._radii.divide(y))
+        gap = self._radii.divide(partition.subtract(y, torch.where(cosine < 0, -torch.ones_like(cosine), 1.0), x))
+        # A projection of a short vector is short of digits; once more removes what it left behind.
+        direction = self._tangential(x_unit, self._tangential(x_unit, gap))
+        return torch.atan2(partition.norms(direction) * partition.norms(x_unit), cosine), direction
 
-    def _norm_total(self, per_group: Tensor, keepdim: bool) -> Tensor:
-        largest = per_group.detach().abs().amax()
-        scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
-        total = scale * (per_group / scale).square().sum().sqrt()
-        return total.reshape((1,) * self.ndim) if keepdim else total
+    def _any_tangent(self, x_unit: Tensor) -> Tensor:
+        """Return a fixed tangent vector: the coordinate of each group that the point uses least, projected."""
+        rows = self.partition.rows(x_unit)
+        axis = torch.zeros_like(rows).scatter_(1, rows.abs().argmin(1, keepdim=True), 1.0)
+        return self._tangential(x_unit, self.partition.from_rows(axis))
 
+    def _norms(self, x: Tensor) -> Tensor:
+        norms: Tensor = self.partition.norms(x.detach().to(torch.float64))
+        return norms.flatten().cpu()
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision to float32, everything else as it is."""
-    return x.to(accumulation_dtype(x.dtype))
+    def _total(self, values: Tensor, keepdim: bool) -> Tensor:
+        return values.sum().reshape((1,) * self.ndim if keepdim else ())
+
+    def _norm(self, values: Tensor, keepdim: bool) -> Tensor:
+        return self._total(root_sum_squares(values.flatten(), ((0,),)), keepdim)
+
+    def _sample(
+        self,
+        draw: Callable[..., Tensor],
+        size: tuple[int, ...],
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> Tensor:
+        shape = geoopt.utils.size2shape(*size) if size else self.partition.shape
+        self._assert_check_shape(shape, "x")
+        dtype = dtype or torch.get_default_dtype()
+        entries = draw(shape, dtype=accumulation_dtype(dtype), device=device)
+        point: Tensor = geoopt.ManifoldTensor(self.projx(entries).to(dtype), manifold=self)
+        return point
