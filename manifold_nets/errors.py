@@ -14,20 +14,27 @@ __all__ = [
     "CheckpointFormatError",
     "CheckpointMismatchError",
     "CheckpointTensorError",
+    "ConstraintError",
     "ConstraintLostError",
     "DegenerateGroupError",
+    "EuclideanStepError",
     "ExampleInputsError",
+    "ExportError",
     "FunctionChangedError",
     "ManifoldNetsError",
+    "MissingExtraError",
     "ModelBuildError",
     "ModelNotFoundError",
     "ModelSpecError",
     "NothingToConvertError",
     "OffManifoldError",
+    "OptimizerStateError",
     "OptionError",
+    "ParameterGroupError",
     "PartitionError",
     "ReportMismatchError",
     "SelectionError",
+    "SphereOptionError",
     "StateDictMismatchError",
     "UnsupportedManifoldError",
     "WeightsFileError",
@@ -85,6 +92,13 @@ class UnsupportedManifoldError(ManifoldNetsError, TypeError):
         )
 
 
+class ConstraintError(ManifoldNetsError, ValueError):
+    """A weight cannot be put on its manifold as asked."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(f"{name}: found {found}; expected {expected}. Name a weight of the module that fits.")
+
+
 class ConstraintLostError(ManifoldNetsError, RuntimeError):
     """A constrained weight reached an optimizer as a plain parameter object."""
 
@@ -96,6 +110,49 @@ class ConstraintLostError(ManifoldNetsError, RuntimeError):
             "manifold_nets.param_groups(model), which finds the manifold through the model."
         )
         self.names = tuple(names)
+
+
+class EuclideanStepError(ManifoldNetsError, RuntimeError):
+    """An optimizer that knows nothing of spheres is about to step a constrained weight."""
+
+    def __init__(self, optimizer: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{listed(names)}: constrained to a product of spheres, but {optimizer} is about to step it as a Euclidean "
+            "weight; nothing was changed. Use manifold_nets.optim.RiemannianSGD or RiemannianAdam with "
+            "manifold_nets.param_groups(model); or, if your code puts the weight back on its spheres itself, say so "
+            "with manifold_nets.optim.allow_euclidean(optimizer)."
+        )
+        self.names = tuple(names)
+
+
+class SphereOptionError(ManifoldNetsError, TypeError):
+    """A weight on spheres has a property, or an option, that its optimizer cannot work with."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{name} lies on a product of spheres: found {found}; expected {expected}. Change it, or train this weight "
+            "without the constraint (manifold_nets.revert)."
+        )
+
+
+class ParameterGroupError(ManifoldNetsError, ValueError):
+    """The manifolds of a parameter group do not fit its parameters."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{name}: found {found}; expected {expected}. Let manifold_nets.param_groups(model) make the groups, or "
+            "give \"manifolds\" one SphereProduct, or None, for each of \"params\"."
+        )
+
+
+class OptimizerStateError(ManifoldNetsError, ValueError):
+    """The saved state of an optimizer does not fit the spheres of a live weight."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"state of {name}: found {found}; expected {expected}; nothing was loaded. Load the state of the same kind "
+            "of optimizer for a model converted in the same way, or start without it."
+        )
 
 
 class ExampleInputsError(ManifoldNetsError, ValueError):
@@ -252,4 +309,25 @@ class FunctionChangedError(ManifoldNetsError, RuntimeError):
         super().__init__(
             f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; at "
             f"most {limit:.3g} is expected. Nothing was changed. Use radius='keep', or exclude the layers in question."
+        )
+
+
+class ExportError(ManifoldNetsError, RuntimeError):
+    """A model cannot be written in a format; no file was written."""
+
+    def __init__(self, path: object, tool: str, cause: BaseException) -> None:
+        lines = str(cause).strip().splitlines()
+        super().__init__(
+            f"{path}: {tool} could not write the model ({type(cause).__name__}: {lines[0] if lines else ''}); expected "
+            "a network in evaluation mode, made of operations that it knows. Cast half precision to float32, or write "
+            "the weights alone with the format safetensors."
+        )
+
+
+class MissingExtraError(ManifoldNetsError, ImportError):
+    """A package that an optional feature needs is not installed."""
+
+    def __init__(self, package: str, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed; {feature} need it. Install the extra: pip install 'manifold_nets[{extra}]'."
         )

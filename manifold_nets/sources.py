@@ -97,6 +97,7 @@ def load_model(
         ModelBuildError: the callable raised, or returned something that is no model.
         WeightsFileError: the file cannot be read.
         StateDictMismatchError: its names or shapes are not the model's.
+        CheckpointError: the file of a converted model is damaged, newer, or does not fit.
 
     Example:
         >>> load_model("torch.nn:Linear", kwargs={"in_features": 4, "out_features": 2})

@@ -12,6 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.conversion.checkpoint import load
+from manifold_nets.conversion.storage import is_checkpoint
 from manifold_nets.errors import StateDictMismatchError, WeightsFileError
 
 __all__ = ["load_weights", "read_state_dict"]
@@ -33,7 +35,9 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         WeightsFileError: the file does not exist, cannot be read, or holds no weights.
-        StateDictMismatchError: its names or shapes are not the model's; the model is left as it was.
+        StateDictMismatchError: its names or shapes are not the model's.
+        CheckpointError: the file of a converted model is damaged, newer, or does not fit; see `load`.
+        In every case the model is left as it was.
 
     Example:
         >>> import tempfile
@@ -45,6 +49,8 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         True
     """
     path = Path(path)
+    if path.is_file() and is_checkpoint(path):
+        return load(model, path)
     state = read_state_dict(path)
     _check(model, path, state)
     model.load_state_dict(state, strict=False)
@@ -60,7 +66,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise WeightsFileError(path, "no such file", "Check the path.")
-    if is_safetensors(path):
+    if _is_safetensors(path):
         try:
             return safetensors.torch.load_file(path)
         except safetensors.SafetensorError as error:
@@ -68,7 +74,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return _from_torch_file(path)
 
 
-def is_safetensors(path: Path) -> bool:
+def _is_safetensors(path: Path) -> bool:
     """Tell whether a file starts as a safetensors file does: eight bytes of length, then a JSON object."""
     with path.open("rb") as file:
         start = file.read(9)

@@ -25,7 +25,7 @@ from torch import Tensor
 from manifold_nets.errors import CheckpointFormatError
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["FORMAT", "VERSION", "Contents", "atomic_file", "read", "write"]
+__all__ = ["FORMAT", "VERSION", "Contents", "atomic_file", "is_checkpoint", "read", "write"]
 
 FORMAT = "manifold_nets checkpoint"
 VERSION = 1
@@ -106,6 +106,15 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is a safetensors file with the metadata of a checkpoint, of whatever version."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            return _KEY in (file.metadata() or {})
+    except safetensors.SafetensorError:
+        return False
 
 
 def read(path: str | os.PathLike[str]) -> Contents:

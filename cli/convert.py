@@ -1,0 +1,84 @@
+"""`manifold-nets convert`: the scale-invariant weights of a model put on their spheres, and written to a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, cast
+
+import click
+
+from manifold_nets.conversion import ConversionRecord, conversion_record
+from manifold_nets.conversion import convert as put_on_spheres
+from manifold_nets.conversion.checkpoint import save
+
+from .options import OutputFile, Request, model_options
+from .outcome import Outcome, reported
+from .render import plan_table, progress, rows_table
+
+
+@click.command()
+@model_options
+@click.option("--output", type=OutputFile(), help="File to write; without it, the result is only shown.")
+@click.option(
+    "--radius",
+    type=click.Choice(["unit", "keep"]),
+    default="unit",
+    show_default=True,
+    help="Norm of every group: 1 where eps allows it, or what it is.",
+)
+@click.option(
+    "--train-tolerance",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    show_default=True,
+    help="A layer whose training-mode output eps would change by more keeps its norms.",
+)
+@click.option(
+    "--max-train-difference",
+    type=click.FloatRange(min=0),
+    default=1e-2,
+    show_default=True,
+    help="Nothing is written where the network's training-mode output changes by more.",
+)
+@click.option("--include", multiple=True, metavar="PATTERN", help="Weights to convert, such as 'layer1.*'; repeatable.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights to leave; repeatable.")
+@reported
+def convert(
+    request: Request,
+    output: Path | None,
+    radius: Literal["unit", "keep"],
+    train_tolerance: float,
+    max_train_difference: float,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+) -> Outcome:
+    """Put the scale-invariant weights of MODEL on spheres, check that it computes the same, and write it."""
+    with progress(f"Converting {request.spec} and comparing both …"):
+        model = request.model()
+        converted = put_on_spheres(
+            model,
+            request.inputs(model),
+            radius=radius,
+            include=include or None,
+            exclude=exclude or None,
+            train_tolerance=train_tolerance,
+        )
+    record = cast("ConversionRecord", conversion_record(converted))
+    found = record.verification
+    failures = []
+    if not found.train_difference <= max_train_difference:
+        failures.append(
+            f"{request.spec}: its output in training mode would change by {found.train_difference:.3g}, relative, more "
+            f"than {max_train_difference:.3g}; nothing was written. Lower --train-tolerance, or use --radius keep."
+        )
+    elif output is not None:
+        save(converted, output)
+    written = output if output is not None and not failures else None
+    rows = {
+        "weights on spheres": sum(action.action != "leave" for action in record.plan.actions),
+        "largest relative difference, evaluation mode": found.eval_difference,
+        "largest relative difference, training mode": found.train_difference,
+        "written": written or "nothing",
+    }
+    document = {"output": None if written is None else str(written), **record.to_dict()}
+    return Outcome(document, (plan_table(record.plan), rows_table("Result", rows)), tuple(failures))

@@ -1,0 +1,28 @@
+"""`manifold-nets diagnose`: which weights have a scale that the network does not see."""
+
+from __future__ import annotations
+
+import click
+
+from manifold_nets.symmetry import diagnose as find_symmetries
+
+from .options import Request, model_options
+from .outcome import Outcome, reported
+from .render import progress, report_table
+
+
+@click.command()
+@model_options
+@click.option(
+    "--tolerance", type=float, default=1e-8, show_default=True, help="Largest certificate of an invariant group."
+)
+@reported
+def diagnose(request: Request, tolerance: float) -> Outcome:
+    """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
+    with progress(f"Tracing {request.spec} and certifying its symmetries …"):
+        model = request.model()
+        report = find_symmetries(model, request.inputs(model), tolerance=tolerance, seed=request.seed)
+    found = f"{len(report.invariant)} of {len(report.weights)} weights are scale-invariant."
+    remedies = [f"{weight.name}: {weight.remedy}" for weight in report.disagreements]
+    failures = [f"structure and certificate disagree on {text}" for text in remedies]
+    return Outcome({"report": report.to_dict()}, (report_table(report), found), tuple(failures))

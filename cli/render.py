@@ -1,0 +1,120 @@
+"""Results as tables for people, on standard output; progress and complaints, on standard error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import click
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from manifold_nets.conversion import ConversionPlan
+from manifold_nets.symmetry import SymmetryReport, WeightFinding
+
+__all__ = ["complain", "note", "plan_table", "progress", "report_table", "rows_table", "show"]
+
+# Where output goes to a file there is no window to fit into, and a line should stay a line.
+_FILE_WIDTH = 180
+
+_STYLES = {
+    "invariant": "green",
+    "constrained": "green",
+    "sphere": "green",
+    "already": "green",
+    "not invariant": "yellow",
+    "no evidence": "yellow",
+    "leave": "yellow",
+    "unknown": "magenta",
+    "disagreement": "bold red",
+}
+
+
+def _console(*, stderr: bool = False) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(stderr=stderr, highlight=False, width=_FILE_WIDTH)
+    return console
+
+
+def show(*parts: RenderableType) -> None:
+    """Print parts of a result to standard output."""
+    console = _console()
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    with console.capture() as captured:
+        console.print(*parts, sep="\n")
+    # Tables fill their lines with blanks, which a file need not keep.
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def note(text: str) -> None:
+    """Say something on standard error."""
+    _console(stderr=True).print(Text(text), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """Say what went wrong on standard error."""
+    _console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show a spinner on standard error while a block runs, where standard error is a terminal."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(Text(text)):
+        yield
+
+
+def report_table(report: SymmetryReport) -> Table:
+    """Tabulate a report: one row a weight, with what absorbs its scale or what breaks the chain."""
+    table = _table("weight", "layer", "status", "groups", "why", "certificate", title=f"{report.model}: symmetries")
+    for weight in report.weights:
+        groups = "" if weight.partition is None else str(weight.partition)
+        table.add_row(weight.name, weight.layer, _styled(weight.status), groups, _why(weight), str(weight.certificate))
+    return table
+
+
+def plan_table(plan: ConversionPlan) -> Table:
+    """Tabulate a plan: one row a weight, with what is done, what eps changes in training mode, and what stands out."""
+    table = _table("weight", "action", "groups", "radius", "eps effect", "reason", title=f"{plan.model}: conversion")
+    for action in plan.actions:
+        groups = "" if action.partition is None else str(action.partition)
+        effect = "" if action.train_deviation is None else f"{action.train_deviation:.1e}"
+        reason = "" if action.radius == "unit" else action.reason
+        table.add_row(action.name, _styled(action.action), groups, action.radius or "", effect, reason)
+    return table
+
+
+def rows_table(title: str, rows: Mapping[str, object]) -> Table:
+    """Tabulate names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.2e}" if isinstance(value, float) else str(value))
+    return table
+
+
+def _table(*columns: str, title: str) -> Table:
+    table = Table(title=title, title_justify="left", pad_edge=False, box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _styled(word: str) -> Text:
+    return Text(word, style=_STYLES.get(word, ""))
+
+
+def _why(weight: WeightFinding) -> str:
+    if weight.partition is None:
+        return weight.broken_by or weight.remedy
+    absorbed = ", ".join(dict.fromkeys(str(absorber) for absorber in weight.absorbers))
+    return f"absorbed by {absorbed}"
