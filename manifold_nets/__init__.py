@@ -8,7 +8,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import geoopt  # noqa: F401
 
-from manifold_nets import errors, optim, sources
+from manifold_nets import errors, layers, optim, sources
 from manifold_nets.constraints import restore
 from manifold_nets.conversion import conversion_record, convert, load, plan, revert, save, verify
 from manifold_nets.groups import Partition
@@ -24,6 +24,7 @@ __all__ = [
     "convert",
     "diagnose",
     "errors",
+    "layers",
     "load",
     "optim",
     "param_groups",

@@ -1,0 +1,138 @@
+"""What the optimizers on products of spheres have in common: a step over a mix of parameters, and their states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
+
+from manifold_nets.errors import SphereOptionError
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
+from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
+
+__all__ = ["SphereOptimizer"]
+
+
+class SphereOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that step on products of spheres and, as torch does, on plain parameters.
+
+    Each of ``param_groups`` has a list ``"manifolds"`` beside its ``"params"``: a `SphereProduct`, or None for a plain
+    parameter. It is taken from the group that is added (`manifold_nets.param_groups` writes it), else from the
+    `geoopt.ManifoldParameter` itself. In `state_dict` the list holds plain data.
+    """
+
+    def _before_step(self) -> None:
+        """Check what the torch optimizer of the same name checks before a step."""
+
+    def _step_plain(self, group: Group) -> None:
+        """Step the plain parameters of a group as the torch optimizer of the same name does."""
+        raise NotImplementedError
+
+    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
+        """Step one weight on its product of spheres."""
+        raise NotImplementedError
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform a single optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            SphereOptionError: a constrained weight has a sparse gradient; nothing was changed.
+        """
+        self._before_step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._refuse_sparse_gradients()
+        for group in self.param_groups:
+            plain = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is None]
+            if plain:
+                self._step_plain({**group, "params": plain})
+            with torch.no_grad():
+                for _, weight, manifold in constrained_of(group):
+                    # A sphere of one entry is two points: there is nowhere to go.
+                    if weight.grad is not None and manifold.partition.group_size > 1:
+                        self._step_constrained(group, weight, weight.grad, manifold)
+        return loss
+
+    def _refuse_sparse_gradients(self) -> None:
+        for number, group in enumerate(self.param_groups):
+            for index, weight, _ in constrained_of(group):
+                if weight.grad is not None and weight.grad.layout != torch.strided:
+                    found = f"a gradient of layout {weight.grad.layout}"
+                    raise SphereOptionError(name_of(group, number, index), found, "a dense gradient (sparse=False)")
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.
+
+        Args:
+            param_group: ``"params"``, options, and optionally ``"manifolds"``, a `SphereProduct` or None for each.
+
+        Raises:
+            ManifoldNetsError: a weight or an option cannot be trained on spheres, or a weight would be trained off
+                them; see `manifold_nets.optim.membership.resolve_manifolds`. The group is not added.
+        """
+        params = param_group["params"]
+        if not isinstance(params, set):  # torch refuses sets
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            manifolds = resolve_manifolds({**self.defaults, **param_group}, len(self.param_groups))
+            param_group["manifolds"] = manifolds
+        super().add_param_group(param_group)
+        self._leave_unscaling_to_the_scaler()
+
+    def _leave_unscaling_to_the_scaler(self) -> None:
+        # torch's fused kernels divide by the loss scale themselves when they are asked to; the rules on spheres do not.
+        if any(manifold is not None for group in self.param_groups for manifold in group["manifolds"]):
+            self._step_supports_amp_scaling = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain data, as torch does; manifolds are described by `SphereProduct.to_dict`."""
+        handle = self.register_state_dict_post_hook(describe_manifolds, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; the manifolds stay those of the live parameters, and the saved ones have to agree.
+
+        Second moments of half-precision weights stay in float32, where torch rounds a state to its parameter's dtype.
+
+        Raises:
+            OptimizerStateError: the state was saved for other spheres or by another kind of optimizer; nothing was
+                changed.
+        """
+        final: list[dict[str, Any]] = []
+
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            check_loaded(self, loaded)
+            final.append(loaded)
+
+        # Checked after, and completed before, any hook of the user's: they decide what is loaded and see the outcome.
+        first = self.register_load_state_dict_pre_hook(check)
+        second = self.register_load_state_dict_post_hook(lambda _: keep_precision(self, final[-1]), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            first.remove()
+            second.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch replaces the groups when it loads a state; a pickle or a deep copy brings its own manifolds along.
+        live = self.__dict__.get("param_groups")
+        super().__setstate__(state)
+        if live is not None:
+            for group, old in zip(self.param_groups, live, strict=True):
+                group["manifolds"] = old["manifolds"]
+        self._leave_unscaling_to_the_scaler()

@@ -1,0 +1,100 @@
+"""A constrained weight is never trained as a Euclidean one in silence: other optimizers are stopped before they step.
+
+With the first product of spheres in a process, torch gets a hook that looks at every optimizer before its first step,
+and again when its parameter groups have grown. After that a step costs one look-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from geoopt.optim.mixin import OptimMixin
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from manifold_nets.constraints import lost_constraints
+from manifold_nets.errors import ConstraintLostError, EuclideanStepError
+from manifold_nets.manifold import SphereProduct, on_first_instance
+from manifold_nets.optim.base import SphereOptimizer
+from manifold_nets.optim.membership import name_of
+
+__all__ = ["allow_euclidean"]
+
+_allowed: WeakSet[torch.optim.Optimizer] = WeakSet()
+# What was found in an optimizer, and how many parameters each of its groups had then.
+_inspected: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
+
+
+def allow_euclidean(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that knows nothing of spheres step constrained weights.
+
+    For methods that put the weights back on their spheres themselves, such as a Euclidean step and a projection. It
+    holds for this optimizer object; a deep copy has to be allowed again.
+
+    Args:
+        optimizer: any torch optimizer.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((4, 3))
+        >>> weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> mn.optim.allow_euclidean(optimizer)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> with torch.no_grad():
+        ...     _ = weight.copy_(sphere.projx(weight))
+    """
+    _allowed.add(optimizer)
+
+
+def _install() -> None:
+    register_optimizer_step_pre_hook(_refuse_euclidean_step)
+
+
+# Whoever imports this package and constrains nothing keeps torch as it is.
+on_first_instance(_install)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _refuse_euclidean_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise before a step of a Euclidean optimizer on a constrained weight that has, or may get, a gradient."""
+    if isinstance(optimizer, SphereOptimizer) or optimizer in _allowed:
+        return
+    sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+    known = _inspected.get(optimizer)
+    if known is None or known[0] != sizes:
+        known = _inspected[optimizer] = (sizes, list(_stepped_off_spheres(optimizer)))
+    if known[1]:
+        # A closure may yet compute the gradients.
+        closure = len(args) > 1 or bool(kwargs)
+        due = [p for p in known[1] if p.grad is not None or (closure and p.requires_grad)]
+        if due:
+            _raise_for(optimizer, due)
+
+
+def _stepped_off_spheres(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Yield the constrained weights that an optimizer takes for Euclidean ones."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    some_lost = bool(lost_constraints(params))
+    steps_on_manifolds = isinstance(optimizer, OptimMixin)  # geoopt's
+    for parameter in params:
+        constrained = isinstance(getattr(parameter, "manifold", None), SphereProduct)
+        if (constrained and not steps_on_manifolds) or (some_lost and lost_constraints([parameter])):
+            yield parameter
+
+
+def _raise_for(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
+    due = {id(weight) for weight in weights}
+    names = [
+        (lost_constraints([parameter]) or [name_of(group, number, index)])[0]
+        for number, group in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(group["params"])
+        if id(parameter) in due
+    ]
+    if isinstance(optimizer, OptimMixin):
+        raise ConstraintLostError(names)
+    raise EuclideanStepError(type(optimizer).__name__, names)

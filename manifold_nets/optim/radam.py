@@ -1,0 +1,125 @@
+"""Adam on products of spheres and plain parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+from manifold_nets.groups import accumulation_dtype
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.base import SphereOptimizer
+from manifold_nets.optim.membership import Group
+from manifold_nets.optim.rsgd import as_number
+from manifold_nets.optim.updates import riemannian_adam_
+from manifold_nets.optim.workspace import Workspace
+
+__all__ = ["RiemannianAdam"]
+
+
+_TORCH_OPTIONS = (
+    *("foreach", "capturable", "differentiable", "fused", "grad_scale", "found_inf", "has_complex"),
+    *("decoupled_weight_decay", "amsgrad", "beta1", "beta2", "lr", "weight_decay", "eps", "maximize"),
+)
+
+
+class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
+    r"""Adam, or AMSGrad, on any mix of products of spheres and plain parameters.
+
+    Plain parameters take the steps of `torch.optim.Adam`, bit for bit. A weight on a `manifold_nets.SphereProduct`
+    keeps a tangent first moment and *one second moment a sphere*: with radius r and Riemannian gradient ξ,
+
+    .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ‖ξ‖^2/r^2, \quad
+              d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \\
+              w ← r (w - η d)/‖w - η d‖, \quad m ← m - ⟨w, m⟩ w/r^2 ,
+
+    with the largest v so far in its place for AMSGrad: a step is of about η radians at every radius. ``weight_decay``,
+    decoupled or not, acts on plain parameters only: on a sphere it would pull along the radius, where nothing can
+    move, and it costs nothing there. ``foreach`` and ``fused`` choose torch's implementation for the plain parameters.
+    Half-precision weights are stepped in float32 and rounded once; their second moments stay in float32. Gradients
+    are never written to. A gradient that is not finite makes its group NaN, as in torch.
+
+    Args:
+        params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
+        lr: learning rate η; on spheres, radians.
+        betas: decays β1 and β2 of the moments.
+        eps: ε, added to the root of the second moment.
+        weight_decay: weight decay of the plain parameters.
+        amsgrad: whether to use AMSGrad.
+        foreach: torch's choice for the plain parameters.
+        maximize: whether to ascend.
+        capturable: torch's option; only for plain parameters.
+        differentiable: torch's option; only for plain parameters.
+        fused: torch's choice for the plain parameters.
+        decoupled_weight_decay: whether plain parameters decay as in AdamW.
+
+    Raises:
+        ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
+            `manifold_nets.optim.membership.resolve_manifolds`.
+
+    References:
+        Bécigneul, Ganea, *Riemannian adaptive optimization methods*, ICLR 2019, arXiv:1810.00760.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((4, 3))
+        >>> weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+        >>> optimizer = mn.optim.RiemannianAdam([weight], lr=1e-3)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[weight]["exp_avg_sq"].shape
+        torch.Size([4, 1])
+    """
+
+    def _before_step(self) -> None:
+        self._accelerator_graph_capture_health_check()
+
+    def _step_plain(self, group: Group) -> None:
+        params: list[Tensor] = []
+        gradients: list[Tensor] = []
+        moments: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+        steps: list[Tensor] = []
+        has_complex = self._init_group(group, params, gradients, *moments, steps)  # type: ignore[no-untyped-call]
+        options = dict(group, beta1=group["betas"][0], beta2=group["betas"][1], has_complex=has_complex)
+        for name in ("grad_scale", "found_inf"):
+            options[name] = getattr(self, name, None)
+        adam(params, gradients, *moments, steps, **{name: options[name] for name in _TORCH_OPTIONS})
+
+    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
+        state = self.state[weight]
+        if not state:
+            state.update(_initial_state(weight, manifold, group["amsgrad"]))
+        state["step"] += 1
+        beta1, beta2 = (as_number(beta) for beta in group["betas"])
+        space = Workspace(manifold, weight)
+        riemannian_adam_(
+            space.open(weight),
+            space.read(gradient),
+            space.open(state["exp_avg"]),
+            state["exp_avg_sq"],
+            state["max_exp_avg_sq"] if group["amsgrad"] else None,
+            space.spheres,
+            lr=as_number(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            step=as_number(state["step"]),
+            maximize=group["maximize"],
+        )
+        space.close()
+
+
+def _initial_state(weight: Tensor, manifold: SphereProduct, amsgrad: bool) -> dict[str, Any]:
+    """Return zero moments: the first of the weight's shape and dtype, the second one a sphere in float32 or better."""
+    per_sphere = weight.new_zeros(manifold.partition.spread_shape, dtype=accumulation_dtype(weight.dtype))
+    state = {
+        # On the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
+        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
+        "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False),
+        "exp_avg_sq": per_sphere,
+    }
+    if amsgrad:
+        state["max_exp_avg_sq"] = per_sphere.clone()
+    return state
