@@ -116,7 +116,7 @@ def convert(
 
 
 def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
-    """Drop what a model should not carry into its copies and pickles: the inputs and the findings channel by channel."""
+    """Drop what a model should not carry into its copies and pickles: inputs, and findings channel by channel."""
     return replace(chosen, actions=tuple(replace(a, finding=None) for a in chosen.actions), example_inputs=None)
 
 

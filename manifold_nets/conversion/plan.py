@@ -1,4 +1,4 @@
-"""The plan of a conversion: for every weight an action or the reason why it is left, as data, before anything changes."""
+"""The plan of a conversion: for every weight an action, or why it is left; data, made before anything changes."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def plan(
     With ``radius="unit"`` a group of k filters gets norm √k, so that the mean square filter norm is 1. That is exact in
     evaluation mode, where the running statistics take up the eps of the normalization, but in training mode eps weighs
     differently after the rescaling. Where this changes the output of a layer's normalization by more than
-    ``train_tolerance``, where there are no running statistics, or where they cannot be rescaled exactly, the groups keep
-    their norms as radii; nothing is lost, since the metric of `SphereProduct` does not depend on the radius.
+    ``train_tolerance``, where there are no running statistics, or where they cannot be rescaled exactly, the groups
+    keep their norms as radii; nothing is lost, since the metric of `SphereProduct` does not depend on the radius.
 
     Args:
         model: the network.

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -27,18 +28,25 @@ from manifold_nets.errors import AnalysisError, ExampleInputsError
 from manifold_nets.symmetry.graph import Inputs
 from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
 
-__all__ = ["EulerField", "analysis_copy", "euler_field"]
+__all__ = ["EulerField", "analysis_copy", "euler_field", "output_tensors", "run"]
 
 # torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
 NEGLIGIBLE_EPS = 1e-30
 # A gradient this much smaller than the largest one of the network is rounding and proves nothing.
 EVIDENCE_FLOOR = 1e-11
+# Position of the eps argument. Both storeys are listed: what a functional calls inside is not intercepted again.
 _EPS_POSITION = {
     torch.batch_norm: 7,
     torch.instance_norm: 7,
     torch.group_norm: 4,
     torch.layer_norm: 4,
     torch.rms_norm: 3,
+    F.batch_norm: 7,
+    F.instance_norm: 7,
+    F.group_norm: 4,
+    F.layer_norm: 4,
+    F.rms_norm: 3,
+    F.normalize: 3,
 }
 _EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "norm_eps", "layer_norm_eps")
 _DROPOUTS = (
@@ -50,6 +58,12 @@ _DROPOUTS = (
     torch.feature_dropout_,
     torch.alpha_dropout_,
     torch.feature_alpha_dropout_,
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
 )
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
@@ -65,6 +79,8 @@ class _SharpConditions(TorchFunctionMode):
             args, kwargs = _replaced(args, kwargs, position, "eps", NEGLIGIBLE_EPS)
         elif func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
+        elif func is F.scaled_dot_product_attention:
+            args, kwargs = _replaced(args, kwargs, 4, "dropout_p", 0.0)
         elif func in _ADDITIONS and len(args) == 2 and _is_eps(args[1]):
             args = (args[0], NEGLIGIBLE_EPS)
         elif func in _LOWER_BOUNDS and len(args) == 2 and _is_eps(args[1]):
@@ -143,12 +159,12 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int) -> EulerField:
     with _negligible_eps(twin), torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         with _SharpConditions():
-            outputs = _run(twin, inputs)
+            outputs = _outputs_with_gradient(twin, inputs)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for output in outputs:
             cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64, device=device)
             loss = loss + (output * cotangent.to(output.dtype)).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return EulerField(
         {name: parameter.detach() for name, parameter in parameters.items()},
         {
@@ -158,14 +174,23 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int) -> EulerField:
     )
 
 
-def _run(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Floating-point outputs of a model.
+
+    Raises:
+        ExampleInputsError: the model refuses the inputs.
+    """
     args, kwargs = inputs
     try:
-        result = twin(*args, **kwargs)
+        result = model(*args, **kwargs)
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         raise ExampleInputsError(f"tensors of shapes {shapes}", error) from error
-    outputs = [leaf for leaf in output_tensors(result) if leaf.is_floating_point() and leaf.requires_grad]
+    return [leaf for leaf in output_tensors(result) if leaf.is_floating_point()]
+
+
+def _outputs_with_gradient(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+    outputs = [leaf for leaf in run(twin, inputs) if leaf.requires_grad]
     if not outputs:
         raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
     return outputs

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.errors import AnalysisError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField, analysis_copy, euler_field
+from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField, analysis_copy, euler_field, run
 from manifold_nets.symmetry.find import Structure, follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
@@ -54,7 +55,7 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
     inputs = to_float64(split_inputs(example_inputs))
     with torch.random.fork_rng():
         twin = analysis_copy(model)
-        graph = trace(twin, inputs)
+        graph = _trace(twin, inputs)
         variances = _batch_variances(graph, twin, inputs, seed)
         field = euler_field(twin, inputs, seed)
     names = [name for name, parameter in twin.named_parameters() if parameter.ndim >= 2]
@@ -66,6 +67,16 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
         finding = _Judge(twin, graph, field, variances, tolerance, floor).finding(name, structure, name in constrained)
         findings.append(finding)
     return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
+
+
+def _trace(twin: nn.Module, inputs: Inputs) -> TracedGraph:
+    """Export the model; where that fails because the model refuses the inputs, say that instead."""
+    try:
+        return trace(twin, inputs)
+    except AnalysisError:
+        with torch.no_grad():
+            run(twin, inputs)
+        raise
 
 
 def _size(field: EulerField, name: str) -> float:

@@ -43,13 +43,15 @@ class Label:
     def along(self, shape: Sequence[int], axes: Sequence[int]) -> Ids:
         """Return the ids with the given axes at their full size and the others as they are."""
         full = [n if axis in axes else have for axis, (n, have) in enumerate(zip(shape, self.ids.shape, strict=True))]
-        return np.broadcast_to(self.ids, full)
+        spread: Ids = np.broadcast_to(self.ids, full)
+        return spread
 
     @property
     def present(self) -> Ids:
         """The scales that occur in the label."""
-        found = np.unique(self.ids)
-        return found[found != UNSCALED]
+        found: Ids = np.unique(self.ids)
+        present: Ids = found[found != UNSCALED]
+        return present
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def convolution(use: Use) -> Result:
     transposed = "transpose" in use.op or bool(use.args.get("transposed"))
     weight_ids = None
     if weight is not None and transposed:
-        channels_in, per_group, *kernel = use.shape("weight")
+        channels_in, per_group, *_ = use.shape("weight")
         ids = weight.along(use.shape("weight"), (0, 1)).reshape(
             groups, channels_in // groups, per_group, *weight.ids.shape[2:]
         )

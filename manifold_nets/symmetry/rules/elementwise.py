@@ -16,8 +16,8 @@ __all__ = ["LARGEST_EPS"]
 LARGEST_EPS = 1e-3
 
 HOMOGENEOUS = (
-    "relu leaky_relu prelu rrelu rrelu_with_noise abs neg dropout dropout_ feature_dropout alias clone contiguous detach "
-    "lift_fresh_copy to _to_copy type_as float double half bfloat16 identity positive native_dropout "
+    "relu leaky_relu prelu rrelu rrelu_with_noise abs neg dropout dropout_ feature_dropout alias clone contiguous "
+    "detach lift_fresh_copy to _to_copy type_as float double half bfloat16 identity positive native_dropout "
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d "
     "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d fractional_max_pool2d "

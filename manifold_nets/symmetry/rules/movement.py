@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, rule, shape_of
@@ -108,9 +109,9 @@ def repeat(use: Use) -> Result:
     label = use.label("self")
     if label is None:
         return None
-    counts = use.args.get("repeats", use.args.get("dims"))
+    counts = list(use.args["repeats" if "repeats" in use.args else "dims"])
     ids = aligned(label, len(use.out_shape))
-    counts = [1] * (ids.ndim - len(counts)) + list(counts)
+    counts = [1] * (ids.ndim - len(counts)) + counts
     return Label(np.tile(ids, [c if n > 1 else 1 for n, c in zip(ids.shape, counts, strict=True)]), label.degree)
 
 
@@ -123,9 +124,9 @@ def pick(use: Use) -> Result:
     ids, args = label.ids, use.args
     if use.op == "select":
         dim = args["dim"] % ids.ndim
-        return Label.compressed(ids.take(args["index"] if ids.shape[dim] > 1 else 0, dim), label.degree)
+        return Label.compressed(_taken(ids, args["index"] if ids.shape[dim] > 1 else 0, dim), label.degree)
     if use.op in ("flip", "roll"):
-        dims = [d % ids.ndim for d in args["dims"]]
+        dims = tuple(d % ids.ndim for d in args["dims"])
         moved = np.flip(ids, dims) if use.op == "flip" else _rolled(use, label, dims)
         return Label(moved, label.degree)
     dim = (args["dim"] or 0) % ids.ndim
@@ -136,6 +137,10 @@ def pick(use: Use) -> Result:
     else:
         cut = slice(args["start"], args["end"], args["step"])
     return Label.compressed(ids[(slice(None),) * dim + (cut,)], label.degree)
+
+
+def _taken(ids: Ids, index: int, dim: int) -> Ids:
+    return np.squeeze(ids.take([index], dim), dim)
 
 
 def _rolled(use: Use, label: Label, dims: Sequence[int]) -> Ids:
@@ -156,7 +161,7 @@ def split(use: Use) -> Result:
     dim = use.args.get("dim", 0) % label.ids.ndim
     whole = label.ids.shape[dim] == 1
     if use.op == "unbind":
-        return [Label.compressed(label.ids.take(0 if whole else k, dim), label.degree) for k in range(len(parts))]
+        return [Label.compressed(_taken(label.ids, 0 if whole else k, dim), label.degree) for k in range(len(parts))]
     if whole:
         return [label] * len(parts)
     cuts = np.cumsum([part[dim] for part in parts])[:-1]
@@ -205,7 +210,7 @@ def pad(use: Use) -> Result:
     if use.args.get("mode", "constant") == "constant" and (use.args.get("value") or 0) != 0:
         use.pin("pads with a constant that is not zero", label)
         return None
-    amounts = use.args.get("pad") or use.args.get("padding")
+    amounts = list(use.args["pad" if "pad" in use.args else "padding"])
     axes = list(range(label.ids.ndim - len(amounts) // 2, label.ids.ndim))
     if any(label.ids.shape[axis] > 1 for axis in axes):
         widths = [(0, 0)] * label.ids.ndim
@@ -243,8 +248,6 @@ def shuffle(use: Use) -> Result:
     label = use.label("self")
     if label is None:
         return None
-    import torch
-
     full = np.ascontiguousarray(label.along(use.shape("self"), range(1, label.ids.ndim)))
     moved = use.node.target(torch.from_numpy(full), *use.node.args[1:])  # type: ignore[operator]
     return Label.compressed(moved.numpy(), label.degree)

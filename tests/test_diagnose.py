@@ -1,0 +1,303 @@
+"""diagnose on networks that carry their expected answer, against brute force, and with planted faults."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from toy_networks import TOYS, Lambda, Toy
+
+import manifold_nets as mn
+from manifold_nets.errors import AnalysisError, ExampleInputsError
+from manifold_nets.symmetry import certificate as certificate_module
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
+from manifold_nets.symmetry.rules import RULES, elementwise, normalization
+
+NEGLIGIBLE = 1e-30
+# Float64 rounding through a handful of layers, relative to outputs of order one.
+BRUTE_FORCE_TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
+
+
+def build(toy: Toy) -> nn.Module:
+    torch.manual_seed(5)
+    return toy.build()
+
+
+def sharp(model: nn.Module) -> nn.Module:
+    """A float64 twin in training mode with negligible eps, no dropout, and one-dimensional parameters off 0 and 1."""
+    twin = copy.deepcopy(model).double().train()
+    for module in twin.modules():
+        if isinstance(getattr(module, "eps", None), float):
+            module.eps = NEGLIGIBLE
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return twin
+
+
+def output_change(model: nn.Module, x: Tensor, finding: WeightFinding, group: int, factor: float) -> float:
+    """Relative change of the output when one group, and the biases scaled along with it, are multiplied."""
+    assert finding.partition is not None
+    scaled = copy.deepcopy(model)
+    parameters = dict(scaled.named_parameters())
+    with torch.no_grad():
+        parameters[finding.name][finding.partition.group_ids() == group] *= factor
+        for bias in finding.scaled_along:
+            mask = torch.tensor(bias.groups).reshape(parameters[bias.name].shape) == group
+            parameters[bias.name][mask] *= factor
+        x = x.double() if x.is_floating_point() else x
+        before, after = copy.deepcopy(model)(x), scaled(x)
+    return float((before - after).abs().max() / before.abs().max())
+
+
+def groups_found(report: SymmetryReport) -> dict[str, int | None]:
+    return {w.name: None if w.partition is None else w.partition.n_groups for w in report.weights}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_finds_the_expected_groups_and_agrees_with_the_certificate(name: str) -> None:
+    toy = TOYS[name]
+    report = mn.diagnose(build(toy), toy.inputs())
+    found = groups_found(report)
+    assert {weight: found[weight] for weight in toy.groups} == toy.groups
+    assert not report.disagreements, str(report)
+    for weight, expected in toy.moves_along.items():
+        assert set(report[weight].moves_along) == expected
+
+
+HAND_WRITTEN_EPS = {"hand-written rms", "weight standardization", "weight standardization by batch_norm"}
+
+
+@pytest.mark.parametrize("name", [n for n in TOYS if n not in HAND_WRITTEN_EPS])
+def test_scaling_a_found_group_leaves_the_function_alone(name: str) -> None:
+    """Brute force, independent of gradients and of the graph: multiply a group and run the network."""
+    toy = TOYS[name]
+    model = build(toy)
+    twin = sharp(model)
+    for finding in mn.diagnose(model, toy.inputs()).invariant:
+        assert finding.partition is not None
+        for group in {0, finding.partition.n_groups - 1}:
+            assert output_change(twin, toy.inputs(), finding, group, 3.7) <= BRUTE_FORCE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["tanh", "pre-activation residual", "dense with a bypass", "frozen bn"])
+def test_brute_force_notices_a_group_that_is_not_invariant(name: str) -> None:
+    """The sabotage twin of the test above: claim filters where there are none."""
+    toy = TOYS[name]
+    model = build(toy)
+    finding = next(w for w in mn.diagnose(model, toy.inputs()).weights if toy.groups[w.name] is None)
+    claimed = copy.copy(finding)
+    object.__setattr__(claimed, "partition", mn.Partition.filters(finding.shape))
+    with pytest.raises(AssertionError):
+        assert output_change(sharp(model), toy.inputs(), claimed, 0, 3.7) <= BRUTE_FORCE_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["conv-gn", "linear-ln", "qk-norm", "flatten-linear-bn", "transposed1d-gn"])
+def test_joint_groups_are_the_finest_ones(name: str) -> None:
+    """A single filter of a joint group is not invariant by itself."""
+    toy = TOYS[name]
+    model = build(toy)
+    for finding in mn.diagnose(model, toy.inputs()).invariant:
+        if finding.filters_per_group == 1:
+            continue
+        single = copy.copy(finding)
+        object.__setattr__(single, "partition", mn.Partition.filters(finding.shape))
+        object.__setattr__(single, "scaled_along", ())
+        assert output_change(sharp(model), toy.inputs(), single, 0, 3.7) > 1e-3
+
+
+def always_passes(use: Any) -> Any:
+    return elementwise.homogeneous(use)
+
+
+def always_absorbs(use: Any) -> Any:
+    use.args["training"] = True
+    return normalization.per_channel(use)
+
+
+PLANTED = {
+    "a wrong rule for tanh": ("tanh", "tanh", always_passes),
+    "a scale leaking through a sigmoid gate": ("squeeze-excite", "sigmoid", lambda use: None),
+    "a frozen normalization taken for a live one": ("frozen bn", "batch_norm", always_absorbs),
+    "an output that bypasses the normalization": ("dense with a bypass", "cat", lambda use: None),
+    "a residual sum whose other branch is forgotten": (
+        "pre-activation residual",
+        "add",
+        lambda use: use.label("other"),
+    ),
+    "a normalization taken for one that does not exist": ("conv2d-bn", "batch_norm", lambda use: use.label("input")),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_certificate_catches_a_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy_name, op, wrong = PLANTED[fault]
+    toy = TOYS[toy_name]
+    assert not mn.diagnose(build(toy), toy.inputs()).disagreements
+    monkeypatch.setitem(RULES, op, wrong)
+    assert mn.diagnose(build(toy), toy.inputs()).disagreements
+
+
+def test_a_weight_used_twice_of_which_one_use_is_overlooked_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = TOYS["shared weight with a bypass"]
+    assert not mn.diagnose(build(toy), toy.inputs()).disagreements
+    original = RULES["conv2d"]
+    seen: list[Any] = []
+
+    def first_use_only(use: Any) -> Any:
+        seen.append(use.node)
+        return original(use) if use.node is seen[0] else None
+
+    monkeypatch.setitem(RULES, "conv2d", first_use_only)
+    assert mn.diagnose(build(toy), toy.inputs()).disagreements
+
+
+def test_an_operation_without_a_rule_is_reported_as_unknown() -> None:
+    model = Lambda(lambda m, x: m.n(torch.cumprod(m.c(x), 1)), c=nn.Conv2d(3, 4, 3), n=nn.BatchNorm2d(4))
+    finding = mn.diagnose(model, torch.randn(4, 3, 6, 6))["c.weight"]
+    assert finding.status == "unknown"
+    assert "cumprod" in str(finding.broken_by)
+
+
+def test_a_vanishing_gradient_is_no_evidence() -> None:
+    model = Lambda(lambda m, x: m.n(m.c(x)) * 0.0 + x[:, :1].mean(), c=nn.Conv2d(3, 4, 3), n=nn.BatchNorm2d(4))
+    finding = mn.diagnose(model, torch.randn(4, 3, 6, 6))["c.weight"]
+    assert finding.status == "no evidence"
+    assert finding.certificate.groups_without_evidence == 4
+
+
+def test_break_names_the_operation_and_the_module() -> None:
+    toy = TOYS["tanh"]
+    broken_by = mn.diagnose(build(toy), toy.inputs())["0.weight"].broken_by
+    assert broken_by is not None
+    assert "tanh" in broken_by
+    assert " 1:" in broken_by
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "training": [m.training for m in model.modules()],
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "ids": [id(p) for p in model.parameters()],
+        "attributes": [(m.eps, getattr(m, "p", None)) for m in model.modules() if hasattr(m, "eps")],
+        "rng": torch.get_rng_state(),
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in ("training", "ids", "attributes"):
+        assert before[key] == after[key], key
+    for a, b in zip(before["state"].values(), after["state"].values(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(before["grads"], after["grads"], strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+    assert torch.equal(before["rng"], after["rng"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_the_model_as_it_was(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 3))
+    x = torch.randn(4, 3, 8, 8)
+    model(x).sum().backward()
+    model.train(training)
+    model[1].eval()
+    before = snapshot(model)
+    mn.diagnose(model, x)
+    assert_same(before, snapshot(model))
+    with pytest.raises(ExampleInputsError):
+        mn.diagnose(model, torch.randn(4, 5, 8, 8))
+    assert_same(before, snapshot(model))
+
+
+def test_refusals_are_clear() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ExampleInputsError, match="at least two examples"):
+        mn.diagnose(model, torch.randn(1, 3))
+    with pytest.raises(ExampleInputsError, match="example_inputs: found int"):
+        mn.diagnose(model, 3)
+
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+    with pytest.raises(AnalysisError, match="Branching"):
+        mn.diagnose(Branching(), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_any_dtype_and_input_form(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(dtype)
+    x = torch.randn(6, 3, dtype=dtype)
+    for inputs in (x, (x,), {"input": x}, ((x,), {})):
+        assert groups_found(mn.diagnose(model, inputs)) == {"0.weight": 4}
+
+
+def test_report_is_readable_and_json() -> None:
+    toy = TOYS["conv2d-bn"]
+    report = mn.diagnose(build(toy), toy.inputs())
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["summary"] == {"invariant": 1, "not invariant": 1}
+    assert data["weights"][0]["moves_along"] == ["0.bias", "1.running_mean", "1.running_var"]
+    assert data["weights"][0]["certificate"]["groups_certified"] == 6
+    assert "0.weight" in str(report)
+    assert "batch_norm" in str(report)
+    with pytest.raises(KeyError):
+        report["nothing"]
+
+
+def test_a_converted_model_is_diagnosed_as_constrained() -> None:
+    toy = TOYS["conv2d-bn"]
+    converted = mn.convert(build(toy), toy.inputs())
+    assert mn.diagnose(converted, toy.inputs())["0.weight"].status == "constrained"
+
+
+def test_eps_is_what_makes_the_certificate_sharp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the eps left as they are, the same pass is orders of magnitude worse: the conditions matter."""
+    toy = TOYS["conv2d-bn"]
+    sharp_value = mn.diagnose(build(toy), toy.inputs())["0.weight"].certificate.value
+    monkeypatch.setattr(certificate_module, "NEGLIGIBLE_EPS", 1e-2)
+    blunt_value = mn.diagnose(build(toy), toy.inputs())["0.weight"].certificate.value
+    assert sharp_value is not None
+    assert blunt_value is not None
+    assert sharp_value < 1e-12 < 1e-6 < blunt_value
+
+
+LAYERS = {
+    "relu": lambda c: [nn.ReLU()],
+    "leaky": lambda c: [nn.LeakyReLU(0.2)],
+    "tanh": lambda c: [nn.Tanh()],
+    "bn": lambda c: [nn.BatchNorm2d(c)],
+    "gn": lambda c: [nn.GroupNorm(2, c)],
+    "in": lambda c: [nn.InstanceNorm2d(c)],
+    "pool": lambda c: [nn.AvgPool2d(2, 1)],
+    "conv": lambda c: [nn.Conv2d(c, c, 3, padding=1)],
+    "depthwise": lambda c: [nn.Conv2d(c, c, 3, padding=1, groups=c)],
+    "transposed": lambda c: [nn.ConvTranspose2d(c, c, 2, groups=2)],
+    "shuffle": lambda c: [nn.ChannelShuffle(2)],
+}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(sorted(LAYERS)), min_size=1, max_size=7), st.integers(0, 2**16))
+def test_structure_and_certificate_agree_on_random_networks(names: list[str], seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 4, 3, padding=1), *(layer for name in names for layer in LAYERS[name](4))]
+        model, x = nn.Sequential(*layers), torch.randn(4, 3, 11, 11)
+    report = mn.diagnose(model, x)
+    assert not report.disagreements, str(report)
