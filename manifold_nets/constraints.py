@@ -16,6 +16,7 @@ from typing import Any
 import geoopt
 from torch import Tensor, nn
 
+from manifold_nets.errors import ConstraintError, listed
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "lost_constraints", "restore"]
@@ -65,11 +66,24 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
         leaf: name of the weight in the module, for instance ``"weight"``.
         manifold: the product of spheres.
         point: the new value; the present one when left out. It is used as it is, without projection.
+
+    Raises:
+        ConstraintError: the module has no such weight, or its shape is not the manifold's.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> sphere = SphereProduct((3, 4))
+        >>> attach(layer, "weight", sphere, sphere.projx(layer.weight))
+        >>> [(weight.name, weight.manifold) for weight in constrained_weights(layer)]
+        [('weight', SphereProduct(3 filters of 4, radius 1) manifold)]
     """
-    old = module._parameters[leaf]
-    data = (old if point is None else point).detach()  # type: ignore[union-attr]
-    requires_grad = old is None or old.requires_grad
-    setattr(module, leaf, geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=requires_grad))
+    old = _weight_of(module, leaf)
+    data = (old if point is None else point).detach()
+    _require_shape(f"{type(module).__name__}.{leaf}", data, manifold)
+    new = geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=old.requires_grad)
+    if point is None:
+        new.grad = old.grad
+    setattr(module, leaf, new)
     record = module.__dict__.get(_RECORD)
     if record is None or record.owner() is not module:
         fresh = _Constraints(module)
@@ -79,9 +93,22 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
 
 
 def detach(module: nn.Module, leaf: str) -> None:
-    """Turn the weight ``module.<leaf>`` into a plain parameter with the same values and forget its manifold."""
-    old = module._parameters[leaf]
-    setattr(module, leaf, nn.Parameter(old.detach().as_subclass(Tensor), requires_grad=old.requires_grad))  # type: ignore[union-attr]
+    """Turn the weight ``module.<leaf>`` into a plain parameter with the same values and forget its manifold.
+
+    Raises:
+        ConstraintError: the module has no such weight.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(4, 3)
+        >>> detach(layer, "weight")
+        >>> type(layer.weight).__name__
+        'Parameter'
+    """
+    old = _weight_of(module, leaf)
+    new = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
+    new.grad = old.grad
+    setattr(module, leaf, new)
     record = module.__dict__.get(_RECORD)
     if record is not None:
         record.manifolds.pop(leaf, None)
@@ -89,11 +116,24 @@ def detach(module: nn.Module, leaf: str) -> None:
             del module.__dict__[_RECORD]
 
 
+def _weight_of(module: nn.Module, leaf: str) -> nn.Parameter:
+    weight = module._parameters.get(leaf)
+    if weight is None:
+        present = listed(name for name, value in module._parameters.items() if value is not None) or "none"
+        raise ConstraintError(f"{type(module).__name__}.{leaf}", "no parameter of this name", f"one of: {present}")
+    return weight
+
+
+def _require_shape(name: str, data: Tensor, manifold: SphereProduct) -> None:
+    if tuple(data.shape) != manifold.partition.shape:
+        raise ConstraintError(name, f"shape {tuple(data.shape)}", f"the manifold's shape {manifold.partition.shape}")
+
+
 def constrained_weights(model: nn.Module) -> Iterator[ConstrainedWeight]:
     """Yield every weight of a model that lies on a product of spheres, in the order of ``named_parameters``.
 
     A weight shared by several modules is yielded once, under its first name. A `geoopt.ManifoldParameter` that was
-    put on a `SphereProduct` by hand counts as well.
+    put on a `SphereProduct` by hand counts as well, and what such a parameter says of itself goes before the record.
     """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -101,9 +141,9 @@ def constrained_weights(model: nn.Module) -> Iterator[ConstrainedWeight]:
         for leaf, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen:
                 continue
-            manifold = record.manifolds.get(leaf) if record is not None else None
-            if manifold is None:
-                manifold = getattr(parameter, "manifold", None)
+            manifold = getattr(parameter, "manifold", None)
+            if manifold is None and record is not None:
+                manifold = record.manifolds.get(leaf)
             if isinstance(manifold, SphereProduct):
                 seen.add(id(parameter))
                 yield ConstrainedWeight(f"{prefix}.{leaf}" if prefix else leaf, module, leaf, manifold)
@@ -117,38 +157,45 @@ def restore(model: nn.Module) -> list[str]:
     Returns:
         Names of the weights whose parameter object was renewed.
 
+    Raises:
+        ConstraintError: a replaced weight has another shape than its manifold; the model is untouched.
+
     Example:
         >>> import manifold_nets as mn
         >>> layer = mn.layers.UnitNormLinear(4, 3)
-        >>> _ = layer.load_state_dict(torch.nn.Linear(4, 3).state_dict(), assign=True)
+        >>> _ = layer.load_state_dict(nn.Linear(4, 3).state_dict(), assign=True)
         >>> mn.restore(layer)
         ['weight']
     """
-    renewed: dict[int, nn.Parameter] = {}
-    names = []
-    for weight in list(constrained_weights(model)):
-        parameter = weight.parameter
-        if isinstance(parameter, geoopt.ManifoldParameter):
-            continue
+    lost = [w for w in constrained_weights(model) if not isinstance(w.parameter, geoopt.ManifoldParameter)]
+    for weight in lost:
+        _require_shape(weight.name, weight.parameter, weight.manifold)
+    renewed: dict[int, Tensor] = {}
+    for weight in lost:
+        replaced = weight.parameter
         attach(weight.module, weight.leaf, weight.manifold)
-        renewed[id(parameter)] = weight.parameter  # type: ignore[assignment]
-        names.append(weight.name)
+        renewed[id(replaced)] = weight.parameter
     for module in model.modules():
         for leaf, tied in module._parameters.items():
             if id(tied) in renewed:
                 setattr(module, leaf, renewed[id(tied)])
-    return names
+    return [weight.name for weight in lost]
 
 
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
-    """Return the weights among plain parameters that some living module records as constrained."""
+    """Return the weights among plain parameters that some living module records as constrained.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(4, 3)
+        >>> _ = layer.load_state_dict(nn.Linear(4, 3).state_dict(), assign=True)
+        >>> lost_constraints(layer.parameters())
+        ['UnitNormLinear.weight']
+    """
     wanted = {id(p) for p in parameters if not isinstance(p, geoopt.ManifoldParameter)}
-    lost = []
-    for record in list(_live_records):
-        owner = record.owner()
-        if owner is None:
-            continue
-        for leaf in record.manifolds:
-            if id(owner._parameters.get(leaf)) in wanted:
-                lost.append(f"{type(owner).__name__}.{leaf}")
-    return lost
+    owned = [(record.owner(), leaf) for record in list(_live_records) for leaf in record.manifolds]
+    return [
+        f"{type(owner).__name__}.{leaf}"
+        for owner, leaf in owned
+        if owner is not None and id(owner._parameters.get(leaf)) in wanted
+    ]

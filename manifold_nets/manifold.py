@@ -10,7 +10,8 @@ import geoopt
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import OffManifoldError, PartitionError
+from manifold_nets.checks import SphereChecks
+from manifold_nets.errors import PartitionError
 from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate, root_sum_squares, wide
 from manifold_nets.radii import Radii
 
@@ -24,7 +25,7 @@ def on_first_instance(action: Callable[[], None]) -> None:
     _on_first_instance.append(action)
 
 
-class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
+class SphereProduct(SphereChecks):
     r"""The product of spheres of a weight tensor: each group ``G`` keeps ‖w_G‖ = r_G.
 
     A point is a whole weight tensor in its natural shape. The metric is the unit sphere's at every radius,
@@ -62,6 +63,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
     reversible = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SphereProduct:
+        """Make room for an instance, after what was waiting for the first one."""
         while _on_first_instance:
             _on_first_instance.pop()()
         return super().__new__(cls)  # type: ignore[no-any-return]
@@ -219,54 +221,6 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         """Return a fixed point, the same at every call: all entries of a group equal, positive, of norm ``r``."""
         return self._sample(torch.ones, size, dtype, device)
 
-    # ---- checks ----------------------------------------------------------------------------------------------------
-
-    def refuse_degenerate(self, x: Tensor, name: str) -> None:
-        """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
-        refuse_degenerate(self.partition.norms(x), name)
-
-    def deviations(self, x: Tensor) -> Tensor:
-        """Relative deviation ``|‖w_G‖/r_G − 1|`` of each group: float64, shape ``(n_groups,)``, on the CPU."""
-        return (self._norms(x) / self.radii - 1).abs()
-
-    def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str) -> None:
-        """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
-        deviations = self.deviations(x)
-        worst = int(torch.nan_to_num(deviations, nan=math.inf).argmax())
-        if not float(deviations[worst]) <= rtol:
-            raise OffManifoldError(name, worst, float(self._norms(x)[worst]), float(self.radii[worst]), remedy)
-
-    def _check_shape(self, shape: Sequence[int], name: str) -> tuple[bool, str | None]:
-        if tuple(shape) == self.partition.shape:
-            return True, None
-        return False, f"`{name}` has shape {tuple(shape)}, but these spheres hold shape {self.partition.shape}"
-
-    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
-        # Rounding a point to its dtype alone moves a norm by up to half a machine epsilon.
-        bad = ~(self.deviations(x) <= atol + rtol + torch.finfo(x.dtype).eps)
-        if not bool(bad.any()):
-            return True, None
-        group = int(bad.nonzero()[0])
-        return False, (
-            f"group {group} of `x` has norm {float(self._norms(x)[group]):.9g} instead of "
-            f"{float(self.radii[group]):.9g} ({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
-        )
-
-    def _check_vector_on_tangent(
-        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
-    ) -> tuple[bool, str | None]:
-        x_unit, u_unit = (self._radii.divide(t.detach().to(torch.float64)) for t in (x, u))
-        radial = self.partition.inner(x_unit, u_unit).abs()
-        eps = max(torch.finfo(x.dtype).eps, torch.finfo(u.dtype).eps)
-        bad = ~(radial <= atol + (rtol + eps) * self.partition.norms(u_unit)).flatten()
-        if not bool(bad.any()):
-            return True, None
-        group = int(bad.nonzero()[0])
-        return False, (
-            f"group {group} of `u` has a radial part of {float(radial.flatten()[group]):.6g} radians instead of 0 "
-            f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
-        )
-
     def extra_repr(self) -> str:
         """Partition and radii, for `repr`."""
         points = "; groups of one entry: two points, nothing to optimize" if self.partition.group_size == 1 else ""
@@ -301,10 +255,6 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         rows = self.partition.rows(x_unit)
         axis = torch.zeros_like(rows).scatter_(1, rows.abs().argmin(1, keepdim=True), 1.0)
         return self._tangential(x_unit, self.partition.from_rows(axis))
-
-    def _norms(self, x: Tensor) -> Tensor:
-        norms: Tensor = self.partition.norms(x.detach().to(torch.float64))
-        return norms.flatten().cpu()
 
     def _total(self, values: Tensor, keepdim: bool) -> Tensor:
         return values.sum().reshape((1,) * self.ndim if keepdim else ())

@@ -1,0 +1,80 @@
+"""Whether a tensor is a point of a product of spheres or a tangent vector of it, with the group and norm if not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import geoopt
+import torch
+from torch import Tensor
+
+from manifold_nets.errors import OffManifoldError
+from manifold_nets.groups import Partition, refuse_degenerate
+from manifold_nets.radii import Radii
+
+__all__ = ["SphereChecks"]
+
+
+class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
+    """The checks of `SphereProduct`: those that `geoopt.Manifold` asks for, and those that raise this package's errors.
+
+    Norms are taken in float64. Rounding a tensor to its dtype is allowed for on top of ``atol`` and ``rtol``, so that
+    half-precision points pass geoopt's assertions at their default tolerances.
+    """
+
+    partition: Partition
+    _radii: Radii
+
+    def refuse_degenerate(self, x: Tensor, name: str) -> None:
+        """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
+        refuse_degenerate(self.partition.norms(x), name)
+
+    def deviations(self, x: Tensor) -> Tensor:
+        """Relative deviation ``|‖w_G‖/r_G − 1|`` of each group: float64, shape ``(n_groups,)``, on the CPU."""
+        return (self._norms(x) / self._radii.tensor() - 1).abs()
+
+    def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str) -> None:
+        """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
+        deviations = self.deviations(x)
+        worst = int(torch.nan_to_num(deviations, nan=math.inf).argmax())
+        if not float(deviations[worst]) <= rtol:
+            raise OffManifoldError(name, worst, *self._found_and_expected(x, worst), remedy)
+
+    def _check_shape(self, shape: Sequence[int], name: str) -> tuple[bool, str | None]:
+        if tuple(shape) == self.partition.shape:
+            return True, None
+        return False, f"`{name}` has shape {tuple(shape)}, but these spheres hold shape {self.partition.shape}"
+
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
+        bad = ~(self.deviations(x) <= atol + rtol + torch.finfo(x.dtype).eps)
+        if not bool(bad.any()):
+            return True, None
+        group = int(bad.nonzero()[0])
+        found, expected = self._found_and_expected(x, group)
+        return False, (
+            f"group {group} of `x` has norm {found:.9g} instead of {expected:.9g} "
+            f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
+        )
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        x_unit, u_unit = (self._radii.divide(t.detach().to(torch.float64)) for t in (x, u))
+        radial = self.partition.inner(x_unit, u_unit).abs()
+        eps = max(torch.finfo(x.dtype).eps, torch.finfo(u.dtype).eps)
+        bad = ~(radial <= atol + (rtol + eps) * self.partition.norms(u_unit)).flatten()
+        if not bool(bad.any()):
+            return True, None
+        group = int(bad.nonzero()[0])
+        return False, (
+            f"group {group} of `u` has a radial part of {float(radial.flatten()[group]):.6g} radians instead of 0 "
+            f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
+        )
+
+    def _norms(self, x: Tensor) -> Tensor:
+        norms: Tensor = self.partition.norms(x.detach().to(torch.float64))
+        return norms.flatten().cpu()
+
+    def _found_and_expected(self, x: Tensor, group: int) -> tuple[float, float]:
+        return float(self._norms(x)[group]), float(self._radii.tensor()[group])

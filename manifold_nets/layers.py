@@ -1,0 +1,128 @@
+"""Linear and convolution layers whose filters lie on unit spheres.
+
+Each layer is the torch layer of the same name, with its arguments, its forward pass and its `state_dict`; only the
+weight is a `geoopt.ManifoldParameter` on the `SphereProduct` of its filters, drawn uniformly. Train it with an
+optimizer of `manifold_nets.optim` or of `geoopt.optim`.
+"""
+
+from __future__ import annotations
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import attach, constrained_weights
+from manifold_nets.groups import filter_partition
+from manifold_nets.manifold import SphereProduct
+
+__all__ = [
+    "UNIT_NORM_LAYERS",
+    "UnitNormConv1d",
+    "UnitNormConv2d",
+    "UnitNormConv3d",
+    "UnitNormConvTranspose1d",
+    "UnitNormConvTranspose2d",
+    "UnitNormConvTranspose3d",
+    "UnitNormLinear",
+]
+
+
+class _UnitNormFilters(nn.Module):
+    """Puts the weight of the torch layer that follows in the class's bases on the unit spheres of its filters."""
+
+    weight: Tensor
+
+    def reset_parameters(self) -> None:
+        """Draw every filter uniformly from its unit sphere, and the bias as torch draws it.
+
+        Where the parameter object was replaced by a plain one (``to("meta")`` with ``to_empty``), it is renewed.
+        """
+        super().reset_parameters()  # type: ignore[misc]
+        known = next((weight.manifold for weight in constrained_weights(self) if weight.leaf == "weight"), None)
+        sphere = SphereProduct(filter_partition(self)) if known is None else known
+        point = sphere.random_uniform(dtype=self.weight.dtype, device=self.weight.device)
+        if isinstance(self.weight, geoopt.ManifoldParameter):
+            with torch.no_grad():
+                self.weight.copy_(point)
+        else:
+            attach(self, "weight", sphere, point)
+
+
+class UnitNormLinear(_UnitNormFilters, nn.Linear):
+    """`torch.nn.Linear` whose rows, the weights of one output each, have unit norm.
+
+    Example:
+        >>> layer = UnitNormLinear(4, 3, bias=False)
+        >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(3))
+        True
+    """
+
+
+class UnitNormConv1d(_UnitNormFilters, nn.Conv1d):
+    """`torch.nn.Conv1d` whose filters ``weight[c]`` have unit norm.
+
+    Example:
+        >>> UnitNormConv1d(4, 6, 3, groups=2).weight.manifold
+        SphereProduct(6 filters of 6, radius 1) manifold
+    """
+
+
+class UnitNormConv2d(_UnitNormFilters, nn.Conv2d):
+    """`torch.nn.Conv2d` whose filters ``weight[c]`` have unit norm.
+
+    Example:
+        >>> UnitNormConv2d(3, 8, 3, padding=1, padding_mode="reflect").weight.manifold
+        SphereProduct(8 filters of 27, radius 1) manifold
+    """
+
+
+class UnitNormConv3d(_UnitNormFilters, nn.Conv3d):
+    """`torch.nn.Conv3d` whose filters ``weight[c]`` have unit norm.
+
+    Example:
+        >>> UnitNormConv3d(2, 4, 3).weight.manifold
+        SphereProduct(4 filters of 54, radius 1) manifold
+    """
+
+
+class UnitNormConvTranspose1d(_UnitNormFilters, nn.ConvTranspose1d):
+    """`torch.nn.ConvTranspose1d` whose filters, the weights that reach one output channel, have unit norm.
+
+    Example:
+        >>> UnitNormConvTranspose1d(4, 6, 3).weight.manifold.partition.n_groups
+        6
+    """
+
+
+class UnitNormConvTranspose2d(_UnitNormFilters, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` whose filters, the weights that reach one output channel, have unit norm.
+
+    With ``groups``, the filter of output channel ``c`` is the block of its group's input channels at index
+    ``c mod (out_channels/groups)``; see `Partition.transposed_filters`.
+
+    Example:
+        >>> layer = UnitNormConvTranspose2d(4, 6, 3, groups=2)
+        >>> layer.weight.shape, layer.weight.manifold.partition.n_groups
+        (torch.Size([4, 3, 3, 3]), 6)
+    """
+
+
+class UnitNormConvTranspose3d(_UnitNormFilters, nn.ConvTranspose3d):
+    """`torch.nn.ConvTranspose3d` whose filters, the weights that reach one output channel, have unit norm.
+
+    Example:
+        >>> UnitNormConvTranspose3d(4, 6, 3).weight.manifold.partition.n_groups
+        6
+    """
+
+
+UNIT_NORM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: UnitNormLinear,
+    nn.Conv1d: UnitNormConv1d,
+    nn.Conv2d: UnitNormConv2d,
+    nn.Conv3d: UnitNormConv3d,
+    nn.ConvTranspose1d: UnitNormConvTranspose1d,
+    nn.ConvTranspose2d: UnitNormConvTranspose2d,
+    nn.ConvTranspose3d: UnitNormConvTranspose3d,
+}
+"""The layer with unit-norm filters of each torch layer."""
