@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import manifold_nets as mn
 from manifold_nets import errors
 from manifold_nets.sources import load_model
 from manifold_nets.weights import load_weights, read_state_dict
@@ -142,3 +143,29 @@ def test_a_foreign_or_missing_file(tmp_path: Path) -> None:
         read_state_dict(tmp_path / "net.txt")
     with pytest.raises(errors.WeightsFileError, match="no such file"):
         read_state_dict(tmp_path / "gone.pt")
+
+
+def test_the_file_of_a_converted_model_puts_the_weights_on_their_spheres(tmp_path: Path) -> None:
+    converted = mn.convert(small(1), torch.randn(4, 2, 4, 4), radius="keep")
+    mn.save(converted, tmp_path / "net.safetensors")
+    loaded = load_weights(small(2), tmp_path / "net.safetensors")
+    check_same(loaded, converted)
+    assert [w.manifold.to_dict() for w in mn.constraints.constrained_weights(loaded)] == [
+        w.manifold.to_dict() for w in mn.constraints.constrained_weights(converted)
+    ]
+    assert len(list(mn.constraints.constrained_weights(loaded))) == 1
+    # The tensors alone, as any reader of safetensors sees them, load as a plain model.
+    safetensors.torch.save_file(read_state_dict(tmp_path / "net.safetensors"), tmp_path / "plain.safetensors")
+    assert not list(mn.constraints.constrained_weights(load_weights(small(2), tmp_path / "plain.safetensors")))
+
+
+def test_a_damaged_file_of_a_converted_model_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    mn.save(mn.convert(small(1), torch.randn(4, 2, 4, 4)), path)
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    model = small(2)
+    with pytest.raises(errors.CheckpointError, match=r"net\.safetensors"):
+        load_weights(model, path)
+    check_same(model, small(2))
