@@ -286,13 +286,17 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def filter_partition(module: nn.Module) -> Partition:
     """Return the partition of ``module.weight`` into the filters of its output channels.
 
+    Raises:
+        PartitionError: the module has no weight.
+
     Example:
         >>> filter_partition(torch.nn.ConvTranspose2d(4, 6, 3, groups=2)).n_groups
         6
     """
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        raise PartitionError(f"a weight of type {type(weight).__name__}", "a tensor", "Pass a torch layer.")
+        found = f"{type(module).__name__} with a weight of type {type(weight).__name__}"
+        raise PartitionError(found, "a layer whose weight is a tensor", "Pass a linear or convolution layer of torch.")
     if isinstance(module, _TRANSPOSED):
         return Partition.transposed_filters(weight.shape, module.groups)
     return Partition.filters(weight.shape)
