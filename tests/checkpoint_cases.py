@@ -40,6 +40,13 @@ def constrained(dtype=torch.float32, seed=1):
     return net
 
 
+def tied(seed=0):
+    torch.manual_seed(seed)
+    net = nn.ModuleDict({"b": nn.Linear(4, 4), "a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    net["c"].weight = net["a"].weight = net["b"].weight
+    return net
+
+
 def snapshot(model):
     """Everything about a model that loading might change."""
     manifolds = {w.name: w.manifold.to_dict() for w in constrained_weights(model)}

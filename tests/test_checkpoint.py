@@ -15,6 +15,7 @@ from checkpoint_cases import (
     constrained,
     put,
     snapshot,
+    tied,
     with_buffer,
 )
 from hypothesis import HealthCheck, given, settings
@@ -104,13 +105,6 @@ def test_a_constraint_whose_parameter_was_replaced_is_saved_and_restored(tmp_pat
 
 
 # ---- tied tensors and memory formats --------------------------------------------------------------------------------
-
-
-def tied(seed=0):
-    torch.manual_seed(seed)
-    net = nn.ModuleDict({"b": nn.Linear(4, 4), "a": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
-    net["c"].weight = net["a"].weight = net["b"].weight
-    return net
 
 
 @pytest.mark.parametrize("converted_first", [False, True])
@@ -234,3 +228,66 @@ def test_half_precision_casts_of_small_radii_are_within_rounding(tmp_path):
 def test_save_into_a_missing_folder_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         save(constrained(), tmp_path / "none" / "net.safetensors")
+
+
+# ---- going on with training -----------------------------------------------------------------------------------------
+
+
+def trainer(net):
+    return mn.optim.RiemannianSGD(mn.param_groups(net, weight_decay=1e-2), lr=1e-3, momentum=0.9, nesterov=True)
+
+
+def steps(net, optimizer, seed, count=4):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        optimizer.zero_grad()
+        x = torch.randn(4, 2, 6, 6, generator=generator).to(next(net.parameters()).dtype)
+        net(x).float().square().mean().backward()
+        optimizer.step()
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("load_first", [False, True])
+def test_training_goes_on_bit_for_bit(tmp_path, dtype, load_first):
+    net = constrained(dtype)
+    optimizer = trainer(net)
+    steps(net, optimizer, seed=1)
+    save(net, tmp_path / "net.safetensors")
+    # Into a plain architecture before the optimizer is made, or into a converted one under an optimizer.
+    fresh = architecture(dtype, seed=3) if load_first else constrained(dtype, seed=3)
+    if load_first:
+        load(fresh, tmp_path / "net.safetensors")
+    other = trainer(fresh)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    load(fresh, tmp_path / "net.safetensors")
+    steps(net, optimizer, seed=2)
+    steps(fresh, other, seed=2)
+    check_same(net, fresh)
+    save(fresh, tmp_path / "net.safetensors")
+
+
+def test_sabotage_training_that_goes_on_without_its_momentum_is_noticed(tmp_path):
+    net = constrained()
+    optimizer = trainer(net)
+    steps(net, optimizer, seed=1)
+    save(net, tmp_path / "net.safetensors")
+    fresh = load(architecture(), tmp_path / "net.safetensors")
+    steps(net, optimizer, seed=2)
+    steps(fresh, trainer(fresh), seed=2)
+    with pytest.raises(AssertionError):
+        check_same(net, fresh)
+
+
+def test_a_layer_with_unit_norm_loads_into_its_plain_torch_layer(tmp_path):
+    layer = mn.layers.UnitNormConvTranspose2d(4, 6, 3, groups=2)
+    save(layer, tmp_path / "layer.safetensors")
+    loaded = load(nn.ConvTranspose2d(4, 6, 3, groups=2), tmp_path / "layer.safetensors")
+    assert torch.equal(loaded.weight, layer.weight)
+    assert loaded.weight.manifold.to_dict() == layer.weight.manifold.to_dict()
+
+
+def test_a_converted_model_comes_back_with_its_manifolds(tmp_path):
+    net = mn.convert(architecture(), torch.randn(4, 2, 6, 6))
+    save(net, tmp_path / "net.safetensors")
+    check_same(net, load(architecture(seed=8), tmp_path / "net.safetensors"))

@@ -7,19 +7,25 @@ import copy
 from torch import nn
 
 from manifold_nets.constraints import constrained_weights, detach
+from manifold_nets.conversion.apply import _RECORD
 from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.layers import UNIT_NORM_LAYERS
 
 __all__ = ["revert"]
+
+_PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items()}
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Give a model back with plain parameters: the same keys, the same values, the same function bit for bit.
 
     Every weight on a `SphereProduct` becomes a `torch.nn.Parameter`, and the ``UnitNorm*`` layers become the torch
-    layers they derive from. Nothing is computed: a weight that drifted off its sphere is given back as it is. Tied
-    weights, ``requires_grad``, gradients, the training mode, buffers, and the hooks of modules are kept. Parameters on
-    other manifolds of geoopt are left alone, and so are hooks and optimizers that hold a replaced parameter object:
-    build optimizers after reverting.
+    layers of the same name. Nothing is computed: a weight that drifted off its sphere is given back as it is. Tied
+    weights, ``requires_grad``, gradients, the training mode, buffers, and the hooks of modules are kept.
+
+    Parameters on other manifolds of geoopt are left alone, and so are classes that were derived from a ``UnitNorm*``
+    layer. Hooks on a replaced parameter object, and optimizers that hold it, stay with that object: build optimizers
+    after reverting.
 
     Args:
         model: a converted model, or one with ``UnitNorm*`` layers; one with nothing constrained is merely copied.
@@ -39,10 +45,13 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for weight in list(constrained_weights(plain)):
         old = weight.parameter
         detach(weight.module, weight.leaf)
-        new = weight.module.get_parameter(weight.leaf)
-        new.grad = old.grad
-        replaced.append((old, new))
+        replaced.append((old, weight.module.get_parameter(weight.leaf)))
     replace_everywhere(plain, replaced)
+    for module in plain.modules():
+        module.__dict__.pop(_RECORD, None)
+        if type(module) in _PLAIN_LAYERS:
+            # The same object with another class: whatever else refers to the layer, or hooks on it, goes on working.
+            module.__class__ = _PLAIN_LAYERS[type(module)]
     return plain
 
 
