@@ -208,7 +208,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_leaves_the_model_as_it_was(training: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 3))
-    x = torch.randn(4, 3, 8, 8)
+    x, refused = torch.randn(4, 3, 8, 8), torch.randn(4, 5, 8, 8)
     model(x).sum().backward()
     model.train(training)
     model[1].eval()
@@ -216,7 +216,7 @@ def test_leaves_the_model_as_it_was(training: bool) -> None:
     mn.diagnose(model, x)
     assert_same(before, snapshot(model))
     with pytest.raises(ExampleInputsError):
-        mn.diagnose(model, torch.randn(4, 5, 8, 8))
+        mn.diagnose(model, refused)
     assert_same(before, snapshot(model))
 
 

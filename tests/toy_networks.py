@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 
@@ -41,7 +42,7 @@ class Lambda(nn.Module):
 
 
 def _seq(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: nn.Sequential(*layers)
+    return lambda: copy.deepcopy(nn.Sequential(*layers))
 
 
 def _standardized(m: Lambda, x: Tensor) -> Tensor:
@@ -125,20 +126,18 @@ TOYS: dict[str, Toy] = {
     "depthwise-bn": Toy(_seq(C(4, 4, groups=4), BN(4)), (4, 4, 6, 6), {"0.weight": 4}),
     "transposed-bn": Toy(_seq(nn.ConvTranspose2d(4, 6, 3), BN(6)), (4, 4, 5, 5), {"0.weight": 6}),
     "transposed-grouped-bn": Toy(_seq(nn.ConvTranspose2d(4, 6, 3, groups=2), BN(6)), (4, 4, 5, 5), {"0.weight": 6}),
-    "transposed1d-gn": Toy(
-        _seq(nn.ConvTranspose1d(4, 6, 3, groups=2), nn.GroupNorm(2, 6)), (4, 4, 5), {"0.weight": 2}
-    ),
+    "transposed1d-gn": Toy(_seq(nn.ConvTranspose1d(4, 6, 3, groups=2), nn.GroupNorm(2, 6)), (4, 4, 5), {"0.weight": 2}),
     "transposed3d-bn": Toy(_seq(nn.ConvTranspose3d(2, 4, 2), nn.BatchNorm3d(4)), (3, 2, 3, 3, 3), {"0.weight": 4}),
     "conv-in": Toy(_seq(C(3, 6), nn.InstanceNorm2d(6, affine=True)), IMAGE, {"0.weight": 6}),
-    "conv-gn": Toy(
-        _seq(C(3, 6), nn.GroupNorm(3, 6)), IMAGE, {"0.weight": 3}, {"0.weight": {"0.bias"}}
-    ),
+    "conv-gn": Toy(_seq(C(3, 6), nn.GroupNorm(3, 6)), IMAGE, {"0.weight": 3}, {"0.weight": {"0.bias"}}),
     "linear-ln": Toy(_seq(nn.Linear(5, 6), nn.LayerNorm(6)), ROWS, {"0.weight": 1}, {"0.weight": {"0.bias"}}),
     "linear-rms": Toy(_seq(nn.Linear(5, 6, bias=False), nn.RMSNorm(6)), ROWS, {"0.weight": 1}),
-    "hand-written rms": Toy(
-        lambda: Lambda(lambda m, x: _rms(m.a(x)), a=nn.Linear(5, 6)), ROWS, {"a.weight": 1}
+    "hand-written rms": Toy(lambda: Lambda(lambda m, x: _rms(m.a(x)), a=nn.Linear(5, 6)), ROWS, {"a.weight": 1}),
+    "f-normalize": Toy(
+        lambda: Lambda(lambda m, x: F.normalize(m.a(x), dim=1), a=nn.Linear(5, 6)),
+        ROWS,
+        {"a.weight": 1},
     ),
-    "f-normalize": Toy(lambda: Lambda(lambda m, x: F.normalize(m.a(x), dim=1), a=nn.Linear(5, 6)), ROWS, {"a.weight": 1}),
     "mlp-relu-bn": Toy(
         _seq(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 6), nn.BatchNorm1d(6)),
         ROWS,
@@ -151,16 +150,26 @@ TOYS: dict[str, Toy] = {
         {"0.weight": 1, "2.weight": 6},
     ),
     "conv-relu-bn": Toy(
-        _seq(C(3, 6), nn.ReLU(), BN(6)), IMAGE, {"0.weight": 6}, {"0.weight": {"0.bias", "2.running_mean", "2.running_var"}}
+        _seq(C(3, 6), nn.ReLU(), BN(6)),
+        IMAGE,
+        {"0.weight": 6},
+        {"0.weight": {"0.bias", "2.running_mean", "2.running_var"}},
     ),
     "homogeneous path": Toy(
         _seq(
-            C(3, 6), nn.LeakyReLU(0.1, inplace=True), nn.MaxPool2d(2), nn.ZeroPad2d(1), nn.Dropout(0.3),
-            nn.Upsample(scale_factor=2), nn.AvgPool2d(2), nn.PReLU(6), BN(6),
+            C(3, 6),
+            nn.LeakyReLU(0.1, inplace=True),
+            nn.MaxPool2d(2),
+            nn.ZeroPad2d(1),
+            nn.Dropout(0.3),
+            nn.Upsample(scale_factor=2),
+            nn.AvgPool2d(2),
+            nn.PReLU(6),
+            BN(6),
         ),
         IMAGE,
         {"0.weight": 6},
-    ),  # fmt: skip
+    ),
     "tanh": Toy(_seq(C(3, 6), nn.Tanh(), BN(6)), IMAGE, {"0.weight": None}),
     "squeeze-excite": Toy(
         lambda: Lambda(_squeeze_excite, c=C(3, 6), up=C(6, 8, 1), down=C(8, 6, 1), n=BN(6)),
@@ -176,7 +185,9 @@ TOYS: dict[str, Toy] = {
         {"c.weight": None},
     ),
     "sum of one weight with itself": Toy(
-        lambda: Lambda(lambda m, x: m.n(m.c(x) + m.c(x.flip(3))), c=C(3, 6, bias=False), n=BN(6)), IMAGE, {"c.weight": 6}
+        lambda: Lambda(lambda m, x: m.n(m.c(x) + m.c(x.flip(3))), c=C(3, 6, bias=False), n=BN(6)),
+        IMAGE,
+        {"c.weight": 6},
     ),
     "dense": Toy(
         lambda: Lambda(_dense, a=C(3, 4, padding=1), b=C(4, 5, padding=1), n1=BN(4), n2=BN(9)),
@@ -201,7 +212,9 @@ TOYS: dict[str, Toy] = {
         {"c.weight": 3},
     ),
     "chunk and cat": Toy(
-        lambda: Lambda(lambda m, x: m.n(torch.cat(m.c(x).chunk(2, 1)[::-1], 1)), c=C(3, 6), n=BN(6)), IMAGE, {"c.weight": 6}
+        lambda: Lambda(lambda m, x: m.n(torch.cat(m.c(x).chunk(2, 1)[::-1], 1)), c=C(3, 6), n=BN(6)),
+        IMAGE,
+        {"c.weight": 6},
     ),
     "flatten-linear-bn": Toy(
         _seq(C(3, 4), nn.Flatten(), nn.Linear(196, 5, bias=False), nn.BatchNorm1d(5)),
@@ -215,7 +228,9 @@ TOYS: dict[str, Toy] = {
         {"c.weight": 3},
     ),
     "shared weight with a bypass": Toy(
-        lambda: Lambda(lambda m, x: m.c(F.relu(m.n1(m.c(x)))), c=C(3, 3, padding=1), n1=BN(3)), IMAGE, {"c.weight": None}
+        lambda: Lambda(lambda m, x: m.c(F.relu(m.n1(m.c(x)))), c=C(3, 3, padding=1), n1=BN(3)),
+        IMAGE,
+        {"c.weight": None},
     ),
     "weight standardization": Toy(lambda: Lambda(_standardized, c=C(3, 6)), IMAGE, {"c.weight": 6}),
     "weight standardization by batch_norm": Toy(
@@ -226,7 +241,12 @@ TOYS: dict[str, Toy] = {
         ROWS,
         {"parametrizations.weight.original0": None, "parametrizations.weight.original1": 6},
     ),
-    "separate bias": Toy(lambda: nn.Sequential(Biased(), nn.LayerNorm(6)), ROWS, {"0.weight": 1}, {"0.weight": {"0.shift"}}),
+    "separate bias": Toy(
+        lambda: nn.Sequential(Biased(), nn.LayerNorm(6)),
+        ROWS,
+        {"0.weight": 1},
+        {"0.weight": {"0.shift"}},
+    ),
     "frozen bn": Toy(lambda: nn.Sequential(C(3, 6), Frozen()), IMAGE, {"0.weight": None}),
     "qk-norm": Toy(
         lambda: Lambda(_qk_norm, q=nn.Linear(5, 8, bias=False), k=nn.Linear(5, 8, bias=False), v=nn.Linear(5, 8)),
@@ -234,5 +254,9 @@ TOYS: dict[str, Toy] = {
         {"q.weight": 2, "k.weight": 2, "v.weight": None},
     ),
     "embedding-ln": Toy(_seq(nn.Embedding(7, 6), nn.LayerNorm(6)), (4, 5), {"0.weight": 1}, integer=True),
-    "unused": Toy(lambda: Lambda(lambda m, x: m.a(x), a=C(3, 6), b=C(3, 6)), IMAGE, {"a.weight": None, "b.weight": None}),
-}  # fmt: skip
+    "unused": Toy(
+        lambda: Lambda(lambda m, x: m.a(x), a=C(3, 6), b=C(3, 6)),
+        IMAGE,
+        {"a.weight": None, "b.weight": None},
+    ),
+}

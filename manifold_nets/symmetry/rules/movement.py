@@ -248,6 +248,6 @@ def shuffle(use: Use) -> Result:
     label = use.label("self")
     if label is None:
         return None
-    full = np.ascontiguousarray(label.along(use.shape("self"), range(1, label.ids.ndim)))
+    full = label.along(use.shape("self"), range(1, label.ids.ndim)).copy()
     moved = use.node.target(torch.from_numpy(full), *use.node.args[1:])  # type: ignore[operator]
     return Label.compressed(moved.numpy(), label.degree)

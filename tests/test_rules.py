@@ -1,0 +1,250 @@
+"""Every rule against numbers: multiply the filters as the rule allows, run the operation, compare with its label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from manifold_nets.symmetry.find import follow_weight
+from manifold_nets.symmetry.graph import trace
+from manifold_nets.symmetry.rules import RULES, elementwise
+from manifold_nets.symmetry.rules.movement import reshape_ids
+from manifold_nets.symmetry.scales import Break, Scales
+
+FILTERS = 6
+FIXED = torch.randn(4, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+
+
+class AfterConvolution(nn.Module):
+    """An operation on the output (4, 6, 5, 5) of a convolution, then a marker at which the label is read."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, FILTERS, 3, bias=False, dtype=torch.float64)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sinh(self.operation(self.conv(x)))
+
+
+def _w(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+
+
+# What passes a scale, however it moves it.
+PASSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": lambda y: F.leaky_relu(y, 0.2),
+    "prelu": lambda y: F.prelu(y, _w(6).abs()),
+    "abs": torch.abs,
+    "neg": torch.neg,
+    "relu in place": lambda y: F.relu(y, inplace=True),
+    "in place, result not used": lambda y: (F.relu_(y), y)[1],
+    "view": lambda y: y.view(4, 6, 25),
+    "flatten": lambda y: y.flatten(1),
+    "reshape that cuts channels": lambda y: y.reshape(4, 2, 3, 25),
+    "unflatten": lambda y: y.unflatten(1, (3, 2)),
+    "permute": lambda y: y.permute(0, 2, 3, 1),
+    "transpose": lambda y: y.transpose(1, 3),
+    "movedim": lambda y: y.movedim(1, -1),
+    "squeeze": lambda y: y.unsqueeze(0).squeeze(0),
+    "squeeze all": lambda y: y[:1].squeeze(),
+    "expand": lambda y: y.unsqueeze(0).expand(3, -1, -1, -1, -1),
+    "repeat": lambda y: y.repeat(1, 2, 1, 1),
+    "repeat in front": lambda y: y.repeat(2, 1, 1, 1, 1),
+    "select": lambda y: y[:, 4],
+    "slice": lambda y: y[:, 1:5:2],
+    "slice rows": lambda y: y[:, :, 1:],
+    "narrow": lambda y: y.narrow(1, 2, 3),
+    "flip": lambda y: y.flip(1),
+    "roll": lambda y: y.roll(2, 1),
+    "chunk": lambda y: y.chunk(2, 1)[1],
+    "split": lambda y: y.split(4, 1)[1],
+    "split with sizes": lambda y: y.split([1, 5], 1)[1],
+    "unbind": lambda y: y.unbind(1)[3],
+    "cat with a constant": lambda y: torch.cat([FIXED, y], 1),
+    "cat along another axis": lambda y: torch.cat([y, y], 2),
+    "stack": lambda y: torch.stack([y, -y], 2),
+    "pad with zeros": lambda y: F.pad(y, (1, 2)),
+    "pad channels": lambda y: F.pad(y, (0, 0, 0, 0, 1, 1))[:, 1:-1],
+    "reflect": lambda y: F.pad(y, (1, 1, 1, 1), mode="reflect"),
+    "replicate": lambda y: F.pad(y, (1, 1, 1, 1), mode="replicate"),
+    "advanced index": lambda y: y[:, :, torch.tensor([0, 2])],
+    "pixel shuffle": lambda y: F.pixel_shuffle(y[:, :4], 2),
+    "channel shuffle": lambda y: F.channel_shuffle(y, 2),
+    "max pool": lambda y: F.max_pool2d(y, 2),
+    "max pool and unpool": lambda y: F.max_unpool2d(*F.max_pool2d(y[..., :4, :4], 2, return_indices=True), 2),
+    "average pool": lambda y: F.avg_pool2d(y, 3, padding=1),
+    "adaptive": lambda y: F.adaptive_avg_pool2d(y, 2),
+    "adaptive max": lambda y: F.adaptive_max_pool2d(y, 2),
+    "bilinear": lambda y: F.interpolate(y, scale_factor=2, mode="bilinear"),
+    "nearest": lambda y: F.interpolate(y, scale_factor=2),
+    "times a constant": lambda y: y * FIXED,
+    "times two": lambda y: 2 * y,
+    "constant over": lambda y: FIXED / y,
+    "over a constant": lambda y: y / FIXED,
+    "product with itself": lambda y: y * F.relu(y),
+    "pow": lambda y: y.pow(3),
+    "square and root": lambda y: (y.square() + 0).sqrt(),
+    "variance": lambda y: y.var((2, 3)),
+    "standard deviation": lambda y: y.std((2, 3)),
+    "mean": lambda y: y.mean((2, 3), keepdim=True),
+    "max": lambda y: y.flatten(2).max(2)[0],
+    "amax": lambda y: y.amax((2, 3)),
+    "sum with itself": lambda y: y + F.relu(y),
+    "difference": lambda y: y - y.mean((2, 3), keepdim=True),
+    "mask": lambda y: y.masked_fill(FIXED > 0, 0.0),
+    "detach": lambda y: y.detach(),
+    "contiguous": lambda y: y.permute(0, 2, 3, 1).contiguous(),
+}
+# What demands the same scale of several filters, then passes it.
+JOINS: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": lambda y: F.conv2d(y, _w(5, 6, 3, 3)),
+    "grouped convolution": lambda y: F.conv2d(y, _w(8, 3, 3, 3), groups=2),
+    "depthwise convolution": lambda y: F.conv2d(y, _w(12, 1, 3, 3), groups=6),
+    "transposed": lambda y: F.conv_transpose2d(y, _w(6, 2, 3, 3), groups=3),
+    "linear": lambda y: F.linear(y.permute(0, 2, 3, 1), _w(5, 6)),
+    "linear along space": lambda y: F.linear(y, _w(3, 5)),
+    "matmul": lambda y: y.flatten(2).transpose(1, 2) @ _w(6, 4),
+    "matmul from the left": lambda y: _w(4, 6) @ y.flatten(2),
+    "attention values": lambda y: F.scaled_dot_product_attention(
+        _w(4, 7, 8), _w(4, 25, 8), y.flatten(2).transpose(1, 2)
+    ),
+    "mean over channels": lambda y: y.mean(1),
+    "sum of two channels": lambda y: y[:, :3] + y[:, 3:],
+    "product of two channels": lambda y: y[:, :2] * y[:, 2:4],
+    "norm": lambda y: y.norm(dim=1),
+    "average pool over channels": lambda y: F.avg_pool2d(y.transpose(1, 3), 2),
+    "index over channels": lambda y: y[:, torch.tensor([0, 2])],
+}
+# What refuses scales.
+REFUSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "softmax": lambda y: y.softmax(1),
+    "hardswish": F.hardswish,
+    "relu6": F.relu6,
+    "clamp": lambda y: y.clamp(-1, 1),
+    "plus a constant": lambda y: y + 1,
+    "plus a tensor": lambda y: y + FIXED,
+    "constant padding": lambda y: F.pad(y, (1, 1), value=2.0),
+    "cat then sum": lambda y: torch.cat([y, FIXED], 1).sum(1),
+    "attention queries": lambda y: F.scaled_dot_product_attention(y, FIXED, FIXED),
+    "where": lambda y: torch.where(FIXED > 0, y, FIXED),
+    "einsum": lambda y: torch.einsum("nchw,ck->nkhw", y, _w(6, 3)),
+}
+
+
+def label_error(operation: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[float, int]:
+    """Largest relative error of the predicted scaling, and how many scales are free."""
+    torch.manual_seed(3)
+    model = AfterConvolution(operation)
+    x = torch.randn(4, 3, 7, 7, dtype=torch.float64)
+    seen: list[Any] = []
+
+    def read(use: Any) -> Any:
+        seen.append((use.label("self"), use.shape("self")))
+        return None
+
+    monkeypatch.setitem(RULES, "sinh", read)
+    structure = follow_weight(trace(model, ((x,), {})), "conv.weight")
+    scales = structure.scales
+    alpha = np.ones(FILTERS + 1)
+    for root, members in scales.classes().items():
+        if scales.break_of(root) is None:
+            alpha[members] = 1.5 + 0.7 * root
+    free = sum(scales.break_of(root) is None for root in scales.classes())
+    with torch.no_grad():
+        before = operation(model.conv(x)).clone()
+        model.conv.weight *= torch.from_numpy(alpha[:-1]).reshape(-1, 1, 1, 1)
+        after = operation(model.conv(x))
+    predicted = before
+    if seen and seen[-1][0] is not None:
+        label = seen[-1][0]
+        assert len(label.ids.shape) == len(before.shape)
+        factors = alpha[scales.roots(label.ids)] ** label.degree
+        predicted = before * torch.from_numpy(np.broadcast_to(factors, before.shape).copy())
+    return float((after - predicted).abs().max() / before.abs().max()), free
+
+
+TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_rule_that_passes_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, free = label_error(PASSES[name], monkeypatch)
+    assert error <= TOLERANCE
+    assert free == FILTERS
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_a_rule_that_joins_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, free = label_error(JOINS[name], monkeypatch)
+    assert error <= TOLERANCE
+    assert 0 < free <= FILTERS
+
+
+@pytest.mark.parametrize("name", REFUSES)
+def test_a_rule_that_refuses_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, free = label_error(REFUSES[name], monkeypatch)
+    assert error <= TOLERANCE
+    assert free < FILTERS
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "wrong"),
+    [
+        ("sigmoid", "sigmoid", elementwise.homogeneous),
+        ("transpose", "transpose", elementwise.homogeneous),
+        ("roll", "roll", elementwise.homogeneous),
+        ("sum of two channels", "add", lambda use: use.label("self")),
+        ("pow", "pow", elementwise.homogeneous),
+        ("channel shuffle", "channel_shuffle", elementwise.homogeneous),
+    ],
+)
+def test_a_wrong_rule_is_noticed(name: str, op: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage twin: the same check with a planted rule."""
+    monkeypatch.setitem(RULES, op, wrong)
+    operation = {**PASSES, **JOINS, **REFUSES}[name]
+    with pytest.raises((AssertionError, ValueError)):
+        assert label_error(operation, monkeypatch)[0] <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((4, 6, 5), (4, 2, 3, 5)),
+        ((4, 6, 5), (24, 5)),
+        ((4, 6, 1, 5), (4, 30)),
+        ((1, 6), (6, 1, 1)),
+        ((2, 3, 4), (6, 2, 2)),
+    ],
+)
+def test_reshaping_compressed_ids_equals_reshaping_full_ones(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+    for varying in range(len(before)):
+        compressed = np.arange(before[varying]).reshape([n if a == varying else 1 for a, n in enumerate(before)])
+        expected = np.broadcast_to(compressed, before).reshape(after)
+        assert np.array_equal(np.broadcast_to(reshape_ids(compressed, before, after), after), expected)
+
+
+def test_scales_join_pin_and_report() -> None:
+    scales, because, other = Scales(5), Break("op", "module", "why"), Break("op", "", "else")
+    scales.join(np.array([0, 1]), np.array([1, 2]), because)
+    scales.join(np.array([3]), np.array([-1]), because)
+    assert scales.classes() == {0: [0, 1, 2], 3: [3], 4: [4]}
+    assert scales.break_of(3) == because
+    assert scales.break_of(1) is None
+    scales.pin(np.array([2]), other)
+    scales.pin(np.array([0]), because)
+    assert scales.break_of(0) == other
+    assert not scales.all_pinned
+    scales.join(np.array([4]), np.array([3]), other)
+    assert scales.all_pinned
+    assert str(because) == "op in module: why"
+    assert str(other) == "op: else"
