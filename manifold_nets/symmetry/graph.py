@@ -155,21 +155,10 @@ class TracedGraph:
         return Visitor(self.program.graph_module).run(*values)
 
 
-def _require_acceptance(model: nn.Module, inputs: Inputs) -> None:
-    """Tell inputs that the model refuses from a model that cannot be exported: run it."""
-    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    try:
-        with torch.no_grad():
-            model(*inputs[0], **inputs[1])
-    except Exception as error:
-        raise ExampleInputsError(f"inputs of shapes {shapes}", error) from error
-
-
 def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
     """Export a model to its aten graph without running it on real data.
 
     Raises:
-        ExampleInputsError: the model itself refuses the inputs.
         AnalysisError: `torch.export` refuses the model.
     """
     args, kwargs = inputs
@@ -182,7 +171,6 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
-        _require_acceptance(model, inputs)
         raise AnalysisError(type(model).__name__, error) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
