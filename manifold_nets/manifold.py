@@ -119,7 +119,9 @@ class SphereProduct(SphereChecks):
         """
         norms = self.partition.norms(x)
         refuse_degenerate(norms, "x")
-        return self._onto_spheres(wide(x), norms).to(x.dtype)
+        # A norm below the normal range is short of digits; once more puts right what that leaves.
+        unit = self.partition.divide(wide(x), norms)
+        return self._onto_spheres(unit, self.partition.norms(unit)).to(x.dtype)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Orthogonal projection on the tangent space: ``u − ⟨w, u⟩ w/r²`` in each group."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +20,10 @@ PARTITIONS = {
 }
 RADII = ("unit", "small", "one a group")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+every_sphere = pytest.mark.parametrize(
+    ("partition", "radius"), [(partition, radius) for partition in PARTITIONS for radius in RADII]
+)
 
 
 def radius_of(kind: str, partition: Partition) -> float | list[float]:
