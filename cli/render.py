@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manifold_nets.conversion import ConversionPlan
+from manifold_nets.errors import listed
 from manifold_nets.symmetry import SymmetryReport, WeightFinding
 
 __all__ = ["complain", "note", "plan_table", "progress", "report_table", "rows_table", "show"]
@@ -73,10 +74,13 @@ def progress(text: str) -> Iterator[None]:
 
 def report_table(report: SymmetryReport) -> Table:
     """Tabulate a report: one row a weight, with what absorbs its scale or what breaks the chain."""
-    table = _table("weight", "layer", "status", "groups", "why", "certificate", title=f"{report.model}: symmetries")
+    columns = ("weight", "status", "certificate", "groups", "absorbed or broken by")
+    table = _table(*columns, title=f"{report.model}: symmetries")
     for weight in report.weights:
         groups = "" if weight.partition is None else str(weight.partition)
-        table.add_row(weight.name, weight.layer, _styled(weight.status), groups, _why(weight), str(weight.certificate))
+        value = weight.certificate.value
+        certificate = weight.certificate.verdict if value is None else f"{value:.1e}"
+        table.add_row(weight.name, _styled(weight.status), certificate, groups, _why(weight))
     return table
 
 
@@ -104,7 +108,8 @@ def rows_table(title: str, rows: Mapping[str, object]) -> Table:
 def _table(*columns: str, title: str) -> Table:
     table = Table(title=title, title_justify="left", pad_edge=False, box=None, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        # Where a window is narrow, explanations are folded before names are.
+        table.add_column(column, overflow="fold", no_wrap=column == "weight")
     return table
 
 
@@ -115,5 +120,6 @@ def _styled(word: str) -> Text:
 def _why(weight: WeightFinding) -> str:
     if weight.partition is None:
         return weight.broken_by or weight.remedy
-    absorbed = ", ".join(dict.fromkeys(str(absorber) for absorber in weight.absorbers))
-    return f"absorbed by {absorbed}"
+    modules = dict.fromkeys(absorber.module or "model" for absorber in weight.absorbers)
+    operations = dict.fromkeys(absorber.op for absorber in weight.absorbers)
+    return f"{listed(modules, limit=2)} ({', '.join(operations)})"
