@@ -183,7 +183,7 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
-    """Return the weights among plain parameters that some living module records as constrained.
+    """Return the weights among plain parameters that some living module records as constrained, in their order.
 
     Example:
         >>> import manifold_nets as mn
@@ -192,10 +192,9 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
         >>> lost_constraints(layer.parameters())
         ['UnitNormLinear.weight']
     """
-    wanted = {id(p) for p in parameters if not isinstance(p, geoopt.ManifoldParameter)}
-    owned = [(record.owner(), leaf) for record in list(_live_records) for leaf in record.manifolds]
-    return [
-        f"{type(owner).__name__}.{leaf}"
-        for owner, leaf in owned
-        if owner is not None and id(owner._parameters.get(leaf)) in wanted
-    ]
+    names: dict[int, str] = {}
+    for record in list(_live_records):
+        owner = record.owner()
+        if owner is not None:
+            names |= {id(owner._parameters.get(leaf)): f"{type(owner).__name__}.{leaf}" for leaf in record.manifolds}
+    return [names[id(p)] for p in parameters if not isinstance(p, geoopt.ManifoldParameter) and id(p) in names]
