@@ -89,12 +89,21 @@ class SphereOptimizer(torch.optim.Optimizer):
             manifolds = resolve_manifolds({**self.defaults, **param_group}, len(self.param_groups))
             param_group["manifolds"] = manifolds
         super().add_param_group(param_group)
-        self._leave_unscaling_to_the_scaler()
 
-    def _leave_unscaling_to_the_scaler(self) -> None:
-        # torch's fused kernels divide by the loss scale themselves when they are asked to; the rules on spheres do not.
-        if any(manifold is not None for group in self.param_groups for manifold in group["manifolds"]):
-            self._step_supports_amp_scaling = False
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `torch.amp.GradScaler` may leave unscaling to the step, as it does to torch's fused ones.
+
+        The rules on spheres do not unscale.
+        """
+        constrained = any(manifold is not None for group in self.param_groups for manifold in group["manifolds"])
+        return self._fused_unscales and not constrained
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self._fused_unscales = value
+
+    _fused_unscales = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain data, as torch does; manifolds are described by `SphereProduct.to_dict`."""
@@ -135,4 +144,3 @@ class SphereOptimizer(torch.optim.Optimizer):
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
                 group["manifolds"] = old["manifolds"]
-        self._leave_unscaling_to_the_scaler()

@@ -1,0 +1,264 @@
+"""States of the optimizers: saved, loaded, copied, pickled; training goes on bit for bit."""
+
+import copy
+import io
+import json
+import pickle
+
+import geoopt
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+import manifold_nets as mn
+from manifold_nets.constraints import attach
+from manifold_nets.errors import OptimizerStateError
+from manifold_nets.optim import RiemannianAdam, RiemannianSGD
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (RiemannianSGD, {"lr": 0.05, "momentum": 0.9}),
+        (RiemannianAdam, {"lr": 0.05}),
+        (RiemannianAdam, {"lr": 0.05, "amsgrad": True, "fused": True}),
+    ],
+)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+def network(dtype=torch.float32, radius=2.5, seed=0):
+    """A convolution on spheres of one radius each, a transposed one on unit spheres, and plain parameters."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)).to(dtype)
+    radii = torch.linspace(0.5, radius, 4)
+    for layer, manifold in (
+        (net[0], mn.SphereProduct((4, 2, 3, 3), radius=radii)),
+        (net[1], mn.SphereProduct(mn.Partition.transposed_filters((4, 3, 3, 3), groups=2))),
+    ):
+        attach(layer, "weight", manifold, manifold.projx(layer.weight.detach()))
+    return net
+
+
+def train(net, optimizer, steps, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in net.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+
+
+def through_a_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def check_same_bits(net, other):
+    for (name, value), expected in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), f"{name} differs"
+
+
+@KINDS
+@DTYPES
+def test_training_goes_on_bit_for_bit_after_a_round_trip(kind, options, dtype):
+    net = network(dtype)
+    optimizer = kind(mn.param_groups(net, weight_decay=0.01), **options)
+    train(net, optimizer, 5, seed=1)
+    resumed = copy.deepcopy(net)
+    loaded = kind(mn.param_groups(resumed), **options)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    for a, b in ((net, optimizer), (resumed, loaded)):
+        train(a, b, 5, seed=2)
+    check_same_bits(net, resumed)
+    assert [g["manifolds"] for g in loaded.param_groups] == [
+        [w.manifold for w in mn.constraints.constrained_weights(resumed)],
+        [None] * 4,
+    ]
+
+
+def test_a_state_cast_by_torch_would_not_go_on_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(mn.optim.base, "keep_precision", lambda *_: None)
+    with pytest.raises((AssertionError, RuntimeError), match=r"weight differs|dtype"):
+        test_training_goes_on_bit_for_bit_after_a_round_trip(RiemannianAdam, {"lr": 0.05}, torch.bfloat16)
+
+
+@KINDS
+def test_a_state_dict_is_plain_data_and_keeps_the_live_manifolds(kind, options):
+    net = network()
+    optimizer = kind(mn.param_groups(net), **options)
+    train(net, optimizer, 1, seed=1)
+    groups = optimizer.state_dict()["param_groups"]
+    assert json.loads(json.dumps(groups)) == json.loads(json.dumps(groups, default=str))
+    assert mn.SphereProduct.from_dict(groups[0]["manifolds"][0]).to_dict() == net[0].weight.manifold.to_dict()
+    assert groups[0]["param_names"] == ["0.weight", "1.weight"]
+    assert optimizer.param_groups[0]["manifolds"] == [net[0].weight.manifold, net[1].weight.manifold]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_moments_are_one_value_a_sphere_in_float32(dtype):
+    net = network(dtype)
+    optimizer = RiemannianAdam(mn.param_groups(net), lr=0.1, amsgrad=True)
+    train(net, optimizer, 1, seed=1)
+    state = optimizer.state[net[1].weight]
+    assert {key: (tuple(v.shape), v.dtype) for key, v in state.items()} == {
+        "step": ((), torch.float32),
+        "exp_avg": ((4, 3, 3, 3), dtype),
+        "exp_avg_sq": ((2, 1, 3, 1, 1), torch.float32),
+        "max_exp_avg_sq": ((2, 1, 3, 1, 1), torch.float32),
+    }
+    assert optimizer.state[net[0].weight]["exp_avg_sq"].shape == (4, 1, 1, 1)
+
+
+@KINDS
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_and_pickles_go_on_bit_for_bit(kind, options, how):
+    net = network()
+    optimizer = kind(mn.param_groups(net), **options)
+    train(net, optimizer, 3, seed=1)
+    other, copied = how((net, optimizer))
+    for a, b in ((net, optimizer), (other, copied)):
+        train(a, b, 3, seed=2)
+    check_same_bits(net, other)
+    assert copied.param_groups[0]["manifolds"][0] is other[0].weight.manifold
+    assert copied.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_loaded_states_share_no_memory_with_their_source():
+    net = network()
+    optimizer = RiemannianAdam(mn.param_groups(net), lr=0.1)
+    train(net, optimizer, 2, seed=1)
+    other = network()
+    loaded = RiemannianAdam(mn.param_groups(other), lr=0.1)
+    loaded.load_state_dict(optimizer.state_dict())
+    before = {key: value.clone() for key, value in optimizer.state[net[0].weight].items()}
+    train(other, loaded, 2, seed=2)
+    assert all(torch.equal(optimizer.state[net[0].weight][key], value) for key, value in before.items())
+
+
+def snapshot(optimizer):
+    return copy.deepcopy((optimizer.state_dict(), [id(m) for g in optimizer.param_groups for m in g["manifolds"]]))
+
+
+def check_refused(optimizer, state, message):
+    before, manifolds = snapshot(optimizer)
+    with pytest.raises(OptimizerStateError, match=message):
+        optimizer.load_state_dict(state)
+    after, same = snapshot(optimizer)
+    assert same == manifolds
+    assert str(after) == str(before)
+
+
+@KINDS
+def test_a_state_for_other_spheres_is_refused_and_nothing_changes(kind, options):
+    net, other = network(), network(radius=7.0)
+    optimizer, source = (kind(mn.param_groups(n), **options) for n in (net, other))
+    train(net, optimizer, 1, seed=1)
+    train(other, source, 1, seed=1)
+    check_refused(optimizer, source.state_dict(), r"state of 0.weight: found .*radii 0.5…7.*expected .*radii 0.5…2.5")
+    plain = kind([{"params": [nn.Parameter(torch.ones(4, 2, 3, 3)), nn.Parameter(torch.ones(4, 3, 3, 3))]}], **options)
+    unnamed = kind([net[0].weight, net[1].weight], **options)
+    check_refused(unnamed, plain.state_dict(), r"parameter 0 of group 0 \(\(4, 2, 3, 3\)\): found no manifold")
+    check_refused(plain, unnamed.state_dict(), "expected no manifold")
+
+
+def test_a_euclidean_second_moment_is_refused():
+    net = network()
+    optimizer = RiemannianAdam([net[0].weight], lr=0.1)
+    source = torch.optim.Adam([nn.Parameter(torch.ones(4, 2, 3, 3))], lr=0.1)
+    source.param_groups[0]["params"][0].grad = torch.ones(4, 2, 3, 3)
+    source.step()
+    check_refused(optimizer, source.state_dict(), r"exp_avg_sq of shape \(4, 2, 3, 3\); expected shape \(4, 1, 1, 1\)")
+
+
+def test_momentum_of_torch_can_be_taken_over():
+    net = network()
+    optimizer = RiemannianSGD([net[0].weight], lr=0.1, momentum=0.9)
+    source = torch.optim.SGD([nn.Parameter(torch.ones(4, 2, 3, 3))], lr=0.1, momentum=0.9)
+    source.param_groups[0]["params"][0].grad = torch.ones(4, 2, 3, 3)
+    source.step()
+    optimizer.load_state_dict(source.state_dict())
+    train(net, optimizer, 1, seed=1)
+    assert net[0].weight.manifold.check_point_on_manifold(net[0].weight)
+    assert optimizer.param_groups[0]["manifolds"] == [net[0].weight.manifold]
+
+
+def test_another_number_of_parameters_is_refused_in_torchs_words():
+    net = network()
+    optimizer = RiemannianSGD(mn.param_groups(net), lr=0.1)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(RiemannianSGD([net[0].weight], lr=0.1).state_dict())
+
+
+def test_the_users_own_hooks_see_plain_data_and_decide_what_is_loaded():
+    net = network()
+    optimizer = RiemannianSGD(mn.param_groups(net), lr=0.1, momentum=0.9)
+    train(net, optimizer, 1, seed=1)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(state["param_groups"][0]["manifolds"][1]))
+    state = optimizer.state_dict()
+    assert seen == [net[1].weight.manifold.to_dict()]
+    foreign = copy.deepcopy(state)
+    foreign["param_groups"][0]["manifolds"][1]["radius"] = [9.0]
+    optimizer.register_load_state_dict_pre_hook(lambda *_: state)
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append(o.param_groups[0]["manifolds"][1]))
+    optimizer.load_state_dict(foreign)
+    assert seen[1] is net[1].weight.manifold
+
+
+@KINDS
+@pytest.mark.parametrize("flatten", [False, True])
+def test_states_pass_through_torchs_distributed_checkpoints(kind, options, flatten):
+    choice = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    net = network()
+    optimizer = kind(mn.param_groups(net), **options)
+    train(net, optimizer, 3, seed=1)
+    saved = through_a_file(copy.deepcopy(get_optimizer_state_dict(net, optimizer, options=choice)))
+    resumed = copy.deepcopy(net)
+    for parameter in resumed.parameters():
+        parameter.grad = None
+    loaded = kind(mn.param_groups(resumed), **options)
+    before = copy.deepcopy(resumed)
+    set_optimizer_state_dict(resumed, loaded, saved, options=choice)
+    check_same_bits(resumed, before)  # torch makes it take a step of learning rate 0 on the way
+    for a, b in ((net, optimizer), (resumed, loaded)):
+        train(a, b, 3, seed=2)
+    check_same_bits(net, resumed)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_scaled_gradients_are_unscaled_on_spheres(fused):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    sphere = mn.SphereProduct((3, 4))
+    start, gradient = sphere.random().as_subclass(torch.Tensor), torch.randn(3, 4)
+    weights = []
+    for scale in (1.0, 2.0**10):
+        weight = geoopt.ManifoldParameter(start.clone(), manifold=sphere)
+        bias = nn.Parameter(torch.zeros(3))
+        optimizer = RiemannianSGD([weight, bias], lr=0.1, fused=fused)
+        weight.grad, bias.grad = gradient * scale, torch.ones(3) * scale
+        if scale == 1.0:
+            optimizer.step()
+        else:
+            scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+        weights.append((weight.detach(), bias.detach()))
+    assert torch.equal(weights[0][0], weights[1][0])
+    assert torch.equal(weights[0][1], weights[1][1])
+
+
+def test_an_infinite_scaled_gradient_skips_the_step():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    sphere = mn.SphereProduct((3, 4))
+    weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+    before = weight.detach().clone()
+    optimizer = RiemannianAdam([weight], lr=0.1, fused=True)
+    weight.grad = torch.full((3, 4), torch.inf)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    assert torch.equal(weight, before)
