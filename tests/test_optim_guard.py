@@ -167,16 +167,19 @@ def test_wrappers_and_schedulers_of_our_optimizers_pass():
     check_refused(net, Wrapped(torch.optim.SGD(net.parameters(), lr=0.1)))
 
 
-def test_compiled_steps_are_stopped_and_ours_are_not():
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [RiemannianSGD, RiemannianAdam])
+def test_compiled_steps_are_stopped_and_ours_are_not(backend, kind):
     net = with_gradients(network())
     twin = copy.deepcopy(net)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(EuclideanStepError):
-        torch.compile(lambda: optimizer.step(), backend="eager")()
+        torch.compile(lambda: optimizer.step(), backend=backend)()
     gradients = [torch.randn_like(p) for p in net.parameters()]
     for model, compiled in ((net, True), (twin, False)):
-        ours = RiemannianAdam(mn.param_groups(model), lr=0.1)
-        step = torch.compile(ours.step, backend="eager") if compiled else ours.step
+        ours = kind(mn.param_groups(model), lr=0.1)
+        step = torch.compile(ours.step, backend=backend) if compiled else ours.step
         for _ in range(3):
             for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                 parameter.grad = gradient

@@ -59,12 +59,17 @@ class SphereOptimizer(torch.optim.Optimizer):
             plain = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is None]
             if plain:
                 self._step_plain({**group, "params": plain})
-            with torch.no_grad():
-                for _, weight, manifold in constrained_of(group):
-                    # A sphere of one entry is two points: there is nowhere to go.
-                    if weight.grad is not None and manifold.partition.group_size > 1:
-                        self._step_constrained(group, weight, weight.grad, manifold)
+            self._step_spheres(group)
         return loss
+
+    # Compiled, the in-place updates fail in the CPU backend of torch 2.13 (KeyError: 'buf2'); they run as they are.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _step_spheres(self, group: Group) -> None:
+        for _, weight, manifold in constrained_of(group):
+            # A sphere of one entry is two points: there is nowhere to go.
+            if weight.grad is not None and manifold.partition.group_size > 1:
+                self._step_constrained(group, weight, weight.grad, manifold)
 
     def _refuse_sparse_gradients(self) -> None:
         for number, group in enumerate(self.param_groups):

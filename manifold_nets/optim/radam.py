@@ -12,7 +12,6 @@ from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.membership import Group
-from manifold_nets.optim.rsgd import as_number
 from manifold_nets.optim.updates import riemannian_adam_
 from manifold_nets.optim.workspace import Workspace
 
@@ -92,7 +91,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         if not state:
             state.update(_initial_state(weight, manifold, group["amsgrad"]))
         state["step"] += 1
-        beta1, beta2 = (as_number(beta) for beta in group["betas"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
         space = Workspace(manifold, weight)
         riemannian_adam_(
             space.open(weight),
@@ -101,11 +100,11 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             state["exp_avg_sq"],
             state["max_exp_avg_sq"] if group["amsgrad"] else None,
             space.spheres,
-            lr=as_number(group["lr"]),
+            lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],
-            step=as_number(state["step"]),
+            step=float(state["step"]),
             maximize=group["maximize"],
         )
         space.close()

@@ -95,19 +95,12 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
             space.read(gradient),
             None if buffer is None else space.open(buffer),
             space.spheres,
-            lr=as_number(group["lr"]),
+            lr=float(group["lr"]),
             **{key: group[key] for key in ("momentum", "dampening", "nesterov", "maximize")},
         )
         space.close()
         if buffer is None and result is not None:
             remembered["momentum_buffer"] = space.settle(result)
-
-
-def as_number(option: float | Tensor) -> float | Tensor:
-    """Read an option that may be a tensor of one entry, unless the step is being compiled."""
-    if isinstance(option, Tensor) and not torch.compiler.is_compiling():
-        return float(option)
-    return option
 
 
 def _multi_tensor(group: Group, params: list[Tensor]) -> bool:
