@@ -318,7 +318,7 @@ class ExportError(ManifoldNetsError, RuntimeError):
     def __init__(self, path: object, tool: str, cause: BaseException) -> None:
         lines = str(cause).strip().splitlines()
         super().__init__(
-            f"{path}: {tool} could not write the model ({type(cause).__name__}: {lines[0] if lines else ''}); expected "
+            f"{path}: {tool} refused the model ({type(cause).__name__}: {lines[0] if lines else ''}); expected "
             "a network in evaluation mode, made of operations that it knows. Cast half precision to float32, or write "
             "the weights alone with the format safetensors."
         )

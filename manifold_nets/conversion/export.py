@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from manifold_nets.constraints import constrained_weights
@@ -82,7 +83,7 @@ def export_model(
 
     Raises:
         FunctionChangedError: the reverted model, or the file, computes something else by more than rounding.
-        ExportError: torch cannot write the model in this format.
+        ExportError: the model cannot be written in this format, or the file cannot be run.
         MissingExtraError: a package that the format needs is not installed.
         ExampleInputsError: the model refuses the inputs.
         FileNotFoundError: the folder of ``path`` does not exist.
@@ -158,7 +159,10 @@ def _write_onnx(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _W
         except Exception as error:
             raise ExportError(final, "ONNX", error) from error
     importlib.import_module("onnx").checker.check_model(str(file))
-    outputs = _run_onnx(file, inputs)
+    try:
+        outputs = _run_onnx(file, inputs)
+    except Exception as error:
+        raise ExportError(final, "onnxruntime", error) from error
     if outputs is None:
         return _Written(None, "onnx.checker (onnxruntime is not installed: the file was not run)", _batch(program))
     return _Written(_difference(plain, inputs, outputs), "onnxruntime", _batch(program))
@@ -182,8 +186,12 @@ def _program(plain: nn.Module, inputs: Inputs, final: Path) -> torch.export.Expo
     """Trace a model in evaluation mode, with the first axis of every input open where the model allows it."""
     plain = plain.eval()
     bound = inspect.signature(plain.forward).bind(*inputs[0], **inputs[1]).arguments
-    open_batch = {0: torch.export.Dim.AUTO}
-    shapes = pytree.tree_map(lambda leaf: open_batch if isinstance(leaf, Tensor) and leaf.ndim else None, dict(bound))
+
+    def first_axis(leaf: Any) -> dict[int, Any] | None:
+        # torch.export takes a size of 1 as fixed.
+        return {0: torch.export.Dim.AUTO} if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] > 1 else None
+
+    shapes = pytree.tree_map(first_axis, dict(bound))
     try:
         with torch.no_grad():
             return torch.export.export(plain, inputs[0], inputs[1], dynamic_shapes=shapes)
@@ -195,7 +203,7 @@ def _batch(program: torch.export.ExportedProgram) -> int | Literal["any"] | None
     names = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder") if node.name in names]
     sizes: list[Any] = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim]
-    fixed = [size for size in sizes if isinstance(size, int)]
+    fixed = [int(size) for size in sizes if is_concrete_int(size)]
     return fixed[0] if fixed else "any" if sizes else None
 
 
