@@ -46,8 +46,9 @@ def wide(x: Tensor) -> Tensor:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether Python code may branch on the values of ``x``: not on the meta device, not fake, not being traced."""
-    return type(x) is Tensor and x.device.type != "meta" and not torch.compiler.is_compiling()
+    """Whether Python code may branch on the values of ``x``: not on the meta device, fake, traced or under vmap."""
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
+    return not traced and torch.func.debug_unwrap(x) is x
 
 
 def sum_over(x: Tensor, runs: tuple[tuple[int, ...], ...], dtype: torch.dtype | None = None) -> Tensor:

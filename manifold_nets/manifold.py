@@ -255,8 +255,8 @@ class SphereProduct(SphereChecks):
     def _any_tangent(self, x_unit: Tensor) -> Tensor:
         """Return a fixed tangent vector: the coordinate of each group that the point uses least, projected."""
         rows = self.partition.rows(x_unit)
-        axis = torch.zeros_like(rows).scatter_(1, rows.abs().argmin(1, keepdim=True), 1.0)
-        return self._tangential(x_unit, self.partition.from_rows(axis))
+        axis = torch.arange(rows.shape[1], device=rows.device) == rows.abs().argmin(1, keepdim=True)
+        return self._tangential(x_unit, self.partition.from_rows(axis.to(rows.dtype)))
 
     def _total(self, values: Tensor, keepdim: bool) -> Tensor:
         return values.sum().reshape((1,) * self.ndim if keepdim else ())

@@ -90,6 +90,15 @@ def test_compiles_without_a_graph_break(method: str, radius: str) -> None:
     torch.testing.assert_close(compiled, getattr(sphere, method)(*arguments), rtol=0, atol=8 * eps(torch.float64))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_points_can_be_batched_by_vmap(method: str) -> None:
+    sphere = spheres("grouped transposed filters", "one a group")
+    batch = [torch.stack([point(sphere, seed=seed + i) for i in range(3)]) for seed in (0, 10, 20)]
+    found = torch.func.vmap(lambda *a: METHODS[method](sphere, *a))(*batch)
+    expected = torch.stack([METHODS[method](sphere, *one) for one in zip(*batch, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=16 * eps(torch.float64), atol=16 * eps(torch.float64))
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_optimizers_of_geoopt_run_and_stay_on_the_spheres(partition: str, optimizer: str) -> None:
