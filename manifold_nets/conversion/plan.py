@@ -234,6 +234,8 @@ def _obstacle(finding: WeightFinding, weight: Tensor, state: dict[str, Tensor], 
     for absorber in finding.absorbers:
         if absorber.kind != "batch" or absorber.running_var is None or absorber.running_mean is None:
             return f"{absorber} has no running statistics that could take up its eps"
+        if len(absorber.variances) != len(absorber.groups):
+            return f"the batch variances in front of {absorber} are not known"
         same = [a for a in finding.absorbers if a.running_var == absorber.running_var]
         if any(a.groups != absorber.groups for a in same) or len(same) != absorber.calls:
             return f"the running statistics of {absorber} are shared with another tensor"

@@ -59,13 +59,12 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
         variances = _batch_variances(graph, twin, inputs, seed)
         field = euler_field(twin, inputs, seed)
     names = [name for name, parameter in twin.named_parameters() if parameter.ndim >= 2]
-    floor = EVIDENCE_FLOOR * max((_size(field, name) for name in names), default=0.0)
     constrained = {weight.name for weight in constrained_weights(model)}
+    judge = _Judge(twin, graph, field, variances, tolerance)
     findings = []
     for name in names:
         structure = follow_weight(graph, name) if graph.placeholders_of(name) else None
-        finding = _Judge(twin, graph, field, variances, tolerance, floor).finding(name, structure, name in constrained)
-        findings.append(finding)
+        findings.append(judge.finding(name, structure, name in constrained))
     return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
 
 
@@ -108,10 +107,11 @@ class _Judge:
         field: EulerField,
         variances: dict[Any, Tensor],
         tolerance: float,
-        floor: float,
     ) -> None:
         self.twin, self.graph, self.field, self.variances = twin, graph, field, variances
-        self.tolerance, self.floor = tolerance, floor
+        self.tolerance = tolerance
+        self.largest = max((_size(field, name) for name in field.weights if field.weights[name].ndim >= 2), default=0.0)
+        self.floor = EVIDENCE_FLOOR * self.largest
 
     def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
         """Judge one weight."""
@@ -183,6 +183,9 @@ class _Judge:
                 (gradient, self.field.gradients[bias].square()),
             ):
                 total.index_add_(0, entries[kept], values.reshape(-1)[kept])
+        if partition.group_size == 1 and not structure.companions:
+            # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
+            return self._verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
         return self._verdict(sums, weight.sqrt(), gradient.sqrt())
 
     def _verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor) -> Certificate:

@@ -13,6 +13,8 @@ from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, is_in_pla
 from manifold_nets.symmetry.rules import RULES, VIEWS, Absorption, Adoption, Result, Use, as_list
 from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
 
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+
 __all__ = ["Structure", "follow_weight"]
 
 
@@ -181,11 +183,36 @@ def _apply(use: Use) -> Result:
         return None
     if not any(label is not None for node in use.node.all_input_nodes for label in as_list(use.labels.get(node))):
         return None
+    if use.op in _REGIONS:
+        return _enter_region(use)
     known = RULES.get(use.op)
     if known is None:
         use.pin("has no rule: what it does to a scale is unknown", unknown=True)
         return None
     return known(use)
+
+
+def _enter_region(use: Use) -> Result:
+    """Follow the labels through the graph of a region that is executed under autocast or another gradient mode."""
+    region = next(a for a in use.node.args if isinstance(a, Node) and a.op == "get_attr")
+    given = use.node.args[use.node.args.index(region) + 1 :]
+    module = use.node.graph.owning_module
+    inner = getattr(module, str(region.target)).graph
+    labels: dict[Node, Result] = {}
+    outer = iter(given)
+    for node in inner.nodes:
+        if node.op == "placeholder":
+            argument = next(outer)
+            labels[node] = use.labels.get(argument) if isinstance(argument, Node) else None
+        elif node.op == "output":
+            results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+            return [found if isinstance(found := labels.get(r), Label) else None for r in results]
+        else:
+            inside = Use(node, use.graph, use.scales, labels, use.absorptions, use.adoptions)
+            labels[node] = _apply(inside)
+            if is_in_place(node):
+                _write_back(inside, labels[node])
+    return None
 
 
 def _write_back(use: Use, result: Result) -> None:

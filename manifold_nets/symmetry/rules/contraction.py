@@ -113,6 +113,28 @@ def matmul(use: Use) -> Result:
     return Label(ids.reshape((1,) * (len(use.out_shape) - ids.ndim) + ids.shape), label.degree)
 
 
+@rule("einsum")
+def einsum(use: Use) -> Result:
+    """Einstein sums in which one factor is scaled: one scale along the indices that are summed over."""
+    terms, _, result = str(use.args["equation"]).replace(" ", "").partition("->")
+    indices = terms.split(",")
+    labels = [use.label_of(tensor) for tensor in use.args["tensors"]]
+    scaled = [(names, label) for names, label in zip(indices, labels, strict=True) if label is not None]
+    if len(scaled) > 1:
+        use.pin("multiplies scaled tensors")
+        return None
+    (names, label), explicit = scaled[0], "->" in use.args["equation"]
+    if "." in terms or not explicit or len(set(names)) < len(names):
+        use.pin("is followed for explicit equations without repeated indices only", unknown=True)
+        return None
+    ids = use.merge(label.ids, [axis for axis, name in enumerate(names) if name not in result])
+    kept = [name for name in names if name in result]
+    ids = ids.reshape([n for n, name in zip(ids.shape, names, strict=True) if name in result])
+    order = sorted(range(len(kept)), key=lambda axis: result.index(kept[axis]))
+    sizes = dict(zip([kept[axis] for axis in order], ids.transpose(order).shape, strict=True))
+    return Label.compressed(ids.transpose(order).reshape([sizes.get(name, 1) for name in result]), label.degree)
+
+
 @rule("embedding")
 def embedding(use: Use) -> Result:
     """Look up rows: any row may be picked, so all rows need one scale."""

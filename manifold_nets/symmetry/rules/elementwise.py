@@ -29,7 +29,8 @@ _SPATIAL = ("pool", "upsample")
 NOT_HOMOGENEOUS = (
     "sigmoid tanh gelu silu mish hardswish hardsigmoid hardtanh relu6 elu selu celu softplus softsign logsigmoid exp "
     "log log1p expm1 sin cos erf clamp clamp_max softmax log_softmax _softmax _log_softmax threshold hardshrink "
-    "softshrink tanhshrink glu round floor ceil bernoulli cross_entropy_loss nll_loss nll_loss_nd atan asin"
+    "softshrink tanhshrink lstm gru rnn_tanh glu round floor ceil bernoulli cross_entropy_loss nll_loss nll_loss_nd "
+    "atan asin"
 ).split()
 
 # Results that a positive scale does not change.
@@ -134,6 +135,18 @@ def mul(use: Use) -> Result:
         use.absorb("quotient", left, ids)
         return None
     return Label.compressed(ids, degree)
+
+
+@rule("addcmul")
+def addcmul(use: Use) -> Result:
+    """``self + value · tensor1 · tensor2``, whose terms have to be scaled alike."""
+    rank = len(use.out_shape)
+    base, factors = use.label("self"), [use.label("tensor1"), use.label("tensor2")]
+    product = next((label for label in factors if label is not None), None)
+    if all(label is not None for label in factors) or base is None or product is None:
+        use.pin("adds terms of which one is not scaled")
+        return None
+    return _sum_of_scaled(use, Label(aligned(base, rank), base.degree), Label(aligned(product, rank), product.degree))
 
 
 @rule("pow", "square", "sqrt", "rsqrt", "reciprocal")

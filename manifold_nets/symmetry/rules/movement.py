@@ -242,6 +242,21 @@ def index(use: Use) -> Result:
     return Label(np.expand_dims(rest, tuple(range(at, at + inserted))), label.degree)
 
 
+@rule("unfold", "im2col")
+def unfold(use: Use) -> Result:
+    """Sliding windows: each window of a channel has the scale of the channel."""
+    label = use.label("self")
+    if label is None:
+        return None
+    if use.op == "unfold":
+        dim = use.args["dimension"] % label.ids.ndim
+        return Label(use.merge(label.ids, [dim], "cuts windows of different scales")[..., None], label.degree)
+    ids = use.merge(label.ids, [-2, -1], "cuts windows of different scales")
+    window = int(np.prod(use.args["kernel_size"]))
+    channels = ids.reshape(*ids.shape[:-2], 1)
+    return Label(np.repeat(channels, window, -2) if channels.shape[-2] > 1 else channels, label.degree)
+
+
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def shuffle(use: Use) -> Result:
     """Fixed permutations of channels and pixels, followed on the full label."""

@@ -13,7 +13,7 @@ from torch.fx import Node
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
 
-__all__ = ["Absorption", "Adoption", "Result", "Rule", "RULES", "Use", "rule"]
+__all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "rule"]
 
 Result = Label | list[Label | None] | None
 
