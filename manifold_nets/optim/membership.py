@@ -106,9 +106,12 @@ def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group
         raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")
     if weight.device.type == "meta":
         return
-    refuse_degenerate(manifold.partition.norms(weight.detach()), name)
+    # A sharded weight (DTensor) is looked at as a whole.
+    whole = getattr(weight, "full_tensor", None)
+    point = (whole() if whole is not None else weight).detach()
+    refuse_degenerate(manifold.partition.norms(point), name)
     manifold.require_point(
-        weight,
+        point,
         name,
         rtol=_RTOL,
         remedy="Put it back: `weight.copy_(manifold.projx(weight))` under torch.no_grad() first.",
