@@ -170,7 +170,7 @@ def plot(runs: dict[str, list[Run]], rates: dict[str, float], path: Path) -> Non
         errors.plot(epochs, values.mean(0), label=f"{name}, learning rate {rates[name]:g}", linewidth=2, **style)
         lines = norms.plot(epochs, runs[name][0].norms, linewidth=0.8, alpha=0.6, **style)
         lines[0].set_label(name)
-    errors.set(xlabel="epochs after the checkpoint", ylabel="test error, %", yscale="log", ylim=(0.1, 100))
+    errors.set(xlabel="epochs after the checkpoint", ylabel="test error, %", yscale="log", ylim=(0.05, 100))
     errors.yaxis.set_major_formatter("{x:g}")
     errors.set_title(f"Mean and range of {len(runs[SGD])} seed{'s' * (len(runs[SGD]) > 1)}", fontsize=11)
     norms.set(xlabel="epochs after the checkpoint", ylabel="Euclidean norm", ylim=(0, None))
@@ -178,7 +178,7 @@ def plot(runs: dict[str, list[Run]], rates: dict[str, float], path: Path) -> Non
     for axes in (errors, norms):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    errors.legend(frameon=False, loc="upper right")
+    errors.legend(frameon=False, loc="lower left")
     legend = norms.legend(frameon=False)
     for line in legend.get_lines():
         line.set(linewidth=2, alpha=1)
