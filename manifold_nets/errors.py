@@ -76,10 +76,7 @@ class OffManifoldError(ManifoldNetsError, ValueError):
     """A weight that belongs on a product of spheres has left it."""
 
     def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str) -> None:
-        super().__init__(
-            f"{name}: group {group} has norm {norm:.8g}, but its sphere has radius {radius:.8g}. "
-            f"{remedy}"
-        )
+        super().__init__(f"{name}: group {group} has norm {norm:.8g}, but its sphere has radius {radius:.8g}. {remedy}")
 
 
 class UnsupportedManifoldError(ManifoldNetsError, TypeError):
@@ -141,7 +138,7 @@ class ParameterGroupError(ManifoldNetsError, ValueError):
     def __init__(self, name: str, found: str, expected: str) -> None:
         super().__init__(
             f"{name}: found {found}; expected {expected}. Let manifold_nets.param_groups(model) make the groups, or "
-            "give \"manifolds\" one SphereProduct, or None, for each of \"params\"."
+            'give "manifolds" one SphereProduct, or None, for each of "params".'
         )
 
 
