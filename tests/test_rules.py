@@ -155,20 +155,24 @@ def label_error(operation: Callable[[Tensor], Tensor], monkeypatch: pytest.Monke
     monkeypatch.setitem(RULES, "sinh", read)
     structure = follow_weight(trace(model, ((x,), {})), "conv.weight")
     scales = structure.scales
-    alpha = np.ones(FILTERS + 1)
-    for root, members in scales.classes().items():
-        if scales.break_of(root) is None:
-            alpha[members] = 1.5 + 0.7 * root
-    free = sum(scales.break_of(root) is None for root in scales.classes())
+    logarithms = np.zeros(FILTERS)
+    for scale in scales.free:
+        logarithms[scale] = 0.4 + 0.3 * scale
+    for scale in range(FILTERS):
+        logarithms[scale] = sum(c * logarithms[k] for k, c in scales.form(scale + 1).items())
+    alpha = np.exp(logarithms)
+    free = len(scales.free)
     with torch.no_grad():
         before = operation(model.conv(x)).clone()
-        model.conv.weight *= torch.from_numpy(alpha[:-1]).reshape(-1, 1, 1, 1)
+        model.conv.weight *= torch.from_numpy(alpha).reshape(-1, 1, 1, 1)
         after = operation(model.conv(x))
     predicted = before
     if seen and seen[-1][0] is not None:
         label = seen[-1][0]
         assert len(label.ids.shape) == len(before.shape)
-        factors = alpha[scales.roots(label.ids)] ** label.degree
+        numbers, inverse = np.unique(label.ids, return_inverse=True)
+        exponents = [sum(c * logarithms[k] for k, c in scales.form(n).items()) for n in numbers.tolist()]
+        factors = np.exp(exponents)[inverse.reshape(label.ids.shape)]
         predicted = before * torch.from_numpy(np.broadcast_to(factors, before.shape).copy())
     return float((after - predicted).abs().max() / before.abs().max()), free
 
@@ -235,16 +239,35 @@ def test_reshaping_compressed_ids_equals_reshaping_full_ones(before: tuple[int, 
 
 def test_scales_join_pin_and_report() -> None:
     scales, because, other = Scales(5), Break("op", "module", "why"), Break("op", "", "else")
-    scales.join(np.array([0, 1]), np.array([1, 2]), because)
-    scales.join(np.array([3]), np.array([-1]), because)
-    assert scales.classes() == {0: [0, 1, 2], 3: [3], 4: [4]}
+    scales.join(np.array([1, 2]), np.array([2, 3]), because)
+    scales.pin(np.array([4]), because)
+    assert scales.classes() == {1: [0, 1, 2], 0: [3], 5: [4]}
     assert scales.break_of(3) == because
     assert scales.break_of(1) is None
-    scales.pin(np.array([2]), other)
-    scales.pin(np.array([0]), because)
+    assert scales.free == [0, 4]
+    scales.pin(np.array([3]), other)
+    scales.pin(np.array([1]), because)
     assert scales.break_of(0) == other
+    assert scales.break_of(2) == other
     assert not scales.all_pinned
-    scales.join(np.array([4]), np.array([3]), other)
+    scales.join(np.array([5]), np.array([4]), other)
     assert scales.all_pinned
+    assert scales.break_of(4) == other
     assert str(because) == "op in module: why"
     assert str(other) == "op: else"
+
+
+def test_scales_of_products_and_powers() -> None:
+    scales, because = Scales(3), Break("op", "", "why")
+    a, b, c = (np.array([k]) for k in (1, 2, 3))
+    product = scales.sum(a, b)
+    assert scales.form(int(product[0])) == {0: 1.0, 1: 1.0}
+    assert int(scales.sum(product, b, -1.0)[0]) == 1
+    assert int(scales.times(scales.times(a, 2.0), 0.5)[0]) == 1
+    scales.join(product, c, because)
+    assert scales.allows(np.array([1.0, 2.0, 3.0]))
+    assert not scales.allows(np.ones(3))
+    scales.pin(product, because)
+    assert scales.form(3) == {}
+    assert scales.form(2) == {0: -1.0}
+    assert scales.free == [0]

@@ -197,7 +197,7 @@ def _scaled_along(action: Action, factors: Tensor, current: Callable[[str], Tens
 
 def _rescaled_statistics(absorber: Absorber, factors: Tensor, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
     mean, variance = str(absorber.running_mean), str(absorber.running_var)
-    factor = gather(factors, absorber.groups) ** absorber.degree
+    factor = gather(factors, absorber.groups)
     reached = torch.tensor(absorber.groups, device=factor.device) >= 0
     new_variance = rescaled_variance(current(variance), absorber.eps or 0.0, factor)
     return {

@@ -234,12 +234,14 @@ def _obstacle(finding: WeightFinding, weight: Tensor, state: dict[str, Tensor], 
     for absorber in finding.absorbers:
         if absorber.kind != "batch" or absorber.running_var is None or absorber.running_mean is None:
             return f"{absorber} has no running statistics that could take up its eps"
+        if -2 in absorber.groups:
+            return f"{absorber} absorbs a product of scales"
         if len(absorber.variances) != len(absorber.groups):
             return f"the batch variances in front of {absorber} are not known"
         same = [a for a in finding.absorbers if a.running_var == absorber.running_var]
         if any(a.groups != absorber.groups for a in same) or len(same) != absorber.calls:
             return f"the running statistics of {absorber} are shared with another tensor"
-        factor = gather(factors, absorber.groups) ** absorber.degree
+        factor = gather(factors, absorber.groups)
         if cancellation(state[absorber.running_var].double(), absorber.eps or 0.0, factor) > LARGEST_CANCELLATION:
             return f"running variances of {absorber} are too small against its eps"
     return None
@@ -247,7 +249,7 @@ def _obstacle(finding: WeightFinding, weight: Tensor, state: dict[str, Tensor], 
 
 def _deviation(absorber: Absorber, state: dict[str, Tensor], factors: Tensor) -> float:
     """Relative change of the training-mode output over the channels that this weight scales."""
-    factor = gather(factors, absorber.groups) ** absorber.degree
+    factor = gather(factors, absorber.groups)
     reached = torch.tensor(absorber.groups, device=factor.device) >= 0
     variance = torch.tensor(absorber.variances, dtype=torch.float64, device=factor.device)
     scale = state[absorber.weight].detach().double() if absorber.weight else torch.ones_like(variance)

@@ -65,15 +65,22 @@ _DROPOUTS = (
     F.alpha_dropout,
     F.feature_alpha_dropout,
 )
+# Casts that normalizations and softmaxes write out; below float64 they would blunt the certificate.
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_LOWER_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
 
 
 class _SharpConditions(TorchFunctionMode):
-    """Replaces every eps by a negligible one and switches dropout off, also where no module attribute says so."""
+    """Makes every eps negligible, dropout inactive and casts harmless, also where no module attribute says so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = {k: _at_least_float64(v) for k, v in (kwargs or {}).items()}
+        if func in _CASTS and args[0].dtype == torch.float64:
+            return args[0]
+        if func is Tensor.to:
+            args = tuple(_at_least_float64(argument) for argument in args)
         position = _EPS_POSITION.get(func)
         if position is not None:
             args, kwargs = _replaced(args, kwargs, position, "eps", NEGLIGIBLE_EPS)
@@ -88,6 +95,10 @@ class _SharpConditions(TorchFunctionMode):
         elif func in _LOWER_BOUNDS and _is_eps(kwargs.get("min")):
             kwargs["min"] = NEGLIGIBLE_EPS
         return func(*args, **kwargs)
+
+
+def _at_least_float64(argument: Any) -> Any:
+    return torch.float64 if isinstance(argument, torch.dtype) and argument in _LOWER_PRECISIONS else argument
 
 
 def _is_eps(value: Any) -> bool:

@@ -132,9 +132,9 @@ class _Judge:
             status=status,
             partition=partition,
             filters_per_group=structure.seed.n_groups // partition.n_groups,
-            absorbers=tuple(self._absorber(a, groups) for a in structure.absorptions),
+            absorbers=tuple(self._absorber(structure, a, groups) for a in structure.absorptions),
             scaled_along=tuple(
-                ScaledAlong(bias, _relabelled(ids, groups)) for bias, ids in structure.companions.items()
+                ScaledAlong(bias, structure.groups_of_forms(ids, groups)) for bias, ids in structure.companions.items()
             ),
             certificate=certificate,
             broken_by=None,
@@ -175,7 +175,7 @@ class _Judge:
         weight = partition.sum(self.field.weights[name].square()).flatten()
         gradient = partition.sum(self.field.gradients[name].square()).flatten()
         for bias, ids in structure.companions.items():
-            entries = torch.tensor(_relabelled(ids, groups), device=sums.device)
+            entries = torch.tensor(structure.groups_of_forms(ids, groups), device=sums.device)
             kept = entries >= 0
             for total, values in (
                 (sums, self.field.products(bias)),
@@ -204,7 +204,7 @@ class _Judge:
             groups_without_evidence=len(sums) - n_evidence,
         )
 
-    def _absorber(self, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
+    def _absorber(self, structure: Structure, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
         args = bound_arguments(absorption.node)
         parameters, running = self.graph.parameters, absorption.running_mean
         per_channel = absorption.kind in ("batch", "instance")
@@ -213,22 +213,15 @@ class _Judge:
             op=absorption.op,
             module=absorption.module,
             kind=absorption.kind,
-            degree=absorption.degree,
             eps=args.get("eps"),
             weight=parameters.get(args.get("weight")),  # type: ignore[arg-type]
             bias=parameters.get(args.get("bias")),  # type: ignore[arg-type]
             running_mean=running,
             running_var=absorption.running_var,
             calls=self.graph.uses_of_buffer(running),
-            groups=_relabelled(absorption.ids, groups) if per_channel else (),
+            groups=structure.groups_of_forms(absorption.ids, groups) if per_channel else (),
             variances=tuple(variances.tolist()) if variances is not None and absorption.kind == "batch" else (),
         )
-
-
-def _relabelled(ids: np.ndarray[Any, Any], groups: np.ndarray[Any, Any]) -> tuple[int, ...]:
-    """Turn scales into group numbers, flat; −1 stays."""
-    flat = ids.reshape(-1)
-    return tuple(np.where(flat < 0, -1, groups[flat]).tolist())
 
 
 _REMEDIES = {

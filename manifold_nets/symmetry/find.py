@@ -38,27 +38,30 @@ class Structure:
     absorbed: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        ids = [self.scales.roots(a.ids).reshape(-1) for a in self.absorptions]
-        self.absorbed = set(np.unique(np.concatenate(ids)).tolist()) if ids else set()
+        numbers = {n for a in self.absorptions for n in np.unique(self.scales.roots(a.ids)).tolist()}
+        self.absorbed = {scale for n in numbers for scale in self.scales.form(n)}
 
     @property
     def free(self) -> list[list[int]]:
         """Groups of scales that are free: joined with each other, pinned by nothing, absorbed by something."""
-        return [
-            members
-            for root, members in self.scales.classes().items()
-            if self.scales.break_of(root) is None and root in self.absorbed
-        ]
+        return [members for number, members in self.scales.classes().items() if self._is_free(number)]
+
+    def _is_free(self, number: int) -> bool:
+        """Whether a form is one scale that is free and absorbed: no product, no power."""
+        form = self.scales.form(number)
+        return list(form.values()) == [1.0] and not form.keys().isdisjoint(self.absorbed)
 
     @property
     def breaks(self) -> list[Break]:
         """The distinct reasons why scales are not free, in the order of the scales."""
         found: dict[Break, None] = {}
-        for root in self.scales.classes():
-            because = self.scales.break_of(root)
+        for number, members in self.scales.classes().items():
+            because = self.scales.break_of(members[0])
             if because is not None:
                 found[because] = None
-            elif root not in self.absorbed:
+            elif len(self.scales.form(number)) > 1:
+                found[Break("product", "", "its scale is tied to a product of other scales of the weight")] = None
+            elif not self._is_free(number):
                 found[Break("unused", "", "reaches neither a normalization nor the output")] = None
         return list(found)
 
@@ -66,9 +69,24 @@ class Structure:
     def partition(self) -> Partition | None:
         """The partition into free groups; None where some part of the weight is not free."""
         free = self.free
-        if sum(len(members) for members in free) != self.scales.count:
-            return None
-        return joined_partition(self.seed, free)
+        if sum(len(members) for members in free) == self.scales.count:
+            return joined_partition(self.seed, free)
+        # Where scales are tied to products of others, the whole weight may still be free as one group.
+        if self.absorbed and not self.scales.all_pinned and self.scales.allows(np.ones(self.scales.count)):
+            return Partition.whole(self.seed.shape)
+        return None
+
+    def groups_of_forms(self, ids: Ids, groups: Ids) -> tuple[int, ...]:
+        """Number of the group by whose scale each entry is multiplied: −1 for none, −2 for a product or a power."""
+        numbers, inverse = np.unique(self.scales.roots(ids), return_inverse=True)
+        found = []
+        for number in numbers.tolist():
+            exponents: dict[int, float] = {}
+            for scale, c in self.scales.form(number).items():
+                exponents[int(groups[scale])] = exponents.get(int(groups[scale]), 0.0) + c
+            plain = [group for group, c in exponents.items() if c == 1.0]
+            found.append(-1 if not any(exponents.values()) else plain[0] if len(exponents) == len(plain) == 1 else -2)
+        return tuple(np.array(found)[inverse.reshape(-1)].tolist())
 
     def group_of_scale(self, partition: Partition) -> Ids:
         """Number of the group of ``partition`` that each scale belongs to."""
@@ -116,10 +134,10 @@ def follow_weight(graph: TracedGraph, name: str) -> Structure:
     """Follow the scales of one weight, scaling along the biases that the network asks to be scaled along."""
     sources = graph.placeholders_of(name)
     seed = _seed_partition(sources)
-    seeds: dict[Node, Label] = {node: Label(_seed_label(seed)) for node in sources}
+    seeds: dict[Node, Label] = {node: Label(_seed_label(seed) + 1) for node in sources}
     companions: dict[str, Ids] = {}
     while True:
-        scales = Scales(seed.n_groups)
+        scales = Scales(seed.n_groups)  # the form of scale k has the number k + 1
         absorptions, adoptions = _propagate(graph, seeds, scales)
         fresh = [adoption for adoption in adoptions if adoption.parameter not in companions]
         if not fresh or scales.all_pinned:

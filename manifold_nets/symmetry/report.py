@@ -61,21 +61,20 @@ class Absorber:
         op: the aten operation.
         module: qualified name of the module that runs it.
         kind: ``"batch"``, ``"instance"``, ``"group"``, ``"layer"``, ``"rms"``, ``"weight"`` or ``"quotient"``.
-        degree: the normalized tensor is scaled by α to this power.
         eps: the eps of the operation, None where it has none of its own.
         weight: the parameter that holds its affine scale, if any.
         bias: the parameter that holds its affine shift, if any.
         running_mean: the buffer with the running mean, which is scaled along.
         running_var: the buffer with the running variance, which is scaled along quadratically.
         calls: how many operations of the network use these running statistics.
-        groups: for each channel the number of the weight's group that scales it, or −1 (batch and instance only).
+        groups: for each channel the number of the weight's group that scales it, −1 for none, −2 for a product of
+            several (batch and instance only).
         variances: batch variance of each channel on the example inputs, float64 (batch only).
     """
 
     op: str
     module: str
     kind: str
-    degree: float
     eps: float | None = None
     weight: str | None = None
     bias: str | None = None

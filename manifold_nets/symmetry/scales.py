@@ -1,57 +1,53 @@
 """How unknown scales run through a network: labels on tensors, and what the scales have to satisfy.
 
-Seed a weight with one unknown positive scale α_k a group and follow it through the graph. A `Label` says by which α
-each entry of a tensor is multiplied. Operations put conditions on the scales: a sum of two entries needs both scaled
-alike (`Scales.join`), an entry that a non-homogeneous operation reads must not be scaled at all (`Scales.pin`). What is
-neither pinned nor joined at the end is a symmetry.
+Give parts of the weights unknown positive scales α_1 … α_n and follow them through the graph. An entry of a tensor is
+then multiplied by a product ``Π α_k ** c_k``: a *form*, linear in the logarithms. A `Label` says which form each entry
+of a tensor has. Operations put conditions on the forms: a sum of two entries needs both scaled alike (`Scales.join`),
+an entry that a non-homogeneous operation reads must not be scaled at all (`Scales.pin`). The conditions are
+homogeneous linear equations, solved as they come; what they leave free are the symmetries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Break", "Ids", "Label", "Scales"]
+__all__ = ["UNSCALED", "Break", "Form", "Ids", "Label", "Scales"]
 
 Ids = NDArray[np.int64]
-UNSCALED = -1
+Form = dict[int, float]
+UNSCALED = 0
+# Exponents are small rationals; what is left of one by cancellation is rounding.
+_NOTHING = 1e-9
 
 
 @dataclass(frozen=True)
 class Label:
-    """Entry i of a tensor is multiplied by ``α[ids[i]] ** degree``; −1 marks an entry that no scale reaches.
+    """The number of the form by which each entry of a tensor is multiplied; 0 marks an entry that no scale reaches.
 
     ``ids`` broadcasts to the shape of the tensor: axes along which the label does not vary have size 1.
     """
 
     ids: Ids
-    degree: float = 1.0
 
     @classmethod
-    def compressed(cls, ids: Ids, degree: float = 1.0) -> Label | None:
+    def compressed(cls, ids: Ids) -> Label | None:
         """Reduce every axis along which the ids do not vary to size 1; None where nothing is scaled."""
         for axis in range(ids.ndim):
             if ids.shape[axis] > 1:
                 first = ids.take([0], axis)
                 if (ids == first).all():
                     ids = first
-        return None if (ids == UNSCALED).all() else cls(ids, degree)
+        return None if (ids == UNSCALED).all() else cls(ids)
 
     def along(self, shape: Sequence[int], axes: Sequence[int]) -> Ids:
         """Return the ids with the given axes at their full size and the others as they are."""
         full = [n if axis in axes else have for axis, (n, have) in enumerate(zip(shape, self.ids.shape, strict=True))]
         spread: Ids = np.broadcast_to(self.ids, full)
         return spread
-
-    @property
-    def present(self) -> Ids:
-        """The scales that occur in the label."""
-        found: Ids = np.unique(self.ids)
-        present: Ids = found[found != UNSCALED]
-        return present
 
 
 @dataclass(frozen=True)
@@ -69,74 +65,159 @@ class Break:
 
 
 class Scales:
-    """A union-find over the unknown scales of one weight, with the reasons why some are pinned to 1."""
+    """Unknown scales and the linear equations between their logarithms, in solved form.
 
-    def __init__(self, count: int) -> None:
-        self._parent = np.arange(count, dtype=np.int64)
-        self._pins: dict[int, Break] = {}
+    Forms are numbered: 0 is the empty form, ``k + 1`` the form that is just scale ``k``.
+    """
 
-    @property
-    def count(self) -> int:
-        """Number of scales before any of them was joined."""
-        return len(self._parent)
+    def __init__(self, count: int = 0) -> None:
+        self.count = 0
+        self._forms: list[Form] = [{}]
+        self._numbers: dict[tuple[tuple[int, float], ...], int] = {(): UNSCALED}
+        self._solved: dict[int, Form] = {}
+        self._reasons: dict[int, tuple[Break, tuple[int, ...]]] = {}
+        self._reduced: dict[int, int] = {}
+        self.add(count)
+
+    def add(self, count: int) -> Ids:
+        """Introduce new scales and return the numbers of their forms."""
+        numbers = [self._number({k: 1.0}) for k in range(self.count, self.count + count)]
+        self.count += count
+        return np.array(numbers, dtype=np.int64)
+
+    # ---- forms -----------------------------------------------------------------------------------------------------
+
+    def form(self, number: int) -> Form:
+        """The form of this number in terms of the scales that are still free."""
+        return self._forms[self._reduce(number)]
 
     def roots(self, ids: Ids) -> Ids:
-        """Replace each scale by the representative of its class; −1 stays."""
-        result: Ids = np.where(ids == UNSCALED, UNSCALED, self._parent[ids])
-        return result
+        """Replace each form by what the equations make of it: equal forms get equal numbers."""
+        return self._each(ids, self._reduce)
+
+    def sum(self, left: Ids, right: Ids, sign: float = 1.0) -> Ids:
+        """Numbers of the forms of a product (or, with sign −1, of a quotient), entry by entry."""
+        left, right = np.broadcast_arrays(self.roots(left), self.roots(right))
+        pairs, inverse = np.unique(np.stack([left.ravel(), right.ravel()], 1), axis=0, return_inverse=True)
+        numbers = [self._number(_plus(self._forms[a], self._forms[b], sign)) for a, b in pairs.tolist()]
+        return np.array(numbers, dtype=np.int64)[inverse.reshape(-1)].reshape(left.shape)
+
+    def times(self, ids: Ids, exponent: float) -> Ids:
+        """Numbers of the forms of a power."""
+        return self._each(self.roots(ids), lambda n: self._number({k: c * exponent for k, c in self._forms[n].items()}))
+
+    # ---- conditions ------------------------------------------------------------------------------------------------
 
     def join(self, left: Ids, right: Ids, because: Break) -> None:
-        """Require ``α[left] == α[right]`` entry by entry; a scale against an unscaled entry is pinned."""
+        """Require equal forms entry by entry."""
         left, right = np.broadcast_arrays(self.roots(left), self.roots(right))
         different = left != right
-        if not different.any():
-            return
-        for a, b in np.unique(np.stack([left[different], right[different]], axis=1), axis=0).tolist():
-            if UNSCALED in (a, b):
-                self._pin_one(max(a, b), because)
-            else:
-                self._join_one(a, b)
+        if different.any():
+            for a, b in np.unique(np.stack([left[different], right[different]], axis=1), axis=0).tolist():
+                self._solve(_plus(self.form(a), self.form(b), -1.0), because)
 
     def merge(self, ids: Ids, axes: Sequence[int], because: Break) -> Ids:
-        """Require one scale along the given axes and return the ids with these axes reduced to size 1."""
+        """Require one form along the given axes and return the ids with these axes reduced to size 1."""
         first = ids
         for axis in axes:
             first = first.take([0], axis)
-        if all(ids.shape[axis] == 1 for axis in axes):
+        if first.shape == ids.shape:
             return first
         self.join(ids, first, because)
         return self.roots(first)
 
     def pin(self, ids: Ids, because: Break) -> None:
-        """Require α = 1 for every scale in ``ids``."""
-        for scale in np.unique(self.roots(ids)).tolist():
-            if scale != UNSCALED:
-                self._pin_one(scale, because)
+        """Require that nothing is scaled here."""
+        self.join(ids, np.zeros_like(ids), because)
 
-    def break_of(self, scale: int) -> Break | None:
-        """Why the scale is pinned, or None where it is free."""
-        return self._pins.get(int(self._parent[scale]))
+    # ---- what is left ----------------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> list[int]:
+        """The scales that no equation expresses by others: one symmetry each."""
+        return [k for k in range(self.count) if k not in self._solved]
 
     @property
     def all_pinned(self) -> bool:
         """True where no scale is free any more."""
-        return bool(np.isin(self._parent, list(self._pins)).all())
+        return len(self._solved) == self.count
+
+    def break_of(self, scale: int) -> Break | None:
+        """Why the scale is pinned to 1, or None where it is not."""
+        if self.form(scale + 1):
+            return None
+        because, partners = self._reasons[scale]
+        for partner in partners:
+            found = self.break_of(partner) if partner in self._reasons else None
+            if found is not None:
+                return found
+        return because
 
     def classes(self) -> dict[int, list[int]]:
-        """Scales that have to be equal, by representative, in increasing order."""
+        """Scales that have to be equal, by the number of their common form."""
         found: dict[int, list[int]] = {}
-        for scale, root in enumerate(self._parent.tolist()):
-            found.setdefault(root, []).append(scale)
+        for scale in range(self.count):
+            found.setdefault(self._reduce(scale + 1), []).append(scale)
         return found
 
-    def _pin_one(self, scale: int, because: Break) -> None:
-        self._pins.setdefault(int(self._parent[scale]), because)
+    def allows(self, logarithms: NDArray[np.float64]) -> bool:
+        """Whether these logarithms of all scales satisfy every equation."""
+        return all(
+            abs(logarithms[scale] - sum(c * logarithms[k] for k, c in form.items())) <= _NOTHING
+            for scale, form in self._solved.items()
+        )
 
-    def _join_one(self, a: int, b: int) -> None:
-        a, b = sorted((int(self._parent[a]), int(self._parent[b])))
-        if a == b:
+    # ---- elimination -----------------------------------------------------------------------------------------------
+
+    def _solve(self, equation: Form, because: Break) -> None:
+        """Solve ``equation = 0`` for its newest scale."""
+        if not equation:
             return
-        self._parent[self._parent == b] = a
-        moved = self._pins.pop(b, None)
-        if moved is not None:
-            self._pins.setdefault(a, moved)
+        pivot = max(equation)
+        rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
+        self._solved[pivot] = rest
+        self._reasons[pivot] = (because, tuple(rest))
+        self._reduced.clear()
+
+    def _reduce(self, number: int) -> int:
+        known = self._reduced.get(number)
+        if known is None:
+            known = self._reduced[number] = self._number(self._expressed(self._forms[number]))
+        return known
+
+    def _expressed(self, form: Form) -> Form:
+        if not any(k in self._solved for k in form):
+            return form
+        result: Form = {}
+        for k, c in form.items():
+            solved = self._solved.get(k)
+            if solved is None:
+                result = _plus(result, {k: 1.0}, c)
+            else:
+                # Kept in terms of free scales, so that chains of equations stay short.
+                solved = self._solved[k] = self._expressed(solved)
+                result = _plus(result, solved, c)
+        return result
+
+    def _number(self, form: Form) -> int:
+        key = tuple(sorted(form.items()))
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = len(self._forms)
+            self._forms.append(form)
+        return number
+
+    def _each(self, ids: Ids, function: Callable[[int], int]) -> Ids:
+        unique, inverse = np.unique(ids, return_inverse=True)
+        return np.array([function(n) for n in unique.tolist()], dtype=np.int64)[inverse.reshape(-1)].reshape(ids.shape)
+
+
+def _plus(left: Form, right: Form, factor: float) -> Form:
+    result = dict(left)
+    for k, c in right.items():
+        total = result.get(k, 0.0) + factor * c
+        if abs(total) > _NOTHING:
+            result[k] = round(total, 9)
+        else:
+            result.pop(k, None)
+    return result

@@ -6,111 +6,119 @@ from typing import Any
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.use import Result, Use, rule
-from manifold_nets.symmetry.scales import Ids, Label
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, rule, unscaled
+from manifold_nets.symmetry.scales import UNSCALED, Ids, Label
 
 __all__: list[str] = []
 
+_WINDOW = "sums over a window whose entries have different scales"
+_CHANNELS = "sums input channels that have different scales"
+# Up to this many pairs of contracted entries are compared one by one; beyond, each factor needs one scale.
+_LARGEST_PRODUCT = 200_000
 
-def _linear_map(use: Use, channel_axis: int, weight_ids: Ids | None, input_ids: Ids | None) -> Result:
-    """Combine the scales of the weight's output channels or of the input, then let the bias be scaled along.
 
-    ``weight_ids`` has one id an output channel; ``input_ids`` is the label of the result that the input causes.
-    """
-    rank = len(use.out_shape)
-    source, weight, bias = use.label("input"), use.label("weight"), use.label("bias")
-    if source is not None and weight is not None:
-        use.pin("multiplies a scaled input by a scaled weight")
+def _row_forms(use: Use, groups: int, *, transposed: bool = False) -> Ids | None:
+    """Form of each output channel that the weight causes: one for all entries of its filter."""
+    weight = use.label("weight")
+    if weight is None:
         return None
-    if weight_ids is not None and weight is not None:
-        shape = [1] * rank
-        shape[channel_axis] = len(weight_ids)
-        result = Label(weight_ids.reshape(shape), weight.degree)
-    elif input_ids is not None and source is not None:
-        result = Label(input_ids, source.degree)
-    else:
-        use.pin("adds a scaled bias to something that is not scaled", bias)
-        return None
-    return _with_bias(use, channel_axis, result)
+    shape = use.shape("weight")
+    if not transposed:
+        ids = weight.along(shape, (0,))
+        return use.merge(ids, range(1, ids.ndim)).reshape(-1)
+    channels_in, per_group = shape[:2]
+    ids = weight.along(shape, (0, 1)).reshape(groups, channels_in // groups, per_group, *weight.ids.shape[2:])
+    return use.merge(ids, [1, *range(3, ids.ndim)]).reshape(-1)
 
 
-def _with_bias(use: Use, channel_axis: int, result: Label) -> Result:
-    """Require or ask that the bias of a linear map has the scale of the channel that it is added to."""
-    if use.args.get("bias") is None:
-        return Label.compressed(result.ids, result.degree)
-    channels = use.out_shape[channel_axis]
-    others = [axis for axis in range(result.ids.ndim) if axis != channel_axis]
-    ids = use.merge(result.ids, others, "adds one bias to entries that have different scales")
-    per_channel = np.broadcast_to(ids.reshape(-1), (channels,))
-    bias = use.label("bias")
-    if bias is not None and bias.degree == result.degree:
-        use.scales.join(per_channel, np.broadcast_to(bias.ids, (channels,)), use.why("adds a bias of another scale"))
-    elif not use.adopt(use.args["bias"], per_channel, result.degree):
-        use.pin("adds a bias that cannot be scaled along", result)
-        return None
-    return Label.compressed(result.ids, result.degree)
-
-
-def _grouped_input(use: Use, label: Label, channel_axis: int, groups: int) -> Ids:
-    """Label that a scaled input gives to the result of a convolution: each group mixes its input channels."""
-    spatial = range(channel_axis + 1, label.ids.ndim)
-    ids = use.merge(label.ids, list(spatial), "sums over a window whose entries have different scales")
+def _input_forms(use: Use, label: Label, channel_axis: int, groups: int) -> Ids:
+    """Label that a scaled input causes: its columns undo it where they may; else each group of channels is summed."""
+    channels = use.shape("input")[channel_axis]
+    others = [axis for axis in range(label.ids.ndim) if axis != channel_axis]
+    varying = [axis for axis in others if label.ids.shape[axis] > 1]
+    if use.columns is not None and not varying:
+        per_channel = np.broadcast_to(label.ids.reshape(-1), (channels,))
+        left = use.compensate(use.args["weight"], per_channel)
+        if left is not None:
+            return left.reshape((1,) * label.ids.ndim)
+    ids = label.ids
     if ids.shape[channel_axis] == 1:
         return ids
-    channels = ids.shape[channel_axis]
     before, after = ids.shape[:channel_axis], ids.shape[channel_axis + 1 :]
-    grouped = ids.reshape(*before, groups, channels // groups, *after)
-    mixed = use.merge(grouped, [channel_axis + 1], "sums input channels that have different scales")
-    per_group = mixed.reshape(*before, groups, *after)
-    return np.repeat(per_group, use.out_shape[channel_axis] // groups, channel_axis)
+    mixed = use.merge(ids.reshape(*before, groups, channels // groups, *after), [channel_axis + 1], _CHANNELS)
+    out_channels = use.out_shape[channel_axis]
+    return np.repeat(mixed.reshape(*before, groups, *after), out_channels // groups, channel_axis)
+
+
+def _linear_map(use: Use, channel_axis: int, groups: int, rows: Ids | None) -> Result:
+    """Combine the forms of the weight's output channels with that of the input, then scale the bias along."""
+    rank = len(use.out_shape)
+    source = use.label("input")
+    ids = unscaled(rank)
+    if source is not None:
+        spatial = list(range(channel_axis + 1, rank))
+        merged = Label(use.merge(source.ids, spatial, _WINDOW))
+        ids = _input_forms(use, merged, channel_axis, groups)
+    if rows is not None:
+        shape = [1] * rank
+        shape[channel_axis] = len(rows)
+        ids = use.scales.sum(ids, rows.reshape(shape))
+    return _with_bias(use, channel_axis, ids)
+
+
+def _with_bias(use: Use, channel_axis: int, ids: Ids) -> Result:
+    """Require or ask that the bias of a linear map has the form of the channel that it is added to."""
+    if use.args.get("bias") is None:
+        return Label.compressed(ids)
+    channels = use.out_shape[channel_axis]
+    bias = use.label("bias")
+    if bias is None and (ids == UNSCALED).all():
+        return None
+    others = [axis for axis in range(ids.ndim) if axis != channel_axis]
+    merged = use.merge(ids, others, "adds one bias to entries that have different scales")
+    per_channel = np.broadcast_to(merged.reshape(-1), (channels,))
+    if bias is not None:
+        use.scales.join(per_channel, np.broadcast_to(bias.ids, (channels,)), use.why("adds a bias of another scale"))
+    elif not use.adopt(use.args["bias"], per_channel):
+        use.pin("adds a bias that cannot be scaled along", Label(ids))
+        return None
+    return Label.compressed(use.scales.roots(ids))
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def convolution(use: Use) -> Result:
     """Convolutions, plain and transposed, grouped and depthwise."""
-    weight, source, groups = use.label("weight"), use.label("input"), int(use.args["groups"])
+    groups = int(use.args["groups"])
     spatial = len(use.shape("weight")) - 2
-    channel_axis = len(use.out_shape) - spatial - 1
     transposed = "transpose" in use.op or bool(use.args.get("transposed"))
-    weight_ids = None
-    if weight is not None and transposed:
-        channels_in, per_group, *_ = use.shape("weight")
-        ids = weight.along(use.shape("weight"), (0, 1)).reshape(
-            groups, channels_in // groups, per_group, *weight.ids.shape[2:]
-        )
-        weight_ids = use.merge(ids, [1, *range(3, ids.ndim)]).reshape(-1)
-    elif weight is not None:
-        ids = weight.along(use.shape("weight"), (0,))
-        weight_ids = use.merge(ids, range(1, ids.ndim)).reshape(-1)
-    input_ids = _grouped_input(use, source, channel_axis, groups) if source is not None and weight is None else None
-    return _linear_map(use, channel_axis, weight_ids, input_ids)
+    rows = _row_forms(use, groups, transposed=transposed)
+    return _linear_map(use, len(use.out_shape) - spatial - 1, groups, rows)
 
 
 @rule("linear")
 def linear(use: Use) -> Result:
     """``x Wᵀ + b`` along the last axis."""
-    weight, source = use.label("weight"), use.label("input")
-    weight_ids = None
-    if weight is not None:
-        weight_ids = use.merge(weight.along(use.shape("weight"), (0,)), [1]).reshape(-1)
-    input_ids = use.merge(source.ids, [-1]) if source is not None and weight is None else None
-    return _linear_map(use, len(use.out_shape) - 1, weight_ids, input_ids)
+    return _linear_map(use, len(use.out_shape) - 1, 1, _row_forms(use, 1))
 
 
 @rule("matmul", "mm", "bmm")
 def matmul(use: Use) -> Result:
-    """Matrix products in which one factor is scaled."""
+    """Matrix products: the products of the entries that are summed need one scale."""
     first, second = ("self", "mat2") if "mat2" in use.args else ("self", "other")
-    left, right = use.label(first), use.label(second)
-    if left is not None and right is not None:
-        use.pin("multiplies two scaled tensors")
-        return None
-    label = left if left is not None else right
-    if label is None or len(use.shape(first)) < 2 or len(use.shape(second)) < 2:
+    if len(use.shape(first)) < 2 or len(use.shape(second)) < 2:
         use.pin("is followed for matrices only", unknown=True)
         return None
-    ids = use.merge(label.ids, [-1 if left is not None else -2])
-    return Label(ids.reshape((1,) * (len(use.out_shape) - ids.ndim) + ids.shape), label.degree)
+    return Label.compressed(_matrix_product(use, use.label(first), use.label(second), len(use.out_shape)))
+
+
+def _matrix_product(use: Use, left: Label | None, right: Label | None, rank: int) -> Ids:
+    a = unscaled(rank) if left is None else aligned(left, rank)
+    b = unscaled(rank) if right is None else aligned(right, rank)
+    size = np.prod(np.broadcast_shapes((*a.shape, 1), (*b.shape[:-2], 1, *b.shape[-2:])))
+    if size > _LARGEST_PRODUCT:
+        a, b = use.merge(a, [-1]), use.merge(b, [-2])
+    terms = use.scales.sum(a[..., None], b[..., None, :, :])
+    return use.merge(terms, [-2]).squeeze(-2)
 
 
 @rule("einsum")
@@ -132,7 +140,7 @@ def einsum(use: Use) -> Result:
     ids = ids.reshape([n for n, name in zip(ids.shape, names, strict=True) if name in result])
     order = sorted(range(len(kept)), key=lambda axis: result.index(kept[axis]))
     sizes = dict(zip([kept[axis] for axis in order], ids.transpose(order).shape, strict=True))
-    return Label.compressed(ids.transpose(order).reshape([sizes.get(name, 1) for name in result]), label.degree)
+    return Label.compressed(ids.transpose(order).reshape([sizes.get(name, 1) for name in result]))
 
 
 @rule("embedding")
@@ -142,16 +150,18 @@ def embedding(use: Use) -> Result:
     if weight is None:
         return None
     ids = use.merge(weight.ids, [0], "looks up rows that have different scales")
-    return Label(ids.reshape((1,) * (len(use.out_shape) - 1) + ids.shape[1:]), weight.degree)
+    return Label.compressed(ids.reshape((1,) * (len(use.out_shape) - 1) + ids.shape[1:]))
 
 
 @rule("scaled_dot_product_attention")
 def attention(use: Use) -> Result:
-    """Attention is linear in the values; queries and keys pass a softmax."""
-    if use.label("query") is not None or use.label("key") is not None:
-        use.pin("feeds queries or keys to a softmax", use.label("query"), use.label("key"))
-    value = use.label("value")
+    """Attention is linear in the values; the products of queries and keys pass a softmax."""
+    query, key, value = use.label("query"), use.label("key"), use.label("value")
+    rank = len(use.out_shape)
+    if query is not None or key is not None:
+        swapped = None if key is None else Label(aligned(key, rank).swapaxes(-1, -2))
+        scores = _matrix_product(use, query, swapped, rank)
+        use.pin("feeds products of queries and keys to a softmax", Label(scores))
     if value is None:
         return None
-    ids = use.merge(value.ids, [-2], "averages values that have different scales")
-    return Label(ids, value.degree)
+    return Label.compressed(use.merge(value.ids, [-2], "averages values that have different scales"))

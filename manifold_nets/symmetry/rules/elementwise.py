@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.rules.use import RULES, Result, Use, aligned, rule, shape_of
-from manifold_nets.symmetry.scales import Ids, Label
+from manifold_nets.symmetry.rules.use import RULES, Result, Use, aligned, rule, shape_of, unscaled
+from manifold_nets.symmetry.scales import UNSCALED, Ids, Label
 
 __all__ = ["LARGEST_EPS"]
 
@@ -50,7 +50,7 @@ def homogeneous(use: Use) -> Result:
     if any(word in use.op for word in _SPATIAL):
         window = int(next(c for c in use.op if c.isdigit()))
         merged = use.merge(label.ids, range(-window, 0))
-        label = Label.compressed(merged, label.degree)
+        label = Label.compressed(merged)
     several = isinstance(use.node.meta.get("val"), (tuple, list))
     return [label, *[None] * (len(use.node.meta["val"]) - 1)] if several else label
 
@@ -87,71 +87,48 @@ def add(use: Use) -> Result:
         use.pin(f"adds the constant {other}", label)
         return None
     ids = aligned(label, len(use.out_shape))
-    if other in use.graph.parameters and _adopts(use, other, ids, label.degree):
-        return Label(ids, label.degree)
+    if other in use.graph.parameters and _adopts(use, other, ids):
+        return Label(ids)
     use.pin("adds something that is not scaled with it", label)
     return None
 
 
-def _adopts(use: Use, other: Node, ids: Ids, degree: float) -> bool:
+def _adopts(use: Use, other: Node, ids: Ids) -> bool:
     """Let an added parameter take the scale of the entries that it is added to."""
     shape = shape_of(other)
     padded = (1,) * (ids.ndim - len(shape)) + shape
     spread = [axis for axis, n in enumerate(padded) if n == 1 and ids.shape[axis] > 1]
     merged = use.merge(ids, spread, "adds one parameter to entries that have different scales")
-    return use.adopt(other, np.broadcast_to(merged, padded).reshape(shape), degree)
+    return use.adopt(other, np.broadcast_to(merged, padded).reshape(shape))
 
 
 def _sum_of_scaled(use: Use, left: Label, right: Label) -> Result:
     rank = len(use.out_shape)
-    if left.degree != right.degree:
-        use.pin("adds tensors that are scaled to different degrees")
-        return None
-    a, b = aligned(left, rank), aligned(right, rank)
+    a, b = np.broadcast_arrays(aligned(left, rank), aligned(right, rank))
     use.scales.join(a, b, use.why("adds tensors that have different scales"))
-    return Label.compressed(use.scales.roots(np.maximum(*np.broadcast_arrays(a, b))), left.degree)
+    return Label.compressed(use.scales.roots(a))
 
 
 @rule("mul", "div")
 def mul(use: Use) -> Result:
-    """Products and quotients: degrees add; a factor without a scale lets the other's pass."""
+    """Products and quotients: exponents add; a factor without a scale lets the other's pass."""
     left, right = use.label("self"), use.label("other")
     rank = len(use.out_shape)
     sign = -1.0 if use.op == "div" else 1.0
-    if left is None or right is None:
-        label = left if left is not None else right
-        if label is None:
-            return None
-        if use.op == "div" and use.args.get("rounding_mode"):
-            use.pin("rounds a scaled tensor")
-            return None
-        degree = label.degree if left is not None else sign * label.degree
-        return Label(aligned(label, rank), degree)
-    a, b = aligned(left, rank), aligned(right, rank)
-    use.scales.join(a, b, use.why("multiplies tensors that have different scales"))
-    ids = use.scales.roots(np.maximum(*np.broadcast_arrays(a, b)))
-    degree = left.degree + sign * right.degree
-    if degree == 0:
-        use.absorb("quotient", left, ids)
+    if use.args.get("rounding_mode"):
+        use.pin("rounds a scaled tensor")
         return None
-    return Label.compressed(ids, degree)
-
-
-@rule("addcmul")
-def addcmul(use: Use) -> Result:
-    """``self + value · tensor1 · tensor2``, whose terms have to be scaled alike."""
-    rank = len(use.out_shape)
-    base, factors = use.label("self"), [use.label("tensor1"), use.label("tensor2")]
-    product = next((label for label in factors if label is not None), None)
-    if all(label is not None for label in factors) or base is None or product is None:
-        use.pin("adds terms of which one is not scaled")
-        return None
-    return _sum_of_scaled(use, Label(aligned(base, rank), base.degree), Label(aligned(product, rank), product.degree))
+    a = unscaled(rank) if left is None else aligned(left, rank)
+    b = unscaled(rank) if right is None else aligned(right, rank)
+    product = use.scales.sum(a, b, sign)
+    if left is not None and right is not None and (product == UNSCALED).any():
+        use.absorb("quotient", a)
+    return Label.compressed(product)
 
 
 @rule("pow", "square", "sqrt", "rsqrt", "reciprocal")
 def power(use: Use) -> Result:
-    """Powers multiply the degree."""
+    """Powers multiply the exponents."""
     label = use.label("self")
     exponent: Any = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.get(
         use.op, use.args.get("exponent")
@@ -159,7 +136,7 @@ def power(use: Use) -> Result:
     if label is None or not isinstance(exponent, (int, float)):
         use.pin("has a scaled exponent")
         return None
-    return Label(label.ids, label.degree * exponent) if exponent else None
+    return Label.compressed(use.scales.times(label.ids, float(exponent)))
 
 
 @rule("clamp_min")
@@ -173,7 +150,7 @@ def clamp_min(use: Use) -> Result:
 
 @rule("mean", "sum", "amax", "amin", "norm", "linalg_vector_norm", "var", "std", "logsumexp", "cumsum", "max", "min")
 def reduce(use: Use) -> Result:
-    """Reductions: one scale along the reduced axes; variance has degree two."""
+    """Reductions: one scale along the reduced axes; a variance is scaled by its square."""
     label = use.label("self")
     if label is None or use.op == "logsumexp":
         return not_homogeneous(use)
@@ -189,7 +166,7 @@ def reduce(use: Use) -> Result:
     merged = use.merge(label.ids, axes)
     if use.op != "cumsum" and not use.args.get("keepdim", False):
         merged = np.squeeze(merged, tuple(axes))
-    result = Label.compressed(merged, label.degree * (2.0 if use.op == "var" else 1.0))
+    result = Label.compressed(use.scales.times(merged, 2.0) if use.op == "var" else merged)
     return [result, None] if isinstance(use.node.meta.get("val"), (tuple, list)) else result
 
 

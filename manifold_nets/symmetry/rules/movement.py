@@ -54,7 +54,7 @@ def reshape(use: Use) -> Result:
     label = use.label("self")
     if label is None:
         return None
-    return Label.compressed(reshape_ids(label.ids, use.shape("self"), use.out_shape), label.degree)
+    return Label.compressed(reshape_ids(label.ids, use.shape("self"), use.out_shape))
 
 
 @rule("permute", "transpose", "swapaxes", "t", "movedim", "numpy_T")
@@ -73,7 +73,7 @@ def permute(use: Use) -> Result:
         moved = np.swapaxes(ids, *pair)
     else:
         moved = ids.T
-    return Label(moved, label.degree)
+    return Label(moved)
 
 
 @rule("squeeze")
@@ -84,7 +84,7 @@ def squeeze(use: Use) -> Result:
         return None
     shape, dim = use.shape("self"), use.args.get("dim")
     wanted = range(len(shape)) if dim is None else [d % len(shape) for d in (dim if isinstance(dim, list) else [dim])]
-    return Label(np.squeeze(label.ids, tuple(d for d in wanted if shape[d] == 1)), label.degree)
+    return Label(np.squeeze(label.ids, tuple(d for d in wanted if shape[d] == 1)))
 
 
 @rule("unsqueeze")
@@ -93,14 +93,14 @@ def unsqueeze(use: Use) -> Result:
     label = use.label("self")
     if label is None:
         return None
-    return Label(np.expand_dims(label.ids, use.args["dim"] % (label.ids.ndim + 1)), label.degree)
+    return Label(np.expand_dims(label.ids, use.args["dim"] % (label.ids.ndim + 1)))
 
 
 @rule("expand", "expand_as")
 def expand(use: Use) -> Result:
     """Repeat along axes of size 1: the label, which broadcasts, stays."""
     label = use.label("self")
-    return None if label is None else Label(aligned(label, len(use.out_shape)), label.degree)
+    return None if label is None else Label(aligned(label, len(use.out_shape)))
 
 
 @rule("repeat", "tile")
@@ -112,7 +112,7 @@ def repeat(use: Use) -> Result:
     counts = list(use.args["repeats" if "repeats" in use.args else "dims"])
     ids = aligned(label, len(use.out_shape))
     counts = [1] * (ids.ndim - len(counts)) + counts
-    return Label(np.tile(ids, [c if n > 1 else 1 for n, c in zip(ids.shape, counts, strict=True)]), label.degree)
+    return Label(np.tile(ids, [c if n > 1 else 1 for n, c in zip(ids.shape, counts, strict=True)]))
 
 
 @rule("slice", "narrow", "select", "flip", "roll")
@@ -124,11 +124,11 @@ def pick(use: Use) -> Result:
     ids, args = label.ids, use.args
     if use.op == "select":
         dim = args["dim"] % ids.ndim
-        return Label.compressed(_taken(ids, args["index"] if ids.shape[dim] > 1 else 0, dim), label.degree)
+        return Label.compressed(_taken(ids, args["index"] if ids.shape[dim] > 1 else 0, dim))
     if use.op in ("flip", "roll"):
         dims = tuple(d % ids.ndim for d in args["dims"])
         moved = np.flip(ids, dims) if use.op == "flip" else _rolled(use, label, dims)
-        return Label(moved, label.degree)
+        return Label(moved)
     dim = (args["dim"] or 0) % ids.ndim
     if ids.shape[dim] == 1:
         return label
@@ -136,7 +136,7 @@ def pick(use: Use) -> Result:
         cut = slice(args["start"], args["start"] + args["length"])
     else:
         cut = slice(args["start"], args["end"], args["step"])
-    return Label.compressed(ids[(slice(None),) * dim + (cut,)], label.degree)
+    return Label.compressed(ids[(slice(None),) * dim + (cut,)])
 
 
 def _taken(ids: Ids, index: int, dim: int) -> Ids:
@@ -161,11 +161,11 @@ def split(use: Use) -> Result:
     dim = use.args.get("dim", 0) % label.ids.ndim
     whole = label.ids.shape[dim] == 1
     if use.op == "unbind":
-        return [Label.compressed(_taken(label.ids, 0 if whole else k, dim), label.degree) for k in range(len(parts))]
+        return [Label.compressed(_taken(label.ids, 0 if whole else k, dim)) for k in range(len(parts))]
     if whole:
         return [label] * len(parts)
     cuts = np.cumsum([part[dim] for part in parts])[:-1]
-    return [Label.compressed(ids, label.degree) for ids in np.split(label.ids, cuts, dim)]
+    return [Label.compressed(ids) for ids in np.split(label.ids, cuts, dim)]
 
 
 @rule("getitem")
@@ -181,23 +181,19 @@ def cat(use: Use) -> Result:
     """Join tensors along an axis; parts that no scale reaches are marked so."""
     nodes: list[Any] = [node for node in use.args["tensors"] if shape_of(node) != (0,)]
     labels = [use.label_of(node) for node in nodes]
-    degrees = {label.degree for label in labels if label is not None}
-    if len(degrees) > 1:
-        use.pin("joins tensors that are scaled to different degrees")
-        return None
     rank = len(use.out_shape)
     dim = (use.args.get("dim") or 0) % rank
     parts = []
     for node, label in zip(nodes, labels, strict=True):
         shape = shape_of(node)
-        ids = np.full((1,) * len(shape), UNSCALED) if label is None else label.ids
+        ids = np.full((1,) * len(shape), UNSCALED, dtype=np.int64) if label is None else label.ids
         if use.op == "stack":
             parts.append(np.expand_dims(ids, dim))
         else:
             parts.append(np.broadcast_to(ids, [shape[a] if a == dim else n for a, n in enumerate(ids.shape)]))
     common = np.broadcast_shapes(*[tuple(1 if a == dim else n for a, n in enumerate(p.shape)) for p in parts])
     full = [np.broadcast_to(p, [p.shape[a] if a == dim else n for a, n in enumerate(common)]) for p in parts]
-    return Label.compressed(np.concatenate(full, dim), degrees.pop())
+    return Label.compressed(np.concatenate(full, dim))
 
 
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
@@ -219,7 +215,7 @@ def pad(use: Use) -> Result:
         if any(amount < 0 for pair in widths for amount in pair):
             use.pin("crops a tensor along an axis on which its scale varies", label, unknown=True)
             return None
-        return Label(np.pad(label.ids, widths, mode="edge"), label.degree)
+        return Label(np.pad(label.ids, widths, mode="edge"))
     return label
 
 
@@ -234,12 +230,12 @@ def index(use: Use) -> Result:
     indexed = [axis for axis, i in enumerate(use.args["indices"]) if i is not None]
     if any(label.ids.shape[axis] > 1 for axis in indexed):
         merged = use.merge(label.ids, indexed, "picks entries that have different scales")
-        label = Label(merged, label.degree)
+        label = Label(merged)
     inserted = max(len(shape_of(i)) for i in use.args["indices"] if i is not None)
     contiguous = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if contiguous else 0
     rest = np.squeeze(label.ids, tuple(indexed))
-    return Label(np.expand_dims(rest, tuple(range(at, at + inserted))), label.degree)
+    return Label(np.expand_dims(rest, tuple(range(at, at + inserted))))
 
 
 @rule("unfold", "im2col")
@@ -250,11 +246,11 @@ def unfold(use: Use) -> Result:
         return None
     if use.op == "unfold":
         dim = use.args["dimension"] % label.ids.ndim
-        return Label(use.merge(label.ids, [dim], "cuts windows of different scales")[..., None], label.degree)
+        return Label(use.merge(label.ids, [dim], "cuts windows of different scales")[..., None])
     ids = use.merge(label.ids, [-2, -1], "cuts windows of different scales")
     window = int(np.prod(use.args["kernel_size"]))
     channels = ids.reshape(*ids.shape[:-2], 1)
-    return Label(np.repeat(channels, window, -2) if channels.shape[-2] > 1 else channels, label.degree)
+    return Label(np.repeat(channels, window, -2) if channels.shape[-2] > 1 else channels)
 
 
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
@@ -265,4 +261,4 @@ def shuffle(use: Use) -> Result:
         return None
     full = label.along(use.shape("self"), range(1, label.ids.ndim)).copy()
     moved = use.node.target(torch.from_numpy(full), *use.node.args[1:])  # type: ignore[operator]
-    return Label.compressed(moved.numpy(), label.degree)
+    return Label.compressed(moved.numpy())

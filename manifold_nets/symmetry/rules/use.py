@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
+from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label, Scales
 
 __all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "rule"]
 
@@ -20,7 +20,7 @@ Result = Label | list[Label | None] | None
 
 @dataclass(frozen=True)
 class Absorption:
-    """A normalization that absorbs scales: which of its statistics are scaled, by which scale, to which degree.
+    """A normalization that absorbs scales: the form of each of its statistics.
 
     ``ids`` broadcasts to the statistics of the operation, kept with their axes: (1, C, 1, …) for batch normalization.
     """
@@ -30,14 +30,13 @@ class Absorption:
     op: str
     module: str
     ids: Ids
-    degree: float
     running_mean: str | None = None
     running_var: str | None = None
 
 
 @dataclass(frozen=True)
 class Adoption:
-    """A bias that has to be scaled along with the weight: its parameter and the scale of each of its entries."""
+    """A bias that has to be scaled along with the weight: its parameter and the form of each of its entries."""
 
     parameter: str
     ids: Ids
@@ -45,7 +44,11 @@ class Adoption:
 
 @dataclass
 class Use:
-    """An operation at which a scale arrives."""
+    """An operation at which a scale arrives.
+
+    Where ``columns`` is a dictionary, a weight may be scaled column by column against its input, as rescaling
+    symmetries do; it takes down by which form each input channel of each weight is divided.
+    """
 
     node: Node
     graph: TracedGraph
@@ -53,6 +56,7 @@ class Use:
     labels: dict[Node, Result]
     absorptions: list[Absorption] = field(default_factory=list)
     adoptions: list[Adoption] = field(default_factory=list)
+    columns: dict[str, Ids] | None = None
 
     def __post_init__(self) -> None:
         self.args = bound_arguments(self.node)
@@ -93,20 +97,38 @@ class Use:
         """Demand one scale along the axes; return the ids with these axes reduced to 1."""
         return self.scales.merge(ids, [axis % ids.ndim for axis in axes], self.why(reason))
 
-    def absorb(self, kind: str, label: Label, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> None:
+    def absorb(self, kind: str, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> None:
         """Record that the operation removes these scales from its result."""
         name = self.graph.buffers.get
         self.absorptions.append(
             Absorption(
-                self.node, kind, self.op, self.graph.module_of(self.node), ids, label.degree,
+                self.node, kind, self.op, self.graph.module_of(self.node), ids,
                 name(running_mean), name(running_var),
             )
         )  # fmt: skip
 
-    def adopt(self, value: Any, ids: Ids, degree: float) -> bool:
+    def compensate(self, weight: Any, ids: Ids) -> Ids | None:
+        """Let the columns of a weight undo the scales of its input channels; None where they are not free to.
+
+        Args:
+            weight: the argument that holds the weight.
+            ids: form of each input channel, one-dimensional.
+
+        Returns:
+            The form that is left of the input, one for all channels.
+        """
+        name = self.graph.parameters.get(weight) if isinstance(weight, Node) else None
+        if name is None or self.columns is None:
+            return None
+        known = self.columns.setdefault(name, ids)
+        because = self.why("uses one weight on inputs that have different scales")
+        return self.scales.merge(self.scales.sum(ids, known, -1.0), [0], because)
+
+    def adopt(self, value: Any, ids: Ids) -> bool:
         """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
         parameter = self.graph.parameters.get(value) if isinstance(value, Node) else None
-        if parameter is None or degree != 1.0:
+        plain = all(list(self.scales.form(n).values()) in ([], [1.0]) for n in np.unique(ids).tolist())
+        if parameter is None or not plain:
             return False
         self.adoptions.append(Adoption(parameter, ids))
         return True
@@ -147,4 +169,4 @@ def aligned(label: Label, ndim: int) -> Ids:
 
 def unscaled(ndim: int) -> Ids:
     """Ids of a tensor that no scale reaches."""
-    return np.full((1,) * ndim, -1, dtype=np.int64)
+    return np.full((1,) * ndim, UNSCALED, dtype=np.int64)
