@@ -14,6 +14,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField, analysis_copy, euler_field, run
 from manifold_nets.symmetry.find import Structure, follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
+from manifold_nets.symmetry.modules import module_graph
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
 from manifold_nets.symmetry.rules import Absorption
 
@@ -65,7 +66,7 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
     for name in names:
         structure = follow_weight(graph, name) if graph.placeholders_of(name) else None
         findings.append(judge.finding(name, structure, name in constrained))
-    return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
+    return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph))
 
 
 def _trace(twin: nn.Module, inputs: Inputs) -> TracedGraph:

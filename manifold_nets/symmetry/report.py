@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.modules import GraphNode
 
 __all__ = ["Absorber", "Certificate", "ScaledAlong", "SymmetryReport", "WeightFinding"]
 
@@ -157,12 +158,14 @@ class SymmetryReport:
         weights: one finding for each parameter with at least two dimensions, in the order of the model.
         tolerance: the certificate's value below which a group counts as invariant.
         example_inputs: the inputs of the analysis, kept for conversion; not part of the JSON form.
+        graph: the network, module by module in the order of execution; empty where it could not be traced.
     """
 
     model: str
     weights: tuple[WeightFinding, ...]
     tolerance: float
     example_inputs: Any = field(default=None, repr=False, compare=False)
+    graph: tuple[GraphNode, ...] = field(default=(), repr=False)
 
     @property
     def invariant(self) -> tuple[WeightFinding, ...]:
@@ -188,6 +191,7 @@ class SymmetryReport:
             "tolerance": self.tolerance,
             "summary": self.counts(),
             "weights": [weight.to_dict() for weight in self.weights],
+            "graph": [node.to_dict() for node in self.graph],
         }
 
     def counts(self) -> dict[str, int]:
