@@ -15,8 +15,10 @@ from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim import param_groups
 from manifold_nets.symmetry import SymmetryReport, diagnose
+from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
 
 __all__ = [
+    "LearningRates",
     "Partition",
     "SphereProduct",
     "SymmetryReport",
@@ -26,6 +28,7 @@ __all__ = [
     "errors",
     "layers",
     "load",
+    "matched_learning_rates",
     "optim",
     "param_groups",
     "plan",

@@ -1,0 +1,336 @@
+"""Learning rates on spheres that match those of an ordinary optimizer: for the next step, and for the long run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.errors import OptionError, ReportMismatchError
+from manifold_nets.groups import Partition, refuse_degenerate
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
+
+__all__ = ["LearningRates", "OptimizerSettings", "Spread", "WeightRates", "matched_learning_rates"]
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+DEFAULT_BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The settings of an optimizer of torch that trains the plain network.
+
+    Args:
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+        lr: learning rate η.
+        momentum: factor μ of SGD, without dampening.
+        betas: decays β1 and β2 of Adam's moments.
+        weight_decay: λ; an L2 penalty for SGD, decoupled for AdamW.
+
+    Raises:
+        OptionError: a value has no meaning, or is one that this optimizer does not have.
+    """
+
+    optimizer: str
+    lr: float
+    momentum: float = 0.0
+    betas: tuple[float, float] = DEFAULT_BETAS
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise OptionError("optimizer", self.optimizer, "'sgd', 'adam' or 'adamw'")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise OptionError("lr", self.lr, "a finite number > 0")
+        if not 0 <= self.momentum < 1:
+            raise OptionError("momentum", self.momentum, "a number from 0 to below 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise OptionError("betas", self.betas, "two numbers from 0 to below 1")
+        if not (self.weight_decay >= 0 and self.lr * self.weight_decay < 1):
+            raise OptionError("weight_decay", self.weight_decay, f"a number from 0 to below 1/lr = {1 / self.lr:g}")
+        if self.optimizer == "sgd" and self.betas != DEFAULT_BETAS:
+            raise OptionError("betas", self.betas, "no betas with optimizer 'sgd', which has a momentum instead")
+        if self.optimizer != "sgd" and self.momentum != 0:
+            raise OptionError(
+                "momentum", self.momentum, f"0 with optimizer {self.optimizer!r}, which has betas instead"
+            )
+        if self.optimizer == "adam" and self.weight_decay != 0:
+            expected = "0 with optimizer 'adam', which mixes the decay into its moments, or optimizer 'adamw'"
+            raise OptionError("weight_decay", self.weight_decay, expected)
+
+    @property
+    def equilibrium_rotation(self) -> float | None:
+        """Angle per step in the long run, in radians; None without weight decay, which alone sets it."""
+        if self.weight_decay == 0:
+            return None
+        beta1 = self.betas[0]
+        slow = 1 / (1 + self.momentum) if self.optimizer == "sgd" else (1 - beta1) / (1 + beta1)
+        return math.sqrt(2 * self.lr * self.weight_decay * slow)
+
+    @property
+    def equilibrium_factor(self) -> float | None:
+        """Sphere learning rate of the long run for AdamW; for SGD, that rate times the gradient of `WeightRates`."""
+        if self.weight_decay == 0:
+            return None
+        return math.sqrt(2 * self.lr * self.weight_decay * (1 - self.momentum))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, without the options that the optimizer does not have."""
+        own: dict[str, Any] = {"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": list(self.betas)}
+        return {"optimizer": self.optimizer, "lr": self.lr, **own, "weight_decay": self.weight_decay}
+
+    def __str__(self) -> str:
+        return ", ".join(
+            [self.optimizer, *(f"{name} {v}" for name, v in self.to_dict().items() if name != "optimizer")]
+        )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a quantity spreads over groups: median, quartiles and extremes."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    smallest: float
+    largest: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Spread:
+        """Measure some values; quartiles lie between neighbouring values, linearly.
+
+        Example:
+            >>> Spread.of(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+            Spread(median=3.0, lower_quartile=2.0, upper_quartile=4.0, smallest=1.0, largest=5.0)
+        """
+        ordered = values.detach().double().flatten().cpu().sort().values
+        # torch.quantile refuses more than 16 million values.
+        at = [(len(ordered) - 1) * share for share in (0.5, 0.25, 0.75)]
+        low, high = (torch.tensor([edge(x) for x in at]) for edge in (math.floor, math.ceil))
+        weight = torch.tensor(at, dtype=torch.float64) - low
+        median, lower, upper = torch.lerp(ordered[low], ordered[high], weight).tolist()
+        return cls(median, lower, upper, float(ordered[0]), float(ordered[-1]))
+
+    def to_dict(self) -> dict[str, float]:
+        """Return plain data for JSON."""
+        return dict(vars(self))
+
+    def __str__(self) -> str:
+        quartiles = f"{self.lower_quartile:.3g} … {self.upper_quartile:.3g}"
+        return f"{self.median:.3g} (quartiles {quartiles}; all {self.smallest:.3g} … {self.largest:.3g})"
+
+
+@dataclass(frozen=True)
+class WeightRates:
+    """The learning rates of one weight's groups.
+
+    Args:
+        name: the parameter.
+        groups: number of its invariant groups.
+        norms: Euclidean norms ‖w_G‖.
+        next_step: sphere learning rates that match the next step.
+        equilibrium: sphere learning rates that match the rotation of the long run; None where that is not known.
+        gradients: root mean squares of ‖w_G‖·‖∂L/∂w_G‖, which do not depend on the scale; None where none were given.
+    """
+
+    name: str
+    groups: int
+    norms: Spread
+    next_step: Spread
+    equilibrium: Spread | None
+    gradients: Spread | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {name: v.to_dict() if isinstance(v, Spread) else v for name, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """The sphere learning rates that match an optimizer on a model's scale-invariant weights.
+
+    Args:
+        model: class of the model.
+        settings: the optimizer of the plain network.
+        weights: one entry for each scale-invariant weight.
+        next_step: spread over all groups of all weights; None where there are none.
+        equilibrium: likewise; None where it is not known for all weights.
+    """
+
+    model: str
+    settings: OptimizerSettings
+    weights: tuple[WeightRates, ...]
+    next_step: Spread | None
+    equilibrium: Spread | None
+
+    def __getitem__(self, name: str) -> WeightRates:
+        for weight in self.weights:
+            if weight.name == name:
+                return weight
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            **self.settings.to_dict(),
+            "equilibrium_rotation": self.settings.equilibrium_rotation,
+            "equilibrium_factor": self.settings.equilibrium_factor,
+            "next_step": None if self.next_step is None else self.next_step.to_dict(),
+            "equilibrium": None if self.equilibrium is None else self.equilibrium.to_dict(),
+            "weights": [weight.to_dict() for weight in self.weights],
+        }
+
+    @property
+    def long_run(self) -> str:
+        """What is known of the long run, in words."""
+        rotation, factor = self.settings.equilibrium_rotation, self.settings.equilibrium_factor
+        if rotation is None or factor is None:
+            return "without weight decay no rotation is approached in the long run"
+        text = f"weight decay leads to {rotation:.3g} radians a step in the long run"
+        if self.settings.optimizer != "sgd":
+            return f"{text}, on spheres with learning rate {factor:.3g}"
+        if self.equilibrium is None:
+            return (
+                f"{text}, on spheres with learning rate {factor:.3g}/G, where G is the root mean square of ‖w‖·‖∂L/∂w‖"
+            )
+        return f"{text}, on spheres with learning rate {self.equilibrium}"
+
+    def __str__(self) -> str:
+        if not self.weights:
+            return f"{self.model}: no scale-invariant weights, no learning rates to match"
+        width = max(len(weight.name) for weight in self.weights)
+        lines = [f"{self.model}: learning rates on spheres that match the next step of {self.settings}"]
+        lines += [f"  {weight.name:<{width}}  {weight.next_step}" for weight in self.weights]
+        return "\n".join([*lines, f"  {'all':<{width}}  {self.next_step}", f"  {self.long_run}"])
+
+
+def matched_learning_rates(
+    model: nn.Module,
+    report: SymmetryReport,
+    *,
+    optimizer: str = "sgd",
+    lr: float,
+    momentum: float = 0.0,
+    betas: tuple[float, float] = DEFAULT_BETAS,
+    weight_decay: float = 0.0,
+    gradients: Iterable[Mapping[str, Tensor]] = (),
+) -> LearningRates:
+    r"""Find the learning rates of `RiemannianSGD` or `RiemannianAdam` that match an optimizer of the plain network.
+
+    For a scale-invariant group w of d entries and norm n = ‖w‖, write u = w/n; then ∂L/∂w = ∂L/∂u / n, tangent to the
+    sphere. The radius r that the group gets on its sphere (1, √k for k filters, or n) plays no part: the metric
+    ⟨ξ, η⟩/r² makes the steps of w/r those of the unit sphere.
+
+    **Next step.** With the learning rate η_s and empty moments a step turns u by arctan(η_s ‖∂L/∂u‖) with
+    `RiemannianSGD` and by arctan(η_s) with `RiemannianAdam`, which has one second moment a sphere.
+
+    - ``"sgd"`` moves w to n((1−ηλ)u − (η/n²) ∂L/∂u), the same direction as on the sphere with **η_s = η/(n²(1−ηλ))**;
+      exact. Momentum changes nothing: the buffers are those of the sphere divided by n, while n is nearly constant.
+    - ``"adam"`` and ``"adamw"`` add a vector s of d entries ±η, of length η√d, so that the angle is the sphere's with
+      **η_s = η√d/(n(1−ηλ))**. The angle is exact where s is orthogonal to w, and off by a relative error of the order
+      of 1/d + η/n where it is not; the directions differ, as s is the sign of the gradient. Entries whose gradient
+      vanishes (dead inputs) do not move in Adam, and should not be counted in d, but are. In the long run both m/√v
+      shrink by the same √((1−β1)/(1+β1)) where gradients are noise.
+
+    **Long run.** Where gradients are mostly noise and the rates constant, weight decay λ and the growth of n by the
+    steps come to an equilibrium with √(2ηλ/(1+μ)) radians a step for SGD and √(2ηλ(1−β1)/(1+β1)) for AdamW. On the
+    sphere a step is η_s G/√(1−μ²) or η_s √((1−β1)/(1+β1)) radians, with G² the mean of ‖∂L/∂u‖² = (‖w‖·‖∂L/∂w‖)², so
+
+    - ``"sgd"``: **η_s = √(2ηλ(1−μ))/G**, the rate η/n² at the equilibrium norm n⁴ = ηG²/(2λ(1−μ)). It needs gradients,
+      which no report has: pass those of some mini-batches.
+    - ``"adamw"``: **η_s = √(2ηλ)**, the rate η√d/n at the equilibrium norm n² = ηd/(2λ); the same for all groups.
+
+    Biases that are scaled with a group of unit radius (`WeightFinding.moves_along`) change their rate with it: by 1/n²
+    for SGD, by 1/n for Adam.
+
+    Args:
+        model: the network as it is trained with the plain optimizer; only read.
+        report: what `manifold_nets.diagnose` found for it.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, of torch.
+        lr: its learning rate η.
+        momentum: μ, without dampening, also Nesterov's (``"sgd"``).
+        betas: β1 and β2 (``"adam"``, ``"adamw"``).
+        weight_decay: λ (``"sgd"``, ``"adamw"``).
+        gradients: gradients ∂L/∂w of mini-batches by names of weights, in the weights' shapes, at the weights as they
+            are; for the long run of SGD.
+
+    Returns:
+        Rates in radians per unit gradient (SGD) or radians (Adam), with their spread over the groups of each weight.
+
+    Raises:
+        OptionError: an option has no meaning, or the optimizer does not have it; gradients do not fit the weights.
+        ReportMismatchError: the report is of another model.
+        DegenerateGroupError: a group is zero or not finite.
+
+    References:
+        Hoffer et al., arXiv:1803.01814, for η/n²; Wan et al., arXiv:2006.08419, and Kosson et al., arXiv:2305.17212,
+        for the rotation of the long run.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = nn.init.constant_(net[0].weight, 0.25)
+        >>> rates = mn.matched_learning_rates(net, mn.diagnose(net, torch.randn(16, 4)), lr=0.1)
+        >>> round(rates["0.weight"].next_step.median, 6)
+        0.4
+    """
+    settings = OptimizerSettings(optimizer, lr, momentum, betas, weight_decay)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = [(finding, finding.partition) for finding in report.invariant if finding.partition is not None]
+    differing = [w.name for w in report.weights if w.name not in parameters or parameters[w.name].shape != w.shape]
+    if differing:
+        raise ReportMismatchError(type(model).__name__, report.model, differing)
+    batches = list(gradients)
+    rows = []
+    for finding, partition in found:
+        norms = partition.norms(parameters[finding.name].detach().double()).flatten()
+        refuse_degenerate(norms, finding.name)
+        gradient = _gradient_sizes(batches, finding, partition, norms)
+        rows.append((finding.name, norms, *_matched(settings, partition, norms, gradient), gradient))
+    weights = tuple(
+        WeightRates(name, len(norms), Spread.of(norms), Spread.of(now), _spread([late]), _spread([gradient]))
+        for name, norms, now, late, gradient in rows
+    )
+    now, late = _spread([row[2] for row in rows]), _spread([row[3] for row in rows])
+    return LearningRates(type(model).__name__, settings, weights, now, late)
+
+
+def _matched(
+    settings: OptimizerSettings, partition: Partition, norms: Tensor, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rates of a weight's groups for the next step and for the long run."""
+    shrunk = 1 - settings.lr * settings.weight_decay
+    factor = settings.equilibrium_factor
+    if settings.optimizer != "sgd":
+        now = settings.lr * math.sqrt(partition.group_size) / (norms * shrunk)
+        return now, None if factor is None else torch.full_like(norms, factor)
+    now = settings.lr / (norms.square() * shrunk)
+    return now, None if factor is None or gradient is None else factor / gradient
+
+
+def _gradient_sizes(
+    batches: list[Mapping[str, Tensor]], finding: WeightFinding, partition: Partition, norms: Tensor
+) -> Tensor | None:
+    """Root mean square over mini-batches of ‖w_G‖·‖∂L/∂w_G‖; None without gradients of this weight."""
+    given = [batch[finding.name] for batch in batches if finding.name in batch]
+    if not given:
+        return None
+    for gradient in given:
+        if tuple(gradient.shape) != finding.shape:
+            raise OptionError(f"gradients[{finding.name!r}]", tuple(gradient.shape), f"the shape {finding.shape}")
+    squares = [partition.norms(gradient.detach().double()).flatten().square() for gradient in given]
+    sizes = norms * torch.stack(squares).mean(0).sqrt()
+    if not bool((sizes.isfinite() & (sizes > 0)).all()):
+        smallest = float(sizes.nan_to_num(nan=0.0, posinf=0.0).min())
+        raise OptionError(f"gradients[{finding.name!r}]", smallest, "a finite, non-zero norm of every group")
+    return sizes
+
+
+def _spread(values: list[Tensor | None]) -> Spread | None:
+    """Spread of all values together; None where one of them is missing."""
+    known = [value for value in values if value is not None]
+    return Spread.of(torch.cat(known)) if known and len(known) == len(values) else None
