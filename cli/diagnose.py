@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import click
+from rich.console import RenderableType
 
 from manifold_nets.symmetry import diagnose as find_symmetries
+from manifold_nets.symmetry.learning_rates import OptimizerSettings, matched_learning_rates
 
+from .learning_rates import optimizer_options, rates_table
 from .options import Request, model_options
 from .outcome import Outcome, reported
 from .render import progress, report_table
@@ -17,12 +20,20 @@ from .render import progress, report_table
     "--tolerance", type=float, default=1e-8, show_default=True, help="Largest certificate of an invariant group."
 )
 @reported
-def diagnose(request: Request, tolerance: float) -> Outcome:
+@optimizer_options
+def diagnose(request: Request, tolerance: float, settings: OptimizerSettings | None) -> Outcome:
     """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
     with progress(f"Tracing {request.spec} and certifying its symmetries …"):
         model = request.model()
         report = find_symmetries(model, request.inputs(model), tolerance=tolerance, seed=request.seed)
     found = f"{len(report.invariant)} of {len(report.weights)} weights are scale-invariant."
     remedies = [f"{weight.name}: {weight.remedy}" for weight in report.disagreements]
+    remedies += [f"{family}: {family.remedy}" for family in report.refuted_families]
     failures = [f"structure and certificate disagree on {text}" for text in remedies]
-    return Outcome({"report": report.to_dict()}, (report_table(report), found), tuple(failures))
+    document = {"report": report.to_dict()}
+    shown: list[RenderableType] = [report_table(report), found]
+    if settings is not None:
+        rates = matched_learning_rates(model, report, **vars(settings))
+        document["learning_rates"] = rates.to_dict()
+        shown.append(rates_table(rates))
+    return Outcome(document, tuple(shown), tuple(failures))

@@ -1,6 +1,26 @@
 """Which weight-space symmetries a network has: structure from its graph, proof from the Euler certificate."""
 
 from manifold_nets.symmetry.diagnose import diagnose
-from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
+from manifold_nets.symmetry.report import (
+    Absorber,
+    Certificate,
+    FamilyMember,
+    ScaledAlong,
+    SymmetryFamily,
+    SymmetryReport,
+    WeightFinding,
+)
 
-__all__ = ["Absorber", "Certificate", "ScaledAlong", "SymmetryReport", "WeightFinding", "diagnose"]
+__all__ = [
+    "Absorber",
+    "Certificate",
+    "FamilyMember",
+    "LearningRates",
+    "ScaledAlong",
+    "SymmetryFamily",
+    "SymmetryReport",
+    "WeightFinding",
+    "diagnose",
+    "matched_learning_rates",
+]

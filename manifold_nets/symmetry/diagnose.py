@@ -14,6 +14,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField, analysis_copy, euler_field, run
 from manifold_nets.symmetry.find import Structure, follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
+from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.modules import module_graph
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
 from manifold_nets.symmetry.rules import Absorption
@@ -66,7 +67,10 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
     for name in names:
         structure = follow_weight(graph, name) if graph.placeholders_of(name) else None
         findings.append(judge.finding(name, structure, name in constrained))
-    return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph))
+    families = certified_families(solve_jointly(graph), field, tolerance)
+    return SymmetryReport(
+        type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families
+    )  # fmt: skip
 
 
 def _trace(twin: nn.Module, inputs: Inputs) -> TracedGraph:
@@ -150,19 +154,21 @@ class _Judge:
         tried = [self._alone(name, partition) for partition in (seed, Partition.whole(shape))]
         certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
         if structure is None:
-            reason, unknown = "the parameter does not occur in the graph", False
+            reason, unknown, free = "the parameter does not occur in the graph", False, 0
         else:
             reason = "; ".join(str(because) for because in structure.breaks[:3])
             unknown = any(because.unknown for because in structure.breaks)
-            if structure.free:
-                joined = sum(len(members) for members in structure.free)
-                reason = f"{joined} of {structure.scales.count} filters are free, the others are not: {reason}"
+            free = sum(len(members) for members in structure.free)
+            if free:
+                reason = f"{free} of {structure.scales.count} filters are free, the others are not: {reason}"
         status = "unknown" if unknown else "not invariant"
         if certificate.verdict == "invariant" and not unknown:
             status = "disagreement"
         elif certificate.verdict == "no evidence":
             status = "no evidence"
-        return WeightFinding(name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status])
+        return WeightFinding(
+            name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status], free_filters=free
+        )  # fmt: skip
 
     def _alone(self, name: str, partition: Partition) -> Certificate:
         sums = partition.sum(self.field.products(name)).flatten()

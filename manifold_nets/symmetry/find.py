@@ -15,7 +15,7 @@ from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
 
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
-__all__ = ["Structure", "follow_weight"]
+__all__ = ["Structure", "follow_weight", "propagate", "seed_label", "seed_partition"]
 
 
 @dataclass
@@ -133,12 +133,12 @@ def _consecutive_blocks(seed: Partition, count: int, size: int) -> Partition | N
 def follow_weight(graph: TracedGraph, name: str) -> Structure:
     """Follow the scales of one weight, scaling along the biases that the network asks to be scaled along."""
     sources = graph.placeholders_of(name)
-    seed = _seed_partition(sources)
-    seeds: dict[Node, Label] = {node: Label(_seed_label(seed) + 1) for node in sources}
+    seed = seed_partition(sources)
+    seeds: dict[Node, Label] = {node: Label(seed_label(seed) + 1) for node in sources}
     companions: dict[str, Ids] = {}
     while True:
         scales = Scales(seed.n_groups)  # the form of scale k has the number k + 1
-        absorptions, adoptions = _propagate(graph, seeds, scales)
+        absorptions, adoptions = propagate(graph, seeds, scales)
         fresh = [adoption for adoption in adoptions if adoption.parameter not in companions]
         if not fresh or scales.all_pinned:
             break
@@ -148,7 +148,7 @@ def follow_weight(graph: TracedGraph, name: str) -> Structure:
     return Structure(name, seed, scales, absorptions, companions)
 
 
-def _seed_partition(sources: list[Node]) -> Partition:
+def seed_partition(sources: list[Node]) -> Partition:
     """Filters of the weight's first use: output channels of a transposed convolution are not its rows."""
     shape = tuple(sources[0].meta["val"].shape)
     for node in sources:
@@ -158,7 +158,8 @@ def _seed_partition(sources: list[Node]) -> Partition:
     return Partition.filters(shape)
 
 
-def _seed_label(seed: Partition) -> Ids:
+def seed_label(seed: Partition) -> Ids:
+    """Number of the group of each entry of a weight, with size 1 along the axes where it does not vary."""
     if seed.view == seed.shape:
         return np.arange(seed.n_groups, dtype=np.int64).reshape(seed.spread_shape)
     groups, fan_in, per_group, *kernel = seed.view
@@ -167,7 +168,20 @@ def _seed_label(seed: Partition) -> Ids:
     return spread.reshape(groups * fan_in, per_group, *(1 for _ in kernel))
 
 
-def _propagate(graph: TracedGraph, seeds: dict[Node, Label], scales: Scales) -> tuple[list[Absorption], list[Adoption]]:
+def propagate(
+    graph: TracedGraph, seeds: dict[Node, Label], scales: Scales, columns: dict[str, Ids] | None = None
+) -> tuple[list[Absorption], list[Adoption]]:
+    """Follow the labels of some placeholders through the graph, in its order.
+
+    Args:
+        graph: the graph.
+        seeds: labels to start from.
+        scales: takes the conditions that the operations put on the scales.
+        columns: where given, weights may undo the scales of their inputs; see `Use`.
+
+    Returns:
+        The normalizations that absorb scales, and the biases that have to be scaled along.
+    """
     labels: dict[Node, Result] = dict(seeds)
     absorptions: list[Absorption] = []
     adoptions: list[Adoption] = []
@@ -184,7 +198,7 @@ def _propagate(graph: TracedGraph, seeds: dict[Node, Label], scales: Scales) -> 
         visit_users(node, -1)
     while queue and not scales.all_pinned:
         _, node = heapq.heappop(queue)
-        use = Use(node, graph, scales, labels, absorptions, adoptions)
+        use = Use(node, graph, scales, labels, absorptions, adoptions, columns)
         result = _apply(use)
         labels[node] = result
         if is_in_place(node):
@@ -226,7 +240,7 @@ def _enter_region(use: Use) -> Result:
             results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
             return [found if isinstance(found := labels.get(r), Label) else None for r in results]
         else:
-            inside = Use(node, use.graph, use.scales, labels, use.absorptions, use.adoptions)
+            inside = Use(node, use.graph, use.scales, labels, use.absorptions, use.adoptions, use.columns)
             labels[node] = _apply(inside)
             if is_in_place(node):
                 _write_back(inside, labels[node])

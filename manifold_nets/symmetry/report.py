@@ -9,7 +9,15 @@ from typing import Any
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.modules import GraphNode
 
-__all__ = ["Absorber", "Certificate", "ScaledAlong", "SymmetryReport", "WeightFinding"]
+__all__ = [
+    "Absorber",
+    "Certificate",
+    "FamilyMember",
+    "ScaledAlong",
+    "SymmetryFamily",
+    "SymmetryReport",
+    "WeightFinding",
+]
 
 REPORT_FORMAT = 1
 
@@ -111,6 +119,7 @@ class WeightFinding:
         certificate: what the numbers say.
         broken_by: why a weight has no such groups: operation, module, reason.
         remedy: what to do about it.
+        free_filters: how many filters are free by themselves in a weight of which others are not.
     """
 
     name: str
@@ -124,6 +133,7 @@ class WeightFinding:
     certificate: Certificate
     broken_by: str | None
     remedy: str
+    free_filters: int = 0
 
     @property
     def moves_along(self) -> tuple[str, ...]:
@@ -150,6 +160,67 @@ class WeightFinding:
 
 
 @dataclass(frozen=True)
+class FamilyMember:
+    """A part of a parameter that takes part in a family of symmetries.
+
+    Args:
+        parameter: its name.
+        part: ``"rows"`` (filters), ``"columns"`` (input channels) or ``"entries"``.
+        exponent: the part is multiplied by α to this power; None where its indices have different ones.
+        size: how many rows, columns or entries one symmetry of the family moves.
+    """
+
+    parameter: str
+    part: str
+    exponent: float | None
+    size: int
+
+    def __str__(self) -> str:
+        power = "" if self.exponent == 1 else "^mixed" if self.exponent is None else f"^{self.exponent:g}"
+        return f"{self.parameter} {self.part}{power}"
+
+
+@dataclass(frozen=True)
+class SymmetryFamily:
+    """Symmetries of the same make-up: one for each channel, head or matrix.
+
+    Args:
+        kind: ``"scale"``: all members grow together and a normalization absorbs it; ``"rescaling"``: some shrink as
+            others grow.
+        members: what one symmetry moves.
+        count: how many independent symmetries the family has.
+        certificate: what the numbers say of them.
+        remedy: what to do about it.
+        symmetries: for each symmetry and each member the exponents by index; not part of the JSON form.
+    """
+
+    kind: str
+    members: tuple[FamilyMember, ...]
+    count: int
+    certificate: Certificate
+    remedy: str
+    symmetries: tuple[dict[tuple[str, str], dict[int, float]], ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that take part."""
+        return tuple(dict.fromkeys(member.parameter for member in self.members))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "kind": self.kind,
+            "members": [dict(vars(member)) for member in self.members],
+            "count": self.count,
+            "certificate": self.certificate.to_dict(),
+            "remedy": self.remedy,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.count} × {self.kind}: {_joined([str(m) for m in self.members], 4)} · {self.certificate}"
+
+
+@dataclass(frozen=True)
 class SymmetryReport:
     """The scale symmetries of a network's weights, each explained by structure and proven by a number.
 
@@ -157,6 +228,8 @@ class SymmetryReport:
         model: class of the model.
         weights: one finding for each parameter with at least two dimensions, in the order of the model.
         tolerance: the certificate's value below which a group counts as invariant.
+        families: all scale symmetries of all parameters, also those that span several tensors: joint groups, and
+            rescalings from one layer to the next.
         example_inputs: the inputs of the analysis, kept for conversion; not part of the JSON form.
         graph: the network, module by module in the order of execution; empty where it could not be traced.
     """
@@ -166,6 +239,7 @@ class SymmetryReport:
     tolerance: float
     example_inputs: Any = field(default=None, repr=False, compare=False)
     graph: tuple[GraphNode, ...] = field(default=(), repr=False)
+    families: tuple[SymmetryFamily, ...] = ()
 
     @property
     def invariant(self) -> tuple[WeightFinding, ...]:
@@ -176,6 +250,16 @@ class SymmetryReport:
     def disagreements(self) -> tuple[WeightFinding, ...]:
         """The findings in which structure and certificate contradict each other."""
         return tuple(w for w in self.weights if w.status == "disagreement")
+
+    @property
+    def refuted_families(self) -> tuple[SymmetryFamily, ...]:
+        """The families that structure claims and the certificate refutes."""
+        return tuple(family for family in self.families if family.certificate.verdict == "not invariant")
+
+    @property
+    def unexplained_groups(self) -> int:
+        """How many groups the certificate calls invariant without an explanation by structure."""
+        return sum(max(0, w.certificate.groups_certified - w.free_filters) for w in self.weights if w.partition is None)
 
     def __getitem__(self, name: str) -> WeightFinding:
         for finding in self.weights:
@@ -190,6 +274,8 @@ class SymmetryReport:
             "model": self.model,
             "tolerance": self.tolerance,
             "summary": self.counts(),
+            "unexplained_groups": self.unexplained_groups,
+            "families": [family.to_dict() for family in self.families],
             "weights": [weight.to_dict() for weight in self.weights],
             "graph": [node.to_dict() for node in self.graph],
         }
@@ -209,6 +295,10 @@ class SymmetryReport:
             what = str(w.partition) if w.partition is not None else (w.broken_by or "")
             absorbed = f" · absorbed by {_joined([str(a) for a in w.absorbers])}" if w.partition is not None else ""
             lines.append(f"  {w.name:<{width}}  {w.status:<13}  {what}{absorbed} · certificate {w.certificate}")
+        spanning = [family for family in self.families if len(family.parameters) > 1]
+        if spanning:
+            lines.append("Symmetries that move several parameters at once:")
+            lines.extend(f"  {family}" for family in spanning)
         return "\n".join(lines)
 
 

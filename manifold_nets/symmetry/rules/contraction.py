@@ -55,6 +55,8 @@ def _linear_map(use: Use, channel_axis: int, groups: int, rows: Ids | None) -> R
     rank = len(use.out_shape)
     source = use.label("input")
     ids = unscaled(rank)
+    if source is None and use.is_shared(use.args["weight"]):
+        source = Label(ids)
     if source is not None:
         spatial = list(range(channel_axis + 1, rank))
         merged = Label(use.merge(source.ids, spatial, _WINDOW))

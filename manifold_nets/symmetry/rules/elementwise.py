@@ -42,10 +42,12 @@ INVARIANT = (
 
 def homogeneous(use: Use) -> Result:
     """Pass the label of the first tensor; one label over each window of pooling and interpolation."""
-    first = next(iter(use.args))
+    first, *options = use.args
     label = use.label(first)
+    for option in options:
+        if use.label(option) is not None:
+            use.pin("takes a scaled tensor as an option", use.label(option))
     if label is None:
-        use.pin("takes a scaled tensor as an option")
         return None
     if any(word in use.op for word in _SPATIAL):
         window = int(next(c for c in use.op if c.isdigit()))

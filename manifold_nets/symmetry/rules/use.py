@@ -107,6 +107,13 @@ class Use:
             )
         )  # fmt: skip
 
+    def is_shared(self, weight: Any) -> bool:
+        """Whether a weight whose columns may undo scales is used by several operations, which then have to agree."""
+        name = self.graph.parameters.get(weight) if isinstance(weight, Node) else None
+        if name is None or self.columns is None:
+            return False
+        return sum(len(node.users) for node in self.graph.placeholders_of(name)) > 1
+
     def compensate(self, weight: Any, ids: Ids) -> Ids | None:
         """Let the columns of a weight undo the scales of its input channels; None where they are not free to.
 

@@ -1,0 +1,210 @@
+"""All continuous scale symmetries at once: groups that span several tensors, and rescalings from one layer to the next.
+
+Every row of every weight, every bias and every affine parameter gets a scale of its own, and the columns of a weight
+may undo the scales of its input. What the equations of the network leave free are its symmetries: multiply each member
+by ``α ** exponent`` and the function stays. Where all exponents are positive a normalization absorbs the scale; where
+columns shrink as rows grow it is a rescaling through positively homogeneous functions.
+
+Source: the symmetries of Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, section 2, for arbitrary graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.find import propagate, seed_label, seed_partition
+from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.report import Certificate, FamilyMember, SymmetryFamily
+from manifold_nets.symmetry.scales import Ids, Label, Scales
+
+__all__ = ["JointStructure", "certified_families", "solve_jointly"]
+
+# Larger parameters that are no linear maps get one scale along their last axis instead of one an entry.
+_LARGEST_BY_ENTRY = 4096
+Part = Literal["rows", "columns", "entries"]
+
+
+@dataclass(frozen=True)
+class _Seed:
+    """The scales given to one parameter: one for each index of a part of it."""
+
+    part: Part
+    partition: Partition
+    ids: Ids
+
+
+@dataclass
+class JointStructure:
+    """The solved equations of a whole network.
+
+    Args:
+        scales: the scales of all parameters and what is left of them.
+        seeds: the scales of each parameter, by name.
+        columns: for each weight the form that its columns undo, one for each input channel.
+        partitions: for each of these weights the partition into columns.
+    """
+
+    scales: Scales
+    seeds: dict[str, _Seed]
+    columns: dict[str, Ids]
+    partitions: dict[str, Partition]
+
+    def parts(self) -> Iterator[tuple[str, Part, Partition, Ids, float]]:
+        """Yield every part of every parameter with its partition, the forms of its indices, and their sign."""
+        for name, seed in self.seeds.items():
+            yield name, seed.part, seed.partition, self.scales.roots(seed.ids), 1.0
+        for name, ids in self.columns.items():
+            yield name, "columns", self.partitions[name], self.scales.roots(ids), -1.0
+
+    def symmetries(self) -> dict[int, dict[tuple[str, Part], dict[int, float]]]:
+        """For each free scale the exponents of the indices of all parts, without those that stay as they are."""
+        found: dict[int, dict[tuple[str, Part], dict[int, float]]] = {}
+        for name, part, _, ids, sign in self.parts():
+            for index, number in enumerate(ids.tolist()):
+                for scale, exponent in self.scales.form(number).items():
+                    found.setdefault(scale, {}).setdefault((name, part), {})[index] = sign * exponent
+        return found
+
+
+def solve_jointly(graph: TracedGraph) -> JointStructure:
+    """Give every parameter its scales, follow them all, and return what the network demands of them."""
+    scales = Scales()
+    seeds: dict[str, _Seed] = {}
+    labels: dict[Node, Label] = {}
+    for name in dict.fromkeys(graph.parameters.values()):
+        sources = [node for node in graph.placeholders_of(name) if node.users]
+        if not sources or not tuple(sources[0].meta["val"].shape):
+            continue
+        part, partition, label = _seed(sources)
+        ids = scales.add(partition.n_groups)
+        seeds[name] = _Seed(part, partition, ids)
+        labels.update({node: Label(ids[label]) for node in sources})
+    columns: dict[str, Ids] = {}
+    propagate(graph, labels, scales, columns)
+    partitions = {name: _column_partition(graph, name) for name in columns}
+    return JointStructure(scales, seeds, columns, partitions)
+
+
+def _seed(sources: list[Node]) -> tuple[Part, Partition, Ids]:
+    """Which part of a parameter gets scales of its own, and the index of the scale of each entry."""
+    shape = tuple(int(n) for n in sources[0].meta["val"].shape)
+    roles = {role for node in sources for user in node.users if (role := _role(node, user)) is not None}
+    if "rows" in roles:
+        partition = seed_partition(sources)
+        return "rows", partition, seed_label(partition)
+    if roles == {"columns"}:
+        return "columns", Partition(shape, shape, (1,)), np.arange(shape[1], dtype=np.int64)[None, :]
+    entries = int(np.prod(shape))
+    if len(shape) == 1 or entries <= _LARGEST_BY_ENTRY:
+        partition = Partition(shape, shape, tuple(range(len(shape))))
+        return "entries", partition, np.arange(entries, dtype=np.int64).reshape(shape)
+    partition = Partition(shape, shape, (len(shape) - 1,))
+    return "columns", partition, np.arange(shape[-1], dtype=np.int64).reshape((1,) * (len(shape) - 1) + (-1,))
+
+
+def _role(node: Node, user: Node) -> str | None:
+    """How an operation uses a parameter: as the rows of a linear map, as a table of columns, or neither."""
+    if bound_arguments(user).get("weight") is not node:
+        return None
+    op = op_name(user)
+    if op.startswith("conv") or op == "linear":
+        return "rows"
+    return "columns" if op == "embedding" else None
+
+
+def _column_partition(graph: TracedGraph, name: str) -> Partition:
+    """Partition of a weight into the entries that one input channel meets."""
+    sources = graph.placeholders_of(name)
+    shape = tuple(int(n) for n in sources[0].meta["val"].shape)
+    user = next(user for node in sources for user in node.users if _role(node, user) == "rows")
+    arguments = bound_arguments(user)
+    if "transpose" in op_name(user) or arguments.get("transposed"):
+        return Partition.filters(shape)
+    groups = int(arguments.get("groups", 1) or 1)
+    return Partition(shape, (groups, shape[0] // groups, *shape[1:]), (0, 2))
+
+
+def certified_families(joint: JointStructure, euler: EulerField, tolerance: float) -> tuple[SymmetryFamily, ...]:
+    """Sort the symmetries into families of the same make-up, each with the certificate of all its members.
+
+    For a symmetry with exponents c the certificate is ``|Σ c_i Σ_i w ⊙ ∂L/∂w|`` over ``Σ |c_i| ‖w_i‖ ‖∂L/∂w_i‖``.
+    """
+    sums: dict[tuple[str, Part], Tensor] = {}
+    sizes: dict[tuple[str, Part], Tensor] = {}
+    for name, part, partition, _, _ in joint.parts():
+        sums[name, part] = partition.sum(euler.products(name)).flatten()
+        sizes[name, part] = (partition.norms(euler.weights[name]) * partition.norms(euler.gradients[name])).flatten()
+    largest = max((float(size.max()) for size in sizes.values()), default=0.0)
+    families: dict[Any, _Tally] = {}
+    for scale, members in joint.symmetries().items():
+        key = tuple((name, part, _common(exponents), len(exponents)) for (name, part), exponents in members.items())
+        tally = families.setdefault(key, _Tally())
+        total = size = 0.0
+        for place, exponents in members.items():
+            index = torch.tensor(list(exponents), device=sums[place].device)
+            powers = torch.tensor(list(exponents.values()), dtype=torch.float64, device=index.device)
+            total += float((sums[place][index] * powers).sum())
+            size += float((sizes[place][index] * powers.abs()).sum())
+        tally.add(scale, abs(total), size, EVIDENCE_FLOOR * largest, tolerance)
+    symmetries = joint.symmetries()
+    return tuple(
+        tally.family([FamilyMember(*entry) for entry in key], [symmetries[scale] for scale in tally.scales])
+        for key, tally in families.items()
+    )
+
+
+def _common(exponents: dict[int, float]) -> float | None:
+    """The exponent that all indices of a part share, or None."""
+    values = set(exponents.values())
+    return values.pop() if len(values) == 1 else None
+
+
+@dataclass
+class _Tally:
+    scales: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    refuted: int = 0
+    silent: int = 0
+
+    def add(self, scale: int, total: float, size: float, floor: float, tolerance: float) -> None:
+        self.scales.append(scale)
+        if not size > floor and total <= floor:
+            self.silent += 1
+            return
+        value = total / size
+        self.values.append(value)
+        self.refuted += not value <= tolerance
+
+    def family(self, members: list[FamilyMember], symmetries: list[Any]) -> SymmetryFamily:
+        exponents = [member.exponent for member in members]
+        kind: Literal["scale", "rescaling"] = (
+            "scale" if all(e is not None and e > 0 for e in exponents) else "rescaling"
+        )
+        certificate = Certificate(
+            value=max(self.values) if self.values else None,
+            verdict="not invariant" if self.refuted else "invariant" if self.values else "no evidence",
+            groups_certified=len(self.values) - self.refuted,
+            groups_refuted=self.refuted,
+            groups_without_evidence=self.silent,
+        )
+        remedy = _remedy(kind, members, certificate)
+        return SymmetryFamily(kind, tuple(members), len(self.scales), certificate, remedy, tuple(symmetries))
+
+
+def _remedy(kind: str, members: list[FamilyMember], certificate: Certificate) -> str:
+    if certificate.verdict == "not invariant":
+        return "leave it and report it: structure and certificate contradict each other"
+    if kind == "scale":
+        return (
+            "keep each group on a sphere" if len(members) == 1 else "keep each group on one sphere across its tensors"
+        )
+    return "balance: move to the point of the orbit with the smallest norm; the function stays"
