@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.revert import revert
-from manifold_nets.conversion.storage import atomic_file
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit, verify
 from manifold_nets.errors import ExportError, FunctionChangedError, MissingExtraError, OptionError
+from manifold_nets.files import atomic_file
 from manifold_nets.symmetry.certificate import output_tensors
 from manifold_nets.symmetry.graph import Inputs, split_inputs
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,10 @@ import torch
 from torch import Tensor
 
 from manifold_nets.errors import CheckpointFormatError
+from manifold_nets.files import atomic_file
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["FORMAT", "VERSION", "Contents", "atomic_file", "is_checkpoint", "read", "write"]
+__all__ = ["FORMAT", "VERSION", "Contents", "is_checkpoint", "read", "write"]
 
 FORMAT = "manifold_nets checkpoint"
 VERSION = 1
@@ -44,54 +43,6 @@ class Contents:
     def expanded(self) -> dict[str, Tensor]:
         """Return the tensors under all their names."""
         return {**self.tensors, **{alias: self.tensors[name] for alias, name in self.aliases.items()}}
-
-
-@contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file in the folder of ``path``, which takes its place when the block ends without an error.
-
-    The file is flushed to the disk before it is renamed, so that a reader finds the old file or the whole new one.
-    When the block raises, ``path`` is as it was and the temporary file is gone. A symbolic link is followed, and a
-    file that is replaced hands on its permissions.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with atomic_file(Path(folder) / "notes.txt") as temporary:
-        ...         _ = temporary.write_text("all or nothing")
-        ...     [file.name for file in Path(folder).iterdir()]
-        ['notes.txt']
-    """
-    final = Path(path).resolve()
-    if not final.parent.is_dir():
-        raise FileNotFoundError(f"{final}: its folder does not exist. Make it first, or choose another path.")
-    temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        # The writer may put a file of its own in place of this one, with other permissions.
-        mode = (final if final.exists() else temporary).stat().st_mode
-        yield temporary
-        temporary.chmod(mode & 0o7777)
-        _flush(temporary)
-        temporary.replace(final)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
