@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from manifold_nets.symmetry import diagnose as find_symmetries
 from manifold_nets.symmetry.learning_rates import OptimizerSettings, matched_learning_rates
 
-from .learning_rates import optimizer_options, rates_table
+from .learning_rates import optimizer_options, shown_rates
 from .options import Request, model_options
 from .outcome import Outcome, reported
 from .render import progress, report_table
@@ -35,5 +35,5 @@ def diagnose(request: Request, tolerance: float, settings: OptimizerSettings | N
     if settings is not None:
         rates = matched_learning_rates(model, report, **vars(settings))
         document["learning_rates"] = rates.to_dict()
-        shown.append(rates_table(rates))
+        shown += shown_rates(rates)
     return Outcome(document, tuple(shown), tuple(failures))
