@@ -59,7 +59,8 @@ class _Folding:
         self.found: dict[str, GraphNode] = {}
         self.source: dict[Node, str | None] = {}
         stacks = [list(node.meta.get("nn_module_stack") or {}) for node in graph.order if node.op == "call_function"]
-        self.containers = {key for stack in stacks for key in stack[:-1]}
+        # The model itself is unfolded even where it calls no modules.
+        self.containers = {key for stack in stacks for key in (*stack[:1], *stack[:-1])}
 
     def nodes(self) -> tuple[GraphNode, ...]:
         for (op, key), run in groupby(self.graph.order, key=_call):

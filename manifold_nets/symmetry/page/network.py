@@ -1,0 +1,203 @@
+"""The network's graph: a strip of steps for each part of it, with its edges drawn beside the names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from manifold_nets.symmetry.modules import GraphNode
+from manifold_nets.symmetry.page.markup import escape, groups_text, mark, plural, status_style
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
+
+__all__ = ["Part", "network", "parts"]
+
+ROW = 26
+# Where the steps stand, and where the lanes of the edges that pass over steps begin.
+TRUNK, FIRST_LANE, WIDEST = 12, 26, 120
+# Parts are open as long as this many steps are shown; the reader opens the others.
+OPEN_STEPS = 36
+# A part with more than this share of the steps is split, if it falls apart into at most so many.
+LARGE_SHARE, MOST_CHILDREN = 0.5, 24
+# Neighbouring parts are joined up to this many steps: conv1, bn1, relu, maxpool.
+SMALL = 6
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive steps of one branch of the module tree.
+
+    Args:
+        title: what they have in common.
+        prefix: start of their names that the title says already.
+        nodes: the steps.
+    """
+
+    title: str
+    prefix: str
+    nodes: tuple[GraphNode, ...]
+
+
+def parts(nodes: Sequence[GraphNode]) -> list[Part]:
+    """Cut the steps of a network into parts by the names of their modules."""
+    found: list[Part] = []
+    for part in _cut(tuple(nodes), 0, len(nodes)):
+        if found and len(found[-1].nodes) + len(part.nodes) <= SMALL:
+            joined = found.pop()
+            first = joined.title.split(" … ")[0]
+            part = Part(f"{first} … {part.title}", "", joined.nodes + part.nodes)
+        found.append(part)
+    return found
+
+
+def _cut(nodes: tuple[GraphNode, ...], depth: int, total: int) -> list[Part]:
+    cut: list[Part] = []
+    for prefix, run in groupby(nodes, key=lambda node: _path(node)[: depth + 1]):
+        members = tuple(run)
+        title = ".".join(prefix) or members[0].name
+        children = {_path(node)[: depth + 2] for node in members}
+        if len(members) > LARGE_SHARE * total and len(members) > SMALL and 1 < len(children) <= MOST_CHILDREN:
+            cut.extend(_cut(members, depth + 1, total))
+        else:
+            cut.append(Part(title, f"{title}." if prefix else "", members))
+    return cut
+
+
+def _path(node: GraphNode) -> tuple[str, ...]:
+    return tuple(node.module.split(".")) if node.module else ()
+
+
+def network(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
+    """Draw the graph of a report, part by part.
+
+    Args:
+        report: the report.
+        anchors: where on the page each weight is described.
+    """
+    findings = {finding.name: finding for finding in report.weights}
+    absorbing = {absorber.module for finding in report.weights for absorber in finding.absorbers}
+    drawn, shown = [], 0
+    for part in parts(report.graph):
+        shown += len(part.nodes)
+        is_open = " open" if shown <= OPEN_STEPS else ""
+        known = [findings[name] for node in part.nodes for name in node.weights if name in findings]
+        cells = "".join(mark(finding.status, f"{finding.name}: {finding.status}") for finding in known)
+        count = plural(len(known), "weight") if known else plural(len(part.nodes), "step")
+        rows = "".join(_row(node, part, findings, anchors) for node in part.nodes)
+        drawn.append(
+            f'<details class="part"{is_open}><summary><span class="title">{escape(part.title)}</span> '
+            f'<span class="count">{count}</span> <span class="cells">{cells}</span></summary>'
+            f'<div class="strip">{_edges(part, report.graph, findings, absorbing)}<ol>{rows}</ol></div></details>'
+        )
+    return "".join(drawn)
+
+
+def _row(node: GraphNode, part: Part, findings: Mapping[str, WeightFinding], anchors: Mapping[str, str]) -> str:
+    name = node.name.removeprefix(part.prefix) or node.name
+    known = [findings[weight] for weight in node.weights if weight in findings]
+    text = escape(name)
+    if known:
+        text = f'<a href="#{anchors[known[0].name]}">{text}</a>'
+    said = [node.label] if node.label not in (name, name.rpartition(":")[2]) else []
+    said += [groups_text(finding) or finding.status for finding in known[:2]]
+    hidden = f"; reads {', '.join(node.inputs)}" if len(node.inputs) > 1 else ""
+    status = "".join(f", {finding.status}" for finding in known if finding.partition is not None)
+    return (
+        f'<li class="k-{node.kind}" title="{escape(node.name)}"><span class="name">{text}</span> '
+        f'<span class="said">{escape(" · ".join(said))}</span>'
+        f'<span class="unseen">{escape(status + hidden)}</span></li>'
+    )
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Lane:
+    """A line beside the steps, from the result of one step to those that read it."""
+
+    start: int
+    ends: list[int]
+    place: int = 0
+
+
+def _edges(part: Part, graph: Sequence[GraphNode], findings: Mapping[str, WeightFinding], absorbing: set[str]) -> str:
+    """The steps of a part one below the other, and their edges: straight to the next step, in a lane to later ones."""
+    rows = {node.name: i for i, node in enumerate(part.nodes)}
+    first, last = graph.index(part.nodes[0]), graph.index(part.nodes[-1])
+    straight, lanes = _routes(part, rows, graph, first, last)
+    count = _arrange(lanes)
+    gap = min(10.0, (WIDEST - FIRST_LANE) / max(count, 1))
+    width = FIRST_LANE + (count - 1) * gap + 8 if count else TRUNK * 2
+    height = ROW * len(part.nodes)
+    path = "".join(f"M{TRUNK} {_centre(row)}v{ROW}" for row in straight)
+    path += "".join(_curve(lane, FIRST_LANE + lane.place * gap, height) for lane in lanes)
+    nodes = "".join(_node(node, row, findings, absorbing) for row, node in enumerate(part.nodes))
+    return (
+        f'<svg class="edges" aria-hidden="true" width="{width:.0f}" height="{height}">'
+        f'<path class="edge" d="{path}"/>{nodes}</svg>'
+    )
+
+
+def _routes(
+    part: Part, rows: Mapping[str, int], graph: Sequence[GraphNode], first: int, last: int
+) -> tuple[list[int], list[_Lane]]:
+    """Rows that are joined to the next one, and the lanes; row −1 and the row after the last one are other parts."""
+    straight: list[int] = []
+    readers: dict[str, list[int]] = {}
+    for row, node in enumerate(part.nodes):
+        for source in node.inputs:
+            if rows.get(source, -1) == row - 1 and (row or source == graph[first - 1].name):
+                straight.append(row - 1)
+            else:
+                readers.setdefault(source, []).append(row)
+    for node in graph[last + 1 :]:
+        for source in node.inputs:
+            if source not in rows:
+                continue
+            if rows[source] == len(rows) - 1:
+                straight.append(len(rows) - 1)
+            elif len(rows) not in readers.setdefault(source, []):
+                readers[source].append(len(rows))
+    return sorted(set(straight)), [_Lane(rows.get(source, -1), ends) for source, ends in readers.items()]
+
+
+def _arrange(lanes: list[_Lane]) -> int:
+    """Give each lane the place nearest to the steps that is free over its length; return how many places there are."""
+    taken: list[int] = []
+    for lane in sorted(lanes, key=lambda lane: (lane.start, max(lane.ends))):
+        free = [place for place, end in enumerate(taken) if end <= lane.start]
+        lane.place = free[0] if free else len(taken)
+        taken[lane.place : lane.place + 1] = [max(lane.ends)]
+    return len(taken)
+
+
+def _centre(row: int) -> int:
+    return ROW * row + ROW // 2
+
+
+def _curve(lane: _Lane, x: float, height: int) -> str:
+    top = 0 if lane.start < 0 else _centre(lane.start)
+    path = f"M{x:.1f} 0" if lane.start < 0 else f"M{TRUNK} {top}H{x - 5:.1f}q5 0 5 5"
+    ends = sorted(lane.ends)
+    inside = [end for end in ends if _centre(end) < height]
+    bottom = height if len(inside) < len(ends) else _centre(inside[-1]) - 5
+    path += f"V{bottom}"
+    return path + "".join(f"M{x:.1f} {_centre(end) - 5}q0 5-5 5H{TRUNK}" for end in inside)
+
+
+def _node(node: GraphNode, row: int, findings: Mapping[str, WeightFinding], absorbing: set[str]) -> str:
+    y = _centre(row)
+    known = [findings[name] for name in node.weights if name in findings]
+    if known:
+        css = status_style(known[0].status).css
+        return (
+            f'<g class="s-{css}"><circle class="plate" cx="{TRUNK}" cy="{y}" r="8"/>'
+            f'<use href="#m-{css}" x="{TRUNK - 6}" y="{y - 6}" width="12" height="12"/></g>'
+        )
+    if node.kind == "normalization":
+        css = "absorbs" if node.module in absorbing else "passes"
+        return f'<rect class="{css}" x="{TRUNK - 5.5}" y="{y - 5.5}" width="11" height="11" rx="2"/>'
+    if len(node.inputs) > 1:
+        return f'<path class="join" d="M{TRUNK - 4} {y}h8M{TRUNK} {y - 4}v8"/>'
+    return f'<circle class="step" cx="{TRUNK}" cy="{y}" r="2.5"/>'
