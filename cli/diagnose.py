@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 from rich.console import RenderableType
 
 from manifold_nets.symmetry import diagnose as find_symmetries
 from manifold_nets.symmetry.learning_rates import OptimizerSettings, matched_learning_rates
+from manifold_nets.symmetry.page import write_page
 
 from .learning_rates import optimizer_options, shown_rates
-from .options import Request, model_options
+from .options import OutputFile, Request, model_options
 from .outcome import Outcome, reported
 from .render import progress, report_table
 
@@ -19,9 +22,10 @@ from .render import progress, report_table
 @click.option(
     "--tolerance", type=float, default=1e-8, show_default=True, help="Largest certificate of an invariant group."
 )
+@click.option("--html", type=OutputFile(), help="Also write the report as one self-contained HTML page.")
 @reported
 @optimizer_options
-def diagnose(request: Request, tolerance: float, settings: OptimizerSettings | None) -> Outcome:
+def diagnose(request: Request, tolerance: float, html: Path | None, settings: OptimizerSettings | None) -> Outcome:
     """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
     with progress(f"Tracing {request.spec} and certifying its symmetries …"):
         model = request.model()
@@ -30,10 +34,14 @@ def diagnose(request: Request, tolerance: float, settings: OptimizerSettings | N
     remedies = [f"{weight.name}: {weight.remedy}" for weight in report.disagreements]
     remedies += [f"{family}: {family.remedy}" for family in report.refuted_families]
     failures = [f"structure and certificate disagree on {text}" for text in remedies]
-    document = {"report": report.to_dict()}
+    document: dict[str, object] = {"report": report.to_dict()}
     shown: list[RenderableType] = [report_table(report), found]
     if settings is not None:
         rates = matched_learning_rates(model, report, **vars(settings))
         document["learning_rates"] = rates.to_dict()
         shown += shown_rates(rates)
+    if html is not None:
+        write_page(report, model, html)
+        document["html"] = str(html)
+        shown.append(f"The page is in {html}.")
     return Outcome(document, tuple(shown), tuple(failures))
