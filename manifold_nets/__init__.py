@@ -10,7 +10,7 @@ with warnings.catch_warnings():
 
 from manifold_nets import errors, layers, optim, sources
 from manifold_nets.constraints import restore
-from manifold_nets.conversion import conversion_record, convert, load, plan, revert, save, verify
+from manifold_nets.conversion import balance, conversion_record, convert, load, plan, revert, save, verify
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim import param_groups
@@ -22,6 +22,7 @@ __all__ = [
     "Partition",
     "SphereProduct",
     "SymmetryReport",
+    "balance",
     "conversion_record",
     "convert",
     "diagnose",

@@ -1,6 +1,7 @@
 """Putting a network's weights on spheres and giving them back: plan, apply, verify, revert, save, load."""
 
 from manifold_nets.conversion.apply import ConversionRecord, conversion_record, convert
+from manifold_nets.conversion.balance import BalanceRecord, balance
 from manifold_nets.conversion.checkpoint import load, save
 from manifold_nets.conversion.plan import Action, ConversionPlan, plan
 from manifold_nets.conversion.revert import revert
@@ -8,9 +9,11 @@ from manifold_nets.conversion.verify import Verification, verify
 
 __all__ = [
     "Action",
+    "BalanceRecord",
     "ConversionPlan",
     "ConversionRecord",
     "Verification",
+    "balance",
     "conversion_record",
     "convert",
     "load",

@@ -32,9 +32,7 @@ def cancellation(variance: Tensor, eps: float, factor: Tensor) -> float:
     return float((rescaled.abs() / (rescaled + eps)).max()) if len(rescaled) else 0.0
 
 
-def train_mode_deviation(
-    variance: Tensor, eps: float, scale: Tensor, shift: Tensor, factor: Tensor
-) -> float:
+def train_mode_deviation(variance: Tensor, eps: float, scale: Tensor, shift: Tensor, factor: Tensor) -> float:
     """Relative change of a batch normalization's training output when its input channels are multiplied by ``f``.
 
     The normalized channel is multiplied by ``ρ = √((v + eps)/(v + eps/f²))``, so with ``a = γ² v/(v + eps)`` the mean

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -51,12 +50,14 @@ class JointStructure:
         seeds: the scales of each parameter, by name.
         columns: for each weight the form that its columns undo, one for each input channel.
         partitions: for each of these weights the partition into columns.
+        absorbed: the free scales that some normalization absorbs.
     """
 
     scales: Scales
     seeds: dict[str, _Seed]
     columns: dict[str, Ids]
     partitions: dict[str, Partition]
+    absorbed: frozenset[int]
 
     def parts(self) -> Iterator[tuple[str, Part, Partition, Ids, float]]:
         """Yield every part of every parameter with its partition, the forms of its indices, and their sign."""
@@ -89,9 +90,11 @@ def solve_jointly(graph: TracedGraph) -> JointStructure:
         seeds[name] = _Seed(part, partition, ids)
         labels.update({node: Label(ids[label]) for node in sources})
     columns: dict[str, Ids] = {}
-    propagate(graph, labels, scales, columns)
+    absorptions, _ = propagate(graph, labels, scales, columns)
+    numbers = {n for a in absorptions for n in np.unique(scales.roots(a.ids)).tolist()}
+    absorbed = frozenset(scale for n in numbers for scale in scales.form(n))
     partitions = {name: _column_partition(graph, name) for name in columns}
-    return JointStructure(scales, seeds, columns, partitions)
+    return JointStructure(scales, seeds, columns, partitions, absorbed)
 
 
 def _seed(sources: list[Node]) -> tuple[Part, Partition, Ids]:
@@ -138,28 +141,62 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
 
     For a symmetry with exponents c the certificate is ``|Σ c_i Σ_i w ⊙ ∂L/∂w|`` over ``Σ |c_i| ‖w_i‖ ‖∂L/∂w_i‖``.
     """
-    sums: dict[tuple[str, Part], Tensor] = {}
-    sizes: dict[tuple[str, Part], Tensor] = {}
+    # Plain lists: there is one symmetry a channel, and each reads a few numbers.
+    sums: dict[tuple[str, Part], list[float]] = {}
+    sizes: dict[tuple[str, Part], list[float]] = {}
+    energies: dict[str, _Energies] = {}
     for name, part, partition, _, _ in joint.parts():
-        sums[name, part] = partition.sum(euler.products(name)).flatten()
-        sizes[name, part] = (partition.norms(euler.weights[name]) * partition.norms(euler.gradients[name])).flatten()
-    largest = max((float(size.max()) for size in sizes.values()), default=0.0)
+        if name not in energies:
+            energies[name] = _Energies.of(euler.weights[name], euler.gradients[name], partition)
+        sums[name, part], sizes[name, part] = energies[name].by_group(partition)
+    floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
     families: dict[Any, _Tally] = {}
-    for scale, members in joint.symmetries().items():
-        key = tuple((name, part, _common(exponents), len(exponents)) for (name, part), exponents in members.items())
-        tally = families.setdefault(key, _Tally())
-        total = size = 0.0
-        for place, exponents in members.items():
-            index = torch.tensor(list(exponents), device=sums[place].device)
-            powers = torch.tensor(list(exponents.values()), dtype=torch.float64, device=index.device)
-            total += float((sums[place][index] * powers).sum())
-            size += float((sizes[place][index] * powers.abs()).sum())
-        tally.add(scale, abs(total), size, EVIDENCE_FLOOR * largest, tolerance)
     symmetries = joint.symmetries()
+    for scale, members in symmetries.items():
+        key = tuple((name, part, _common(exponents), len(exponents)) for (name, part), exponents in members.items())
+        moved = [(place, index, c) for place, exponents in members.items() for index, c in exponents.items()]
+        total = sum(c * sums[place][index] for place, index, c in moved)
+        reach = sum(abs(c) * sizes[place][index] for place, index, c in moved)
+        families.setdefault(key, _Tally()).add(scale, abs(total), reach, floor, tolerance)
+    partitions = {(name, part): partition for name, part, partition, _, _ in joint.parts()}
     return tuple(
-        tally.family([FamilyMember(*entry) for entry in key], [symmetries[scale] for scale in tally.scales])
+        tally.family(
+            [FamilyMember(*entry) for entry in key],
+            [symmetries[scale] for scale in tally.scales],
+            {(name, part): partitions[name, part] for name, part, *_ in key},
+            absorbed=not joint.absorbed.isdisjoint(tally.scales),
+        )
         for key, tally in families.items()
     )
+
+
+@dataclass(frozen=True)
+class _Energies:
+    """w ⊙ g, w² and g² of a parameter, summed over the kernel: one pass over the large tensors serves all parts."""
+
+    products: Tensor
+    weights: Tensor
+    gradients: Tensor
+    kernel: int
+
+    @classmethod
+    def of(cls, weight: Tensor, gradient: Tensor, partition: Partition) -> _Energies:
+        kernel = max(weight.ndim - 2, 0)
+        if any(axis >= len(partition.view) - kernel for axis in partition.kept):
+            kernel = 0
+
+        def summed(x: Tensor, y: Tensor) -> Tensor:
+            return (x * y).flatten(2).sum(2) if kernel else x * y
+
+        return cls(summed(weight, gradient), summed(weight, weight), summed(gradient, gradient), kernel)
+
+    def by_group(self, partition: Partition) -> tuple[list[float], list[float]]:
+        """Sums of w ⊙ g and products ‖w‖‖g‖ of the groups of a partition of the parameter."""
+        if self.kernel:
+            view = partition.view[: len(partition.view) - self.kernel]
+            partition = Partition(partition.shape[:2], view, partition.kept)
+        sizes = (partition.sum(self.weights) * partition.sum(self.gradients)).sqrt()
+        return partition.sum(self.products).flatten().tolist(), sizes.flatten().tolist()
 
 
 def _common(exponents: dict[int, float]) -> float | None:
@@ -184,7 +221,14 @@ class _Tally:
         self.values.append(value)
         self.refuted += not value <= tolerance
 
-    def family(self, members: list[FamilyMember], symmetries: list[Any]) -> SymmetryFamily:
+    def family(
+        self,
+        members: list[FamilyMember],
+        symmetries: list[Any],
+        partitions: dict[tuple[str, str], Partition],
+        *,
+        absorbed: bool,
+    ) -> SymmetryFamily:
         exponents = [member.exponent for member in members]
         kind: Literal["scale", "rescaling"] = (
             "scale" if all(e is not None and e > 0 for e in exponents) else "rescaling"
@@ -196,15 +240,19 @@ class _Tally:
             groups_refuted=self.refuted,
             groups_without_evidence=self.silent,
         )
-        remedy = _remedy(kind, members, certificate)
-        return SymmetryFamily(kind, tuple(members), len(self.scales), certificate, remedy, tuple(symmetries))
+        remedy = _remedy(kind, members, certificate, absorbed=absorbed)
+        return SymmetryFamily(
+            kind, tuple(members), len(self.scales), certificate, remedy, absorbed, tuple(symmetries), partitions
+        )  # fmt: skip
 
 
-def _remedy(kind: str, members: list[FamilyMember], certificate: Certificate) -> str:
+def _remedy(kind: str, members: list[FamilyMember], certificate: Certificate, *, absorbed: bool) -> str:
     if certificate.verdict == "not invariant":
         return "leave it and report it: structure and certificate contradict each other"
     if kind == "scale":
         return (
             "keep each group on a sphere" if len(members) == 1 else "keep each group on one sphere across its tensors"
         )
+    if absorbed:
+        return "leave it: stored statistics and eps would have to follow"
     return "balance: move to the point of the orbit with the smallest norm; the function stays"

@@ -191,7 +191,9 @@ class SymmetryFamily:
         count: how many independent symmetries the family has.
         certificate: what the numbers say of them.
         remedy: what to do about it.
+        absorbed: whether a normalization absorbs some of it, so that its statistics would have to follow.
         symmetries: for each symmetry and each member the exponents by index; not part of the JSON form.
+        partitions: for each member the partition of its parameter into rows, columns or entries; likewise.
     """
 
     kind: str
@@ -199,7 +201,9 @@ class SymmetryFamily:
     count: int
     certificate: Certificate
     remedy: str
+    absorbed: bool = False
     symmetries: tuple[dict[tuple[str, str], dict[int, float]], ...] = field(default=(), repr=False, compare=False)
+    partitions: dict[tuple[str, str], Partition] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -212,6 +216,7 @@ class SymmetryFamily:
             "kind": self.kind,
             "members": [dict(vars(member)) for member in self.members],
             "count": self.count,
+            "absorbed": self.absorbed,
             "certificate": self.certificate.to_dict(),
             "remedy": self.remedy,
         }

@@ -1,0 +1,191 @@
+"""Balancing: the point of smallest norm on the orbit of the rescaling symmetries.
+
+A rescaling multiplies some parts of the parameters by α and divides others by it; the function stays. Along one
+symmetry with exponents c the squared norm is ``Σ_i ‖w_i‖² exp(2 c_i t)``, ``t = ln α``, a convex function of t. Taking
+its minimum symmetry by symmetry, again and again, reaches the minimum over all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
+from manifold_nets.errors import FunctionChangedError, ReportMismatchError
+from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
+
+__all__ = ["BalanceRecord", "balance"]
+
+_SWEEPS = 200
+_SMALLEST_STEP = 1e-9
+# One symmetry moves no part by more than this factor in one sweep.
+_LARGEST_STEP = math.log(1e3)
+
+
+@dataclass(frozen=True)
+class BalanceRecord:
+    """What balancing did.
+
+    Args:
+        balanced: one line for each family that was balanced.
+        left: one line for each rescaling family that was left, with the reason.
+        norm_before: Euclidean norm of all parameters that take part, before.
+        norm_after: the same, after.
+        sweeps: passes over all symmetries until nothing moved.
+        verification: how far the function is from what it was.
+    """
+
+    balanced: tuple[str, ...]
+    left: tuple[str, ...]
+    norm_before: float
+    norm_after: float
+    sweeps: int
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**vars(self), "verification": self.verification.to_dict()}
+
+
+def balance(
+    model: nn.Module, report_or_example_inputs: Any, *, inplace: bool = False
+) -> tuple[nn.Module, BalanceRecord]:
+    """Move a network to the point of smallest norm on the orbit of its rescaling symmetries; its function stays.
+
+    Only rescalings that leave every stored statistic alone are carried out, so that the function is the same in both
+    modes up to rounding. Families that touch a weight on spheres are left: balance first, then convert.
+
+    Args:
+        model: the network; left as it is unless ``inplace``.
+        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
+        inplace: change the values of the model itself.
+
+    Returns:
+        The balanced copy, or the model itself, and what was done.
+
+    Raises:
+        ReportMismatchError: the report is of another model.
+        FunctionChangedError: the outputs would change by more than rounding; nothing was changed.
+
+    References:
+        Sinkhorn-like balancing of rescaling orbits: Stock, Graham, Gribonval, Jégou, *Equi-normalization of neural
+        networks*, ICLR 2019, arXiv:1902.10416.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.mul_(100)
+        >>> balanced, record = balance(net, torch.randn(8, 4))
+        >>> record.norm_after < record.norm_before
+        True
+    """
+    given = report_or_example_inputs
+    report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
+    parameters = dict(model.named_parameters())
+    unknown = [n for family in report.families for n in family.parameters if n not in parameters]
+    if unknown:
+        raise ReportMismatchError(type(model).__name__, report.model, unknown)
+    constrained = {weight.name for weight in constrained_weights(model)}
+    chosen, left = [], []
+    for family in report.families:
+        why = _why_left(family, constrained)
+        if why is None:
+            chosen.append(family)
+        elif family.kind == "rescaling":
+            left.append(f"{family}: {why}")
+    names = {name for family in chosen for name in family.parameters}
+    values = {name: parameters[name].detach().to(torch.float64).clone() for name in names}
+    before = _norm(values)
+    sweeps = _descend(chosen, values)
+    target = model if inplace else copy.deepcopy(model)
+    verification = _put_in_place(model, target, values, report.example_inputs)
+    record = BalanceRecord(tuple(map(str, chosen)), tuple(left), before, _norm(values), sweeps, verification)
+    return target, record
+
+
+def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
+    if family.kind != "rescaling":
+        return "not a rescaling"
+    if family.certificate.verdict != "invariant":
+        return f"certificate {family.certificate}"
+    if family.absorbed:
+        return "stored statistics would have to follow"
+    if len(family.parameters) < len(family.partitions):
+        return "it moves rows and columns of one weight at once"
+    on_spheres = [name for name in family.parameters if name in constrained]
+    return f"{on_spheres[0]} is on spheres" if on_spheres else None
+
+
+def _norm(values: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.square().sum()) for value in values.values()))
+
+
+def _descend(families: list[SymmetryFamily], values: dict[str, Tensor]) -> int:
+    """Minimize the squared norm symmetry by symmetry, all symmetries of a family at once; return the sweeps taken."""
+    for sweep in range(1, _SWEEPS + 1):
+        largest = max((_minimize(family, values) for family in families), default=0.0)
+        if largest < _SMALLEST_STEP:
+            return sweep
+    return _SWEEPS
+
+
+def _minimize(family: SymmetryFamily, values: dict[str, Tensor]) -> float:
+    """Take the symmetries of a family to their minima, one after the other; return the largest ``|ln α|``."""
+    energies = {
+        (name, part): partition.sum(values[name].square()).flatten().tolist()
+        for (name, part), partition in family.partitions.items()
+    }
+    logarithms = {place: [0.0] * len(energy) for place, energy in energies.items()}
+    largest = 0.0
+    for symmetry in family.symmetries:
+        moved = [(place, index, c) for place, exponents in symmetry.items() for index, c in exponents.items()]
+        step = _minimum([(energies[place][index], c) for place, index, c in moved])
+        largest = max(largest, abs(step))
+        for place, index, c in moved:
+            energies[place][index] *= math.exp(2 * c * step)
+            logarithms[place][index] += c * step
+    for (name, part), partition in family.partitions.items():
+        factors = torch.tensor(logarithms[name, part], dtype=torch.float64, device=values[name].device).exp()
+        values[name] = partition.multiply(values[name], partition.spread(factors))
+    return largest
+
+
+def _minimum(terms: list[tuple[float, float]]) -> float:
+    """Minimize ``Σ a exp(2 c t)`` over t by Newton's method; 0 where it has no minimum."""
+    growing = sum(a for a, c in terms if c > 0)
+    shrinking = sum(a for a, c in terms if c < 0)
+    if not (growing > 0 and shrinking > 0 and math.isfinite(growing + shrinking)):
+        return 0.0
+    t = 0.0
+    for _ in range(100):
+        slope = sum(a * c * math.exp(2 * c * t) for a, c in terms)
+        curvature = 2 * sum(a * c * c * math.exp(2 * c * t) for a, c in terms)
+        step = max(-1.0, min(1.0, slope / curvature))
+        t = max(-_LARGEST_STEP, min(_LARGEST_STEP, t - step))
+        if abs(step) < 1e-14:
+            break
+    return t
+
+
+def _put_in_place(model: nn.Module, target: nn.Module, values: dict[str, Tensor], inputs: Any) -> Verification:
+    before = both_modes(model, inputs)
+    parameters = dict(target.named_parameters())
+    saved = {name: parameters[name].detach().clone() for name in values}
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+    verification = compare_outputs(before, both_modes(target, inputs))
+    dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)
+    limit = eval_limit(dtype)
+    if not verification.eval_difference <= limit:
+        with torch.no_grad():
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+        raise FunctionChangedError(type(model).__name__, "evaluation", verification.eval_difference, limit)
+    return verification
