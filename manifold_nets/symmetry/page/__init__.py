@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import resources
-from typing import Any
 
 from torch import Tensor, nn
 
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry.page.charts import Norms, certificate_chart, group_norms, histogram
+from manifold_nets.symmetry.page.families import families
 from manifold_nets.symmetry.page.markup import (
     STATUSES,
     certificate_text,
+    dotted,
     escape,
+    facts,
     groups_text,
+    listed,
     mark,
     plural,
     status_style,
     symbols,
+    table,
 )
 from manifold_nets.symmetry.page.network import network
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
@@ -73,7 +77,7 @@ def page_html(report: SymmetryReport, model: nn.Module) -> str:
         ("summary", "Summary", _summary(report)),
         ("network", "The network", _network(report, anchors)),
         ("certificates", "Certificates", _certificates(report)),
-        ("families", "Symmetries that join several weights", _families(report)),
+        ("families", "Symmetries that join several weights", families(report)),
         ("remedies", "Remedies", _remedies(report, anchors)),
         ("weights", "The weights one by one", _weights(report, weights, anchors)),
     ]
@@ -118,6 +122,9 @@ def _summary(report: SymmetryReport) -> str:
         said.append(f"{what} can be put on spheres with <code>manifold_nets.convert</code>, function unchanged.")
     if on_spheres:
         said.append(f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already.")
+    if report.unexplained_groups:
+        further = plural(report.unexplained_groups, "further group")
+        said.append(f"The certificate calls {further} invariant that structure does not explain.")
     if total and not groups:
         said.append("There is nothing to convert.")
     if report.disagreements:
@@ -134,8 +141,8 @@ def _summary(report: SymmetryReport) -> str:
                 escape(status_style(status).meaning),
             )
         )
-    table = _table("Weights by status", ("Status", "Weights", "Entries", "Meaning"), rows)
-    return f'<p class="lead">{" ".join(said)}</p>{table}'
+    counted = table("Weights by status", ("Status", "Weights", "Entries", "Meaning"), rows)
+    return f'<p class="lead">{" ".join(said)}</p>{counted}'
 
 
 def _rank(status: str) -> int:
@@ -183,26 +190,10 @@ def _certificates(report: SymmetryReport) -> str:
     )
 
 
-def _families(report: SymmetryReport) -> str:
-    cards = []
-    for family in getattr(report, "families", ()):
-        facts = [("Symmetries", str(family.count)), ("Members", _listed(family.members))]
-        certificate = family.certificate
-        told = certificate_text(certificate) if hasattr(certificate, "groups_certified") else str(certificate)
-        facts += [("Certificate", escape(told)), ("Remedy", escape(family.remedy))]
-        cards.append(f'<li class="card"><h3>{escape(str(family.kind).capitalize())}</h3>{_facts(facts)}</li>')
-    if not cards:
-        return ""
-    return (
-        "<p>One symmetry of a family moves all of its members at once: <em>scale</em> families grow together, "
-        f'in <em>rescaling</em> families some shrink as others grow.</p><ul class="cards">{"".join(cards)}</ul>'
-    )
-
-
 def _remedies(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for finding in sorted(report.weights, key=lambda w: _rank(w.status)):
-        link = f'<a href="#{anchors[finding.name]}">{escape(finding.name)}</a>'
+        link = f'<a href="#{anchors[finding.name]}">{dotted(finding.name)}</a>'
         names.setdefault(finding.remedy, []).append(link)
     rows = []
     for remedy, links in names.items():
@@ -210,7 +201,7 @@ def _remedies(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
         if len(links) > 6:
             listed = f"<details><summary>{plural(len(links), 'weight')}</summary>{listed}</details>"
         rows.append((escape(remedy[:1].upper() + remedy[1:]), listed))
-    return _table("Remedies", ("What to do", "Weights"), rows) if rows else ""
+    return table("Remedies", ("What to do", "Weights"), rows) if rows else ""
 
 
 def _weights(report: SymmetryReport, weights: Mapping[str, Tensor], anchors: Mapping[str, str]) -> str:
@@ -230,9 +221,9 @@ def _card(finding: WeightFinding, weight: Tensor, anchor: str) -> str:
     short = groups_text(finding) or finding.layer
     return (
         f'<li><details class="card"><summary>{mark(finding.status)}<span class="who"><span class="name">'
-        f'{escape(finding.name)}</span><span class="said">{escape(finding.status)} · {escape(short)}</span></span>'
+        f'{dotted(finding.name)}</span><span class="said">{escape(finding.status)} · {escape(short)}</span></span>'
         f"{small}</summary>"
-        f'<div id="{anchor}" class="body">{_facts(_told(finding, norms))}'
+        f'<div id="{anchor}" class="body">{facts(_told(finding, norms))}'
         f"{histogram(norms, 260, 90, labelled=True) if norms is not None and drawn else ''}</div></details></li>"
     )
 
@@ -245,42 +236,13 @@ def _told(finding: WeightFinding, norms: Norms | None) -> Iterable[tuple[str, st
     if finding.absorbers:
         yield (
             "Absorbed by",
-            _listed(f"{a}, {a.kind} statistics" if a.kind != "weight" else a for a in finding.absorbers),
+            listed(escape(f"{a}, {a.kind} statistics" if a.kind != "weight" else a) for a in finding.absorbers),
         )
     if finding.moves_along:
-        yield "Moves along", _listed(finding.moves_along)
+        yield "Moves along", listed(map(dotted, finding.moves_along))
     if finding.broken_by:
         yield "Why not", escape(finding.broken_by)
     yield "Certificate", escape(certificate_text(finding.certificate))
     if norms is not None:
         yield "Norms", escape(norms)
     yield "Remedy", escape(finding.remedy)
-
-
-# ---- markup of lists and tables --------------------------------------------------------------------------------------
-
-
-def _facts(facts: Iterable[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in facts) + "</dl>"
-
-
-def _listed(items: Iterable[Any]) -> str:
-    texts = list(dict.fromkeys(escape(item) for item in items))
-    if len(texts) == 1:
-        return texts[0]
-    return f"<ul>{''.join(f'<li>{text}</li>' for text in texts)}</ul>"
-
-
-def _table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells hold markup. The roles keep it one for screen readers where narrow pages stack its cells."""
-    columns = "".join(f'<th scope="col" role="columnheader">{text}</th>' for text in head)
-    lines = "".join(
-        f'<tr role="row"><th scope="row" role="rowheader">{first}</th>'
-        + "".join(f'<td role="cell" data-label="{name}">{text}</td>' for name, text in zip(head[1:], rest, strict=True))
-        + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f'<table role="table"><caption class="unseen">{caption}</caption>'
-        f'<thead role="rowgroup"><tr role="row">{columns}</tr></thead><tbody role="rowgroup">{lines}</tbody></table>'
-    )

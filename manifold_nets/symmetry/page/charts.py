@@ -30,7 +30,7 @@ def certificate_chart(report: SymmetryReport) -> str:
     below = sum(value <= report.tolerance for value in shown)
     label = (
         f"Certificate values of {plural(count, 'weight')}: {below} at or below the tolerance "
-        f"{report.tolerance:.0e}, {len(shown) - below} above it, {count - len(shown)} without evidence."
+        f"{number(report.tolerance)}, {len(shown) - below} above it, {count - len(shown)} without evidence."
     )
     decades = range(LOWEST_DECADE, 1, 3)
     grid = "".join(f'<line x1="0" x2="100%" y1="{_y(10.0**d):.1f}" y2="{_y(10.0**d):.1f}"/>' for d in decades)
@@ -42,7 +42,7 @@ def certificate_chart(report: SymmetryReport) -> str:
         f'<rect class="band" x="0" width="100%" y="{limit:.1f}" height="{BOTTOM - limit:.1f}"/>',
         f'<g class="grid">{grid}<line x1="0" x2="100%" y1="{HEIGHT - 16}" y2="{HEIGHT - 16}"/></g>',
         f'<line class="limit" x1="0" x2="100%" y1="{limit:.1f}" y2="{limit:.1f}"/>',
-        f'<text class="note" x="4" y="{limit - 5:.1f}">tolerance {report.tolerance:.0e}</text>',
+        f'<text class="note" x="4" y="{limit - 5:.1f}">tolerance {number(report.tolerance)}</text>',
         *(_point(finding, (i + 0.5) / count) for i, finding in enumerate(report.weights)),
     ]
     return (

@@ -20,7 +20,7 @@ OPEN_STEPS = 36
 # A part with more than this share of the steps is split, if it falls apart into at most so many.
 LARGE_SHARE, MOST_CHILDREN = 0.5, 24
 # Neighbouring parts are joined up to this many steps: conv1, bn1, relu, maxpool.
-SMALL = 6
+SMALL = 7
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ def parts(nodes: Sequence[GraphNode]) -> list[Part]:
             joined = found.pop()
             first = joined.title.split(" … ")[0]
             part = Part(f"{first} … {part.title}", "", joined.nodes + part.nodes)
+        elif found and all(node.kind == "output" for node in part.nodes):
+            before = found.pop()
+            part = Part(before.title, before.prefix, before.nodes + part.nodes)
         found.append(part)
     return found
 
