@@ -189,6 +189,8 @@ def test_other_models_and_degenerate_groups_are_refused_by_name(report):
         net[3].weight[:2] = 0
     with pytest.raises(errors.DegenerateGroupError, match=r"3\.weight: group 0"):
         mn.matched_learning_rates(net, report, lr=0.1)
+    with pytest.raises(errors.OptionError, match=r"0\.weight on the meta device"):
+        mn.matched_learning_rates(network().to("meta"), report, lr=0.1)
 
 
 @pytest.mark.parametrize("gradient", [torch.ones(6, 2), torch.zeros(6, 2, 3, 3), torch.full((6, 2, 3, 3), torch.nan)])

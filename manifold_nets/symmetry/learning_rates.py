@@ -262,7 +262,8 @@ def matched_learning_rates(
         Rates in radians per unit gradient (SGD) or radians (Adam), with their spread over the groups of each weight.
 
     Raises:
-        OptionError: an option has no meaning, or the optimizer does not have it; gradients do not fit the weights.
+        OptionError: an option has no meaning, or the optimizer does not have it; gradients do not fit the weights, or
+            these have no values.
         ReportMismatchError: the report is of another model.
         DegenerateGroupError: a group is zero or not finite.
 
@@ -287,7 +288,10 @@ def matched_learning_rates(
     batches = list(gradients)
     rows = []
     for finding, partition in found:
-        norms = partition.norms(parameters[finding.name].detach().double()).flatten()
+        weight = parameters[finding.name]
+        if weight.is_meta:
+            raise OptionError("model", f"{finding.name} on the meta device", "weights with values")
+        norms = partition.norms(weight.detach().double()).flatten()
         refuse_degenerate(norms, finding.name)
         gradient = _gradient_sizes(batches, finding, partition, norms)
         rows.append((finding.name, norms, *_matched(settings, partition, norms, gradient), gradient))
