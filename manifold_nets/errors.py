@@ -21,6 +21,7 @@ __all__ = [
     "ExampleInputsError",
     "ExportError",
     "FunctionChangedError",
+    "LossError",
     "ManifoldNetsError",
     "MissingExtraError",
     "ModelBuildError",
@@ -32,6 +33,7 @@ __all__ = [
     "OptionError",
     "ParameterGroupError",
     "PartitionError",
+    "PlanError",
     "ReportMismatchError",
     "SelectionError",
     "SphereOptionError",
@@ -173,6 +175,16 @@ class AnalysisError(ManifoldNetsError, RuntimeError):
             f"{model}: torch.export could not trace it ({type(cause).__name__}: {lines[0] if lines else ''}); a model "
             "whose control flow does not depend on the data is expected. Move such control flow out of forward, or "
             "analyse the submodule that it surrounds."
+        )
+
+
+class LossError(ManifoldNetsError, ValueError):
+    """A loss is no function of the outputs and no name of one."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"loss: found {found}; expected 'cross_entropy', 'softmax', or a function of what the model returns whose "
+            "result is one number. Leave it out to analyse the outputs themselves."
         )
 
 
@@ -327,4 +339,13 @@ class MissingExtraError(ManifoldNetsError, ImportError):
     def __init__(self, package: str, feature: str, extra: str) -> None:
         super().__init__(
             f"{package} is not installed; {feature} need it. Install the extra: pip install 'manifold_nets[{extra}]'."
+        )
+
+
+class PlanError(ManifoldNetsError, ValueError):
+    """An edited plan cannot be read or carried out."""
+
+    def __init__(self, source: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{source}: found {found}; expected {expected}. Write a fresh plan and edit that one; nothing was changed."
         )

@@ -149,12 +149,12 @@ class EulerField:
         return self.weights[name] * self.gradients[name]
 
 
-def euler_field(twin: nn.Module, inputs: Inputs, seed: int) -> EulerField:
+def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
     and scales at 0 or 1, as they are initialized, would hide gradients or fake invariances. The copy is left with
-    these values.
+    these values. Where the outputs are ``logits``, compared along axis 1, so is the cotangent: it sums to zero there.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -174,6 +174,8 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int) -> EulerField:
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for output in outputs:
             cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64, device=device)
+            if logits and cotangent.ndim >= 2:
+                cotangent -= cotangent.mean(1, keepdim=True)
             loss = loss + (output * cotangent.to(output.dtype)).sum()
         gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return EulerField(

@@ -18,11 +18,15 @@ from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.modules import module_graph
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
 from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.shift_certificate import Loss, sees_no_shift
+from manifold_nets.symmetry.shifts import shift_symmetries
 
 __all__ = ["diagnose"]
 
 
-def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, seed: int = 0) -> SymmetryReport:
+def diagnose(
+    model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, seed: int = 0, loss: Loss | None = None
+) -> SymmetryReport:
     """Find the scale symmetries of a network's weights: which groups of entries, why, how sure, and the remedy.
 
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
@@ -36,6 +40,8 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
             two examples, as batch normalization needs them.
         tolerance: largest certificate value of an invariant group, relative.
         seed: seed of the random cotangent.
+        loss: ``"cross_entropy"`` or ``"softmax"`` where the outputs are logits along axis 1, or the loss itself as a
+            function of the outputs: constants added to all logits of an example then are symmetries as well.
 
     Returns:
         A `SymmetryReport`; every parameter with at least two dimensions has its finding.
@@ -43,6 +49,7 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
     Raises:
         ExampleInputsError: the model refuses the inputs.
         AnalysisError: the model cannot be copied or exported.
+        LossError: the loss is no function and no name of one, or does not accept the outputs.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, for the symmetries; Euler's theorem on homogeneous functions
@@ -59,7 +66,8 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
         twin = analysis_copy(model)
         graph = _trace(twin, inputs)
         variances = _batch_variances(graph, twin, inputs, seed)
-        field = euler_field(twin, inputs, seed)
+        logits = sees_no_shift(loss, twin, inputs)
+        field = euler_field(twin, inputs, seed, logits=logits)
     names = [name for name, parameter in twin.named_parameters() if parameter.ndim >= 2]
     constrained = {weight.name for weight in constrained_weights(model)}
     judge = _Judge(twin, graph, field, variances, tolerance)
@@ -68,9 +76,10 @@ def diagnose(model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, 
         structure = follow_weight(graph, name) if graph.placeholders_of(name) else None
         findings.append(judge.finding(name, structure, name in constrained))
     families = certified_families(solve_jointly(graph), field, tolerance)
+    shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
     return SymmetryReport(
-        type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families
-    )  # fmt: skip
+        type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families, shifts
+    )
 
 
 def _trace(twin: nn.Module, inputs: Inputs) -> TracedGraph:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.modules import GraphNode
+
+if TYPE_CHECKING:
+    from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
 __all__ = [
     "Absorber",
@@ -237,6 +240,7 @@ class SymmetryReport:
             rescalings from one layer to the next.
         example_inputs: the inputs of the analysis, kept for conversion; not part of the JSON form.
         graph: the network, module by module in the order of execution; empty where it could not be traced.
+        shifts: constants that can be added to biases and rows: dead biases, ``W + 1vᵀ``, shifts of logits.
     """
 
     model: str
@@ -245,6 +249,7 @@ class SymmetryReport:
     example_inputs: Any = field(default=None, repr=False, compare=False)
     graph: tuple[GraphNode, ...] = field(default=(), repr=False)
     families: tuple[SymmetryFamily, ...] = ()
+    shifts: tuple[ShiftSymmetry, ...] = ()
 
     @property
     def invariant(self) -> tuple[WeightFinding, ...]:
@@ -260,6 +265,11 @@ class SymmetryReport:
     def refuted_families(self) -> tuple[SymmetryFamily, ...]:
         """The families that structure claims and the certificate refutes."""
         return tuple(family for family in self.families if family.certificate.verdict == "not invariant")
+
+    @property
+    def refuted_shifts(self) -> tuple[ShiftSymmetry, ...]:
+        """The shifts that structure claims and the certificate refutes."""
+        return tuple(shift for shift in self.shifts if shift.certificate.verdict == "not invariant")
 
     @property
     def unexplained_groups(self) -> int:
@@ -281,6 +291,7 @@ class SymmetryReport:
             "summary": self.counts(),
             "unexplained_groups": self.unexplained_groups,
             "families": [family.to_dict() for family in self.families],
+            "shifts": [shift.to_dict() for shift in self.shifts],
             "weights": [weight.to_dict() for weight in self.weights],
             "graph": [node.to_dict() for node in self.graph],
         }
@@ -304,6 +315,9 @@ class SymmetryReport:
         if spanning:
             lines.append("Symmetries that move several parameters at once:")
             lines.extend(f"  {family}" for family in spanning)
+        if self.shifts:
+            lines.append("Shifts that the function does not see:")
+            lines.extend(f"  {shift}" for shift in self.shifts)
         return "\n".join(lines)
 
 

@@ -1,0 +1,217 @@
+"""What absorbs a shift, and what linear maps make of it.
+
+See `manifold_nets.symmetry.rules.shift_use` for what the labels mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from manifold_nets.symmetry.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
+from manifold_nets.symmetry.rules.use import Result, aligned, unscaled
+from manifold_nets.symmetry.scales import Ids, Label
+
+__all__: list[str] = []
+
+_SHARED = "takes one mean over entries that are shifted differently"
+
+
+@shift_rule("var", "std")
+def spread(use: ShiftUse) -> Result:
+    """Variances do not see a shift of everything that they run over."""
+    label = first_label(use)
+    if label is not None:
+        use.merge(label.ids, reduced_axes(use, label.ids.ndim), _SHARED)
+    return None
+
+
+@shift_rule("softmax", "log_softmax", "_softmax", "_log_softmax")
+def softmax(use: ShiftUse) -> Result:
+    """A softmax does not see a shift that is constant along its axis."""
+    label = first_label(use)
+    if label is not None:
+        merged = use.merge(label.ids, [int(use.args["dim"])], "compares entries that are shifted differently")
+        use.absorb("softmax", merged)
+    return None
+
+
+def _affine(use: ShiftUse, axes: Sequence[int]) -> Result:
+    """Label of the result of a normalization: that of its own shift."""
+    for name in ("weight", "running_mean", "running_var"):
+        if use.label(name) is not None:
+            use.pin("multiplies or divides by what is shifted", use.label(name))
+    bias = use.label("bias")
+    if bias is None:
+        return None
+    shape = [1] * len(use.out_shape)
+    for axis, n in zip(axes, bias.ids.shape, strict=True):
+        shape[axis] = n
+    return Label.compressed(bias.ids.reshape(shape))
+
+
+@shift_rule("batch_norm", "instance_norm")
+def per_channel(use: ShiftUse) -> Result:
+    """Batch and instance normalization: one shift a channel (and a sample)."""
+    label = use.label("input")
+    if label is not None and not use.args.get("training", use.args.get("use_input_stats")):
+        use.pin("subtracts a stored mean, which does not follow the shift (it is frozen)", label)
+    elif label is not None:
+        batch = use.op == "batch_norm"
+        axes = [axis for axis in range(label.ids.ndim) if axis > 1 or (axis == 0 and batch)]
+        ids = use.merge(label.ids, axes, _SHARED)
+        use.absorb("batch" if batch else "instance", ids, running_mean=use.args["running_mean"])
+    return _affine(use, [1])
+
+
+@shift_rule("group_norm")
+def group_norm(use: ShiftUse) -> Result:
+    """Group normalization: one shift for the channels and positions of a group."""
+    label = use.label("input")
+    if label is not None:
+        channels, groups = use.shape("input")[1], int(use.args["num_groups"])
+        ids = label.along(use.shape("input"), (1,))
+        grouped = ids.reshape(ids.shape[0], groups, channels // groups, *ids.shape[2:])
+        use.absorb("group", use.merge(grouped, range(2, grouped.ndim), _SHARED))
+    return _affine(use, [1])
+
+
+@shift_rule("layer_norm")
+def layer_norm(use: ShiftUse) -> Result:
+    """Layer normalization: one shift over the normalized axes, which may differ from row to row."""
+    label = use.label("input")
+    axes = list(range(-len(use.args["normalized_shape"]), 0))
+    if label is not None:
+        use.absorb("layer", use.merge(label.ids, axes, _SHARED))
+    return _affine(use, axes)
+
+
+@shift_rule("rms_norm")
+def rms_norm(use: ShiftUse) -> Result:
+    """Root-mean-square normalization subtracts no mean."""
+    use.pin("subtracts no mean")
+    return None
+
+
+# ---- linear maps -------------------------------------------------------------------------------------------------
+
+
+@shift_rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+            "linear")  # fmt: skip
+def linear_map(use: ShiftUse) -> Result:
+    """Convolutions and linear layers: the bias shifts its channel; a shift of the input or of the rows is linked."""
+    rank = len(use.out_shape)
+    spatial = 0 if use.op == "linear" else len(use.shape("weight")) - 2
+    channel = rank - spatial - 1
+    source, weight, blocks = use.label("input"), use.label("weight"), use.rows.get(use.args["weight"])
+    ids = unscaled(rank)
+    if weight is not None and (source is not None or blocks is None):
+        use.pin("multiplies with what is shifted", weight, source)
+        return None
+    made: Result = None
+    if weight is not None and blocks is not None:
+        made = _rows(use, weight, blocks, channel)
+    elif source is not None:
+        constant = not varies(source, range(channel + 1, rank)) and not _pads(use)
+        lead = list(source.ids.shape[:channel])
+        tail = [1] * spatial if constant else list(use.out_shape[channel + 1 :])
+        made = use.fresh(source.ids, [*lead, use.out_shape[channel], *tail], "maps the shift linearly")
+    if isinstance(made, Label):
+        ids = made.ids
+    bias = use.label("bias")
+    if bias is not None:
+        shape = [1] * rank
+        shape[channel] = bias.ids.shape[0]
+        ids = use.scales.sum(ids, bias.ids.reshape(shape))
+    return Label.compressed(ids)
+
+
+def _rows(use: ShiftUse, weight: Label, blocks: int, channel: int) -> Label:
+    """Every channel of a block gets v·x, which differs from position to position and from block to block."""
+    shape = [1 if axis == channel else n for axis, n in enumerate(use.out_shape)]
+    numbers = np.broadcast_to(weight.ids.reshape(-1), (blocks,))
+    parts = []
+    for number in numbers.tolist():
+        made = use.fresh(np.array(number), shape, "makes one shift a position of a row that is added to filters")
+        parts.append(made.ids if isinstance(made, Label) else np.zeros(shape, dtype=np.int64))
+    ids = np.concatenate(parts, channel)
+    return Label(ids if blocks == 1 else np.repeat(ids, use.out_shape[channel] // blocks, channel))
+
+
+def _pads(use: ShiftUse) -> bool:
+    """Whether positions at the border see fewer shifted entries than those inside."""
+    if use.op == "linear":
+        return False
+    padding = use.args.get("padding", 0)
+    padded = padding != "valid" and (padding == "same" or any(padding if isinstance(padding, list) else [padding]))
+    return padded or "transpose" in use.op or bool(use.args.get("transposed"))
+
+
+@shift_rule("embedding")
+def embedding(use: ShiftUse) -> Result:
+    """Looked-up rows: a constant added to all of a row shifts the result at every place where it is looked up."""
+    weight = use.label("weight")
+    if weight is None:
+        return None
+    if use.args["weight"] in use.rows:
+        return use.fresh(weight.ids, (*use.out_shape[:-1], 1), "looks up shifted rows")
+    ids = use.merge(weight.ids, [0], "looks up rows that are shifted differently")
+    return Label.compressed(ids.reshape((1,) * (len(use.out_shape) - 1) + ids.shape[1:]))
+
+
+@shift_rule("matmul", "mm", "bmm")
+def matmul(use: ShiftUse) -> Result:
+    """Matrix products: a shift of one factor that is the same in all rows (columns) is so in the product."""
+    other = "mat2" if "mat2" in use.args else "other"
+    left, right = use.label("self"), use.label(other)
+    if (left is not None and right is not None) or min(len(use.shape("self")), len(use.shape(other))) < 2:
+        use.pin("multiplies shifted tensors")
+        return None
+    label = left if left is not None else right
+    if label is None:
+        return None
+    shape = list(use.out_shape)
+    axis = -2 if left is not None else -1
+    shape[axis] = label.ids.shape[axis]
+    return use.fresh(label.ids, shape, "multiplies with a tensor")
+
+
+@shift_rule("scaled_dot_product_attention")
+def attention(use: ShiftUse) -> Result:
+    """Softmax attention: a shift of all keys is not seen, one of all values passes, one of the queries matters."""
+    query, key, value = use.label("query"), use.label("key"), use.label("value")
+    if query is not None:
+        use.pin("multiplies queries with keys", query)
+    if key is not None:
+        use.absorb("softmax", use.merge(key.ids, [-2], "compares keys that are shifted differently"))
+    if use.label("attn_mask") is not None:
+        use.absorb("softmax", use.merge(_mask(use), [-1], "compares keys that are shifted differently"))
+    if value is None:
+        return None
+    if float(use.args.get("dropout_p") or 0.0) > 0 or not use.inactive(use.graph.module_of(use.node)):
+        use.pin("drops attention weights at random, which then do not sum to 1", value)
+        return None
+    ids = value.ids
+    if use.args.get("enable_gqa") and ids.shape[-3] > 1:
+        ids = np.repeat(ids, use.out_shape[-3] // ids.shape[-3], -3)
+    if ids.shape[-2] == 1:
+        return Label.compressed(ids)
+    return use.fresh(value.ids, (*ids.shape[:-2], use.out_shape[-2], ids.shape[-1]), "averages values")
+
+
+def _mask(use: ShiftUse) -> Ids:
+    label: Any = use.label("attn_mask")
+    return aligned(label, len(use.out_shape))
+
+
+@shift_rule("cross_entropy_loss")
+def cross_entropy(use: ShiftUse) -> Result:
+    """The loss does not see a constant added to all logits of an example."""
+    label = use.label("self")
+    if label is not None:
+        use.absorb("loss", use.merge(label.ids, [min(1, label.ids.ndim - 1)], "compares logits shifted differently"))
+    if use.label("target") is not None:
+        use.pin("has shifted targets", use.label("target"))
+    return None

@@ -1,0 +1,118 @@
+"""One operation of the graph as a rule of shifts sees it, and the table of these rules.
+
+The labels are those of `manifold_nets.symmetry.scales`, read additively: each entry of a tensor is shifted by its form
+``Σ c_k s_k``. What a linear map makes of a shift depends on data or on other weights; each of its results gets a new
+unknown, and a `Link` that says where it comes from. An unknown that the network does not leave free refuses its
+sources. The table `SHIFT_RULES` maps the name of an operation to its rule; what is in no table is reported as unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.fx import Node
+
+from manifold_nets.symmetry.rules.use import RULES, Result, Use
+from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label
+
+__all__ = ["SHIFT_RULES", "Link", "ShiftUse", "apply_rule", "first_label", "reduced_axes", "shift_rule", "varies"]
+
+# Beyond this many new unknowns at one operation the shift is not followed any further.
+_LARGEST_LINK = 20_000
+
+
+@dataclass(frozen=True)
+class Link:
+    """New unknowns that a linear map makes of shifts: free only together with their sources."""
+
+    sources: Ids
+    results: Ids
+    because: Break
+
+
+@dataclass
+class ShiftUse(Use):
+    """An operation at which a shift arrives.
+
+    ``rows`` maps a weight to the number of blocks of output channels that share one unknown row,
+    ``W → W + 1vᵀ`` block by block; ``inactive`` holds the modules whose dropout has probability 0; ``first_link`` is
+    the first unknown that is no parameter's.
+    """
+
+    links: list[Link] = field(default_factory=list)
+    rows: dict[Node, int] = field(default_factory=dict)
+    inactive: Callable[[str], bool] = lambda module: False
+    first_link: int = 0
+
+    def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
+        """Label of a linear image of the sources: one unknown an entry, none where the mask is unscaled."""
+        if int(np.prod(shape)) > _LARGEST_LINK:
+            self.scales.pin(sources, self.why("makes too many different shifts to follow", unknown=True))
+            return None
+        ids = self.scales.add(int(np.prod(shape))).reshape(tuple(shape))
+        if mask is not None:
+            ids = np.where(np.broadcast_to(self.scales.roots(mask), ids.shape) == UNSCALED, UNSCALED, ids)
+        self.links.append(Link(sources, ids, self.why(reason)))
+        return Label(ids)
+
+    def is_linked(self, ids: Ids) -> bool:
+        """Whether unknowns of links occur in the forms."""
+        numbers = np.unique(self.scales.roots(ids)).tolist()
+        return any(k >= self.first_link for n in numbers for k in self.scales.form(n))
+
+
+Rule = Callable[[ShiftUse], Result]
+SHIFT_RULES: dict[str, Rule] = {}
+_MOVEMENTS = (
+    "view reshape _unsafe_view flatten unflatten view_as reshape_as permute transpose swapaxes t movedim numpy_T "
+    "squeeze unsqueeze expand expand_as repeat tile slice narrow select flip roll chunk split split_with_sizes unbind "
+    "tensor_split getitem cat concat concatenate stack index unfold pixel_shuffle pixel_unshuffle channel_shuffle"
+).split()
+
+
+def _moved(op: str) -> Rule:
+    return lambda use: RULES[op](use)
+
+
+SHIFT_RULES.update({op: _moved(op) for op in _MOVEMENTS if op in RULES})
+
+
+def shift_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule under the names of the aten operations that it describes."""
+
+    def register(function: Rule) -> Rule:
+        SHIFT_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def apply_rule(use: ShiftUse) -> Result:
+    """Label of the result of an operation at which a shift arrives; refuses it where no rule lets it pass."""
+    known = SHIFT_RULES.get(use.op)
+    if known is not None:
+        return known(use)
+    if use.op in RULES:
+        use.pin("does not let a shift pass")
+    else:
+        use.pin("has no rule: what it does to a shift is unknown", unknown=True)
+    return None
+
+
+def first_label(use: ShiftUse) -> Label | None:
+    """Label of the first argument, whatever its name."""
+    return use.label_of(next(iter(use.args.values())))
+
+
+def reduced_axes(use: ShiftUse, rank: int) -> list[int]:
+    """The axes over which a reduction runs."""
+    given = use.args.get("dim")
+    axes = range(rank) if given is None or given == [] else given if isinstance(given, (list, tuple)) else [given]
+    return [axis % rank for axis in axes]
+
+
+def varies(label: Label, axes: Sequence[int]) -> bool:
+    """Whether the shift differs along one of the axes."""
+    return any(label.ids.shape[axis] > 1 for axis in axes)

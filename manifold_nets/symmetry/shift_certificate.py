@@ -1,0 +1,153 @@
+"""The certificate of shifts: ``⟨∂L/∂w, d⟩ = 0`` for every direction d in which a network does not see a shift."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from manifold_nets.errors import LossError
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.graph import Inputs
+from manifold_nets.symmetry.report import Absorber, Certificate
+from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
+
+__all__ = ["Direction", "Loss", "ShiftJudge", "sees_no_shift"]
+
+# Far above the rounding of a loss in float64, far below what a shift of order one does to one that sees it.
+_LOSS_ROUNDING = 1e-9
+# For each parameter the coefficient of each entry that moves, by its flat index.
+Direction = dict[str, dict[int, float]]
+# The name of a loss of logits, or the loss as a function of what the model returns.
+Loss = str | Callable[[Any], Tensor]
+LOSSES = ("cross_entropy", "softmax")
+
+
+def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
+    """Whether a loss stays the same when a constant is added to all logits of an example, along axis 1.
+
+    Raises:
+        LossError: an unknown name, or a function that does not accept the outputs.
+    """
+    if loss is None:
+        return False
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise LossError(f"the name {loss!r}")
+        return True
+    args, kwargs = inputs
+    generator = torch.Generator().manual_seed(0)
+
+    def shifted(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or not leaf.is_floating_point():
+            return leaf
+        constants = torch.randn((leaf.shape[0], 1, *leaf.shape[2:]), generator=generator, dtype=torch.float64)
+        return leaf + constants.to(leaf.device)
+
+    with torch.no_grad(), torch.random.fork_rng():
+        outputs = model(*args, **kwargs)
+        try:
+            before, after = float(loss(outputs)), float(loss(pytree.tree_map(shifted, outputs)))
+        except Exception as error:
+            raise LossError(f"{type(error).__name__}: {error}") from error
+    return abs(after - before) <= _LOSS_ROUNDING * max(1.0, abs(before))
+
+
+class ShiftJudge:
+    """Puts the certificate beside what the structure claims.
+
+    Args:
+        euler: weights and gradients of one float64 pass.
+        tolerance: largest value of a symmetry.
+        drops_samples: whether the network drops branches at random, which leaves no trace in its graph.
+    """
+
+    def __init__(self, euler: EulerField, tolerance: float, drops_samples: bool) -> None:
+        self.gradients, self.tolerance, self.drops_samples = euler.gradients, tolerance, drops_samples
+        self.largest = max((float(g.abs().max()) for g in self.gradients.values() if g.numel()), default=0.0)
+
+    def added(self, directions: list[Direction], absorptions: list[Absorption], rank: int) -> ShiftSymmetry:
+        """Judge shifts of added parameters."""
+        values: list[float | None] = []
+        flat = {name: self.gradients[name].flatten().cpu().numpy() for name in directions[0]}
+        for direction in directions:
+            g = np.concatenate([flat[name][list(entries)] for name, entries in direction.items()])
+            d = np.array([c for entries in direction.values() for c in entries.values()])
+            size = float(np.linalg.norm(g) * np.linalg.norm(d)) if len(d) > 1 else self.largest
+            values.append(self._value(abs(float(g @ d)), size))
+        entries = sum(len(part) for part in directions[0].values())
+        kinds = {a.kind for a in absorptions}
+        kind = "dead bias" if entries == 1 else "filter shift" if rank > 1 else "bias shift"
+        if entries > 1 and len(directions[0]) > 1:
+            kind = "redundant biases"
+        elif entries > 1 and kinds and kinds <= {"softmax", "loss"}:
+            kind = "logit shift"
+        return self._symmetry(kind, tuple(directions[0]), values, absorptions, directions=tuple(directions))
+
+    def rows(self, name: str, partition: Partition, free: list[int], absorptions: list[Absorption]) -> ShiftSymmetry:
+        """Judge rows added to blocks of filters."""
+        gradient = self.gradients[name]
+        sums, norms = partition.sum(gradient).abs(), partition.norms(gradient)
+        entries = gradient.numel() // partition.n_groups
+        index = torch.arange(partition.n_groups).reshape(sums.shape)
+        if len(partition.kept) > 1:
+            lead = index.reshape(-1).reshape([partition.view[axis] for axis in partition.kept])
+            index = lead if len(partition.view) == len(partition.shape) else _blocks_of(lead, partition, free)
+        groups = index.flatten()
+        sums, sizes = sums.flatten().cpu()[groups], norms.flatten().cpu()[groups] * entries**0.5
+        values = [self._value(a, b) for a, b in zip(sums.tolist(), sizes.tolist(), strict=True)]
+        return self._symmetry(
+            "row shift", (name,), values, absorptions, partition=partition, groups=tuple(groups.tolist())
+        )  # fmt: skip
+
+    def _value(self, total: float, size: float) -> float | None:
+        """Value of the certificate; None where the gradient vanishes."""
+        return total / size if size > EVIDENCE_FLOOR * self.largest or not np.isfinite(total) else None
+
+    def _symmetry(
+        self, kind: str, names: tuple[str, ...], values: list[float | None], absorptions: list[Absorption], **more: Any
+    ) -> ShiftSymmetry:
+        known = [value for value in values if value is not None]
+        refuted = sum(not value <= self.tolerance for value in known)
+        verdict = "not invariant" if refuted else "invariant" if known else "no evidence"
+        certificate = Certificate(
+            max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known)
+        )  # fmt: skip
+        once = list({a.node: a for a in absorptions}.values())
+        absorbers = tuple(Absorber(a.op, a.module, a.kind, running_mean=a.running_mean) for a in once)
+        kinds = {a.kind for a in absorbers}
+        condition = None
+        if self.drops_samples and kinds & {"batch"}:
+            condition = "while no branch is dropped at random"
+        remedy = _remedy(kind, absorbers) if not refuted else _REFUTED
+        return ShiftSymmetry(kind, names, len(values), absorbers, certificate, remedy, condition, **more)
+
+
+def _blocks_of(index: torch.Tensor, partition: Partition, free: list[int]) -> torch.Tensor:
+    """Numbers of the groups of a partition that belong to the free blocks."""
+    if partition.kept[:3] == (0, 1, 2):  # transposed: groups, input channels, blocks of a group
+        moved = index.movedim(2, 1)
+        return moved.reshape(-1, *moved.shape[2:])[free]
+    return index[free]
+
+
+_REFUTED = "leave it and report it: structure and certificate contradict each other"
+_REMEDIES = {
+    "dead bias": "remove it: it does nothing",
+    "bias shift": "leave it, or subtract its mean: the function stays",
+    "logit shift": "leave it, or subtract its mean: the function stays",
+    "filter shift": "leave it, or subtract the mean of each filter: the function stays",
+    "row shift": "leave it, or subtract the mean over the filters: the function stays",
+    "redundant biases": "keep one of them and add the others to it",
+}
+
+
+def _remedy(kind: str, absorbers: tuple[Absorber, ...]) -> str:
+    means = [a.running_mean for a in absorbers if a.running_mean is not None]
+    return _REMEDIES[kind] + (f" ({means[0]} takes it up)" if kind == "dead bias" and means else "")
