@@ -8,7 +8,8 @@ import click
 from rich.console import RenderableType
 
 from manifold_nets.symmetry import diagnose as find_symmetries
-from manifold_nets.symmetry.learning_rates import OptimizerSettings, matched_learning_rates
+from manifold_nets.symmetry.learning_rates import matched_learning_rates
+from manifold_nets.symmetry.optimizer_settings import OptimizerSettings
 from manifold_nets.symmetry.page import write_page
 
 from .learning_rates import optimizer_options, shown_rates

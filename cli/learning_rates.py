@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from manifold_nets.errors import OptionError
-from manifold_nets.symmetry.learning_rates import OPTIMIZERS, LearningRates, OptimizerSettings, Spread
+from manifold_nets.symmetry.learning_rates import LearningRates, Spread
+from manifold_nets.symmetry.optimizer_settings import OPTIMIZERS, OptimizerSettings
 
 from .outcome import Outcome
 

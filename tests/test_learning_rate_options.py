@@ -14,7 +14,8 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets import errors
 from manifold_nets.cli import main
-from manifold_nets.symmetry.learning_rates import OptimizerSettings, Spread
+from manifold_nets.symmetry.learning_rates import Spread
+from manifold_nets.symmetry.optimizer_settings import OptimizerSettings
 
 EPS = torch.finfo(torch.float64).eps
 SGD = {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}

@@ -12,81 +12,10 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import OptionError, ReportMismatchError
 from manifold_nets.groups import Partition, refuse_degenerate
+from manifold_nets.symmetry.optimizer_settings import DEFAULT_BETAS, OptimizerSettings
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
-__all__ = ["LearningRates", "OptimizerSettings", "Spread", "WeightRates", "matched_learning_rates"]
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
-DEFAULT_BETAS = (0.9, 0.999)
-
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """The settings of an optimizer of torch that trains the plain network.
-
-    Args:
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
-        lr: learning rate η.
-        momentum: factor μ of SGD, without dampening.
-        betas: decays β1 and β2 of Adam's moments.
-        weight_decay: λ; an L2 penalty for SGD, decoupled for AdamW.
-
-    Raises:
-        OptionError: a value has no meaning, or is one that this optimizer does not have.
-    """
-
-    optimizer: str
-    lr: float
-    momentum: float = 0.0
-    betas: tuple[float, float] = DEFAULT_BETAS
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise OptionError("optimizer", self.optimizer, "'sgd', 'adam' or 'adamw'")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise OptionError("lr", self.lr, "a finite number > 0")
-        if not 0 <= self.momentum < 1:
-            raise OptionError("momentum", self.momentum, "a number from 0 to below 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise OptionError("betas", self.betas, "two numbers from 0 to below 1")
-        if not (self.weight_decay >= 0 and self.lr * self.weight_decay < 1):
-            raise OptionError("weight_decay", self.weight_decay, f"a number from 0 to below 1/lr = {1 / self.lr:g}")
-        if self.optimizer == "sgd" and self.betas != DEFAULT_BETAS:
-            raise OptionError("betas", self.betas, "no betas with optimizer 'sgd', which has a momentum instead")
-        if self.optimizer != "sgd" and self.momentum != 0:
-            raise OptionError(
-                "momentum", self.momentum, f"0 with optimizer {self.optimizer!r}, which has betas instead"
-            )
-        if self.optimizer == "adam" and self.weight_decay != 0:
-            expected = "0 with optimizer 'adam', which mixes the decay into its moments, or optimizer 'adamw'"
-            raise OptionError("weight_decay", self.weight_decay, expected)
-
-    @property
-    def equilibrium_rotation(self) -> float | None:
-        """Angle per step in the long run, in radians; None without weight decay, which alone sets it."""
-        if self.weight_decay == 0:
-            return None
-        beta1 = self.betas[0]
-        slow = 1 / (1 + self.momentum) if self.optimizer == "sgd" else (1 - beta1) / (1 + beta1)
-        return math.sqrt(2 * self.lr * self.weight_decay * slow)
-
-    @property
-    def equilibrium_factor(self) -> float | None:
-        """Sphere learning rate of the long run for AdamW; for SGD, that rate times the gradient of `WeightRates`."""
-        if self.weight_decay == 0:
-            return None
-        return math.sqrt(2 * self.lr * self.weight_decay * (1 - self.momentum))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, without the options that the optimizer does not have."""
-        own: dict[str, Any] = {"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": list(self.betas)}
-        return {"optimizer": self.optimizer, "lr": self.lr, **own, "weight_decay": self.weight_decay}
-
-    def __str__(self) -> str:
-        return ", ".join(
-            [self.optimizer, *(f"{name} {v}" for name, v in self.to_dict().items() if name != "optimizer")]
-        )
+__all__ = ["LearningRates", "Spread", "WeightRates", "matched_learning_rates"]
 
 
 @dataclass(frozen=True)
