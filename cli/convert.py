@@ -9,6 +9,7 @@ import click
 
 from manifold_nets.conversion import ConversionRecord, conversion_record
 from manifold_nets.conversion import convert as put_on_spheres
+from manifold_nets.conversion import write_plan as write_plan_file
 from manifold_nets.conversion.checkpoint import save
 
 from .options import OutputFile, Request, model_options
@@ -42,6 +43,13 @@ from .render import plan_table, progress, rows_table
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Weights to convert, such as 'layer1.*'; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights to leave; repeatable.")
+@click.option("--write-plan", type=OutputFile(), help="Write the plan as JSON, to read and edit.")
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Carry out this edited plan; not together with --radius, --train-tolerance, --include or --exclude.",
+)
 @reported
 def convert(
     request: Request,
@@ -51,8 +59,13 @@ def convert(
     max_train_difference: float,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
+    write_plan: Path | None,
+    plan_file: Path | None,
 ) -> Outcome:
     """Put the scale-invariant weights of MODEL on spheres, check that it computes the same, and write it."""
+    options = {"radius": radius, "include": include, "exclude": exclude, "train_tolerance": train_tolerance}
+    if plan_file is not None and options != {"radius": "unit", "include": (), "exclude": (), "train_tolerance": 1e-4}:
+        raise click.UsageError("--plan says all that --radius, --train-tolerance, --include and --exclude say.")
     with progress(f"Converting {request.spec} and comparing both …"):
         model = request.model()
         converted = put_on_spheres(
@@ -62,9 +75,12 @@ def convert(
             include=include or None,
             exclude=exclude or None,
             train_tolerance=train_tolerance,
+            plan=plan_file,
         )
     record = cast("ConversionRecord", conversion_record(converted))
     found = record.verification
+    if write_plan is not None:
+        write_plan_file(record.plan, write_plan)
     failures = []
     if not found.train_difference <= max_train_difference:
         failures.append(

@@ -3,6 +3,7 @@
 from manifold_nets.conversion.apply import ConversionRecord, conversion_record, convert
 from manifold_nets.conversion.balance import BalanceRecord, balance
 from manifold_nets.conversion.checkpoint import load, save
+from manifold_nets.conversion.edited import EditedPlan, edited_plan, write_plan
 from manifold_nets.conversion.plan import Action, ConversionPlan, plan
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, verify
@@ -12,13 +13,16 @@ __all__ = [
     "BalanceRecord",
     "ConversionPlan",
     "ConversionRecord",
+    "EditedPlan",
     "Verification",
     "balance",
     "conversion_record",
     "convert",
+    "edited_plan",
     "load",
     "plan",
     "revert",
     "save",
     "verify",
+    "write_plan",
 ]

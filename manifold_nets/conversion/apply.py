@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import attach, detach
 from manifold_nets.conversion.algebra import gather, rescaled_variance
-from manifold_nets.conversion.plan import Action, ConversionPlan, Selector, named_tensors, plan, sphere_of
+from manifold_nets.conversion.edited import EditedPlan, edited_plan
+from manifold_nets.conversion.plan import Action, ConversionPlan, Selector, named_tensors, sphere_of
+from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
-from manifold_nets.errors import FunctionChangedError, NothingToConvertError
+from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry.report import Absorber
 
 __all__ = ["ConversionRecord", "conversion_record", "convert"]
 
 _RECORD = "_manifold_nets_conversion"
+_DEFAULTS = {"radius": "unit", "include": None, "exclude": None, "train_tolerance": 1e-4}
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +57,7 @@ def convert(
     include: Selector = None,
     exclude: Selector = None,
     train_tolerance: float = 1e-4,
+    plan: EditedPlan | None = None,
     inplace: bool = False,
 ) -> nn.Module:
     """Put every scale-invariant weight of a network on a product of spheres without changing what it computes.
@@ -71,6 +75,7 @@ def convert(
         include: names of weights to convert; see `plan`.
         exclude: names of weights to leave; see `plan`.
         train_tolerance: largest relative change of a layer's normalized training output; see `plan`.
+        plan: an edited plan, as data or as a file; the options above then have no meaning. See `edited_plan`.
         inplace: rewrite the model itself; its weights become new parameter objects, so build optimizers afterwards.
 
     Returns:
@@ -80,6 +85,7 @@ def convert(
         NothingToConvertError: no selected weight is scale-invariant.
         DegenerateGroupError: a weight to convert has a zero or non-finite filter.
         FunctionChangedError: the output in evaluation mode would change by more than rounding.
+        PlanError: the edited plan cannot be read or carried out.
         SelectionError, OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
         In every case the model is left as it was.
 
@@ -92,13 +98,14 @@ def convert(
         >>> type(net[0].weight).__name__, net[0].weight.manifold.partition.n_groups
         ('ManifoldParameter', 8)
     """
-    chosen = plan(
+    chosen = _chosen(
         model,
         report_or_example_inputs,
         radius=radius,
         include=include,
         exclude=exclude,
         train_tolerance=train_tolerance,
+        edited=plan,
     )
     if not chosen.spheres and not any(action.action == "already" for action in chosen.actions):
         raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions])
@@ -113,6 +120,18 @@ def convert(
     target.__dict__[_RECORD] = record = ConversionRecord(_without_inputs(chosen), verification)
     _log.info("%s", record)
     return target
+
+
+def _chosen(
+    model: nn.Module, report_or_example_inputs: Any, *, edited: EditedPlan | None, **options: Any
+) -> ConversionPlan:
+    """Make a plan, or check the one that was given."""
+    if edited is None:
+        return make_plan(model, report_or_example_inputs, **options)
+    changed = [name for name, value in options.items() if value != _DEFAULTS[name]]
+    if changed:
+        raise OptionError(changed[0], options[changed[0]], "its default beside a plan, which says all")
+    return edited_plan(model, report_or_example_inputs, edited)
 
 
 def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
