@@ -149,7 +149,7 @@ def test_euclidean_manifolds_count_as_plain(kind):
 
 def off_its_spheres():
     weight = on_sphere()
-    weight.data[1] *= 1.1
+    weight.data[1] *= 1.25
     return weight
 
 
@@ -161,8 +161,8 @@ def with_values(value):
 
 REFUSED = [
     ([geoopt.ManifoldParameter(torch.ones(3) / 3**0.5, manifold=geoopt.Sphere())], UnsupportedManifoldError, "Sphere"),
-    ([off_its_spheres()], OffManifoldError, r"parameter 0 of group 0 \(\(3, 4\)\): group 1 has norm 1.1"),
-    ([("layer.w", off_its_spheres())], OffManifoldError, "layer.w: group 1 has norm 1.1"),
+    ([off_its_spheres()], OffManifoldError, r"parameter 0 of group 0 \(\(3, 4\)\): group 1 has norm 1\.2(5|4999)"),
+    ([("layer.w", off_its_spheres())], OffManifoldError, r"layer.w: group 1 has norm 1\.2(5|4999)"),
     ([with_values(0.0)], DegenerateGroupError, "group 2 with norm 0"),
     ([with_values(math.nan)], DegenerateGroupError, "group 2 with norm nan"),
     ([with_values(math.inf)], DegenerateGroupError, "group 2 with norm inf"),
