@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry.page.charts import Norms, certificate_chart, group_norms, histogram
-from manifold_nets.symmetry.page.families import families
+from manifold_nets.symmetry.page.families import families, shifts
 from manifold_nets.symmetry.page.markup import (
     STATUSES,
     certificate_text,
@@ -78,6 +78,7 @@ def page_html(report: SymmetryReport, model: nn.Module) -> str:
         ("network", "The network", _network(report, anchors)),
         ("certificates", "Certificates", _certificates(report)),
         ("families", "Symmetries that join several weights", families(report)),
+        ("shifts", "Shifts", shifts(report)),
         ("remedies", "Remedies", _remedies(report, anchors)),
         ("weights", "The weights one by one", _weights(report, weights, anchors)),
     ]

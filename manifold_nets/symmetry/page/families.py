@@ -1,16 +1,20 @@
-"""The families of symmetries that move several weights at once."""
+"""The symmetries that are not the scale of one weight: families that join several weights, and shifts."""
 
 from __future__ import annotations
 
-from manifold_nets.symmetry.page.markup import certificate_text, dotted, escape, facts, listed, plural
-from manifold_nets.symmetry.report import FamilyMember, SymmetryFamily, SymmetryReport
+from collections.abc import Sequence
 
-__all__ = ["families"]
+from manifold_nets.symmetry.page.markup import certificate_text, dotted, escape, facts, listed
+from manifold_nets.symmetry.report import FamilyMember, SymmetryFamily, SymmetryReport
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
+
+__all__ = ["families", "shifts"]
 
 # Two arrows the same way, and two arrows against each other: no colour is needed to tell the kinds apart.
 _SHAPES = {
     "scale": '<path class="hollow" d="M-3 5v-9m-2.5 2.5L-3-4l2.5 2.5M3 5v-9m-2.5 2.5L3-4l2.5 2.5"/>',
     "rescaling": '<path class="hollow" d="M-3 5v-9m-2.5 2.5L-3-4l2.5 2.5M3-4v9m-2.5-2.5L3 5l2.5-2.5"/>',
+    "shift": '<path class="hollow" d="M-5 0h10M0-5v10"/>',
 }
 
 
@@ -34,23 +38,42 @@ def families(report: SymmetryReport) -> str:
 
 
 def _card(family: SymmetryFamily) -> str:
-    refuted = family.certificate.verdict == "not invariant"
-    css = "s-disagreement" if refuted else "s-constrained" if family.kind == "scale" else "s-invariant"
-    shape = _SHAPES.get(family.kind, "")
-    first = family.parameters[0] if family.parameters else ""
-    more = len(family.parameters) - 1
-    others = f" and {more} more" if more > 0 else ""
-    count = plural(family.count, "symmetry").replace("symmetrys", "symmetries")
-    told = [
-        ("Members", listed(map(_member, family.members))),
-        ("Certificate", escape(certificate_text(family.certificate))),
-        ("Remedy", escape(family.remedy)),
-    ]
+    css = "s-constrained" if family.kind == "scale" else "s-invariant"
+    told = [("Members", listed(map(_member, family.members)))]
+    return _folded(family, family.parameters, _SHAPES.get(family.kind, ""), css, told)
+
+
+def shifts(report: SymmetryReport) -> str:
+    """List the shifts of a report; empty where it has none."""
+    if not report.shifts:
+        return ""
+    cards = []
+    for shift in report.shifts:
+        told = [("Shifted", listed(map(dotted, shift.parameters)))]
+        if shift.absorbers:
+            told.append(("Absorbed by", listed(map(dotted, shift.absorbers))))
+        if shift.condition:
+            told.append(("Holds", escape(shift.condition)))
+        cards.append(_folded(shift, shift.parameters, _SHAPES["shift"], "s-silent", told))
+    return (
+        "<p>Constants that can be added to these parameters without a change in what the network computes in "
+        f'training mode.</p><ul class="cards">{"".join(cards)}</ul>'
+    )
+
+
+def _folded(
+    found: SymmetryFamily | ShiftSymmetry, names: Sequence[str], shape: str, css: str, told: Sequence[tuple[str, str]]
+) -> str:
+    refuted = found.certificate.verdict == "not invariant"
+    css, doubt = ("s-disagreement", ", refuted") if refuted else (css, "")
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    count = "1 symmetry" if found.count == 1 else f"{found.count} symmetries"
+    rest = [("Certificate", escape(certificate_text(found.certificate))), ("Remedy", escape(found.remedy))]
     return (
         f'<li><details class="card"><summary><svg class="mark {css}" aria-hidden="true" width="14" height="14" '
-        f'viewBox="-7 -7 14 14">{shape}</svg><span class="who"><span class="name">{dotted(first)}{others}</span>'
-        f'<span class="said">{escape(family.kind)}{", refuted" if refuted else ""} · {count}</span></span></summary>'
-        f'<div class="body">{facts(told)}</div></details></li>'
+        f'viewBox="-7 -7 14 14">{shape}</svg><span class="who"><span class="name">{dotted(names[0])}{others}</span>'
+        f'<span class="said">{escape(found.kind)}{doubt} · {count}</span></span></summary>'
+        f'<div class="body">{facts([*told, *rest])}</div></details></li>'
     )
 
 
