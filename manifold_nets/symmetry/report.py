@@ -22,6 +22,7 @@ __all__ = [
     "WeightFinding",
 ]
 
+# Described in report.schema.json. It grows when a key is removed or changes its meaning, not when one is added.
 REPORT_FORMAT = 1
 
 
