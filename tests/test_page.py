@@ -371,6 +371,37 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     assert missing.exit_code == 2
 
 
+# ---- colours ---------------------------------------------------------------------------------------------------------
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a colour: https://www.w3.org/TR/WCAG22/#dfn-relative-luminance."""
+    digits = colour if len(colour) == 6 else "".join(c * 2 for c in colour)
+    parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def check_contrast(text: str) -> None:
+    """Text has a contrast of at least 4.5 and marks of at least 3 on all grounds, in both schemes."""
+    schemes = re.findall(r":root\{([^}]*)\}", text)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--([\w-]+):#(\w+)", scheme))
+        for ground in ("page", "panel", "band"):
+            for name in colours.keys() - {"page", "panel", "band", "line"}:
+                darker, lighter = sorted((luminance(colours[name]), luminance(colours[ground])))
+                limit = 3.0 if name == "edge" else 4.5
+                assert (lighter + 0.05) / (darker + 0.05) >= limit, (name, ground)
+
+
+def test_colours_have_contrast() -> None:
+    text = page_html(*dense())
+    check_contrast(text)
+    with pytest.raises(AssertionError):
+        check_contrast(text.replace("--soft:#555b66", "--soft:#999999"))
+
+
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 LIGHT, DARK = (251, 251, 249), (20, 22, 26)

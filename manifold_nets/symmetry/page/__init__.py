@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry.page.charts import Norms, certificate_chart, group_norms, histogram
-from manifold_nets.symmetry.page.families import families, shifts
+from manifold_nets.symmetry.page.families import families, joint_families, shifts
 from manifold_nets.symmetry.page.markup import (
     STATUSES,
     certificate_text,
@@ -120,9 +120,15 @@ def _summary(report: SymmetryReport) -> str:
     said[0] += f": {plural(groups, 'group')} of entries whose length the network does not see." if groups else "."
     if free:
         what = "It" if free == 1 else f"All {free} of them" if not on_spheres else f"{free} of them"
-        said.append(f"{what} can be put on spheres with <code>manifold_nets.convert</code>, function unchanged.")
+        said.append(f"{what} can be put on spheres with <code>manifold_nets.convert</code>: the function stays.")
     if on_spheres:
         said.append(f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already.")
+    for place, count, what in (
+        ("families", sum(family.count for family in joint_families(report)), "join several weights"),
+        ("shifts", sum(shift.count for shift in report.shifts), "are shifts"),
+    ):
+        if count:
+            said.append(f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.')
     if report.unexplained_groups:
         further = plural(report.unexplained_groups, "further group")
         said.append(f"The certificate calls {further} invariant that structure does not explain.")

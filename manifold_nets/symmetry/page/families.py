@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manifold_nets.symmetry.page.markup import certificate_text, dotted, escape, facts, listed
+from manifold_nets.symmetry.page.markup import certificate_text, dotted, escape, facts, listed, plural
 from manifold_nets.symmetry.report import FamilyMember, SymmetryFamily, SymmetryReport
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
-__all__ = ["families", "shifts"]
+__all__ = ["families", "joint_families", "shifts"]
 
 # Two arrows the same way, and two arrows against each other: no colour is needed to tell the kinds apart.
 _SHAPES = {
@@ -18,10 +18,15 @@ _SHAPES = {
 }
 
 
-def families(report: SymmetryReport) -> str:
-    """List the families of a report, without those that scale one weight only; empty where there are no others."""
+def joint_families(report: SymmetryReport) -> list[SymmetryFamily]:
+    """The families of a report without those that scale one weight only, which are findings of that weight."""
     weights = {finding.name for finding in report.weights}
-    joint = [f for f in report.families if f.kind != "scale" or len(weights.intersection(f.parameters)) > 1]
+    return [f for f in report.families if f.kind != "scale" or len(weights.intersection(f.parameters)) > 1]
+
+
+def families(report: SymmetryReport) -> str:
+    """List the families that join several weights; empty where there are none."""
+    joint = joint_families(report)
     if not joint:
         return ""
     kinds = {family.kind for family in joint}
@@ -67,12 +72,11 @@ def _folded(
     refuted = found.certificate.verdict == "not invariant"
     css, doubt = ("s-disagreement", ", refuted") if refuted else (css, "")
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    count = "1 symmetry" if found.count == 1 else f"{found.count} symmetries"
     rest = [("Certificate", escape(certificate_text(found.certificate))), ("Remedy", escape(found.remedy))]
     return (
         f'<li><details class="card"><summary><svg class="mark {css}" aria-hidden="true" width="14" height="14" '
         f'viewBox="-7 -7 14 14">{shape}</svg><span class="who"><span class="name">{dotted(names[0])}{others}</span>'
-        f'<span class="said">{escape(found.kind)}{doubt} · {count}</span></span></summary>'
+        f'<span class="said">{escape(found.kind)}{doubt} · {plural(found.count, "symmetry")}</span></span></summary>'
         f'<div class="body">{facts([*told, *rest])}</div></details></li>'
     )
 

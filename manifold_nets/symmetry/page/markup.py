@@ -107,10 +107,12 @@ def plural(count: int, noun: str) -> str:
     """A count and its noun.
 
     Example:
-        >>> plural(1, "weight"), plural(2, "weight")
-        ('1 weight', '2 weights')
+        >>> plural(1, "weight"), plural(2, "weight"), plural(2, "symmetry")
+        ('1 weight', '2 weights', '2 symmetries')
     """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    if count != 1:
+        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
+    return f"{count} {noun}"
 
 
 def symbols() -> str:
