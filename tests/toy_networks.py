@@ -42,7 +42,14 @@ class Lambda(nn.Module):
 
 
 def _seq(*layers: nn.Module) -> Callable[[], nn.Module]:
-    return lambda: copy.deepcopy(nn.Sequential(*layers))
+    def build() -> nn.Module:
+        model = copy.deepcopy(nn.Sequential(*layers))
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # drawn anew, so that the values follow the seed of the test
+        return model
+
+    return build
 
 
 def _standardized(m: Lambda, x: Tensor) -> Tensor:
