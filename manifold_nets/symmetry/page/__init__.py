@@ -27,7 +27,8 @@ from manifold_nets.symmetry.page.markup import (
     table,
 )
 from manifold_nets.symmetry.page.network import network
-from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
+from manifold_nets.symmetry.report import SymmetryFamily, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
 __all__ = ["page_html", "write_page"]
 
@@ -116,7 +117,8 @@ def _summary(report: SymmetryReport) -> str:
     counts, total = report.counts(), len(report.weights)
     on_spheres, free = counts.get("constrained", 0), counts.get("invariant", 0)
     groups = sum(w.partition.n_groups for w in report.invariant if w.partition is not None)
-    said = [f"Of {plural(total, 'weight')} with at least two dimensions, {free + on_spheres} are scale-invariant"]
+    found = f"{free + on_spheres or 'none'} {'is' if free + on_spheres < 2 else 'are'}"
+    said = [f"Of {plural(total, 'weight')} with at least two dimensions, {found} scale-invariant"]
     said[0] += f": {plural(groups, 'group')} of entries whose length the network does not see." if groups else "."
     if free:
         what = "It" if free == 1 else f"All {free} of them" if not on_spheres else f"{free} of them"
@@ -124,8 +126,8 @@ def _summary(report: SymmetryReport) -> str:
     if on_spheres:
         said.append(f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already.")
     for place, count, what in (
-        ("families", sum(family.count for family in joint_families(report)), "join several weights"),
-        ("shifts", sum(shift.count for shift in report.shifts), "are shifts"),
+        ("families", _certified(joint_families(report)), "join several weights"),
+        ("shifts", _certified(report.shifts), "are shifts"),
     ):
         if count:
             said.append(f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.')
@@ -150,6 +152,10 @@ def _summary(report: SymmetryReport) -> str:
         )
     counted = table("Weights by status", ("Status", "Weights", "Entries", "Meaning"), rows)
     return f'<p class="lead">{" ".join(said)}</p>{counted}'
+
+
+def _certified(found: Iterable[SymmetryFamily | ShiftSymmetry]) -> int:
+    return sum(symmetry.count for symmetry in found if symmetry.certificate.verdict == "invariant")
 
 
 def _rank(status: str) -> int:

@@ -138,7 +138,7 @@ def _edges(part: Part, graph: Sequence[GraphNode], findings: Mapping[str, Weight
     nodes = "".join(_node(node, row, findings, absorbing) for row, node in enumerate(part.nodes))
     return (
         f'<svg class="edges" aria-hidden="true" width="{width:.0f}" height="{height}">'
-        f'<path class="edge" d="{path}"/>{nodes}</svg>'
+        f'<path class="edge" style="stroke-width:{min(1.5, gap / 3):.2f}" d="{path}"/>{nodes}</svg>'
     )
 
 

@@ -32,6 +32,11 @@ class Link:
     because: Break
 
 
+def _never(module: str) -> bool:
+    """Take every module for active."""
+    return False
+
+
 @dataclass
 class ShiftUse(Use):
     """An operation at which a shift arrives.
@@ -43,7 +48,7 @@ class ShiftUse(Use):
 
     links: list[Link] = field(default_factory=list)
     rows: dict[Node, int] = field(default_factory=dict)
-    inactive: Callable[[str], bool] = lambda module: False
+    inactive: Callable[[str], bool] = _never
     first_link: int = 0
 
     def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
