@@ -15,7 +15,7 @@ from manifold_nets.symmetry.page import write_page
 from .learning_rates import optimizer_options, shown_rates
 from .options import OutputFile, Request, model_options
 from .outcome import Outcome, reported
-from .render import progress, report_table
+from .render import progress, report_table, shifts_table
 
 
 @click.command()
@@ -23,20 +23,30 @@ from .render import progress, report_table
 @click.option(
     "--tolerance", type=float, default=1e-8, show_default=True, help="Largest certificate of an invariant group."
 )
+@click.option(
+    "--loss",
+    type=click.Choice(["cross_entropy", "softmax"]),
+    help="What the outputs are logits of: shifts of all logits count as well.",
+)
 @click.option("--html", type=OutputFile(), help="Also write the report as one self-contained HTML page.")
 @reported
 @optimizer_options
-def diagnose(request: Request, tolerance: float, html: Path | None, settings: OptimizerSettings | None) -> Outcome:
+def diagnose(
+    request: Request, tolerance: float, loss: str | None, html: Path | None, settings: OptimizerSettings | None
+) -> Outcome:
     """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
     with progress(f"Tracing {request.spec} and certifying its symmetries …"):
         model = request.model()
-        report = find_symmetries(model, request.inputs(model), tolerance=tolerance, seed=request.seed)
+        report = find_symmetries(model, request.inputs(model), tolerance=tolerance, seed=request.seed, loss=loss)
     found = f"{len(report.invariant)} of {len(report.weights)} weights are scale-invariant."
     remedies = [f"{weight.name}: {weight.remedy}" for weight in report.disagreements]
     remedies += [f"{family}: {family.remedy}" for family in report.refuted_families]
+    remedies += [f"{shift}: {shift.remedy}" for shift in report.refuted_shifts]
     failures = [f"structure and certificate disagree on {text}" for text in remedies]
     document: dict[str, object] = {"report": report.to_dict()}
     shown: list[RenderableType] = [report_table(report), found]
+    if report.shifts:
+        shown.append(shifts_table(report))
     if settings is not None:
         rates = matched_learning_rates(model, report, **vars(settings))
         document["learning_rates"] = rates.to_dict()

@@ -13,8 +13,9 @@ from rich.text import Text
 from manifold_nets.conversion import ConversionPlan
 from manifold_nets.errors import listed
 from manifold_nets.symmetry import SymmetryReport, WeightFinding
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
-__all__ = ["complain", "note", "plan_table", "progress", "report_table", "rows_table", "show"]
+__all__ = ["complain", "note", "plan_table", "progress", "report_table", "rows_table", "shifts_table", "show"]
 
 # Where output goes to a file there is no window to fit into, and a line should stay a line.
 _FILE_WIDTH = 180
@@ -81,6 +82,21 @@ def report_table(report: SymmetryReport) -> Table:
         value = weight.certificate.value
         certificate = weight.certificate.verdict if value is None else f"{value:.1e}"
         table.add_row(weight.name, _styled(weight.status), certificate, groups, _why(weight))
+    return table
+
+
+def shifts_table(report: SymmetryReport) -> Table:
+    """Tabulate the shifts that the function does not see, one row for each kind and operation that absorbs them."""
+    found: dict[tuple[str, str, str], list[ShiftSymmetry]] = {}
+    for shift in report.shifts:
+        operations = ", ".join(dict.fromkeys(absorber.op for absorber in shift.absorbers))
+        found.setdefault((shift.kind, shift.certificate.verdict, operations), []).append(shift)
+    table = _table("shift", "count", "certificate", "parameters", "absorbed by", title="Shifts without effect")
+    for (kind, verdict, operations), shifts in found.items():
+        values = [shift.certificate.value for shift in shifts if shift.certificate.value is not None]
+        certificate = f"{max(values):.1e}" if verdict == "invariant" else f"{verdict}"
+        names = dict.fromkeys(name for shift in shifts for name in shift.parameters)
+        table.add_row(kind, str(sum(s.count for s in shifts)), certificate, listed(names, limit=2), operations)
     return table
 
 

@@ -29,7 +29,7 @@ __all__ = ["follow_shifts", "shift_symmetries"]
 
 _TABLES = (shifting, shift_absorbing)  # importing them fills the table of rules
 # Larger parameters that are no biases get one shift a filter or a row instead of one an entry.
-_LARGEST_BY_ENTRY = 4096
+_LARGEST_BY_ENTRY = 1024
 _DROPOUT_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p")
 
 
@@ -230,14 +230,29 @@ def _drops_samples(model: nn.Module) -> bool:
 def _added_parameters(
     graph: TracedGraph, judge: ShiftJudge, inactive: Callable[[str], bool], loss: bool
 ) -> list[ShiftSymmetry]:
-    """Shifts of biases and other parameters that are added, all at once."""
-    scales, seeds, shapes = Scales(), {}, {}
+    """Shifts of biases, all at once, and of larger parameters that are added, one after the other."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in dict.fromkeys(graph.parameters.values()):
         sources = [node for node in graph.placeholders_of(name) if node.users]
         if sources and (shape := _shape(sources[0])) and not _only_multiplies(sources):
-            where = _seed_shape(shape)
-            seeds[name] = scales.add(int(np.prod(where))).reshape(where)
             shapes[name] = shape
+    together: list[dict[str, tuple[int, ...]]] = [{name: shape for name, shape in shapes.items() if len(shape) == 1}]
+    # Positions times channels would be too many different sums.
+    together += [{name: shape} for name, shape in shapes.items() if len(shape) > 1]
+    return [found for part in together for found in _shifts_of(graph, part, judge, inactive, loss)]
+
+
+def _shifts_of(
+    graph: TracedGraph,
+    shapes: dict[str, tuple[int, ...]],
+    judge: ShiftJudge,
+    inactive: Callable[[str], bool],
+    loss: bool,
+) -> list[ShiftSymmetry]:
+    scales, seeds = Scales(), {}
+    for name, shape in shapes.items():
+        where = _seed_shape(shape)
+        seeds[name] = scales.add(int(np.prod(where))).reshape(where)
     count = scales.count
     absorbed = follow_shifts(graph, seeds, scales, inactive=inactive, loss=loss)
     directions: dict[int, Direction] = {}

@@ -166,16 +166,18 @@ def matmul(use: ShiftUse) -> Result:
     """Matrix products: a shift of one factor that is the same in all rows (columns) is so in the product."""
     other = "mat2" if "mat2" in use.args else "other"
     left, right = use.label("self"), use.label(other)
-    if (left is not None and right is not None) or min(len(use.shape("self")), len(use.shape(other))) < 2:
+    if min(len(use.shape("self")), len(use.shape(other))) < 2:
         use.pin("multiplies shifted tensors")
         return None
-    label = left if left is not None else right
-    if label is None:
-        return None
-    shape = list(use.out_shape)
-    axis = -2 if left is not None else -1
-    shape[axis] = label.ids.shape[axis]
-    return use.fresh(label.ids, shape, "multiplies with a tensor")
+    # The product of both shifts has the pattern of each of the other terms, whose unknowns are arbitrary.
+    total = unscaled(len(use.out_shape))
+    for label, axis in ((left, -2), (right, -1)):
+        if label is not None:
+            shape = list(use.out_shape)
+            shape[axis] = label.ids.shape[axis]
+            made = use.fresh(label.ids, shape, "multiplies with a tensor")
+            total = total if made is None else use.scales.sum(total, made.ids)  # type: ignore[union-attr]
+    return Label.compressed(total)
 
 
 @shift_rule("scaled_dot_product_attention")

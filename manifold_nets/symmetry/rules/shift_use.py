@@ -20,7 +20,7 @@ from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label
 __all__ = ["SHIFT_RULES", "Link", "ShiftUse", "apply_rule", "first_label", "reduced_axes", "shift_rule", "varies"]
 
 # Beyond this many new unknowns at one operation the shift is not followed any further.
-_LARGEST_LINK = 20_000
+_LARGEST_LINK = 4_096
 
 
 @dataclass(frozen=True)

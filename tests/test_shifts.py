@@ -1,0 +1,234 @@
+"""Shift symmetries: found, certified, true when they are carried out, and refuted where a rule is wrong."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from test_diagnose import BRUTE_FORCE_TOLERANCE, HAND_WRITTEN_EPS, build, sharp
+from torch import Tensor, nn
+from toy_networks import TOYS, Lambda
+
+import manifold_nets as mn
+from manifold_nets.errors import LossError
+from manifold_nets.symmetry.rules.shift_use import SHIFT_RULES
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
+
+
+class Stream(nn.Module):
+    """A residual stream with normalizations in front of its branches, one of them attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.n1, self.n2, self.n3 = nn.Linear(5, 8), nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.up, self.down, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        y = self.n1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        x = x + self.down(F.gelu(self.up(self.n2(x))))
+        return self.head(self.n3(x))
+
+
+C = nn.Conv2d
+IMAGE, ROWS, SEQUENCE = (4, 3, 9, 9), (6, 5), (4, 7, 5)
+Expected = dict[tuple[str, str], int]
+Case = tuple[Callable[[], nn.Module], tuple[int, ...], Expected]
+CASES: dict[str, Case] = {
+    "conv-bn": (lambda: nn.Sequential(C(3, 6, 3), nn.BatchNorm2d(6)), IMAGE, {("dead bias", "0.bias"): 6}),
+    "conv-relu-bn": (lambda: nn.Sequential(C(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE, {}),
+    "conv-in": (lambda: nn.Sequential(C(3, 6, 3), nn.InstanceNorm2d(6)), IMAGE, {("dead bias", "0.bias"): 6}),
+    "conv-gn": (lambda: nn.Sequential(C(3, 6, 3), nn.GroupNorm(3, 6)), IMAGE, {("bias shift", "0.bias"): 3}),
+    "conv-max-bn": (
+        lambda: nn.Sequential(C(3, 6, 3), nn.MaxPool2d(3, 2, 1), nn.BatchNorm2d(6)), IMAGE,
+        {("dead bias", "0.bias"): 6},
+    ),
+    "conv-padded mean-bn": (
+        lambda: nn.Sequential(C(3, 6, 3), nn.AvgPool2d(3, 2, 1), nn.BatchNorm2d(6)), IMAGE, {},
+    ),
+    "bn-1x1-bn": (
+        lambda: nn.Sequential(C(3, 6, 3, bias=False), nn.BatchNorm2d(6), C(6, 4, 1, bias=False), nn.BatchNorm2d(4)),
+        IMAGE, {("dead bias", "1.bias"): 6},
+    ),
+    "bn-3x3-bn": (
+        lambda: nn.Sequential(
+            C(3, 6, 3, bias=False), nn.BatchNorm2d(6), C(6, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        ),
+        IMAGE, {},
+    ),
+    "linear-ln": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6)), ROWS,
+        {("bias shift", "0.bias"): 1, ("row shift", "0.weight"): 5},
+    ),
+    "linear-gn": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.GroupNorm(2, 6)), ROWS,
+        {("bias shift", "0.bias"): 2, ("row shift", "0.weight"): 10},
+    ),
+    "linear-rms": (lambda: nn.Sequential(nn.Linear(5, 6), nn.RMSNorm(6)), ROWS, {}),
+    "linear-softmax": (
+        lambda: nn.Sequential(nn.Linear(5, 6), nn.Softmax(-1)), ROWS,
+        {("logit shift", "0.bias"): 1, ("row shift", "0.weight"): 5},
+    ),
+    "logits without a loss": (lambda: nn.Sequential(nn.Linear(5, 6)), ROWS, {}),
+    "redundant": (
+        lambda: Lambda(lambda m, x: F.relu(m.a(x) + m.b(x.flip(0))), a=nn.Linear(5, 6), b=nn.Linear(5, 6)), ROWS,
+        {("redundant biases", "a.bias"): 6},
+    ),
+    "stream": (
+        Stream, SEQUENCE,
+        {
+            ("bias shift", "enter.bias"): 1, ("row shift", "enter.weight"): 5,
+            ("dead bias", "attention.in_proj_bias"): 8, ("bias shift", "attention.out_proj.bias"): 1,
+            ("row shift", "attention.out_proj.weight"): 8,
+            ("bias shift", "down.bias"): 1, ("row shift", "down.weight"): 12,
+        },
+    ),
+    "dense": (TOYS["dense"].build, IMAGE, {("dead bias", "a.bias"): 4, ("dead bias", "b.bias"): 5}),
+    "weight standardization": (
+        TOYS["weight standardization"].build, IMAGE, {("filter shift", "c.weight"): 6},
+    ),
+}  # fmt: skip
+
+
+def made(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(5)
+    build_model, shape, _ = CASES[name]
+    return build_model(), torch.randn(shape, generator=torch.Generator().manual_seed(11))
+
+
+def found(shifts: tuple[ShiftSymmetry, ...]) -> Expected:
+    return {(shift.kind, shift.parameters[0]): shift.count for shift in shifts}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_finds_the_expected_shifts_and_certifies_them(name: str) -> None:
+    model, x = made(name)
+    report = mn.diagnose(model, x)
+    assert found(report.shifts) == CASES[name][2]
+    assert all(shift.certificate.verdict == "invariant" for shift in report.shifts), str(report)
+
+
+def displaced(model: nn.Module, shift: ShiftSymmetry, index: int) -> nn.Module:
+    """The model with 0.7 added along one direction of a shift."""
+    moved = copy.deepcopy(model)
+    parameters = dict(moved.named_parameters())
+    with torch.no_grad():
+        if shift.partition is not None:
+            mask = shift.partition.group_ids() == shift.groups[index]
+            parameters[shift.parameters[0]][mask] += 0.7
+        else:
+            for name, entries in shift.directions[index].items():
+                for entry, coefficient in entries.items():
+                    parameters[name].view(-1)[entry] += 0.7 * coefficient
+    return moved
+
+
+def change(model: nn.Module, x: Tensor, shift: ShiftSymmetry, index: int) -> float:
+    """Relative change of the output when a shift is carried out, in float64 with negligible eps."""
+    twin = sharp(model)
+    x = x.double() if x.is_floating_point() else x
+    moved = displaced(twin, shift, index)
+    with torch.no_grad():
+        before, after = twin(x), moved(x)
+    return float((before - after).abs().max() / before.abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_carrying_a_shift_out_leaves_the_function_alone(name: str) -> None:
+    model, x = made(name)
+    shifts = mn.diagnose(model, x).shifts
+    assert len(shifts) == len(CASES[name][2])
+    for shift in shifts:
+        for index in {0, shift.count - 1}:
+            assert change(model, x, shift, index) <= BRUTE_FORCE_TOLERANCE, str(shift)
+
+
+@pytest.mark.parametrize("name", [n for n in TOYS if n not in HAND_WRITTEN_EPS])
+def test_shifts_of_all_toys_are_true(name: str) -> None:
+    model, x = build(TOYS[name]), TOYS[name].inputs()
+    report = mn.diagnose(model, x)
+    assert not report.refuted_shifts, str(report)
+    for shift in report.shifts:
+        assert change(model, x, shift, 0) <= BRUTE_FORCE_TOLERANCE, str(shift)
+
+
+PLANTED = {
+    "relu": ("conv-relu-bn", "relu", lambda use: use.label("self")),
+    "a mean that is not subtracted": ("linear-rms", "rms_norm", lambda use: SHIFT_RULES["layer_norm"](use)),
+    "zeros of the padding": ("conv-padded mean-bn", "avg_pool2d", lambda use: use.label("self")),
+    "queries": ("stream", "scaled_dot_product_attention", lambda use: use.absorb("softmax", use.label("query").ids)),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_certificate_and_brute_force_catch_a_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, op, wrong = PLANTED[fault]
+    model, x = made(name)
+    assert not mn.diagnose(model, x).refuted_shifts
+    monkeypatch.setitem(SHIFT_RULES, op, wrong)
+    refuted = mn.diagnose(model, x).refuted_shifts
+    assert refuted
+    with pytest.raises(AssertionError):
+        assert all(change(model, x, shift, 0) <= BRUTE_FORCE_TOLERANCE for shift in refuted)
+
+
+def mean_square(outputs: Tensor) -> Tensor:
+    return outputs.square().mean()
+
+
+def likelihood(outputs: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, torch.zeros(len(outputs), dtype=torch.long))
+
+
+LOGITS = {("logit shift", "0.bias"): 1, ("row shift", "0.weight"): 5}
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [("cross_entropy", LOGITS), ("softmax", LOGITS), (likelihood, LOGITS), (mean_square, {}), (None, {})],
+)
+def test_a_loss_of_logits_absorbs_what_is_added_to_all_of_them(loss: Any, expected: Expected) -> None:
+    model, x = made("logits without a loss")
+    report = mn.diagnose(model, x, loss=loss)
+    assert found(report.shifts) == expected
+    assert all(shift.certificate.verdict == "invariant" for shift in report.shifts)
+
+
+def test_a_loss_that_is_none_is_refused() -> None:
+    model, x = made("logits without a loss")
+    with pytest.raises(LossError, match="hinge"):
+        mn.diagnose(model, x, loss="hinge")
+    with pytest.raises(LossError, match="TypeError"):
+        mn.diagnose(model, x, loss=lambda: torch.zeros(()))
+
+
+def test_dropout_counts_only_where_it_drops() -> None:
+    for probability, expected in ((0.0, {("dead bias", "0.bias"): 6}), (0.3, {})):
+        model = nn.Sequential(C(3, 6, 3), nn.Dropout(probability), nn.BatchNorm2d(6))
+        assert found(mn.diagnose(model, torch.randn(IMAGE)).shifts) == expected
+
+
+def test_shifts_are_in_the_text_and_in_the_data() -> None:
+    report = mn.diagnose(*made("conv-bn"))
+    data = json.loads(json.dumps(report.to_dict()))["shifts"]
+    assert [(s["kind"], s["parameters"], s["count"]) for s in data] == [("dead bias", ["0.bias"], 6)]
+    assert "running_mean" in data[0]["remedy"]
+    assert "6 × dead bias: 0.bias · absorbed by 1 (batch_norm)" in str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_the_biases_of_vgg_are_dead() -> None:
+    model = mn.sources.load_model("torchvision:vgg16_bn")
+    shifts = mn.diagnose(model, torch.randn(2, 3, 64, 64)).shifts
+    assert [s.kind for s in shifts] == ["dead bias"] * 13
+    assert sum(s.count for s in shifts) == 4224
+    assert all(s.certificate.verdict == "invariant" for s in shifts)
