@@ -96,12 +96,12 @@ def network(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
 
 
 def _row(node: GraphNode, part: Part, findings: Mapping[str, WeightFinding], anchors: Mapping[str, str]) -> str:
-    name = node.name.removeprefix(part.prefix) or node.name
+    name = node.name.removeprefix(part.prefix).removeprefix(f"{part.title}:")
     known = [findings[weight] for weight in node.weights if weight in findings]
     text = escape(name)
     if known:
         text = f'<a href="#{anchors[known[0].name]}">{text}</a>'
-    said = [node.label] if node.label not in (name, name.rpartition(":")[2]) else []
+    said = [node.label] if node.label != name.rpartition(":")[2].partition(" #")[0] else []
     said += [groups_text(finding) or finding.status for finding in known[:2]]
     hidden = f"; reads {', '.join(node.inputs)}" if len(node.inputs) > 1 else ""
     status = "".join(f", {finding.status}" for finding in known if finding.partition is not None)
