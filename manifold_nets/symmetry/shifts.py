@@ -123,8 +123,10 @@ class _Walk:
         open_links = list(self.links)
         while True:
             kept = []
+            solved = np.ones(self.scales.count, dtype=bool)
+            solved[self.scales.free] = False
             for link in open_links:
-                if (self.scales.roots(link.results) == link.results).all():
+                if not solved[link.unknowns.start : link.unknowns.stop].any():
                     kept.append(link)
                 else:
                     self.scales.pin(link.sources, link.because)
@@ -146,8 +148,7 @@ class _Walk:
 
         for link in self.links:
             behind = sources(link.sources)
-            for number in np.unique(self.scales.roots(link.results)).tolist():
-                origin.update(dict.fromkeys(self.scales.form(number), behind))
+            origin.update(dict.fromkeys(link.unknowns, behind))
         result: dict[int, list[Absorption]] = {}
         for absorption in self.absorptions:
             for k in sources(absorption.ids):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
+from manifold_nets.symmetry.rules.shift_use import LARGEST_LINK, ShiftUse, first_label, reduced_axes, shift_rule, varies
 from manifold_nets.symmetry.rules.use import Result, aligned, unscaled
 from manifold_nets.symmetry.scales import Ids, Label
 
@@ -169,6 +169,9 @@ def matmul(use: ShiftUse) -> Result:
     if min(len(use.shape("self")), len(use.shape(other))) < 2:
         use.pin("multiplies shifted tensors")
         return None
+    if left is not None and right is not None and int(np.prod(use.out_shape)) > LARGEST_LINK:
+        use.pin("makes too many different shifts to follow", left, unknown=True)
+        left = None
     # The product of both shifts has the pattern of each of the other terms, whose unknowns are arbitrary.
     total = unscaled(len(use.out_shape))
     for label, axis in ((left, -2), (right, -1)):

@@ -17,10 +17,20 @@ from torch.fx import Node
 from manifold_nets.symmetry.rules.use import RULES, Result, Use
 from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label
 
-__all__ = ["SHIFT_RULES", "Link", "ShiftUse", "apply_rule", "first_label", "reduced_axes", "shift_rule", "varies"]
+__all__ = [
+    "LARGEST_LINK",
+    "SHIFT_RULES",
+    "Link",
+    "ShiftUse",
+    "apply_rule",
+    "first_label",
+    "reduced_axes",
+    "shift_rule",
+    "varies",
+]
 
 # Beyond this many new unknowns at one operation the shift is not followed any further.
-_LARGEST_LINK = 4_096
+LARGEST_LINK = 2_048
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Link:
 
     sources: Ids
     results: Ids
+    unknowns: range
     because: Break
 
 
@@ -53,13 +64,15 @@ class ShiftUse(Use):
 
     def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
         """Label of a linear image of the sources: one unknown an entry, none where the mask is unscaled."""
-        if int(np.prod(shape)) > _LARGEST_LINK:
+        if int(np.prod(shape)) > LARGEST_LINK:
             self.scales.pin(sources, self.why("makes too many different shifts to follow", unknown=True))
             return None
+        first = self.scales.count
         ids = self.scales.add(int(np.prod(shape))).reshape(tuple(shape))
+        unknowns = range(first, self.scales.count)
         if mask is not None:
             ids = np.where(np.broadcast_to(self.scales.roots(mask), ids.shape) == UNSCALED, UNSCALED, ids)
-        self.links.append(Link(sources, ids, self.why(reason)))
+        self.links.append(Link(sources, ids, unknowns, self.why(reason)))
         return Label(ids)
 
     def is_linked(self, ids: Ids) -> bool:
