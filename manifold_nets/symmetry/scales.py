@@ -180,9 +180,12 @@ class Scales:
         self._reduced.clear()
 
     def _reduce(self, number: int) -> int:
+        form = self._forms[number]
+        if self._solved.keys().isdisjoint(form):
+            return number
         known = self._reduced.get(number)
         if known is None:
-            known = self._reduced[number] = self._number(self._expressed(self._forms[number]))
+            known = self._reduced[number] = self._number(self._expressed(form))
         return known
 
     def _expressed(self, form: Form) -> Form:
