@@ -20,7 +20,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EulerField
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, is_in_place, op_name
 from manifold_nets.symmetry.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
-from manifold_nets.symmetry.rules.shift_use import Link, ShiftUse, apply_rule
+from manifold_nets.symmetry.rules.shift_use import Link, Shifts, ShiftUse, apply_rule
 from manifold_nets.symmetry.scales import UNSCALED, Ids, Label, Scales
 from manifold_nets.symmetry.shift_certificate import Direction, ShiftJudge
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
@@ -250,7 +250,7 @@ def _shifts_of(
     inactive: Callable[[str], bool],
     loss: bool,
 ) -> list[ShiftSymmetry]:
-    scales, seeds = Scales(), {}
+    scales, seeds = Shifts(), {}
     for name, shape in shapes.items():
         where = _seed_shape(shape)
         seeds[name] = scales.add(int(np.prod(where))).reshape(where)
@@ -307,7 +307,7 @@ def _row_shifts(
         return []
     best: tuple[float, Partition, list[int], list[Absorption]] | None = None
     for blocks, partition in _row_partitions(graph, users, _shape(sources[0])):
-        scales = Scales(blocks)
+        scales = Shifts(blocks)
         ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in _shape(sources[0])[1:]))
         absorbed = follow_shifts(graph, {name: ids}, scales, rows={name: blocks}, inactive=inactive, loss=loss)
         free = [k for k in scales.free if k in absorbed]
