@@ -15,7 +15,7 @@ from manifold_nets.symmetry.page import write_page
 from .learning_rates import optimizer_options, shown_rates
 from .options import OutputFile, Request, model_options
 from .outcome import Outcome, reported
-from .render import progress, report_table, shifts_table
+from .render import families_table, progress, report_table, shifts_table
 
 
 @click.command()
@@ -45,6 +45,9 @@ def diagnose(
     failures = [f"structure and certificate disagree on {text}" for text in remedies]
     document: dict[str, object] = {"report": report.to_dict()}
     shown: list[RenderableType] = [report_table(report), found]
+    families = families_table(report)
+    if families is not None:
+        shown.append(families)
     if report.shifts:
         shown.append(shifts_table(report))
     if settings is not None:

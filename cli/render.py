@@ -15,7 +15,17 @@ from manifold_nets.errors import listed
 from manifold_nets.symmetry import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
-__all__ = ["complain", "note", "plan_table", "progress", "report_table", "rows_table", "shifts_table", "show"]
+__all__ = [
+    "complain",
+    "families_table",
+    "note",
+    "plan_table",
+    "progress",
+    "report_table",
+    "rows_table",
+    "shifts_table",
+    "show",
+]
 
 # Where output goes to a file there is no window to fit into, and a line should stay a line.
 _FILE_WIDTH = 180
@@ -82,6 +92,27 @@ def report_table(report: SymmetryReport) -> Table:
         value = weight.certificate.value
         certificate = weight.certificate.verdict if value is None else f"{value:.1e}"
         table.add_row(weight.name, _styled(weight.status), certificate, groups, _why(weight))
+    return table
+
+
+def families_table(report: SymmetryReport) -> Table | None:
+    """Tabulate the scale symmetries that several parameters share, one row a family; None where there are none."""
+    shared = [family for family in report.families if len(family.parameters) > 1]
+    if not shared:
+        return None
+    table = _table("kind", "count", "certificate", "multiplied", "divided", title="Symmetries across parameters")
+    for family in shared:
+        value = family.certificate.value
+        certificate = f"{value:.1e}" if family.certificate.verdict == "invariant" else family.certificate.verdict
+        parts = {
+            sign: [
+                f"{m.parameter} {m.part}" for m in family.members if (m.exponent is not None and m.exponent < 0) == sign
+            ]
+            for sign in (False, True)
+        }
+        table.add_row(
+            family.kind, str(family.count), certificate, listed(parts[False], limit=2), listed(parts[True], limit=2)
+        )
     return table
 
 

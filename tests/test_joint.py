@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from click.testing import CliRunner
 from test_diagnose import BRUTE_FORCE_TOLERANCE, HAND_WRITTEN_EPS, PLANTED, build, sharp
 from torch import Tensor, nn
 from toy_networks import TOYS, Lambda, Toy
 
 import manifold_nets as mn
+from manifold_nets.cli import main
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 from manifold_nets.symmetry.graph import split_inputs, to_float64, trace
 from manifold_nets.symmetry.joint import solve_jointly
@@ -183,3 +186,13 @@ def test_families_are_data() -> None:
     assert data[0]["kind"] == "scale"
     assert data[0]["members"][0] == {"parameter": "0.weight", "part": "rows", "exponent": 1.0, "size": 1}
     assert "1.weight entries" in str(report)
+
+
+def test_command_line_lists_them() -> None:
+    spec = Path(__file__).parents[1] / "examples" / "digits.py"
+    if not spec.is_file():
+        pytest.skip("the examples are not beside the tests")
+    result = CliRunner().invoke(main, ["diagnose", f"{spec}:network", "--input-shape", "1,8,8"])
+    assert result.exit_code == 0
+    assert "Symmetries across parameters" in result.stdout
+    assert "3.weight columns" in result.stdout
