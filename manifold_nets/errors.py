@@ -39,6 +39,7 @@ __all__ = [
     "SphereOptionError",
     "StateDictMismatchError",
     "UnsupportedManifoldError",
+    "UnsupportedModelError",
     "WeightsFileError",
 ]
 
@@ -167,14 +168,30 @@ class ExampleInputsError(ManifoldNetsError, ValueError):
 
 
 class AnalysisError(ManifoldNetsError, RuntimeError):
-    """The structure of a model could not be read."""
+    """A model could not be copied for analysis, or its structure could not be read."""
 
-    def __init__(self, model: str, cause: BaseException) -> None:
+    def __init__(self, model: str, cause: BaseException, *, copying: bool = False) -> None:
         lines = str(cause).strip().splitlines()
+        self.why = f"{type(cause).__name__}: {lines[0] if lines else ''}"
+        if copying:
+            told = (
+                f"copy.deepcopy could not copy it ({self.why}); a model that can be copied is expected. Take what "
+                "cannot be copied (locks, open files, generators) out of its attributes, or analyse a submodule."
+            )
+        else:
+            told = (
+                f"torch.export could not trace it ({self.why}); a model whose control flow does not depend on the data "
+                "is expected. Move such control flow out of forward, or analyse the submodule that it surrounds."
+            )
+        super().__init__(f"{model}: {told}")
+
+
+class UnsupportedModelError(ManifoldNetsError, TypeError):
+    """A model is of a kind whose weights or operations are out of reach."""
+
+    def __init__(self, model: str, found: str, remedy: str) -> None:
         super().__init__(
-            f"{model}: torch.export could not trace it ({type(cause).__name__}: {lines[0] if lines else ''}); a model "
-            "whose control flow does not depend on the data is expected. Move such control flow out of forward, or "
-            "analyse the submodule that it surrounds."
+            f"{model}: {found}; expected a Python module with floating-point weights that have values. {remedy}"
         )
 
 

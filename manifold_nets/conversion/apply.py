@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from manifold_nets.conversion.verify import Verification, both_modes, compare_ou
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry.report import Absorber
+from manifold_nets.symmetry.twin import duplicate
 
 __all__ = ["ConversionRecord", "conversion_record", "convert"]
 
@@ -110,7 +110,7 @@ def convert(
     if not chosen.spheres and not any(action.action == "already" for action in chosen.actions):
         raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions])
     before = both_modes(model, chosen.example_inputs)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else duplicate(model)
     undo = _carry_out(target, chosen)
     verification = compare_outputs(before, both_modes(target, chosen.example_inputs))
     limit = eval_limit(_dtype(target))

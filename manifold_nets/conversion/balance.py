@@ -7,7 +7,6 @@ its minimum symmetry by symmetry, again and again, reaches the minimum over all 
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, ReportMismatchError
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
+from manifold_nets.symmetry.twin import duplicate
 
 __all__ = ["BalanceRecord", "balance"]
 
@@ -103,7 +103,7 @@ def balance(
     values = {name: parameters[name].detach().to(torch.float64).clone() for name in names}
     before = _norm(values)
     sweeps = _descend(chosen, values)
-    target = model if inplace else copy.deepcopy(model)
+    target = model if inplace else duplicate(model)
     verification = _put_in_place(model, target, values, report.example_inputs)
     record = BalanceRecord(tuple(map(str, chosen)), tuple(left), before, _norm(values), sweeps, verification)
     return target, record

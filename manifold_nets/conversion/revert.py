@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 from manifold_nets.constraints import constrained_weights, detach
 from manifold_nets.conversion.apply import _RECORD
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.layers import UNIT_NORM_LAYERS
+from manifold_nets.symmetry.twin import duplicate
 
 __all__ = ["revert"]
 
@@ -57,8 +56,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     """Deep copy, with the gradients, which copying a parameter drops."""
-    duplicate = copy.deepcopy(model)
-    for old, new in zip(model.parameters(), duplicate.parameters(), strict=True):
+    copied = duplicate(model)
+    for old, new in zip(model.parameters(), copied.parameters(), strict=True):
         if old.grad is not None:
             new.grad = old.grad.detach().clone()
-    return duplicate
+    return copied

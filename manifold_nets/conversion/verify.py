@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.errors import ExampleInputsError
-from manifold_nets.symmetry.certificate import output_tensors
-from manifold_nets.symmetry.graph import split_inputs
+from manifold_nets.symmetry.graph import output_tensors, split_inputs
+from manifold_nets.symmetry.twin import duplicate, random_numbers
 
 __all__ = ["Verification", "both_modes", "compare_outputs", "eval_limit", "verify"]
 
@@ -54,14 +53,14 @@ def both_modes(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> dict[
     """
     args, kwargs = split_inputs(example_inputs)
     outputs: dict[str, list[Tensor]] = {}
-    twin = copy.deepcopy(model)
-    with torch.random.fork_rng(), torch.no_grad():
+    twin = duplicate(model)
+    with torch.no_grad():
         # Evaluation comes first: the forward pass in training mode moves the running statistics of the copy.
         for mode in ("eval", "train"):
             twin.train(mode == "train")
-            torch.manual_seed(seed)
             try:
-                result = twin(*args, **kwargs)
+                with random_numbers(seed):
+                    result = twin(*args, **kwargs)
             except Exception as error:
                 raise ExampleInputsError(f"inputs that fail in {mode} mode", error) from error
             outputs[mode] = [t.detach().clone() for t in output_tensors(result) if t.is_floating_point()]

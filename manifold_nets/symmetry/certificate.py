@@ -13,7 +13,6 @@ vanishes, and says so.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from manifold_nets.errors import AnalysisError, ExampleInputsError
-from manifold_nets.symmetry.graph import Inputs
+from manifold_nets.errors import ExampleInputsError
+from manifold_nets.symmetry.absent import absent
+from manifold_nets.symmetry.graph import Inputs, output_tensors
 from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
+from manifold_nets.symmetry.twin import is_continuous
 
-__all__ = ["EulerField", "analysis_copy", "euler_field", "output_tensors", "run"]
+__all__ = ["EulerField", "euler_field", "run", "silent_field"]
 
 # torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
 NEGLIGIBLE_EPS = 1e-30
@@ -111,38 +112,19 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
     return args, {**kwargs, name: value}
 
 
-def analysis_copy(model: nn.Module) -> nn.Module:
-    """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not touched.
-
-    Raises:
-        AnalysisError: the model cannot be copied.
-    """
-    try:
-        twin = copy.deepcopy(model)
-    except Exception as error:
-        raise AnalysisError(type(model).__name__, error) from error
-    twin = twin.to(torch.float64).train()
-    for module in twin.modules():
-        for attribute in ("p", "drop_prob", "drop_rate", "dropout", "dropout_p"):
-            if isinstance(module.__dict__.get(attribute), float):
-                setattr(module, attribute, 0.0)
-    for parameter in twin.parameters():
-        parameter.grad = None
-        parameter.requires_grad_(True)
-    return twin
-
-
 @dataclass(frozen=True)
 class EulerField:
     """Weights and gradients of one float64 pass, by parameter name.
 
     Args:
         weights: the parameters at which the gradients were taken.
-        gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on the parameter.
+        gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
+        silent: whether there are no values, as on the meta device.
     """
 
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    silent: bool = False
 
     def products(self, name: str) -> Tensor:
         """The Euler field ``e = w ⊙ ∂L/∂w`` of a parameter."""
@@ -159,9 +141,9 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
     """
-    device = next(iter(twin.parameters())).device
+    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    parameters = dict(twin.named_parameters())
+    parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     with torch.no_grad():
         for parameter in parameters.values():
             if parameter.ndim <= 1 or not bool(parameter.any()):
@@ -177,14 +159,36 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
             if logits and cotangent.ndim >= 2:
                 cotangent -= cotangent.mean(1, keepdim=True)
             loss = loss + (output * cotangent.to(output.dtype)).sum()
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return EulerField(
-        {name: parameter.detach() for name, parameter in parameters.items()},
-        {
-            name: torch.zeros_like(parameter, requires_grad=False) if gradient is None else gradient.detach()
-            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-        },
-    )
+        gradients: Sequence[Tensor | None] = (
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
+        )
+    weights = _zeros(twin)
+    slopes = dict(weights)
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
+    return EulerField(weights, slopes)
+
+
+def silent_field(twin: nn.Module) -> EulerField:
+    """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
+    zeros = {name: absent(parameter.shape) for name, parameter in twin.named_parameters()}
+    return EulerField(zeros, zeros, silent=True)
+
+
+def _zeros(twin: nn.Module) -> dict[str, Tensor]:
+    """Zeros in the shape of each parameter that take no memory."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return {name: zero.expand(parameter.shape) for name, parameter in twin.named_parameters()}
+
+
+def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and gradient; of a complex weight its modulus and the gradient along it, which have the same products."""
+    gradient = torch.zeros_like(weight) if gradient is None else gradient.detach()
+    if not weight.is_complex():
+        return weight, gradient
+    modulus = weight.abs()
+    radial = (weight.conj() * gradient).real
+    return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
@@ -199,25 +203,15 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         raise ExampleInputsError(f"tensors of shapes {shapes}", error) from error
-    return [leaf for leaf in output_tensors(result) if leaf.is_floating_point()]
+    tensors = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in output_tensors(result)]
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def _outputs_with_gradient(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
     outputs = [leaf for leaf in run(twin, inputs) if leaf.requires_grad]
-    if not outputs:
+    if not outputs and any(True for _ in twin.parameters()):
         raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
     return outputs
-
-
-def output_tensors(result: Any) -> list[Tensor]:
-    """All tensors in what a model returned: nested tuples, dictionaries and dataclasses."""
-    leaves: list[Tensor] = []
-    for leaf in pytree.tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            leaves.append(leaf)
-        elif hasattr(leaf, "__dict__"):
-            leaves.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
-    return leaves
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField, analysis_copy, euler_field, run
+from manifold_nets.symmetry.certificate import EulerField, euler_field, run, silent_field
+from manifold_nets.symmetry.certifier import Certifier
 from manifold_nets.symmetry.find import Structure, follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
@@ -20,6 +21,8 @@ from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, Sy
 from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.shift_certificate import Loss, sees_no_shift
 from manifold_nets.symmetry.shifts import shift_symmetries
+from manifold_nets.symmetry.twin import analysis_copy, is_continuous, is_meta, random_numbers
+from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
 
 __all__ = ["diagnose"]
 
@@ -33,6 +36,12 @@ def diagnose(
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
     float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate`). A contradiction between the two is
     reported as a disagreement. The model, its mode, buffers, gradients and the random state are left as they were.
+
+    Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
+    every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
+    blocks of filters, the whole tensor) that it calls invariant. A model on the meta device has a structure but no
+    values: the certificate has no evidence, and says so. A module that is in evaluation mode inside a model in training
+    mode is analysed as it stands, frozen; a model in evaluation mode is analysed as if it were in training mode.
 
     Args:
         model: the network, in any mode, dtype and device.
@@ -48,7 +57,8 @@ def diagnose(
 
     Raises:
         ExampleInputsError: the model refuses the inputs.
-        AnalysisError: the model cannot be copied or exported.
+        AnalysisError: the model cannot be copied.
+        UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
         LossError: the loss is no function and no name of one, or does not accept the outputs.
 
     References:
@@ -61,20 +71,19 @@ def diagnose(
         >>> [(w.name, w.status) for w in report.weights]
         [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
     """
-    inputs = to_float64(split_inputs(example_inputs))
-    with torch.random.fork_rng():
+    with random_numbers(seed):
         twin = analysis_copy(model)
-        graph = _trace(twin, inputs)
-        variances = _batch_variances(graph, twin, inputs, seed)
-        logits = sees_no_shift(loss, twin, inputs)
-        field = euler_field(twin, inputs, seed, logits=logits)
-    names = [name for name, parameter in twin.named_parameters() if parameter.ndim >= 2]
+        meta = is_meta(twin)
+        inputs = to_float64(split_inputs(example_inputs), torch.device("meta") if meta else None)
+        graph = _trace(twin, inputs, meta)
+        # The certificate comes last: it moves parameters of the twin.
+        variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
+        logits = not meta and sees_no_shift(loss, twin, inputs)
+        field = silent_field(twin) if meta else euler_field(twin, inputs, seed, logits=logits)
+    if isinstance(graph, AnalysisError):
+        return _by_certificate(model, twin, field, graph, tolerance, example_inputs)
     constrained = {weight.name for weight in constrained_weights(model)}
-    judge = _Judge(twin, graph, field, variances, tolerance)
-    findings = []
-    for name in names:
-        structure = follow_weight(graph, name) if graph.placeholders_of(name) else None
-        findings.append(judge.finding(name, structure, name in constrained))
+    findings = _by_structure(_Judge(twin, graph, field, variances, tolerance), constrained)
     families = certified_families(solve_jointly(graph), field, tolerance)
     shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
     return SymmetryReport(
@@ -82,18 +91,49 @@ def diagnose(
     )
 
 
-def _trace(twin: nn.Module, inputs: Inputs) -> TracedGraph:
-    """Export the model; where that fails because the model refuses the inputs, say that instead."""
+def _by_structure(judge: _Judge, constrained: set[str]) -> list[WeightFinding]:
+    """Judge every weight of a traced model."""
+    findings = []
+    for name, parameter in _weights(judge.twin):
+        if not is_continuous(parameter):
+            findings.append(integer_finding(name, parameter, _owner(judge.twin, name)))
+            continue
+        structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
+        findings.append(qualified(judge.finding(name, structure, name in constrained), parameter))
+    return findings
+
+
+def _by_certificate(
+    model: nn.Module, twin: nn.Module, field: EulerField, refusal: AnalysisError, tolerance: float, example_inputs: Any
+) -> SymmetryReport:
+    """Report what the certificate says where there is no graph."""
+    certify = Certifier(field, tolerance).alone
+    findings = [
+        finding_without_graph(name, parameter, _owner(twin, name), certify, refusal.why)
+        if is_continuous(parameter)
+        else integer_finding(name, parameter, _owner(twin, name))
+        for name, parameter in _weights(twin)
+    ]
+    return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _trace(twin: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | AnalysisError:
+    """Export the model, or say why not; where that fails because the model refuses the inputs, raise that instead."""
     try:
         return trace(twin, inputs)
-    except AnalysisError:
-        with torch.no_grad():
-            run(twin, inputs)
-        raise
-
-
-def _size(field: EulerField, name: str) -> float:
-    return float(field.weights[name].norm() * field.gradients[name].norm())
+    except AnalysisError as refusal:
+        if not meta:
+            with torch.no_grad():
+                run(twin, inputs)
+        return refusal
 
 
 def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
@@ -111,7 +151,7 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
     return found
 
 
-class _Judge:
+class _Judge(Certifier):
     """Puts structure and certificate of one weight side by side."""
 
     def __init__(
@@ -122,15 +162,13 @@ class _Judge:
         variances: dict[Any, Tensor],
         tolerance: float,
     ) -> None:
-        self.twin, self.graph, self.field, self.variances = twin, graph, field, variances
-        self.tolerance = tolerance
-        self.largest = max((_size(field, name) for name in field.weights if field.weights[name].ndim >= 2), default=0.0)
-        self.floor = EVIDENCE_FLOOR * self.largest
+        super().__init__(field, tolerance)
+        self.twin, self.graph, self.variances = twin, graph, variances
 
     def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
         """Judge one weight."""
         shape = tuple(self.field.weights[name].shape)
-        layer = type(self.twin.get_submodule(name.rpartition(".")[0])).__name__
+        layer = type(_owner(self.twin, name)).__name__
         partition = structure.partition if structure is not None else None
         if structure is None or partition is None:
             return self._without_groups(name, shape, layer, structure)
@@ -160,7 +198,7 @@ class _Judge:
     ) -> WeightFinding:
         """Judge a weight for which structure claims no groups: the certificate must not find any either."""
         seed = structure.seed if structure is not None else Partition.filters(shape)
-        tried = [self._alone(name, partition) for partition in (seed, Partition.whole(shape))]
+        tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
         certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
         if structure is None:
             reason, unknown, free = "the parameter does not occur in the graph", False, 0
@@ -179,14 +217,11 @@ class _Judge:
             name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status], free_filters=free
         )  # fmt: skip
 
-    def _alone(self, name: str, partition: Partition) -> Certificate:
-        sums = partition.sum(self.field.products(name)).flatten()
-        weight, gradient = partition.norms(self.field.weights[name]), partition.norms(self.field.gradients[name])
-        return self._verdict(sums, weight.flatten(), gradient.flatten())
-
     def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
         """Certificate of each group together with the biases that are scaled along."""
         name = structure.name
+        if self.field.silent:
+            return self.alone(name, partition)
         sums = partition.sum(self.field.products(name)).flatten()
         weight = partition.sum(self.field.weights[name].square()).flatten()
         gradient = partition.sum(self.field.gradients[name].square()).flatten()
@@ -201,24 +236,8 @@ class _Judge:
                 total.index_add_(0, entries[kept], values.reshape(-1)[kept])
         if partition.group_size == 1 and not structure.companions:
             # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
-            return self._verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
-        return self._verdict(sums, weight.sqrt(), gradient.sqrt())
-
-    def _verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor) -> Certificate:
-        size = weight * gradient
-        evidence = size > self.floor
-        values = torch.where(evidence, sums.abs() / size, torch.zeros_like(size))
-        # A sum that is not a number is no evidence of invariance.
-        refuted = (evidence & ~(values <= self.tolerance)) | ~sums.isfinite()
-        n_refuted, n_evidence = int(refuted.sum()), int((evidence | refuted).sum())
-        verdict = "not invariant" if n_refuted else "invariant" if n_evidence else "no evidence"
-        return Certificate(
-            value=float(values.max()) if n_evidence else None,
-            verdict=verdict,
-            groups_certified=n_evidence - n_refuted,
-            groups_refuted=n_refuted,
-            groups_without_evidence=len(sums) - n_evidence,
-        )
+            return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
+        return self.verdict(sums, weight.sqrt(), gradient.sqrt())
 
     def _absorber(self, structure: Structure, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
         args = bound_arguments(absorption.node)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,16 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import AnalysisError, ExampleInputsError
 
-__all__ = ["Inputs", "TracedGraph", "bound_arguments", "op_name", "split_inputs", "to_float64", "trace"]
+__all__ = [
+    "Inputs",
+    "TracedGraph",
+    "bound_arguments",
+    "op_name",
+    "output_tensors",
+    "split_inputs",
+    "to_float64",
+    "trace",
+]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -44,15 +56,37 @@ def split_inputs(example_inputs: Any) -> Inputs:
     raise ExampleInputsError(f"{type(example_inputs).__name__}")
 
 
-def to_float64(tree: Any) -> Any:
-    """Cast every floating-point tensor in a tree of inputs to float64 and copy the others."""
+def to_float64(tree: Any, device: torch.device | None = None) -> Any:
+    """Cast every floating-point tensor in a tree of inputs to float64 and copy the others, to a device if given."""
 
     def cast(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        return leaf.detach().to(torch.float64) if leaf.is_floating_point() else leaf.detach().clone()
+        wide = {torch.complex64: torch.complex128}.get(leaf.dtype, leaf.dtype)
+        return leaf.detach().to(device, torch.float64 if leaf.is_floating_point() else wide, copy=True)
 
     return pytree.tree_map(cast, tree)
+
+
+def output_tensors(result: Any) -> list[Tensor]:
+    """All tensors in what a model returned: nested tuples, dictionaries and dataclasses.
+
+    Objects of other classes are looked into one level deep; what lies deeper, as in the caches of keys and values that
+    language models return, is memory and no output.
+
+    Example:
+        >>> len(output_tensors({"logits": torch.zeros(2), "more": (torch.zeros(1), None)}))
+        2
+    """
+    leaves: list[Tensor] = []
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            leaves.append(leaf)
+        elif isinstance(leaf, Mapping):
+            leaves.extend(tensor for value in leaf.values() for tensor in output_tensors(value))
+        elif hasattr(leaf, "__dict__"):
+            leaves.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
+    return leaves
 
 
 def op_name(node: Node) -> str:
@@ -167,7 +201,9 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
+        silent = contextlib.redirect_stderr(io.StringIO())
+        with warnings.catch_warnings(), silent, _returning_tensors(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
@@ -190,3 +226,22 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
         if node.op == "placeholder" and node.name in signature.inputs_to_buffers
     }
     return TracedGraph(program, parameters, buffers, {node: i for i, node in enumerate(nodes)})
+
+
+@contextlib.contextmanager
+def _returning_tensors(model: nn.Module) -> Iterator[None]:
+    """Let a model return the list of its output tensors: `torch.export` refuses classes that it does not know."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def flattened(*args: Any, **kwargs: Any) -> list[Tensor]:
+        return output_tensors(forward(*args, **kwargs))
+
+    own = model.__dict__.get("forward")
+    model.__dict__["forward"] = flattened
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]
+        if own is not None:
+            model.__dict__["forward"] = own

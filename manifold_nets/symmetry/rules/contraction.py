@@ -103,6 +103,36 @@ def linear(use: Use) -> Result:
     return _linear_map(use, len(use.out_shape) - 1, 1, _row_forms(use, 1))
 
 
+@rule("addmm", "baddbmm")
+def addmm(use: Use) -> Result:
+    """``b + x W``: a matrix product to which a bias is added, scaled along where it is a parameter."""
+    first, second = ("mat1", "mat2") if use.op == "addmm" else ("batch1", "batch2")
+    rank = len(use.out_shape)
+    if any(float(use.args.get(factor, 1)) != 1 for factor in ("alpha", "beta")):
+        use.pin("is followed for factors of 1 only", unknown=True)
+        return None
+    product = _matrix_product(use, use.label(first), use.label(second), rank)
+    bias = use.label("self")
+    if bias is None and (product == UNSCALED).all():
+        return None
+    if len(use.shape("self")) > 1:
+        ids = unscaled(rank) if bias is None else aligned(bias, rank)
+        use.scales.join(product, ids, use.why("adds tensors that have different scales"))
+        return Label.compressed(use.scales.roots(product))
+    use.args["bias"] = use.args["self"]
+    return _with_bias(use, rank - 1, product)
+
+
+@rule("mv", "dot", "vdot")
+def vector_product(use: Use) -> Result:
+    """Products with a vector: the products of the entries that are summed need one scale."""
+    left, right = list(use.args.values())[:2]
+    labels = [use.label_of(value) for value in (left, right)]
+    rank = 2 if use.op == "mv" else 1
+    a, b = (unscaled(n) if label is None else label.ids for label, n in zip(labels, (rank, 1), strict=True))
+    return Label.compressed(use.merge(use.scales.sum(a, b), [-1]).squeeze(-1))
+
+
 @rule("matmul", "mm", "bmm")
 def matmul(use: Use) -> Result:
     """Matrix products: the products of the entries that are summed need one scale."""
@@ -160,6 +190,8 @@ def attention(use: Use) -> Result:
     """Attention is linear in the values; the products of queries and keys pass a softmax."""
     query, key, value = use.label("query"), use.label("key"), use.label("value")
     rank = len(use.out_shape)
+    if use.label("attn_mask") is not None:
+        use.pin("adds it to what a softmax reads", use.label("attn_mask"))
     if query is not None or key is not None:
         swapped = None if key is None else Label(aligned(key, rank).swapaxes(-1, -2))
         scores = _matrix_product(use, query, swapped, rank)

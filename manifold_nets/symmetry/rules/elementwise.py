@@ -17,7 +17,8 @@ LARGEST_EPS = 1e-3
 
 HOMOGENEOUS = (
     "relu leaky_relu prelu rrelu rrelu_with_noise abs neg dropout dropout_ feature_dropout alias clone contiguous "
-    "detach lift_fresh_copy to _to_copy type_as float double half bfloat16 identity positive native_dropout "
+    "detach lift_fresh_copy to _to_copy float double half bfloat16 identity positive native_dropout "
+    "conj _conj resolve_conj real imag "
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool2d "
     "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d fractional_max_pool2d "
@@ -57,6 +58,11 @@ def homogeneous(use: Use) -> Result:
     return [label, *[None] * (len(use.node.meta["val"]) - 1)] if several else label
 
 
+def cast(use: Use) -> Result:
+    """Pass the label of a tensor that is cast like another one, whose scale does not matter."""
+    return use.label("self")
+
+
 def not_homogeneous(use: Use) -> Result:
     """Refuse every scale."""
     use.pin("is not positively homogeneous")
@@ -71,6 +77,7 @@ def invariant(use: Use) -> Result:
 RULES.update(dict.fromkeys(HOMOGENEOUS, homogeneous))
 RULES.update(dict.fromkeys(NOT_HOMOGENEOUS, not_homogeneous))
 RULES.update(dict.fromkeys(INVARIANT, invariant))
+RULES["type_as"] = cast
 
 
 @rule("add", "sub", "rsub")

@@ -57,7 +57,7 @@ def reshape(use: Use) -> Result:
     return Label.compressed(reshape_ids(label.ids, use.shape("self"), use.out_shape))
 
 
-@rule("permute", "transpose", "swapaxes", "t", "movedim", "numpy_T")
+@rule("permute", "transpose", "swapaxes", "t", "movedim", "numpy_T", "matrix_H", "mT", "mH", "adjoint")
 def permute(use: Use) -> Result:
     """Permutations of the axes."""
     label = use.label("self")
@@ -71,6 +71,8 @@ def permute(use: Use) -> Result:
     elif "dim0" in args or "axis0" in args:
         pair = (args["dim0"], args["dim1"]) if "dim0" in args else (args["axis0"], args["axis1"])
         moved = np.swapaxes(ids, *pair)
+    elif use.op in ("matrix_H", "mT", "mH", "adjoint"):
+        moved = np.swapaxes(ids, -1, -2)
     else:
         moved = ids.T
     return Label(moved)
@@ -236,6 +238,13 @@ def index(use: Use) -> Result:
     at = indexed[0] if contiguous else 0
     rest = np.squeeze(label.ids, tuple(indexed))
     return Label(np.expand_dims(rest, tuple(range(at, at + inserted))))
+
+
+@rule("index_put", "index_fill", "masked_scatter", "scatter", "index_copy")
+def overwrite(use: Use) -> Result:
+    """Some entries are replaced by values that have to be scaled with the others."""
+    use.pin("replaces entries by others that are not scaled with them")
+    return None
 
 
 @rule("unfold", "im2col")

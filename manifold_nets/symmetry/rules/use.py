@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from torch.fx import Node
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label, Scales
 
-__all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "rule"]
+__all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "rule"]
 
 Result = Label | list[Label | None] | None
 
@@ -125,11 +126,20 @@ class Use:
             The form that is left of the input, one for all channels.
         """
         name = self.graph.parameters.get(weight) if isinstance(weight, Node) else None
-        if name is None or self.columns is None:
+        if name is None or self.columns is None or not self._is_linear_map(name):
             return None
         known = self.columns.setdefault(name, ids)
         because = self.why("uses one weight on inputs that have different scales")
         return self.scales.merge(self.scales.sum(ids, known, -1.0), [0], because)
+
+    def _is_linear_map(self, parameter: str) -> bool:
+        """Whether every use of a parameter is that of a linear map; a tied embedding would see its columns change."""
+        return all(
+            (op_name(user) == "linear" or op_name(user).startswith("conv"))
+            and bound_arguments(user).get("weight") is node
+            for node in self.graph.placeholders_of(parameter)
+            for user in node.users
+        )
 
     def adopt(self, value: Any, ids: Ids) -> bool:
         """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
@@ -150,10 +160,24 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for name in names:
-            RULES[name] = function
+            RULES[name] = guarded(function)
         return function
 
     return register
+
+
+def guarded(function: Rule) -> Rule:
+    """Let a rule that meets arguments it does not foresee refuse the scale instead of ending the analysis."""
+
+    @functools.wraps(function)
+    def careful(use: Use) -> Result:
+        try:
+            return function(use)
+        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+            use.pin(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
+            return None
+
+    return careful
 
 
 def as_list(result: Result) -> list[Label | None]:

@@ -1,0 +1,56 @@
+"""Reading the Euler certificate of one weight: which groups of a partition it calls invariant."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.report import Certificate
+
+__all__ = ["Certifier"]
+
+
+class Certifier:
+    """Compares ``|Σ_G w ⊙ ∂L/∂w|`` with ``‖w_G‖ ‖∂L/∂w_G‖``, group by group.
+
+    Args:
+        field: weights and gradients of one float64 pass.
+        tolerance: largest value of an invariant group.
+    """
+
+    def __init__(self, field: EulerField, tolerance: float) -> None:
+        self.field, self.tolerance = field, tolerance
+        sizes = [
+            float(weight.norm() * field.gradients[name].norm())
+            for name, weight in field.weights.items()
+            if weight.ndim >= 2 and not field.silent
+        ]
+        self.largest = max(sizes, default=0.0)
+        self.floor = EVIDENCE_FLOOR * self.largest
+
+    def alone(self, name: str, partition: Partition) -> Certificate:
+        """Certificate of the groups of a partition without any bias."""
+        if self.field.silent:
+            return Certificate(None, "no evidence", 0, 0, partition.n_groups)
+        sums = partition.sum(self.field.products(name)).flatten()
+        weight, gradient = partition.norms(self.field.weights[name]), partition.norms(self.field.gradients[name])
+        return self.verdict(sums, weight.flatten(), gradient.flatten())
+
+    def verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor) -> Certificate:
+        """Certificate from the sum of each group and the norms of its weights and gradients."""
+        size = weight * gradient
+        evidence = size > self.floor
+        values = torch.where(evidence, sums.abs() / size, torch.zeros_like(size))
+        # A sum that is not a number is no evidence of invariance.
+        refuted = (evidence & ~(values <= self.tolerance)) | ~sums.isfinite()
+        n_refuted, n_evidence = int(refuted.sum()), int((evidence | refuted).sum())
+        verdict = "not invariant" if n_refuted else "invariant" if n_evidence else "no evidence"
+        return Certificate(
+            value=float(values.max()) if n_evidence else None,
+            verdict=verdict,
+            groups_certified=n_evidence - n_refuted,
+            groups_refuted=n_refuted,
+            groups_without_evidence=len(sums) - n_evidence,
+        )

@@ -1,0 +1,180 @@
+"""The twin of a model that is analysed in its stead: a float64 copy in training mode without dropout.
+
+A model is copied with everything that `copy.deepcopy` refuses by itself (weights that old-style hooks compute),
+stripped of compilers and parallel wrappers, and refused by name where it cannot be analysed; it is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from manifold_nets.errors import AnalysisError, UnsupportedModelError
+
+__all__ = ["analysis_copy", "duplicate", "is_continuous", "is_meta", "random_numbers"]
+
+_DROPOUT_ATTRIBUTES = (
+    "p drop_prob drop_rate dropout dropout_p dropout_rate layerdrop encoder_layerdrop decoder_layerdrop "
+    "activation_dropout attention_dropout hidden_dropout"
+).split()
+# Wrappers that run another module, by class name and the name of its child: their machinery cannot be traced.
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+}
+_SCRIPTS: tuple[type, ...] = (torch.jit.ScriptModule,)
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether the entries are real or complex numbers, so that there is something to differentiate.
+
+    Example:
+        >>> is_continuous(torch.zeros(2)), is_continuous(torch.zeros(2, dtype=torch.int8))
+        (True, False)
+    """
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether some parameter has a shape but no values."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and Python, whose random numbers models draw, and give each its state back afterwards."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  models draw from this one
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """Deep copy of a model; tensors that hooks computed from parameters are copied as values.
+
+    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave such tensors as attributes, and `copy.deepcopy` refuses
+    them; the hooks compute them anew before the next forward pass.
+
+    Raises:
+        AnalysisError: the model cannot be copied.
+
+    Example:
+        >>> type(duplicate(nn.Linear(2, 2))).__name__
+        'Linear'
+    """
+    memo: dict[int, Any] = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise AnalysisError(type(model).__name__, error, copying=True) from error
+
+
+def analysis_copy(model: nn.Module) -> nn.Module:
+    """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not touched.
+
+    Modules in evaluation mode inside a model in training mode stay in evaluation mode: that is how normalizations are
+    frozen. In a model that is in evaluation mode as a whole, nothing counts as frozen.
+
+    Raises:
+        AnalysisError: the model cannot be copied.
+        UnsupportedModelError: it is compiled to a script, quantized, or has parameters without a shape.
+    """
+    _refuse_unsupported(model)
+    twin = _unwrapped(duplicate(model))
+    frozen = [module for module in twin.modules() if not module.training] if model.training else []
+    twin = _to_float64(twin).train()
+    for module in frozen:
+        module.training = False
+    for module in twin.modules():
+        _disable_dropout(module)
+        config = module.__dict__.get("config")
+        if config is not None:
+            _disable_dropout(config)
+            if getattr(config, "use_cache", None) is True:
+                config.use_cache = False  # what a language model remembers for the next token is no output
+    for parameter in twin.parameters():
+        parameter.grad = None
+        parameter.requires_grad_(is_continuous(parameter))
+    return twin
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    """Raise where the graph or the weights of a model are out of reach."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if isinstance(module, _SCRIPTS):
+            found = f"{path or 'the model'} is a {type(module).__name__}, compiled to a script"
+            raise UnsupportedModelError(name, found, "Pass the Python module that it was made from.")
+        if type(module).__module__.startswith(_QUANTIZED):
+            found = f"{path or 'the model'} is a quantized {type(module).__name__}, whose weights are packed integers"
+            raise UnsupportedModelError(name, found, "Analyse and convert the model before it is quantized.")
+    for path, parameter in model.named_parameters():
+        lazy: bool = is_lazy(parameter)
+        if lazy:
+            found = f"the parameter {path} of a lazy module has no shape yet"
+            raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Let compilers and parallel wrappers inside a copy run the module that they hold; names stay as they are."""
+    child = _WRAPPERS.get(type(module).__name__)
+    if child is not None and child in module._modules:
+        module = _Bare(child, module.get_submodule(child), training=module.training)
+    for name, inner in list(module.named_children()):
+        replaced = _unwrapped(inner)
+        if replaced is not inner:
+            module._modules[name] = replaced
+    return module
+
+
+class _Bare(nn.Module):
+    """Runs its only child under the name that a wrapper gave it."""
+
+    def __init__(self, name: str, inner: nn.Module, *, training: bool) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+        self._inner, self.training = name, training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[self._inner](*args, **kwargs)  # type: ignore[misc]
+
+
+def _to_float64(twin: nn.Module) -> nn.Module:
+    """Cast real tensors to float64 and complex ones to complex128."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(torch.complex128)
+        return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+    twin._apply(cast)  # type: ignore[no-untyped-call]
+    return twin
+
+
+def _disable_dropout(holder: Any) -> None:
+    """Set the probabilities among the attributes of a module, or of a configuration that it reads, to zero."""
+    attributes = vars(holder) if hasattr(holder, "__dict__") else {}
+    for attribute in _DROPOUT_ATTRIBUTES:
+        if isinstance(attributes.get(attribute), float):
+            setattr(holder, attribute, 0.0)

@@ -1,0 +1,102 @@
+"""What can be said of a weight without a graph, and of a weight without values that a sphere could hold.
+
+Where `torch.export` refuses a model the structure is unknown: nothing says why a group is invariant, nor what would
+have to change with it. The Euler certificate needs no graph: it answers for the partitions that a layer suggests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.report import Certificate, WeightFinding
+
+__all__ = ["finding_without_graph", "integer_finding", "natural_partitions", "qualified"]
+
+_UNTRACED = "leave it: without its graph nothing says what would have to change along with it"
+_COMPLEX = "it is invariant, but its entries are complex: spheres hold real weights"
+_META = "no evidence: it is on the meta device and has no values"
+_LOAD = "give the model its values and analyse it again"
+_DISCRETE = "leave it: integers are not trained by gradients"
+
+
+def natural_partitions(module: nn.Module, shape: Sequence[int]) -> Iterator[Partition]:
+    """Partitions that the owner of a weight suggests, from fine to coarse.
+
+    The filters (output channels of a transposed convolution are not its rows), blocks of consecutive filters such as
+    attention heads and the groups of a group normalization, and the whole tensor.
+
+    Example:
+        >>> [p.n_groups for p in natural_partitions(nn.Linear(5, 6), (6, 5))]
+        [6, 3, 2, 1]
+    """
+    shape = tuple(shape)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and len(shape) > 2:
+        yield Partition.transposed_filters(shape, module.groups)
+    else:
+        yield Partition.filters(shape)
+        for count in range(shape[0] // 2, 1, -1):
+            if shape[0] % count == 0:
+                yield Partition.blocks(shape, count)
+    if shape[0] > 1:
+        yield Partition.whole(shape)
+
+
+def finding_without_graph(
+    name: str, parameter: Tensor, module: nn.Module, certify: Callable[[str, Partition], Certificate], why: str
+) -> WeightFinding:
+    """Judge a weight by its certificate alone.
+
+    Args:
+        name: the parameter.
+        parameter: its value.
+        module: the module that owns it.
+        certify: the certificate of a partition of a parameter.
+        why: why there is no graph.
+    """
+    first: Certificate | None = None
+    reason = f"its structure is unknown: {why}"
+    for partition in natural_partitions(module, parameter.shape):
+        certificate = certify(name, partition)
+        first = first or certificate
+        if certificate.verdict == "invariant":
+            first = certificate
+            reason += f"; the certificate finds it invariant: {partition}"
+            break
+    return _left(name, parameter, module, reason, _UNTRACED, first)
+
+
+def integer_finding(name: str, parameter: Tensor, module: nn.Module) -> WeightFinding:
+    """Say of an integer parameter that it has no continuous symmetry."""
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    return _left(name, parameter, module, f"its entries are of type {dtype}: no scale acts on them", _DISCRETE, None)
+
+
+def qualified(finding: WeightFinding, parameter: Tensor) -> WeightFinding:
+    """Say of a complex parameter that no sphere holds it, and of one on the meta device why there is no evidence."""
+    if parameter.is_complex() and finding.partition is not None:
+        return replace(finding, status="unknown", broken_by=_COMPLEX, remedy="leave it: it is complex")
+    if parameter.is_meta:
+        return replace(finding, broken_by=finding.broken_by or _META, remedy=_LOAD)
+    return finding
+
+
+def _left(
+    name: str, parameter: Tensor, module: nn.Module, reason: str, remedy: str, certificate: Certificate | None
+) -> WeightFinding:
+    return WeightFinding(
+        name=name,
+        shape=tuple(parameter.shape),
+        layer=type(module).__name__,
+        status="unknown",
+        partition=None,
+        filters_per_group=0,
+        absorbers=(),
+        scaled_along=(),
+        certificate=certificate or Certificate(None, "no evidence", 0, 0, 0),
+        broken_by=reason,
+        remedy=remedy,
+    )
