@@ -29,6 +29,9 @@ __all__ = [
     "trace",
 ]
 
+# What they say of a model that cannot be traced is in the exception as well.
+_TALKATIVE = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -196,11 +199,11 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
         AnalysisError: `torch.export` refuses the model.
     """
     args, kwargs = inputs
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo")]
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
         silent = contextlib.redirect_stderr(io.StringIO())
         with warnings.catch_warnings(), silent, _returning_tensors(model):

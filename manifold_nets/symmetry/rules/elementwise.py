@@ -102,6 +102,23 @@ def add(use: Use) -> Result:
     return None
 
 
+@rule("addcmul", "addcdiv")
+def add_product(use: Use) -> Result:
+    """``a + b ⊙ c`` and ``a + b ⊘ c``: the product is scaled as the first term, which may be a parameter."""
+    rank = len(use.out_shape)
+    terms = [use.label(name) for name in ("self", "tensor1", "tensor2")]
+    start, left, right = (unscaled(rank) if label is None else aligned(label, rank) for label in terms)
+    product = use.scales.sum(left, right, 1.0 if use.op == "addcmul" else -1.0)
+    if terms[0] is None and (product != UNSCALED).any():
+        if use.args["self"] in use.graph.parameters and _adopts(use, use.args["self"], product):
+            return Label.compressed(product)
+        use.pin("adds something that is not scaled with it", Label(product))
+        return None
+    product, start = np.broadcast_arrays(product, start)
+    use.scales.join(product, start, use.why("adds tensors that have different scales"))
+    return Label.compressed(use.scales.roots(product))
+
+
 def _adopts(use: Use, other: Node, ids: Ids) -> bool:
     """Let an added parameter take the scale of the entries that it is added to."""
     shape = shape_of(other)

@@ -262,6 +262,20 @@ def unfold(use: Use) -> Result:
     return Label(np.repeat(channels, window, -2) if channels.shape[-2] > 1 else channels)
 
 
+@rule("col2im")
+def fold(use: Use) -> Result:
+    """Sums of overlapping windows: the entries of the windows of a channel need one scale."""
+    label = use.label("self")
+    if label is None:
+        return None
+    window = int(np.prod(use.args["kernel_size"]))
+    ids = use.merge(label.ids, [-1], "sums windows that have different scales")
+    if ids.shape[-2] > 1:
+        ids = use.merge(ids.reshape(*ids.shape[:-2], -1, window, 1), [-2], "sums windows that have different scales")
+        ids = ids.squeeze(-2)
+    return Label.compressed(ids[..., None])
+
+
 @rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
 def shuffle(use: Use) -> Result:
     """Fixed permutations of channels and pixels, followed on the full label."""
