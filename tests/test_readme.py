@@ -93,3 +93,12 @@ def test_first_screen_names_two_commands_and_links_lead_somewhere():
 
 def test_every_public_name_is_mentioned():
     assert [name for name in mn.__all__ if f"`{name}`" not in README and f"mn.{name}" not in README] == []
+
+
+def test_table_of_networks_is_the_stored_one():
+    stored = (ROOT / "examples" / "results" / "coverage.md").read_text(encoding="utf-8")
+    rows = [line for line in stored.splitlines() if line.startswith("| ")]
+    assert len(rows) > 10
+    for row in rows:
+        assert row in README
+    assert rows[-1].replace("3", "4") not in README
