@@ -9,7 +9,7 @@ import torch
 from example_modules import example
 
 import manifold_nets as mn
-from manifold_nets.errors import NothingToConvertError
+from manifold_nets.errors import FunctionChangedError, NothingToConvertError
 from manifold_nets.symmetry.report import SymmetryReport
 
 FAMILIES = (
@@ -26,6 +26,8 @@ EVAL_LIMIT = 1e-4  # float32
 LEAST_EXPLAINED = 0.99
 # The keys are averaged with values padded by ones, a linear attention that structure does not follow yet.
 UNEXPLAINED = {"efficientvit of mit"}
+
+REFUSED = {"visformer": "convert allows 1e-5; as it is initialized this network magnifies rounding to 4e-5"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,14 @@ def contradictions(report: SymmetryReport) -> list[str]:
     return [*weights, *map(str, report.refuted_families), *map(str, report.refuted_shifts)]
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
+def case(family: str) -> Any:
+    marks = [] if family in QUICK else [pytest.mark.slow]
+    if family in REFUSED:
+        marks.append(pytest.mark.xfail(raises=FunctionChangedError, strict=True, reason=REFUSED[family]))
+    return pytest.param(family, marks=marks)
+
+
+@pytest.mark.parametrize("family", [case(family) for family in FAMILIES])
 def test_family(family: str, networks: Any) -> None:
     torch.manual_seed(0)
     model, images = networks.timm_network(family)
