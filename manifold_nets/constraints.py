@@ -16,7 +16,8 @@ from typing import Any
 import geoopt
 from torch import Tensor, nn
 
-from manifold_nets.errors import ConstraintError, listed
+from manifold_nets.errors import ConstraintError
+from manifold_nets.errors.base import listed
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "lost_constraints", "restore"]

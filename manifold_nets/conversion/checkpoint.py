@@ -18,8 +18,8 @@ from manifold_nets.errors import (
     CheckpointMismatchError,
     CheckpointTensorError,
     OffManifoldError,
-    listed,
 )
+from manifold_nets.errors.base import listed
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["load", "save"]

@@ -1,0 +1,74 @@
+"""The errors of the package, each building its own message from the facts it is given.
+
+Every message names the parameter or file, the value found, the value expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+from manifold_nets.errors.analysis import AnalysisError, ExampleInputsError, LossError, UnsupportedModelError
+from manifold_nets.errors.base import ManifoldNetsError, MissingExtraError, OptionError
+from manifold_nets.errors.checkpoints import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    CheckpointTensorError,
+)
+from manifold_nets.errors.constraints import ConstraintError, DegenerateGroupError, OffManifoldError, PartitionError
+from manifold_nets.errors.conversion import (
+    ExportError,
+    FunctionChangedError,
+    NothingToConvertError,
+    PlanError,
+    ReportMismatchError,
+    SelectionError,
+)
+from manifold_nets.errors.models import (
+    ModelBuildError,
+    ModelNotFoundError,
+    ModelSpecError,
+    StateDictMismatchError,
+    WeightsFileError,
+)
+from manifold_nets.errors.optimizers import (
+    ConstraintLostError,
+    EuclideanStepError,
+    OptimizerStateError,
+    ParameterGroupError,
+    SphereOptionError,
+    UnsupportedManifoldError,
+)
+
+__all__ = [
+    "AnalysisError",
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointMismatchError",
+    "CheckpointTensorError",
+    "ConstraintError",
+    "ConstraintLostError",
+    "DegenerateGroupError",
+    "EuclideanStepError",
+    "ExampleInputsError",
+    "ExportError",
+    "FunctionChangedError",
+    "LossError",
+    "ManifoldNetsError",
+    "MissingExtraError",
+    "ModelBuildError",
+    "ModelNotFoundError",
+    "ModelSpecError",
+    "NothingToConvertError",
+    "OffManifoldError",
+    "OptimizerStateError",
+    "OptionError",
+    "ParameterGroupError",
+    "PartitionError",
+    "PlanError",
+    "ReportMismatchError",
+    "SelectionError",
+    "SphereOptionError",
+    "StateDictMismatchError",
+    "UnsupportedManifoldError",
+    "UnsupportedModelError",
+    "WeightsFileError",
+]

@@ -1,0 +1,57 @@
+"""Errors about the analysis of a model."""
+
+from __future__ import annotations
+
+from manifold_nets.errors.base import ManifoldNetsError
+
+__all__ = ["AnalysisError", "ExampleInputsError", "LossError", "UnsupportedModelError"]
+
+
+class ExampleInputsError(ManifoldNetsError, ValueError):
+    """Example inputs have a form that cannot be given to a model, or the model refused them."""
+
+    def __init__(self, found: str, cause: BaseException | None = None) -> None:
+        why = f" The model said: {type(cause).__name__}: {cause}." if cause is not None else ""
+        super().__init__(
+            f"example_inputs: found {found}; expected a tensor, a tuple of positional inputs, a dict of keyword "
+            f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass a "
+            "batch of at least two examples that are not constant."
+        )
+
+
+class AnalysisError(ManifoldNetsError, RuntimeError):
+    """A model could not be copied for analysis, or its structure could not be read."""
+
+    def __init__(self, model: str, cause: BaseException, *, copying: bool = False) -> None:
+        lines = str(cause).strip().splitlines()
+        self.why = f"{type(cause).__name__}: {lines[0] if lines else ''}"
+        if copying:
+            told = (
+                f"copy.deepcopy could not copy it ({self.why}); a model that can be copied is expected. Take what "
+                "cannot be copied (locks, open files, generators) out of its attributes, or analyse a submodule."
+            )
+        else:
+            told = (
+                f"torch.export could not trace it ({self.why}); a model whose control flow does not depend on the data "
+                "is expected. Move such control flow out of forward, or analyse the submodule that it surrounds."
+            )
+        super().__init__(f"{model}: {told}")
+
+
+class UnsupportedModelError(ManifoldNetsError, TypeError):
+    """A model is of a kind whose weights or operations are out of reach."""
+
+    def __init__(self, model: str, found: str, remedy: str) -> None:
+        super().__init__(
+            f"{model}: {found}; expected a Python module with floating-point weights that have values. {remedy}"
+        )
+
+
+class LossError(ManifoldNetsError, ValueError):
+    """A loss is no function of the outputs and no name of one."""
+
+    def __init__(self, found: str) -> None:
+        super().__init__(
+            f"loss: found {found}; expected 'cross_entropy', 'softmax', or a function of what the model returns whose "
+            "result is one number. Leave it out to analyse the outputs themselves."
+        )

@@ -1,0 +1,42 @@
+"""Errors about weights on products of spheres: their partitions, norms and manifolds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from manifold_nets.errors.base import ManifoldNetsError, listed
+
+__all__ = ["ConstraintError", "DegenerateGroupError", "OffManifoldError", "PartitionError"]
+
+
+class PartitionError(ManifoldNetsError, ValueError):
+    """A partition does not fit the tensor that it is meant for."""
+
+    def __init__(self, found: object, expected: str, remedy: str) -> None:
+        super().__init__(f"partition of a weight: found {found}; expected {expected}. {remedy}")
+
+
+class DegenerateGroupError(ManifoldNetsError, ValueError):
+    """A group of weights is zero or not finite, so it has no direction on a sphere."""
+
+    def __init__(self, name: str, groups: Sequence[int], norms: Sequence[float]) -> None:
+        found = listed(f"group {g} with norm {n:.6g}" for g, n in zip(groups, norms, strict=True))
+        super().__init__(
+            f"{name}: {found}; every group needs a finite, non-zero norm to have a direction on "
+            "its sphere. Re-initialize or prune these groups, or exclude this weight."
+        )
+        self.name, self.groups, self.norms = name, tuple(groups), tuple(norms)
+
+
+class OffManifoldError(ManifoldNetsError, ValueError):
+    """A weight that belongs on a product of spheres has left it."""
+
+    def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str) -> None:
+        super().__init__(f"{name}: group {group} has norm {norm:.8g}, but its sphere has radius {radius:.8g}. {remedy}")
+
+
+class ConstraintError(ManifoldNetsError, ValueError):
+    """A weight cannot be put on its manifold as asked."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(f"{name}: found {found}; expected {expected}. Name a weight of the module that fits.")

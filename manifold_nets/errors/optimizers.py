@@ -1,0 +1,82 @@
+"""Errors about training on products of spheres."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from manifold_nets.errors.base import ManifoldNetsError, listed
+
+__all__ = [
+    "ConstraintLostError",
+    "EuclideanStepError",
+    "OptimizerStateError",
+    "ParameterGroupError",
+    "SphereOptionError",
+    "UnsupportedManifoldError",
+]
+
+
+class UnsupportedManifoldError(ManifoldNetsError, TypeError):
+    """A parameter lies on a manifold that an optimizer of this package cannot step on."""
+
+    def __init__(self, name: str, manifold: object) -> None:
+        super().__init__(
+            f"{name} lies on {manifold}; the optimizers of manifold_nets step on SphereProduct and "
+            "on plain parameters. Use geoopt.optim for other manifolds, in an optimizer of its own."
+        )
+
+
+class ConstraintLostError(ManifoldNetsError, RuntimeError):
+    """A constrained weight reached an optimizer as a plain parameter object."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{listed(names)}: constrained to a product of spheres, but the parameter object was "
+            "replaced by a plain one (load_state_dict(assign=True), to_empty and sharding do "
+            "that), and it would be trained as a Euclidean one. Build the optimizer from "
+            "manifold_nets.param_groups(model), which finds the manifold through the model."
+        )
+        self.names = tuple(names)
+
+
+class EuclideanStepError(ManifoldNetsError, RuntimeError):
+    """An optimizer that knows nothing of spheres is about to step a constrained weight."""
+
+    def __init__(self, optimizer: str, names: Sequence[str]) -> None:
+        super().__init__(
+            f"{listed(names)}: constrained to a product of spheres, but {optimizer} is about to step it as a Euclidean "
+            "weight; nothing was changed. Use manifold_nets.optim.RiemannianSGD or RiemannianAdam with "
+            "manifold_nets.param_groups(model); or, if your code puts the weight back on its spheres itself, say so "
+            "with manifold_nets.optim.allow_euclidean(optimizer)."
+        )
+        self.names = tuple(names)
+
+
+class SphereOptionError(ManifoldNetsError, TypeError):
+    """A weight on spheres has a property, or an option, that its optimizer cannot work with."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{name} lies on a product of spheres: found {found}; expected {expected}. Change it, or train this weight "
+            "without the constraint (manifold_nets.revert)."
+        )
+
+
+class ParameterGroupError(ManifoldNetsError, ValueError):
+    """The manifolds of a parameter group do not fit its parameters."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{name}: found {found}; expected {expected}. Let manifold_nets.param_groups(model) make the groups, or "
+            'give "manifolds" one SphereProduct, or None, for each of "params".'
+        )
+
+
+class OptimizerStateError(ManifoldNetsError, ValueError):
+    """The saved state of an optimizer does not fit the spheres of a live weight."""
+
+    def __init__(self, name: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"state of {name}: found {found}; expected {expected}; nothing was loaded. Load the state of the same kind "
+            "of optimizer for a model converted in the same way, or start without it."
+        )
