@@ -84,7 +84,7 @@ def imported(statement: str) -> set[str]:
 
 
 OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript"}
-OPTIONAL |= {"onnxruntime", "pytest", "hypothesis"}
+OPTIONAL |= {"onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
 
 
 def test_the_core_imports_no_optional_package() -> None:
