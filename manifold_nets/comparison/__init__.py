@@ -1,0 +1,1 @@
+"""A fair, resumable comparison of optimizers."""
