@@ -212,7 +212,7 @@ def test_equal_contestants_are_told_apart_as_rarely_as_promised() -> None:
 
 
 def test_all_pairs_are_compared_and_corrected_together() -> None:
-    runs = {"a": FIRST, "b": SECOND, "c": FIRST + [0.0, 0.001, -0.001, 0.002, 0.0]}
+    runs = {"a": FIRST, "b": SECOND, "c": FIRST + np.array([0.0, 0.001, -0.001, 0.002, 0.0])}
     found = all_differences(runs)
     assert [(d.first, d.second) for d in found] == [("a", "b"), ("a", "c"), ("b", "c")]
     assert_allclose([d.adjusted_p for d in found], holm([d.p_value for d in found]))

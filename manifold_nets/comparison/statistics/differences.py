@@ -212,9 +212,7 @@ def all_differences(
         [('a', 'b', 0.027), ('a', 'c', 1.0), ('b', 'c', 0.053)]
     """
     found = [
-        paired_difference(
-            values[a], values[b], names=(a, b), confidence=confidence, resamples=resamples, seed=seed
-        )
+        paired_difference(values[a], values[b], names=(a, b), confidence=confidence, resamples=resamples, seed=seed)
         for a, b in combinations(values, 2)
     ]
     adjusted = holm([difference.p_value for difference in found])

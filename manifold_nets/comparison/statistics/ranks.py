@@ -56,8 +56,9 @@ class Friedman:
 def friedman(errors: ArrayLike) -> Friedman:
     """Friedman's test on the ranks rᵢⱼ in n blocks of k contestants.
 
-    χ² = (k − 1) Σⱼ (Σᵢ rᵢⱼ − n(k+1)/2)² / Σᵢⱼ (rᵢⱼ − (k+1)/2)², which equals the classical statistic with its correction
-    for ties. When the blocks are seeds of one task, the test speaks of further seeds of that task, not of other tasks.
+    χ² = (k − 1) Σⱼ (Σᵢ rᵢⱼ − n(k+1)/2)² / Σᵢⱼ (rᵢⱼ − (k+1)/2)², which equals the classical statistic with its
+    correction for ties. When the blocks are seeds of one task, the test speaks of further seeds of that task, not of
+    other tasks.
 
     Args:
         errors: shape (blocks, contestants); NaN or infinite for a run that diverged, which ranks worst.
