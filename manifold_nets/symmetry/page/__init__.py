@@ -10,21 +10,17 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
+from manifold_nets.page import Section, document
+from manifold_nets.page.markup import dotted, escape, facts, listed, plural, table
 from manifold_nets.symmetry.page.charts import Norms, certificate_chart, group_norms, histogram
 from manifold_nets.symmetry.page.families import families, joint_families, shifts
 from manifold_nets.symmetry.page.markup import (
     STATUSES,
     certificate_text,
-    dotted,
-    escape,
-    facts,
     groups_text,
-    listed,
     mark,
-    plural,
     status_style,
     symbols,
-    table,
 )
 from manifold_nets.symmetry.page.network import network
 from manifold_nets.symmetry.report import SymmetryFamily, SymmetryReport, WeightFinding
@@ -75,31 +71,15 @@ def page_html(report: SymmetryReport, model: nn.Module) -> str:
     anchors = {finding.name: f"w{i}" for i, finding in enumerate(report.weights)}
     style = resources.files("manifold_nets.symmetry.page").joinpath("page.css").read_text(encoding="utf-8")
     sections = [
-        ("summary", "Summary", _summary(report)),
-        ("network", "The network", _network(report, anchors)),
-        ("certificates", "Certificates", _certificates(report)),
-        ("families", "Symmetries that join several weights", families(report)),
-        ("shifts", "Shifts", shifts(report)),
-        ("remedies", "Remedies", _remedies(report, anchors)),
-        ("weights", "The weights one by one", _weights(report, weights, anchors)),
+        Section("summary", "Summary", _summary(report)),
+        Section("network", "The network", _network(report, anchors)),
+        Section("certificates", "Certificates", _certificates(report)),
+        Section("families", "Symmetries that join several weights", families(report)),
+        Section("shifts", "Shifts", shifts(report)),
+        Section("remedies", "Remedies", _remedies(report, anchors)),
+        Section("weights", "The weights one by one", _weights(report, weights, anchors)),
     ]
-    sections = [section for section in sections if section[2]]
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections[1:])
-    body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title">'
-        f'<h2 id="{name}-title">{escape(title)}</h2>{text}</section>'
-        for name, title, text in sections
-    )
-    title = f"{escape(report.model)}: weight symmetries"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{title}</title><style>{style}</style></head><body>{symbols()}"
-        f"<header><h1>{escape(report.model)}<span>weight symmetries</span></h1>"
-        f'<nav aria-label="Sections">{links}</nav></header><main>{body}</main></body></html>\n'
-    )
+    return document(report.model, "weight symmetries", sections, style=style, before=symbols())
 
 
 def _weights_of(report: SymmetryReport, model: nn.Module) -> dict[str, Tensor]:

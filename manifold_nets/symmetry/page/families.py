@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manifold_nets.symmetry.page.markup import certificate_text, dotted, escape, facts, listed, plural
+from manifold_nets.page.markup import dotted, escape, facts, listed, plural
+from manifold_nets.symmetry.page.markup import certificate_text
 from manifold_nets.symmetry.report import FamilyMember, SymmetryFamily, SymmetryReport
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
 

@@ -1,29 +1,21 @@
-"""The small pieces that every part of the page is made of: escaped text, numbers, and the marks of the statuses."""
+"""What the parts of the page have in common: the marks of the statuses, and groups and certificates in words."""
 
 from __future__ import annotations
 
-import html
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from manifold_nets.page.markup import escape, number, plural
 from manifold_nets.symmetry.report import Certificate, WeightFinding
 
 __all__ = [
     "STATUSES",
     "Status",
     "certificate_text",
-    "dotted",
-    "escape",
-    "facts",
     "groups_text",
-    "listed",
     "mark",
-    "number",
-    "plural",
     "status_style",
     "symbols",
-    "table",
 ]
 
 
@@ -76,45 +68,6 @@ def status_style(status: str) -> Status:
     return STATUSES.get(status, _OTHER)
 
 
-def escape(text: object) -> str:
-    """Text that is safe in an element and in a quoted attribute."""
-    return html.escape(str(text), quote=True)
-
-
-def dotted(name: object) -> str:
-    """A qualified name that a narrow page may break after its dots."""
-    return escape(name).replace(".", ".<wbr>")
-
-
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def number(value: float) -> str:
-    """Three significant digits, or two and a power of ten.
-
-    Example:
-        >>> number(0.123456), number(3.2e-17), number(1e-8)
-        ('0.123', '3.2×10⁻¹⁷', '10⁻⁸')
-    """
-    if not value or 1e-3 <= abs(value) < 1e4 or not math.isfinite(value):
-        return f"{value:.3g}"
-    digits, power = f"{value:.1e}".split("e")
-    raised = f"10{str(int(power)).translate(_RAISED)}"
-    return raised if digits == "1.0" else f"{digits}×{raised}"
-
-
-def plural(count: int, noun: str) -> str:
-    """A count and its noun.
-
-    Example:
-        >>> plural(1, "weight"), plural(2, "weight"), plural(2, "symmetry")
-        ('1 weight', '2 weights', '2 symmetries')
-    """
-    if count != 1:
-        noun = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
-    return f"{count} {noun}"
-
-
 def symbols() -> str:
     """The marks of all statuses, to be drawn with `mark`."""
     marks = "".join(
@@ -154,31 +107,3 @@ def certificate_text(certificate: Certificate) -> str:
     )
     said = ", ".join(f"{plural(count, 'group')} {what}" for count, what in counts if count)
     return f"{certificate.verdict}{value}" + (f" ({said})" if said else "")
-
-
-def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and what is to be said of them; the latter is markup."""
-    return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in pairs) + "</dl>"
-
-
-def listed(items: Iterable[str]) -> str:
-    """Markup of distinct items: a list, or the only one by itself."""
-    texts = list(dict.fromkeys(items))
-    if len(texts) == 1:
-        return texts[0]
-    return f"<ul>{''.join(f'<li>{text}</li>' for text in texts)}</ul>"
-
-
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells hold markup. The roles keep it one for screen readers where narrow pages stack its cells."""
-    columns = "".join(f'<th scope="col" role="columnheader">{text}</th>' for text in head)
-    lines = "".join(
-        f'<tr role="row"><th scope="row" role="rowheader">{first}</th>'
-        + "".join(f'<td role="cell" data-label="{name}">{text}</td>' for name, text in zip(head[1:], rest, strict=True))
-        + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f'<table role="table"><caption class="unseen">{caption}</caption>'
-        f'<thead role="rowgroup"><tr role="row">{columns}</tr></thead><tbody role="rowgroup">{lines}</tbody></table>'
-    )

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from manifold_nets.page.markup import escape, plural
 from manifold_nets.symmetry.modules import GraphNode
-from manifold_nets.symmetry.page.markup import escape, groups_text, mark, plural, status_style
+from manifold_nets.symmetry.page.markup import groups_text, mark, status_style
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 __all__ = ["Part", "network", "parts"]
