@@ -1,0 +1,251 @@
+"""How robust and how fast a contestant is: functions of arrays, one entry a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from manifold_nets.errors import OptionError
+
+__all__ = [
+    "CostRatio",
+    "Reach",
+    "Sensitivity",
+    "cost_ratio",
+    "first_epoch_at",
+    "learning_rate_sensitivity",
+    "reach",
+]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Error over a grid of learning rates, and how wide the good part of the grid is.
+
+    Args:
+        rates: the learning rates, increasing.
+        errors: mean over the runs at each rate; infinite where any of them diverged.
+        survivor_errors: mean over the runs that did not diverge; NaN where all did.
+        diverged: how many runs diverged at each rate.
+        best_rate: the rate of the smallest error, the smallest such; NaN where runs diverged at every rate.
+        best_error: its error.
+        low: the smallest rate of the good part; NaN where there is none.
+        high: the largest.
+        width: log₁₀(high / low), in decades; 0 where there is none.
+        open_low: the good part reaches the smallest rate of the grid, so that it may be wider than that.
+        open_high: it reaches the largest.
+        tolerance: how much worse than the best is good, relatively.
+    """
+
+    rates: tuple[float, ...]
+    errors: tuple[float, ...]
+    survivor_errors: tuple[float, ...]
+    diverged: tuple[int, ...]
+    best_rate: float
+    best_error: float
+    low: float
+    high: float
+    width: float
+    open_low: bool
+    open_high: bool
+    tolerance: float
+
+    @property
+    def is_lower_bound(self) -> bool:
+        """Whether the width is that of the grid at one end or both: a wider grid might show more."""
+        return self.open_low or self.open_high
+
+    def __str__(self) -> str:
+        if math.isnan(self.best_rate):
+            return "none: runs diverged at every rate"
+        return f"{'≥ ' if self.is_lower_bound else ''}{self.width:.2f} decades"
+
+
+def learning_rate_sensitivity(rates: ArrayLike, errors: ArrayLike, tolerance: float = 0.10) -> Sensitivity:
+    """The error over the grid, and the width in decades of the learning rates within 10 % of the best.
+
+    The error at a rate is the mean over its runs, and infinite if one of them diverged. Between neighbouring rates of
+    finite error it is interpolated linearly in log₁₀ of the rate; next to an infinite one nothing is assumed, and the
+    good part ends at the finite rate. The width is that of the largest interval around the best rate on which the error
+    is at most (1 + tolerance) times the best error. Where the interval reaches an end of the grid, the width is a lower
+    bound and marked as one.
+
+    Args:
+        rates: positive, each once, in any order; shape (rates,).
+        errors: shape (rates, runs), at least zero; NaN or infinite for a run that diverged, and for a run that a rate
+            lacks, so that a rate that was not run on every seed has no finite error.
+        tolerance: at least 0.
+
+    Raises:
+        OptionError: the shapes do not fit, a rate is not positive or comes twice, or an error or the tolerance is
+            negative.
+
+    Example:
+        >>> found = learning_rate_sensitivity([0.01, 0.1, 1.0], [[0.2], [0.1], [0.3]])
+        >>> print(found, "around", found.best_rate)
+        0.15 decades around 0.1
+    """
+    order, table = _grid(rates, errors)
+    if not tolerance >= 0:
+        raise OptionError("tolerance", tolerance, "a number that is at least 0, such as 0.1")
+    finite = np.isfinite(table)
+    counts = finite.sum(axis=1)
+    survivors = np.array([row[kept].mean() if kept.any() else np.nan for row, kept in zip(table, finite, strict=True)])
+    means = np.where(counts == table.shape[1], survivors, np.inf)
+    best = int(np.argmin(means))
+    works = math.isfinite(means[best])
+    low = high = best_rate = best_error = math.nan
+    open_low = open_high = False
+    if works:
+        best_rate, best_error = float(order[best]), float(means[best])
+        limit, logs = best_error * (1 + tolerance), np.log10(order)
+        low, open_low = _edge(logs[best::-1], means[best::-1], limit)
+        high, open_high = _edge(logs[best:], means[best:], limit)
+    return Sensitivity(
+        rates=tuple(order.tolist()),
+        errors=tuple(means.tolist()),
+        survivor_errors=tuple(survivors.tolist()),
+        diverged=tuple((table.shape[1] - counts).tolist()),
+        best_rate=best_rate,
+        best_error=best_error,
+        low=10**low,
+        high=10**high,
+        width=high - low if works else 0.0,
+        open_low=open_low,
+        open_high=open_high,
+        tolerance=tolerance,
+    )
+
+
+def _grid(rates: ArrayLike, errors: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    grid, table = np.asarray(rates, dtype=np.float64), np.asarray(errors, dtype=np.float64)
+    if grid.ndim != 1 or not grid.size or not (grid > 0).all() or len(np.unique(grid)) != len(grid):
+        raise OptionError("rates", grid.tolist(), "at least one learning rate, positive, each once")
+    if table.ndim != 2 or len(table) != len(grid) or not table.size:
+        raise OptionError("errors", f"shape {table.shape}", f"({len(grid)}, runs), one row for each learning rate")
+    if (table < 0).any():
+        raise OptionError("errors", float(np.nanmin(table)), "numbers that are at least 0")
+    order = np.argsort(grid)
+    return grid[order], table[order]
+
+
+def _edge(logs: NDArray[np.float64], means: NDArray[np.float64], limit: float) -> tuple[float, bool]:
+    """Walk away from the best rate as long as the error is within the limit; where that ends, and if it is the end."""
+    for i in range(1, len(logs)):
+        if means[i] <= limit:
+            continue
+        if not math.isfinite(means[i]):
+            return float(logs[i - 1]), False
+        share = (limit - means[i - 1]) / (means[i] - means[i - 1])
+        return float(logs[i - 1] + share * (logs[i] - logs[i - 1])), False
+    return float(logs[-1]), True
+
+
+def first_epoch_at(errors: ArrayLike, target: float) -> float:
+    """The first epoch, counted from 1, whose error is at most the target; infinite if there is none.
+
+    Example:
+        >>> first_epoch_at([0.5, 0.2, 0.3], 0.2), first_epoch_at([0.5, float("nan")], 0.2)
+        (2.0, inf)
+    """
+    reached = np.flatnonzero(np.asarray(errors, dtype=np.float64) <= target)
+    return float(reached[0] + 1) if len(reached) else math.inf
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How soon runs come to an error.
+
+    Args:
+        target: the error.
+        epochs: median over all runs of the first epoch at which they are at the target; infinite if half never are.
+        seconds: the same of the training time until then.
+        reached: runs that come there.
+        runs: all of them.
+    """
+
+    target: float
+    epochs: float
+    seconds: float
+    reached: int
+    runs: int
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.epochs):
+            return f"not reached ({self.reached} of {self.runs} runs)"
+        return f"{self.epochs:g} epochs, {self.seconds:.3g} s ({self.reached} of {self.runs} runs)"
+
+
+def reach(errors: Sequence[ArrayLike], seconds: Sequence[ArrayLike], target: float) -> Reach:
+    """Median epochs and seconds until runs first come to a target error; those that never do count as infinite.
+
+    Args:
+        errors: for each run, the error after each epoch.
+        seconds: for each run, the training time from its start to the end of each epoch.
+        target: the error.
+
+    Raises:
+        OptionError: there is no run, or errors and seconds have different lengths.
+
+    Example:
+        >>> print(reach([[0.5, 0.2], [0.2, 0.1], [0.4, 0.4]], [[1, 2], [1, 2], [1, 2]], 0.25))
+        2 epochs, 2 s (2 of 3 runs)
+    """
+    if not len(errors) or [len(np.atleast_1d(e)) for e in errors] != [len(np.atleast_1d(s)) for s in seconds]:
+        raise OptionError(
+            "seconds", f"{len(seconds)} runs", f"as many as errors, {len(errors)}, and as many epochs each"
+        )
+    epochs = [first_epoch_at(run, target) for run in errors]
+    times = [
+        float(np.asarray(time)[int(epoch) - 1]) if math.isfinite(epoch) else math.inf
+        for epoch, time in zip(epochs, seconds, strict=True)
+    ]
+    reached = sum(math.isfinite(epoch) for epoch in epochs)
+    return Reach(target, _median(epochs), _median(times), reached, len(epochs))
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class CostRatio:
+    """A cost relative to that of the reference.
+
+    Args:
+        value: ratio of the medians.
+        low: lower quartile of the runs' costs, over the reference's median.
+        high: upper quartile.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} ({self.low:.2f} … {self.high:.2f})"
+
+
+def cost_ratio(costs: ArrayLike, reference: ArrayLike) -> CostRatio | None:
+    """Seconds or bytes a step relative to the reference's; None where either was not measured.
+
+    Args:
+        costs: one number a run; what is not finite was not measured.
+        reference: the same of the reference.
+
+    Example:
+        >>> print(cost_ratio([2.0, 4.0, 3.0], [1.0, 3.0, 2.0]))
+        1.50 (1.25 … 1.75)
+    """
+    ours, theirs = (np.asarray(values, dtype=np.float64) for values in (costs, reference))
+    ours, theirs = ours[np.isfinite(ours)], theirs[np.isfinite(theirs)]
+    if not len(ours) or not len(theirs) or not np.median(theirs) > 0:
+        return None
+    low, middle, high = np.quantile(ours, [0.25, 0.5, 0.75]) / np.median(theirs)
+    return CostRatio(float(middle), float(low), float(high))
