@@ -1,8 +1,8 @@
 """The theorem itself: which optimizers train a network and its rescaled twin along the same path of functions.
 
 Every filter in front of a batch normalization is multiplied by a factor of its own, 10^U(-2, 2): another point in
-weight space, the same function. Both networks are trained on scikit-learn's digits with the same batches. After each of some
-steps the outputs of the two on a fixed batch, with batch statistics, are compared: ‖f' − f‖/‖f‖.
+weight space, the same function. Both networks are trained on scikit-learn's digits with the same batches. After each
+of some steps the outputs of the two on a fixed batch, with batch statistics, are compared: ‖f' − f‖/‖f‖.
 
 In float64 with a negligible eps an optimizer that is invariant keeps them together to rounding. In float32 with the
 eps of 1e-5 that users have, the twin is not quite the same function from the start, since eps weighs more against a
