@@ -88,7 +88,7 @@ def report_table(report: SymmetryReport) -> Table:
     columns = ("weight", "status", "certificate", "groups", "absorbed or broken by")
     table = _table(*columns, title=f"{report.model}: symmetries")
     for weight in report.weights:
-        groups = "" if weight.partition is None else str(weight.partition)
+        groups = weight.groups_in_words
         value = weight.certificate.value
         certificate = weight.certificate.verdict if value is None else f"{value:.1e}"
         table.add_row(weight.name, _styled(weight.status), certificate, groups, _why(weight))

@@ -100,6 +100,29 @@ class Biased(nn.Module):
         return x @ self.weight.t() + self.shift
 
 
+class FromTheRight(nn.Module):
+    """A linear map whose weight has one column an output channel, as GPT-2 has them."""
+
+    def __init__(self, i: int, o: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.randn(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class Experts(nn.Module):
+    """One matrix an expert, multiplied with all of them at once; each output normalized over the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.bmm(x.expand(3, *x.shape), self.weight)
+        return y / y.std(1, keepdim=True)
+
+
 class Frozen(nn.Module):
     """A batch normalization that always uses its stored statistics."""
 
@@ -116,7 +139,7 @@ def C(i: int, o: int, k: int = 3, **kwargs: object) -> nn.Conv2d:
 
 
 IMAGE, ROWS, SEQUENCE = (4, 3, 9, 9), (6, 5), (4, 7, 5)
-BN = nn.BatchNorm2d
+BN, BN1 = nn.BatchNorm2d, nn.BatchNorm1d
 
 TOYS: dict[str, Toy] = {
     "conv1d-bn": Toy(_seq(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)), (4, 3, 9), {"0.weight": 6}),
@@ -260,7 +283,59 @@ TOYS: dict[str, Toy] = {
         SEQUENCE,
         {"q.weight": 2, "k.weight": 2, "v.weight": None},
     ),
-    "embedding-ln": Toy(_seq(nn.Embedding(7, 6), nn.LayerNorm(6)), (4, 5), {"0.weight": 1}, integer=True),
+    "embedding-ln": Toy(_seq(nn.Embedding(7, 6), nn.LayerNorm(6)), (4, 5), {"0.weight": 7}, integer=True),
+    "embedding with a zero row": Toy(
+        _seq(nn.Embedding(7, 6, padding_idx=3), nn.LayerNorm(6)), (4, 5), {"0.weight": 1}, integer=True
+    ),
+    "embedding-bn": Toy(
+        lambda: Lambda(lambda m, x: m.n(m.e(x).mT), e=nn.Embedding(7, 6), n=BN1(6)),
+        (4, 5),
+        {"e.weight": 6},
+        integer=True,
+    ),
+    "embedding of a mean": Toy(
+        lambda: Lambda(lambda m, x: m.n(m.e(x).mean(1)), e=nn.Embedding(7, 6), n=nn.LayerNorm(6)),
+        (4, 5),
+        {"e.weight": 1},
+        integer=True,
+    ),
+    "embedding with a linear map": Toy(
+        _seq(nn.Embedding(7, 6), nn.Linear(6, 4, bias=False), nn.RMSNorm(4)),
+        (4, 5),
+        {"0.weight": 7, "1.weight": 1},
+        integer=True,
+    ),
+    "interleaved heads": Toy(
+        lambda: Lambda(
+            lambda m, x: F.rms_norm(m.a(x).unflatten(-1, (4, 2)).mT, (4,)).flatten(1),
+            a=nn.Linear(5, 8, bias=False),
+        ),
+        ROWS,
+        {"a.weight": 2},
+    ),
+    "interleaved heads of heads": Toy(
+        lambda: Lambda(
+            lambda m, x: F.rms_norm(m.a(x).unflatten(-1, (2, 3, 2)).mT, (3,)).flatten(1),
+            a=nn.Linear(5, 12, bias=False),
+        ),
+        ROWS,
+        {"a.weight": 4},
+    ),
+    "unequal groups": Toy(
+        lambda: Lambda(
+            lambda m, x: torch.cat([F.rms_norm(part, part.shape[1:]) for part in m.a(x).split([2, 4], 1)], 1),
+            a=nn.Linear(5, 6, bias=False),
+        ),
+        ROWS,
+        {"a.weight": 1},
+    ),
+    "weight from the right": Toy(
+        lambda: nn.Sequential(FromTheRight(5, 6), BN1(6)),
+        ROWS,
+        {"0.weight": 6},
+        {"0.weight": {"0.bias", "1.running_mean", "1.running_var"}},
+    ),
+    "experts": Toy(lambda: Experts(), (6, 5), {"weight": 12}),
     "unused": Toy(
         lambda: Lambda(lambda m, x: m.a(x), a=C(3, 6), b=C(3, 6)),
         IMAGE,

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError
-from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EulerField, euler_field, run, silent_field
 from manifold_nets.symmetry.certifier import Certifier
-from manifold_nets.symmetry.find import Structure, follow_weight
+from manifold_nets.symmetry.find import follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
+from manifold_nets.symmetry.judge import Judge, owner_of
 from manifold_nets.symmetry.modules import module_graph
-from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, SymmetryReport, WeightFinding
-from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.shift_certificate import Loss, sees_no_shift
 from manifold_nets.symmetry.shifts import shift_symmetries
 from manifold_nets.symmetry.twin import analysis_copy, is_continuous, is_meta, random_numbers
@@ -83,7 +81,7 @@ def diagnose(
     if isinstance(graph, AnalysisError):
         return _by_certificate(model, twin, field, graph, tolerance, example_inputs)
     constrained = {weight.name for weight in constrained_weights(model)}
-    findings = _by_structure(_Judge(twin, graph, field, variances, tolerance), constrained)
+    findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
     families = certified_families(solve_jointly(graph), field, tolerance)
     shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
     return SymmetryReport(
@@ -91,12 +89,12 @@ def diagnose(
     )
 
 
-def _by_structure(judge: _Judge, constrained: set[str]) -> list[WeightFinding]:
+def _by_structure(judge: Judge, constrained: set[str]) -> list[WeightFinding]:
     """Judge every weight of a traced model."""
     findings = []
     for name, parameter in _weights(judge.twin):
         if not is_continuous(parameter):
-            findings.append(integer_finding(name, parameter, _owner(judge.twin, name)))
+            findings.append(integer_finding(name, parameter, owner_of(judge.twin, name)))
             continue
         structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
         findings.append(qualified(judge.finding(name, structure, name in constrained), parameter))
@@ -109,9 +107,9 @@ def _by_certificate(
     """Report what the certificate says where there is no graph."""
     certify = Certifier(field, tolerance).alone
     findings = [
-        finding_without_graph(name, parameter, _owner(twin, name), certify, refusal.why)
+        finding_without_graph(name, parameter, owner_of(twin, name), certify, refusal.why)
         if is_continuous(parameter)
-        else integer_finding(name, parameter, _owner(twin, name))
+        else integer_finding(name, parameter, owner_of(twin, name))
         for name, parameter in _weights(twin)
     ]
     return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
@@ -119,10 +117,6 @@ def _by_certificate(
 
 def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim >= 2]
-
-
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _trace(twin: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | AnalysisError:
@@ -149,121 +143,3 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
         torch.manual_seed(seed)
         graph.interpret(twin, inputs, visit)
     return found
-
-
-class _Judge(Certifier):
-    """Puts structure and certificate of one weight side by side."""
-
-    def __init__(
-        self,
-        twin: nn.Module,
-        graph: TracedGraph,
-        field: EulerField,
-        variances: dict[Any, Tensor],
-        tolerance: float,
-    ) -> None:
-        super().__init__(field, tolerance)
-        self.twin, self.graph, self.variances = twin, graph, variances
-
-    def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
-        """Judge one weight."""
-        shape = tuple(self.field.weights[name].shape)
-        layer = type(_owner(self.twin, name)).__name__
-        partition = structure.partition if structure is not None else None
-        if structure is None or partition is None:
-            return self._without_groups(name, shape, layer, structure)
-        groups = structure.group_of_scale(partition)
-        certificate = self._certificate(structure, partition, groups)
-        status = {"invariant": "constrained" if constrained else "invariant", "not invariant": "disagreement"}.get(
-            certificate.verdict, certificate.verdict
-        )
-        return WeightFinding(
-            name=name,
-            shape=shape,
-            layer=layer,
-            status=status,
-            partition=partition,
-            filters_per_group=structure.seed.n_groups // partition.n_groups,
-            absorbers=tuple(self._absorber(structure, a, groups) for a in structure.absorptions),
-            scaled_along=tuple(
-                ScaledAlong(bias, structure.groups_of_forms(ids, groups)) for bias, ids in structure.companions.items()
-            ),
-            certificate=certificate,
-            broken_by=None,
-            remedy=_REMEDIES[status],
-        )
-
-    def _without_groups(
-        self, name: str, shape: tuple[int, ...], layer: str, structure: Structure | None
-    ) -> WeightFinding:
-        """Judge a weight for which structure claims no groups: the certificate must not find any either."""
-        seed = structure.seed if structure is not None else Partition.filters(shape)
-        tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
-        certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
-        if structure is None:
-            reason, unknown, free = "the parameter does not occur in the graph", False, 0
-        else:
-            reason = "; ".join(str(because) for because in structure.breaks[:3])
-            unknown = any(because.unknown for because in structure.breaks)
-            free = sum(len(members) for members in structure.free)
-            if free:
-                reason = f"{free} of {structure.scales.count} filters are free, the others are not: {reason}"
-        status = "unknown" if unknown else "not invariant"
-        if certificate.verdict == "invariant" and not unknown:
-            status = "disagreement"
-        elif certificate.verdict == "no evidence":
-            status = "no evidence"
-        return WeightFinding(
-            name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status], free_filters=free
-        )  # fmt: skip
-
-    def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
-        """Certificate of each group together with the biases that are scaled along."""
-        name = structure.name
-        if self.field.silent:
-            return self.alone(name, partition)
-        sums = partition.sum(self.field.products(name)).flatten()
-        weight = partition.sum(self.field.weights[name].square()).flatten()
-        gradient = partition.sum(self.field.gradients[name].square()).flatten()
-        for bias, ids in structure.companions.items():
-            entries = torch.tensor(structure.groups_of_forms(ids, groups), device=sums.device)
-            kept = entries >= 0
-            for total, values in (
-                (sums, self.field.products(bias)),
-                (weight, self.field.weights[bias].square()),
-                (gradient, self.field.gradients[bias].square()),
-            ):
-                total.index_add_(0, entries[kept], values.reshape(-1)[kept])
-        if partition.group_size == 1 and not structure.companions:
-            # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
-            return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
-        return self.verdict(sums, weight.sqrt(), gradient.sqrt())
-
-    def _absorber(self, structure: Structure, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
-        args = bound_arguments(absorption.node)
-        parameters, running = self.graph.parameters, absorption.running_mean
-        per_channel = absorption.kind in ("batch", "instance")
-        variances = self.variances.get(absorption.node)
-        return Absorber(
-            op=absorption.op,
-            module=absorption.module,
-            kind=absorption.kind,
-            eps=args.get("eps"),
-            weight=parameters.get(args.get("weight")),  # type: ignore[arg-type]
-            bias=parameters.get(args.get("bias")),  # type: ignore[arg-type]
-            running_mean=running,
-            running_var=absorption.running_var,
-            calls=self.graph.uses_of_buffer(running),
-            groups=structure.groups_of_forms(absorption.ids, groups) if per_channel else (),
-            variances=tuple(variances.tolist()) if variances is not None and absorption.kind == "batch" else (),
-        )
-
-
-_REMEDIES = {
-    "invariant": "keep each group on a sphere and train with a Riemannian optimizer (manifold_nets.convert)",
-    "constrained": "none needed: each group is on its sphere",
-    "not invariant": "leave it: its scale matters to the function",
-    "unknown": "leave it, or report the operation: nothing is known about its scale",
-    "no evidence": "leave it: its gradient vanishes on these inputs; try other inputs",
-    "disagreement": "leave it and report it: structure and certificate contradict each other",
-}

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, is_in_place, op_name
+from manifold_nets.symmetry.graph import TracedGraph, is_in_place, op_name
+from manifold_nets.symmetry.partitions import (
+    is_linear_map,
+    joined_partition,
+    only_looked_up,
+    seed_label,
+    seed_partition,
+)
 from manifold_nets.symmetry.rules import RULES, VIEWS, Absorption, Adoption, Result, Use, as_list
 from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
 
-_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+__all__ = ["Structure", "follow_weight", "propagate"]
 
-__all__ = ["Structure", "follow_weight", "propagate", "seed_label", "seed_partition"]
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+# Up to this many scales are followed one by one.
+_MOST_SCALES = 8192
 
 
 @dataclass
@@ -76,6 +86,14 @@ class Structure:
             return Partition.whole(self.seed.shape)
         return None
 
+    @property
+    def count(self) -> int:
+        """How many groups the weight has, whether or not a view can express them; 0 where it has none."""
+        if self.partition is None:
+            return 0
+        free = self.free
+        return len(free) if sum(len(members) for members in free) == self.scales.count else 1
+
     def groups_of_forms(self, ids: Ids, groups: Ids) -> tuple[int, ...]:
         """Number of the group by whose scale each entry is multiplied: −1 for none, −2 for a product or a power."""
         numbers, inverse = np.unique(self.scales.roots(ids), return_inverse=True)
@@ -97,43 +115,26 @@ class Structure:
         return result
 
 
-def joined_partition(seed: Partition, classes: list[list[int]]) -> Partition:
-    """Write classes of seed groups as a partition: the finest one that a view can express.
-
-    Single groups, blocks of consecutive groups and strided sets have views; any other joins fall back to the whole
-    tensor, which is a union of free groups and so free as well.
-    """
-    count, total = len(classes), seed.n_groups
-    if count == total:
-        return seed
-    size = total // count
-    if count > 1 and all(len(members) == size for members in classes):
-        if all(members == list(range(k * size, (k + 1) * size)) for k, members in enumerate(sorted(classes))):
-            blocks = _consecutive_blocks(seed, count, size)
-            if blocks is not None:
-                return blocks
-        if seed.kept == (0,) and all(
-            members == list(range(k, total, count)) for k, members in enumerate(sorted(classes))
-        ):
-            return Partition(seed.shape, (size, count, *seed.shape[1:]), (1,))
-    return Partition.whole(seed.shape)
-
-
-def _consecutive_blocks(seed: Partition, count: int, size: int) -> Partition | None:
-    if seed.kept == (0,):
-        return Partition.blocks(seed.shape, count)
-    groups, fan_in, per_group, *kernel = seed.view
-    if per_group % size == 0:
-        return Partition(seed.shape, (groups, fan_in, per_group // size, size, *kernel), (0, 2))
-    if size % per_group == 0:
-        return Partition(seed.shape, (count, groups // count, fan_in, per_group, *kernel), (0,))
-    return None
-
-
 def follow_weight(graph: TracedGraph, name: str) -> Structure:
-    """Follow the scales of one weight, scaling along the biases that the network asks to be scaled along."""
+    """Follow the scales of one weight, scaling along the biases that the network asks to be scaled along.
+
+    Filters first. Rows that are looked up are followed one by one, and a weight that is used otherwise than by linear
+    maps and convolutions (transposed, multiplied as it stands, one matrix an expert) along its other axes as well.
+    """
     sources = graph.placeholders_of(name)
-    seed = seed_partition(sources)
+    if only_looked_up(sources):
+        rows = _follow_rows(graph, name, sources)
+        if rows is not None:
+            return rows
+    found = _follow_groups(graph, name, sources, seed_partition(sources))
+    stacked = len(found.seed.shape) == 3  # matrices of experts: finer than one group each
+    if found.partition is None or is_linear_map(sources) or (found.partition == found.seed and not stacked):
+        return found
+    return max([found, *_along_other_axes(graph, name, sources, found)], key=lambda structure: structure.count)
+
+
+def _follow_groups(graph: TracedGraph, name: str, sources: list[Node], seed: Partition) -> Structure:
+    """Follow one scale for each group of a partition."""
     seeds: dict[Node, Label] = {node: Label(seed_label(seed) + 1) for node in sources}
     companions: dict[str, Ids] = {}
     while True:
@@ -148,24 +149,44 @@ def follow_weight(graph: TracedGraph, name: str) -> Structure:
     return Structure(name, seed, scales, absorptions, companions)
 
 
-def seed_partition(sources: list[Node]) -> Partition:
-    """Filters of the weight's first use: output channels of a transposed convolution are not its rows."""
-    shape = tuple(sources[0].meta["val"].shape)
-    for node in sources:
-        for user in node.users:
-            if "transpose" in op_name(user) and op_name(user).startswith("conv"):
-                return Partition.transposed_filters(shape, int(bound_arguments(user)["groups"]))
-    return Partition.filters(shape)
+def _along_other_axes(graph: TracedGraph, name: str, sources: list[Node], found: Structure) -> list[Structure]:
+    """Structures of a weight that is free as a whole, with scales along other axes, and along several at once."""
+    shape = found.seed.shape
+    single = {
+        axis: _follow_groups(graph, name, sources, Partition(shape, shape, (axis,)))
+        for axis in range(1, len(shape))
+        if 1 < shape[axis] <= _MOST_SCALES
+    }
+    varying = tuple(axis for axis, structure in {0: found, **single}.items() if structure.count > 1)
+    together = []
+    if len(varying) > 1 and math.prod(shape[axis] for axis in varying) <= _MOST_SCALES:
+        together.append(_follow_groups(graph, name, sources, Partition(shape, shape, varying)))
+    return [*single.values(), *together]
 
 
-def seed_label(seed: Partition) -> Ids:
-    """Number of the group of each entry of a weight, with size 1 along the axes where it does not vary."""
-    if seed.view == seed.shape:
-        return np.arange(seed.n_groups, dtype=np.int64).reshape(seed.spread_shape)
-    groups, fan_in, per_group, *kernel = seed.view
-    ids = np.arange(seed.n_groups, dtype=np.int64).reshape(groups, 1, per_group)
-    spread = np.broadcast_to(ids, (groups, fan_in, per_group))
-    return spread.reshape(groups * fan_in, per_group, *(1 for _ in kernel))
+def _follow_rows(graph: TracedGraph, name: str, sources: list[Node]) -> Structure | None:
+    """Follow the rows of a table that is looked up; None where some of them are not free each by itself.
+
+    Which row stands where depends on the data. So every place gets a scale of its own: where all of them are free,
+    whatever rows stand there, each row is.
+    """
+    lookups = [user for node in sources for user in node.users]
+    shapes = [tuple(int(n) for n in user.meta["val"].shape[:-1]) for user in lookups]
+    table = Partition.filters(tuple(sources[0].meta["val"].shape))
+    count = sum(math.prod(shape) for shape in shapes)
+    if count > _MOST_SCALES:
+        return None
+    scales, labels, first = Scales(count), {}, 1
+    for user, shape in zip(lookups, shapes, strict=True):
+        labels[user] = Label(np.arange(first, first + math.prod(shape)).reshape(*shape, 1))
+        first += math.prod(shape)
+    absorptions, adoptions = propagate(graph, labels, scales)
+    places = Structure(name, Partition.filters((count, 1)), scales, absorptions, {})
+    if adoptions or len(places.free) < count:
+        return None
+    rows = np.arange(1, table.n_groups + 1, dtype=np.int64)
+    reached = [replace(absorption, ids=rows) for absorption in absorptions]
+    return Structure(name, table, Scales(table.n_groups), reached, {})
 
 
 def propagate(

@@ -20,8 +20,9 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.find import propagate, seed_label, seed_partition
+from manifold_nets.symmetry.find import propagate
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.partitions import seed_label, seed_partition
 from manifold_nets.symmetry.report import Certificate, FamilyMember, SymmetryFamily
 from manifold_nets.symmetry.scales import Ids, Label, Scales
 

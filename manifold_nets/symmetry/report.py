@@ -124,6 +124,8 @@ class WeightFinding:
         broken_by: why a weight has no such groups: operation, module, reason.
         remedy: what to do about it.
         free_filters: how many filters are free by themselves in a weight of which others are not.
+        finer_groups: how many invariant groups the weight has where no view of its shape expresses them, so that
+            ``partition`` joins some; 0 where ``partition`` is the finest one.
     """
 
     name: str
@@ -138,6 +140,15 @@ class WeightFinding:
     broken_by: str | None
     remedy: str
     free_filters: int = 0
+    finer_groups: int = 0
+
+    @property
+    def groups_in_words(self) -> str:
+        """The partition, and how many groups it has in truth where no view expresses them; empty where none."""
+        if self.partition is None:
+            return ""
+        finer = f", which joins {self.finer_groups} finer groups that no view expresses" if self.finer_groups else ""
+        return f"{self.partition}{finer}"
 
     @property
     def moves_along(self) -> tuple[str, ...]:
@@ -155,6 +166,7 @@ class WeightFinding:
             "partition": None if self.partition is None else self.partition.to_dict(),
             "groups": None if self.partition is None else self.partition.n_groups,
             "filters_per_group": self.filters_per_group,
+            "finer_groups": self.finer_groups,
             "absorbers": [absorber.to_dict() for absorber in self.absorbers],
             "moves_along": list(self.moves_along),
             "certificate": self.certificate.to_dict(),
@@ -309,7 +321,7 @@ class SymmetryReport:
         lines = [f"{self.model}: {len(self.weights)} weights: {summary or 'none'}"]
         width = max((len(w.name) for w in self.weights), default=0)
         for w in self.weights:
-            what = str(w.partition) if w.partition is not None else (w.broken_by or "")
+            what = w.groups_in_words if w.partition is not None else (w.broken_by or "")
             absorbed = f" · absorbed by {_joined([str(a) for a in w.absorbers])}" if w.partition is not None else ""
             lines.append(f"  {w.name:<{width}}  {w.status:<13}  {what}{absorbed} · certificate {w.certificate}")
         spanning = [family for family in self.families if len(family.parameters) > 1]

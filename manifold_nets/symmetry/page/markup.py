@@ -90,7 +90,8 @@ def groups_text(finding: WeightFinding) -> str:
     if partition is None:
         return ""
     if not partition.kept:
-        return f"the whole tensor of {partition.group_size} entries"
+        finer = f" (no view expresses its {finding.finer_groups} finer groups)" if finding.finer_groups else ""
+        return f"the whole tensor of {partition.group_size} entries{finer}"
     if finding.filters_per_group == 1:
         return f"{plural(partition.n_groups, 'filter')} of {partition.group_size}"
     joined = f"{finding.filters_per_group} filters each"

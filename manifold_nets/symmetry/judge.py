@@ -1,0 +1,150 @@
+"""What structure and certificate say together of one weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate import EulerField
+from manifold_nets.symmetry.certifier import Certifier
+from manifold_nets.symmetry.find import Structure
+from manifold_nets.symmetry.graph import TracedGraph, bound_arguments
+from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, WeightFinding
+from manifold_nets.symmetry.rules import Absorption
+
+__all__ = ["Judge", "owner_of"]
+
+_REMEDIES = {
+    "invariant": "keep each group on a sphere and train with a Riemannian optimizer (manifold_nets.convert)",
+    "constrained": "none needed: each group is on its sphere",
+    "not invariant": "leave it: its scale matters to the function",
+    "unknown": "leave it, or report the operation: nothing is known about its scale",
+    "no evidence": "leave it: its gradient vanishes on these inputs; try other inputs",
+    "disagreement": "leave it and report it: structure and certificate contradict each other",
+}
+
+
+def owner_of(model: nn.Module, name: str) -> nn.Module:
+    """The module that owns a parameter."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+class Judge(Certifier):
+    """Puts structure and certificate of one weight side by side."""
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        graph: TracedGraph,
+        field: EulerField,
+        variances: dict[Any, Tensor],
+        tolerance: float,
+    ) -> None:
+        super().__init__(field, tolerance)
+        self.twin, self.graph, self.variances = twin, graph, variances
+
+    def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
+        """Judge one weight."""
+        shape = tuple(self.field.weights[name].shape)
+        layer = type(owner_of(self.twin, name)).__name__
+        partition = structure.partition if structure is not None else None
+        if structure is None or partition is None:
+            return self._without_groups(name, shape, layer, structure)
+        partition = self._without_zero_groups(name, partition)
+        groups = structure.group_of_scale(partition)
+        certificate = self._certificate(structure, partition, groups)
+        status = {"invariant": "constrained" if constrained else "invariant", "not invariant": "disagreement"}.get(
+            certificate.verdict, certificate.verdict
+        )
+        return WeightFinding(
+            name=name,
+            shape=shape,
+            layer=layer,
+            status=status,
+            partition=partition,
+            filters_per_group=structure.seed.n_groups // partition.n_groups,
+            absorbers=tuple(self._absorber(structure, a, groups) for a in structure.absorptions),
+            scaled_along=tuple(
+                ScaledAlong(bias, structure.groups_of_forms(ids, groups)) for bias, ids in structure.companions.items()
+            ),
+            certificate=certificate,
+            broken_by=None,
+            remedy=_REMEDIES[status],
+            finer_groups=structure.count if structure.count > partition.n_groups else 0,
+        )
+
+    def _without_zero_groups(self, name: str, partition: Partition) -> Partition:
+        """The whole table in place of looked-up rows where one is zero and has no direction, as a padding token's."""
+        if not isinstance(owner_of(self.twin, name), nn.Embedding) or self.field.silent:
+            return partition
+        zero = bool((partition.norms(self.field.weights[name]) == 0).any())
+        return Partition.whole(partition.shape) if zero else partition
+
+    def _without_groups(
+        self, name: str, shape: tuple[int, ...], layer: str, structure: Structure | None
+    ) -> WeightFinding:
+        """Judge a weight for which structure claims no groups: the certificate must not find any either."""
+        seed = structure.seed if structure is not None else Partition.filters(shape)
+        tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
+        certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
+        if structure is None:
+            reason, unknown, free = "the parameter does not occur in the graph", False, 0
+        else:
+            reason = "; ".join(str(because) for because in structure.breaks[:3])
+            unknown = any(because.unknown for because in structure.breaks)
+            free = sum(len(members) for members in structure.free)
+            if free:
+                reason = f"{free} of {structure.scales.count} filters are free, the others are not: {reason}"
+        status = "unknown" if unknown else "not invariant"
+        if certificate.verdict == "invariant" and not unknown:
+            status = "disagreement"
+        elif certificate.verdict == "no evidence":
+            status = "no evidence"
+        return WeightFinding(
+            name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status], free_filters=free
+        )  # fmt: skip
+
+    def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
+        """Certificate of each group together with the biases that are scaled along."""
+        name = structure.name
+        if self.field.silent:
+            return self.alone(name, partition)
+        sums = partition.sum(self.field.products(name)).flatten()
+        weight = partition.sum(self.field.weights[name].square()).flatten()
+        gradient = partition.sum(self.field.gradients[name].square()).flatten()
+        for bias, ids in structure.companions.items():
+            entries = torch.tensor(structure.groups_of_forms(ids, groups), device=sums.device)
+            kept = entries >= 0
+            for total, values in (
+                (sums, self.field.products(bias)),
+                (weight, self.field.weights[bias].square()),
+                (gradient, self.field.gradients[bias].square()),
+            ):
+                total.index_add_(0, entries[kept], values.reshape(-1)[kept])
+        if partition.group_size == 1 and not structure.companions:
+            # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
+            return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
+        return self.verdict(sums, weight.sqrt(), gradient.sqrt())
+
+    def _absorber(self, structure: Structure, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
+        args = bound_arguments(absorption.node)
+        parameters, running = self.graph.parameters, absorption.running_mean
+        per_channel = absorption.kind in ("batch", "instance")
+        variances = self.variances.get(absorption.node)
+        return Absorber(
+            op=absorption.op,
+            module=absorption.module,
+            kind=absorption.kind,
+            eps=args.get("eps"),
+            weight=parameters.get(args.get("weight")),  # type: ignore[arg-type]
+            bias=parameters.get(args.get("bias")),  # type: ignore[arg-type]
+            running_mean=running,
+            running_var=absorption.running_var,
+            calls=self.graph.uses_of_buffer(running),
+            groups=structure.groups_of_forms(absorption.ids, groups) if per_channel else (),
+            variances=tuple(variances.tolist()) if variances is not None and absorption.kind == "batch" else (),
+        )
