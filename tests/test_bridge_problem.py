@@ -174,8 +174,9 @@ def reported(check, *args) -> dict[str, float]:
     numbers = {}
     for line in text.getvalue().splitlines():
         before, colon, after = line.rpartition(":")
-        if colon:
-            numbers[before] = float(after.rpartition("=")[2].strip().rstrip(".,"))
+        number = after.rpartition("=")[2].strip().rstrip(".,")
+        if colon and number[-1:].isdigit():
+            numbers[before] = float(number)
     return numbers
 
 
@@ -321,6 +322,23 @@ def test_evaluations_leave_the_model_alone_and_are_counted_once() -> None:
     assert all(parameter.grad is None for parameter in problem.model.parameters())
 
 
+def test_costs_are_handed_over_and_may_end_the_optimizer() -> None:
+    seen = []
+
+    def record(point: list[np.ndarray], cost: float) -> None:
+        seen.append((point, cost))
+        if len(seen) == 5:
+            raise StopIteration
+
+    problem = bridge.problem(batch_normalized_mlp(), cross_entropy, *digits_like(), on_cost=record)
+    optimizer = pymanopt.optimizers.ConjugateGradient(verbosity=0)
+    with pytest.raises(StopIteration):
+        optimizer.run(problem, initial_point=problem.initial_point())
+    assert problem.evaluations.cost == 5
+    costs = [cost for _, cost in seen]
+    assert [problem.cost(point) for point, _ in list(seen)] == costs
+
+
 def check_statistics(problem: NetworkProblem, inputs: Tensor) -> None:
     """Compare the running statistics with the mean and variance of what reaches the first batch normalization."""
     moved = problem.manifold.retraction(problem.initial_point(), direction(problem, problem.initial_point()))
@@ -364,7 +382,7 @@ def test_optimizers_train(name: str) -> None:
     assert result.cost < 0.3 * problem.cost(start)
     problem.write_back(result.point)
     inputs, targets = digits_like()
-    assert float(cross_entropy(problem.model(inputs), targets)) == pytest.approx(result.cost, rel=1e-12)
+    assert float(cross_entropy(problem.model(inputs), targets).detach()) == pytest.approx(result.cost, rel=1e-12)
     for weight in mn.constraints.constrained_weights(problem.model):
         assert weight.manifold.check_point_on_manifold(weight.parameter, atol=1e-12)
 

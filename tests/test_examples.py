@@ -26,6 +26,12 @@ PROMISES = {
         r"share one scale: +whole tensor",
         r"chain broken by: +sigmoid in sigmoid_again",
     ],
+    "train_with_pymanopt": [
+        r"gradient's error (1\.9|2\.0)\d ",
+        r"Hessian's error  (2\.9|3\.0)\d ",
+        r"TrustRegions +loss \S+ after",
+        r"training error 0\.0 %",
+    ],
     "train_with_torch_schedulers": [r"the same bit for bit: True", r"bold driver, epoch 4"],
 }
 

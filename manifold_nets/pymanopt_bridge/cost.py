@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from manifold_nets.pymanopt_bridge.errors import CostError
 from manifold_nets.pymanopt_bridge.parameters import Point, trained_parameters
 
-__all__ = ["Evaluations", "NetworkCost"]
+__all__ = ["Evaluations", "NetworkCost", "Objective", "OnCost"]
 
 Objective = Callable[[nn.Module], Tensor]
+OnCost = Callable[[Point, float], None]
 
 
 @dataclass
@@ -64,10 +65,12 @@ class NetworkCost:
     Args:
         model: the network.
         objective: function of the model whose result is the loss.
+        on_cost: called with point and value whenever a value was computed on its own.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
+    def __init__(self, model: nn.Module, objective: Objective, on_cost: OnCost | None = None) -> None:
         self.model = model
+        self.on_cost = on_cost
         self.evaluations = Evaluations()
         self._whole = _Whole(model, objective)
         self._point: Point | None = None
@@ -82,6 +85,8 @@ class NetworkCost:
             self.evaluations.cost += 1
             with torch.no_grad():
                 self._value = _number(self._loss(self._tensors(point)))
+            if self.on_cost is not None:
+                self.on_cost([array.copy() for array in point], self._value)
         return self._value
 
     def gradient(self, *point: NDArray[Any]) -> Point:
@@ -174,7 +179,7 @@ def _gradients(loss: Tensor, tensors: list[Tensor], *, create_graph: bool = Fals
 
 
 def _number(loss: Tensor) -> float:
-    value = float(loss)
+    value = float(loss.detach())
     return value if math.isfinite(value) else math.inf
 
 

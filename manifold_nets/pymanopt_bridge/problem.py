@@ -11,13 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from manifold_nets.pymanopt_bridge.cost import Evaluations, NetworkCost
+from manifold_nets.pymanopt_bridge.cost import Evaluations, NetworkCost, Objective, OnCost
 from manifold_nets.pymanopt_bridge.parameters import Point, parameter_names, point_of, product_manifold, write_back
 from manifold_nets.symmetry.graph import split_inputs
 
 __all__ = ["NetworkProblem", "problem"]
-
-Objective = Callable[[nn.Module], Tensor]
 
 
 class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
@@ -32,6 +30,8 @@ class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
     Args:
         model: the network.
         objective: function of a model whose result is the loss.
+        on_cost: called with point and cost after every forward pass for a cost, to record them; what it raises ends
+            the optimizer and reaches the caller.
 
     Raises:
         PointError: no parameter requires a gradient, or one is neither float32 nor float64.
@@ -40,8 +40,8 @@ class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
         CostError: the loss is not one finite number, or differs from one evaluation to the next.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective) -> None:
-        cost = NetworkCost(model, objective)
+    def __init__(self, model: nn.Module, objective: Objective, *, on_cost: OnCost | None = None) -> None:
+        cost = NetworkCost(model, objective, on_cost)
         cost.require_function(point_of(model))
         manifold = product_manifold(model)
         numpy_function = pymanopt.function.numpy(manifold)
@@ -95,6 +95,8 @@ def problem(
     loss: Callable[..., Tensor],
     inputs: Any = None,
     targets: Any = None,
+    *,
+    on_cost: OnCost | None = None,
 ) -> NetworkProblem:
     """Return the training of a network as a `pymanopt.Problem`: cost, gradient and Hessian by torch.
 
@@ -108,6 +110,8 @@ def problem(
         inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or both in a tuple; on the device
             of the model.
         targets: what the loss compares the outputs with.
+        on_cost: called with point and cost after every forward pass for a cost, to record them; what it raises ends
+            the optimizer and reaches the caller.
 
     Returns:
         A `NetworkProblem`, with ``initial_point()`` and ``write_back(point)``.
@@ -130,9 +134,9 @@ def problem(
         tensor([[1., 1., 1.]], dtype=torch.float64)
     """
     if inputs is None:
-        return NetworkProblem(model, loss)
+        return NetworkProblem(model, loss, on_cost=on_cost)
     args, kwargs = split_inputs(inputs)
-    return NetworkProblem(model, lambda network: loss(network(*args, **kwargs), targets))
+    return NetworkProblem(model, lambda network: loss(network(*args, **kwargs), targets), on_cost=on_cost)
 
 
 @contextlib.contextmanager
