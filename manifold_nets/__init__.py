@@ -9,7 +9,7 @@ with warnings.catch_warnings():
     import geoopt  # noqa: F401
 
 from manifold_nets import errors, layers, optim, sources
-from manifold_nets.constraints import restore
+from manifold_nets.constraints import project, restore
 from manifold_nets.conversion import balance, conversion_record, convert, load, plan, revert, save, verify
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
@@ -33,6 +33,7 @@ __all__ = [
     "optim",
     "param_groups",
     "plan",
+    "project",
     "restore",
     "revert",
     "save",

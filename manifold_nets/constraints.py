@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import geoopt
+import torch
 from torch import Tensor, nn
 
 from manifold_nets.errors import ConstraintError
 from manifold_nets.errors.base import listed
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "lost_constraints", "restore"]
+__all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "lost_constraints", "project", "restore"]
 
 _RECORD = "_manifold_nets_constraints"
 _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
@@ -181,6 +182,37 @@ def restore(model: nn.Module) -> list[str]:
             if id(tied) in renewed:
                 setattr(module, leaf, renewed[id(tied)])
     return [weight.name for weight in lost]
+
+
+@torch.no_grad()
+def project(model: nn.Module) -> dict[str, float]:
+    """Put every constrained weight at the nearest point of its spheres, in place.
+
+    For weights that other code has moved off them: averages of models, merged or rounded checkpoints, plain steps.
+    Each group is scaled by a positive number, which a weight of meaningless scale does not feel.
+
+    Returns:
+        Name of each constrained weight, and the largest relative deviation ``|‖w_G‖/r_G − 1|`` of its groups before.
+
+    Raises:
+        DegenerateGroupError: a group is zero or not finite; the model is untouched.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(4, 3)
+        >>> _ = layer.weight.detach().mul_(1.5)
+        >>> {name: round(off, 6) for name, off in mn.project(layer).items()}
+        {'weight': 0.5}
+        >>> max(mn.project(layer).values()) < 1e-6
+        True
+    """
+    weights = list(constrained_weights(model))
+    for weight in weights:
+        weight.manifold.refuse_degenerate(weight.parameter, weight.name)
+    deviations = {weight.name: float(weight.manifold.deviations(weight.parameter).max()) for weight in weights}
+    for weight in weights:
+        weight.parameter.copy_(weight.manifold.projx(weight.parameter))
+    return deviations
 
 
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from sphere_cases import eps
 from torch import nn
 
-from manifold_nets import SphereProduct, constraints, errors, layers, restore
+from manifold_nets import SphereProduct, constraints, errors, layers, optim, restore
 from manifold_nets.constraints import attach, constrained_weights, detach, lost_constraints
 from manifold_nets.groups import filter_partition
 
@@ -152,7 +152,7 @@ KEEPING: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch.save": saved,
     "cast": lambda model: model.to(torch.float64),
     "half": lambda model: model.half(),
-    "averaged": lambda model: torch.optim.swa_utils.AveragedModel(model).module,
+    "averaged": lambda model: optim.AveragedModel(model).module,
     "compiled": lambda model: torch.compile(model, backend="eager")._orig_mod,
 }
 

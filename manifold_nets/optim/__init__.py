@@ -1,9 +1,19 @@
 """Optimizers on products of spheres, their parameter groups, and the paper's learning-rate schedule."""
 
+from manifold_nets.optim.averaging import AveragedModel
+from manifold_nets.optim.clipping import clip_sphere_grad_norm_
 from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.guard import allow_euclidean
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rsgd import RiemannianSGD
 from manifold_nets.optim.schedules import BoldDriver
 
-__all__ = ["BoldDriver", "RiemannianAdam", "RiemannianSGD", "allow_euclidean", "param_groups"]
+__all__ = [
+    "AveragedModel",
+    "BoldDriver",
+    "RiemannianAdam",
+    "RiemannianSGD",
+    "allow_euclidean",
+    "clip_sphere_grad_norm_",
+    "param_groups",
+]

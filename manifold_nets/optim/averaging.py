@@ -1,0 +1,149 @@
+"""Averages of weights over training that stay on their spheres: stochastic weight averaging and moving averages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim import swa_utils
+
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.groups import wide
+from manifold_nets.manifold import SphereProduct, on_first_instance
+
+__all__ = ["AveragedModel"]
+
+
+class _Averaged(NamedTuple):
+    """A constrained weight of the averaged model: its name, place among the parameters, value, manifold, lengths."""
+
+    name: str
+    place: int
+    value: Tensor
+    manifold: SphereProduct
+    lengths: Tensor
+
+
+class AveragedModel(swa_utils.AveragedModel):
+    r"""`torch.optim.swa_utils.AveragedModel` whose constrained weights stay on their spheres.
+
+    Plain parameters and buffers are averaged as torch does, bit for bit. Of a constrained weight this holds the
+    *chordal mean*: with the weights :math:`a_t` that ``avg_fn`` or ``multi_avg_fn`` gives the models ``w_t`` (equal
+    ones by default, :math:`(1-d)\,d^{T-t}` for `torch.optim.swa_utils.get_ema_multi_avg_fn` with decay d),
+
+    .. math:: \bar m = \sum_t a_t w_t, \quad \bar w = r \bar m/‖\bar m‖
+              = \arg\min_{‖w‖ = r} \sum_t a_t ‖w - w_t‖^2, \quad ρ = ‖\bar m‖/r
+
+    in each group. The mean :math:`\bar m` itself is kept too, as the point and one *resultant length* ρ a sphere, so
+    that the recursion goes on from the mean and not from its projection: after any number of updates the result is
+    the plain average, projected once. ρ is at most 1, and 1 where all averaged directions agree.
+
+    The chordal mean equals the Riemannian (Karcher) mean, which minimizes squared angles, for two models of equal
+    weight, and for directions that lie symmetrically about it. Otherwise they differ by a term of the third order in
+    the angles between the models. Where a group's mean is zero it has no direction, and the newest model's stands in
+    for it; the next average is right again. In half precision the mean is rounded to the dtype of the weight at every
+    update, as torch's is. A value that is not finite stays so.
+
+    Args:
+        model: the model whose weights are averaged; it is copied.
+        device: where to keep the average; that of the model when left out.
+        avg_fn: torch's, for one tensor: average, new value and count in, average out.
+        multi_avg_fn: torch's, for lists of tensors, in place.
+        use_buffers: whether buffers are averaged, too, instead of copied.
+
+    References:
+        Izmailov et al., *Averaging weights leads to wider optima and better generalization*, UAI 2018,
+        arXiv:1803.05407; Mardia, Jupp, *Directional Statistics* (2000), sections 9.2 and 10.3, for the mean direction,
+        the resultant length, and their being the maximum-likelihood estimate for von Mises-Fisher directions.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(2, 1, bias=False)
+        >>> averaged = AveragedModel(layer)
+        >>> for point in ([1.0, 0.0], [0.0, 1.0]):
+        ...     _ = layer.load_state_dict({"weight": torch.tensor([point])})
+        ...     averaged.update_parameters(layer)
+        >>> averaged.module.weight.detach(), averaged.resultant_lengths()
+        (tensor([[0.7071, 0.7071]]), {'weight': tensor([0.7071])})
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: int | torch.device | None = None,
+        avg_fn: Any = None,
+        multi_avg_fn: Any = None,
+        use_buffers: bool = False,
+    ) -> None:
+        super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
+        self.lengths = nn.Module()
+        for weight in constrained_weights(self.module):
+            # Made from the norms, so that they are sharded as the weight is.
+            norms = weight.manifold.partition.norms(weight.parameter.detach())
+            self.lengths.register_buffer(_key(weight.name), torch.ones_like(norms))
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the present weights of a model into the average."""
+        averaged = list(self._averaged())
+        for weight in averaged:
+            scaled = weight.manifold.partition.multiply(wide(weight.value), weight.lengths)
+            weight.value.detach().copy_(scaled)
+        super().update_parameters(model)
+        newest = list(model.parameters())
+        for weight in averaged:
+            weight.lengths.copy_(_project(weight.value, newest[weight.place], weight.manifold))
+
+    def resultant_lengths(self) -> dict[str, Tensor]:
+        """Return ρ of the groups of each constrained weight, by name: shape ``(n_groups,)``, float32 or better."""
+        return {weight.name: weight.lengths.flatten().clone() for weight in self._averaged()}
+
+    def _averaged(self) -> Iterator[_Averaged]:
+        places = {id(parameter): index for index, parameter in enumerate(self.module.parameters())}
+        for weight in constrained_weights(self.module):
+            value = weight.parameter
+            lengths = self.lengths.get_buffer(_key(weight.name))
+            yield _Averaged(weight.name, places[id(value)], value, weight.manifold, lengths)
+
+
+def _key(name: str) -> str:
+    # Names of buffers have no dots.
+    return name.replace(".", "/")
+
+
+def _project(mean: Tensor, newest: Tensor, manifold: SphereProduct) -> Tensor:
+    """Put a mean on its spheres, in place; return the resultant lengths in ``spread_shape``."""
+    partition, radius = manifold.partition, manifold.radius_for(mean)
+    working = wide(mean.detach())
+    norms = partition.norms(working)
+    empty = norms == 0
+    unit = partition.divide(working, torch.where(empty, 1.0, norms))
+    point = partition.multiply(unit, radius)
+    mean.detach().copy_(partition.where(empty, wide(newest.detach()).to(working.device), point))
+    return norms / radius
+
+
+def _warn_of_plain_averages(module: nn.Module, _: str, submodule: nn.Module | None) -> None:
+    """Warn where torch's averaged model takes constrained weights: their averages are no points of the spheres."""
+    if not isinstance(module, swa_utils.AveragedModel) or isinstance(module, AveragedModel) or submodule is None:
+        return
+    name = next((weight.name for weight in constrained_weights(submodule)), None)
+    if name is not None:
+        warnings.warn(
+            f"{name}: constrained to a product of spheres, and torch's AveragedModel takes its average off them. Use "
+            "manifold_nets.optim.AveragedModel, or put the final average back with manifold_nets.project(model).",
+            UserWarning,
+            stacklevel=5,  # the caller of AveragedModel
+        )
+
+
+def _install() -> None:
+    register_module_module_registration_hook(_warn_of_plain_averages)
+
+
+# Whoever imports this package and constrains nothing keeps torch as it is.
+on_first_instance(_install)

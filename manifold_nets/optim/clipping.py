@@ -1,0 +1,73 @@
+"""Clipping of gradients sphere by sphere, in the metric in which the optimizers step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.errors import OptionError
+from manifold_nets.groups import wide
+from manifold_nets.manifold import SphereProduct
+
+__all__ = ["clip_sphere_grad_norm_"]
+
+
+@torch.no_grad()
+def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    r"""Clip the Riemannian gradient of every sphere of a model to a length, in place.
+
+    With the Riemannian gradient :math:`ξ_G = r^2 (g_G - ⟨w_G, g_G⟩ w_G/r^2)` of group G, whose length is
+    :math:`‖ξ_G‖/r`,
+
+    .. math:: g_G ← g_G · \min(1, ν / (‖ξ_G‖/r)) .
+
+    Each sphere is clipped by itself, so that one filter's large gradient leaves the others as they are, and a bound
+    means the same at every radius: it is in units of the loss per radian, and a step of `RiemannianSGD` without
+    momentum is of at most lr·ν radians for a filter. Gradients of plain parameters are left to
+    `torch.nn.utils.clip_grad_norm_`, which scales all gradients by one number. After `torch.amp.GradScaler.unscale_`.
+
+    Args:
+        model: a model; its constrained weights without a gradient are passed over.
+        max_norm: the bound ν, positive.
+
+    Returns:
+        The largest length before clipping, a scalar in float32 or better; 0 where no constrained weight has a gradient.
+        An infinite or NaN gradient makes its own group NaN and this infinite or NaN.
+
+    Raises:
+        OptionError: ``max_norm`` is not positive.
+
+    References:
+        Cho, Lee, *Riemannian approach to batch normalization*, NeurIPS 2017, arXiv:1709.09603, whose SGD-G clips
+        the projected gradient of every weight vector by itself.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(2, 2, bias=False)
+        >>> _ = layer.load_state_dict({"weight": torch.eye(2)})
+        >>> layer.weight.grad = torch.tensor([[7.0, 3.0], [0.05, 7.0]])
+        >>> clip_sphere_grad_norm_(layer, 0.1)
+        tensor(3.)
+        >>> layer.weight.grad
+        tensor([[0.2333, 0.1000],
+                [0.0500, 7.0000]])
+    """
+    if not max_norm > 0:
+        raise OptionError("max_norm", max_norm, "a positive number")
+    largest: list[Tensor] = []
+    for weight in constrained_weights(model):
+        gradient = weight.parameter.grad
+        if gradient is not None:
+            lengths = _lengths(weight.parameter.detach(), gradient, weight.manifold)
+            factors = max_norm / lengths.clamp(min=max_norm)
+            gradient.copy_(weight.manifold.partition.multiply(wide(gradient), factors))
+            largest.append(lengths.amax())
+    return torch.stack([length.to(largest[0].device) for length in largest]).amax() if largest else torch.zeros(())
+
+
+def _lengths(weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> Tensor:
+    """Return the lengths ``‖ξ_G‖/r`` of the Riemannian gradient in ``spread_shape``, in float32 or better."""
+    radius = manifold.radius_for(weight)
+    # r times the tangential part of g, rather than ξ, whose factor r² may leave the range.
+    return manifold.partition.norms(manifold.proju(wide(weight), wide(gradient))) * radius
