@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
@@ -87,20 +85,26 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
                 self.state[parameter]["momentum_buffer"] = buffer
 
     def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
-        remembered: dict[str, Any] = self.state[weight] if group["momentum"] != 0 else {}
-        buffer = remembered.get("momentum_buffer")
+        momentum, dampening, buffer = group["momentum"], group["dampening"], None
+        if momentum != 0:
+            state = self.state[weight]
+            if state.get("momentum_buffer") is None:
+                # The first momentum is the gradient itself, as in torch.
+                state["momentum_buffer"], dampening = torch.zeros_like(weight, requires_grad=False), 0.0
+            buffer = state["momentum_buffer"]
         space = Workspace(manifold, weight)
-        result = riemannian_sgd_(
+        riemannian_sgd_(
             space.open(weight),
             space.read(gradient),
             None if buffer is None else space.open(buffer),
             space.spheres,
             lr=float(group["lr"]),
-            **{key: group[key] for key in ("momentum", "dampening", "nesterov", "maximize")},
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
         )
         space.close()
-        if buffer is None and result is not None:
-            remembered["momentum_buffer"] = space.settle(result)
 
 
 def _multi_tensor(group: Group, params: list[Tensor]) -> bool:

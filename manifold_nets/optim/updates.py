@@ -1,5 +1,9 @@
 """The update rules of the optimizers on products of spheres: pure functions of tensors, in place.
 
+A step has four parts. `manifold_nets.optim.products.tangential` takes all inner products of a weight, its gradient and
+its moment; ``Spheres.combine`` adds what other parts of the same sphere have found; `manifold_nets.optim.coefficients`
+turns these numbers, a few for each group, into linear combinations; and `write_` writes them.
+
 A rule sees a weight in the view of its partition, in the dtype to compute in; `Spheres` says which axes of the view
 lie inside a group and how large the spheres are. It knows nothing of parameters, states, dtypes on disk or several
 weights: `manifold_nets.optim.workspace` prepares its arguments and takes its results back. With ``r`` the radius and
@@ -9,27 +13,37 @@ weights: `manifold_nets.optim.workspace` prepares its arguments and takes its re
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-__all__ = ["Spheres", "riemannian_adam_", "riemannian_sgd_"]
+from manifold_nets.optim.coefficients import Coefficients, adam_coefficients, sgd_coefficients
+from manifold_nets.optim.products import Scalar, Spheres, some, tangential
+
+__all__ = ["riemannian_adam_", "riemannian_sgd_", "write_"]
 
 
-class Spheres(NamedTuple):
-    """The groups of a viewed weight: the axes inside a group, and the radius, or one a group that broadcasts."""
-
-    axes: tuple[int, ...]
-    radius: float | Tensor
-
-    def dot(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ⟨x, y⟩ of each group, with size 1 along the axes inside a group.
-
-        The products are added by torch's cascade summation: those of `torch.linalg.vector_norm` and of a batched
-        matrix product are added in sequence, and are off by hundreds of machine epsilons on a million entries.
-        """
-        return (x * y).sum(self.axes, keepdim=True)
+def write_(
+    weight: Tensor, gradient: Tensor, moment: Tensor | None, spheres: Spheres, move: Coefficients, *, maximize: bool
+) -> None:
+    """Write the new weight and the new moment, in place."""
+    square = -spheres.square if maximize else spheres.square
+    new = (weight * move.ww).addcmul_(gradient, _tensor(move.wg * square, weight))
+    if moment is not None:
+        new.addcmul_(moment, _tensor(move.wb, weight))
+        transported = (moment * move.bb).addcmul_(gradient, _tensor(move.bg * square, weight))
+        transported.addcmul_(weight, _tensor(move.bw, weight))
+    else:
+        transported = None
+    if some(move.far):
+        pairs = ((new, new),) if transported is None else ((new, new), (new, transported))
+        norm, *overlap = spheres.dots(*pairs)
+        if transported is not None:
+            transported = torch.addcmul(transported, new, torch.where(move.far, overlap[0] / norm, 0.0), value=-1)
+        norm = norm / spheres.square
+        new = new * torch.where(move.far, (1.0 + 0.0 * norm) / norm.sqrt(), 1.0)
+    weight.copy_(new)
+    if moment is not None and transported is not None:
+        moment.copy_(transported)
 
 
 def riemannian_sgd_(
@@ -38,12 +52,12 @@ def riemannian_sgd_(
     buffer: Tensor | None,
     spheres: Spheres,
     *,
-    lr: float | Tensor,
+    lr: Scalar,
     momentum: float = 0.0,
     dampening: float = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
-) -> Tensor | None:
+) -> None:
     r"""Take one step of stochastic gradient descent with momentum on a product of spheres.
 
     With momentum μ, dampening τ, learning rate η and the Riemannian gradient ξ (minus ξ to maximize),
@@ -51,52 +65,29 @@ def riemannian_sgd_(
     .. math:: b ← μ b + (1-τ) ξ, \quad d = b \text{ or } ξ + μ b, \quad
               w' = r (w - η d)/‖w - η d‖, \quad b' = b - ⟨w', b⟩ w'/r^2 ,
 
-    where the first b is ξ, as in `torch.optim.SGD`, and d = ξ + μ b is Nesterov's. The norm is measured after the
-    step, not predicted: rounding does not add up. A learning rate of 0 leaves the weight as it is.
+    where d = ξ + μ b is Nesterov's. A learning rate of 0 leaves the weight as it is.
 
     Args:
         weight: the point ``w``, in the view of its partition; changed in place.
         gradient: the Euclidean gradient, of the same shape; only read.
-        buffer: the momentum, tangent at ``w``, changed in place; None before the first step.
+        buffer: the momentum, changed in place; its part along the weight counts for nothing. Zero before the first
+            step, and None where ``momentum`` is 0.
         spheres: the groups and their radii.
         lr: learning rate in radians per unit of momentum.
         momentum: factor μ.
-        dampening: τ.
+        dampening: τ; 0 in the first step, as in `torch.optim.SGD`.
         nesterov: whether to look ahead.
         maximize: whether to ascend.
 
-    Returns:
-        The momentum, tangent at the new point; None where ``momentum`` is 0.
-
     Example:
         >>> w = torch.tensor([[1.0, 0.0]])
-        >>> _ = riemannian_sgd_(w, torch.tensor([[5.0, -1.0]]), None, Spheres((1,), 1.0), lr=1.0)
+        >>> riemannian_sgd_(w, torch.tensor([[5.0, -1.0]]), None, Spheres((1,), 1.0), lr=1.0)
         >>> w
         tensor([[0.7071, 0.7071]])
     """
-    sign = -1.0 if maximize else 1.0
-    radial = spheres.dot(weight, gradient)
-    square = spheres.radius * spheres.radius
-    if momentum != 0:
-        fresh = sign if buffer is None else sign * (1 - dampening)
-        if buffer is None:
-            buffer = weight * (-sign * radial)
-        else:
-            buffer.mul_(momentum).addcmul_(weight, radial, value=-fresh)
-        _add_scaled(buffer, gradient, fresh * square)
-    if _is_zero(lr):
-        return buffer if momentum != 0 else None
-    if momentum == 0 or nesterov:
-        # The two terms of −η ξ, without a tensor for ξ.
-        weight.mul_(1 + (lr * sign) * radial)
-        _add_scaled(weight, gradient, -lr * sign * square)
-    if momentum == 0 or buffer is None:
-        _retract(weight, spheres)
-        return None
-    _add_scaled(weight, buffer, -lr * momentum if nesterov else -lr)
-    _retract(weight, spheres)
-    _transport(buffer, weight, spheres)
-    return buffer
+    found = tangential(weight, gradient, buffer, spheres, maximize=maximize, sharp=False)
+    move = sgd_coefficients(found, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
+    write_(weight, gradient, buffer, spheres, move, maximize=maximize)
 
 
 def riemannian_adam_(
@@ -107,11 +98,11 @@ def riemannian_adam_(
     max_exp_avg_sq: Tensor | None,
     spheres: Spheres,
     *,
-    lr: float | Tensor,
-    beta1: float | Tensor = 0.9,
-    beta2: float | Tensor = 0.999,
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: Scalar = 0.999,
     eps: float = 1e-8,
-    step: float | Tensor = 1,
+    step: Scalar = 1,
     maximize: bool = False,
 ) -> None:
     r"""Take one step of Adam, or of AMSGrad, on a product of spheres: one second moment a sphere.
@@ -127,7 +118,7 @@ def riemannian_adam_(
     Args:
         weight: the point ``w``, in the view of its partition; changed in place.
         gradient: the Euclidean gradient, of the same shape; only read.
-        exp_avg: the first moment ``m``, tangent at ``w``; changed in place.
+        exp_avg: the first moment ``m``, changed in place; its part along the weight counts for nothing.
         exp_avg_sq: the second moment ``v``, one a sphere, with size 1 along the axes inside a group; changed in place.
         max_exp_avg_sq: the largest ``v`` so far, changed in place, for AMSGrad; None for Adam.
         spheres: the groups and their radii.
@@ -147,43 +138,10 @@ def riemannian_adam_(
         >>> w
         tensor([[0.7071, 0.7071]])
     """
-    square = spheres.radius * spheres.radius
-    scaled = gradient if isinstance(square, float) and square == 1.0 else gradient * square
-    rgrad = torch.addcmul(scaled, weight, spheres.dot(weight, gradient), value=-1)
-    if maximize:
-        rgrad.neg_()
-    exp_avg.lerp_(rgrad, 1 - beta1)
-    exp_avg_sq.lerp_(spheres.dot(rgrad, rgrad) / square, 1 - beta2)
-    second = exp_avg_sq
-    if max_exp_avg_sq is not None:
-        second = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
-    if _is_zero(lr):
-        return
-    root = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
-    weight.addcmul_(exp_avg, (-lr / (1 - beta1**step)) / root)
-    _retract(weight, spheres)
-    _transport(exp_avg, weight, spheres)
+    found = tangential(weight, gradient, exp_avg, spheres, maximize=maximize, sharp=True)
+    move = adam_coefficients(found, exp_avg_sq, max_exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    write_(weight, gradient, exp_avg, spheres, move, maximize=maximize)
 
 
-def _add_scaled(x: Tensor, y: Tensor, factor: float | Tensor) -> None:
-    """Add ``factor · y`` to ``x`` in place and in one pass, for a number or for one factor a group."""
-    if isinstance(factor, Tensor):
-        x.addcmul_(y, factor)
-    else:
-        x.add_(y, alpha=factor)
-
-
-def _retract(weight: Tensor, spheres: Spheres) -> None:
-    """Scale each group to its radius, in place."""
-    squares = spheres.dot(weight, weight)
-    # Squares out of range would send the group to zero without a word; 0·∞ makes it NaN, as a diverged step should.
-    weight.mul_((squares * 0 + spheres.radius) / squares.sqrt())
-
-
-def _transport(vector: Tensor, weight: Tensor, spheres: Spheres) -> None:
-    """Project a vector on the tangent space at the weight, in place."""
-    vector.addcmul_(weight, spheres.dot(weight, vector) / (spheres.radius * spheres.radius), value=-1)
-
-
-def _is_zero(lr: float | Tensor) -> bool:
-    return not isinstance(lr, Tensor) and lr == 0
+def _tensor(value: Scalar, like: Tensor) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manifold_nets.groups import Partition, accumulation_dtype
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.updates import Spheres
+from manifold_nets.optim.products import Spheres
 
 __all__ = ["Workspace"]
 

@@ -1,0 +1,97 @@
+r"""What a step writes, as numbers for each group: the new weight and the new moment are linear combinations.
+
+.. math:: w' = A w + B b + C g, \qquad b' = D w + E b + F g .
+
+Rounding does not add up. ⟨w, w⟩ and ⟨w, b⟩ are measured in every step, and a step starts from the nearest point of the
+sphere and the tangential part of the moment. The norm after the step is predicted from the products, to a few machine
+epsilons where no part of the step is longer than a radian; elsewhere the new point is measured before it is written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_nets.optim.products import Scalar, Tangential
+
+__all__ = ["Coefficients", "Moments", "adam_coefficients", "coefficients", "sgd_coefficients"]
+
+
+class Moments(NamedTuple):
+    """How a moment p is made, and the direction of the step: ``p = keep b + take ξ``, ``d = follow p + ahead ξ``."""
+
+    keep: Scalar
+    take: Scalar
+    follow: Scalar
+    ahead: Scalar
+
+
+class Coefficients(NamedTuple):
+    """What a step writes: ``w' = ww w + wb b + wg g`` and ``b' = bw w + bb b + bg g``, in unit-sphere coordinates.
+
+    Attributes:
+        far: where a part of the step is longer than a radian, so that the norm of w' is to be measured.
+    """
+
+    ww: Scalar
+    wb: Scalar
+    wg: Scalar
+    bw: Scalar
+    bb: Scalar
+    bg: Scalar
+    far: Tensor
+
+
+def coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Coefficients:
+    r"""Return the coefficients of a step on unit spheres, with transport of the moment.
+
+    As d is orthogonal to w, ``‖w − η d‖² = 1 + η² ‖d‖²``; so ``w' = (w − η d)/(1 + η² ‖d‖²)^½``, and the transport
+    ``b' = p − ⟨w', p⟩ w'`` has ``⟨w', p⟩ = −η ⟨d, p⟩/(1 + η² ‖d‖²)^½``. A learning rate of 0 leaves w bit for bit.
+    """
+    keep, take, follow, ahead = moments
+    d_b, d_g = follow * keep, follow * take + ahead
+    p_w = -(keep * found.b_slope + take * found.g_slope)
+    d_w = -(d_b * found.b_slope + d_g * found.g_slope)
+    length = d_b * d_b * found.bb + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
+    overlap = d_b * keep * found.bb + (d_b * take + d_g * keep) * found.gb + d_g * take * found.gg
+    length = length.clamp_min(0)
+    # Products out of range would send the group to zero without a word; 0·∞ makes it NaN, as a diverged step should.
+    scale = (1.0 + 0.0 * length) / (1.0 + lr * lr * length).sqrt()
+    root = found.ww.rsqrt()
+    root = torch.where(lr == 0, 1.0, root) if isinstance(lr, Tensor) else root if lr != 0 else torch.ones_like(root)
+    w_w, w_b, w_g = scale * (root - lr * d_w), -lr * scale * d_b, -lr * scale * d_g
+    turn = -lr * scale * overlap
+    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
+    return Coefficients(w_w, w_b, w_g, p_w - turn * w_w, keep - turn * w_b, take - turn * w_g, far)
+
+
+def sgd_coefficients(
+    found: Tangential, *, lr: Scalar, momentum: Scalar, dampening: Scalar = 0.0, nesterov: bool = False
+) -> Coefficients:
+    """Return the coefficients of stochastic gradient descent; see `riemannian_sgd_`."""
+    if isinstance(momentum, float | int) and momentum == 0:
+        return coefficients(found, Moments(0.0, 0.0, 0.0, 1.0), lr)
+    follow, ahead = (momentum, 1.0) if nesterov else (1.0, 0.0)
+    return coefficients(found, Moments(momentum, 1.0 - dampening, follow, ahead), lr)
+
+
+def adam_coefficients(
+    found: Tangential,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    lr: Scalar,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    step: Scalar,
+) -> Coefficients:
+    """Return the coefficients of Adam, and update the second moments in place; see `riemannian_adam_`."""
+    exp_avg_sq.lerp_(found.gg, 1 - beta2)
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        second = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
+    root = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
+    return coefficients(found, Moments(beta1, 1 - beta1, (1 / (1 - beta1**step)) / root, 0.0), lr)
