@@ -172,11 +172,12 @@ def restore(model: nn.Module) -> list[str]:
     lost = [w for w in constrained_weights(model) if not isinstance(w.parameter, geoopt.ManifoldParameter)]
     for weight in lost:
         _require_shape(weight.name, weight.parameter, weight.manifold)
+    # The replaced objects are kept until the end: a freed one would lend its identity to a new one.
+    replaced = [weight.parameter for weight in lost]
     renewed: dict[int, Tensor] = {}
-    for weight in lost:
-        replaced = weight.parameter
+    for weight, old in zip(lost, replaced, strict=True):
         attach(weight.module, weight.leaf, weight.manifold)
-        renewed[id(replaced)] = weight.parameter
+        renewed[id(old)] = weight.parameter
     for module in model.modules():
         for leaf, tied in module._parameters.items():
             if id(tied) in renewed:

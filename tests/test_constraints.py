@@ -235,3 +235,12 @@ def test_plain_parameters_and_vanished_modules_are_not_lost() -> None:
     del model
     gc.collect()
     assert lost_constraints(survivors) == []
+
+
+def test_restored_weights_keep_their_places_in_a_deep_model() -> None:
+    """Objects that are freed on the way lend their identity to new ones, which must not be taken for them."""
+    model = assign(nn.Sequential(*(layers.UnitNormLinear(3, 3, bias=False) for _ in range(40))))
+    values = [layer.weight.detach().clone() for layer in model]
+    assert len(restore(model)) == 40
+    assert all(torch.equal(layer.weight, value) for layer, value in zip(model, values, strict=True))
+    assert len({id(layer.weight) for layer in model}) == 40

@@ -1,5 +1,6 @@
 """The bold driver, and torch's schedulers on our optimizers."""
 
+import copy
 import itertools
 import math
 import pickle
@@ -9,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.optim import lr_scheduler
+from torch.optim import lr_scheduler, swa_utils
 
 import manifold_nets as mn
 from manifold_nets.optim import BoldDriver, RiemannianAdam, RiemannianSGD
@@ -111,10 +112,12 @@ def test_bold_driver_refuses_what_is_no_optimizer():
 SCHEDULERS = {
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, total_iters=3),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.95),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9**epoch),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 6),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=8),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.5, total_steps=8),  # moves the momentum, or beta 1, too
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.5, step_size_up=2),
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: epoch / 4),  # warms up from 0
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
@@ -122,31 +125,70 @@ SCHEDULERS = {
     "SequentialLR": lambda o: lr_scheduler.SequentialLR(
         o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.5)], [3]
     ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.1, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "SWALR": lambda o: swa_utils.SWALR(o, 0.02, anneal_epochs=4),
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize(
+def test_no_scheduler_of_torch_is_missing():
+    present = {
+        name
+        for name, value in vars(lr_scheduler).items()
+        if isinstance(value, type) and issubclass(value, lr_scheduler.LRScheduler) and not name.startswith("_")
+    }
+    assert len(present) > 12
+    assert present - {"LRScheduler"} == SCHEDULERS.keys() - {"SWALR"}
+
+
+def scheduled_path(name, kind, torchs, options, fault=None):
+    """Compare a scheduled run with a plain one that is told the settings of torch's optimizer before every step."""
+    torch.manual_seed(0)
+    optimizer = optimizer_with(kind=kind, **options)
+    told = copy.deepcopy(optimizer)
+    twin = torchs([{"params": [torch.ones(2)]}, {"params": [torch.ones(2)], "lr": 0.5}], lr=1.0, **options)
+    weight, other = (o.param_groups[0]["params"][0] for o in (optimizer, told))
+    schedules = [SCHEDULERS[name](o) for o in (optimizer, twin)]
+    before, rates = weight.detach().clone(), set()
+    for _ in range(6):
+        rates.add(float(twin.param_groups[0]["lr"]))
+        for group, settings in zip(told.param_groups, twin.param_groups, strict=True):
+            group |= {key: settings[key] for key in ("lr", "momentum", "betas") if key in settings}
+            if fault is not None:
+                group |= fault
+        weight.grad = torch.randn_like(weight)
+        other.grad = weight.grad.clone()
+        told.step()
+        for o, schedule in zip((optimizer, twin), schedules, strict=True):
+            o.step()
+            schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in twin.param_groups]
+        assert torch.equal(weight, other), "the paths differ"
+        assert weight.manifold.check_point_on_manifold(weight)
+    assert len(rates) > 1
+    assert not torch.equal(weight, before)
+
+
+PAIRS = pytest.mark.parametrize(
     ("kind", "torchs", "options"),
     [
         (RiemannianSGD, torch.optim.SGD, {"momentum": 0.9}),
         (RiemannianAdam, torch.optim.Adam, {}),
     ],
 )
-def test_torchs_schedulers_work_and_set_the_rates_they_set_in_torch(name, kind, torchs, options):
-    optimizer = optimizer_with(kind=kind, **options)
-    twin = torchs([{"params": [torch.ones(2)]}, {"params": [torch.ones(2)], "lr": 0.5}], lr=1.0, **options)
-    weight = optimizer.param_groups[0]["params"][0]
-    schedules = [SCHEDULERS[name](o) for o in (optimizer, twin)]
-    before, rates = weight.detach().clone(), set()
-    for _ in range(6):
-        weight.grad = torch.randn_like(weight)
-        for o, schedule in zip((optimizer, twin), schedules, strict=True):
-            o.step()
-            schedule.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-        assert [g["lr"] for g in optimizer.param_groups] == [g["lr"] for g in twin.param_groups]
-        rates.add(optimizer.param_groups[0]["lr"])
-        assert weight.manifold.check_point_on_manifold(weight)
-    assert len(rates) > 1
-    assert not torch.equal(weight, before)
+
+
+@PAIRS
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_torchs_schedulers_set_what_they_set_in_torch_and_the_steps_follow(name, kind, torchs, options):
+    scheduled_path(name, kind, torchs, options)
+
+
+@PAIRS
+def test_sabotage_a_setting_that_does_not_follow_is_noticed(kind, torchs, options):
+    stuck = {"momentum": 0.9} if kind is RiemannianSGD else {"betas": (0.9, 0.999)}
+    for fault in ({"lr": 0.5}, stuck):
+        with pytest.raises(AssertionError, match="the paths differ"):
+            scheduled_path("OneCycleLR", kind, torchs, options, fault)
