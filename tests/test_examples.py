@@ -55,6 +55,9 @@ def check_promises(printed, promises):
 
 @pytest.mark.parametrize("name", PROMISES)
 def test_example_runs_and_shows_what_it_promises(name, tmp_path):
+    if name == "train_with_pymanopt":
+        pytest.importorskip("pymanopt")
+        pytest.importorskip("sklearn")
     printed = run(name, tmp_path)
     check_promises(printed, PROMISES[name])
     assert all(float(off) < 4 * EPS for off in re.findall(r"norms off by at most (\S+)", printed))

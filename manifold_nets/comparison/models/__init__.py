@@ -1,0 +1,1 @@
+"""The networks that a comparison can name, plain torch modules all of them."""

@@ -1,0 +1,1 @@
+"""What optimizers are compared on: data in three parts, a loss and an error."""
