@@ -48,7 +48,7 @@ class SegNetBasic(nn.Module):
             x, indices = max_pool2d(features, 2, return_indices=True)
             pooled.append((indices, features.shape))
         for decoder, (indices, shape) in zip(self.decoders, reversed(pooled), strict=True):
-            x = decoder(max_unpool2d(x, indices, 2, output_size=shape[2:]))
+            x = decoder(max_unpool2d(x, indices, [2, 2], output_size=shape[2:]))
         return cast(Tensor, self.classifier(x))
 
 
