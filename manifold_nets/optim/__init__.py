@@ -5,15 +5,26 @@ from manifold_nets.optim.clipping import clip_sphere_grad_norm_
 from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.guard import allow_euclidean
 from manifold_nets.optim.radam import RiemannianAdam
+from manifold_nets.optim.relatives import SGDG, AdamG, AngularSGD, ProjectedSGD
 from manifold_nets.optim.rsgd import RiemannianSGD
+from manifold_nets.optim.scaled_metric import ScaledMetricSGD, scaled_metric_groups
 from manifold_nets.optim.schedules import BoldDriver
+from manifold_nets.optim.table import OPTIMIZERS, ListedOptimizer
 
 __all__ = [
+    "OPTIMIZERS",
+    "SGDG",
+    "AdamG",
+    "AngularSGD",
     "AveragedModel",
     "BoldDriver",
+    "ListedOptimizer",
+    "ProjectedSGD",
     "RiemannianAdam",
     "RiemannianSGD",
+    "ScaledMetricSGD",
     "allow_euclidean",
     "clip_sphere_grad_norm_",
     "param_groups",
+    "scaled_metric_groups",
 ]

@@ -89,7 +89,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
         state = self.state[weight]
         if not state:
-            state.update(_initial_state(weight, manifold, group["amsgrad"]))
+            state.update(initial_state(weight, manifold, group["amsgrad"]))
         state["step"] += 1
         beta1, beta2 = (float(beta) for beta in group["betas"])
         space = Workspace(manifold, weight)
@@ -110,7 +110,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         space.close()
 
 
-def _initial_state(weight: Tensor, manifold: SphereProduct, amsgrad: bool) -> dict[str, Any]:
+def initial_state(weight: Tensor, manifold: SphereProduct, amsgrad: bool) -> dict[str, Any]:
     """Return zero moments: the first of the weight's shape and dtype, the second one a sphere in float32 or better."""
     per_sphere = weight.new_zeros(manifold.partition.spread_shape, dtype=accumulation_dtype(weight.dtype))
     state = {

@@ -1,0 +1,246 @@
+"""Relatives of Riemannian SGD and Adam: other published ways to step on products of spheres."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_nets.errors import OptionError
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.coefficients import Coefficients, Moments
+from manifold_nets.optim.membership import Group
+from manifold_nets.optim.products import Tangential, tangential
+from manifold_nets.optim.radam import RiemannianAdam, initial_state
+from manifold_nets.optim.rsgd import RiemannianSGD
+from manifold_nets.optim.updates import write_
+from manifold_nets.optim.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
+from manifold_nets.optim.workspace import Workspace
+
+__all__ = ["SGDG", "AdamG", "AngularSGD", "ProjectedSGD"]
+
+
+class _MomentumOptimizer(RiemannianSGD):
+    """Methods with one moment: a subclass says what its coefficients are."""
+
+    _options: dict[str, Any]
+
+    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, with the options of the method beside those of torch."""
+        _complete(param_group, self._options, self.defaults)
+        super().add_param_group(param_group)
+
+    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
+        momentum, dampening = group["momentum"], group["dampening"]
+        buffer = None
+        if momentum != 0:
+            state = self.state[weight]
+            if state.get("momentum_buffer") is None:
+                # The first momentum is the gradient itself, as in torch.
+                state["momentum_buffer"], dampening = torch.zeros_like(weight, requires_grad=False), 0.0
+            buffer = state["momentum_buffer"]
+        space = Workspace(manifold, weight)
+        w, g = space.open(weight), space.read(gradient)
+        b = None if buffer is None else space.open(buffer)
+        found = tangential(w, g, b, space.spheres, maximize=group["maximize"], sharp=True)
+        follow, ahead = (momentum, 1.0) if group["nesterov"] else (1.0, 0.0)
+        moments = Moments(0.0, 0.0, 0.0, 1.0) if momentum == 0 else Moments(momentum, 1.0 - dampening, follow, ahead)
+        write_(w, g, b, space.spheres, self._coefficients(found, moments, group), maximize=group["maximize"])
+        space.close()
+
+
+class SGDG(_MomentumOptimizer):
+    r"""SGD-G: clipped gradients, geodesics, and momentum carried along them in parallel.
+
+    With the Riemannian gradient ξ of a filter, clipped to the length ν, momentum μ and learning rate η,
+
+    .. math:: \hat ξ = ξ \min(1, ν/‖ξ‖), \quad b ← μ b + (1-τ) \hat ξ, \quad w ← \exp_w(-η b),
+
+    and b is transported in parallel. The original keeps ``-η b``, which is the same at a constant learning rate; here,
+    as in torch, a schedule acts on the whole step. On the Grassmann manifold of lines the formulas are those of the
+    sphere. Plain parameters take the steps of `torch.optim.SGD`.
+
+    Args:
+        params: best the groups of `manifold_nets.param_groups`.
+        lr: learning rate η; on spheres, radians per unit of momentum.
+        clip: ν, the largest length of a filter's Riemannian gradient; infinity for none.
+        options: the other options of `RiemannianSGD`.
+
+    References:
+        Cho, Lee, *Riemannian approach to batch normalization*, NeurIPS 2017, arXiv:1709.09603, algorithm 2.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((4, 3))
+        >>> weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+        >>> optimizer = mn.optim.SGDG([weight], lr=0.2, momentum=0.9)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> sphere.check_point_on_manifold(weight)
+        True
+    """
+
+    def __init__(self, params: Any, lr: float = 0.2, *, clip: float = 0.1, **options: Any) -> None:
+        self._options = {"clip": _positive("clip", clip)}
+        super().__init__(params, lr=lr, **options)
+
+    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
+        factor = clip_factor(found, group["clip"])
+        clipped = moments._replace(take=moments.take * factor, ahead=moments.ahead * factor)
+        return geodesic_coefficients(found, clipped, float(group["lr"]))
+
+
+class AngularSGD(_MomentumOptimizer):
+    r"""Steps measured as angles: in every step each filter turns by the learning rate, in radians.
+
+    With the momentum b of Riemannian SGD and its direction ``e = d/‖d‖``, ``w ← exp_w(−η e)``: the length of a gradient
+    decides nothing. With ``per="weight"`` the filters of one weight keep their proportions, and it is the root mean
+    square of their angles that is η. A filter whose direction is zero stays where it is. Under a constant rate such
+    steps never become small: use a schedule. Plain parameters take the steps of `torch.optim.SGD`, for which this
+    learning rate is seldom right: give them their own with ``manifold_nets.param_groups(model, sphere_lr=…)``.
+
+    Args:
+        params: best the groups of `manifold_nets.param_groups`.
+        lr: η, the angle in radians.
+        per: ``"sphere"`` or ``"weight"``.
+        options: the other options of `RiemannianSGD`.
+
+    References:
+        The angle per step as what matters: Wan et al., *Spherical motion dynamics*, NeurIPS 2021, arXiv:2006.08419;
+        Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((1, 2))
+        >>> weight = geoopt.ManifoldParameter(torch.tensor([[1.0, 0.0]]), manifold=sphere)
+        >>> optimizer = mn.optim.AngularSGD([weight], lr=torch.pi / 2)
+        >>> (5 * weight[0, 1]).backward()
+        >>> optimizer.step()
+        >>> weight.data.round(decimals=4) + 0.0
+        tensor([[ 0., -1.]])
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-2, *, per: str = "sphere", **options: Any) -> None:
+        if per not in ("sphere", "weight"):
+            raise OptionError("per", per, "'sphere' or 'weight'")
+        self._options = {"per": per}
+        super().__init__(params, lr=lr, **options)
+
+    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
+        rate = angular_rate(found, moments, float(group["lr"]), per_weight=group["per"] == "weight")
+        return geodesic_coefficients(found, moments, rate)
+
+
+class ProjectedSGD(_MomentumOptimizer):
+    r"""Projection-based weight normalization: a plain step, then each filter back to its norm.
+
+    With the Euclidean gradient g and momentum b, of which nothing is projected,
+
+    .. math:: b ← μ b + (1-τ) r^2 g, \quad w ← r (w - η b)/‖w - η b‖ ,
+
+    at radius r the path of the unit sphere. Behind a normalization g is orthogonal to w, and the first step is that of
+    `RiemannianSGD`; b does not stay tangent as w moves on.
+
+    Args:
+        params: best the groups of `manifold_nets.param_groups`.
+        lr: learning rate η.
+        options: the other options of `RiemannianSGD`.
+
+    References:
+        Huang, Liu, Lang, Li, *Projection based weight normalization for deep neural networks*, arXiv:1710.02338.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((4, 3))
+        >>> weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+        >>> optimizer = mn.optim.ProjectedSGD([weight], lr=0.1, momentum=0.9)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> sphere.check_point_on_manifold(weight)
+        True
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
+        self._options = {}
+        super().__init__(params, lr=lr, **options)
+
+    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
+        return projected_coefficients(found, moments, float(group["lr"]))
+
+
+class AdamG(RiemannianAdam):
+    r"""Adam-G: Adam with clipped gradients, one second moment a filter, and geodesics.
+
+    With the Riemannian gradient ξ of a filter, clipped to the length ν, in step t,
+
+    .. math:: \hat ξ = ξ \min(1, ν/‖ξ‖), \quad m ← β_1 m + (1-β_1) \hat ξ, \quad v ← β_2 v + (1-β_2) ‖\hat ξ‖^2, \\
+              d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t) + ε}}, \quad w ← \exp_w(-η d),
+
+    and m is transported in parallel. Plain parameters take the steps of `torch.optim.Adam`.
+
+    Args:
+        params: best the groups of `manifold_nets.param_groups`.
+        lr: learning rate η; on spheres, radians.
+        clip: ν, the largest length of a filter's Riemannian gradient; infinity for none.
+        options: the other options of `RiemannianAdam`; AMSGrad is not defined.
+
+    References:
+        Cho, Lee, *Riemannian approach to batch normalization*, NeurIPS 2017, arXiv:1709.09603, algorithm 3.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((4, 3))
+        >>> weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+        >>> optimizer = mn.optim.AdamG([weight], lr=0.05)
+        >>> weight.sum().backward()
+        >>> optimizer.step()
+        >>> sphere.check_point_on_manifold(weight)
+        True
+    """
+
+    def __init__(self, params: Any, lr: float = 0.05, *, clip: float = 0.1, **options: Any) -> None:
+        if options.get("amsgrad"):
+            raise OptionError("amsgrad", True, "False, as Adam-G has no such variant")
+        self._options = {"clip": _positive("clip", clip)}
+        super().__init__(params, lr=lr, **options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, with the options of the method beside those of torch."""
+        _complete(param_group, self._options, self.defaults)
+        super().add_param_group(param_group)
+
+    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
+        state = self.state[weight]
+        if not state:
+            state.update(initial_state(weight, manifold, False))
+        state["step"] += 1
+        step, (beta1, beta2) = float(state["step"]), (float(beta) for beta in group["betas"])
+        space = Workspace(manifold, weight)
+        w, g, m = space.open(weight), space.read(gradient), space.open(state["exp_avg"])
+        found = tangential(w, g, m, space.spheres, maximize=group["maximize"], sharp=True)
+        factor = clip_factor(found, group["clip"])
+        second: Tensor = state["exp_avg_sq"].lerp_(factor * factor * found.gg, 1 - beta2)
+        scale = 1 / (1 - beta1**step) / (second / (1 - beta2**step) + group["eps"]).sqrt()
+        moments = Moments(beta1, (1 - beta1) * factor, scale, 0.0)
+        move = geodesic_coefficients(found, moments, float(group["lr"]))
+        write_(w, g, m, space.spheres, move, maximize=group["maximize"])
+        space.close()
+
+
+def _complete(param_group: Group, options: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Give a group, and the defaults that a state dict shows, the options that torch's optimizer does not know."""
+    for name, value in options.items():
+        defaults.setdefault(name, value)
+        param_group.setdefault(name, value)
+        if name == "clip":
+            _positive(name, param_group[name])
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise OptionError(name, value, "a positive number, or infinity")
+    return value

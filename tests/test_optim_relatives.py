@@ -1,0 +1,235 @@
+"""Other published methods on spheres, against their formulas in float64 numpy and against pymanopt's geometry."""
+
+import copy
+
+import numpy as np
+import pymanopt
+import pytest
+import torch
+from optim_cases import LAYOUTS, STEPS, Problem, radii_for
+from torch import nn
+
+import manifold_nets as mn
+from manifold_nets.errors import DegenerateGroupError, OptionError, SelectionError
+
+LR, MOMENTUM, CLIP, BETAS, EPS = 0.3, 0.8, 0.4, (0.8, 0.95), 1e-6
+
+
+class Reference:
+    """Steps of one filter after another on unit spheres, from the papers' formulas."""
+
+    def __init__(self, start, method):
+        self.u, self.b, self.v, self.t, self.method = start.copy(), np.zeros_like(start), 0.0, 0, method
+
+    def step(self, g):
+        self.t += 1
+        xi = g - (self.u @ g) * self.u
+        if self.method == "projected":
+            self.b = MOMENTUM * self.b + g if self.t > 1 else g
+            moved = self.u - LR * self.b
+            self.u = moved / np.linalg.norm(moved)
+            return
+        if self.method in ("sgd-g", "adam-g"):
+            xi = xi * min(1.0, CLIP / np.linalg.norm(xi))
+        if self.method == "adam-g":
+            self.b = BETAS[0] * self.b + (1 - BETAS[0]) * xi
+            self.v = BETAS[1] * self.v + (1 - BETAS[1]) * (xi @ xi)
+            scale = 1 / (1 - BETAS[0] ** self.t) / np.sqrt(self.v / (1 - BETAS[1] ** self.t) + EPS)
+            self._geodesic(-LR * scale * self.b)
+            return
+        self.b = MOMENTUM * self.b + xi if self.t > 1 else xi
+        self._geodesic(-LR * self.b / (np.linalg.norm(self.b) if self.method == "angular" else 1.0))
+
+    def _geodesic(self, d):
+        angle = np.linalg.norm(d)
+        e = d / angle
+        u, self.u = self.u, np.cos(angle) * self.u + np.sin(angle) * e
+        self.b = self.b + (e @ self.b) * ((np.cos(angle) - 1) * e - np.sin(angle) * u)
+
+
+def optimizer_for(method, parameter):
+    if method == "sgd-g":
+        return mn.optim.SGDG([parameter], lr=LR, momentum=MOMENTUM, clip=CLIP)
+    if method == "adam-g":
+        return mn.optim.AdamG([parameter], lr=LR, betas=BETAS, eps=EPS, clip=CLIP)
+    kind = {"angular": mn.optim.AngularSGD, "projected": mn.optim.ProjectedSGD}[method]
+    return kind([parameter], lr=LR, momentum=MOMENTUM)
+
+
+METHODS = ["sgd-g", "adam-g", "angular", "projected"]
+
+
+def check_against_reference(method, layout, radii, dtype, planted=None):
+    problem = Problem(layout, radii)
+    parameter = problem.parameter(dtype)
+    optimizer = optimizer_for(method, parameter)
+    if planted is not None:
+        planted(optimizer)
+    spread = problem.spread(problem.radii)
+    groups = [np.flatnonzero(problem.ids.ravel() == g) for g in range(len(problem.radii))]
+    references = [Reference((problem.start / spread).ravel()[rows], method) for rows in groups]
+    for step in range(STEPS):
+        w = parameter.detach().double().numpy()
+        gradient = problem.gradient(w, step)
+        parameter.grad = torch.tensor(gradient, dtype=dtype)
+        optimizer.step()
+        expected = np.empty(w.size)
+        for rows, reference in zip(groups, references, strict=True):
+            reference.step((gradient * spread).ravel()[rows])
+            expected[rows] = reference.u
+        off = np.abs(parameter.detach().double().numpy() / spread - expected.reshape(w.shape)).max()
+        # Each step adds a few roundings; the gradient is that of the reference, so that none is magnified by the loss.
+        assert off < 64 * torch.finfo(dtype).eps * (step + 1)
+    deviation = parameter.manifold.deviations(parameter.detach()).max()
+    assert deviation < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["unit", "per group"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_steps_are_those_of_the_formulas(method, layout, kind, dtype):
+    check_against_reference(method, layout, radii_for(layout, kind), dtype)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sabotage_another_rate_or_clip_is_noticed(method):
+    def more(optimizer):
+        optimizer.param_groups[0]["lr"] *= 1.001
+
+    with pytest.raises(AssertionError):
+        check_against_reference(method, LAYOUTS[0], radii_for(LAYOUTS[0], "unit"), torch.float64, more)
+
+
+def moved_by(optimizer, parameter, gradient):
+    before = parameter.detach().clone()
+    parameter.grad = gradient
+    optimizer.step()
+    return before
+
+
+@pytest.mark.parametrize("per", ["sphere", "weight"])
+def test_an_angular_step_is_the_angle_that_was_asked_for(per):
+    problem = Problem(LAYOUTS[1], radii_for(LAYOUTS[1], "per group"))
+    parameter = problem.parameter()
+    optimizer = mn.optim.AngularSGD([parameter], lr=0.25, per=per)
+    before = moved_by(optimizer, parameter, torch.tensor(problem.gradient(problem.start, 0)))
+    # pymanopt's Oblique manifold holds unit columns; its distance is measured by arcs.
+    sphere = pymanopt.manifolds.Sphere(before[0].numel())
+    angles = [
+        sphere.dist((x / x.norm()).flatten().numpy(), (y / y.norm()).flatten().numpy())
+        for x, y in zip(before, parameter.detach(), strict=True)
+    ]
+    measured = np.array(angles) if per == "sphere" else np.sqrt(np.mean(np.square(angles)))
+    np.testing.assert_allclose(measured, 0.25, rtol=1e-7)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(measured, 0.2501, rtol=1e-7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_gradient_no_motion(method):
+    problem = Problem(LAYOUTS[0], radii_for(LAYOUTS[0], "unit"))
+    parameter = problem.parameter()
+    optimizer = optimizer_for(method, parameter)
+    before = moved_by(optimizer, parameter, torch.zeros(parameter.shape, dtype=torch.float64))
+    assert bool(parameter.isfinite().all())
+    assert float((parameter.detach() - before).abs().max()) < 4 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_continues_bit_for_bit(method):
+    problem = Problem(LAYOUTS[1], radii_for(LAYOUTS[1], "uniform"))
+    ours, theirs = problem.parameter(), problem.parameter()
+    first, second = optimizer_for(method, ours), optimizer_for(method, theirs)
+    for step in range(3):
+        moved_by(first, ours, torch.tensor(problem.gradient(ours.detach().numpy(), step)))
+    with torch.no_grad():
+        theirs.copy_(ours)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in range(3, 6):
+        gradient = torch.tensor(problem.gradient(ours.detach().numpy(), step))
+        moved_by(first, ours, gradient)
+        moved_by(second, theirs, gradient)
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchs"),
+    [
+        (lambda p: mn.optim.SGDG(p, lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
+        (lambda p: mn.optim.AngularSGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (lambda p: mn.optim.ProjectedSGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (lambda p: mn.optim.ScaledMetricSGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+        (lambda p: mn.optim.AdamG(p, lr=0.1), lambda p: torch.optim.Adam(p, lr=0.1)),
+    ],
+)
+def test_plain_parameters_take_the_steps_of_torch(ours, torchs):
+    start = torch.randn(3, 4)
+    first, second = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = ours([first]), torchs([second])
+    for _ in range(3):
+        gradient = torch.randn(3, 4)
+        for optimizer, parameter in zip(optimizers, (first, second), strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+        assert torch.equal(first, second)
+
+
+def scaled_metric_path(scales, momentum):
+    """Outputs of a batch-normalized network in float64 with a negligible eps, filters in these scales."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6, bias=False), nn.BatchNorm1d(6, eps=1e-30), nn.Tanh(), nn.Linear(6, 2)).double()
+    x, y = torch.randn(20, 5).double(), torch.randn(20, 2).double()
+    with torch.no_grad():
+        net[0].weight.mul_(scales[:, None])
+    groups = mn.optim.scaled_metric_groups(net, {"0.weight": mn.Partition.filters((6, 5))})
+    optimizer = mn.optim.ScaledMetricSGD(groups, lr=0.1, momentum=momentum)
+    outputs = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        found = net(x)
+        (found - y).square().mean().backward()
+        optimizer.step()
+        outputs.append(found.detach())
+    return torch.stack(outputs), net[0].weight.detach().norm(dim=1) / scales
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_scaled_metric_takes_one_path_of_functions_in_every_scale(momentum):
+    scales = 10 ** (4 * torch.rand(6).double() - 2)
+    plain, norms = scaled_metric_path(torch.ones(6).double(), momentum)
+    scaled, scaled_norms = scaled_metric_path(scales, momentum)
+    assert float((plain - scaled).norm() / plain.norm()) < 1e4 * torch.finfo(torch.float64).eps
+    torch.testing.assert_close(norms, scaled_norms)
+    assert not torch.allclose(plain[0], plain[-1])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(plain, scaled_metric_path(scales, momentum * 1.01 + 0.01)[0])
+
+
+def test_without_momentum_the_scaled_metric_is_the_formula_of_the_paper():
+    weight, gradient = nn.Parameter(torch.randn(4, 3).double()), torch.randn(4, 3).double()
+    expected = weight.detach() - 0.1 * torch.diag(torch.diag(weight.detach() @ weight.detach().T)) @ gradient
+    group = {"params": [weight], "partitions": [mn.Partition.filters((4, 3)).to_dict()]}
+    optimizer = mn.optim.ScaledMetricSGD([group], lr=0.1)
+    weight.grad = gradient
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_bad_options_are_refused_by_name():
+    weight = Problem(LAYOUTS[0], radii_for(LAYOUTS[0], "unit")).parameter()
+    for build in (lambda: mn.optim.SGDG([weight], clip=0.0), lambda: mn.optim.AdamG([weight], clip=float("nan"))):
+        with pytest.raises(OptionError, match="clip"):
+            build()
+    with pytest.raises(OptionError, match="per"):
+        mn.optim.AngularSGD([weight], per="layer")
+    with pytest.raises(OptionError, match="amsgrad"):
+        mn.optim.AdamG([weight], amsgrad=True)
+    net = nn.Linear(3, 2)
+    with pytest.raises(SelectionError, match="wait"):
+        mn.optim.scaled_metric_groups(net, {"wait": mn.Partition.filters((2, 3))})
+    with torch.no_grad():
+        net.weight[1] = 0
+    groups = mn.optim.scaled_metric_groups(net, {"weight": mn.Partition.filters((2, 3))})
+    with pytest.raises(DegenerateGroupError, match="group 1"):
+        mn.optim.ScaledMetricSGD(groups, lr=0.1)
