@@ -1,0 +1,80 @@
+"""Errors of comparisons: settings, names, folders, runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from manifold_nets.errors import ManifoldNetsError
+from manifold_nets.errors.base import listed
+
+__all__ = [
+    "ComparisonFolderError",
+    "DifferentCommandError",
+    "FolderInUseError",
+    "OptimizerNameError",
+    "RecordError",
+    "RunFailedError",
+    "SettingsError",
+]
+
+
+class RecordError(ManifoldNetsError, ValueError):
+    """Stored data of a comparison do not have the form that was written."""
+
+    def __init__(self, where: str, found: str, expected: str) -> None:
+        super().__init__(
+            f"{where}: found {found}; expected {expected}. The file is damaged or of another version: "
+            "restore it, or run the comparison into an empty folder."
+        )
+
+
+class SettingsError(ManifoldNetsError, ValueError):
+    """A setting of a comparison has a value that has no meaning."""
+
+    def __init__(self, setting: str, found: object, expected: str) -> None:
+        super().__init__(f"{setting}: found {found!r}; expected {expected}. Change it and start again.")
+
+
+class OptimizerNameError(ManifoldNetsError, ValueError):
+    """A name is that of no contestant."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        super().__init__(f"optimizers: found {name!r}; expected one of {', '.join(sorted(known))}. Correct the name.")
+
+
+class DifferentCommandError(ManifoldNetsError, ValueError):
+    """A folder or a study holds the runs of another command."""
+
+    def __init__(self, place: object, differences: Sequence[str]) -> None:
+        super().__init__(
+            f"{place}: it holds a comparison with other settings: {'; '.join(differences)}. "
+            "Start it with the same settings to continue it, or choose another folder."
+        )
+        self.differences = tuple(differences)
+
+
+class ComparisonFolderError(ManifoldNetsError, OSError):
+    """A folder is not one that a comparison can be kept in or read from."""
+
+    def __init__(self, folder: object, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{folder}: found {found}; expected {expected}. {remedy}")
+
+
+class FolderInUseError(ManifoldNetsError, RuntimeError):
+    """Another process works on the same folder."""
+
+    def __init__(self, folder: object) -> None:
+        super().__init__(
+            f"{folder}: another process runs a comparison in this folder; expected none. Wait for it or end it; "
+            "for several processes at once use --workers N, or --storage URL for several machines."
+        )
+
+
+class RunFailedError(ManifoldNetsError, RuntimeError):
+    """A run ended without a result, for a reason other than divergence."""
+
+    def __init__(self, run: object, reasons: Sequence[str]) -> None:
+        super().__init__(
+            f"run {run}: found {listed(reasons)}; expected a result. Correct the cause and start the same command "
+            "again: the runs that are done are kept."
+        )

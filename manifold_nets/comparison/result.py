@@ -1,0 +1,109 @@
+"""The outcome of a comparison: its settings, its runs, the choices made, and where it ran."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from manifold_nets.comparison.errors import ComparisonFolderError
+from manifold_nets.comparison.plain import PlainRecord
+from manifold_nets.comparison.records import Choice, Environment, InitialScale, RunKey, RunResult, Settings
+from manifold_nets.files import atomic_file
+
+__all__ = ["Comparison"]
+
+FILE_NAME = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Comparison(PlainRecord):
+    """A finished comparison.
+
+    Args:
+        settings: what was compared.
+        results: one for each of `Settings.keys`, in that order.
+        choices: one for each contestant and initial scale.
+        environment: versions and machine.
+    """
+
+    settings: Settings
+    results: tuple[RunResult, ...]
+    choices: tuple[Choice, ...]
+    environment: Environment
+
+    def choice(self, optimizer: str, initial_scale: InitialScale = "plain") -> Choice:
+        """The learning rate chosen for a contestant.
+
+        Raises:
+            KeyError: the comparison has no such contestant or scale.
+        """
+        for found in self.choices:
+            if (found.optimizer, found.initial_scale) == (optimizer, initial_scale):
+                return found
+        raise KeyError(f"no choice for {optimizer!r} with {initial_scale} initial weights")
+
+    def chosen_runs(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[RunResult, ...]:
+        """The runs of a contestant at its chosen learning rate, one a seed; none where all runs diverged."""
+        rate = self.choice(optimizer, initial_scale).learning_rate
+        return () if rate is None else self.runs(optimizer, rate, initial_scale)
+
+    def runs(
+        self, optimizer: str, learning_rate: float, initial_scale: InitialScale = "plain"
+    ) -> tuple[RunResult, ...]:
+        """The runs of a contestant at one learning rate, one a seed."""
+        found = self._by_key()
+        keys = [RunKey(optimizer, learning_rate, seed, initial_scale) for seed in self.settings.seeds]
+        return tuple(found[key] for key in keys)
+
+    def _by_key(self) -> dict[RunKey, RunResult]:
+        return {result.key: result for result in self.results}
+
+    def __str__(self) -> str:
+        head = f"{self.settings.task}, {self.settings.model}: {len(self.settings.seeds)} seeds"
+        lines = [head, f"{'optimizer':<18}{'initial':<10}{'rate':>9}  test error (%)        diverged"]
+        for choice in self.choices:
+            runs = self.chosen_runs(choice.optimizer, choice.initial_scale)
+            errors = [100 * run.test_error for run in runs if run.test_error is not None]
+            rate = "none" if choice.learning_rate is None else f"{choice.learning_rate:.3g}"
+            mean = f"{sum(errors) / len(errors):.2f} ({min(errors):.2f} … {max(errors):.2f})" if errors else "none"
+            lost = f"{sum(choice.diverged)} of {len(self.settings.learning_rates) * len(self.settings.seeds)}"
+            lines.append(f"{choice.optimizer:<18}{choice.initial_scale:<10}{rate:>9}  {mean:<22}{lost}")
+        return "\n".join(lines)
+
+    def write(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the comparison into a folder, which is made if it does not exist; return the JSON file.
+
+        Raises:
+            OSError: the folder cannot be made or written.
+        """
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        path = place / FILE_NAME
+        with atomic_file(path) as temporary:
+            temporary.write_text(
+                json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
+            )
+        return path
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read what `write` wrote.
+
+        Raises:
+            ComparisonFolderError: the folder holds no finished comparison.
+            RecordError: the file is damaged.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            remedy = "Name the --output folder of a comparison that has ended, or start its command again."
+            raise ComparisonFolderError(folder, f"no {FILE_NAME}", "a finished comparison", remedy)
+        try:
+            data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            remedy = "Start the command of the comparison again: it writes the file anew."
+            raise ComparisonFolderError(path, f"no JSON ({error})", "a finished comparison", remedy) from error
+        return cls.from_dict(data)
