@@ -20,9 +20,7 @@ class Digits:
     """The task ``digits``: 1,297 images to train and validate on, the other 500 to test on."""
 
     name: str = "digits"
-    description: str = (
-        "scikit-learn's handwritten digits, 8 × 8 pixels; the error is the share of wrong answers"
-    )
+    description: str = "scikit-learn's handwritten digits, 8 × 8 pixels; the error is the share of wrong answers"
 
     def load(self, settings: Settings) -> Data:
         """The first 1,297 of a fixed order, the last ``settings.validation`` of them for validation."""
