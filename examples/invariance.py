@@ -87,10 +87,27 @@ def _riemannian_adam(model: nn.Module) -> torch.optim.Optimizer:
     return mn.optim.RiemannianAdam(mn.param_groups(model, sphere_lr=1e-2), lr=1e-3)
 
 
+def _sgd_g(model: nn.Module) -> torch.optim.Optimizer:
+    return mn.optim.SGDG(mn.param_groups(model), lr=0.05, momentum=0.9)
+
+
+def _projected(model: nn.Module) -> torch.optim.Optimizer:
+    return mn.optim.ProjectedSGD(mn.param_groups(model), lr=0.05, momentum=0.9)
+
+
+def _scaled_metric(model: nn.Module) -> torch.optim.Optimizer:
+    convolutions = {n: mn.Partition.filters(tuple(p.shape)) for n, p in model.named_parameters() if p.ndim == 4}
+    groups = mn.optim.scaled_metric_groups(model, convolutions)
+    return mn.optim.ScaledMetricSGD(groups, lr=0.05, momentum=0.9)
+
+
 # Colours of Okabe and Ito; solid lines for what claims to be invariant, broken ones for what does not.
 METHODS = {
     "RiemannianSGD": Method(on_spheres, _riemannian_sgd, True, {"color": "#0072B2", "marker": "o"}),
     "RiemannianAdam": Method(on_spheres, _riemannian_adam, True, {"color": "#009E73", "marker": "s"}),
+    "scaled metric": Method(plain, _scaled_metric, True, {"color": "#000000", "marker": "d"}),
+    "SGD-G": Method(on_spheres, _sgd_g, True, {"color": "#0072B2", "marker": "x", "alpha": 0.6}),
+    "projection (PBWN)": Method(on_spheres, _projected, True, {"color": "#009E73", "marker": "+", "alpha": 0.6}),
     "SGD": Method(plain, _torch_sgd, False, {"color": "#D55E00", "marker": "o"}),
     "Adam": Method(plain, _torch_adam, False, {"color": "#E69F00", "marker": "s"}),
     "weight_norm, SGD": Method(weight_normalized, _torch_sgd, False, {"color": "#CC79A7", "marker": "v"}),
