@@ -23,7 +23,7 @@ from torch import nn
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError
 from manifold_nets.weights import load_weights
 
-__all__ = ["ModelSpec", "import_torchvision", "load_model"]
+__all__ = ["ModelSpec", "import_torchvision", "load_model", "load_object"]
 
 _log = logging.getLogger(__name__)
 _VISION = "pip install 'manifold_nets[vision]'"
@@ -112,6 +112,36 @@ def load_model(
     return load_weights(model, weights)
 
 
+def load_object(spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = None) -> Any:
+    """Return what the callable of a Python file or module returns; an attribute that is not callable, as it is.
+
+    Args:
+        spec: ``package.module:callable`` or ``file.py:callable``, looked up as in `load_model`.
+        kwargs: keyword arguments of the callable, those of them that it takes.
+
+    Raises:
+        ModelSpecError: the specification has neither form.
+        ModelNotFoundError: the module, the file or the attribute does not exist.
+        ModelBuildError: the callable raised.
+
+    Example:
+        >>> load_object("math:gcd.__name__")
+        'gcd'
+    """
+    spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
+    if spec.kind not in ("file", "module"):
+        raise ModelSpecError(str(spec))
+    with _attribute(spec) as found:
+        if not callable(found):
+            return found
+        accepted = inspect.signature(found).parameters
+        arguments = {name: value for name, value in (kwargs or {}).items() if name in accepted}
+        try:
+            return found(**arguments)
+        except Exception as error:
+            raise ModelBuildError(str(spec), f"{spec.name} raised {_described(error)}") from error
+
+
 def import_torchvision() -> ModuleType:
     """Import torchvision, also where its wheel was built for another device than torch.
 
@@ -183,20 +213,26 @@ def _from_timm(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
-    path = Path(spec.place)
-    with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
-        module = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
-        found: Any = module
-        for part in spec.name.split("."):
-            if not hasattr(found, part):
-                names = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
-                raise ModelNotFoundError(str(spec), f"{spec.place} has no attribute {spec.name!r}", _near(part, names))
-            found = getattr(found, part)
+    with _attribute(spec) as found:
         if isinstance(found, nn.Module) and not kwargs:
             return found
         if not callable(found) or isinstance(found, nn.Module):
             raise ModelBuildError(str(spec), f"{spec.name} is a {type(found).__name__}, which takes no arguments")
         return _call(spec, found, kwargs)
+
+
+@contextlib.contextmanager
+def _attribute(spec: ModelSpec) -> Iterator[Any]:
+    """Give what a specification names, while the folder that it came from is importable."""
+    path = Path(spec.place)
+    with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
+        found: Any = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
+        for part in spec.name.split("."):
+            if not hasattr(found, part):
+                names = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
+                raise ModelNotFoundError(str(spec), f"{spec.place} has no attribute {spec.name!r}", _near(part, names))
+            found = getattr(found, part)
+        yield found
 
 
 def _import_file(spec: ModelSpec, path: Path) -> ModuleType:

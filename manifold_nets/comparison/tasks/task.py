@@ -1,0 +1,194 @@
+"""A task: data in three parts, a loss to train with, and scores to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from manifold_nets.comparison.tasks.errors import TaskSourceError
+
+__all__ = ["PART_NAMES", "DatasetPart", "Part", "Task", "TensorPart", "evaluate"]
+
+PART_NAMES = ("train", "validation", "test")
+
+
+class Part(Protocol):
+    """One part of the data of a task: examples by number."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    def batch(self, rows: Tensor) -> tuple[Any, Tensor]:
+        """Return inputs and targets of some examples.
+
+        Args:
+            rows: numbers of the examples, int64, of shape (n,).
+        """
+
+    def to(self, device: torch.device | str) -> Part:
+        """Return the part with its tensors on a device, where it holds any."""
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """Examples held as tensors.
+
+    Args:
+        inputs: of shape (n, …).
+        targets: of shape (n, …).
+        prepare: applied to the inputs of each batch; none when left out.
+
+    Example:
+        >>> part = TensorPart(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 1]))
+        >>> len(part), part.batch(torch.tensor([2, 0]))
+        (3, (tensor([[4., 5.], [0., 1.]]), tensor([1, 0])))
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    prepare: Callable[[Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return inputs, prepared, and targets of some examples."""
+        rows = rows.to(self.targets.device)
+        inputs = self.inputs[rows]
+        return (inputs if self.prepare is None else self.prepare(inputs)), self.targets[rows]
+
+    def to(self, device: torch.device | str) -> TensorPart:
+        """Return the part with its tensors on a device."""
+        return replace(self, inputs=self.inputs.to(device), targets=self.targets.to(device))
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """Examples of a `torch.utils.data.Dataset`, read when they are asked for.
+
+    What a dataset draws at random (augmentation) it should draw from torch's global generator, which a comparison
+    seeds alike for every contestant.
+
+    Args:
+        dataset: a map-style dataset of inputs and targets.
+        collate: makes a batch of a list of examples.
+        device: where batches are put.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> part = DatasetPart(TensorDataset(torch.arange(3.0), torch.tensor([0, 1, 1])))
+        >>> part.batch(torch.tensor([2, 0]))
+        (tensor([2., 0.]), tensor([1, 0]))
+    """
+
+    dataset: Dataset[Any]
+    collate: Callable[[list[Any]], Any] = default_collate
+    device: torch.device | str | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def batch(self, rows: Tensor) -> tuple[Any, Tensor]:
+        """Return inputs and targets of some examples, collated."""
+        inputs, targets = self.collate([self.dataset[row] for row in rows.tolist()])
+        if self.device is not None:
+            inputs, targets = inputs.to(self.device), targets.to(self.device)
+        return inputs, targets
+
+    def to(self, device: torch.device | str) -> DatasetPart:
+        """Return the part with batches on a device."""
+        return replace(self, device=device)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What optimizers are compared on.
+
+    Args:
+        name: name in tables and files.
+        parts: ``"train"``, ``"validation"`` and ``"test"``: examples to train on, to choose learning rates by, and to
+            judge by, read once.
+        input_shape: shape of one example, without the axis of the batch.
+        outputs: number of outputs of a network for it: the classes.
+        loss: mean loss of outputs and targets, to train with.
+        measure: what one batch adds to the counts from which scores are made: of outputs and targets, one tensor.
+        summarize: scores from the sum of the counts; ``"error"``, which is minimized, is one of them.
+        batch_size: examples a training step, unless told otherwise.
+        description: where the data come from, how they were split and prepared.
+    """
+
+    name: str
+    parts: Mapping[str, Part]
+    input_shape: tuple[int, ...]
+    outputs: int
+    loss: Callable[[Any, Tensor], Tensor]
+    measure: Callable[[Any, Tensor], Tensor]
+    summarize: Callable[[Tensor], dict[str, float]]
+    batch_size: int = 100
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = [name for name in PART_NAMES if name not in self.parts or len(self.parts[name]) == 0]
+        if missing:
+            raise TaskSourceError(f"task {self.name}", f"no examples in: {', '.join(missing)}", "three filled parts")
+
+    def sizes(self) -> dict[str, int]:
+        """Return the number of examples in each part."""
+        return {name: len(self.parts[name]) for name in PART_NAMES}
+
+    def example_inputs(self, count: int = 16) -> Any:
+        """Return the first training inputs, for `manifold_nets.diagnose` and `manifold_nets.convert`."""
+        part = self.parts["train"]
+        return part.batch(torch.arange(min(count, len(part))))[0]
+
+    def to(self, device: torch.device | str) -> Task:
+        """Return the task with its data on a device."""
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is to be recorded of a task, as plain data for JSON."""
+        return {
+            "name": self.name,
+            "sizes": self.sizes(),
+            "input_shape": list(self.input_shape),
+            "outputs": self.outputs,
+            "batch_size": self.batch_size,
+            **self.description,
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, task: Task, part: str, *, batch_size: int = 1000, rows: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Return mean loss and scores of a model on one part of the data, in evaluation mode; its modes are put back.
+
+    Args:
+        model: the network.
+        task: what it is judged on.
+        part: ``"train"``, ``"validation"`` or ``"test"``.
+        batch_size: examples a forward pass.
+        rows: examples to take; all when left out.
+
+    Returns:
+        ``"loss"``, the mean over the examples, and the scores of `Task.summarize`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    numbers = torch.arange(len(task.parts[part])) if rows is None else torch.as_tensor(rows)
+    losses, counts = torch.zeros((), dtype=torch.float64), None
+    for chosen in torch.split(numbers, batch_size):
+        inputs, targets = task.parts[part].batch(chosen)
+        outputs = model(inputs)
+        losses += task.loss(outputs, targets).double().cpu() * len(chosen)
+        added = task.measure(outputs, targets).cpu()
+        counts = added if counts is None else counts + added
+    for module, training in modes:
+        module.training = training
+    scores = task.summarize(counts) if counts is not None else {}
+    return {"loss": float(losses) / len(numbers), **scores}
