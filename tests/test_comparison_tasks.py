@@ -1,5 +1,6 @@
 """Tasks and networks of a comparison: splits, preparation, scores, names, and what is refused."""
 
+import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -339,7 +340,8 @@ def test_segnet_fits_images_whose_sides_are_odd(tmp_path: Path) -> None:
 
 
 def test_architectures_of_timm_get_the_channels_and_classes_of_the_task() -> None:
-    pytest.importorskip("timm")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
     task = load_task("digits")
     model = build_model("timm:resnet10t", task, seed=0)
     assert model(task.example_inputs(2)).shape == (2, 10)
