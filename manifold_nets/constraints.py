@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import ConstraintError
 from manifold_nets.errors.base import listed
+from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "lost_constraints", "project", "restore"]
@@ -207,12 +208,15 @@ def project(model: nn.Module) -> dict[str, float]:
         >>> max(mn.project(layer).values()) < 1e-6
         True
     """
-    weights = list(constrained_weights(model))
-    for weight in weights:
-        weight.manifold.refuse_degenerate(weight.parameter, weight.name)
-    deviations = {weight.name: float(weight.manifold.deviations(weight.parameter).max()) for weight in weights}
-    for weight in weights:
-        weight.parameter.copy_(weight.manifold.projx(weight.parameter))
+    points: list[tuple[Tensor, Tensor]] = []
+    deviations: dict[str, float] = {}
+    for weight in constrained_weights(model):
+        found = whole(weight.parameter)
+        weight.manifold.refuse_degenerate(found, weight.name)
+        deviations[weight.name] = float(weight.manifold.deviations(found).max())
+        points.append((weight.parameter, weight.manifold.projx(found)))
+    for parameter, point in points:
+        write_whole_(parameter, point)
     return deviations
 
 

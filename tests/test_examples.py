@@ -1,5 +1,6 @@
 """Every example runs as it stands, from another folder, without a warning, and shows what it promises."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -34,6 +35,28 @@ PROMISES = {
     ],
     "train_with_torch_schedulers": [r"the same bit for bit: True", r"bold driver, epoch 4"],
 }
+# As PROMISES, of examples that take longer, and the package that they need.
+SLOW_PROMISES = {
+    "train_with_lightning": (
+        "lightning",
+        [
+            r"Lightning's Trainer and the plain loop, the weights are the same bit for bit: True",
+            r"torch's AdamW is stopped before its first step: .*\(16, 1, 3, 3\).*RiemannianSGD",
+        ],
+    ),
+    "train_with_accelerate": (
+        "accelerate",
+        [r"Accelerate and the plain loop, the weights are the same bit for bit: True"],
+    ),
+    "train_with_transformers": (
+        "transformers",
+        [
+            r"transformers' Trainer and the plain loop, the weights are the same bit for bit: True",
+            r"made by the Trainer: norms off by",
+            r"the Trainer's AdamW is stopped before its first step: .*RiemannianSGD",
+        ],
+    ),
+}
 
 
 def run(name, folder, *arguments):
@@ -61,6 +84,21 @@ def test_example_runs_and_shows_what_it_promises(name, tmp_path):
     printed = run(name, tmp_path)
     check_promises(printed, PROMISES[name])
     assert all(float(off) < 4 * EPS for off in re.findall(r"norms off by at most (\S+)", printed))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW_PROMISES)
+def test_trainers_of_other_libraries_follow_the_plain_loop(name, tmp_path):
+    package, promises = SLOW_PROMISES[name]
+    pytest.importorskip("sklearn")
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    printed = run(name, tmp_path)
+    check_promises(printed, promises)
+    norms = [float(off) for off in re.findall(r"norms off by at most (\S+)", printed)]
+    assert norms
+    assert all(off < 4 * EPS for off in norms)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,7 +15,7 @@ KINDS = {
 }
 
 
-def network(norm="batch", dtype=torch.float64, dropout=0.0):
+def network(norm="batch", dtype=torch.float64, dropout=0.0, radius=(0.5, 1.2, 1.8, 2.5)):
     """Two convolutions on spheres of several radii, each before a normalization, and a plain classifier."""
     torch.manual_seed(0)
     norms = {"batch": nn.BatchNorm2d, "group": lambda channels: nn.GroupNorm(2, channels)}[norm]
@@ -25,7 +25,7 @@ def network(norm="batch", dtype=torch.float64, dropout=0.0):
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(6, 3)),
     ).to(dtype)
     spheres = {
-        0: mn.SphereProduct((4, 2, 3, 3), radius=(0.5, 1.2, 1.8, 2.5)),
+        0: mn.SphereProduct((4, 2, 3, 3), radius=radius),
         3: mn.SphereProduct(mn.Partition.transposed_filters((4, 3, 3, 3), groups=2)),
     }
     for place, sphere in spheres.items():

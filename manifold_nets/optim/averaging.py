@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import swa_utils
 
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
 from manifold_nets.manifold import SphereProduct, on_first_instance
 
@@ -82,8 +83,7 @@ class AveragedModel(swa_utils.AveragedModel):
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.lengths = nn.Module()
         for weight in constrained_weights(self.module):
-            # Made from the norms, so that they are sharded as the weight is.
-            norms = weight.manifold.partition.norms(weight.parameter.detach())
+            norms = weight.manifold.partition.norms(whole(weight.parameter))
             self.lengths.register_buffer(_key(weight.name), torch.ones_like(norms))
 
     @torch.no_grad()
@@ -91,8 +91,8 @@ class AveragedModel(swa_utils.AveragedModel):
         """Take the present weights of a model into the average."""
         averaged = list(self._averaged())
         for weight in averaged:
-            scaled = weight.manifold.partition.multiply(wide(weight.value), weight.lengths)
-            weight.value.detach().copy_(scaled)
+            mean = weight.manifold.partition.multiply(wide(whole(weight.value)), weight.lengths)
+            write_whole_(weight.value, mean)
         super().update_parameters(model)
         newest = list(model.parameters())
         for weight in averaged:
@@ -117,13 +117,13 @@ def _key(name: str) -> str:
 
 def _project(mean: Tensor, newest: Tensor, manifold: SphereProduct) -> Tensor:
     """Put a mean on its spheres, in place; return the resultant lengths in ``spread_shape``."""
-    partition, radius = manifold.partition, manifold.radius_for(mean)
-    working = wide(mean.detach())
+    partition, working = manifold.partition, wide(whole(mean))
+    radius = manifold.radius_for(working)
     norms = partition.norms(working)
     empty = norms == 0
     unit = partition.divide(working, torch.where(empty, 1.0, norms))
     point = partition.multiply(unit, radius)
-    mean.detach().copy_(partition.where(empty, wide(newest.detach()).to(working.device), point))
+    write_whole_(mean, partition.where(empty, wide(whole(newest)).to(working.device), point))
     return norms / radius
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import OptionError
+from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
 from manifold_nets.manifold import SphereProduct
 
@@ -59,9 +60,10 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for weight in constrained_weights(model):
         gradient = weight.parameter.grad
         if gradient is not None:
-            lengths = _lengths(weight.parameter.detach(), gradient, weight.manifold)
+            found = wide(whole(gradient))
+            lengths = _lengths(whole(weight.parameter), found, weight.manifold)
             factors = max_norm / lengths.clamp(min=max_norm)
-            gradient.copy_(weight.manifold.partition.multiply(wide(gradient), factors))
+            write_whole_(gradient, weight.manifold.partition.multiply(found, factors))
             largest.append(lengths.amax())
     return torch.stack([length.to(largest[0].device) for length in largest]).amax() if largest else torch.zeros(())
 
@@ -70,4 +72,4 @@ def _lengths(weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> Tenso
     """Return the lengths ``‖ξ_G‖/r`` of the Riemannian gradient in ``spread_shape``, in float32 or better."""
     radius = manifold.radius_for(weight)
     # r times the tangential part of g, rather than ξ, whose factor r² may leave the range.
-    return manifold.partition.norms(manifold.proju(wide(weight), wide(gradient))) * radius
+    return manifold.partition.norms(manifold.proju(wide(weight), gradient)) * radius

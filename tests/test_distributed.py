@@ -1,0 +1,190 @@
+"""Training on two processes: every path is that of one process, and checkpoints move between the two."""
+
+import functools
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from training_cases import (
+    KINDS,
+    STEPS,
+    batches,
+    check_same_path,
+    network,
+    optimizer_of,
+    train,
+)
+
+import manifold_nets as mn
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.errors import EuclideanStepError
+from manifold_nets.optim import clip_sphere_grad_norm_
+
+EPS = torch.finfo(torch.float64).eps
+HALF = STEPS // 2
+pytestmark = pytest.mark.slow
+
+
+def in_a_group(check, rank, world, store, *arguments):
+    """Run a check in one process of a group."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        check(rank, world, *arguments)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    # All is checked. Leaving without the destructors of the libraries: those of gloo's threads now and then abort.
+    os._exit(0)
+
+
+def on_processes(check, folder, *arguments, world=2):
+    """Run a check on several processes; what a process raises is raised."""
+    torch.multiprocessing.spawn(
+        _spawned, args=(check, world, str(folder / f"store-{check.__name__}-{world}"), arguments), nprocs=world
+    )
+    return True
+
+
+def _spawned(rank, check, world, store, arguments):
+    in_a_group(check, rank, world, store, *arguments)
+
+
+def part_of(batch, rank, world):
+    return tuple(entries.chunk(world)[rank] for entries in batch)
+
+
+def whole_values(net):
+    """The parameters by name, gathered where they are sharded."""
+    return {
+        name.removeprefix("module."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in net.named_parameters()
+    }
+
+
+def distributed_path(net, optimizer, data, rank, world, between=lambda: None):
+    path = []
+    for batch in data:
+        x, y = part_of(batch, rank, world)
+        optimizer.zero_grad()
+        cross_entropy(net(x), y).backward()
+        between()
+        optimizer.step()
+        path.append(whole_values(net))
+    return path
+
+
+def sharded(world):
+    from torch.distributed.fsdp import fully_shard
+
+    net, mesh = network("group", radius=2.0), init_device_mesh("cpu", (world,))
+    for layer in net:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def wrapped(world):
+    return DistributedDataParallel(network("group", radius=2.0))
+
+
+# ---- paths -----------------------------------------------------------------------------------------------------------
+
+
+def check_paths(rank, world, make):
+    """Both optimizers, without and with clipping, against the plain loop over whole batches."""
+    for kind in KINDS:
+        clippings = {
+            "none": lambda net: None,
+            "torch's": lambda net: clip_grad_norm_(net.parameters(), 0.2),
+            "sphere by sphere": lambda net: clip_sphere_grad_norm_(net, 0.01),
+        }
+        for clip in clippings.values():
+            net, plain = make(world), network("group", radius=2.0)
+            found = distributed_path(net, optimizer_of(net, kind), batches(), rank, world, functools.partial(clip, net))
+            expected = train(plain, optimizer_of(plain, kind), batches(), between=functools.partial(clip, plain))
+            check_same_path(found, expected, EPS)
+
+
+def check_data_parallel(rank, world):
+    check_paths(rank, world, wrapped)
+
+
+def check_fully_sharded(rank, world):
+    check_paths(rank, world, sharded)
+    net = sharded(world)
+    x, y = part_of(batches(1)[0], rank, world)
+    cross_entropy(net(x), y).backward()
+    with pytest.raises(EuclideanStepError):
+        torch.optim.SGD(net.parameters(), lr=0.1).step()
+    # Moved off the spheres and put back.
+    before = whole_values(net)
+    with torch.no_grad():
+        for weight in constrained_weights(net):
+            weight.parameter.mul_(1.5)
+    assert {name: round(off, 6) for name, off in mn.project(net).items()} == {"0.weight": 0.5, "3.weight": 0.5}
+    check_same_path([whole_values(net)], [before], EPS)
+
+
+def check_each_process_by_itself_differs(rank, world):
+    """Sabotage: without an exchange of gradients the paths are others."""
+    net, plain = network("group", radius=2.0), network("group")
+    found = distributed_path(net, optimizer_of(net, "sgd"), batches(), rank, world)
+    check_same_path(found, train(plain, optimizer_of(plain, "sgd"), batches()), EPS)
+
+
+def test_data_parallel(tmp_path):
+    assert on_processes(check_data_parallel, tmp_path)
+
+
+def test_fully_sharded(tmp_path):
+    assert on_processes(check_fully_sharded, tmp_path)
+
+
+def test_sabotage_a_check_that_fails_in_a_process_fails_here(tmp_path):
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="off by"):
+        on_processes(check_each_process_by_itself_differs, tmp_path)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def states_of(net, optimizer):
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def save_after_half(rank, world, folder):
+    for kind in KINDS:
+        net = sharded(world) if world > 1 else network("group", radius=2.0)
+        optimizer = optimizer_of(net, kind)
+        distributed_path(net, optimizer, batches()[:HALF], rank, world)
+        dcp.save(states_of(net, optimizer), checkpoint_id=f"{folder}/{kind}-{world}")
+
+
+def go_on_from(rank, world, folder, saved_by):
+    """Load what another number of processes has saved, into a network of other values, and compare the rest."""
+    for kind in KINDS:
+        net = sharded(world) if world > 1 else network("group", radius=2.0)
+        optimizer = optimizer_of(net, kind)
+        distributed_path(net, optimizer, batches()[HALF:], rank, world)
+        states = states_of(net, optimizer)
+        dcp.load(states, checkpoint_id=f"{folder}/{kind}-{saved_by}")
+        set_state_dict(net, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+        found = distributed_path(net, optimizer, batches()[HALF:], rank, world)
+        plain = network("group", radius=2.0)
+        expected = train(plain, optimizer_of(plain, kind), batches())[HALF:]
+        check_same_path(found, expected, HALF * EPS)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one_and_back(tmp_path):
+    assert on_processes(save_after_half, tmp_path, str(tmp_path))
+    assert on_processes(go_on_from, tmp_path, str(tmp_path), 2, world=1)
+    assert on_processes(save_after_half, tmp_path, str(tmp_path), world=1)
+    assert on_processes(go_on_from, tmp_path, str(tmp_path), 1)
