@@ -7,19 +7,42 @@ from typing import Literal, cast
 
 import click
 
-from manifold_nets.conversion import ConversionRecord, conversion_record
+from manifold_nets.conversion import REMEDIES, ConversionRecord, conversion_record
 from manifold_nets.conversion import convert as put_on_spheres
 from manifold_nets.conversion import write_plan as write_plan_file
+from manifold_nets.conversion.actions import chosen_remedies
 from manifold_nets.conversion.checkpoint import save
+from manifold_nets.errors import OptionError
 
 from .options import OutputFile, Request, model_options
 from .outcome import Outcome, reported
 from .render import plan_table, progress, rows_table
 
+_DONE = {
+    "remove": "biases removed",
+    "balance": "families of rescalings balanced",
+    "joint sphere": "spheres across weights",
+}
+
+
+def _remedies(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
+    try:
+        return chosen_remedies(value)
+    except OptionError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+
 
 @click.command()
 @model_options
 @click.option("--output", type=OutputFile(), help="File to write; without it, the result is only shown.")
+@click.option(
+    "--remedies",
+    callback=_remedies,
+    default="spheres",
+    show_default=True,
+    metavar="NAMES",
+    help=f"What to do: 'all', or some of {','.join(REMEDIES)}.",
+)
 @click.option(
     "--radius",
     type=click.Choice(["unit", "keep"]),
@@ -48,12 +71,13 @@ from .render import plan_table, progress, rows_table
     "--plan",
     "plan_file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Carry out this edited plan; not together with --radius, --train-tolerance, --include or --exclude.",
+    help="Carry out this edited plan; not together with the options that choose what to do.",
 )
 @reported
 def convert(
     request: Request,
     output: Path | None,
+    remedies: tuple[str, ...],
     radius: Literal["unit", "keep"],
     train_tolerance: float,
     max_train_difference: float,
@@ -62,15 +86,20 @@ def convert(
     write_plan: Path | None,
     plan_file: Path | None,
 ) -> Outcome:
-    """Put the scale-invariant weights of MODEL on spheres, check that it computes the same, and write it."""
-    options = {"radius": radius, "include": include, "exclude": exclude, "train_tolerance": train_tolerance}
-    if plan_file is not None and options != {"radius": "unit", "include": (), "exclude": (), "train_tolerance": 1e-4}:
-        raise click.UsageError("--plan says all that --radius, --train-tolerance, --include and --exclude say.")
+    """Put the scale-invariant weights of MODEL on spheres, or carry out other remedies, check that it computes the
+    same, and write it.
+    """
+    changed = remedies != ("spheres",) or radius != "unit" or include or exclude or train_tolerance != 1e-4
+    if plan_file is not None and changed:
+        raise click.UsageError(
+            "--plan says all that --remedies, --radius, --train-tolerance, --include and --exclude say."
+        )
     with progress(f"Converting {request.spec} and comparing both …"):
         model = request.model()
         converted = put_on_spheres(
             model,
             request.inputs(model),
+            remedies="spheres" if plan_file is not None else remedies,
             radius=radius,
             include=include or None,
             exclude=exclude or None,
@@ -91,7 +120,8 @@ def convert(
         save(converted, output)
     written = output if output is not None and not failures else None
     rows = {
-        "weights on spheres": sum(action.action != "leave" for action in record.plan.actions),
+        "weights on spheres": sum(action.action in ("sphere", "already") for action in record.plan.actions),
+        **{label: len(record.plan.of(what)) for what, label in _DONE.items() if record.plan.of(what)},
         "largest relative difference, evaluation mode": found.eval_difference,
         "largest relative difference, training mode": found.train_difference,
         "written": written or "nothing",

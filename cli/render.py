@@ -35,6 +35,9 @@ _STYLES = {
     "constrained": "green",
     "sphere": "green",
     "already": "green",
+    "remove": "green",
+    "balance": "green",
+    "joint sphere": "green",
     "not invariant": "yellow",
     "no evidence": "yellow",
     "leave": "yellow",
@@ -138,6 +141,8 @@ def plan_table(plan: ConversionPlan) -> Table:
         groups = "" if action.partition is None else str(action.partition)
         effect = "" if action.train_deviation is None else f"{action.train_deviation:.1e}"
         reason = "" if action.radius == "unit" else action.reason
+        if action.members:
+            reason = f"{listed(action.members, limit=3)}: {reason}"
         table.add_row(action.name, _styled(action.action), groups, action.radius or "", effect, reason)
     return table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import attach, detach
+from manifold_nets.conversion.actions import Action, ConversionPlan
 from manifold_nets.conversion.algebra import gather, rescaled_variance
+from manifold_nets.conversion.biases import remove_bias
 from manifold_nets.conversion.edited import EditedPlan, edited_plan
-from manifold_nets.conversion.plan import Action, ConversionPlan, Selector, named_tensors, sphere_of
+from manifold_nets.conversion.plan import Selector, named_tensors, staged
 from manifold_nets.conversion.plan import plan as make_plan
+from manifold_nets.conversion.spheres import sphere_of
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
 from manifold_nets.manifold import SphereProduct
@@ -24,7 +27,7 @@ from manifold_nets.symmetry.twin import duplicate
 __all__ = ["ConversionRecord", "conversion_record", "convert"]
 
 _RECORD = "_manifold_nets_conversion"
-_DEFAULTS = {"radius": "unit", "include": None, "exclude": None, "train_tolerance": 1e-4}
+_DEFAULTS = {"remedies": "spheres", "radius": "unit", "include": None, "exclude": None, "train_tolerance": 1e-4}
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,7 @@ def convert(
     model: nn.Module,
     report_or_example_inputs: Any,
     *,
+    remedies: str | Iterable[str] = "spheres",
     radius: Literal["unit", "keep"] = "unit",
     include: Selector = None,
     exclude: Selector = None,
@@ -71,6 +75,8 @@ def convert(
     Args:
         model: the network; left as it is unless ``inplace``.
         report_or_example_inputs: what `diagnose` returned for it, or example inputs.
+        remedies: what to do: a name, several, or ``"all"``, of ``"dead-biases"``, ``"balance"`` and
+            ``"spheres"``; see `plan`.
         radius: ``"unit"`` or ``"keep"``.
         include: names of weights to convert; see `plan`.
         exclude: names of weights to leave; see `plan`.
@@ -101,18 +107,23 @@ def convert(
     chosen = _chosen(
         model,
         report_or_example_inputs,
+        remedies=remedies,
         radius=radius,
         include=include,
         exclude=exclude,
         train_tolerance=train_tolerance,
         edited=plan,
     )
-    if not chosen.spheres and not any(action.action == "already" for action in chosen.actions):
+    if not chosen.effective:
         raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions])
     before = both_modes(model, chosen.example_inputs)
     target = model if inplace else duplicate(model)
     undo = _carry_out(target, chosen)
-    verification = compare_outputs(before, both_modes(target, chosen.example_inputs))
+    try:
+        verification = compare_outputs(before, both_modes(target, chosen.example_inputs))
+    except BaseException:
+        undo()
+        raise
     limit = eval_limit(_dtype(target))
     if not verification.eval_difference <= limit:
         undo()
@@ -136,7 +147,11 @@ def _chosen(
 
 def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
     """Drop what a model should not carry into its copies and pickles: inputs, and findings channel by channel."""
-    return replace(chosen, actions=tuple(replace(a, finding=None) for a in chosen.actions), example_inputs=None)
+    return replace(
+        chosen,
+        actions=tuple(replace(a, finding=None, symmetry=None, shifts={}) for a in chosen.actions),
+        example_inputs=None,
+    )
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -146,6 +161,40 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
     """Rewrite the weights of a plan; return a function that takes it back."""
     state = named_tensors(model)
+    before_spheres = staged(state, chosen.actions)
+    manifolds, changed = _on_spheres(chosen, before_spheres)
+    changed = {name: v for name, v in before_spheres.items() if v is not state[name]} | changed
+    removed = {action.name for action in chosen.of("remove")}
+    points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
+    changed = {name: value for name, value in changed.items() if name not in removed}
+    # Nothing has been written so far; from here on nothing can fail for reasons of the values.
+    saved = {name: state[name].detach().clone() for name in changed}
+    with torch.no_grad():
+        for name, value in changed.items():
+            state[name].copy_(value)
+            state[name].grad = None
+    holders = {name: _holders(model, state[name]) for name in manifolds}
+    originals = {name: state[name] for name in manifolds}
+    for name, manifold in manifolds.items():
+        _attach_everywhere(holders[name], manifold, points[name])
+    put_back = [remove_bias(*place) for name in removed for place in _holders(model, state[name])]
+
+    def undo() -> None:
+        with torch.no_grad():
+            for name, value in saved.items():
+                state[name].copy_(value)
+        for name, places in holders.items():
+            for module, leaf in places:
+                detach(module, leaf)
+                setattr(module, leaf, originals[name])
+        for restore in put_back:
+            restore()
+
+    return undo
+
+
+def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[str, SphereProduct], dict[str, Tensor]]:
+    """Return the manifolds of the weights that go on spheres, and what changes with them, in float64."""
     manifolds: dict[str, SphereProduct] = {}
     changed: dict[str, Tensor] = {}
 
@@ -159,28 +208,7 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
             spread = manifold.partition.spread(factors)
             changed[action.name] = manifold.partition.multiply(current(action.name), spread)
             changed.update(_scaled_along(action, factors, current))
-    points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
-    # Nothing has been written so far; from here on nothing can fail for reasons of the values.
-    saved = {name: state[name].detach().clone() for name in changed}
-    with torch.no_grad():
-        for name, value in changed.items():
-            state[name].copy_(value)
-            state[name].grad = None
-    holders = {name: _holders(model, state[name]) for name in manifolds}
-    originals = {name: state[name] for name in manifolds}
-    for name, manifold in manifolds.items():
-        _attach_everywhere(holders[name], manifold, points[name])
-
-    def undo() -> None:
-        with torch.no_grad():
-            for name, value in saved.items():
-                state[name].copy_(value)
-        for name, places in holders.items():
-            for module, leaf in places:
-                detach(module, leaf)
-                setattr(module, leaf, originals[name])
-
-    return undo
+    return manifolds, changed
 
 
 def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:

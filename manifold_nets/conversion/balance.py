@@ -8,6 +8,7 @@ its minimum symmetry by symmetry, again and again, reaches the minimum over all 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from manifold_nets.errors import FunctionChangedError, ReportMismatchError
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 from manifold_nets.symmetry.twin import duplicate
 
-__all__ = ["BalanceRecord", "balance"]
+__all__ = ["BalanceRecord", "balance", "balanced_values", "rescaling_families"]
 
 _SWEEPS = 200
 _SMALLEST_STEP = 1e-9
@@ -87,31 +88,46 @@ def balance(
     """
     given = report_or_example_inputs
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
-    parameters = dict(model.named_parameters())
-    unknown = [n for family in report.families for n in family.parameters if n not in parameters]
-    if unknown:
-        raise ReportMismatchError(type(model).__name__, report.model, unknown)
-    constrained = {weight.name for weight in constrained_weights(model)}
-    chosen, left = [], []
-    for family in report.families:
-        why = _why_left(family, constrained)
-        if why is None:
-            chosen.append(family)
-        elif family.kind == "rescaling":
-            left.append(f"{family}: {why}")
-    names = {name for family in chosen for name in family.parameters}
-    values = {name: parameters[name].detach().to(torch.float64).clone() for name in names}
-    before = _norm(values)
-    sweeps = _descend(chosen, values)
+    rescalings = rescaling_families(model, report)
+    chosen = [family for family, why in rescalings if why is None]
+    left = [f"{family}: {why}" for family, why in rescalings if why is not None]
+    values, sweeps, before = balanced_values(chosen, dict(model.named_parameters()))
     target = model if inplace else duplicate(model)
     verification = _put_in_place(model, target, values, report.example_inputs)
     record = BalanceRecord(tuple(map(str, chosen)), tuple(left), before, _norm(values), sweeps, verification)
     return target, record
 
 
+def rescaling_families(model: nn.Module, report: SymmetryReport) -> list[tuple[SymmetryFamily, str | None]]:
+    """Return every family of rescalings with the reason why it cannot be balanced, or None where it can.
+
+    Raises:
+        ReportMismatchError: the report is of another model.
+    """
+    parameters = dict(model.named_parameters())
+    unknown = [n for family in report.families for n in family.parameters if n not in parameters]
+    if unknown:
+        raise ReportMismatchError(type(model).__name__, report.model, unknown)
+    constrained = {weight.name for weight in constrained_weights(model)}
+    return [(family, _why_left(family, constrained)) for family in report.families if family.kind == "rescaling"]
+
+
+def balanced_values(
+    families: Sequence[SymmetryFamily], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], int, float]:
+    """Return the float64 values of smallest norm, the sweeps taken, and the norm before; nothing is changed.
+
+    Args:
+        families: rescalings that can be balanced.
+        state: the tensors that take part, and perhaps others, by name.
+    """
+    names = dict.fromkeys(name for family in families for name in family.parameters)
+    values = {name: state[name].detach().to(torch.float64).clone() for name in names}
+    before = _norm(values)
+    return values, _descend(families, values), before
+
+
 def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
-    if family.kind != "rescaling":
-        return "not a rescaling"
     if family.certificate.verdict != "invariant":
         return f"certificate {family.certificate}"
     if family.absorbed:
@@ -126,7 +142,7 @@ def _norm(values: dict[str, Tensor]) -> float:
     return math.sqrt(sum(float(value.square().sum()) for value in values.values()))
 
 
-def _descend(families: list[SymmetryFamily], values: dict[str, Tensor]) -> int:
+def _descend(families: Sequence[SymmetryFamily], values: dict[str, Tensor]) -> int:
     """Minimize the squared norm symmetry by symmetry, all symmetries of a family at once; return the sweeps taken."""
     for sweep in range(1, _SWEEPS + 1):
         largest = max((_minimize(family, values) for family in families), default=0.0)

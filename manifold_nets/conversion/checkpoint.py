@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import attach, constrained_weights, detach
 from manifold_nets.conversion import storage
+from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.errors import (
     CheckpointFormatError,
@@ -69,7 +70,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise CheckpointTensorError(path, weight.name, found, "Remove the hook that renames or drops it.")
         _require_on_spheres(tensors[stored], weight.name, weight.manifold, _PROJECT.format(name=weight.name))
         manifolds[stored] = weight.manifold
-    storage.write(path, storage.Contents(tensors, manifolds, aliases))
+    storage.write(path, storage.Contents(tensors, manifolds, aliases, tuple(removed_biases(model))))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -82,7 +83,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     The manifolds become those of the file. A weight that is on the same manifold already keeps its parameter object,
     and an optimizer that holds it stays valid; every other constrained weight becomes a new `geoopt.ManifoldParameter`
     and a weight that only the model constrained becomes a plain parameter, so build optimizers after loading. Tied
-    weights stay tied. Nothing is unpickled.
+    weights stay tied. Biases that conversion had removed before saving are removed from the model as well, and one that
+    the model has lost but the file holds is put back. Nothing is unpickled.
 
     Args:
         model: the architecture that was saved, in the dtype it was saved in; its values are overwritten.
@@ -108,6 +110,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             _require_on_spheres(contents.tensors[name], name, manifold, remedy="")
         except OffManifoldError as error:
             raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+    _set_biases(model, contents)
     model.load_state_dict(contents.expanded())
     _set_manifolds(model, contents)
     return model
@@ -185,7 +188,8 @@ def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
     """Say in what a file and a model differ; an empty list where the file can be loaded."""
     in_file, in_model = contents.expanded(), model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    missing, extra = in_model.keys() - in_file.keys(), in_file.keys() - in_model.keys()
+    missing = in_model.keys() - in_file.keys() - set(contents.removed)
+    extra = in_file.keys() - in_model.keys() - removed_biases(model).keys()
     found = []
     if missing:
         found.append(f"the file lacks {listed(sorted(missing))}")
@@ -239,6 +243,19 @@ def _groups(labels: Mapping[str, object]) -> set[frozenset[str]]:
 
 def _cut(texts: list[str], limit: int = 8) -> list[str]:
     return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]
+
+
+def _set_biases(model: nn.Module, contents: storage.Contents) -> None:
+    """Remove and put back biases, so that the model has those of the file."""
+    stored = contents.expanded()
+    for name, (module, leaf) in removed_biases(model).items():
+        if name in stored:
+            put_back_bias(module, leaf)
+    for name in contents.removed:
+        prefix, _, leaf = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if module._parameters.get(leaf) is not None:
+            remove_bias(module, leaf)
 
 
 def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:

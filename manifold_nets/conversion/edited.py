@@ -6,12 +6,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from manifold_nets.conversion.plan import Action, ConversionPlan, plan
+from manifold_nets.conversion.actions import ACTION_OF, Action, ConversionPlan
+from manifold_nets.conversion.plan import early_actions, named_tensors, require_same_model, staged, weight_actions
 from manifold_nets.errors import PlanError
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry import SymmetryReport, diagnose
@@ -24,8 +26,11 @@ EditedPlan = ConversionPlan | Mapping[str, Any] | str | os.PathLike[str]
 def write_plan(chosen: ConversionPlan, path: str | os.PathLike[str]) -> None:
     """Write a plan as JSON for a person to read and edit; the file appears whole or not at all.
 
-    Each action has a ``"name"``, an ``"action"`` (``"sphere"`` or ``"leave"``) and, for spheres, a ``"radius"``
-    (``"unit"`` or ``"keep"``). What else is there explains; changing it has no effect.
+    Each action has a ``"name"``, an ``"action"`` (``"leave"``, or what its ``"remedy"`` does: ``"sphere"`` for
+    ``"spheres"``, ``"remove"`` for ``"dead-biases"``, ``"balance"`` for ``"balance"``, ``"joint sphere"`` for
+    ``"joint-spheres"``) and, for spheres, a ``"radius"`` (``"unit"`` or ``"keep"``). What else is there explains;
+    changing it has no effect, except that the ``"members"`` of an action that moves several parameters must be those
+    of the network.
 
     Args:
         chosen: what `manifold_nets.plan` returned.
@@ -51,16 +56,69 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     """
     given = report_or_example_inputs
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
-    unit, keep = plan(model, report, train_tolerance=math.inf), plan(model, report, radius="keep")
-    source, wanted = _read(edited)
-    why = "left by the plan"
-    actions = {a.name: Action(a.name, "leave", why, a.partition, finding=a.finding) for a in unit.actions}
-    for entry in wanted:
-        name = entry.get("name")
-        if name not in actions:
-            raise PlanError(source, f"the weight {name!r}", f"one of {', '.join(actions)}")
-        actions[name] = _checked(source, entry, unit[name], keep[name], actions[name])
-    return ConversionPlan(report.model, tuple(actions.values()), report.example_inputs)
+    require_same_model(model, report)
+    source, entries = _read(edited)
+    asked = {_remedy_of(source, entry) for entry in entries if entry.get("action") not in ("leave", "already")}
+    asked.discard("spheres")
+    wanted = {(entry.get("name"), _remedy_of(source, entry)): entry for entry in entries}
+    early = [_decided(source, a, wanted) for a in early_actions(model, report, [r for r in ACTION_OF if r in asked])]
+    state = staged(named_tensors(model), early)
+    everything = {weight.name for weight in report.weights}
+    # A weight that stays as it is may have groups without a direction.
+    spheres = {str(name) for (name, _), entry in wanted.items() if entry.get("action") == "sphere"}
+    unit = weight_actions(report, state, "unit", math.inf, spheres)
+    keep = weight_actions(report, state, "keep", math.inf, spheres)
+    weights = [_weight(source, *pair, wanted) for pair in zip(unit, keep, strict=True)]
+    known = {remedy: {action.name for action in early if action.remedy == remedy} for remedy in asked}
+    _require_known(source, wanted, {"spheres": everything} | known)
+    return ConversionPlan(report.model, (*weights, *early), report.example_inputs)
+
+
+Wanted = Mapping[tuple[Any, str], Mapping[str, Any]]
+
+
+def _require_known(source: str, wanted: Wanted, known: Mapping[str, set[str]]) -> None:
+    """Refuse entries about what the network does not have; what is left need not be known."""
+    for (name, remedy), entry in wanted.items():
+        names = known.get(remedy)
+        if names is not None and name not in names and not (remedy != "spheres" and entry.get("action") == "leave"):
+            found = f"action {entry.get('action')!r} for {name!r}"
+            raise PlanError(source, found, f"one of {', '.join(sorted(names)) or 'none, as there is nothing to do'}")
+
+
+def _remedy_of(source: str, entry: Mapping[str, Any]) -> str:
+    """The remedy that an entry belongs to: that of its action, else what it says."""
+    action = entry.get("action")
+    by_action = {what: remedy for remedy, what in ACTION_OF.items()}
+    remedy = by_action.get(str(action), entry.get("remedy", "spheres"))
+    if remedy not in ACTION_OF or entry.get("remedy", remedy) != remedy:
+        raise PlanError(
+            source,
+            f"action {action!r} with remedy {entry.get('remedy')!r} for {entry.get('name')}",
+            f"one of {', '.join(f'{what!r} with {each!r}' for each, what in ACTION_OF.items())}",
+        )
+    return str(remedy)
+
+
+def _decided(source: str, action: Action, wanted: Wanted) -> Action:
+    """Carry an action out where the plan asks for it, and leave it otherwise."""
+    entry = wanted.get((action.name, action.remedy), {"action": "leave"})
+    if entry["action"] == "leave":
+        return action if action.action == "leave" else replace(action, action="leave", reason="left by the plan")
+    if entry["action"] != action.action:
+        raise PlanError(source, f"{entry['action']!r} for {action.name}", f"{action.action!r}: {action.reason}")
+    members = entry.get("members")
+    if members is not None and list(members) != list(action.members):
+        raise PlanError(source, f"members {members} of {action.name}", f"those of the network: {list(action.members)}")
+    return action
+
+
+def _weight(source: str, unit: Action, keep: Action, wanted: Wanted) -> Action:
+    leave = Action(unit.name, "leave", "left by the plan", unit.partition, finding=unit.finding)
+    entry = wanted.get((unit.name, "spheres"))
+    if entry is None:
+        return unit if unit.action == "already" else leave
+    return _checked(source, entry, unit, keep, leave)
 
 
 def _read(edited: EditedPlan) -> tuple[str, list[Mapping[str, Any]]]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from manifold_nets.constraints import constrained_weights, detach
 from manifold_nets.conversion.apply import _RECORD
+from manifold_nets.conversion.biases import put_back_bias, removed_biases
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.symmetry.twin import duplicate
@@ -16,10 +17,11 @@ _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items
 
 
 def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Give a model back with plain parameters: the same keys, the same values, the same function bit for bit.
+    """Give a model back with plain parameters: the same values, the same function bit for bit.
 
     Every weight on a `SphereProduct` becomes a `torch.nn.Parameter`, and the ``UnitNorm*`` layers become the torch
-    layers of the same name. Nothing is computed: a weight that drifted off its sphere is given back as it is. Tied
+    layers of the same name. Biases that conversion removed come back as zeros, so that the keys are those of the
+    architecture. Nothing is computed: a weight that drifted off its sphere is given back as it is. Tied
     weights, ``requires_grad``, gradients, the training mode, buffers, and the hooks of modules are kept.
 
     Parameters on other manifolds of geoopt are left alone, and so are classes that were derived from a ``UnitNorm*``
@@ -40,6 +42,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ('Linear', 'Parameter')
     """
     plain = model if inplace else _copy(model)
+    for module, leaf in removed_biases(plain).values():
+        put_back_bias(module, leaf)
     replaced = []
     for weight in list(constrained_weights(plain)):
         old = weight.parameter

@@ -1,7 +1,8 @@
 """The checkpoint file: tensors in safetensors, with one JSON document about them in its metadata.
 
 The document, under the key ``manifold_nets``, holds the format's name and version, the manifold of each constrained
-weight, the names under which a tied tensor is known besides the one it is stored under, and a checksum of all that
+weight, the names under which a tied tensor is known besides the one it is stored under, the biases that were removed,
+and a checksum of all that
 and of the tensors' bytes. The tensors themselves can be read by any safetensors reader. Nothing is ever unpickled.
 """
 
@@ -34,11 +35,19 @@ _KEY = "manifold_nets"
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds: tensors by name, stored once each; manifolds; other names of stored tensors."""
+    """What a checkpoint holds.
+
+    Args:
+        tensors: tensors by name, stored once each.
+        manifolds: the manifold of each constrained weight.
+        aliases: other names of stored tensors.
+        removed: names of biases that conversion has removed.
+    """
 
     tensors: Mapping[str, Tensor]
     manifolds: Mapping[str, SphereProduct]
     aliases: Mapping[str, str]
+    removed: tuple[str, ...] = ()
 
     def expanded(self) -> dict[str, Tensor]:
         """Return the tensors under all their names."""
@@ -53,6 +62,8 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         "manifolds": {name: manifold.to_dict() for name, manifold in contents.manifolds.items()},
         "aliases": dict(contents.aliases),
     }
+    if contents.removed:
+        document["removed_biases"] = list(contents.removed)
     document["checksum"] = _checksum(contents.tensors, document)
     metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
     with atomic_file(path) as temporary:
@@ -121,13 +132,14 @@ def _contents(path: str | os.PathLike[str], document: dict[str, Any], tensors: d
     try:
         manifolds = {str(name): SphereProduct.from_dict(data) for name, data in document["manifolds"].items()}
         aliases = {str(alias): str(name) for alias, name in document["aliases"].items()}
+        removed = tuple(str(name) for name in document.get("removed_biases", ()))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         found = f"manifolds or aliases that cannot be read ({type(error).__name__}: {error})"
         raise CheckpointFormatError(path, found, "It is damaged: save it again.") from None
     fits = all(name in tensors and tensors[name].shape == m.partition.shape for name, m in manifolds.items())
     if not fits or any(alias in tensors or name not in tensors for alias, name in aliases.items()):
         raise CheckpointFormatError(path, "manifolds or aliases of other tensors", "It is damaged: save it again.")
-    return Contents(tensors, manifolds, aliases)
+    return Contents(tensors, manifolds, aliases, removed)
 
 
 def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:

@@ -1,0 +1,145 @@
+"""What a conversion does to a network, as data: the names of the remedies, an action, and a plan of actions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from manifold_nets.errors import OptionError
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry import SymmetryFamily, WeightFinding
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
+
+__all__ = ["ACTION_OF", "REMEDIES", "Action", "ConversionPlan", "Remedy", "chosen_remedies"]
+
+Remedy = Literal["dead-biases", "balance", "spheres", "joint-spheres"]
+# In the order in which they are carried out, with the word for doing it.
+ACTION_OF: dict[Remedy, str] = {
+    "dead-biases": "remove",
+    "balance": "balance",
+    "spheres": "sphere",
+}
+REMEDIES: tuple[Remedy, ...] = tuple(ACTION_OF)
+
+
+@dataclass(frozen=True)
+class Action:
+    """What is done about one symmetry.
+
+    Args:
+        name: the parameter; for what moves several parameters, the remedy and a number.
+        action: ``"sphere"`` (the weight is put on a product of spheres), ``"already"`` (it is on one), ``"remove"``
+            (a bias without effect is removed), ``"balance"`` (rescaled to the smallest norm), ``"joint sphere"``
+            (several weights together are put on one sphere a group) or ``"leave"``.
+        reason: why, in words.
+        partition: the groups, where there are any.
+        radius: ``"unit"``: each group gets norm √k, k filters in it; ``"keep"``: each group keeps its norm.
+        train_deviation: relative change of the training-mode output of the layer's normalization on the example
+            inputs that unit radius causes; None where it was not computed, 0 where nothing changes.
+        finding: what `diagnose` says of the weight.
+        remedy: which of `REMEDIES` the action belongs to.
+        members: the parts of parameters that take part, where there are several.
+        symmetry: what `diagnose` says of a bias or of several parameters.
+        shifts: for the removal of a bias, what is subtracted from each running mean behind it, channel by channel.
+    """
+
+    name: str
+    action: Literal["sphere", "already", "leave", "remove", "balance", "joint sphere"]
+    reason: str
+    partition: Partition | None = None
+    radius: Literal["unit", "keep"] | None = None
+    train_deviation: float | None = None
+    finding: WeightFinding | None = field(default=None, repr=False, compare=False)
+    remedy: Remedy = "spheres"
+    members: tuple[str, ...] = ()
+    symmetry: SymmetryFamily | ShiftSymmetry | None = field(default=None, repr=False, compare=False)
+    shifts: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that the action is about."""
+        return (self.name,) if self.symmetry is None else self.symmetry.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {
+            "name": self.name,
+            "remedy": self.remedy,
+            "action": self.action,
+            "reason": self.reason,
+            "partition": None if self.partition is None else self.partition.to_dict(),
+            "radius": self.radius,
+            "train_deviation": self.train_deviation,
+            "members": list(self.members),
+        }
+
+    def __str__(self) -> str:
+        what = f"{self.partition}, {self.radius} radius: " if self.action == "sphere" else ""
+        members = f"{', '.join(self.members[:4])}{' …' if self.members[4:] else ''}: " if self.members else ""
+        return f"{self.action:<7}  {what}{members}{self.reason}"
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """One action for every weight of the report, in the order of the model, then those of the other remedies.
+
+    They are carried out in the order of `REMEDIES`: dead biases are removed, rescalings balanced, and then weights put
+    on spheres.
+    """
+
+    model: str
+    actions: tuple[Action, ...]
+    example_inputs: Any = field(default=None, repr=False, compare=False)
+
+    def of(self, action: str) -> tuple[Action, ...]:
+        """Return the actions of one kind, such as ``"remove"``."""
+        return tuple(found for found in self.actions if found.action == action)
+
+    @property
+    def spheres(self) -> tuple[Action, ...]:
+        """The actions that put a weight on spheres."""
+        return self.of("sphere")
+
+    @property
+    def effective(self) -> tuple[Action, ...]:
+        """The actions that change something, or found it done."""
+        return tuple(action for action in self.actions if action.action != "leave")
+
+    def __getitem__(self, name: str) -> Action:
+        for action in self.actions:
+            if action.name == name:
+                return action
+        raise KeyError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"model": self.model, "actions": [action.to_dict() for action in self.actions]}
+
+    def __str__(self) -> str:
+        width = max((len(a.name) for a in self.actions), default=0)
+        weights = [a for a in self.actions if a.remedy == "spheres"]
+        lines = [f"{self.model}: {len(self.spheres)} of {len(weights)} weights go on spheres"]
+        lines += [f"  {a.name:<{width}}  {a}" for a in self.actions]
+        return "\n".join(lines)
+
+
+def chosen_remedies(remedies: str | Iterable[str]) -> tuple[Remedy, ...]:
+    """Return the named remedies in the order in which they are carried out.
+
+    Args:
+        remedies: a name, several separated by commas, a collection of names, or ``"all"``.
+
+    Raises:
+        OptionError: a name is unknown, or there is none.
+
+    Example:
+        >>> chosen_remedies("spheres,balance")
+        ('balance', 'spheres')
+    """
+    names = [name.strip() for name in remedies.split(",")] if isinstance(remedies, str) else list(remedies)
+    if names == ["all"]:
+        return REMEDIES
+    if not names or any(name not in REMEDIES for name in names):
+        raise OptionError("remedies", remedies, f"'all', or some of {', '.join(map(repr, REMEDIES))}")
+    return tuple(remedy for remedy in REMEDIES if remedy in names)

@@ -1,0 +1,165 @@
+"""Dead biases: constants that a normalization or a softmax takes away again, and what has to follow their removal.
+
+In training mode a batch normalization subtracts the mean of the batch, and with it any bias in front. In evaluation
+mode it subtracts the running mean, which contains the bias: without the bias, ``running_mean − shift`` leaves the
+output as it was. The shift is the bias itself where nothing but the layer stands in front of the normalization; in
+general it is measured, as the difference of the normalization's input with and without the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.conversion.actions import Action
+from manifold_nets.symmetry import SymmetryReport
+from manifold_nets.symmetry.graph import split_inputs, to_float64
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
+from manifold_nets.symmetry.twin import analysis_copy, random_numbers
+
+__all__ = ["dead_bias_actions"]
+
+# Layers whose bias may be None.
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+# Relative to the largest shift: far above the rounding of a float64 forward pass, far below any real difference.
+_CONSTANT = 1e-9
+
+
+def dead_bias_actions(model: nn.Module, report: SymmetryReport) -> list[Action]:
+    """Decide for every bias without effect whether it can be removed; the model is not changed."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    dead = [shift for shift in report.shifts if shift.kind == "dead bias" and len(shift.parameters) == 1]
+    possible: list[ShiftSymmetry] = []
+    reasons: dict[int, str] = {}
+    for shift in dead:
+        why = _why_left(model, shift, dead, parameters)
+        if why is None:
+            possible.append(shift)
+        else:
+            reasons[id(shift)] = why
+    shifts = _measured(model, possible, report.example_inputs)
+    actions = []
+    for shift in dead:
+        found = reasons.get(id(shift), shifts.get(id(shift)))
+        if isinstance(found, str):
+            actions.append(_action(shift, "leave", found))
+        else:
+            means = ", ".join(found or {})
+            follows = f"; {means} takes it up" if means else ""
+            reason = f"it does nothing: its key leaves the state_dict{follows}"
+            actions.append(_action(shift, "remove", reason, found or {}))
+    return actions
+
+
+def _action(shift: ShiftSymmetry, what: Any, reason: str, shifts: dict[str, tuple[float, ...]] | None = None) -> Action:
+    return Action(
+        shift.parameters[0], what, reason, remedy="dead-biases", symmetry=shift, shifts=shifts or {}
+    )  # fmt: skip
+
+
+def _why_left(
+    model: nn.Module, shift: ShiftSymmetry, dead: Sequence[ShiftSymmetry], parameters: dict[str, nn.Parameter]
+) -> str | None:
+    """Why a bias is not removed, as far as its structure tells."""
+    name = shift.parameters[0]
+    if shift.certificate.verdict != "invariant":
+        return f"certificate {shift.certificate}"
+    if shift.condition is not None:
+        return f"it does nothing only {shift.condition}"
+    bias = parameters[name]
+    total = sum(other.count for other in dead if other.parameters == shift.parameters)
+    if total < bias.numel():
+        return f"{total} of its {bias.numel()} entries do nothing, the others do"
+    if sum(other.parameters == shift.parameters for other in dead) > 1:
+        return "its entries are absorbed by different operations"
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is bias and not (leaf == "bias" and isinstance(module, _LAYERS)):
+                return f"{type(module).__name__} {prefix} needs it"
+    return None
+
+
+def _measured(
+    model: nn.Module, shifts: Sequence[ShiftSymmetry], example_inputs: Any
+) -> dict[int, dict[str, tuple[float, ...]] | str]:
+    """For each bias its shift of every running mean behind it, or why there is none."""
+    found: dict[int, dict[str, tuple[float, ...]] | str] = {id(shift): {} for shift in shifts}
+    waiting = [shift for shift in shifts if _means(shift)]
+    if not waiting:
+        return found
+    twin, inputs = analysis_copy(model), to_float64(split_inputs(example_inputs))
+    reference = _inputs_of(twin, {mean for shift in waiting for mean in _means(shift)}, inputs)
+    while waiting:
+        # Biases without a running mean in common are measured in one pass.
+        together: list[ShiftSymmetry] = []
+        for shift in waiting:
+            if all(_means(shift).isdisjoint(_means(other)) for other in together):
+                together.append(shift)
+        waiting = [shift for shift in waiting if not any(shift is other for other in together)]
+        without = _inputs_without([shift.parameters[0] for shift in together], twin, together, inputs)
+        for shift in together:
+            found[id(shift)] = _shifts_of(twin, shift, reference, without)
+    return found
+
+
+def _means(shift: ShiftSymmetry) -> set[str]:
+    return {absorber.running_mean for absorber in shift.absorbers if absorber.running_mean is not None}
+
+
+def _inputs_without(
+    names: Sequence[str], twin: nn.Module, shifts: Sequence[ShiftSymmetry], inputs: Any
+) -> dict[str, list[Tensor]]:
+    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    saved = {name: parameters[name].detach().clone() for name in names}
+    with torch.no_grad():
+        for name in names:
+            parameters[name].zero_()
+        try:
+            return _inputs_of(twin, {mean for shift in shifts for mean in _means(shift)}, inputs)
+        finally:
+            for name, value in saved.items():
+                parameters[name].copy_(value)
+
+
+def _inputs_of(twin: nn.Module, means: set[str], inputs: Any) -> dict[str, list[Tensor]]:
+    """Inputs of the modules that own some running means, one for each call, in training mode."""
+    seen: dict[str, list[Tensor]] = {mean: [] for mean in means}
+    handles = []
+    for mean in means:
+        module = twin.get_submodule(mean.rpartition(".")[0])
+
+        def look(_: nn.Module, args: tuple[Any, ...], mean: str = mean) -> None:
+            seen[mean].extend(x.detach().clone() for x in args[:1] if isinstance(x, Tensor))
+
+        handles.append(module.register_forward_pre_hook(look))
+    args, kwargs = inputs
+    try:
+        with torch.no_grad(), random_numbers(0):
+            twin(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _shifts_of(
+    twin: nn.Module, shift: ShiftSymmetry, reference: dict[str, list[Tensor]], without: dict[str, list[Tensor]]
+) -> dict[str, tuple[float, ...]] | str:
+    bias = twin.get_parameter(shift.parameters[0]).detach()
+    found = {}
+    for mean in sorted(_means(shift)):
+        channels = twin.get_buffer(mean).numel()
+        if len(reference[mean]) != 1 or len(without[mean]) != 1 or reference[mean][0].shape[1] != channels:
+            return f"{mean} is not the running mean of one normalization that is called once"
+        difference = (reference[mean][0] - without[mean][0]).transpose(0, 1).flatten(1)
+        by_channel = difference.mean(1)
+        limit = _CONSTANT * max(float(bias.abs().max()), float(by_channel.abs().max()))
+        if not float((difference - by_channel[:, None]).abs().max()) <= limit:
+            return f"it is not a constant in front of {mean}"
+        # Where the bias itself arrives, no rounding need come in between.
+        same = by_channel.shape == bias.shape and float((by_channel - bias).abs().max()) <= limit
+        found[mean] = tuple((bias if same else by_channel).tolist())
+    return found
