@@ -6,5 +6,17 @@ from manifold_nets.comparison.models.loading import MODEL_NAMES, build_model
 from manifold_nets.comparison.models.mlp import multilayer_perceptron
 from manifold_nets.comparison.models.resnet import SmallResNet
 from manifold_nets.comparison.models.segnet import SegNetBasic
+from manifold_nets.comparison.models.series import convolutions_1d
+from manifold_nets.comparison.models.towers import TwoTowers
+from manifold_nets.comparison.models.transformer import CharacterTransformer
 
-__all__ = ["MODEL_NAMES", "SegNetBasic", "SmallResNet", "build_model", "multilayer_perceptron"]
+__all__ = [
+    "MODEL_NAMES",
+    "CharacterTransformer",
+    "SegNetBasic",
+    "SmallResNet",
+    "TwoTowers",
+    "build_model",
+    "convolutions_1d",
+    "multilayer_perceptron",
+]

@@ -13,14 +13,23 @@ from torch import nn
 from manifold_nets.comparison.models.mlp import multilayer_perceptron
 from manifold_nets.comparison.models.resnet import SmallResNet
 from manifold_nets.comparison.models.segnet import SegNetBasic
+from manifold_nets.comparison.models.series import convolutions_1d
+from manifold_nets.comparison.models.towers import TwoTowers
+from manifold_nets.comparison.models.transformer import CharacterTransformer
 from manifold_nets.comparison.tasks.errors import TaskNameError, TaskSourceError
 from manifold_nets.comparison.tasks.task import Task
 from manifold_nets.sources import ModelSpec, load_model, load_object
 
 __all__ = ["MODEL_NAMES", "build_model"]
 
-MODEL_NAMES = ("mlp", "resnet", "segnet-basic")
-_KNOWN = "mlp:WIDTHS, resnet:DEPTH,WIDTH, segnet-basic:FILTERS,BLOCKS, file.py:callable, torchvision:NAME, timm:NAME"
+MODEL_NAMES = ("mlp", "resnet", "segnet-basic", "conv1d", "transformer", "towers")
+_KNOWN = (
+    "mlp:WIDTHS, resnet:DEPTH,WIDTH, segnet-basic:FILTERS,BLOCKS, conv1d:WIDTHS, transformer:WIDTH,BLOCKS,HEADS, "
+    "towers:WIDTHS, file.py:callable, torchvision:NAME, timm:NAME"
+)
+
+# Axes of one example, without that of the batch.
+_FOR_AXES = {"conv1d": 2, "transformer": 1, "towers": 1}
 
 ModelSource = str | Callable[..., nn.Module]
 
@@ -32,6 +41,9 @@ def build_model(source: ModelSource, task: Task, *, seed: int) -> nn.Module:
     ``mlp:100,100``           linear layers of these widths with batch normalization and ReLU, and a classifier
     ``resnet:8,16``           a residual network of depth 8, 14, 20, … and 16 filters in its first stage
     ``segnet-basic:64,4``     SegNet-Basic with 64 filters and 4 blocks
+    ``conv1d:64,128,64``      one-dimensional convolutions of these widths, for series
+    ``transformer:64,2,4``    a character-level transformer with normalized queries, keys and block outputs
+    ``towers:32,32,32``       two batch-normalized towers on embeddings, for pairs of a person and a thing
     ``torchvision:NAME``      with as many outputs as the task has classes; also ``timm:NAME``
     ``file.py:callable``      what a callable returns, which may take ``input_shape`` and ``outputs`` of the task
     ========================  ========================================================================================
@@ -80,12 +92,25 @@ def _named(source: str, task: Task) -> nn.Module:
 def _own(name: str, task: Task, numbers: list[int]) -> nn.Module:
     if name == "mlp":
         return multilayer_perceptron(task.input_shape, task.outputs, numbers or [100, 100])
+    if name in _FOR_AXES:
+        if len(task.input_shape) != _FOR_AXES[name]:
+            raise ValueError(f"Such a network takes examples with {_FOR_AXES[name]} axes, not {task.input_shape}.")
+        return _for_sequences(name, task, numbers)
     if len(task.input_shape) != 3 or len(numbers) > 2:
         raise ValueError("Such a network has at most two settings and takes images (channels, height, width).")
     channels = task.input_shape[0]
     if name == "resnet":
         return SmallResNet(channels, task.outputs, **dict(zip(("depth", "width"), numbers, strict=False)))
     return SegNetBasic(channels, task.outputs, **dict(zip(("filters", "blocks"), numbers, strict=False)))
+
+
+def _for_sequences(name: str, task: Task, numbers: list[int]) -> nn.Module:
+    if name == "conv1d":
+        return convolutions_1d(task.input_shape[0], task.outputs, numbers or (64, 128, 64))
+    if name == "towers":
+        return TwoTowers(widths=numbers or (32, 32, 32))
+    settings = dict(zip(("width", "blocks", "heads"), numbers, strict=False))
+    return CharacterTransformer(task.outputs, task.input_shape[0], **settings)
 
 
 def _numbers(source: str, settings: str) -> list[int]:

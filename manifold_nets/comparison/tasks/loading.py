@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from manifold_nets.comparison.tasks.errors import DataFolderError, TaskNameError, TaskSourceError
 from manifold_nets.comparison.tasks.images import digits, idx_images
+from manifold_nets.comparison.tasks.ratings import movielens
+from manifold_nets.comparison.tasks.series import SERIES, time_series
 from manifold_nets.comparison.tasks.streets import camvid
 from manifold_nets.comparison.tasks.task import Task
+from manifold_nets.comparison.tasks.text import python_manual
 from manifold_nets.sources import ModelSpec, load_object
 
 __all__ = ["DATA_VARIABLE", "TASK_NAMES", "load_task"]
 
 DATA_VARIABLE = "MANIFOLD_NETS_DATA"
-TASK_NAMES = ("digits", "mnist", "fashion-mnist", "idx", "camvid")
-_KNOWN = "digits, mnist, fashion-mnist, idx, camvid, file.py:callable or package.module:callable"
+TASK_NAMES = ("digits", "mnist", "fashion-mnist", "idx", "camvid", *SERIES, "python-manual", "movielens")
+_KNOWN = f"{', '.join(TASK_NAMES)}, file.py:callable or package.module:callable"
+
+# What to call, with the folder of data if one is given.
+_WITHOUT_SETTINGS: dict[str, Callable[[str | Path | None], Task]] = {
+    "digits": lambda _: digits(),
+    "python-manual": lambda _: python_manual(),
+    "movielens": movielens,
+    **{name: (lambda _, name=name: time_series(name)) for name in SERIES},  # type: ignore[misc]
+}
 
 
 def load_task(spec: str, *, data: str | Path | None = None) -> Task:
@@ -28,6 +40,9 @@ def load_task(spec: str, *, data: str | Path | None = None) -> Task:
     ``fashion-mnist``       Fashion-MNIST, likewise
     ``idx``                 any data set in the layout of MNIST, likewise
     ``camvid``              CamVid; ``camvid:120x90`` reduced to 120×90 pixels
+    ``japanese-vowels``     spoken vowels, bundled with sktime; also ``osuleaf``, ``acsf1``, ``basic-motions``
+    ``python-manual``       the next character of Python's language reference, bundled with Python
+    ``movielens``           who likes which film, bundled with recbole
     ``file.py:callable``    what a callable without arguments returns; also ``package.module:callable``
     ======================  ==========================================================================================
 
@@ -51,10 +66,10 @@ def load_task(spec: str, *, data: str | Path | None = None) -> Task:
     name, _, settings = spec.partition(":")
     if name not in TASK_NAMES:
         return _from_python(spec)
-    if name == "digits":
-        if settings:
-            raise TaskNameError("task", spec, "digits without settings", "Leave the settings out.")
-        return digits()
+    if name in _WITHOUT_SETTINGS:
+        if ":" in spec:
+            raise TaskNameError("task", spec, f"{name} without settings", "Leave the settings out.")
+        return _WITHOUT_SETTINGS[name](data)
     if name == "camvid":
         size = _numbers(spec, settings, "x", "camvid:WIDTHxHEIGHT", (2,))
         return camvid(_folder(name, data), size=(size[0], size[1]) if size else None)
