@@ -17,9 +17,9 @@ __all__ = ["python_manual"]
 def python_manual(length: int = 64) -> Task:
     """Return the language reference that Python's ``help()`` shows, as sequences of characters to continue.
 
-    The text is cut into pieces that do not overlap; every eighth piece in a row of 64 goes to validation, the one
-    after it to the test part, so that every chapter is in all three. What the manual says twice is taken once, so that no test is on what was
-    trained on.
+    The text is cut into pieces that do not overlap; of eight runs of eight pieces six train, one validates and one
+    tests, so that every chapter is in all three. What the manual says twice is taken once, so that no test is on what
+    was trained on.
 
     Args:
         length: characters a sequence.
