@@ -177,7 +177,8 @@ class Reach:
     def __str__(self) -> str:
         if not math.isfinite(self.epochs):
             return f"not reached ({self.reached} of {self.runs} runs)"
-        return f"{self.epochs:g} epochs, {self.seconds:.3g} s ({self.reached} of {self.runs} runs)"
+        some = f" ({self.reached} of {self.runs} runs)" if self.reached < self.runs else ""
+        return f"{self.epochs:g} epochs, {self.seconds:.3g} s{some}"
 
 
 def reach(errors: Sequence[ArrayLike], seconds: Sequence[ArrayLike], target: float) -> Reach:

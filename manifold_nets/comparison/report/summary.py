@@ -1,0 +1,95 @@
+"""What a report tells of each contestant and of their differences, as the data of tables and figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
+from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference
+
+__all__ = ["ContestantSummary", "LayerTrace", "Summary"]
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One layer over time, a median over the runs.
+
+    Args:
+        name: the weight's name.
+        rotation: angle in radians by which a filter turns in a step, after each epoch.
+        norm: mean norm of its filters after each epoch.
+    """
+
+    name: str
+    rotation: tuple[float, ...]
+    norm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ContestantSummary:
+    """One contestant: its runs at the learning rate that validation data chose, and its grid.
+
+    Args:
+        name: what it is called.
+        sensitivity: validation error over the grid of learning rates.
+        learning_rate: the one chosen.
+        seeds: of its runs.
+        test_errors: one a seed; infinite for a run that diverged.
+        test: their mean.
+        losses: training loss, runs × epochs, infinite from where a run diverged.
+        errors: validation error, likewise.
+        seconds: training time to the end of each epoch, likewise.
+        reach: how soon it comes to the target.
+        step_seconds: median seconds a step; NaN where not measured.
+        step_ratio: the same relative to the reference.
+        memory_ratio: peak memory relative to the reference.
+        layers: rotation and norms.
+        rescaled_errors: test errors from rescaled initial filters, one a seed, or none.
+        failed: how many of all its runs, at all learning rates, diverged.
+        runs: how many there were.
+    """
+
+    name: str
+    sensitivity: Sensitivity
+    learning_rate: float
+    seeds: tuple[int, ...]
+    test_errors: tuple[float, ...]
+    test: MeanInterval
+    losses: tuple[tuple[float, ...], ...]
+    errors: tuple[tuple[float, ...], ...]
+    seconds: tuple[tuple[float, ...], ...]
+    reach: Reach
+    step_seconds: float
+    step_ratio: CostRatio | None
+    memory_ratio: CostRatio | None
+    layers: tuple[LayerTrace, ...]
+    rescaled_errors: tuple[float, ...]
+    failed: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole comparison.
+
+    Args:
+        title: the task and the model.
+        contestants: in the order in which they were named.
+        reference: the name of the one that costs and differences are relative to.
+        differences: all pairs of test errors, seed by seed.
+        friedman: the test on ranks of test errors; none with fewer than two seeds or contestants.
+        critical_difference: of mean ranks; NaN where there is no test.
+        cliques: contestants that it cannot tell apart, as places in `contestants`.
+        target: the validation error of the time-to-target table.
+        settings: what was run, name and value.
+    """
+
+    title: str
+    contestants: tuple[ContestantSummary, ...]
+    reference: str
+    differences: tuple[PairedDifference, ...]
+    friedman: Friedman | None
+    critical_difference: float
+    cliques: tuple[tuple[int, ...], ...]
+    target: float
+    settings: tuple[tuple[str, str], ...]

@@ -1,0 +1,194 @@
+"""Figures of matplotlib as files, and as drawings in a page that take their colours and letters from it."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manifold_nets.errors import MissingExtraError
+from manifold_nets.page.markup import escape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["COLOURS", "SERIES", "figure_svg", "plot_settings", "save_figure", "series_style_sheet"]
+
+# Colours of the page by the names that page.css gives them, as figures are drawn with them.
+COLOURS = {"ink": "#1c1f24", "soft": "#555b66", "line": "#dcdcd6", "edge": "#767d88", "panel": "#ffffff"}
+# The colours of Okabe and Ito without yellow, made darker or lighter for a contrast of at least 3 on either ground.
+SERIES = (
+    ("#0072b2", "#5aa9ff"),
+    ("#d55e00", "#ff8a3d"),
+    ("#00805e", "#2fc495"),
+    ("#a8478a", "#e79acb"),
+    ("#1c1f24", "#e9eaec"),
+    ("#a87400", "#e8b33a"),
+    ("#2a86bd", "#8fd4ff"),
+)
+
+
+def series_style_sheet() -> str:
+    """The colours of the series as custom properties, for light and dark pages."""
+    light, dark = (";".join(f"--series-{i}:{pair[k]}" for i, pair in enumerate(SERIES)) for k in (0, 1))
+    return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
+
+
+@contextmanager
+def plot_settings(font: float) -> Iterator[None]:
+    """Settings of matplotlib under which figures are drawn and written; the reader's own are set aside.
+
+    Args:
+        font: size of the letters, in points.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("matplotlib", "the plots of a report", "compare") from None
+    settings: dict[str, Any] = {
+        "font.family": "DejaVu Sans",
+        "font.size": font,
+        "axes.titlesize": font,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.labelsize": font,
+        "xtick.labelsize": 0.92 * font,
+        "ytick.labelsize": 0.92 * font,
+        "legend.fontsize": 0.92 * font,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": COLOURS["line"],
+        "grid.linewidth": 0.6,
+        "axes.edgecolor": COLOURS["edge"],
+        "axes.labelcolor": COLOURS["soft"],
+        "axes.titlecolor": COLOURS["ink"],
+        "xtick.color": COLOURS["soft"],
+        "ytick.color": COLOURS["soft"],
+        "text.color": COLOURS["ink"],
+        "axes.facecolor": "none",
+        "figure.facecolor": COLOURS["panel"],
+        "savefig.facecolor": COLOURS["panel"],
+        "lines.linewidth": 1.6,
+        "lines.markersize": 5,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "manifold_nets",
+        "text.parse_math": False,  # names may hold dollars
+    }
+    # Only what the package draws with; everything else at matplotlib's own defaults.
+    chosen: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    chosen.update(settings)
+    with matplotlib.rc_context(chosen):
+        yield
+
+
+def save_figure(figure: Figure, path: Path, *, dots: int = 200) -> None:
+    """Write a figure as PNG or SVG, by the ending of the path; the same figure gives the same bytes.
+
+    Args:
+        figure: the figure, drawn under `plot_settings`.
+        path: where to; its folder must exist.
+        dots: of a PNG, per inch.
+    """
+    kind = path.suffix.removeprefix(".")
+    buffer = io.BytesIO()
+    metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
+    figure.savefig(buffer, format=kind, dpi=dots, metadata=metadata)
+    path.write_bytes(buffer.getvalue())
+
+
+def figure_svg(figure: Figure, *, label: str, prefix: str, titles: Mapping[str, str], css: str = "") -> str:
+    """A figure as an element of a page: no size of its own, the page's colours and letters, a text for everyone.
+
+    Args:
+        figure: the figure, drawn under `plot_settings`.
+        label: what it shows, for those who do not see it.
+        prefix: what its ids begin with; each figure of a page needs one of its own.
+        titles: what to say where the pointer rests on an artist, by the artist's ``gid``.
+        css: style classes of the element.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    root = ET.fromstring(buffer.getvalue())
+    _without_namespaces(root)
+    for unwanted in ("metadata", "defs/style"):
+        parent = root.find(unwanted.rpartition("/")[0] or ".")
+        for found in root.findall(unwanted) if parent is not None else []:
+            (parent if parent is not None else root).remove(found)
+    _title(root, titles)
+    _rename(root, prefix)
+    _clean(root)
+    box = root.get("viewBox", "")
+    inside = "".join(ET.tostring(child, encoding="unicode", short_empty_elements=True) for child in root)
+    return (
+        f'<svg class="figure-svg {escape(css)}" role="img" aria-label="{escape(label)}" viewBox="{box}">{inside}</svg>'
+    )
+
+
+def _without_namespaces(root: ET.Element) -> None:
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+
+
+def _title(root: ET.Element, titles: Mapping[str, str]) -> None:
+    for element in root.iter("g"):
+        said = titles.get(element.get("id", ""))
+        if said:
+            title = ET.Element("title")
+            title.text = said
+            element.insert(0, title)
+
+
+def _rename(root: ET.Element, prefix: str) -> None:
+    """Drop the ids that nothing refers to and prefix the others."""
+    text = ET.tostring(root, encoding="unicode")
+    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    for element in root.iter():
+        name = element.attrib.pop("id", "")
+        if name in used:
+            element.set("id", f"{prefix}-{name}")
+        for key, value in element.attrib.items():
+            if key == "href":
+                element.set(key, f"#{prefix}-{value[1:]}")
+            elif "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{prefix}-"))
+
+
+def _clean(root: ET.Element) -> None:
+    """Take out groups without content and white space between elements; colours become those of the page."""
+    for element in root.iter():
+        if "style" in element.attrib:
+            element.set("style", _recoloured(element.attrib["style"]))
+        element.tail = None
+        if element.tag not in ("text", "tspan", "title"):
+            element.text = None
+    again = True
+    while again:
+        again = False
+        for parent in root.iter():
+            for child in list(parent):
+                if child.tag in ("g", "defs") and not len(child):
+                    parent.remove(child)
+                    again = True
+
+
+def _recoloured(text: str) -> str:
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font: (?:bold|700) ([\d.]+)px [^;\"]*", r"font-size: \1px; font-weight: 600", text)
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    for i, (light, _) in enumerate(SERIES):
+        if light != COLOURS["ink"]:
+            text = text.replace(light, f"var(--series-{i})")
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, f"var(--{name})")
+    return text
