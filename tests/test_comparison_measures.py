@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from manifold_nets.comparison.measures import (
     Sensitivity,
     cost_ratio,
-    first_epoch_at,
+    first_at,
     learning_rate_sensitivity,
     reach,
 )
@@ -132,25 +132,28 @@ def test_widths_do_not_depend_on_units(means: list[float], rate_unit: float, err
 
 def check_reach(found_reach: Callable = reach) -> None:
     errors = [[0.5, 0.2, 0.1], [0.2, 0.3, 0.1], [0.4, 0.4, NAN], [0.9, 0.8, 0.2]]
+    passes = [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [4.0, 8.0, 12.0], [1.0, 2.0, 3.0]]
     seconds = [[1.0, 2.0, 3.0], [1.5, 3.0, 4.5], [1.0, 2.0, 3.0], [2.0, 4.0, 6.0]]
-    found = found_reach(errors, seconds, 0.2)
-    # First epochs 2, 1, never, 3; seconds 2, 1.5, never, 6.
-    assert (found.epochs, found.seconds, found.reached, found.runs) == (2.5, 4.0, 3, 4)
+    found = found_reach(errors, passes, seconds, 0.2)
+    # First at 2, 1, never, 3 passes; at 2, 1.5, never, 6 seconds.
+    assert (found.passes, found.seconds, found.reached, found.runs) == (2.5, 4.0, 3, 4)
 
 
 def test_targets_by_hand() -> None:
     check_reach()
     with pytest.raises(AssertionError):  # Sabotage: the runs that never arrive are left out.
-        check_reach(lambda e, s, t: reach(e[:2] + e[3:], s[:2] + s[3:], t))
+        check_reach(lambda e, p, s, t: reach(e[:2] + e[3:], p[:2] + p[3:], s[:2] + s[3:], t))
 
 
 def test_targets_that_few_reach() -> None:
-    found = reach([[0.5], [0.5], [0.1]], [[1.0]] * 3, 0.2)
-    assert (found.epochs, found.seconds, found.reached) == (INF, INF, 1)
+    found = reach([[0.5], [0.5], [0.1]], [[1.0]] * 3, [[1.0]] * 3, 0.2)
+    assert (found.passes, found.seconds, found.reached) == (INF, INF, 1)
     assert str(found) == "not reached (1 of 3 runs)"
-    assert first_epoch_at([], 0.1) == INF
-    with pytest.raises(OptionError, match="as many"):
-        reach([[0.5]], [[1.0, 2.0]], 0.2)
+    assert first_at([], [], 0.1) == INF
+    with pytest.raises(OptionError, match="one for each"):
+        reach([[0.5]], [[1.0]], [[1.0, 2.0]], 0.2)
+    with pytest.raises(OptionError, match="at least one"):
+        reach([], [], [], 0.2)
 
 
 def test_costs_are_ratios_of_medians() -> None:

@@ -16,7 +16,7 @@ __all__ = [
     "Reach",
     "Sensitivity",
     "cost_ratio",
-    "first_epoch_at",
+    "first_at",
     "learning_rate_sensitivity",
     "reach",
 ]
@@ -145,68 +145,77 @@ def _edge(logs: NDArray[np.float64], means: NDArray[np.float64], limit: float) -
     return float(logs[-1]), True
 
 
-def first_epoch_at(errors: ArrayLike, target: float) -> float:
-    """The first epoch, counted from 1, whose error is at most the target; infinite if there is none.
-
-    Example:
-        >>> first_epoch_at([0.5, 0.2, 0.3], 0.2), first_epoch_at([0.5, float("nan")], 0.2)
-        (2.0, inf)
-    """
-    reached = np.flatnonzero(np.asarray(errors, dtype=np.float64) <= target)
-    return float(reached[0] + 1) if len(reached) else math.inf
-
-
 @dataclass(frozen=True)
 class Reach:
     """How soon runs come to an error.
 
     Args:
         target: the error.
-        epochs: median over all runs of the first epoch at which they are at the target; infinite if half never are.
-        seconds: the same of the training time until then.
+        passes: median over all runs of the passes over the data until they are first at the target; infinite if half
+            of them never are.
+        seconds: the same of the training time.
         reached: runs that come there.
         runs: all of them.
     """
 
     target: float
-    epochs: float
+    passes: float
     seconds: float
     reached: int
     runs: int
 
     def __str__(self) -> str:
-        if not math.isfinite(self.epochs):
-            return f"not reached ({self.reached} of {self.runs} runs)"
         some = f" ({self.reached} of {self.runs} runs)" if self.reached < self.runs else ""
-        return f"{self.epochs:g} epochs, {self.seconds:.3g} s{some}"
+        if not math.isfinite(self.passes):
+            return f"not reached{some}"
+        return f"{self.passes:.3g} passes, {self.seconds:.3g} s{some}"
 
 
-def reach(errors: Sequence[ArrayLike], seconds: Sequence[ArrayLike], target: float) -> Reach:
-    """Median epochs and seconds until runs first come to a target error; those that never do count as infinite.
+def first_at(errors: ArrayLike, costs: ArrayLike, target: float) -> float:
+    """What a run had spent at the first epoch whose error is at most the target; infinite if there is none.
 
     Args:
-        errors: for each run, the error after each epoch.
-        seconds: for each run, the training time from its start to the end of each epoch.
+        errors: after each epoch.
+        costs: passes or seconds from the start to the end of each epoch.
         target: the error.
 
     Raises:
-        OptionError: there is no run, or errors and seconds have different lengths.
+        OptionError: errors and costs have different lengths.
 
     Example:
-        >>> print(reach([[0.5, 0.2], [0.2, 0.1], [0.4, 0.4]], [[1, 2], [1, 2], [1, 2]], 0.25))
-        2 epochs, 2 s (2 of 3 runs)
+        >>> first_at([0.5, 0.2, 0.3], [1.0, 2.0, 3.0], 0.2), first_at([0.5, float("nan")], [1.0, 2.0], 0.2)
+        (2.0, inf)
     """
-    if not len(errors) or [len(np.atleast_1d(e)) for e in errors] != [len(np.atleast_1d(s)) for s in seconds]:
-        raise OptionError(
-            "seconds", f"{len(seconds)} runs", f"as many as errors, {len(errors)}, and as many epochs each"
-        )
-    epochs = [first_epoch_at(run, target) for run in errors]
-    times = [
-        float(np.asarray(time)[int(epoch) - 1]) if math.isfinite(epoch) else math.inf
-        for epoch, time in zip(epochs, seconds, strict=True)
-    ]
-    reached = sum(math.isfinite(epoch) for epoch in epochs)
-    return Reach(target, _median(epochs), _median(times), reached, len(epochs))
+    run, spent = np.asarray(errors, dtype=np.float64), np.asarray(costs, dtype=np.float64)
+    if run.shape != spent.shape or run.ndim != 1:
+        raise OptionError("costs", f"shape {spent.shape}", f"shape {run.shape}, one for each error")
+    reached = np.flatnonzero(run <= target)
+    return float(spent[reached[0]]) if len(reached) else math.inf
+
+
+def reach(
+    errors: Sequence[ArrayLike], passes: Sequence[ArrayLike], seconds: Sequence[ArrayLike], target: float
+) -> Reach:
+    """Median passes and seconds until runs first come to a target error; those that never do count as infinite.
+
+    Args:
+        errors: for each run, the error after each epoch.
+        passes: for each run, passes over the training data from its start to the end of each epoch.
+        seconds: the same of the training time.
+        target: the error.
+
+    Raises:
+        OptionError: there is no run, or the lengths do not fit.
+
+    Example:
+        >>> print(reach([[0.5, 0.2], [0.2, 0.1], [0.4, 0.4]], [[1, 2]] * 3, [[0.1, 0.2]] * 3, 0.25))
+        2 passes, 0.2 s (2 of 3 runs)
+    """
+    if not len(errors) or not len(errors) == len(passes) == len(seconds):
+        raise OptionError("errors", f"{len(errors)} runs", "at least one, and passes and seconds of the same runs")
+    spent = [first_at(run, cost, target) for run, cost in zip(errors, passes, strict=True)]
+    times = [first_at(run, cost, target) for run, cost in zip(errors, seconds, strict=True)]
+    return Reach(target, _median(spent), _median(times), sum(math.isfinite(cost) for cost in spent), len(spent))
 
 
 def _median(values: Sequence[float]) -> float:

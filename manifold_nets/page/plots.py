@@ -91,15 +91,15 @@ def plot_settings(font: float) -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: Path, *, dots: int = 200) -> None:
-    """Write a figure as PNG or SVG, by the ending of the path; the same figure gives the same bytes.
+def save_figure(figure: Figure, path: Path, kind: str, *, dots: int = 200) -> None:
+    """Write a figure as PNG or SVG; the same figure gives the same bytes.
 
     Args:
         figure: the figure, drawn under `plot_settings`.
         path: where to; its folder must exist.
+        kind: ``"png"`` or ``"svg"``.
         dots: of a PNG, per inch.
     """
-    kind = path.suffix.removeprefix(".")
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
     figure.savefig(buffer, format=kind, dpi=dots, metadata=metadata)

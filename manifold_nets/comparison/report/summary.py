@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
 from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference
 
-__all__ = ["ContestantSummary", "LayerTrace", "Summary"]
+__all__ = ["ContestantSummary", "LayerTrace", "RescaledStart", "Summary"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,23 @@ class LayerTrace:
 
 
 @dataclass(frozen=True)
+class RescaledStart:
+    """What happens when every initial filter is multiplied by its own power of ten between 10⁻² and 10².
+
+    Args:
+        plain: mean validation error of the runs from plain initial filters, at the learning rate chosen for them.
+        same_rate: the same from rescaled ones, at that learning rate.
+        learning_rate: the one that validation data chose for the rescaled start.
+        test: test error from the rescaled start at its own learning rate.
+    """
+
+    plain: MeanInterval
+    same_rate: MeanInterval
+    learning_rate: float
+    test: MeanInterval
+
+
+@dataclass(frozen=True)
 class ContestantSummary:
     """One contestant: its runs at the learning rate that validation data chose, and its grid.
 
@@ -38,13 +55,14 @@ class ContestantSummary:
         test: their mean.
         losses: training loss, runs × epochs, infinite from where a run diverged.
         errors: validation error, likewise.
+        passes: passes over the training data to the end of each epoch.
         seconds: training time to the end of each epoch, likewise.
         reach: how soon it comes to the target.
         step_seconds: median seconds a step; NaN where not measured.
         step_ratio: the same relative to the reference.
         memory_ratio: peak memory relative to the reference.
         layers: rotation and norms.
-        rescaled_errors: test errors from rescaled initial filters, one a seed, or none.
+        rescaled: what rescaled initial filters do to it; None where they were not run.
         failed: how many of all its runs, at all learning rates, diverged.
         runs: how many there were.
     """
@@ -57,13 +75,14 @@ class ContestantSummary:
     test: MeanInterval
     losses: tuple[tuple[float, ...], ...]
     errors: tuple[tuple[float, ...], ...]
+    passes: tuple[float, ...]
     seconds: tuple[tuple[float, ...], ...]
     reach: Reach
     step_seconds: float
     step_ratio: CostRatio | None
     memory_ratio: CostRatio | None
     layers: tuple[LayerTrace, ...]
-    rescaled_errors: tuple[float, ...]
+    rescaled: RescaledStart | None
     failed: int
     runs: int
 

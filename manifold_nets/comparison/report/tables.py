@@ -61,7 +61,7 @@ def result_table(summary: Summary) -> Table:
 
 def robustness_table(summary: Summary) -> Table:
     """Spread over seeds, width of the good learning rates, time to the target, and cost."""
-    rescaled = any(contestant.rescaled_errors for contestant in summary.contestants)
+    rescaled = any(contestant.rescaled is not None for contestant in summary.contestants)
     head = (
         "optimizer",
         "deviation (%)",
@@ -70,7 +70,7 @@ def robustness_table(summary: Summary) -> Table:
         f"until {percent(summary.target)} %",
         "time a step",
         "memory",
-        *(("rescaled start (%)",) if rescaled else ()),
+        *(("rescaled, same rate (%)", "rescaled, own rate (%)") if rescaled else ()),
     )
     rows = tuple(
         (
@@ -81,7 +81,7 @@ def robustness_table(summary: Summary) -> Table:
             str(contestant.reach),
             _cost(contestant),
             str(contestant.memory_ratio) if contestant.memory_ratio is not None else "not measured",
-            *((_rescaled(contestant),) if rescaled else ()),
+            *(_rescaled(contestant) if rescaled else ()),
         )
         for contestant in summary.contestants
     )
@@ -204,10 +204,11 @@ def _cost(contestant: ContestantSummary) -> str:
     return str(contestant.step_ratio)
 
 
-def _rescaled(contestant: ContestantSummary) -> str:
-    from manifold_nets.comparison.statistics import mean_interval
-
-    return mean_text(mean_interval(contestant.rescaled_errors)) if contestant.rescaled_errors else "not run"
+def _rescaled(contestant: ContestantSummary) -> tuple[str, str]:
+    found = contestant.rescaled
+    if found is None:
+        return "not run", "not run"
+    return f"{mean_text(found.plain)} → {mean_text(found.same_rate)}", mean_text(found.test)
 
 
 def _from_reference(summary: Summary, name: str) -> PairedDifference | None:

@@ -105,8 +105,8 @@ FIGURES = (
         "Time to a target",
         draw_target,
         lambda summary: (
-            f"When the validation error is first at most {percent(summary.target)} %, which is 1.1 times "
-            f"the median at which {summary.reference} ends. Each stroke is a seed, the mark their median."
+            f"When the validation error is first at most {percent(summary.target)} %. Each stroke is a seed, the mark "
+            "their median, in which runs that never come there count as infinite."
         ),
         lambda summary: math.isfinite(summary.target),
     ),
@@ -115,10 +115,11 @@ FIGURES = (
         "Sensitivity to the initial scale",
         draw_rescaled,
         lambda _: (
-            "The hollow mark is the mean test error when every initial filter is multiplied by its own power of ten "
-            "between 10⁻² and 10², which leaves the function of normalized layers as it was."
+            "The hollow mark is the mean validation error when every initial filter that a normalization absorbs is "
+            "multiplied by its own power of ten between 10⁻² and 10², which leaves the initial function as it was; "
+            "the learning rate is the one chosen for the plain start."
         ),
-        lambda summary: any(contestant.rescaled_errors for contestant in summary.contestants),
+        lambda summary: any(contestant.rescaled is not None for contestant in summary.contestants),
     ),
     Drawing(
         "layers",

@@ -58,17 +58,23 @@ def draw_learning_curves(summary: Summary, size: Size) -> Figure:
         for i, (contestant, curves) in enumerate(zip(summary.contestants, runs, strict=True)):
             _curve(axes, i, len(runs), contestant, curves)
         axes.set_title(title)
-        _epochs(axes, max((len(curve) for curves in runs for curve in curves), default=1))
+        _epochs(axes, max((passes for c in summary.contestants for passes in c.passes), default=1.0), _by(summary))
         if every:
             _limits(axes, every)
     _legend(figure, left, size)
     return figure
 
 
-def _epochs(axes: Any, count: int) -> None:
-    axes.set_xticks(_epoch_ticks(count))
+def _by(summary: Summary) -> str:
+    """The name of the horizontal axis: epochs, unless some contestants pass over the data more often than that."""
+    plain = all(c.passes == tuple(range(1, len(c.passes) + 1)) for c in summary.contestants)
+    return "epoch" if plain else "passes over the data"
+
+
+def _epochs(axes: Any, count: float, label: str = "epoch") -> None:
+    axes.set_xticks(_epoch_ticks(math.ceil(count)))
     axes.set_xlim(1 - 0.03 * count, count + 0.03 * count)
-    axes.set_xlabel("epoch")
+    axes.set_xlabel(label)
 
 
 def _epoch_ticks(count: int) -> list[int]:
@@ -88,7 +94,7 @@ def _limits(axes: Any, values: Sequence[float]) -> None:
 def _curve(axes: Any, place: int, of: int, contestant: ContestantSummary, curves: Sequence[Sequence[float]]) -> None:
     style = look(place)
     steps = list(zip(*curves, strict=True))
-    epochs = range(1, len(steps) + 1)
+    epochs = contestant.passes[: len(steps)]
     middle = [strict_median(step) for step in steps]
     low = [min(finite(step), default=math.nan) for step in steps]
     high = [max(finite(step), default=math.nan) for step in steps]
@@ -108,7 +114,9 @@ def _curve(axes: Any, place: int, of: int, contestant: ContestantSummary, curves
     line.set_gid(f"series-{place}")
     last = next((i for i, value in enumerate(middle) if not math.isfinite(value)), None)
     if last:  # most runs are lost from here on
-        axes.plot([last], [known[last - 1]], color=style.colour, marker="x", markersize=9, markeredgewidth=2)
+        axes.plot(
+            [epochs[last - 1]], [known[last - 1]], color=style.colour, marker="x", markersize=9, markeredgewidth=2
+        )
 
 
 def _named(contestant: ContestantSummary) -> str:
@@ -216,13 +224,13 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
     ]
     every = finite(value for _, layer in found for value in getattr(layer, which))
     error_axis(axes, "y", every)
-    length = max((len(getattr(layer, which)) for _, layer in found), default=1)
+    length = max((passes for place, _ in found for passes in summary.contestants[place].passes), default=1.0)
     for place, layer in found:
         style: Look = look(place)
         values = [v if math.isfinite(v) else math.nan for v in getattr(layer, which)]
         step = max(1, len(values) // 4)
         axes.plot(
-            range(1, len(values) + 1),
+            summary.contestants[place].passes[: len(values)],
             values,
             color=style.colour,
             marker=style.marker,
@@ -230,4 +238,4 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
             markevery=(place % step, step),
             label=summary.contestants[place].name,
         )
-    _epochs(axes, length)
+    _epochs(axes, length, _by(summary))

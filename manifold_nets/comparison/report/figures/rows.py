@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from manifold_nets.comparison.measures import first_epoch_at
+from manifold_nets.comparison.measures import first_at
 from manifold_nets.comparison.report.figures.curves import new_figure
 from manifold_nets.comparison.report.figures.style import Size, error_axis, finite, look, name_rows
 from manifold_nets.comparison.report.summary import ContestantSummary, Summary
-from manifold_nets.comparison.statistics import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,19 +59,14 @@ def draw_test_errors(summary: Summary, size: Size) -> Figure:
 
 
 def draw_target(summary: Summary, size: Size) -> Figure:
-    """Epochs and seconds until each run first comes to the target."""
+    """Passes over the data and seconds until each run first comes to the target."""
     height = _height(summary, size)
     figure = new_figure(size, 2 * height if size.narrow else height)
     left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2, sharey=True)
-    for axes, label, of in ((left, "epochs", _epochs_of), (right, "seconds of training", _seconds_of)):
-        shown = [of(contestant, summary.target) for contestant in summary.contestants]
+    for axes, label, which in ((left, "passes over the data", "passes"), (right, "seconds of training", "seconds")):
+        shown = [_spent(contestant, summary.target, which) for contestant in summary.contestants]
         error_axis(axes, "x", [value for values in shown for value in values])
-        if of is _epochs_of:
-            axes.xaxis.get_major_locator().set_params(**({"integer": True} if axes.get_xscale() == "linear" else {}))
-        middle = [
-            contestant.reach.epochs if of is _epochs_of else contestant.reach.seconds
-            for contestant in summary.contestants
-        ]
+        middle = [getattr(contestant.reach, which) for contestant in summary.contestants]
         _points(axes, summary, shown, middle, remark=size.narrow or axes is right)
         axes.set_xlabel(label)
     name_rows(left, [contestant.name for contestant in summary.contestants])
@@ -98,34 +92,32 @@ def _points(
             _beside(axes, i, f"✕ {contestant.reach.runs - contestant.reach.reached} of {contestant.reach.runs} never")
 
 
-def _epochs_of(contestant: ContestantSummary, target: float) -> list[float]:
-    return [first_epoch_at(run, target) for run in contestant.errors]
-
-
-def _seconds_of(contestant: ContestantSummary, target: float) -> list[float]:
-    epochs = _epochs_of(contestant, target)
-    return [
-        times[int(epoch) - 1] if math.isfinite(epoch) else math.inf
-        for epoch, times in zip(epochs, contestant.seconds, strict=True)
-    ]
+def _spent(contestant: ContestantSummary, target: float, which: str) -> list[float]:
+    costs = contestant.seconds if which == "seconds" else [contestant.passes] * len(contestant.errors)
+    return [first_at(run, cost, target) for run, cost in zip(contestant.errors, costs, strict=True)]
 
 
 def draw_rescaled(summary: Summary, size: Size) -> Figure:
-    """Mean test error from the initial filters as they are, and from rescaled ones."""
+    """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
     figure = new_figure(size, _height(summary, size) + 0.3)
     axes = figure.subplots()
-    mean: Callable[[Sequence[float]], float] = lambda errors: mean_interval(errors).value  # noqa: E731
-    pairs = [(c.test.value, mean(c.rescaled_errors)) for c in summary.contestants]
-    error_axis(axes, "x", [value for pair in pairs for value in pair], scale=100.0)
-    for i, (contestant, (plain, rescaled)) in enumerate(zip(summary.contestants, pairs, strict=True)):
+    both = [(i, c.rescaled) for i, c in enumerate(summary.contestants) if c.rescaled is not None]
+    error_axis(axes, "x", [v for _, found in both for v in (found.plain.value, found.same_rate.value)], scale=100.0)
+    for i, found in both:
         style = look(i)
-        if math.isfinite(plain) and math.isfinite(rescaled):
-            axes.plot([plain, rescaled], [i, i], color=style.colour, linewidth=1.2)
-        axes.plot([plain], [i], color=style.colour, marker=style.marker, markersize=8)
-        axes.plot([rescaled], [i], color=style.colour, marker=style.marker, markersize=10, markerfacecolor="none")
-        lost = sum(not math.isfinite(error) for error in contestant.rescaled_errors)
-        if lost:
-            _beside(axes, i, f"✕ {lost} of {len(contestant.rescaled_errors)} diverged")
+        axes.plot([found.plain.value, found.same_rate.value], [i, i], color=style.colour, linewidth=1.2)
+        axes.plot([found.plain.value], [i], color=style.colour, marker=style.marker, markersize=7)
+        axes.plot(
+            [found.same_rate.value],
+            [i],
+            color=style.colour,
+            marker=style.marker,
+            markersize=11,
+            markerfacecolor="none",
+            markeredgewidth=1.5,
+        )
+        if found.same_rate.lost:
+            _beside(axes, i, f"✕ {found.same_rate.lost} of {found.same_rate.lost + found.same_rate.count} diverged")
     name_rows(axes, [contestant.name for contestant in summary.contestants])
-    axes.set_xlabel("mean test error (%); hollow: rescaled start")
+    axes.set_xlabel("mean validation error (%); hollow: rescaled start")
     return figure

@@ -1,0 +1,88 @@
+"""Writing a report into a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from manifold_nets.comparison.report.build import summarise
+from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
+from manifold_nets.comparison.report.figures import FIGURES, WIDE
+from manifold_nets.comparison.report.page import page_html
+from manifold_nets.comparison.report.summary import Summary
+from manifold_nets.comparison.report.tables import conclusions, markdown, result_table, robustness_table
+from manifold_nets.comparison.result import Comparison
+from manifold_nets.files import atomic_file
+from manifold_nets.page.plots import plot_settings, save_figure
+
+__all__ = ["PAGE_NAME", "markdown_report", "write_report"]
+
+PAGE_NAME = "report.html"
+
+
+def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path:
+    """Write the page, the plots, the tables and the data of a comparison into a folder; return the page.
+
+    ``report.html`` needs no other file. ``plots/`` has each figure as PNG and SVG, ``tables.md`` the tables in
+    Markdown, ``summary.json`` the numbers behind tables and figures, ``runs.csv`` and ``epochs.csv`` one row a run and
+    one row a run and epoch, ``times.csv`` what was measured on the machine. Each file is replaced as a whole.
+
+    Args:
+        comparison: a finished comparison, of any number of contestants, learning rates and seeds.
+        folder: where to; it and its parents are made.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OSError: the folder cannot be made or written.
+    """
+    place = Path(folder)
+    plots = place / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    summary = summarise(comparison)
+    for name, text in (
+        ("runs.csv", runs_csv(comparison)),
+        ("epochs.csv", epochs_csv(comparison)),
+        ("times.csv", times_csv(comparison)),
+        ("summary.json", summary_json(summary)),
+        ("tables.md", markdown_report(summary)),
+        (PAGE_NAME, page_html(summary)),
+    ):
+        _write(place / name, text)
+    for drawing in FIGURES:
+        if drawing.has_data(summary):
+            with plot_settings(WIDE.font):
+                figure = drawing.draw(summary, WIDE)
+                for kind in ("png", "svg"):
+                    with atomic_file(plots / f"{drawing.name}.{kind}") as temporary:
+                        save_figure(figure, temporary, kind)
+        else:  # of an earlier report in the same folder
+            for kind in ("png", "svg"):
+                (plots / f"{drawing.name}.{kind}").unlink(missing_ok=True)
+    return place / PAGE_NAME
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def markdown_report(summary: Summary) -> str:
+    """Conclusions and tables in Markdown, for a paper or a README."""
+    result, robustness = result_table(summary), robustness_table(summary)
+    settings = "; ".join(f"{name}: {value}" for name, value in summary.settings)
+    return (
+        "\n\n".join(
+            [
+                " ".join(conclusions(summary)) or "No run came through.",
+                markdown(result),
+                f"{result.caption}: mean over the seeds and half of Student's 95 % interval; differences seed by seed, in "
+                "points of a percent, with 95 % bootstrap intervals; p-values of the paired t-test, corrected for all "
+                "pairs (Holm).",
+                markdown(robustness),
+                f"{robustness.caption}.",
+                f"{settings[:1].upper()}{settings[1:]}.",
+                "",
+            ]
+        ).rstrip("\n")
+        + "\n"
+    )
