@@ -16,7 +16,7 @@ from manifold_nets.page.markup import escape
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "SERIES", "figure_svg", "plot_settings", "save_figure", "series_style_sheet"]
+__all__ = ["COLOURS", "SERIES", "figure_svg", "plot_settings", "save_figure", "series_style_sheet", "settled"]
 
 # Colours of the page by the names that page.css gives them, as figures are drawn with them.
 COLOURS = {"ink": "#1c1f24", "soft": "#555b66", "line": "#dcdcd6", "edge": "#767d88", "panel": "#ffffff"}
@@ -89,6 +89,13 @@ def plot_settings(font: float) -> Iterator[None]:
     chosen.update(settings)
     with matplotlib.rc_context(chosen):
         yield
+
+
+def settled(figure: Figure) -> Figure:
+    """The same figure with its layout worked out once and for all, instead of each time that it is written."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
 
 
 def save_figure(figure: Figure, path: Path, kind: str, *, dots: int = 200) -> None:

@@ -70,7 +70,8 @@ def summarise(comparison: Comparison) -> Summary:
 
 def _compared(comparison: Comparison, contestants: Sequence[ContestantSummary]) -> Summary:
     settings = comparison.settings
-    found, difference, joined = None, math.nan, ()
+    found, difference = None, math.nan
+    joined: tuple[tuple[int, ...], ...] = ()
     if len(contestants) > 1 and len(settings.seeds) > 1:
         found = friedman(np.array([contestant.test_errors for contestant in contestants]).T)
         difference = critical_difference(len(contestants), len(settings.seeds))

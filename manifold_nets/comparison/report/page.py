@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing
 from manifold_nets.comparison.report.summary import Summary
@@ -12,31 +14,57 @@ from manifold_nets.comparison.report.tables import (
     conclusions,
     difference_table,
     mean_text,
+    rescaled_table,
     result_table,
     robustness_table,
 )
 from manifold_nets.page import Section, document
 from manifold_nets.page.markup import escape, facts, plural, table
-from manifold_nets.page.plots import figure_svg, plot_settings, series_style_sheet
+from manifold_nets.page.plots import figure_svg, plot_settings, series_style_sheet, settled
 
-__all__ = ["page_html"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Figures", "draw_figures", "page_html"]
 
 
-def page_html(summary: Summary) -> str:
+Figures = Mapping[str, tuple["Figure", "Figure"]]
+
+
+def draw_figures(summary: Summary) -> Figures:
+    """Draw every figure that there is something to show for, wide and narrow, by its name.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    drawn = {}
+    for drawing in FIGURES:
+        if drawing.has_data(summary):
+            pair = []
+            for size in (WIDE, NARROW):
+                with plot_settings(size.font):
+                    pair.append(settled(drawing.draw(summary, size)))
+            drawn[drawing.name] = pair[0], pair[1]
+    return drawn
+
+
+def page_html(summary: Summary, figures: Figures | None = None) -> str:
     """Return a comparison as a self-contained page: conclusions, tables, and figures for wide and narrow windows.
 
     Args:
         summary: what is to be told.
+        figures: what `draw_figures` made of it; drawn where left out.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     style = resources.files("manifold_nets.comparison.report").joinpath("report.css").read_text(encoding="utf-8")
     sections = [Section("summary", "Summary", _opening(summary))]
+    figures = draw_figures(summary) if figures is None else figures
     sections += [
-        Section(drawing.name, drawing.title, _figure(drawing, summary))
+        Section(drawing.name, drawing.title, _figure(drawing, summary, figures[drawing.name]))
         for drawing in FIGURES
-        if drawing.has_data(summary)
+        if drawing.name in figures
     ]
     sections += [
         Section("differences", "All differences", _differences(summary)),
@@ -59,7 +87,8 @@ def _opening(summary: Summary) -> str:
 def _table(found: Table) -> str:
     rows = [[_unbroken(escape(cell)) for cell in row] for row in found.rows]
     head = [escape(name if name.startswith("p ") else name[:1].upper() + name[1:]) for name in found.head]
-    return table(escape(found.caption), head, rows) if rows else ""
+    # A table that is too wide for the window is moved sideways by itself, also with the keyboard.
+    return f'<div class="scrolled" tabindex="0">{table(escape(found.caption), head, rows)}</div>' if rows else ""
 
 
 def _unbroken(text: str) -> str:
@@ -67,22 +96,19 @@ def _unbroken(text: str) -> str:
     return re.sub(r"\[[^]]*\]|\([\d. …]*\)|\S* ± \S*", lambda found: found[0].replace(" ", "\u00a0"), text)
 
 
-def _figure(drawing: Drawing, summary: Summary) -> str:
+def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> str:
     titles = {
         f"series-{i}": f"{contestant.name}: test error {mean_text(contestant.test)} %"
         for i, contestant in enumerate(summary.contestants)
     }
     told = drawing.told(summary)
     drawn = []
-    for size, css in ((WIDE, "wide"), (NARROW, "narrow")):
+    for figure, size, css in zip(pair, (WIDE, NARROW), ("wide", "narrow"), strict=True):
+        label, prefix = f"{drawing.title}. {told}", f"{drawing.name}-{css}"
         with plot_settings(size.font):
-            figure = drawing.draw(summary, size)
-            drawn.append(
-                figure_svg(
-                    figure, label=f"{drawing.title}. {told}", prefix=f"{drawing.name}-{css}", titles=titles, css=css
-                )
-            )
-    return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(told)}</figcaption></figure>'
+            drawn.append(figure_svg(figure, label=label, prefix=prefix, titles=titles, css=css))
+    beside = _table(rescaled_table(summary)) if drawing.name == "rescaled" else ""
+    return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(told)}</figcaption></figure>{beside}'
 
 
 def _differences(summary: Summary) -> str:

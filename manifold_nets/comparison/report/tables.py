@@ -10,7 +10,7 @@ from manifold_nets.comparison.report.figures.style import percent
 from manifold_nets.comparison.report.summary import ContestantSummary, Summary
 from manifold_nets.comparison.statistics import MeanInterval, PairedDifference
 
-__all__ = ["Table", "conclusions", "difference_table", "markdown", "result_table", "robustness_table"]
+__all__ = ["Table", "conclusions", "difference_table", "markdown", "rescaled_table", "result_table", "robustness_table"]
 
 SIGNIFICANCE = 0.05
 
@@ -61,7 +61,6 @@ def result_table(summary: Summary) -> Table:
 
 def robustness_table(summary: Summary) -> Table:
     """Spread over seeds, width of the good learning rates, time to the target, and cost."""
-    rescaled = any(contestant.rescaled is not None for contestant in summary.contestants)
     head = (
         "optimizer",
         "deviation (%)",
@@ -70,7 +69,6 @@ def robustness_table(summary: Summary) -> Table:
         f"until {percent(summary.target)} %",
         "time a step",
         "memory",
-        *(("rescaled, same rate (%)", "rescaled, own rate (%)") if rescaled else ()),
     )
     rows = tuple(
         (
@@ -81,7 +79,6 @@ def robustness_table(summary: Summary) -> Table:
             str(contestant.reach),
             _cost(contestant),
             str(contestant.memory_ratio) if contestant.memory_ratio is not None else "not measured",
-            *(_rescaled(contestant) if rescaled else ()),
         )
         for contestant in summary.contestants
     )
@@ -91,6 +88,31 @@ def robustness_table(summary: Summary) -> Table:
         f"{percent(summary.target)} %, time and peak memory of a step relative to {summary.reference} (quartiles)"
     )
     return Table(told, head, rows)
+
+
+def rescaled_table(summary: Summary) -> Table:
+    """What a rescaled start does, at the same learning rate and at one chosen anew; no rows where it was not run."""
+    head = (
+        "optimizer",
+        "learning rate",
+        "validation error (%)",
+        "rescaled, same rate",
+        "rate chosen anew",
+        "test error (%)",
+    )
+    rows = tuple(
+        (
+            c.name,
+            _or_none(c.learning_rate, "{:.3g}"),
+            mean_text(c.rescaled.plain),
+            mean_text(c.rescaled.same_rate),
+            _or_none(c.rescaled.learning_rate, "{:.3g}"),
+            mean_text(c.rescaled.test),
+        )
+        for c in summary.contestants
+        if c.rescaled is not None
+    )
+    return Table("Rescaled initial filters, at the learning rate of the plain start and at one chosen anew", head, rows)
 
 
 def difference_table(summary: Summary) -> Table:
@@ -119,19 +141,26 @@ def conclusions(summary: Summary) -> list[str]:
         tied = [c.name for c in whole if c is not best and c.test.value == best.test.value]
         have = "have" if tied else "has"
         told.append(f"{_and([best.name, *tied])} {have} the lowest mean test error: {mean_text(best.test)} %.")
-        told.extend(_compared(summary, best))
+        told.extend(_compared(summary, best, tied))
     lost = sum(c.failed for c in summary.contestants)
     runs = sum(c.runs for c in summary.contestants)
     if lost:
         told.append(f"{lost} of all {runs} runs diverged.")
-    partial = [c.name for c in summary.contestants if c.test.lost]
+    hopeless = [c.name for c in summary.contestants if not c.test.count]
+    if hopeless and len(hopeless) < len(summary.contestants):
+        told.append(f"No run of {_and(hopeless)} came through at any learning rate.")
+    partial = [c.name for c in summary.contestants if c.test.lost and c.test.count]
     if partial:
-        told.append(f"At the chosen learning rate runs diverged for {_and(partial)}: their means are of survivors.")
+        told.append(f"Even at the chosen learning rate runs of {_and(partial)} diverged: a mean is that of survivors.")
     return told
 
 
-def _compared(summary: Summary, best: ContestantSummary) -> list[str]:
-    pairs = [d for d in summary.differences if best.name in (d.first, d.second)]
+def _compared(summary: Summary, best: ContestantSummary, tied: Sequence[str]) -> list[str]:
+    pairs = [
+        d
+        for d in summary.differences
+        if best.name in (d.first, d.second) and not {d.first, d.second}.intersection(tied)
+    ]
     other = {d: d.second if d.first == best.name else d.first for d in pairs}
     apart = [other[d] for d in pairs if d.differs(SIGNIFICANCE)]
     unknown = [other[d] for d in pairs if math.isnan(d.adjusted_p)]
@@ -202,13 +231,6 @@ def _cost(contestant: ContestantSummary) -> str:
     if contestant.step_ratio is None:
         return "not measured"
     return str(contestant.step_ratio)
-
-
-def _rescaled(contestant: ContestantSummary) -> tuple[str, str]:
-    found = contestant.rescaled
-    if found is None:
-        return "not run", "not run"
-    return f"{mean_text(found.plain)} → {mean_text(found.same_rate)}", mean_text(found.test)
 
 
 def _from_reference(summary: Summary, name: str) -> PairedDifference | None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.comparison.report.figures import FIGURES, WIDE
-from manifold_nets.comparison.report.page import page_html
+from manifold_nets.comparison.report.page import draw_figures, page_html
 from manifold_nets.comparison.report.summary import Summary
-from manifold_nets.comparison.report.tables import conclusions, markdown, result_table, robustness_table
+from manifold_nets.comparison.report.tables import conclusions, markdown, rescaled_table, result_table, robustness_table
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.files import atomic_file
 from manifold_nets.page.plots import plot_settings, save_figure
@@ -39,25 +39,24 @@ def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path
     plots = place / "plots"
     plots.mkdir(parents=True, exist_ok=True)
     summary = summarise(comparison)
+    figures = draw_figures(summary)
     for name, text in (
         ("runs.csv", runs_csv(comparison)),
         ("epochs.csv", epochs_csv(comparison)),
         ("times.csv", times_csv(comparison)),
         ("summary.json", summary_json(summary)),
         ("tables.md", markdown_report(summary)),
-        (PAGE_NAME, page_html(summary)),
+        (PAGE_NAME, page_html(summary, figures)),
     ):
         _write(place / name, text)
     for drawing in FIGURES:
-        if drawing.has_data(summary):
-            with plot_settings(WIDE.font):
-                figure = drawing.draw(summary, WIDE)
-                for kind in ("png", "svg"):
-                    with atomic_file(plots / f"{drawing.name}.{kind}") as temporary:
-                        save_figure(figure, temporary, kind)
-        else:  # of an earlier report in the same folder
-            for kind in ("png", "svg"):
-                (plots / f"{drawing.name}.{kind}").unlink(missing_ok=True)
+        for kind in ("png", "svg"):
+            path = plots / f"{drawing.name}.{kind}"
+            if drawing.name not in figures:  # of an earlier report in the same folder
+                path.unlink(missing_ok=True)
+                continue
+            with plot_settings(WIDE.font), atomic_file(path) as temporary:
+                save_figure(figures[drawing.name][0], temporary, kind)
     return place / PAGE_NAME
 
 
@@ -68,21 +67,20 @@ def _write(path: Path, text: str) -> None:
 
 def markdown_report(summary: Summary) -> str:
     """Conclusions and tables in Markdown, for a paper or a README."""
-    result, robustness = result_table(summary), robustness_table(summary)
+    result, robustness, rescaled = result_table(summary), robustness_table(summary), rescaled_table(summary)
     settings = "; ".join(f"{name}: {value}" for name, value in summary.settings)
-    return (
-        "\n\n".join(
-            [
-                " ".join(conclusions(summary)) or "No run came through.",
-                markdown(result),
-                f"{result.caption}: mean over the seeds and half of Student's 95 % interval; differences seed by seed, in "
-                "points of a percent, with 95 % bootstrap intervals; p-values of the paired t-test, corrected for all "
-                "pairs (Holm).",
-                markdown(robustness),
-                f"{robustness.caption}.",
-                f"{settings[:1].upper()}{settings[1:]}.",
-                "",
-            ]
-        ).rstrip("\n")
-        + "\n"
+    told = (
+        f"{result.caption}: mean over the seeds and half of Student's 95 % interval; differences seed by seed, in "
+        "points of a percent, with 95 % bootstrap intervals; p-values of the paired t-test, corrected for all pairs "
+        "(Holm)."
     )
+    parts = [
+        " ".join(conclusions(summary)) or "No run came through.",
+        markdown(result),
+        told,
+        markdown(robustness),
+        f"{robustness.caption}.",
+        *((markdown(rescaled), f"{rescaled.caption}.") if rescaled.rows else ()),
+        f"{settings[:1].upper()}{settings[1:]}.",
+    ]
+    return "\n\n".join(parts) + "\n"

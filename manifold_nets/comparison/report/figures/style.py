@@ -102,14 +102,17 @@ def error_axis(axes: Any, which: str, values: Iterable[float], *, scale: float =
 
     axis = getattr(axes, f"{which}axis")
     shown = finite(values)
-    if shown and min(shown) > 0 and max(shown) / min(shown) > WIDE_RANGE:
+    if not shown:  # nothing that a number could be read off
+        axis.set_ticks([])
+        return
+    if min(shown) > 0 and max(shown) / min(shown) > WIDE_RANGE:
         getattr(axes, f"set_{which}scale")("log")
         decades = math.log10(max(shown) / min(shown))
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)))
         axis.set_minor_locator(ticker.NullLocator())
     else:
         axis.set_major_locator(ticker.MaxNLocator(5))
-        if shown and min(shown) == max(shown):
+        if min(shown) == max(shown):
             margin = abs(shown[0]) / 2 or 0.01
             getattr(axes, f"set_{which}lim")(shown[0] - margin * (shown[0] > 0), shown[0] + margin)
     axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{scale * value:.4g}"))

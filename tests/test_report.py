@@ -1,0 +1,398 @@
+"""The report of a comparison: true to the runs, complete, self-contained, and legible whatever went wrong."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import measure, photograph
+from comparison_cases import ELEVEN, RATES, TROUBLES, comparison
+from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
+
+from manifold_nets.comparison.report import Summary, markdown_report, page_html, summarise, write_report
+from manifold_nets.comparison.report.data import epochs_csv, runs_csv, times_csv
+from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
+from manifold_nets.comparison.report.figures.style import look, percent
+from manifold_nets.comparison.report.tables import conclusions, result_table
+from manifold_nets.comparison.result import Comparison
+from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
+
+PLOTS = {drawing.name for drawing in FIGURES}
+
+
+# ---- the summary -----------------------------------------------------------------------------------------------------
+
+
+def check_summary(found: Summary, of: Comparison) -> None:
+    """Every number of the table is recomputed from the records."""
+    for contestant in found.contestants:
+        choice = of.choice(contestant.name)
+        runs = [
+            r
+            for r in of.results
+            if r.key.optimizer == contestant.name
+            and r.key.initial_scale == "plain"
+            and r.key.learning_rate == choice.learning_rate
+        ]
+        tests = [r.test_error for r in runs if r.test_error is not None]
+        assert contestant.test.count == len(tests)
+        assert contestant.test.lost == len(of.settings.seeds) - len(tests)
+        assert contestant.test.value == pytest.approx(np.mean(tests)) if tests else math.isnan(contestant.test.value)
+        for errors, seconds, run in zip(contestant.errors, contestant.seconds, runs, strict=True):
+            assert len(errors) == of.settings.epochs
+            assert errors[: len(run.epochs)] == tuple(epoch.validation_error for epoch in run.epochs)
+            assert all(value == math.inf for value in errors[len(run.epochs) :])
+            assert seconds[: len(run.epochs)] == tuple(epoch.seconds for epoch in run.epochs)
+        every = [r for r in of.results if r.key.optimizer == contestant.name and r.key.initial_scale == "plain"]
+        assert contestant.failed == sum(r.status == "diverged" for r in every)
+        assert contestant.runs == len(every)
+
+
+def test_summaries_are_true_to_the_runs() -> None:
+    of = TROUBLES["half of the chosen lost"]
+    check_summary(summarise(of), of)
+    check_summary(summarise(TROUBLES["eleven"]), TROUBLES["eleven"])
+    first, *others = of.results
+    other = dataclasses.replace(of, results=(dataclasses.replace(first, status="finished", test_error=0.5), *others))
+    with pytest.raises(AssertionError):  # Sabotage: a run more or a run less.
+        check_summary(summarise(other), of)
+
+
+def test_diverged_runs_rank_last_and_are_named() -> None:
+    found = summarise(TROUBLES["one lost altogether"])
+    assert found.friedman is not None
+    names = [contestant.name for contestant in found.contestants]
+    assert found.friedman.mean_ranks[names.index("adam")] == 3.0
+    told = " ".join(conclusions(found))
+    assert "No run of adam came through" in told
+    assert "12 of all 36 runs diverged" in told
+    partial = summarise(TROUBLES["half of the chosen lost"])
+    assert "runs of sgd and adam diverged" in " ".join(conclusions(partial))
+    cells = {row[0]: row for row in result_table(partial).rows}
+    assert "(survivors, 2 of 3)" in cells["sgd"][2]
+    assert "survivors" not in cells["rsgd"][2]
+
+
+def test_passes_over_the_data_are_counted_as_they_were_made() -> None:
+    found = {contestant.name: contestant for contestant in summarise(TROUBLES["eleven"]).contestants}
+    assert found["sgd"].passes == (1, 2, 3, 4, 5, 6)
+    assert found["pymanopt-cg"].passes == (3, 6, 9, 12, 15, 18)
+
+
+def test_what_cannot_be_told_apart_is_not() -> None:
+    told = " ".join(conclusions(summarise(TROUBLES["no errors"])))
+    assert "sgd, adam and rsgd have the lowest" in told
+    assert "cannot be told apart" not in told  # from each other: they are equal
+    assert conclusions(summarise(TROUBLES["one optimizer"]))[1:] == []
+    assert "too few pairs" in " ".join(conclusions(summarise(TROUBLES["one seed"])))
+
+
+def test_numbers_in_percent() -> None:
+    assert [percent(value) for value in (0.0312, 0.25, math.inf, math.nan, 1.0)] == ["3.12", "25", "∞", "none", "100"]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def check_runs(text: str, of: Comparison) -> None:
+    """One row a run, bit for bit."""
+    found = rows(text)
+    assert len(found) == len(of.results)
+    for row, run in zip(found, of.results, strict=True):
+        key = run.key
+        assert (row["optimizer"], row["initial_scale"], int(row["seed"])) == (
+            key.optimizer,
+            key.initial_scale,
+            key.seed,
+        )
+        assert float(row["learning_rate"]) == key.learning_rate
+        assert row["status"] == run.status
+        for name in ("validation_error", "test_error", "test_loss"):
+            value = getattr(run, name)
+            assert row[name] == "" if value is None else float(row[name]) == value
+        assert row["chosen"] == str(int(of.choice(key.optimizer, key.initial_scale).learning_rate == key.learning_rate))
+
+
+@pytest.mark.parametrize("name", ["three", "half of the chosen lost", "all lost", "NaN losses"])
+def test_tables_of_runs_are_the_records(name: str) -> None:
+    of = TROUBLES[name]
+    text = runs_csv(of)
+    check_runs(text, of)
+    lines = text.splitlines()
+    with pytest.raises(AssertionError):  # Sabotage: two runs change places.
+        check_runs("\n".join([lines[0], lines[2], lines[1], *lines[3:]]), of)
+    epochs = rows(epochs_csv(of))
+    assert len(epochs) == sum(len(run.epochs) for run in of.results)
+    assert len(rows(times_csv(of))) == len(of.results)
+    if epochs:
+        assert "norm:blocks.4.conv.weight" in epochs[0]
+
+
+def test_measured_times_are_kept_apart() -> None:
+    """What follows from the settings is the same text, however fast the machine was."""
+    of = TROUBLES["three"]
+    slower = dataclasses.replace(
+        of,
+        results=tuple(
+            dataclasses.replace(
+                run,
+                seconds_per_step=9.0,
+                peak_memory_bytes=1,
+                harness_seconds=9.0,
+                machine="another",
+                epochs=tuple(dataclasses.replace(epoch, seconds=99.0) for epoch in run.epochs),
+            )
+            for run in of.results
+        ),
+    )
+    assert runs_csv(of) == runs_csv(slower)
+    assert epochs_csv(of) == epochs_csv(slower)
+    assert times_csv(of) != times_csv(slower)
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, of: Comparison) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    check_self_contained(text)
+    check_accessible(text)
+    check_contrast(text)
+    page = Page(text)
+    summary = summarise(of)
+    for told in conclusions(summary):
+        assert told in page.text
+    for row in result_table(summary).rows:
+        assert row[0] in page.text
+        assert row[2] in page.text.replace("\u00a0", " ")
+    drawn = {drawing.name for drawing in FIGURES if drawing.has_data(summary)}
+    assert drawn == {a["id"] for a in page.having("section") if a["id"] in PLOTS}
+    assert {file.stem for file in (folder / "plots").iterdir()} == drawn
+    assert {file.suffix for file in (folder / "plots").iterdir()} == {".png", ".svg"}
+    names = {"report.html", "plots", "runs.csv", "epochs.csv", "times.csv", "summary.json", "tables.md"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert "NaN" not in (folder / "summary.json").read_text(encoding="utf-8")
+    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["title"] == summary.title
+    for told in (page.text, (folder / "tables.md").read_text(encoding="utf-8")):
+        assert not re.search(r"\b(nan|inf)\b", told)
+
+
+def test_a_report_is_complete(tmp_path: Path) -> None:
+    of = TROUBLES["half of the chosen lost"]
+    assert write_report(of, tmp_path / "new" / "folder") == tmp_path / "new" / "folder" / "report.html"
+    check_folder(tmp_path / "new" / "folder", of)
+    with pytest.raises(AssertionError):  # Sabotage: the report of another comparison.
+        check_folder(tmp_path / "new" / "folder", TROUBLES["one optimizer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TROUBLES))
+def test_reports_of_comparisons_in_trouble(name: str, tmp_path: Path) -> None:
+    write_report(TROUBLES[name], tmp_path)
+    check_folder(tmp_path, TROUBLES[name])
+
+
+@pytest.mark.slow
+def test_a_second_report_is_the_same_and_replaces_the_first(tmp_path: Path) -> None:
+    of = TROUBLES["one run"]
+    write_report(of, tmp_path)
+    (tmp_path / "plots" / "rescaled.png").write_bytes(b"of an earlier report")
+    before = {file.name: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    write_report(of, tmp_path)
+    after = {file.name: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert before.keys() - after.keys() == {"rescaled.png"}
+    assert all(before[name] == after[name] for name in after)
+
+
+def test_the_markdown_table_has_every_contestant_and_equal_columns() -> None:
+    text = markdown_report(summarise(TROUBLES["eleven"]))
+    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 3
+    for table in tables:
+        assert [re.match(r"\| (\S+)", line)[1] for line in table[2:]] == list(ELEVEN)
+        assert len({line.count("|") for line in table}) == 1
+
+
+HOSTILE = "<script>alert('x')</script>&\"$x^2$"
+
+
+def hostile() -> Comparison:
+    of = comparison(("sgd", HOSTILE), rates=(0.1,), seeds=(0, 1), epochs=2, scales=("plain",))
+    return dataclasses.replace(of, settings=dataclasses.replace(of.settings, task=HOSTILE, model=HOSTILE))
+
+
+def test_names_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page_html(summarise(hostile()))
+    check_self_contained(text)
+    assert Page(text).text.count(HOSTILE) > 6
+    monkeypatch.setattr("manifold_nets.page.markup.html.escape", lambda text, quote: text)
+    with pytest.raises(AssertionError):  # Sabotage: nothing is escaped.
+        check_self_contained(page_html(summarise(hostile()), {}))
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def draw(name: str, summary: Summary) -> object:
+    drawing = next(drawing for drawing in FIGURES if drawing.name == name)
+    with plot_settings(WIDE.font):
+        return settled(drawing.draw(summary, WIDE))
+
+
+def check_curve(axes: object, contestant: object) -> None:
+    line = next(line for line in axes.lines if line.get_label().startswith(contestant.name))
+    assert np.allclose(line.get_ydata(), np.median(contestant.errors, axis=0), equal_nan=True)
+
+
+def test_learning_curves_are_medians_of_the_runs() -> None:
+    summary = summarise(TROUBLES["three"])
+    figure = draw("learning-curves", summary)
+    for contestant in summary.contestants:
+        check_curve(figure.axes[1], contestant)
+    with pytest.raises(AssertionError):  # Sabotage: the training loss in place of the error.
+        check_curve(figure.axes[0], summary.contestants[0])
+
+
+def test_a_curve_ends_where_most_runs_are_lost() -> None:
+    summary = summarise(TROUBLES["half of the chosen lost"])
+    lines = draw("learning-curves", summary).axes[1].lines
+    adam = next(line for line in lines if line.get_label().startswith("adam"))
+    assert "2 of 3" in adam.get_label()
+    assert np.isfinite(adam.get_ydata()).tolist() == [True] * 3 + [False] * 3
+    crosses = [line for line in lines if line.get_marker() == "x"]
+    assert [line.get_xdata()[0] for line in crosses] == [3]
+
+
+def test_sensitivity_shows_the_grid_and_where_runs_diverged() -> None:
+    lost = frozenset({("sgd", 1.0, 0), ("sgd", 0.001, 0), ("sgd", 0.001, 1), ("sgd", 0.001, 2)})
+    summary = summarise(comparison(("sgd", "rsgd"), diverged=lost, scales=("plain",)))
+    upper, lower = draw("sensitivity", summary).axes
+    sgd = next(line for line in upper.lines if line.get_label() == "sgd")
+    assert list(sgd.get_xdata()) == list(RATES)
+    assert np.isfinite(sgd.get_ydata()).tolist() == [False, True, True, False]
+    hollow = [line for line in upper.lines if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_xdata()) for line in hollow] == [[1.0]]
+    crosses = [list(line.get_xdata()) for line in lower.lines if line.get_marker() == "x"]
+    assert crosses == [[0.001, 1.0], []]
+
+
+def test_critical_differences_join_what_belongs_together() -> None:
+    summary = summarise(TROUBLES["eleven"])
+    assert summary.friedman is not None
+    figure = draw("critical-differences", summary)
+    (axes,) = figure.axes
+    bars = [line for line in axes.lines if line.get_linewidth() == 4]
+    assert len(bars) == len(summary.cliques)
+    for bar, clique in zip(bars, summary.cliques, strict=True):
+        ranks = [summary.friedman.mean_ranks[i] for i in clique]
+        assert min(bar.get_xdata()) <= min(ranks)
+        assert max(bar.get_xdata()) >= max(ranks)
+    assert {text.get_text() for text in axes.texts} >= set(ELEVEN)
+
+
+def test_looks_differ_beyond_colour() -> None:
+    looks = [look(i) for i in range(12)]
+    assert len({a.marker for a in looks}) == 12
+    assert len({(a.colour, str(a.line)) for a in looks}) == 12
+
+
+def texts_of(figure: object) -> list:
+    """What is drawn: matplotlib keeps labels of ticks beyond the ends of an axis, and shows none of them."""
+    found = []
+    for axes in figure.axes:
+        for axis, (low, high), place in ((axes.xaxis, axes.get_xlim(), 0), (axes.yaxis, sorted(axes.get_ylim()), 1)):
+            if axes.axison:
+                labels = [tick.label1 for tick in axis.get_major_ticks() if tick.label1.get_visible()]
+                found += [text for text in labels if low <= text.get_position()[place] <= high]
+        found += [*axes.texts, axes._left_title, axes.xaxis.label]
+    return [text for text in found if text.get_visible() and text.get_text()]
+
+
+def check_no_overlap(figure: object) -> None:
+    """No two texts stand on each other, and none leaves the figure."""
+    boxes = [text.get_window_extent() for text in texts_of(figure)]
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 - 1 <= box.x0 <= box.x1 <= figure.bbox.x1 + 1
+        assert not any(box.shrunk(0.9, 0.9).overlaps(other.shrunk(0.9, 0.9)) for other in boxes[i + 1 :])
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize("drawing", FIGURES, ids=lambda drawing: drawing.name)
+def test_texts_do_not_stand_on_each_other(drawing: Drawing, size: Size) -> None:
+    with plot_settings(size.font):
+        check_no_overlap(settled(drawing.draw(summarise(TROUBLES["eleven"]), size)))
+
+
+def test_sabotage_texts_on_each_other_are_noticed() -> None:
+    figure = draw("test-error", summarise(TROUBLES["one run"]))
+    check_no_overlap(figure)
+    figure.axes[0].text(0.5, 0.5, "one", transform=figure.axes[0].transAxes)
+    figure.axes[0].text(0.5, 0.5, "another", transform=figure.axes[0].transAxes)
+    with pytest.raises(AssertionError):
+        check_no_overlap(figure)
+
+
+def test_files_of_figures_are_the_same_each_time_and_are_pictures(tmp_path: Path) -> None:
+    summary = summarise(TROUBLES["one run"])
+    written = []
+    for _ in range(2):
+        with plot_settings(WIDE.font):
+            figure = settled(FIGURES[0].draw(summary, WIDE))
+            save_figure(figure, tmp_path / "a.png", "png")
+            save_figure(figure, tmp_path / "a.svg", "svg")
+        written.append(((tmp_path / "a.png").read_bytes(), (tmp_path / "a.svg").read_bytes()))
+    assert written[0] == written[1]
+    assert written[0][0].startswith(b"\x89PNG")
+    assert b"<svg" in written[0][1]
+
+
+def test_drawings_of_a_page_take_its_colours() -> None:
+    summary = summarise(TROUBLES["one run"])
+    with plot_settings(WIDE.font):
+        text = figure_svg(
+            settled(FIGURES[0].draw(summary, WIDE)), label='a "label"', prefix="p", titles={"series-0": "<sgd>"}
+        )
+    assert 'aria-label="a &quot;label&quot;"' in text
+    assert "<title>&lt;sgd&gt;</title>" in text
+    assert "var(--series-0)" in text
+    assert SERIES[0][0] not in text
+    assert "xmlns" not in text
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    lost = frozenset({("sgd", 1.0, 0)})
+    return page_html(summarise(comparison(("sgd", "a-name-of-some-length"), diverged=lost, epochs=4)))
+
+
+@pytest.mark.parametrize(("size", "scheme"), [((1200, 700), "light"), ((390, 700), "dark")])
+def test_the_page_is_drawn(page: str, size: tuple[int, int], scheme: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    check_picture(photograph(tmp_path / "report.html", tmp_path / "report.png", *size, scheme), size, scheme)
+
+
+WIDTHS = [320, 390, 768, 1200]
+
+
+def check_widths(text: str, folder: Path) -> None:
+    assert measure(text, folder, WIDTHS, opened=True) == {width: (width, width) for width in WIDTHS}
+
+
+def test_no_page_is_wider_than_its_window(page: str, tmp_path: Path) -> None:
+    check_widths(page, tmp_path)
+    with pytest.raises(AssertionError):
+        check_widths(page.replace("</h1>", '</h1><div style="width:400px">x</div>', 1), tmp_path)
