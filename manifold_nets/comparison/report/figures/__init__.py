@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 __all__ = ["FIGURES", "NARROW", "WIDE", "Drawing", "Size"]
 
 
+def _has_contestants(summary: Summary) -> bool:
+    """Whether there is anything at all to show."""
+    return bool(summary.contestants)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """One figure.
@@ -40,7 +45,7 @@ class Drawing:
     title: str
     draw: Callable[[Summary, Size], Figure]
     told: Callable[[Summary], str]
-    has_data: Callable[[Summary], bool] = lambda summary: bool(summary.contestants)
+    has_data: Callable[[Summary], bool] = _has_contestants
 
 
 def _layers_told(summary: Summary) -> str:
