@@ -3,6 +3,7 @@
 import copy
 import importlib
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 
@@ -412,6 +413,69 @@ def test_a_loss_that_is_not_finite_is_infinite() -> None:
     point = problem.initial_point()
     assert problem.cost([np.full_like(array, 1e3) for array in point]) == np.inf
     assert problem.cost([np.full_like(array, np.nan) for array in point]) == np.inf
+
+
+# ---- one iteration at a time -----------------------------------------------------------------------------------------
+
+
+def optimizer_of(name: str, count: int):
+    return getattr(pymanopt.optimizers, name)(verbosity=0, max_iterations=count)
+
+
+def check_iterations(name: str, run) -> None:
+    """The costs that are computed on the way are those of the optimizer run through."""
+
+    def recording(costs: list[float]) -> NetworkProblem:
+        on_cost = lambda _, cost: costs.append(cost)  # noqa: E731
+        return bridge.problem(batch_normalized_mlp(), cross_entropy, *digits_like(), on_cost=on_cost)
+
+    expected, found = [], []
+    problem = recording(expected)
+    whole = optimizer_of(name, 8).run(problem, initial_point=problem.initial_point())
+    problem = recording(found)
+    passed = list(run(optimizer_of(name, 8), problem))
+    assert found == expected
+    # Conjugate gradient counts the look before its first step as an iteration.
+    assert len(passed) == (7 if name == "ConjugateGradient" else 8)
+    assert passed[-1].cost == min(expected) <= whole.cost
+    assert [i.cost for i in passed] == sorted((i.cost for i in passed), reverse=True)
+    assert [problem.cost(i.point) for i in passed] == [i.cost for i in passed]
+
+
+@pytest.mark.parametrize("name", ["SteepestDescent", "ConjugateGradient", "TrustRegions"])
+def test_iterations_are_those_of_a_run_in_one_go(name: str) -> None:
+    check_iterations(name, bridge.iterations)
+
+
+def test_sabotage_an_optimizer_that_forgets_between_iterations_is_noticed() -> None:
+    def forgetful(optimizer, problem):
+        point = problem.initial_point()
+        for _ in range(7):
+            found = next(bridge.iterations(optimizer, problem, initial_point=point))
+            point = found.point
+            yield found
+
+    with pytest.raises(AssertionError):
+        check_iterations("ConjugateGradient", forgetful)
+
+
+def test_dropped_iterations_leave_no_thread_and_errors_reach_the_caller() -> None:
+    problem = mlp_problem()
+    running = bridge.iterations(optimizer_of("ConjugateGradient", 50), problem)
+    first = next(running)
+    assert [thread.name for thread in threading.enumerate()].count("pymanopt") == 1
+    assert problem.evaluations.cost < 20
+    running.close()
+    assert [thread.name for thread in threading.enumerate()].count("pymanopt") == 0
+    assert first.cost < problem.cost(problem.initial_point())
+    assert problem._network_cost.on_cost is None
+
+    def fails(point, cost):
+        raise ZeroDivisionError
+
+    failing = bridge.problem(batch_normalized_mlp(), cross_entropy, *digits_like(), on_cost=fails)
+    with pytest.raises(ZeroDivisionError):
+        next(bridge.iterations(optimizer_of("TrustRegions", 5), failing))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -39,16 +39,19 @@ from manifold_nets.pymanopt_bridge.parameters import parameter_names, point_of, 
 from manifold_nets.pymanopt_bridge.problem import NetworkProblem, problem
 from manifold_nets.pymanopt_bridge.slopes import gradient_slope, hessian_asymmetry, hessian_slope, retraction_slope
 from manifold_nets.pymanopt_bridge.sphere_product import SphereProductManifold
+from manifold_nets.pymanopt_bridge.stepping import Iteration, iterations
 
 __all__ = [
     "CostError",
     "Evaluations",
+    "Iteration",
     "NetworkProblem",
     "PointError",
     "SphereProductManifold",
     "gradient_slope",
     "hessian_asymmetry",
     "hessian_slope",
+    "iterations",
     "parameter_names",
     "point_of",
     "problem",
