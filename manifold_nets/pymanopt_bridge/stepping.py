@@ -84,7 +84,7 @@ class _Run:
         self.found: queue.SimpleQueue[Iteration | BaseException | None] = queue.SimpleQueue()
         self.ended = threading.Event()
         self.best: tuple[float, Point] = (math.inf, start)
-        self.costs = self.number = 0
+        self.searched, self.number = False, 0
         self.threads = torch.get_num_threads()
         self.thread = threading.Thread(target=self._work, name="pymanopt", daemon=True)
 
@@ -114,19 +114,20 @@ class _Run:
                 raise _EndedError
             if before is not None:
                 before(point, cost)
-            self.costs += 1
+            self.searched = True
             if cost < self.best[0]:
                 self.best = (cost, point)
 
         def on_check(**facts: Any) -> Any:
             # Conjugate gradient also checks before its first iteration, when no cost but that of the start is known.
-            if self.costs > 1:
+            if self.searched:
                 self._hand_over()
             return check(**facts)
 
         try:
             self._wait()
             torch.set_num_threads(self.threads)  # a setting of each thread
+            self.best = (self.problem.cost(self.start), self.start)  # remembered, so not counted again
             network_cost.on_cost = on_cost
             self.optimizer._check_stopping_criterion = on_check
             self.optimizer.run(self.problem, initial_point=self.start, **self.options)

@@ -1,0 +1,8 @@
+"""The optimizers that take part in a comparison, in one table: how each is made for a model, and how it steps."""
+
+from __future__ import annotations
+
+from manifold_nets.comparison.contestants.steppers import TorchStepper
+from manifold_nets.comparison.contestants.table import CONTESTANTS, contestant
+
+__all__ = ["CONTESTANTS", "TorchStepper", "contestant"]
