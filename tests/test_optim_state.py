@@ -262,3 +262,50 @@ def test_an_infinite_scaled_gradient_skips_the_step():
     scaler.scale(torch.ones(()))
     scaler.step(optimizer)
     assert torch.equal(weight, before)
+
+
+def half_network(master_weights, kind=RiemannianSGD):
+    net = network(torch.bfloat16)
+    return net, kind(mn.param_groups(net), lr=1e-3, master_weights=master_weights)
+
+
+def test_master_weights_gather_steps_that_half_precision_loses():
+    exact = network(torch.bfloat16).float()
+    reference = RiemannianSGD(mn.param_groups(exact), lr=1e-3)
+    gaps = {}
+    train(exact, reference, 200, seed=1)
+    for master in (False, True):
+        net, optimizer = half_network(master)
+        train(net, optimizer, 200, seed=1)
+        gap = net[0].weight.detach().float() - exact[0].weight.detach()
+        gaps[master] = float(gap.norm() / exact[0].weight.detach().norm())
+        assert ("master_weight" in optimizer.state[net[0].weight]) == master
+    # The gradients are rounded to bfloat16 as well, and so is the outcome.
+    assert gaps[True] <= 4 * torch.finfo(torch.bfloat16).eps
+    assert gaps[True] < gaps[False] / 2
+
+
+@pytest.mark.parametrize("kind", [RiemannianSGD, RiemannianAdam])
+def test_master_weights_are_saved_and_go_on_bit_for_bit(kind):
+    net, optimizer = half_network(True, kind)
+    train(net, optimizer, 5, seed=1)
+    resumed = copy.deepcopy(net)
+    loaded = kind(mn.param_groups(resumed), lr=1e-3, master_weights=True)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert loaded.state[resumed[0].weight]["master_weight"].dtype == torch.float32
+    for a, b in ((net, optimizer), (resumed, loaded)):
+        train(a, b, 5, seed=2)
+    check_same_bits(net, resumed)
+    masters = [o.state[n[0].weight]["master_weight"] for n, o in ((net, optimizer), (resumed, loaded))]
+    assert torch.equal(*masters)
+
+
+def test_a_weight_that_was_changed_by_hand_goes_before_its_master():
+    net, optimizer = half_network(True)
+    train(net, optimizer, 2, seed=1)
+    other = network(torch.bfloat16, seed=5)
+    net.load_state_dict(other.state_dict())
+    train(net, optimizer, 1, seed=2)
+    fresh = RiemannianSGD(mn.param_groups(other), lr=1e-3, master_weights=True)
+    train(other, fresh, 1, seed=2)
+    check_same_bits(net, other)

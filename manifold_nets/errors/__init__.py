@@ -32,6 +32,7 @@ from manifold_nets.errors.models import (
 from manifold_nets.errors.optimizers import (
     ConstraintLostError,
     EuclideanStepError,
+    NativeKernelError,
     OptimizerStateError,
     ParameterGroupError,
     SphereOptionError,
@@ -57,6 +58,7 @@ __all__ = [
     "ModelBuildError",
     "ModelNotFoundError",
     "ModelSpecError",
+    "NativeKernelError",
     "NothingToConvertError",
     "OffManifoldError",
     "OptimizerStateError",

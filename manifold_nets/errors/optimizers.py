@@ -9,6 +9,7 @@ from manifold_nets.errors.base import ManifoldNetsError, listed
 __all__ = [
     "ConstraintLostError",
     "EuclideanStepError",
+    "NativeKernelError",
     "OptimizerStateError",
     "ParameterGroupError",
     "SphereOptionError",
@@ -79,4 +80,14 @@ class OptimizerStateError(ManifoldNetsError, ValueError):
         super().__init__(
             f"state of {name}: found {found}; expected {expected}; nothing was loaded. Load the state of the same kind "
             "of optimizer for a model converted in the same way, or start without it."
+        )
+
+
+class NativeKernelError(ManifoldNetsError, RuntimeError):
+    """An optimizer was asked for ``fused=True``, and the kernel for weights on spheres cannot be had."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"fused=True: found {reason}; expected the compiled kernel for weights on spheres; nothing was changed. "
+            "Install a C compiler, or leave fused out: without the kernel, steps are taken by torch's operations."
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.errors import SphereOptionError
+from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.executions import run
+from manifold_nets.optim.masters import MasterWeights
+from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
 
@@ -25,6 +30,18 @@ class SphereOptimizer(torch.optim.Optimizer):
     `geoopt.ManifoldParameter` itself. In `state_dict` the list holds plain data.
     """
 
+    _sphere_defaults: Mapping[str, Any] = {"compile": None, "master_weights": False}
+
+    def _prepare(self, **options: Any) -> None:
+        """Take the options that torch's optimizer does not have, before it makes the groups."""
+        if options["compile"] and (options["fused"] or options["foreach"]):
+            raise OptionError("compile", "True with fused or foreach", "one of the three")
+        self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
+
+    @functools.cached_property
+    def _masters(self) -> MasterWeights:
+        return MasterWeights()
+
     def _before_step(self) -> None:
         """Check what the torch optimizer of the same name checks before a step."""
 
@@ -32,9 +49,20 @@ class SphereOptimizer(torch.optim.Optimizer):
         """Step the plain parameters of a group as the torch optimizer of the same name does."""
         raise NotImplementedError
 
-    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
-        """Step one weight on its product of spheres."""
+    def _rule(self, group: Group) -> Rule:
+        """Return the update rule of a group."""
         raise NotImplementedError
+
+    def _member(
+        self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
+    ) -> Member:
+        """Return a constrained weight with its state, which is made where there is none yet."""
+        raise NotImplementedError
+
+    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
+        """Step the constrained weights of a group that have gradients."""
+        options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
+        run(self._rule(group), members, **options)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -66,10 +94,19 @@ class SphereOptimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _step_spheres(self, group: Group) -> None:
+        members, masters = [], {}
         for _, weight, manifold in constrained_of(group):
             # A sphere of one entry is two points: there is nowhere to go.
-            if weight.grad is not None and manifold.partition.group_size > 1:
-                self._step_constrained(group, weight, weight.grad, manifold)
+            if weight.grad is None or manifold.partition.group_size == 1:
+                continue
+            state, point = self.state[weight] if group.get("momentum") != 0 else {}, weight
+            if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
+                state = self.state[weight]
+                point = masters[weight] = self._masters.of(weight, state)
+            members.append(self._member(group, state, point, weight.grad, manifold))
+        if members:
+            self._step_members(group, members)
+        self._masters.write(masters)
 
     def _refuse_sparse_gradients(self) -> None:
         for number, group in enumerate(self.param_groups):
@@ -93,6 +130,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             manifolds = resolve_manifolds({**self.defaults, **param_group}, len(self.param_groups))
             param_group["manifolds"] = manifolds
+            for name, default in self._sphere_defaults.items():
+                param_group.setdefault(name, self.defaults.setdefault(name, default))
         super().add_param_group(param_group)
 
     @property

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.base import SphereOptimizer
+from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group
-from manifold_nets.optim.updates import riemannian_adam_
-from manifold_nets.optim.workspace import Workspace
 
 __all__ = ["RiemannianAdam"]
 
@@ -36,9 +36,13 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     with the largest v so far in its place for AMSGrad: a step is of about η radians at every radius. ``weight_decay``,
     decoupled or not, acts on plain parameters only: on a sphere it would pull along the radius, where nothing can
-    move, and it costs nothing there. ``foreach`` and ``fused`` choose torch's implementation for the plain parameters.
+    move, and it costs nothing there.
     Half-precision weights are stepped in float32 and rounded once; their second moments stay in float32. Gradients
     are never written to. A gradient that is not finite makes its group NaN, as in torch.
+
+    By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
+    compiled at first use (see `manifold_nets.optim.native`). Other weights, and all without a compiler, are stepped by
+    batches of torch's operations. All executions agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
@@ -47,14 +51,20 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         eps: ε, added to the root of the second moment.
         weight_decay: weight decay of the plain parameters.
         amsgrad: whether to use AMSGrad.
-        foreach: torch's choice for the plain parameters.
+        foreach: True takes steps by batches of torch's operations, False by one weight after the other; for the plain
+            parameters torch's choice.
         maximize: whether to ascend.
         capturable: torch's option; only for plain parameters.
         differentiable: torch's option; only for plain parameters.
-        fused: torch's choice for the plain parameters.
+        fused: True asks for the kernel in C where the weight is on the CPU, and is an error where there is no compiler;
+            False does without; for the plain parameters torch's choice.
+        compile: True lets `torch.compile` make the steps on spheres, one kernel for all sizes, on the CPU or a GPU.
+        master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
+            that takes the steps, with moments in float32: steps below the weights' last digit then add up.
         decoupled_weight_decay: whether plain parameters decay as in AdamW.
 
     Raises:
+        NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
             `manifold_nets.optim.membership.resolve_manifolds`.
 
@@ -72,6 +82,41 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         torch.Size([4, 1])
     """
 
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        compile: bool | None = None,  # noqa: A002 - torch.compile, torch.nn.Module.compile
+        master_weights: bool = False,
+    ) -> None:
+        self._prepare(compile=compile, master_weights=master_weights, fused=fused, foreach=foreach)
+        torch.optim.Adam.__init__(
+            self,
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )
+
     def _before_step(self) -> None:
         self._accelerator_graph_capture_health_check()
 
@@ -86,28 +131,18 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             options[name] = getattr(self, name, None)
         adam(params, gradients, *moments, steps, **{name: options[name] for name in _TORCH_OPTIONS})
 
-    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
-        state = self.state[weight]
-        if not state:
+    def _rule(self, group: Group) -> Rule:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        return Rule("adam", group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
+
+    def _member(
+        self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
+    ) -> Member:
+        if "exp_avg" not in state:
             state.update(initial_state(weight, manifold, group["amsgrad"]))
         state["step"] += 1
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        space = Workspace(manifold, weight)
-        riemannian_adam_(
-            space.open(weight),
-            space.read(gradient),
-            space.open(state["exp_avg"]),
-            state["exp_avg_sq"],
-            state["max_exp_avg_sq"] if group["amsgrad"] else None,
-            space.spheres,
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            step=float(state["step"]),
-            maximize=group["maximize"],
-        )
-        space.close()
+        second = (state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None)
+        return Member(weight, gradient, manifold, state["exp_avg"], second, step=float(state["step"]))
 
 
 def initial_state(weight: Tensor, manifold: SphereProduct, amsgrad: bool) -> dict[str, Any]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from manifold_nets.errors import OptionError
-from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.coefficients import Coefficients, Moments
+from manifold_nets.optim.members import Member
 from manifold_nets.optim.membership import Group
 from manifold_nets.optim.products import Tangential, tangential
-from manifold_nets.optim.radam import RiemannianAdam, initial_state
+from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rsgd import RiemannianSGD
 from manifold_nets.optim.updates import write_
 from manifold_nets.optim.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
@@ -34,23 +32,19 @@ class _MomentumOptimizer(RiemannianSGD):
         _complete(param_group, self._options, self.defaults)
         super().add_param_group(param_group)
 
-    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
-        momentum, dampening = group["momentum"], group["dampening"]
-        buffer = None
-        if momentum != 0:
-            state = self.state[weight]
-            if state.get("momentum_buffer") is None:
-                # The first momentum is the gradient itself, as in torch.
-                state["momentum_buffer"], dampening = torch.zeros_like(weight, requires_grad=False), 0.0
-            buffer = state["momentum_buffer"]
-        space = Workspace(manifold, weight)
-        w, g = space.open(weight), space.read(gradient)
-        b = None if buffer is None else space.open(buffer)
-        found = tangential(w, g, b, space.spheres, maximize=group["maximize"], sharp=True)
+    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
+        momentum = group["momentum"]
         follow, ahead = (momentum, 1.0) if group["nesterov"] else (1.0, 0.0)
-        moments = Moments(0.0, 0.0, 0.0, 1.0) if momentum == 0 else Moments(momentum, 1.0 - dampening, follow, ahead)
-        write_(w, g, b, space.spheres, self._coefficients(found, moments, group), maximize=group["maximize"])
-        space.close()
+        for member in members:
+            space = Workspace(member.manifold, member.weight)
+            w, g = space.open(member.weight), space.read(member.gradient)
+            b = None if member.moment is None else space.open(member.moment)
+            found = tangential(w, g, b, space.spheres, maximize=group["maximize"], sharp=True)
+            moments = Moments(momentum, 1.0 - member.dampening, follow, ahead)
+            if momentum == 0:
+                moments = Moments(0.0, 0.0, 0.0, 1.0)
+            write_(w, g, b, space.spheres, self._coefficients(found, moments, group), maximize=group["maximize"])
+            space.close()
 
 
 class SGDG(_MomentumOptimizer):
@@ -114,7 +108,7 @@ class AngularSGD(_MomentumOptimizer):
         Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212.
 
     Example:
-        >>> import geoopt, manifold_nets as mn
+        >>> import geoopt, torch, manifold_nets as mn
         >>> sphere = mn.SphereProduct((1, 2))
         >>> weight = geoopt.ManifoldParameter(torch.tensor([[1.0, 0.0]]), manifold=sphere)
         >>> optimizer = mn.optim.AngularSGD([weight], lr=torch.pi / 2)
@@ -213,22 +207,21 @@ class AdamG(RiemannianAdam):
         _complete(param_group, self._options, self.defaults)
         super().add_param_group(param_group)
 
-    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
-        state = self.state[weight]
-        if not state:
-            state.update(initial_state(weight, manifold, False))
-        state["step"] += 1
-        step, (beta1, beta2) = float(state["step"]), (float(beta) for beta in group["betas"])
-        space = Workspace(manifold, weight)
-        w, g, m = space.open(weight), space.read(gradient), space.open(state["exp_avg"])
-        found = tangential(w, g, m, space.spheres, maximize=group["maximize"], sharp=True)
-        factor = clip_factor(found, group["clip"])
-        second: Tensor = state["exp_avg_sq"].lerp_(factor * factor * found.gg, 1 - beta2)
-        scale = 1 / (1 - beta1**step) / (second / (1 - beta2**step) + group["eps"]).sqrt()
-        moments = Moments(beta1, (1 - beta1) * factor, scale, 0.0)
-        move = geodesic_coefficients(found, moments, float(group["lr"]))
-        write_(w, g, m, space.spheres, move, maximize=group["maximize"])
-        space.close()
+    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
+        rule = self._rule(group)
+        for member in members:
+            if member.moment is None or member.second is None:
+                continue
+            space = Workspace(member.manifold, member.weight)
+            w, g, m = space.open(member.weight), space.read(member.gradient), space.open(member.moment)
+            found = tangential(w, g, m, space.spheres, maximize=rule.maximize, sharp=True)
+            factor, step = clip_factor(found, group["clip"]), member.step
+            second = member.second[0].lerp_(factor * factor * found.gg, 1 - rule.beta2)
+            scale = 1 / (1 - rule.keep**step) / (second / (1 - rule.beta2**step) + rule.eps).sqrt()
+            moments = Moments(rule.keep, (1 - rule.keep) * factor, scale, 0.0)
+            move = geodesic_coefficients(found, moments, float(rule.lr))
+            write_(w, g, m, space.spheres, move, maximize=rule.maximize)
+            space.close()
 
 
 def _complete(param_group: Group, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.base import SphereOptimizer
+from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group
-from manifold_nets.optim.updates import riemannian_sgd_
-from manifold_nets.optim.workspace import Workspace
 
 __all__ = ["RiemannianSGD"]
 
@@ -24,11 +26,14 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     .. math:: b ← μ b + (1-τ) ξ, \quad d = b \text{ or, with Nesterov, } ξ + μ b, \quad
               w ← r (w - η d)/‖w - η d‖, \quad b ← b - ⟨w, b⟩ w/r^2 .
 
-    The momentum stays tangent, a learning rate η means the same at every radius, and the norms are measured after
-    each step, so that they do not drift. ``weight_decay`` acts on plain parameters only: on a sphere it would pull
-    along the radius, where nothing can move, and it costs nothing there. ``foreach`` and ``fused`` choose torch's
-    implementation for the plain parameters. Half-precision weights are stepped in float32 and rounded once. Gradients
-    are never written to. A gradient that is not finite makes its group NaN, as in torch.
+    The momentum stays tangent, a learning rate η means the same at every radius, and the norms are measured in each
+    step, so that they do not drift. ``weight_decay`` acts on plain parameters only: on a sphere it would pull along the
+    radius, where nothing can move, and it costs nothing there. Half-precision weights are stepped in float32 and
+    rounded once. Gradients are never written to. A gradient that is not finite makes its group NaN, as in torch.
+
+    By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
+    compiled at first use (see `manifold_nets.optim.native`). Other weights, and all without a compiler, are stepped by
+    batches of torch's operations. All executions agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
@@ -38,11 +43,17 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
         weight_decay: L2 penalty of the plain parameters.
         nesterov: whether to use Nesterov's momentum.
         maximize: whether to ascend.
-        foreach: torch's choice for the plain parameters.
+        foreach: True takes steps by batches of torch's operations, False by one weight after the other; for the plain
+            parameters torch's choice.
         differentiable: torch's option; only for plain parameters.
-        fused: torch's choice for the plain parameters.
+        fused: True asks for the kernel in C where the weight is on the CPU, and is an error where there is no compiler;
+            False does without; for the plain parameters torch's choice.
+        compile: True lets `torch.compile` make the steps on spheres, one kernel for all sizes, on the CPU or a GPU.
+        master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
+            that takes the steps, with moments in float32: steps below the weights' last digit then add up.
 
     Raises:
+        NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
             `manifold_nets.optim.membership.resolve_manifolds`.
 
@@ -60,6 +71,37 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
         >>> sphere.check_point_on_manifold(weight)
         True
     """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        compile: bool | None = None,  # noqa: A002 - torch.compile, torch.nn.Module.compile
+        master_weights: bool = False,
+    ) -> None:
+        self._prepare(compile=compile, master_weights=master_weights, fused=fused, foreach=foreach)
+        torch.optim.SGD.__init__(
+            self,
+            params,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def _step_plain(self, group: Group) -> None:
         params: list[Tensor] = []
@@ -84,27 +126,19 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
             for parameter, buffer in zip(params, buffers, strict=True):
                 self.state[parameter]["momentum_buffer"] = buffer
 
-    def _step_constrained(self, group: Group, weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> None:
-        momentum, dampening, buffer = group["momentum"], group["dampening"], None
-        if momentum != 0:
-            state = self.state[weight]
-            if state.get("momentum_buffer") is None:
-                # The first momentum is the gradient itself, as in torch.
-                state["momentum_buffer"], dampening = torch.zeros_like(weight, requires_grad=False), 0.0
-            buffer = state["momentum_buffer"]
-        space = Workspace(manifold, weight)
-        riemannian_sgd_(
-            space.open(weight),
-            space.read(gradient),
-            None if buffer is None else space.open(buffer),
-            space.spheres,
-            lr=float(group["lr"]),
-            momentum=momentum,
-            dampening=dampening,
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-        )
-        space.close()
+    def _rule(self, group: Group) -> Rule:
+        return Rule("sgd", group["lr"], group["momentum"], group["nesterov"], group["maximize"])
+
+    def _member(
+        self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
+    ) -> Member:
+        if group["momentum"] == 0:
+            return Member(weight, gradient, manifold)
+        dampening = group["dampening"]
+        if state.get("momentum_buffer") is None:
+            # The first momentum is the gradient itself, as in torch.
+            state["momentum_buffer"], dampening = torch.zeros_like(weight, requires_grad=False), 0.0
+        return Member(weight, gradient, manifold, state["momentum_buffer"], dampening=dampening)
 
 
 def _multi_tensor(group: Group, params: list[Tensor]) -> bool:

@@ -59,7 +59,8 @@ def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> N
             if key == "step":
                 live[key] = value.detach().to("cpu", copy=True)
             else:
-                dtype = accumulation_dtype(weight.dtype) if key in _PER_SPHERE else weight.dtype
+                wide = key in _PER_SPHERE or "master_weight" in state
+                dtype = accumulation_dtype(weight.dtype) if wide else weight.dtype
                 live[key] = value.detach().to(device=weight.device, dtype=dtype, copy=True)
 
 

@@ -54,7 +54,7 @@ def riemannian_sgd_(
     *,
     lr: Scalar,
     momentum: float = 0.0,
-    dampening: float = 0.0,
+    dampening: Scalar = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
 ) -> None:

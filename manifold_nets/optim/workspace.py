@@ -8,39 +8,14 @@ written back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
-
 from torch import Tensor
 
-from manifold_nets.groups import Partition, accumulation_dtype
+from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.layouts import layout_of
 from manifold_nets.optim.products import Spheres
 
 __all__ = ["Workspace"]
-
-# Squares of radii in this range, and sums of a billion of them, are normal numbers of float32.
-_SMALLEST, _LARGEST = 2.0**-40, 2.0**40
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What does not change from step to step: the partition, and whether radii are so extreme that 1 must serve."""
-
-    partition: Partition
-    to_unit: bool
-
-
-_layouts: WeakKeyDictionary[SphereProduct, _Layout] = WeakKeyDictionary()
-
-
-def _layout(manifold: SphereProduct) -> _Layout:
-    layout = _layouts.get(manifold)
-    if layout is None:
-        radii = manifold.radii
-        to_unit = float(radii.min()) < _SMALLEST or float(radii.max()) > _LARGEST
-        layout = _layouts[manifold] = _Layout(manifold.partition, to_unit)
-    return layout
 
 
 class Workspace:
@@ -64,7 +39,7 @@ class Workspace:
     """
 
     def __init__(self, manifold: SphereProduct, weight: Tensor) -> None:
-        layout = _layout(manifold)
+        layout = layout_of(manifold)
         self.partition = layout.partition
         self.dtype = accumulation_dtype(weight.dtype)
         self._natural_dtype = weight.dtype

@@ -1,0 +1,135 @@
+"""The executions of a step: one weight after the other, in batches, compiled by torch, or by the kernel in C.
+
+All take the same step, to rounding. `choose` picks one, as torch's optimizers do among theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manifold_nets.errors import NativeKernelError
+from manifold_nets.optim import native
+from manifold_nets.optim.batches import run_batched, run_compiled, suits_rows
+from manifold_nets.optim.layouts import layout_of
+from manifold_nets.optim.members import Member, Rule
+from manifold_nets.optim.workspace import Workspace
+
+__all__ = ["run", "run_native", "run_single", "suits_native"]
+
+
+def run(
+    rule: Rule, members: Sequence[Member], *, foreach: bool | None, fused: bool | None, compiled: bool | None
+) -> None:
+    """Step all weights of a group by the execution that its options name, else by the fastest one for each.
+
+    By default the kernel in C takes what it can, and batches of torch's operations the rest; without a kernel, or with
+    ``fused=False``, batches take all. ``foreach=False`` takes one weight after the other. Weights whose groups are not
+    runs of memory, and those with extreme radii, are always taken one after the other.
+
+    Raises:
+        NativeKernelError: ``fused`` is True and there is no kernel.
+    """
+    remaining = list(members)
+    if compiled:
+        remaining = _pass_on(rule, remaining, suits_rows, run_compiled)
+    elif _wants_native(fused, foreach, members):
+        remaining = _pass_on(rule, remaining, suits_native, run_native)
+    if foreach or (foreach is None and not compiled):
+        remaining = _pass_on(rule, remaining, suits_rows, run_batched)
+    run_single(rule, remaining)
+
+
+def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[Member]) -> bool:
+    wanted = fused or (fused is None and foreach is None)
+    if not wanted or not any(member.weight.is_cpu for member in members):
+        return False
+    problem = native.available()
+    if problem is not None and fused:
+        raise NativeKernelError(problem)
+    return problem is None
+
+
+def _pass_on(
+    rule: Rule,
+    members: Sequence[Member],
+    suits: Callable[[Member], bool],
+    execute: Callable[[Rule, Sequence[Member]], None],
+) -> list[Member]:
+    """Step the weights that suit an execution, and return the others."""
+    suited = [suits(member) for member in members]
+    taken = [member for member, fits in zip(members, suited, strict=True) if fits]
+    if taken:
+        execute(rule, taken)
+    return [member for member, fits in zip(members, suited, strict=True) if not fits]
+
+
+def run_single(rule: Rule, members: Sequence[Member]) -> None:
+    """Step one weight after the other by the reference rules."""
+    rule = replace(rule, lr=float(rule.lr))
+    for member in members:
+        space = Workspace(member.manifold, member.weight)
+        rule.update_(
+            space.open(member.weight),
+            space.read(member.gradient),
+            None if member.moment is None else space.open(member.moment),
+            member.second,
+            space.spheres,
+            dampening=member.dampening,
+            step=member.step,
+        )
+        space.close()
+
+
+def suits_native(member: Member) -> bool:
+    """Whether the kernel in C can step a weight: on the CPU, with groups that are runs of memory."""
+    weight, moment = member.weight, member.moment
+    if not weight.is_cpu or hasattr(weight, "__tensor_flatten__") or not native.know(weight.dtype):
+        return False
+    layout, stride = layout_of(member.manifold), weight.stride()
+    if layout.to_unit or not layout.has_rows(stride):
+        return False
+    return moment is None or (moment.dtype == weight.dtype and moment.stride() == stride)
+
+
+def run_native(rule: Rule, members: Sequence[Member]) -> None:
+    """Step all weights by one call of the kernel for each dtype among them."""
+    dtypes = {member.weight.dtype for member in members}
+    for dtype in dtypes:
+        chosen = [member for member in members if member.weight.dtype == dtype]
+        gradients = [_like(member.gradient, member.weight) for member in chosen]
+        jobs = np.array([_job(rule, *pair) for pair in zip(chosen, gradients, strict=True)], dtype=native.JOB)
+        kind = 1 if rule.kind == "adam" else 0
+        options = (kind, native.code_of(dtype), rule.nesterov, rule.maximize)
+        packed = np.array((*options, float(rule.lr), rule.keep, rule.beta2, rule.eps), dtype=native.RULE)
+        native.step(packed, jobs, torch.get_num_threads())
+    # The kernel writes behind torch's back; autograd has to know.
+    torch.autograd.graph.increment_version(
+        [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
+    )
+
+
+def _like(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient with the dtype and the order in memory of the weight: itself where it has them."""
+    if gradient.dtype == weight.dtype and gradient.stride() == weight.stride():
+        return gradient
+    return torch.empty_like(weight, requires_grad=False).copy_(gradient.detach())
+
+
+def _job(rule: Rule, member: Member, gradient: Tensor) -> tuple[float, ...]:
+    layout = layout_of(member.manifold)
+    moment, take, first, second, v, largest = member.moment, 1.0 - member.dampening, 1.0, 1.0, 0, 0
+    if member.second is not None:
+        step = float(member.step)
+        take, first, second = 1 - rule.keep, 1 / (1 - rule.keep**step), 1 / (1 - rule.beta2**step)
+        v = member.second[0].data_ptr()
+        largest = 0 if member.second[1] is None else member.second[1].data_ptr()
+    return (
+        *(member.weight.data_ptr(), gradient.data_ptr(), 0 if moment is None else moment.data_ptr()),
+        *(v, largest, layout.squares.ctypes.data, layout.rows, layout.size, len(layout.squares)),
+        *(take, first, second),
+    )

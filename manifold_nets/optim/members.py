@@ -1,0 +1,79 @@
+"""What a step is about, as data: the rule with its options, and each weight with its gradient and its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.products import Spheres
+from manifold_nets.optim.updates import riemannian_adam_, riemannian_sgd_
+
+__all__ = ["Member", "Rule"]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule and the options that all weights of a parameter group share.
+
+    Attributes:
+        kind: ``"sgd"`` or ``"adam"``.
+        lr: learning rate.
+        keep: share of the old moment in the new one: momentum, or β1.
+        nesterov: whether to look ahead.
+        maximize: whether to ascend.
+        beta2: decay of the second moment.
+        eps: what is added to the root of the second moment.
+    """
+
+    kind: str
+    lr: float | Tensor
+    keep: float
+    nesterov: bool = False
+    maximize: bool = False
+    beta2: float = 0.0
+    eps: float = 0.0
+
+    def update_(
+        self,
+        weight: Tensor,
+        gradient: Tensor,
+        moment: Tensor | None,
+        second: tuple[Tensor, Tensor | None] | None,
+        spheres: Spheres,
+        *,
+        dampening: float | Tensor,
+        step: float | Tensor,
+    ) -> None:
+        """Take one step, in place, on tensors in the view of their groups: the single-tensor execution."""
+        options = {"lr": self.lr, "maximize": self.maximize}
+        if second is None or moment is None:
+            options |= {"momentum": self.keep, "dampening": dampening, "nesterov": self.nesterov}
+            riemannian_sgd_(weight, gradient, moment, spheres, **options)  # type: ignore[arg-type]
+        else:
+            options |= {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "step": step}
+            riemannian_adam_(weight, gradient, moment, *second, spheres, **options)  # type: ignore[arg-type]
+
+
+@dataclass(slots=True)
+class Member:
+    """A weight in a step.
+
+    Attributes:
+        weight: the point; changed in place.
+        gradient: the Euclidean gradient; only read.
+        manifold: the spheres of the weight.
+        moment: the tangent vector that is kept from step to step, changed in place; None without momentum.
+        second: second moment of each sphere, and the largest so far or None, changed in place; None for SGD.
+        dampening: share of the new gradient that is left out; 0 in the first step.
+        step: number of this step, counted from 1.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    manifold: SphereProduct
+    moment: Tensor | None = None
+    second: tuple[Tensor, Tensor | None] | None = None
+    dampening: float = 0.0
+    step: float | Tensor = 1.0

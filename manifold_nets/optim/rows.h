@@ -1,0 +1,194 @@
+/* What spheres.c does to rows, for one compute type: included there with REAL and NAME defined for float and double. */
+
+
+/* Products of at most BLOCK entries. */
+static void NAME(measure)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict b, int64_t n,
+                          Products *out) {
+    Products sum = {0, 0, 0, 0, 0, 0};
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL ww = 0, wg = 0, gg = 0, wb = 0, gb = 0, bb = 0;
+        if (b) {
+#pragma omp simd reduction(+ : ww, wg, gg, wb, gb, bb)
+            for (int64_t i = start; i < end; i++) {
+                REAL x = w[i], y = g[i], z = b[i];
+                ww += x * x; wg += x * y; gg += y * y; wb += x * z; gb += y * z; bb += z * z;
+            }
+        } else {
+#pragma omp simd reduction(+ : ww, wg, gg)
+            for (int64_t i = start; i < end; i++) {
+                REAL x = w[i], y = g[i];
+                ww += x * x; wg += x * y; gg += y * y;
+            }
+        }
+        sum.ww += ww; sum.wg += wg; sum.gg += gg; sum.wb += wb; sum.gb += gb; sum.bb += bb;
+    }
+    *out = sum;
+}
+
+/* Squared norm of the tangential gradient g - slope w, with g in unit coordinates up to one factor of the radius. */
+static double NAME(tangential)(const REAL *w, const REAL *g, int64_t n, REAL to_g, REAL slope) {
+    double sum = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL part = 0;
+#pragma omp simd reduction(+ : part)
+        for (int64_t i = start; i < end; i++) {
+            REAL x = to_g * g[i] - slope * w[i];
+            part += x * x;
+        }
+        sum += part;
+    }
+    return sum;
+}
+
+/* ||w'||^2 and <w', b'> of what is about to be written. */
+static void NAME(outcome)(const REAL *w, const REAL *g, const REAL *b, int64_t n, const Row *r, double *norm,
+                          double *overlap) {
+    REAL ww = (REAL)r->ww, wb = (REAL)r->wb, wg = (REAL)r->wg, bw = (REAL)r->bw, bb = (REAL)r->bb, bg = (REAL)r->bg;
+    *norm = *overlap = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL squares = 0, mixed = 0;
+#pragma omp simd reduction(+ : squares, mixed)
+        for (int64_t i = start; i < end; i++) {
+            REAL z = b ? b[i] : 0, x = ww * w[i] + wg * g[i] + wb * z, y = bw * w[i] + bg * g[i] + bb * z;
+            squares += x * x; mixed += x * y;
+        }
+        *norm += squares; *overlap += mixed;
+    }
+}
+
+static void NAME(write)(REAL *restrict w, const REAL *restrict g, REAL *restrict b, int64_t n, const Row *r) {
+    REAL ww = (REAL)r->ww, wb = (REAL)r->wb, wg = (REAL)r->wg, bw = (REAL)r->bw, bb = (REAL)r->bb, bg = (REAL)r->bg;
+    if (b) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            REAL x = w[i], y = g[i], z = b[i];
+            w[i] = ww * x + wg * y + wb * z;
+            b[i] = bw * x + bg * y + bb * z;
+        }
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) w[i] = ww * w[i] + wg * g[i];
+    }
+}
+
+/* The coefficients of one row whose products are known; `gg` is that of the tangential gradient. */
+static Row NAME(turn_into)(const Rule *rule, const Job *job, int64_t row, const Products *p, double gg) {
+    double second = 0;
+    if (rule->kind == ADAM) {
+        REAL *v = (REAL *)job->v + row, *v_max = job->v_max ? (REAL *)job->v_max + row : NULL;
+        double new = *v, most = v_max ? *v_max : 0;
+        second = new_second_moment(rule, &new, v_max ? &most : NULL, gg);
+        *v = (REAL)new;
+        if (v_max) *v_max = (REAL)most;
+    }
+    return coefficients(rule, job, p, gg, second, square_of(job, row));
+}
+
+static double NAME(tangential_square)(const Products *p) { return positive(p->gg - p->wg / p->ww * p->wg); }
+
+/* Step `n` rows from row `from` on. `space` has room for them three times where they are in half precision. */
+static void NAME(block)(const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space) {
+    int64_t size = job->size, offset = from * size, entries = n * size;
+    char *w_home = at(job->w, offset, rule->dtype), *b_home = job->b ? at(job->b, offset, rule->dtype) : NULL;
+    REAL *w = (REAL *)w_home, *b = (REAL *)b_home, *g = (REAL *)at(job->g, offset, rule->dtype);
+    if (space) {
+        widen((float *)space, w_home, entries, rule->dtype);
+        widen((float *)space + entries, g, entries, rule->dtype);
+        if (b) widen((float *)space + 2 * entries, b_home, entries, rule->dtype);
+        w = space; g = space + entries; b = b ? space + 2 * entries : NULL;
+    }
+    Products all[ROWS];
+    Row rows[ROWS];
+    for (int64_t i = 0; i < n; i++) NAME(measure)(w + i * size, g + i * size, b ? b + i * size : NULL, size, all + i);
+    for (int64_t i = 0; i < n; i++) {
+        double square = square_of(job, from + i);
+        to_unit(all + i, rule, square);
+        double gg = NAME(tangential_square)(all + i);
+        if (brief_gradient(rule, all + i)) {
+            REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(all[i].wg / all[i].ww);
+            gg = NAME(tangential)(w + i * size, g + i * size, size, to_g, slope) / square;
+        }
+        rows[i] = NAME(turn_into)(rule, job, from + i, all + i, gg);
+        if (rows[i].far) {
+            double norm, overlap;
+            NAME(outcome)(w + i * size, g + i * size, b ? b + i * size : NULL, size, rows + i, &norm, &overlap);
+            settle(rows + i, norm / square, overlap / square);
+        }
+    }
+    for (int64_t i = 0; i < n; i++) NAME(write)(w + i * size, g + i * size, b ? b + i * size : NULL, size, rows + i);
+    if (space) {
+        narrow(w_home, (float *)w, entries, rule->dtype);
+        if (b) narrow(b_home, (float *)b, entries, rule->dtype);
+    }
+}
+
+/* Pointers to a piece of a long row, widened into `space` where it is in half precision. */
+static void NAME(open)(const Rule *rule, const Piece *piece, REAL *space, REAL **w, REAL **g, REAL **b) {
+    const Job *job = piece->job;
+    int64_t offset = piece->row * job->size + piece->start, n = piece->size;
+    *w = (REAL *)at(job->w, offset, rule->dtype);
+    *g = (REAL *)at(job->g, offset, rule->dtype);
+    *b = job->b ? (REAL *)at(job->b, offset, rule->dtype) : NULL;
+    if (space) {
+        widen((float *)space, *w, n, rule->dtype);
+        widen((float *)space + n, *g, n, rule->dtype);
+        if (*b) widen((float *)space + 2 * n, *b, n, rule->dtype);
+        *w = space; *g = space + n; *b = *b ? space + 2 * n : NULL;
+    }
+}
+
+static void NAME(close)(const Rule *rule, const Piece *piece, REAL *w, REAL *b) {
+    int64_t offset = piece->row * piece->job->size + piece->start;
+    narrow(at(piece->job->w, offset, rule->dtype), (float *)w, piece->size, rule->dtype);
+    if (b) narrow(at(piece->job->b, offset, rule->dtype), (float *)b, piece->size, rule->dtype);
+}
+
+/* Step rows that are cut into pieces; called by all threads of a team. Row l has the pieces first[l] ... first[l+1]. */
+static void NAME(long_rows)(const Rule *rule, const Piece *cut, Products *part, Row *rows, const int64_t *first,
+                            int64_t n_long, REAL *space) {
+    int64_t total = first[n_long];
+    REAL *w, *g, *b;
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < total; k++) {
+        NAME(open)(rule, cut + k, space, &w, &g, &b);
+        NAME(measure)(w, g, b, cut[k].size, part + k);
+    }
+#pragma omp single
+    for (int64_t l = 0; l < n_long; l++) {
+        const Piece *piece = cut + first[l];
+        Products sum = {0, 0, 0, 0, 0, 0};
+        for (int64_t k = first[l]; k < first[l + 1]; k++) {
+            sum.ww += part[k].ww; sum.wg += part[k].wg; sum.gg += part[k].gg;
+            sum.wb += part[k].wb; sum.gb += part[k].gb; sum.bb += part[k].bb;
+        }
+        double square = square_of(piece->job, piece->row);
+        to_unit(&sum, rule, square);
+        double gg = NAME(tangential_square)(&sum), norm = 0, overlap = 0;
+        if (brief_gradient(rule, &sum)) { /* seldom, and by one thread */
+            REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(sum.wg / sum.ww);
+            gg = 0;
+            for (int64_t k = first[l]; k < first[l + 1]; k++) {
+                NAME(open)(rule, cut + k, space, &w, &g, &b);
+                gg += NAME(tangential)(w, g, cut[k].size, to_g, slope) / square;
+            }
+        }
+        rows[l] = NAME(turn_into)(rule, piece->job, piece->row, &sum, gg);
+        for (int64_t k = first[l]; rows[l].far && k < first[l + 1]; k++) {
+            double norm_part, overlap_part;
+            NAME(open)(rule, cut + k, space, &w, &g, &b);
+            NAME(outcome)(w, g, b, cut[k].size, rows + l, &norm_part, &overlap_part);
+            norm += norm_part / square; overlap += overlap_part / square;
+        }
+        if (rows[l].far) settle(rows + l, norm, overlap);
+    }
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < total; k++) {
+        int64_t l = owner(first, n_long, k);
+        NAME(open)(rule, cut + k, space, &w, &g, &b);
+        NAME(write)(w, g, b, cut[k].size, rows + l);
+        if (space) NAME(close)(rule, cut + k, w, b);
+    }
+}

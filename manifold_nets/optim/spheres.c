@@ -1,0 +1,221 @@
+/* Steps of RiemannianSGD and RiemannianAdam on the CPU, row by row in cache: the formulas of products.py,
+ * coefficients.py and updates.py. A weight is a matrix whose rows are its groups. Short rows are stepped in blocks that
+ * stay in cache, so that the second pass over them moves no memory; long rows are cut into pieces for all threads, with
+ * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double.
+ *
+ * Compiled at first use by manifold_nets.optim.native, once a machine. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum { SGD, ADAM };
+enum { PIECE = 2048, BLOCK = 16384, ROWS = 64 };
+
+typedef struct {
+    void *w;            /* the weight, changed */
+    const void *g;      /* its gradient */
+    void *b;            /* its moment, changed; null without one */
+    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad */
+    const double *square; /* squared radii: one, or one a row */
+    int64_t rows, size, squares;
+    double take, first, second; /* share of the new gradient; bias corrections 1/(1 - beta^t) of Adam */
+} Job;
+
+typedef struct {
+    int64_t kind, dtype, nesterov, maximize;
+    double lr, keep, beta2, eps; /* keep: momentum, or beta1 */
+} Rule;
+
+typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
+typedef struct { double ww, wb, wg, bw, bb, bg; int far; } Row;
+
+/* The inner products in the coordinates of the unit sphere; whether the tangential gradient has lost digits. */
+static void to_unit(Products *p, const Rule *rule, double square) {
+    double sign = rule->maximize ? -1.0 : 1.0;
+    p->ww /= square; p->wb /= square; p->bb /= square;
+    p->gg *= square; p->wg *= sign; p->gb *= sign;
+}
+
+static double square_of(const Job *job, int64_t row) { return job->square[job->squares > 1 ? row : 0]; }
+
+static double positive(double x) { return x < 0 ? 0.0 : x; } /* keeps NaN */
+
+static int brief_gradient(const Rule *rule, const Products *p) {
+    return rule->kind == ADAM && positive(p->gg - p->wg / p->ww * p->wg) < 0.25 * p->gg;
+}
+
+static double new_second_moment(const Rule *rule, double *v, double *v_max, double gg) {
+    *v += (1.0 - rule->beta2) * (gg - *v);
+    if (!v_max) return *v;
+    *v_max = *v > *v_max || *v != *v ? *v : *v_max;
+    return *v_max;
+}
+
+/* See coefficients.py. `gg` is the squared norm of the tangential gradient. */
+static Row coefficients(const Rule *rule, const Job *job, const Products *p, double gg, double second, double square) {
+    double keep = job->b ? rule->keep : 0.0, take = job->b ? job->take : 0.0, follow = 1.0, ahead = 0.0;
+    if (rule->kind == ADAM) follow = job->first / (sqrt(second * job->second) + rule->eps);
+    else if (!job->b) ahead = 1.0;
+    else if (rule->nesterov) follow = keep, ahead = 1.0;
+    double inverse = 1.0 / p->ww, g_slope = p->wg * inverse, b_slope = p->wb * inverse, lr = rule->lr;
+    double bb = p->bb - b_slope * p->wb, gb = p->gb - b_slope * p->wg;
+    double d_b = follow * keep, d_g = follow * take + ahead;
+    double p_w = -(keep * b_slope + take * g_slope), d_w = -(d_b * b_slope + d_g * g_slope);
+    double length = positive(d_b * d_b * bb + 2.0 * d_b * d_g * gb + d_g * d_g * gg);
+    double overlap = d_b * keep * bb + (d_b * take + d_g * keep) * gb + d_g * take * gg;
+    double scale = (1.0 + 0.0 * length) / sqrt(1.0 + lr * lr * length);
+    double root = lr == 0.0 ? 1.0 : sqrt(inverse), turn = -lr * scale * overlap;
+    double to_g = rule->maximize ? -square : square;
+    Row r;
+    r.ww = scale * (root - lr * d_w); r.wb = -lr * scale * d_b; r.wg = -lr * scale * d_g;
+    r.far = r.wb * r.wb * p->bb + r.wg * r.wg * p->gg > 1.0;
+    r.bw = p_w - turn * r.ww; r.bb = keep - turn * r.wb; r.bg = (take - turn * r.wg) * to_g;
+    r.wg *= to_g;
+    return r;
+}
+
+/* Put the new point on its sphere and the moment in its tangent space, from ||w'||^2/r^2 and <w', b'>/r^2. */
+static void settle(Row *r, double norm, double overlap) {
+    double turn = overlap / norm, scale = (1.0 + 0.0 * norm) / sqrt(norm);
+    r->bw -= turn * r->ww; r->bb -= turn * r->wb; r->bg -= turn * r->wg;
+    r->ww *= scale; r->wb *= scale; r->wg *= scale;
+}
+
+static float from_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16; float y; memcpy(&y, &bits, 4); return y;
+}
+
+static uint16_t to_bfloat16(float x) {
+    uint32_t bits; memcpy(&bits, &x, 4);
+    uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)(x != x ? 0x7fc0u : rounded);
+}
+
+static void widen(float *to, const void *from, int64_t n, int64_t dtype) {
+    if (dtype == BFLOAT16) {
+        const uint16_t *x = from;
+        for (int64_t i = 0; i < n; i++) to[i] = from_bfloat16(x[i]);
+    }
+#ifdef __FLT16_MAX__
+    else {
+        const _Float16 *x = from;
+        for (int64_t i = 0; i < n; i++) to[i] = (float)x[i];
+    }
+#endif
+}
+
+static void narrow(void *to, const float *from, int64_t n, int64_t dtype) {
+    if (dtype == BFLOAT16) {
+        uint16_t *x = to;
+        for (int64_t i = 0; i < n; i++) x[i] = to_bfloat16(from[i]);
+    }
+#ifdef __FLT16_MAX__
+    else {
+        _Float16 *x = to;
+        for (int64_t i = 0; i < n; i++) x[i] = (_Float16)from[i];
+    }
+#endif
+}
+
+static int64_t width(int64_t dtype) { return dtype == FLOAT64 ? 8 : dtype == FLOAT32 ? 4 : 2; }
+static char *at(const void *base, int64_t index, int64_t dtype) { return (char *)base + index * width(dtype); }
+
+typedef struct { const Job *job; int64_t row, start, size; } Piece;
+
+/* The last of `count` sorted starts that is not above a number. */
+static int64_t owner(const int64_t *starts, int64_t count, int64_t unit) {
+    int64_t low = 0, high = count;
+    while (high - low > 1) {
+        int64_t middle = (low + high) / 2;
+        if (starts[middle] <= unit) low = middle; else high = middle;
+    }
+    return low;
+}
+
+#define REAL float
+#define NAME(x) x##_float
+#include "rows.h"
+#undef REAL
+#undef NAME
+#define REAL double
+#define NAME(x) x##_double
+#include "rows.h"
+
+/* Number of the first unit of work of each job; a unit is a block of short rows or a piece of a long one. */
+static int is_long(const Job *job) { return job->size > 4 * BLOCK; }
+static int64_t rows_at_once(const Job *job) {
+    int64_t rows = BLOCK / job->size;
+    return rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
+}
+static int64_t pieces(const Job *job) { return (job->size + BLOCK - 1) / BLOCK; }
+
+/* Whether this build knows a dtype. */
+int spheres_know(int64_t dtype) {
+#ifndef __FLT16_MAX__
+    if (dtype == FLOAT16) return 0;
+#endif
+    return dtype >= FLOAT32 && dtype <= FLOAT16;
+}
+
+/* Take the step of every job; 0, or 1 where there was no memory for it. */
+int spheres_step(const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
+    int64_t units = 0, n_long = 0, n_pieces = 0, scratch = 0, failed = 0;
+    int64_t *starts = malloc(sizeof(int64_t) * (count + 1));
+    if (!starts) return 1;
+    for (int64_t i = 0; i < count; i++) {
+        const Job *job = jobs + i;
+        starts[i] = units;
+        if (is_long(job)) n_long += job->rows, n_pieces += job->rows * pieces(job);
+        else {
+            int64_t block = rows_at_once(job) * job->size;
+            units += (job->rows + rows_at_once(job) - 1) / rows_at_once(job);
+            if (block > scratch) scratch = block;
+        }
+    }
+    starts[count] = units;
+    if (n_pieces && scratch < BLOCK) scratch = BLOCK;
+    int half = rule->dtype == BFLOAT16 || rule->dtype == FLOAT16;
+    Piece *cut = malloc(sizeof(Piece) * (n_pieces + 1));
+    Products *part = malloc(sizeof(Products) * (n_pieces + 1));
+    Row *row = malloc(sizeof(Row) * (n_long + 1));
+    int64_t *first = malloc(sizeof(int64_t) * (n_long + 1));
+    if (!cut || !part || !row || !first) failed = 1;
+    int64_t k = 0, l = 0;
+    for (int64_t i = 0; !failed && i < count; i++)
+        for (int64_t r = 0; is_long(jobs + i) && r < jobs[i].rows; r++, l++) {
+            first[l] = k;
+            for (int64_t s = 0; s < jobs[i].size; s += BLOCK, k++)
+                cut[k] = (Piece){jobs + i, r, s, jobs[i].size - s < BLOCK ? jobs[i].size - s : BLOCK};
+        }
+    if (!failed) first[n_long] = k;
+#pragma omp parallel num_threads((int)threads) if (threads > 1)
+    {
+        float *space = half ? malloc(sizeof(float) * 3 * scratch + 64) : NULL;
+        if (half && !space) {
+#pragma omp atomic write
+            failed = 1;
+        }
+#pragma omp barrier
+        if (!failed) {
+#pragma omp for schedule(dynamic, 4) nowait
+            for (int64_t unit = 0; unit < units; unit++) {
+                int64_t i = owner(starts, count, unit);
+                while (starts[i + 1] == starts[i]) i++; /* long jobs have no units */
+                const Job *job = jobs + i;
+                int64_t from = (unit - starts[i]) * rows_at_once(job), n = job->rows - from;
+                if (n > rows_at_once(job)) n = rows_at_once(job);
+                if (rule->dtype == FLOAT64) block_double(rule, job, from, n, NULL);
+                else block_float(rule, job, from, n, space);
+            }
+            if (n_long) {
+                if (rule->dtype == FLOAT64) long_rows_double(rule, cut, part, row, first, n_long, NULL);
+                else long_rows_float(rule, cut, part, row, first, n_long, space);
+            }
+        }
+        free(space);
+    }
+    free(starts); free(cut); free(part); free(row); free(first);
+    return (int)failed;
+}
