@@ -173,6 +173,8 @@ def check_folder(folder: Path, of: Comparison) -> None:
     summary = summarise(of)
     for told in conclusions(summary):
         assert told in page.text
+    for choice in of.choices:
+        assert choice.reason in page.text
     for row in result_table(summary).rows:
         assert row[0] in page.text
         assert row[2] in page.text.replace("\u00a0", " ")

@@ -168,7 +168,8 @@ class Reach:
         some = f" ({self.reached} of {self.runs} runs)" if self.reached < self.runs else ""
         if not math.isfinite(self.passes):
             return f"not reached{some}"
-        return f"{self.passes:.3g} passes, {self.seconds:.3g} s{some}"
+        noun = "pass" if self.passes == 1 else "passes"
+        return f"{self.passes:.3g} {noun}, {self.seconds:.3g} s{some}"
 
 
 def first_at(errors: ArrayLike, costs: ArrayLike, target: float) -> float:

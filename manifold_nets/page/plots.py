@@ -63,6 +63,7 @@ def plot_settings(font: float) -> Iterator[None]:
         "ytick.labelsize": 0.92 * font,
         "legend.fontsize": 0.92 * font,
         "legend.frameon": False,
+        "legend.handlelength": 3.0,  # long enough for dashes
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,

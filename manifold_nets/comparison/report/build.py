@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from manifold_nets.comparison.measures import cost_ratio, learning_rate_sensitivity, reach
-from manifold_nets.comparison.records import InitialScale, RunResult, Settings
+from manifold_nets.comparison.records import Choice, InitialScale, RunResult, Settings
 from manifold_nets.comparison.report.summary import ContestantSummary, LayerTrace, RescaledStart, Summary
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.comparison.statistics import (
@@ -18,6 +18,7 @@ from manifold_nets.comparison.statistics import (
     friedman,
     mean_interval,
 )
+from manifold_nets.page.markup import plural
 
 __all__ = ["summarise"]
 
@@ -85,6 +86,7 @@ def _compared(comparison: Comparison, contestants: Sequence[ContestantSummary]) 
         critical_difference=difference,
         cliques=joined,
         target=settings.target_error,
+        choices=tuple((_choice_name(choice), choice.reason) for choice in comparison.choices),
         settings=_told(comparison),
     )
 
@@ -158,6 +160,10 @@ def _rescaled(comparison: Comparison, name: str) -> RescaledStart | None:
     return RescaledStart(mean_interval(plain), mean_interval(same), own, mean_interval(tests))
 
 
+def _choice_name(choice: Choice) -> str:
+    return choice.optimizer if choice.initial_scale == "plain" else f"{choice.optimizer}, {choice.initial_scale}"
+
+
 def _told(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     settings, environment = comparison.settings, comparison.environment
     data = (("data", settings.data),) if settings.data is not None else ()
@@ -176,7 +182,7 @@ def _told(comparison: Comparison) -> tuple[tuple[str, str], ...]:
         ("schedule", settings.schedule),
         ("validation", f"{100 * settings.validation:g} % of the training data, where the task has no split"),
         ("initial filters", " and ".join(settings.initial_scales)),
-        ("device", f"{settings.device}, {settings.threads} threads a run"),
+        ("device", f"{settings.device}, {plural(settings.threads, 'thread')} a run"),
         ("versions", versions),
         ("machine", environment.machine),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,8 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
     ]
     sections += [
         Section("differences", "All differences", _differences(summary)),
-        Section("settings", "What was run", _settings(summary)),
+        Section("choices", "How the learning rates were chosen", _facts(summary.choices)),
+        Section("settings", "What was run", _facts(summary.settings)),
     ]
     return document(summary.title, "comparison of optimizers", sections, style=series_style_sheet() + style)
 
@@ -118,5 +119,5 @@ def _differences(summary: Summary) -> str:
     return f"<details><summary>{plural(len(found.rows), 'pair')}</summary>{_table(found)}</details>"
 
 
-def _settings(summary: Summary) -> str:
-    return facts((escape(name), escape(value)) for name, value in summary.settings) if summary.settings else ""
+def _facts(pairs: Sequence[tuple[str, str]]) -> str:
+    return facts((escape(name), escape(value)) for name, value in pairs) if pairs else ""

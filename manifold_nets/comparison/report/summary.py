@@ -100,6 +100,7 @@ class Summary:
         critical_difference: of mean ranks; NaN where there is no test.
         cliques: contestants that it cannot tell apart, as places in `contestants`.
         target: the validation error of the time-to-target table.
+        choices: how each learning rate was chosen, contestant and reason.
         settings: what was run, name and value.
     """
 
@@ -111,4 +112,5 @@ class Summary:
     critical_difference: float
     cliques: tuple[tuple[int, ...], ...]
     target: float
+    choices: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, str], ...]

@@ -51,7 +51,7 @@ class Drawing:
 def _layers_told(summary: Summary) -> str:
     names = {layer.name for contestant in summary.contestants for layer in contestant.layers}
     shown = shown_layers(summary)
-    some = f" {len(shown)} of {len(names)} layers are drawn; the tables have all." if len(shown) < len(names) else ""
+    some = f" {len(shown)} of {len(names)} layers are drawn; epochs.csv has all." if len(shown) < len(names) else ""
     return (
         "How far a filter turns in one step, and how long the filters of a layer are: medians over the seeds. "
         f"On spheres the length stays.{some}"

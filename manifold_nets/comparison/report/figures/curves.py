@@ -36,7 +36,7 @@ def new_figure(size: Size, height: float) -> Figure:
 def _legend(figure: Figure, axes: Any, size: Size) -> None:
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels), default=1)
-    columns = max(1, int((size.width * 72 / size.font) / (0.62 * longest + 5.5)))
+    columns = max(1, int((size.width * 72 / size.font) / (0.62 * longest + 6.5)))
     rows = math.ceil(len(labels) / columns)
     figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / max(rows, 1)))
 
