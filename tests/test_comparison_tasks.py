@@ -130,6 +130,14 @@ def test_tasks_can_be_sent_to_other_processes_and_recorded(name: str, tmp_path: 
     assert json.loads(json.dumps(task.to_dict()))["sizes"] == task.sizes()
 
 
+def test_example_inputs_are_fewer_where_they_are_large() -> None:
+    x, y = torch.zeros(20, 3, 200, 200), torch.arange(20) % 2
+    large = task_from_data((x, y), (x, y), (x, y))
+    assert large.example_inputs().shape == (2, 3, 200, 200)
+    assert load_task("digits").example_inputs().shape == (16, 1, 8, 8)
+    assert large.example_inputs(30).shape[0] == 20
+
+
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from manifold_nets.comparison.tasks.errors import TaskSourceError
 __all__ = ["PART_NAMES", "DatasetPart", "Part", "Task", "TensorPart", "evaluate"]
 
 PART_NAMES = ("train", "validation", "test")
+_EXAMPLE_NUMBERS = 50_000
 
 
 class Part(Protocol):
@@ -141,9 +143,15 @@ class Task:
         """Return the number of examples in each part."""
         return {name: len(self.parts[name]) for name in PART_NAMES}
 
-    def example_inputs(self, count: int = 16) -> Any:
-        """Return the first training inputs, for `manifold_nets.diagnose` and `manifold_nets.convert`."""
+    def example_inputs(self, count: int | None = None) -> Any:
+        """Return the first training inputs, for `manifold_nets.diagnose` and `manifold_nets.convert`.
+
+        Args:
+            count: how many; 16 when left out, fewer of large inputs, whose analysis would take memory and time.
+        """
         part = self.parts["train"]
+        if count is None:
+            count = max(2, min(16, _EXAMPLE_NUMBERS // max(1, math.prod(self.input_shape))))
         return part.batch(torch.arange(min(count, len(part))))[0]
 
     def to(self, device: torch.device | str) -> Task:
