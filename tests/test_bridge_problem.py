@@ -1,5 +1,6 @@
 """Networks as pymanopt problems: gradients and Hessians by oracles and slopes, and what a cost leaves alone."""
 
+import contextlib
 import copy
 import importlib
 import io
@@ -476,6 +477,31 @@ def test_dropped_iterations_leave_no_thread_and_errors_reach_the_caller() -> Non
     failing = bridge.problem(batch_normalized_mlp(), cross_entropy, *digits_like(), on_cost=fails)
     with pytest.raises(ZeroDivisionError):
         next(bridge.iterations(optimizer_of("TrustRegions", 5), failing))
+
+
+@pytest.mark.slow
+def test_trust_regions_get_further_than_conjugate_gradients_with_as_many_costs() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    data = datasets.load_digits()
+    inputs, targets = torch.tensor(data.data[:500] / 16), torch.tensor(data.target[:500])
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 20), nn.BatchNorm1d(20), nn.GELU(), nn.Linear(20, 10)).double()
+    model = mn.convert(model, inputs)
+    lowest = {}
+    for name in ("ConjugateGradient", "TrustRegions"):
+        costs = []
+
+        def record(_, cost: float, costs: list[float] = costs) -> None:
+            costs.append(cost)
+            if len(costs) == 30:
+                raise StopIteration
+
+        problem = bridge.problem(model, cross_entropy, inputs, targets, on_cost=record)
+        with contextlib.suppress(StopIteration):
+            optimizer_of(name, 1000).run(problem, initial_point=problem.initial_point())
+        assert len(costs) <= 30
+        lowest[name] = min(costs)
+    assert lowest["TrustRegions"] < 0.1 * lowest["ConjugateGradient"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
