@@ -29,7 +29,7 @@ from manifold_nets.symmetry.graph import Inputs, output_tensors
 from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
 from manifold_nets.symmetry.twin import is_continuous
 
-__all__ = ["EulerField", "euler_field", "run", "silent_field"]
+__all__ = ["EulerField", "euler_field", "run", "second_field", "silent_field"]
 
 # torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
 NEGLIGIBLE_EPS = 1e-30
@@ -129,6 +129,35 @@ class EulerField:
     def products(self, name: str) -> Tensor:
         """The Euler field ``e = w ⊙ ∂L/∂w`` of a parameter."""
         return self.weights[name] * self.gradients[name]
+
+
+def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
+    """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
+
+    What vanishes at both points does not vanish by accident. Where the model refuses inputs that are moved, or answers
+    them with what is not finite, it gets those of the first pass.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
+        return leaf + 0.5 * leaf.abs().mean() * noise
+
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if is_continuous(parameter):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                # New storage: the first field goes on holding the weights at its own point.
+                parameter.data = parameter.data * (1 + 0.2 * noise.to(parameter.device))
+    try:
+        field = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
+        if all(bool(gradient.isfinite().all()) for gradient in field.gradients.values()):
+            return field
+    except ExampleInputsError:
+        pass
+    return euler_field(twin, inputs, seed + 1, logits=logits)
 
 
 def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError
-from manifold_nets.symmetry.certificate import EulerField, euler_field, run, silent_field
+from manifold_nets.symmetry.certificate import EulerField, euler_field, run, second_field, silent_field
 from manifold_nets.symmetry.certifier import Certifier
 from manifold_nets.symmetry.find import follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
@@ -17,6 +18,7 @@ from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
 from manifold_nets.symmetry.modules import module_graph
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
+from manifold_nets.symmetry.reverse_search import search_unexplained
 from manifold_nets.symmetry.shift_certificate import Loss, sees_no_shift
 from manifold_nets.symmetry.shifts import shift_symmetries
 from manifold_nets.symmetry.twin import analysis_copy, is_continuous, is_meta, random_numbers
@@ -78,15 +80,19 @@ def diagnose(
         variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
         logits = not meta and sees_no_shift(loss, twin, inputs)
         field = silent_field(twin) if meta else euler_field(twin, inputs, seed, logits=logits)
+        again = field if meta else second_field(twin, inputs, seed, logits=logits)
     if isinstance(graph, AnalysisError):
-        return _by_certificate(model, twin, field, graph, tolerance, example_inputs)
+        report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
+        return replace(report, unexplained=search_unexplained((field, again), (), (), (), tolerance))
     constrained = {weight.name for weight in constrained_weights(model)}
     findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
     families = certified_families(solve_jointly(graph), field, tolerance)
     shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
+    unexplained = search_unexplained((field, again), findings, families, shifts, tolerance)
     return SymmetryReport(
-        type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families, shifts
-    )
+        type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families, shifts,
+        unexplained,
+    )  # fmt: skip
 
 
 def _by_structure(judge: Judge, constrained: set[str]) -> list[WeightFinding]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.modules import GraphNode
+from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
 
 if TYPE_CHECKING:
     from manifold_nets.symmetry.shift_report import ShiftSymmetry
@@ -254,6 +255,7 @@ class SymmetryReport:
         example_inputs: the inputs of the analysis, kept for conversion; not part of the JSON form.
         graph: the network, module by module in the order of execution; empty where it could not be traced.
         shifts: constants that can be added to biases and rows: dead biases, ``W + 1vᵀ``, shifts of logits.
+        unexplained: what the certificate, searching the other way, finds invariant beyond all of these.
     """
 
     model: str
@@ -263,6 +265,7 @@ class SymmetryReport:
     graph: tuple[GraphNode, ...] = field(default=(), repr=False)
     families: tuple[SymmetryFamily, ...] = ()
     shifts: tuple[ShiftSymmetry, ...] = ()
+    unexplained: tuple[UnexplainedSymmetry, ...] = ()
 
     @property
     def invariant(self) -> tuple[WeightFinding, ...]:
@@ -286,8 +289,8 @@ class SymmetryReport:
 
     @property
     def unexplained_groups(self) -> int:
-        """How many groups the certificate calls invariant without an explanation by structure."""
-        return sum(max(0, w.certificate.groups_certified - w.free_filters) for w in self.weights if w.partition is None)
+        """How many independent groups the certificate calls invariant without an explanation by structure."""
+        return sum(found.count for found in self.unexplained)
 
     def __getitem__(self, name: str) -> WeightFinding:
         for finding in self.weights:
@@ -305,6 +308,7 @@ class SymmetryReport:
             "unexplained_groups": self.unexplained_groups,
             "families": [family.to_dict() for family in self.families],
             "shifts": [shift.to_dict() for shift in self.shifts],
+            "unexplained": [found.to_dict() for found in self.unexplained],
             "weights": [weight.to_dict() for weight in self.weights],
             "graph": [node.to_dict() for node in self.graph],
         }
@@ -331,6 +335,9 @@ class SymmetryReport:
         if self.shifts:
             lines.append("Shifts that the function does not see:")
             lines.extend(f"  {shift}" for shift in self.shifts)
+        if self.unexplained:
+            lines.append("Invariant groups that the structure does not explain:")
+            lines.extend(f"  {found}" for found in self.unexplained)
         return "\n".join(lines)
 
 
