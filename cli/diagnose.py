@@ -15,7 +15,7 @@ from manifold_nets.symmetry.page import write_page
 from .learning_rates import optimizer_options, shown_rates
 from .options import OutputFile, Request, model_options
 from .outcome import Outcome, reported
-from .render import families_table, progress, report_table, shifts_table
+from .render import families_table, progress, report_table, shifts_table, unexplained_table
 
 
 @click.command()
@@ -50,6 +50,9 @@ def diagnose(
         shown.append(families)
     if report.shifts:
         shown.append(shifts_table(report))
+    if report.unexplained:
+        shown.append(unexplained_table(report))
+        shown.append(f"{report.unexplained_groups} invariant groups are not explained by the structure.")
     if settings is not None:
         rates = matched_learning_rates(model, report, **vars(settings))
         document["learning_rates"] = rates.to_dict()

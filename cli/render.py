@@ -25,6 +25,7 @@ __all__ = [
     "rows_table",
     "shifts_table",
     "show",
+    "unexplained_table",
 ]
 
 # Where output goes to a file there is no window to fit into, and a line should stay a line.
@@ -131,6 +132,17 @@ def shifts_table(report: SymmetryReport) -> Table:
         certificate = f"{max(values):.1e}" if verdict == "invariant" else f"{verdict}"
         names = dict.fromkeys(name for shift in shifts for name in shift.parameters)
         table.add_row(kind, str(sum(s.count for s in shifts)), certificate, listed(names, limit=2), operations)
+    return table
+
+
+def unexplained_table(report: SymmetryReport) -> Table:
+    """Tabulate what the certificate finds invariant and structure does not explain, one row a parameter and kind."""
+    table = _table(
+        "parameters", "kind", "count", "certificate", "groups", title="Invariant, not explained by the structure"
+    )
+    for found in report.unexplained:
+        names = " with ".join(found.parameters)
+        table.add_row(names, found.kind, str(found.count), f"{found.value:.1e}", str(found.partition))
     return table
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -125,10 +125,24 @@ class EulerField:
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
     silent: bool = False
+    _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def products(self, name: str) -> Tensor:
         """The Euler field ``e = w ⊙ ∂L/∂w`` of a parameter."""
         return self.weights[name] * self.gradients[name]
+
+    def moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """``w ⊙ g``, ``w²`` and ``g²``, summed over the kernel where there is one.
+
+        Those of convolutions are computed once: they are smaller than the weights, and everyone asks for them.
+        """
+        w, g = self.weights[name], self.gradients[name]
+        if w.ndim <= 2:
+            return w * g, w * w, g * g
+        if name not in self._moments:
+            w, g = w.flatten(2), g.flatten(2)
+            self._moments[name] = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
+        return self._moments[name]
 
 
 def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
@@ -152,9 +166,9 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
                 # New storage: the first field goes on holding the weights at its own point.
                 parameter.data = parameter.data * (1 + 0.2 * noise.to(parameter.device))
     try:
-        field = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
-        if all(bool(gradient.isfinite().all()) for gradient in field.gradients.values()):
-            return field
+        found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
+        if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
+            return found
     except ExampleInputsError:
         pass
     return euler_field(twin, inputs, seed + 1, logits=logits)

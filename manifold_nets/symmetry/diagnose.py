@@ -88,7 +88,7 @@ def diagnose(
     findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
     families = certified_families(solve_jointly(graph), field, tolerance)
     shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
-    unexplained = search_unexplained((field, again), findings, families, shifts, tolerance)
+    unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph)
     return SymmetryReport(
         type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families, shifts,
         unexplained,

@@ -10,7 +10,7 @@ Source: the symmetries of Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, sec
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,14 +77,19 @@ class JointStructure:
         return found
 
 
-def solve_jointly(graph: TracedGraph) -> JointStructure:
-    """Give every parameter its scales, follow them all, and return what the network demands of them."""
+def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStructure:
+    """Give every parameter its scales, follow them all, and return what the network demands of them.
+
+    Args:
+        graph: the network.
+        without: parameters that take part in nothing: dead biases, whose scale never matters.
+    """
     scales = Scales()
     seeds: dict[str, _Seed] = {}
     labels: dict[Node, Label] = {}
     for name in dict.fromkeys(graph.parameters.values()):
         sources = [node for node in graph.placeholders_of(name) if node.users]
-        if not sources or not tuple(sources[0].meta["val"].shape):
+        if not sources or name in without or not tuple(sources[0].meta["val"].shape):
             continue
         part, partition, label = _seed(sources)
         ids = scales.add(partition.n_groups)
@@ -148,7 +153,7 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
     energies: dict[str, _Energies] = {}
     for name, part, partition, _, _ in joint.parts():
         if name not in energies:
-            energies[name] = _Energies.of(euler.weights[name], euler.gradients[name], partition)
+            energies[name] = _Energies.of(euler, name, partition)
         sums[name, part], sizes[name, part] = energies[name].by_group(partition)
     floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
     families: dict[Any, _Tally] = {}
@@ -181,15 +186,12 @@ class _Energies:
     kernel: int
 
     @classmethod
-    def of(cls, weight: Tensor, gradient: Tensor, partition: Partition) -> _Energies:
+    def of(cls, euler: EulerField, name: str, partition: Partition) -> _Energies:
+        weight, gradient = euler.weights[name], euler.gradients[name]
         kernel = max(weight.ndim - 2, 0)
         if any(axis >= len(partition.view) - kernel for axis in partition.kept):
-            kernel = 0
-
-        def summed(x: Tensor, y: Tensor) -> Tensor:
-            return (x * y).flatten(2).sum(2) if kernel else x * y
-
-        return cls(summed(weight, gradient), summed(weight, weight), summed(gradient, gradient), kernel)
+            return cls(weight * gradient, weight * weight, gradient * gradient, 0)
+        return cls(*euler.moments(name), kernel)
 
     def by_group(self, partition: Partition) -> tuple[list[float], list[float]]:
         """Sums of w ⊙ g and products ‖w‖‖g‖ of the groups of a partition of the parameter."""

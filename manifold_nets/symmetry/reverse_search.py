@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.graph import TracedGraph
+from manifold_nets.symmetry.joint import JointStructure, solve_jointly
 from manifold_nets.symmetry.report import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
 from manifold_nets.symmetry.shift_search import unexplained_shifts
@@ -26,53 +28,46 @@ from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
 
 __all__ = ["search_unexplained"]
 
-Key = tuple[str, int, int]
+# A parameter, a partition of it (the number of an axis where its groups are the slices along it), and a group.
+Axis = int | tuple[tuple[int, ...], tuple[int, ...]]
+Key = tuple[str, Axis, int]
 Direction = dict[Key, float]
-Numbers = NDArray[np.float64]
 
 
 @dataclass
 class _Explained:
-    """The directions that structure knows, as coordinates (parameter, axis, index): one for each slice of an axis."""
+    """The directions that structure knows, with a coordinate for each group of each partition in use."""
 
-    shapes: Mapping[str, tuple[int, ...]]
-    by_name: dict[str, list[Direction]] = field(default_factory=dict)
-    dead: set[Key] = field(default_factory=set)
+    directions: list[Direction] = field(default_factory=list)
+    counts: dict[str, dict[Axis, int]] = field(default_factory=dict)
+    span: Span | None = None
 
     def add(self, direction: Direction) -> None:
-        for name in {key[0] for key in direction}:
-            self.by_name.setdefault(name, []).append(direction)
+        self.directions.append(direction)
 
-    def within(self, names: tuple[str, ...], axis: int) -> Iterator[Direction]:
-        """Directions that move nothing but these parameters (the first along this axis) and entries without effect."""
-        for name in names:
-            for direction in self.by_name.get(name, []):
-                moved: Direction | None = {}
-                for key, value in direction.items():
-                    if key in self.dead:
-                        continue
-                    if key[0] not in names:
-                        moved = None
-                        break
-                    moved[key] = value
-                if moved:
-                    turned = self._along(moved, names[0], axis)
-                    if turned is not None:
-                        yield turned
-        yield from ({key: 1.0} for key in self.dead if key[0] in names[1:])
+    def axis(self, name: str, partition: Partition) -> Axis:
+        """The name of a partition among those in use."""
+        plain = partition.view == partition.shape and len(partition.kept) == 1
+        found: Axis = partition.kept[0] if plain else (partition.view, partition.kept)
+        self.counts.setdefault(name, {})[found] = partition.n_groups
+        return found
 
-    def _along(self, direction: Direction, name: str, axis: int) -> Direction | None:
-        """The direction with the slices of a parameter along an axis; None where it is no sum of such slices."""
-        others = {key[1] for key in direction if key[0] == name} - {axis}
-        if not others:
-            return direction
-        values = {key: value for key, value in direction.items() if key[0] == name}
-        size = self.shapes[name][next(iter(others))]
-        if len(others) > 1 or len(values) != size or len(set(values.values())) > 1:
-            return None
-        rest = {key: value for key, value in direction.items() if key[0] != name}
-        common = next(iter(values.values()))
-        return {**rest, **{(name, axis, index): common for index in range(self.shapes[name][axis])}}
+    def add_joint(self, joint: JointStructure) -> None:
+        """Take in the symmetries of the solved equations of a network."""
+        axes = {(name, part): self.axis(name, partition) for name, part, partition, _, _ in joint.parts()}
+        for symmetry in joint.symmetries().values():
+            self.add({(place[0], axes[place], k): c for place, part in symmetry.items() for k, c in part.items()})
+
+    def covers(self, direction: Direction) -> bool:
+        """Whether a direction is a combination of those that are known."""
+        if self.span is None:
+            # Whatever the partition, all its groups together are the whole parameter.
+            wholes: list[Direction] = []
+            for name, counts in self.counts.items():
+                first, *others = [{(name, axis, k): 1.0 for k in range(n)} for axis, n in counts.items()]
+                wholes += [{**first, **dict.fromkeys(other, -1.0)} for other in others]
+            self.span = Span([*self.directions, *wholes])
+        return not self.span.add(direction)
 
 
 def search_unexplained(
@@ -81,6 +76,7 @@ def search_unexplained(
     families: Iterable[SymmetryFamily],
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
+    graph: TracedGraph | None = None,
 ) -> tuple[UnexplainedSymmetry, ...]:
     """Search for invariant groups that structure does not explain.
 
@@ -90,26 +86,35 @@ def search_unexplained(
         families: the symmetries that structure found.
         shifts: the shifts that structure found.
         tolerance: largest certificate value of an invariant group.
+        graph: the network, where there is one.
 
     Returns:
         The groups that no combination of what structure found accounts for, parameter by parameter.
     """
-    shifts = tuple(shifts)
+    findings, families, shifts = tuple(findings), tuple(families), tuple(shifts)
     if any(euler.silent for euler in fields):
         return ()
     shapes = {name: tuple(weight.shape) for name, weight in fields[0].weights.items()}
-    explained = _explained(shapes, findings, families, shifts)
+    explained = _explained(findings, families, shifts)
     floors = [EVIDENCE_FLOOR * _largest(euler) for euler in fields]
-    found: list[UnexplainedSymmetry] = []
-    for name, shape in shapes.items():
-        span_of_name: list[UnexplainedSymmetry] = []
-        for axis in range(min(len(shape), 2)):
-            if axis > 0 and shape[axis] == 1:
-                continue
-            for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]:
-                search = _Search(fields, names, shape, axis, floors, tolerance)
-                span_of_name += search.unexplained(explained)
-        found += span_of_name
+    sums = _SliceSums(fields)
+    searches = [
+        _Search(sums, names, shape, axis, floors, tolerance)
+        for name, shape in shapes.items()
+        for axis in range(min(len(shape), 2))
+        for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]
+    ]
+    for search in searches:
+        search.mark(explained)
+    found = [symmetry for search in searches for symmetry in search.unexplained(explained)]
+    dead = _dead(shapes, shifts)
+    if found and dead and graph is not None:
+        # Biases that are dead cannot tie scales either, as they do in the equations above.
+        explained = _explained(findings, families, shifts)
+        explained.add_joint(solve_jointly(graph, dead))
+        for search in searches:
+            search.mark(explained)
+        found = [symmetry for search in searches for symmetry in search.unexplained(explained)]
     return (*found, *unexplained_shifts(fields, shifts, tolerance))
 
 
@@ -130,36 +135,38 @@ def _companions(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> 
     return found
 
 
-def _explained(
-    shapes: Mapping[str, tuple[int, ...]],
-    findings: Iterable[WeightFinding],
-    families: Iterable[SymmetryFamily],
-    shifts: Iterable[ShiftSymmetry],
-) -> _Explained:
-    explained = _Explained(shapes)
+def _dead(shapes: Mapping[str, tuple[int, ...]], shifts: Iterable[ShiftSymmetry]) -> set[str]:
+    """Vectors of which every entry is dead."""
+    entries: dict[str, int] = {}
     for shift in shifts:
         if shift.kind == "dead bias" and shift.certificate.verdict == "invariant":
-            explained.dead |= {(name, 0, index) for d in shift.directions for name, part in d.items() for index in part}
+            for name in shift.parameters:
+                entries[name] = entries.get(name, 0) + sum(name in direction for direction in shift.directions)
+    return {name for name, count in entries.items() if shapes[name] == (count,)}
+
+
+def _explained(
+    findings: Iterable[WeightFinding], families: Iterable[SymmetryFamily], shifts: Iterable[ShiftSymmetry]
+) -> _Explained:
+    explained = _Explained()
+    for shift in shifts:
+        if shift.kind == "dead bias" and shift.certificate.verdict == "invariant":
+            for direction in shift.directions:
+                for name, part in direction.items():
+                    for index in part:
+                        explained.add({(name, 0, index): 1.0})
     for family in families:
         if family.certificate.verdict != "invariant":
             continue
+        axes = {place: explained.axis(place[0], partition) for place, partition in family.partitions.items()}
         for symmetry in family.symmetries:
-            direction: Direction = {}
-            for place, exponents in symmetry.items():
-                axis = _axis_of(family.partitions[place])
-                direction.update({(place[0], axis, index): c for index, c in exponents.items()})
-            explained.add(direction)
+            explained.add(
+                {(place[0], axes[place], index): c for place, part in symmetry.items() for index, c in part.items()}
+            )
     for finding in findings:
         if finding.partition is not None and finding.certificate.verdict == "invariant":
             _add_finding(explained, finding, finding.partition)
     return explained
-
-
-def _axis_of(partition: Partition) -> int:
-    """The axis along which a partition cuts slices; −1 where its groups are no slices of one axis."""
-    if partition.view == partition.shape and len(partition.kept) == 1:
-        return partition.kept[0]
-    return 0 if len(partition.shape) == 1 else -1
 
 
 def _add_finding(explained: _Explained, finding: WeightFinding, partition: Partition) -> None:
@@ -167,7 +174,11 @@ def _add_finding(explained: _Explained, finding: WeightFinding, partition: Parti
     along: dict[int, Direction] = {}
     for bias in finding.scaled_along:
         for index, group in enumerate(bias.groups):
+            if group < 0:
+                continue
             along.setdefault(group, {})[bias.name, 0, index] = 1.0
+    if finding.finer_groups == finding.shape[0]:
+        partition = Partition.filters(finding.shape)  # rows of a table of which one is zero
     for axis in range(min(len(finding.shape), 2)):
         for slices, groups in _slices_of_groups(partition, axis):
             direction: Direction = {(finding.name, axis, index): 1.0 for index in slices}
@@ -197,11 +208,33 @@ def _slices_of_groups(partition: Partition, axis: int) -> list[tuple[list[int], 
     return [(slices.tolist(), np.unique(ids[slices]).tolist()) for slices in np.split(order, cuts)]
 
 
+class _SliceSums:
+    """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at both points; each is computed once."""
+
+    def __init__(self, fields: tuple[EulerField, EulerField]) -> None:
+        self.fields = fields
+        self.known: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
+
+    def of(self, name: str, axis: int) -> list[NDArray[np.float64]]:
+        """For each point an array of shape (3, slices)."""
+        if (name, axis) not in self.known:
+            self.known[name, axis] = [
+                np.stack([_along(moment, axis).cpu().numpy() for moment in euler.moments(name)])
+                for euler in self.fields
+            ]
+        return self.known[name, axis]
+
+
+def _along(x: Tensor, axis: int) -> Tensor:
+    others = [k for k in range(x.ndim) if k != axis]
+    return x.sum(others) if others else x
+
+
 @dataclass
 class _Search:
     """Sums over the slices of a parameter along an axis, with the entries of a companion, at both points."""
 
-    fields: tuple[EulerField, EulerField]
+    sums: _SliceSums
     names: tuple[str, ...]
     shape: tuple[int, ...]
     axis: int
@@ -209,47 +242,35 @@ class _Search:
     tolerance: float
 
     def __post_init__(self) -> None:
-        self.slices = Partition(self.shape, self.shape, (self.axis,)) if self.shape else Partition((), (), ())
-        self.units = [self._unit_sums(euler) for euler in self.fields]
-
-    def _unit_sums(self, euler: EulerField) -> tuple[Numbers, Numbers, Numbers]:
-        """Σ w ⊙ g, Σ w² and Σ g² of each slice."""
-        total: list[Any] = [0.0, 0.0, 0.0]
-        for name in self.names:
-            partition = self.slices if name == self.names[0] else Partition.filters(tuple(euler.weights[name].shape))
-            w, g = euler.weights[name], euler.gradients[name]
-            for k, (x, y) in enumerate(((w, g), (w, w), (g, g))):
-                total[k] = total[k] + partition.inner(x, y).flatten().cpu().numpy()
-        return total[0], total[1], total[2]
+        self.slices = Partition(self.shape, self.shape, (self.axis,))
+        parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
+        self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
 
     def unexplained(self, explained: _Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
-        certified = [(partition, members, values) for partition, members, values in self._levels() if len(values)]
-        if not certified:
-            return []
-        span = Span(explained.within(self.names, self.axis))
-        for index in np.flatnonzero(~self._has_evidence()).tolist():
-            span.add(self._direction([index]))
         found = []
-        for partition, members, values in certified:
-            new = [number for number, units in members if span.add(self._direction(units))]
+        for partition, members, values in self._levels():
+            new = [number for number, units in members if not explained.covers(self._direction(units))]
             if new:
                 found.append(
                     UnexplainedSymmetry("scale", self.names, partition, tuple(new), max(values[n] for n in new))
                 )
         return found
 
+    def mark(self, explained: _Explained) -> None:
+        """Take the slices without a gradient out of the search: nothing can be found of them."""
+        explained.axis(self.names[0], self.slices)
+        sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
+        for index in np.flatnonzero(~(sizes[0] & sizes[1])).tolist():
+            explained.add(self._direction([index]))
+
     def _direction(self, units: Iterable[int]) -> Direction:
         places = [(self.names[0], self.axis), *((name, 0) for name in self.names[1:])]
         return {(name, axis, int(unit)): 1.0 for unit in units for name, axis in places}
 
-    def _has_evidence(self) -> NDArray[np.bool_]:
-        sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
-        return np.asarray(sizes[0] & sizes[1])
-
     def _levels(self) -> Iterator[tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]]:
         """Partitions from fine to coarse, with the groups that are invariant at both points and their values."""
-        count = self.shape[self.axis] if self.shape else 1
+        count = self.shape[self.axis]
         index = np.arange(count)
         if len(self.shape) > 1 or len(self.names) > 1:
             yield self._judged(self.slices, index[:, None])
@@ -260,7 +281,8 @@ class _Search:
             yield self._judged(consecutive, index.reshape(blocks, size))
             interleaved = Partition(self.shape, (*before, size, blocks, *after), (self.axis + 1,))
             yield self._judged(interleaved, index.reshape(size, blocks).T)
-        if self.axis == 0:
+        # Slices along any axis are finer than the whole.
+        if len(self.names) > 1 or self.axis == min(len(self.shape), 2) - 1:
             yield self._judged(Partition.whole(self.shape), index[None, :])
 
     def _judged(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
@@ -17,7 +18,7 @@ from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
 __all__ = ["unexplained_shifts"]
 
 # Blocks of filters that share a row: heads and groups of normalizations.
-_MOST_BLOCKS = 64
+_MOST_BLOCKS = 48
 
 
 def unexplained_shifts(
@@ -29,7 +30,8 @@ def unexplained_shifts(
         if len(shift.parameters) == 1 and shift.certificate.verdict == "invariant":
             known.setdefault(shift.parameters[0], []).append(shift)
     floors = tuple(
-        EVIDENCE_FLOOR * max((float(g.abs().max()) for g in f.gradients.values() if g.numel()), default=0.0) for f in fields
+        EVIDENCE_FLOOR * max((float(g.abs().max()) for g in f.gradients.values() if g.numel()), default=0.0)
+        for f in fields
     )
     found: list[UnexplainedSymmetry] = []
     for name in fields[0].gradients:
@@ -37,20 +39,22 @@ def unexplained_shifts(
         if not gradients[0].numel() or not all(bool(g.any()) for g in gradients):
             continue
         if gradients[0].ndim == 1:
-            found += _of_vector(name, gradients, floors, known.get(name, []), tolerance)
+            beside = tuple(_beside(name, euler) for euler in fields)
+            found += _of_vector(name, gradients, beside, floors, known.get(name, []), tolerance)
         elif gradients[0].ndim > 1:
             found += _of_tensor(name, gradients, floors, known.get(name, []), tolerance)
     return found
 
 
-def _values(gradients: Iterable[Tensor], floors: Iterable[float], partition: Partition) -> Tensor:
-    """Largest certificate value of each group over both points; infinite where a gradient vanishes."""
-    worst = torch.zeros(partition.n_groups, dtype=torch.float64)
-    for gradient, floor in zip(gradients, floors, strict=True):
-        norms = partition.norms(gradient).flatten().cpu()
-        sums = partition.sum(gradient).flatten().cpu().abs()
-        values = sums / (norms * partition.group_size**0.5)
-        worst = torch.maximum(worst, torch.where(norms > floor, values, torch.inf))
+def _values(totals: Iterable[Sequence[Tensor]], floors: Iterable[float], size: int, tolerance: float) -> Tensor:
+    """Largest certificate value of each group over the points, from the sums of its gradients and their squares."""
+    worst = torch.zeros(())
+    for (sums, squares), floor in zip(totals, floors, strict=True):
+        norms = squares.flatten().cpu().sqrt()
+        values = sums.flatten().cpu().abs() / (norms * size**0.5)
+        worst = torch.maximum(torch.where(norms > floor, values, torch.inf), worst)
+        if not bool((worst <= tolerance).any()):
+            break  # most are refuted at the first point
     return worst
 
 
@@ -58,19 +62,28 @@ def _values(gradients: Iterable[Tensor], floors: Iterable[float], partition: Par
 
 
 def _of_vector(
-    name: str, gradients: tuple[Tensor, ...], floors: tuple[float, ...], known: list[ShiftSymmetry], tolerance: float
+    name: str,
+    gradients: tuple[Tensor, ...],
+    beside: tuple[float, ...],
+    floors: tuple[float, ...],
+    known: list[ShiftSymmetry],
+    tolerance: float,
 ) -> Iterator[UnexplainedSymmetry]:
     """Entries that do nothing, then blocks of entries, interleaved ones, and all entries."""
     count = len(gradients[0])
     span = Span(direction[name] for shift in known for direction in shift.directions)
     sizes = [gradient.abs().cpu().numpy() for gradient in gradients]
-    # What cancels leaves rounding; what is exactly zero was never reached and proves nothing.
-    dead = np.all([(s > 0) & (s <= floor) for s, floor in zip(sizes, floors, strict=True)], axis=0)
-    new = [index for index in np.flatnonzero(dead).tolist() if span.add({index: 1.0})]
-    if new:
-        largest = max(float(s.max()) for s in sizes)
-        value = max(float(s[new].max()) for s in sizes) / largest if largest else 0.0
-        yield UnexplainedSymmetry("shift", (name,), Partition((count,), (count,), (0,)), tuple(new), value)
+    for blocks in (n for n in (3, 2, 1) if count % n == 0):
+        partition = Partition((count,), (blocks, count // blocks), (0,))
+        size = count // blocks
+        new = []
+        for block in _dead_blocks(sizes, beside, blocks):
+            added = [span.add({index: 1.0}) for index in range(block * size, (block + 1) * size)]
+            if any(added):
+                new.append(block)
+        if new:
+            value = max(float(s.max()) / b for s, b in zip(sizes, beside, strict=True))
+            yield UnexplainedSymmetry("shift", (name,), partition, tuple(new), value)
     for index in np.flatnonzero(np.any([s <= floor for s, floor in zip(sizes, floors, strict=True)], axis=0)).tolist():
         span.add({index: 1.0})
     for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
@@ -78,12 +91,34 @@ def _of_vector(
         for partition in dict.fromkeys(
             (Partition((count,), (blocks, size), (0,)), Partition((count,), (size, blocks), (1,)))
         ):
-            values = _values(gradients, floors, partition)
+            viewed = [g.reshape(partition.view) for g in gradients]
+            totals = [(g.sum(partition.reduced), (g * g).sum(partition.reduced)) for g in viewed]
+            values = _values(totals, floors, size, tolerance)
             ids = partition.group_ids()
             numbers = torch.nonzero(values <= tolerance).flatten().tolist()
             new = [n for n in numbers if span.add(dict.fromkeys(torch.nonzero(ids == n).flatten().tolist(), 1.0))]
             if new:
                 yield UnexplainedSymmetry("shift", (name,), partition, tuple(new), float(values[new].max()))
+
+
+def _beside(name: str, euler: EulerField) -> float:
+    """The largest gradient of another parameter of the same module."""
+    module = name.rpartition(".")[0]
+    others = [g for n, g in euler.gradients.items() if n != name and n.rpartition(".")[0] == module and g.numel()]
+    return max((float(g.abs().max()) for g in others), default=0.0)
+
+
+def _dead_blocks(sizes: list[NDArray[np.float64]], beside: tuple[float, ...], blocks: int) -> list[int]:
+    """Blocks of which every entry has no gradient but rounding, next to one of the same module that has.
+
+    Single entries prove nothing: whether a channel is cut off often depends on the inputs. What is exactly zero was
+    not reached and proves nothing either.
+    """
+    found = np.ones(blocks, dtype=bool)
+    for size, other in zip(sizes, beside, strict=True):
+        block = size.reshape(blocks, -1)
+        found &= (block <= EVIDENCE_FLOOR * other).all(1) & (block > 0).any(1)
+    return np.flatnonzero(found).tolist()
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -95,8 +130,7 @@ def _of_tensor(
     """Rows that are added to blocks of filters, constants that are added to filters, and one constant."""
     shape = tuple(gradients[0].shape)
     labels: list[Tensor] | None = None
-    for partition in _shifted_together(shape):
-        values = _values(gradients, floors, partition)
+    for partition, values in _levels(gradients, floors, tolerance):
         numbers = torch.nonzero(values <= tolerance).flatten()
         if not len(numbers):
             continue
@@ -108,18 +142,30 @@ def _of_tensor(
             yield UnexplainedSymmetry("shift", (name,), partition, tuple(new), float(values[new].max()))
 
 
-def _shifted_together(shape: tuple[int, ...]) -> Iterator[Partition]:
-    """Entries that may be shifted together, from fine to coarse."""
+def _levels(
+    gradients: tuple[Tensor, ...], floors: tuple[float, ...], tolerance: float
+) -> Iterator[tuple[Partition, Tensor]]:
+    """Entries that may be shifted together, from fine to coarse, with the value of each group."""
+    shape = tuple(gradients[0].shape)
     rank = len(shape)
-    for blocks in range(min(shape[0] // 2, _MOST_BLOCKS), 0, -1):
-        if shape[0] % blocks == 0:
-            view = (blocks, shape[0] // blocks, *shape[1:])
-            yield Partition(shape, view, (0, *range(2, rank + 1)))
+    counts = [n for n in range(1, min(shape[0] // 2, _MOST_BLOCKS) + 1) if shape[0] % n == 0]
+    finest = max(counts, key=lambda n: sum(n % d == 0 for d in counts), default=1)
+    # The large tensors are read once; blocks of blocks are sums of sums.
+    blocks = [g.reshape(finest, shape[0] // finest, *shape[1:]) for g in gradients]
+    totals = [(block.sum(1), (block * block).sum(1)) for block in blocks]
+    for count in sorted((n for n in counts if finest % n == 0), reverse=True):
+        view = (count, shape[0] // count, *shape[1:])
+        joined = [[x.reshape(count, finest // count, *shape[1:]).sum(1) for x in pair] for pair in totals]
+        yield Partition(shape, view, (0, *range(2, rank + 1))), _values(joined, floors, view[1], tolerance)
+    others: list[tuple[tuple[int, ...], Partition]] = [
+        (tuple(range(1, rank)), Partition.filters(shape)), (tuple(range(rank)), Partition.whole(shape))
+    ]  # fmt: skip
     if rank > 2 and shape[1] > 1:
-        yield Partition(shape, shape, (0, *range(2, rank)))
-    if int(np.prod(shape[1:])) > 1:
-        yield Partition.filters(shape)
-    yield Partition.whole(shape)
+        others.insert(0, ((1,), Partition(shape, shape, (0, *range(2, rank)))))
+    for axes, partition in others:
+        if partition.group_size > 1:
+            joined = [[g.sum(axes), (g * g).sum(axes)] for g in gradients]
+            yield partition, _values(joined, floors, partition.group_size, tolerance)
 
 
 def _labels(name: str, shape: tuple[int, ...], shift: ShiftSymmetry) -> Iterator[Tensor]:

@@ -7,9 +7,7 @@ are symmetries. A direction d is one exactly where ``⟨∂L/∂w, d⟩ = 0`` on
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,166 +16,20 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EulerField
-from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, is_in_place, op_name
-from manifold_nets.symmetry.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
-from manifold_nets.symmetry.rules.shift_use import Link, Shifts, ShiftUse, apply_rule
-from manifold_nets.symmetry.scales import UNSCALED, Ids, Label, Scales
+from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.partitions import only_looked_up
+from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.rules.shift_use import LARGEST_LINK, Shifts
+from manifold_nets.symmetry.scales import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.shift_certificate import Direction, ShiftJudge
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
+from manifold_nets.symmetry.shift_walk import follow_shifts
 
-__all__ = ["follow_shifts", "shift_symmetries"]
+__all__ = ["shift_symmetries"]
 
-_TABLES = (shifting, shift_absorbing)  # importing them fills the table of rules
 # Larger parameters that are no biases get one shift a filter or a row instead of one an entry.
 _LARGEST_BY_ENTRY = 1024
 _DROPOUT_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p")
-
-
-@dataclass
-class _Walk:
-    """Shifts on their way through a graph, and what the network demands of them."""
-
-    graph: TracedGraph
-    scales: Scales
-    rows: dict[Node, int]
-    inactive: Callable[[str], bool]
-    loss: bool
-    first_link: int = 0
-    labels: dict[Node, Result] = field(default_factory=dict)
-    absorptions: list[Absorption] = field(default_factory=list)
-    links: list[Link] = field(default_factory=list)
-
-    def run(self, seeds: dict[Node, Label]) -> None:
-        """Follow the labels of some placeholders in the order of the graph, then drop what is not free."""
-        self.first_link = self.scales.count
-        self.labels.update(seeds)
-        order, queued = self.graph.order, set(seeds)
-        queue: list[tuple[int, Node]] = []
-
-        def visit_users(node: Node, after: int) -> None:
-            for user in node.users:
-                if order[user] > after and user not in queued:
-                    queued.add(user)
-                    heapq.heappush(queue, (order[user], user))
-
-        for node in seeds:
-            visit_users(node, -1)
-        while queue and not self.scales.all_pinned:
-            _, node = heapq.heappop(queue)
-            result = self._visit(node, self.labels)
-            if is_in_place(node):
-                visit_users(node.all_input_nodes[0], order[node])
-            if any(label is not None for label in as_list(result)):
-                visit_users(node, -1)
-        self._settle()
-
-    def _visit(self, node: Node, labels: dict[Node, Result]) -> Result:
-        use = ShiftUse(
-            node, self.graph, self.scales, labels, self.absorptions, links=self.links, rows=self.rows,
-            inactive=self.inactive, first_link=self.first_link,
-        )  # fmt: skip
-        result = None
-        if node.op == "output":
-            self._leave(use)
-        elif any(label is not None for source in node.all_input_nodes for label in as_list(labels.get(source))):
-            result = self._region(use) if use.op.startswith("wrap_with_") else apply_rule(use)
-        labels[node] = result
-        if node.op == "call_function" and is_in_place(node):
-            target = node.all_input_nodes[0]
-            if op_name(target) in VIEWS and target.op == "call_function":
-                use.pin("writes into a view of another tensor", *as_list(result))
-                use.pin("writes into a view of another tensor")
-            labels[target] = result
-        return result
-
-    def _leave(self, use: ShiftUse) -> None:
-        """A loss of logits does not see what is added to all of them; any other output is seen."""
-        for node in use.node.all_input_nodes:
-            label = use.label_of(node)
-            if label is None:
-                continue
-            if self.loss and label.ids.ndim >= 2:
-                ids = use.merge(label.ids, [1], "compares logits that are shifted differently")
-                self.absorptions.append(Absorption(use.node, "loss", "loss", "", ids))
-            else:
-                use.pin("is reached without a normalization", label)
-
-    def _region(self, use: ShiftUse) -> Result:
-        """Follow the shifts through the graph of a region under autocast or another gradient mode."""
-        region = next(a for a in use.node.args if isinstance(a, Node) and a.op == "get_attr")
-        given = iter(use.node.args[use.node.args.index(region) + 1 :])
-        labels: dict[Node, Result] = {}
-        for node in getattr(use.node.graph.owning_module, str(region.target)).graph.nodes:
-            if node.op == "placeholder":
-                argument = next(given)
-                labels[node] = use.labels.get(argument) if isinstance(argument, Node) else None
-            elif node.op == "output":
-                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                return [found if isinstance(found := labels.get(r), Label) else None for r in results]
-            else:
-                self._visit(node, labels)
-        return None
-
-    def _settle(self) -> None:
-        """Refuse the sources of links whose results are not free, until nothing changes."""
-        open_links = list(self.links)
-        while True:
-            kept = []
-            solved = np.ones(self.scales.count, dtype=bool)
-            solved[self.scales.free] = False
-            for link in open_links:
-                if not solved[link.unknowns.start : link.unknowns.stop].any():
-                    kept.append(link)
-                else:
-                    self.scales.pin(link.sources, link.because)
-                    self.scales.pin(link.results, link.because)
-            if len(kept) == len(open_links):
-                return
-            open_links = kept
-
-    def absorbed(self) -> dict[int, list[Absorption]]:
-        """For each scale of a parameter the operations that absorb it, directly or after linear maps."""
-        origin: dict[int, set[int]] = {}
-
-        def sources(ids: Ids) -> set[int]:
-            found: set[int] = set()
-            for number in np.unique(self.scales.roots(ids)).tolist():
-                for k in self.scales.form(number):
-                    found |= {k} if k < self.first_link else origin.get(k, set())
-            return found
-
-        for link in self.links:
-            behind = sources(link.sources)
-            origin.update(dict.fromkeys(link.unknowns, behind))
-        result: dict[int, list[Absorption]] = {}
-        for absorption in self.absorptions:
-            for k in sources(absorption.ids):
-                result.setdefault(k, []).append(absorption)
-        return result
-
-
-def follow_shifts(
-    graph: TracedGraph, seeds: dict[str, Ids], scales: Scales, *, rows: dict[str, int] | None = None,
-    inactive: Callable[[str], bool] = lambda module: False, loss: bool = False,
-) -> dict[int, list[Absorption]]:  # fmt: skip
-    """Follow the shifts of some parameters through a graph.
-
-    Args:
-        graph: the graph.
-        seeds: for each parameter the number of the form of each entry; broadcasts to its shape.
-        scales: the unknown shifts; takes the equations that the network puts on them.
-        rows: the weights whose shift is ``W → W + 1vᵀ``, with their number of blocks of output channels.
-        inactive: whether a module drops nothing at random.
-        loss: whether the outputs are logits, compared along axis 1.
-
-    Returns:
-        For each unknown the operations that absorb it.
-    """
-    nodes = {name: graph.placeholders_of(name) for name in seeds}
-    blocks = {node: count for name, count in (rows or {}).items() for node in nodes[name]}
-    walk = _Walk(graph, scales, blocks, inactive, loss)
-    walk.run({node: Label(ids) for name, ids in seeds.items() for node in nodes[name]})
-    return walk.absorbed()
 
 
 def shift_symmetries(
@@ -303,8 +155,12 @@ def _row_shifts(
     """``W → W + 1vᵀ``, one row for each block of filters: the finest blocks that cover the most."""
     sources = [node for node in graph.placeholders_of(name) if node.users]
     users = [user for node in sources for user in node.users]
-    if not sources or len(_shape(sources[0])) < 2 or not _only_multiplies(sources):
+    if not sources or len(_shape(sources[0])) < 2:
         return []
+    if not _only_multiplies(sources) or only_looked_up(sources):
+        along = _shifts_along_an_axis(graph, name, sources, judge, inactive, loss)
+        if along or not _only_multiplies(sources):
+            return along
     best: tuple[float, Partition, list[int], list[Absorption]] | None = None
     for blocks, partition in _row_partitions(graph, users, _shape(sources[0])):
         scales = Shifts(blocks)
@@ -315,6 +171,24 @@ def _row_shifts(
             reached = list({a.node: a for k in free for a in absorbed[k]}.values())
             best = len(free) / blocks, partition, free, reached
     return [] if best is None else [judge.rows(name, *best[1:])]
+
+
+def _shifts_along_an_axis(
+    graph: TracedGraph, name: str, sources: list[Node], judge: ShiftJudge, inactive: Callable[[str], bool], loss: bool
+) -> list[ShiftSymmetry]:
+    """One constant for each slice of a matrix that is transposed, multiplied as it stands, or looked up."""
+    shape = _shape(sources[0])
+    for axis in (1,) if only_looked_up(sources) else (1, 0):
+        if len(shape) != 2 or shape[axis] > LARGEST_LINK:
+            continue
+        scales = Shifts(shape[axis])
+        ids = np.arange(1, shape[axis] + 1).reshape([-1 if k == axis else 1 for k in range(2)])
+        absorbed = follow_shifts(graph, {name: ids}, scales, inactive=inactive, loss=loss)
+        free = [k for k in scales.free if k in absorbed and k < shape[axis]]
+        if len(free) == shape[axis]:
+            reached = list({a.node: a for k in free for a in absorbed[k]}.values())
+            return [judge.rows(name, Partition(shape, shape, (axis,)), free, reached)]
+    return []
 
 
 def _row_partitions(graph: TracedGraph, users: list[Node], shape: tuple[int, ...]) -> Iterable[tuple[int, Partition]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 __all__ = ["Span"]
 
@@ -19,13 +20,13 @@ class Span:
         (True, False)
     """
 
-    def __init__(self, directions: Iterable[Mapping[Hashable, float]] = ()) -> None:
-        self._rows: dict[Hashable, dict[Hashable, float]] = {}
+    def __init__(self, directions: Iterable[Mapping[Any, float]] = ()) -> None:
+        self._rows: dict[Any, dict[Any, float]] = {}
         # Short directions first: then most of the longer ones are reduced at once.
         for direction in sorted(directions, key=len):
             self.add(direction)
 
-    def add(self, direction: Mapping[Hashable, float]) -> bool:
+    def add(self, direction: Mapping[Any, float]) -> bool:
         """Add a direction; False where it is a linear combination of those before."""
         rest = dict(direction)
         open_keys = list(rest)

@@ -113,7 +113,9 @@ def _summary(report: SymmetryReport) -> str:
             said.append(f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.')
     if report.unexplained_groups:
         further = plural(report.unexplained_groups, "further group")
-        said.append(f"The certificate calls {further} invariant that structure does not explain.")
+        named = "; ".join(escape(str(found)) for found in report.unexplained[:5])
+        more = f" and {len(report.unexplained) - 5} more" if report.unexplained[5:] else ""
+        said.append(f"The certificate calls {further} invariant that structure does not explain: {named}{more}.")
     if total and not groups:
         said.append("There is nothing to convert.")
     if report.disagreements:

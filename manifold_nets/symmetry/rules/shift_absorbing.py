@@ -183,6 +183,24 @@ def matmul(use: ShiftUse) -> Result:
     return Label.compressed(total)
 
 
+@shift_rule("addmm", "baddbmm")
+def addmm(use: ShiftUse) -> Result:
+    """A matrix product that is added to a bias."""
+    first, second = ("mat1", "mat2") if use.op == "addmm" else ("batch1", "batch2")
+    factors = [float(use.args.get(factor, 1)) for factor in ("alpha", "beta")]
+    rank = len(use.out_shape)
+    start = use.label("self")
+    ids = unscaled(rank) if start is None else use.scales.times(aligned(start, rank), factors[1])
+    for name, axis in ((first, -2), (second, -1)):
+        label = use.label(name)
+        if label is not None and factors[0]:
+            shape = list(use.out_shape)
+            shape[axis] = label.ids.shape[axis]
+            made = use.fresh(label.ids, shape, "multiplies with a tensor")
+            ids = ids if made is None else use.scales.sum(ids, made.ids)  # type: ignore[union-attr]
+    return Label.compressed(ids)
+
+
 @shift_rule("scaled_dot_product_attention")
 def attention(use: ShiftUse) -> Result:
     """Softmax attention: a shift of all keys is not seen, one of all values passes, one of the queries matters."""

@@ -1,0 +1,166 @@
+"""The certificate the other way: what the rules cannot see is found by numbers, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given
+from hypothesis import strategies as st
+from test_diagnose import build
+from torch import Tensor, nn
+from toy_networks import TOYS, Lambda
+
+import manifold_nets as mn
+from manifold_nets.symmetry.rules import RULES
+from manifold_nets.symmetry.rules.shift_use import SHIFT_RULES
+from manifold_nets.symmetry.spans import Span
+
+ROWS = (12, 5)
+
+
+class Hidden(torch.autograd.Function):
+    """A root-mean-square normalization over the last axis that no graph can look into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        length = torch.exp(0.5 * torch.logsumexp(2 * x.abs().log(), -1, keepdim=True)) / x.shape[-1] ** 0.5
+        ctx.save_for_backward(x / length, length)
+        return x / length
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        y, length = ctx.saved_tensors
+        return (gradient - y * (gradient * y).mean(-1, keepdim=True)) / length
+
+
+def hidden(x: Tensor) -> Tensor:
+    """The same by operations that have no rule."""
+    return x * torch.exp(-0.5 * torch.logsumexp(2 * x.abs().log(), -1, keepdim=True))
+
+
+def centred(x: Tensor) -> Tensor:
+    """Subtracts the mean in a way that no rule follows."""
+    return x + torch.cumsum(-x, -1)[..., -1:] / x.shape[-1]
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[tuple[str, ...], tuple[str, int]]]] = {
+    "whole matrix": (
+        lambda: Lambda(lambda m, x: hidden(m.a(x)), a=nn.Linear(5, 8, bias=False)),
+        {("a.weight",): ("scale", 1)},
+    ),
+    "matrix and bias": (
+        lambda: Lambda(lambda m, x: hidden(m.a(x)), a=nn.Linear(5, 8)),
+        {("a.weight", "a.bias"): ("scale", 1)},
+    ),
+    "heads": (
+        lambda: Lambda(lambda m, x: hidden(m.a(x).unflatten(-1, (4, 2))).flatten(1), a=nn.Linear(5, 8, bias=False)),
+        {("a.weight",): ("scale", 4)},
+    ),
+    "interleaved heads": (
+        lambda: Lambda(lambda m, x: hidden(m.a(x).unflatten(-1, (4, 2)).mT).flatten(1), a=nn.Linear(5, 8, bias=False)),
+        {("a.weight",): ("scale", 2)},
+    ),
+    "filters": (
+        lambda: Lambda(lambda m, x: hidden(m.a(x).T), a=nn.Linear(5, 8, bias=False)),
+        {("a.weight",): ("scale", 8)},
+    ),
+    "columns": (
+        lambda: Lambda(lambda m, x: hidden((x @ m.a.weight).T), a=nn.Linear(8, 5, bias=False)),
+        {("a.weight",): ("scale", 8)},
+    ),
+    "embedding rows": (
+        lambda: Lambda(lambda m, x: hidden(m.e(torch.arange(7))) * x.mean(), e=nn.Embedding(7, 4)),
+        {("e.weight",): ("scale", 7)},
+    ),
+    "scale and shift of a normalization": (
+        lambda: Lambda(lambda m, x: hidden(m.n(x)), n=nn.LayerNorm(5)),
+        {("n.weight", "n.bias"): ("scale", 1)},
+    ),
+    "row shift": (
+        lambda: Lambda(lambda m, x: centred(m.a(x)), a=nn.Linear(5, 8, bias=False)),
+        {("a.weight",): ("shift", 5)},
+    ),
+}
+
+
+def found(report: mn.SymmetryReport) -> dict[tuple[str, ...], tuple[str, int]]:
+    return {u.parameters: (u.kind, u.count) for u in report.unexplained if u.parameters != ("a.bias",)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_the_rules_cannot_see_is_found(name: str) -> None:
+    model, expected = NETWORKS[name]
+    torch.manual_seed(1)
+    report = mn.diagnose(model(), torch.randn(ROWS))
+    assert found(report) == expected
+    assert report.unexplained_groups == sum(u.count for u in report.unexplained)
+
+
+def test_a_function_of_its_own_backward_is_searched() -> None:
+    model = Lambda(lambda m, x: Hidden.apply(m.a(x)), a=nn.Linear(5, 8, bias=False))
+    assert found(mn.diagnose(model, torch.randn(ROWS))) == {("a.weight",): ("scale", 1)}
+
+
+@pytest.mark.parametrize("op", ["batch_norm", "layer_norm"])
+def test_a_missing_rule_leaves_what_it_explained(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.LayerNorm(6)), torch.randn(ROWS)
+    assert not mn.diagnose(model, x).unexplained
+    monkeypatch.delitem(RULES, op)
+    monkeypatch.delitem(SHIFT_RULES, op)
+    names = {name for u in mn.diagnose(model, x).unexplained for name in u.parameters}
+    assert ("0.weight" if op == "batch_norm" else "2.weight") in names
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_nothing_is_found_where_structure_explains_all(name: str) -> None:
+    report = mn.diagnose(build(TOYS[name]), TOYS[name].inputs())
+    assert not report.unexplained, str(report)
+
+
+def test_gradients_that_vanish_and_accidents_raise_no_alarm() -> None:
+    """Rows that are never reached, dead units, and inputs that sum to zero, which hides shifts of columns."""
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[0].bias[:4] = -100.0
+    x = torch.randn(ROWS)
+    assert not mn.diagnose(model, x - x.mean(1, keepdim=True)).unexplained
+    looked_up = nn.Sequential(nn.Embedding(9, 5), nn.Tanh())
+    assert not mn.diagnose(looked_up, torch.tensor([[1, 2, 3], [1, 2, 4]])).unexplained
+
+
+def test_without_a_graph_everything_that_is_found_is_unexplained() -> None:
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        y = F.rms_norm(m.a(x), (8,))
+        return y if bool(y.sum() > 0) else -y
+
+    report = mn.diagnose(Lambda(forward, a=nn.Linear(5, 8, bias=False)), torch.randn(ROWS))
+    assert report["a.weight"].status == "unknown"
+    assert found(report) == {("a.weight",): ("scale", 1)}
+
+
+def test_they_are_in_the_text_and_in_the_data() -> None:
+    model, _ = NETWORKS["heads"]
+    report = mn.diagnose(model(), torch.randn(ROWS))
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["unexplained_groups"] == 4
+    assert data["unexplained"][0]["groups"] == [0, 1, 2, 3]
+    assert "4 × scale: a.weight, of 4 groups of 10" in str(report)
+
+
+vectors = st.dictionaries(st.integers(0, 5), st.integers(-3, 3).filter(bool).map(float), max_size=6)
+
+
+@given(st.lists(vectors, max_size=8))
+def test_a_span_has_the_rank_of_its_directions(directions: list[dict[int, float]]) -> None:
+    matrix = torch.zeros(len(directions), 6, dtype=torch.float64)
+    span, rank = Span(), 0
+    for row, direction in enumerate(directions):
+        for column, value in direction.items():
+            matrix[row, column] = value
+        rank += span.add(direction)
+        assert rank == int(torch.linalg.matrix_rank(matrix))
