@@ -52,7 +52,8 @@ def diagnose(
         shown.append(shifts_table(report))
     if report.unexplained:
         shown.append(unexplained_table(report))
-        shown.append(f"{report.unexplained_groups} invariant groups are not explained by the structure.")
+        counts = f"{report.unexplained_groups} invariant groups and {report.unexplained_shifts} shifts"
+        shown.append(f"{counts} are not explained by the structure.")
     if settings is not None:
         rates = matched_learning_rates(model, report, **vars(settings))
         document["learning_rates"] = rates.to_dict()

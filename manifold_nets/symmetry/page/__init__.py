@@ -111,8 +111,8 @@ def _summary(report: SymmetryReport) -> str:
     ):
         if count:
             said.append(f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.')
-    if report.unexplained_groups:
-        further = plural(report.unexplained_groups, "further group")
+    if report.unexplained:
+        further = plural(report.unexplained_groups + report.unexplained_shifts, "further group")
         named = "; ".join(escape(str(found)) for found in report.unexplained[:5])
         more = f" and {len(report.unexplained) - 5} more" if report.unexplained[5:] else ""
         said.append(f"The certificate calls {further} invariant that structure does not explain: {named}{more}.")
