@@ -395,7 +395,7 @@ def test_a_particle_swarm_runs() -> None:
     model = nn.Sequential(mn.layers.UnitNormLinear(3, 1, bias=False)).double()
     problem = bridge.problem(model, lambda m: m(x).pow(2).mean())
     smallest = float(torch.linalg.eigvalsh(x.T @ x / 9)[0])
-    result = pymanopt.optimizers.ParticleSwarm(verbosity=0, max_iterations=60).run(problem)
+    result = pymanopt.optimizers.ParticleSwarm(verbosity=0, max_iterations=40).run(problem)
     assert result.cost == pytest.approx(smallest, rel=1e-3)
 
 

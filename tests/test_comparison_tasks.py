@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import manifold_nets as mn
-from manifold_nets.comparison.models import build_model
+from manifold_nets.comparison.models import build_model, converted_form
 from manifold_nets.comparison.tasks import Task, evaluate, load_task, task_from_data
 from manifold_nets.comparison.tasks.errors import DataFolderError, TaskNameError, TaskSourceError
 from manifold_nets.comparison.tasks.scores import classification_scores, confusion, segmentation_scores
-from manifold_nets.errors import ModelBuildError, ModelNotFoundError
+from manifold_nets.errors import FunctionChangedError, ModelBuildError, ModelNotFoundError
 
 pytest.importorskip("sklearn")
 
@@ -80,6 +80,7 @@ def test_idx_folders_by_name(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         load_task(f"{name}:26")
 
 
+@pytest.mark.slow
 def test_mnist_has_the_split_of_the_paper() -> None:
     task = load_task("mnist", data=data_folder("mnist"))
     assert task.sizes() == {"train": 50000, "validation": 10000, "test": 10000}
@@ -335,6 +336,36 @@ def test_sabotage_another_initial_function_is_noticed() -> None:
     task = load_task("digits")
     with pytest.raises(AssertionError):
         check_same_function(build_model("mlp:20", task, seed=0), build_model("mlp:20", task, seed=1), task)
+
+
+class Unpooled(nn.Module):
+    """Passes on where a maximum was found: which of two nearly equal outputs wins is a matter of rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Linear(4, 2, bias=False)
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 2)
+        with torch.no_grad():
+            self.features.weight[0, 2:] = 0
+            self.features.weight[1] = self.features.weight[0, :2].repeat(2) / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest, index = nn.functional.max_pool1d(self.norm(self.features(x))[:, None], 2, return_indices=True)
+        return self.head(nn.functional.max_unpool1d(largest, index, 2)[:, 0])
+
+
+def test_rounding_that_decides_keeps_the_radii() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 2).repeat(1, 2)
+    model = Unpooled()
+    with pytest.raises(FunctionChangedError):
+        mn.convert(model, x)
+    converted = converted_form(model, x)
+    assert torch.equal(converted.features.weight, model.features.weight)
+    assert torch.equal(converted(x), model(x))
+    manifold = converted.features.weight.manifold
+    assert torch.allclose(manifold.radii.float(), model.features.weight.norm(dim=1))
 
 
 def test_segnet_fits_images_whose_sides_are_odd(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manifold_nets.comparison.models.forms import converted_form
 from manifold_nets.comparison.models.loading import MODEL_NAMES, build_model
 from manifold_nets.comparison.models.mlp import multilayer_perceptron
 from manifold_nets.comparison.models.resnet import SmallResNet
@@ -17,6 +18,7 @@ __all__ = [
     "SmallResNet",
     "TwoTowers",
     "build_model",
+    "converted_form",
     "convolutions_1d",
     "multilayer_perceptron",
 ]
