@@ -19,7 +19,7 @@ from page_cases import Page, check_accessible, check_contrast, check_picture, ch
 from manifold_nets.comparison.report import Summary, markdown_report, page_html, summarise, write_report
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, times_csv
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
-from manifold_nets.comparison.report.figures.style import look, percent
+from manifold_nets.comparison.report.figures.style import look
 from manifold_nets.comparison.report.tables import conclusions, result_table
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
@@ -94,8 +94,13 @@ def test_what_cannot_be_told_apart_is_not() -> None:
     assert "too few pairs" in " ".join(conclusions(summarise(TROUBLES["one seed"])))
 
 
-def test_numbers_in_percent() -> None:
-    assert [percent(value) for value in (0.0312, 0.25, math.inf, math.nan, 1.0)] == ["3.12", "25", "∞", "none", "100"]
+def test_errors_that_are_no_shares_are_shown_as_they_are() -> None:
+    assert summarise(TROUBLES["three"]).unit.sign == "%"
+    other = summarise(comparison(level=1.5))
+    assert other.unit.sign == ""
+    told = markdown_report(other)
+    assert "1.5 ± 0" in told
+    assert "error (%)" not in told
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 import numpy as np
 
 from manifold_nets.comparison.measures import cost_ratio, learning_rate_sensitivity, reach
 from manifold_nets.comparison.records import Choice, InitialScale, RunResult, Settings
 from manifold_nets.comparison.report.summary import ContestantSummary, LayerTrace, RescaledStart, Summary
+from manifold_nets.comparison.report.unit import unit_of
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.comparison.statistics import (
     all_differences,
@@ -18,7 +20,6 @@ from manifold_nets.comparison.statistics import (
     friedman,
     mean_interval,
 )
-from manifold_nets.page.markup import plural
 
 __all__ = ["summarise"]
 
@@ -85,6 +86,7 @@ def _compared(comparison: Comparison, contestants: Sequence[ContestantSummary]) 
         friedman=found,
         critical_difference=difference,
         cliques=joined,
+        unit=unit_of(_every_error(comparison)),
         target=settings.target_error,
         choices=tuple((_choice_name(choice), choice.reason) for choice in comparison.choices),
         settings=_told(comparison),
@@ -160,29 +162,28 @@ def _rescaled(comparison: Comparison, name: str) -> RescaledStart | None:
     return RescaledStart(mean_interval(plain), mean_interval(same), own, mean_interval(tests))
 
 
+def _every_error(comparison: Comparison) -> Iterator[float]:
+    for run in comparison.results:
+        yield from (epoch.validation_error for epoch in run.epochs)
+        yield _or_infinite(run.test_error)
+
+
 def _choice_name(choice: Choice) -> str:
     return choice.optimizer if choice.initial_scale == "plain" else f"{choice.optimizer}, {choice.initial_scale}"
 
 
 def _told(comparison: Comparison) -> tuple[tuple[str, str], ...]:
-    settings, environment = comparison.settings, comparison.environment
-    data = (("data", settings.data),) if settings.data is not None else ()
-    versions = ", ".join(f"{package} {version}" for package, version in environment.versions)
-    return (
-        ("task", settings.task),
-        *data,
-        ("model", settings.model),
-        ("optimizers", ", ".join(settings.optimizers)),
-        ("learning rates", ", ".join(f"{rate:.3g}" for rate in settings.learning_rates)),
-        ("seeds", ", ".join(map(str, settings.seeds))),
-        ("epochs", str(settings.epochs)),
-        ("batch size", str(settings.batch_size)),
-        ("weight decay", f"{settings.weight_decay:g}"),
-        ("momentum", f"{settings.momentum:g}"),
-        ("schedule", settings.schedule),
-        ("validation", f"{100 * settings.validation:g} % of the training data, where the task has no split"),
-        ("initial filters", " and ".join(settings.initial_scales)),
-        ("device", f"{settings.device}, {plural(settings.threads, 'thread')} a run"),
-        ("versions", versions),
-        ("machine", environment.machine),
-    )
+    """Every setting, whatever there is, and where it ran."""
+    told = []
+    for field in fields(comparison.settings):
+        value = getattr(comparison.settings, field.name)
+        if value is not None:
+            told.append((field.name.replace("_", " "), _text(value)))
+    versions = ", ".join(f"{package} {version}" for package, version in comparison.environment.versions)
+    return (*told, ("versions", versions), ("machine", comparison.environment.machine))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

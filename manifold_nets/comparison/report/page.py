@@ -79,7 +79,7 @@ def _opening(summary: Summary) -> str:
     said = " ".join(escape(sentence) for sentence in conclusions(summary))
     return (
         f'<p class="lead">{said}</p><p>Means over the seeds with half of Student\'s 95 % interval; differences seed by '
-        "seed, in points of a percent, with 95 % bootstrap intervals, which are too narrow for few seeds; p-values of "
+        "seed, with 95 % bootstrap intervals, which are too narrow for few seeds; p-values of "
         "the paired t-test, corrected for all pairs by Holm's method.</p>"
         f"{_table(result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
     )
@@ -99,7 +99,7 @@ def _unbroken(text: str) -> str:
 
 def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> str:
     titles = {
-        f"series-{i}": f"{contestant.name}: test error {mean_text(contestant.test)} %"
+        f"series-{i}": f"{contestant.name}: test error {summary.unit.behind(mean_text(contestant.test, summary.unit))}"
         for i, contestant in enumerate(summary.contestants)
     }
     told = drawing.told(summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
+from manifold_nets.comparison.report.unit import Unit
 from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference
 
 __all__ = ["ContestantSummary", "LayerTrace", "RescaledStart", "Summary"]
@@ -99,6 +100,7 @@ class Summary:
         friedman: the test on ranks of test errors; none with fewer than two seeds or contestants.
         critical_difference: of mean ranks; NaN where there is no test.
         cliques: contestants that it cannot tell apart, as places in `contestants`.
+        unit: what errors are shown in; they are stored as they are.
         target: the validation error of the time-to-target table.
         choices: how each learning rate was chosen, contestant and reason.
         settings: what was run, name and value.
@@ -111,6 +113,7 @@ class Summary:
     friedman: Friedman | None
     critical_difference: float
     cliques: tuple[tuple[int, ...], ...]
+    unit: Unit
     target: float
     choices: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, str], ...]

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from manifold_nets.comparison.report.figures.style import percent
 from manifold_nets.comparison.report.summary import ContestantSummary, Summary
+from manifold_nets.comparison.report.unit import Unit
 from manifold_nets.comparison.statistics import MeanInterval, PairedDifference
 
 __all__ = ["Table", "conclusions", "difference_table", "markdown", "rescaled_table", "result_table", "robustness_table"]
@@ -35,7 +35,7 @@ def result_table(summary: Summary) -> Table:
     head = (
         "optimizer",
         "learning rate",
-        "test error (%)",
+        summary.unit.label("test error"),
         "diverged",
         f"difference from {summary.reference}",
         "p (Holm)",
@@ -49,9 +49,9 @@ def result_table(summary: Summary) -> Table:
             (
                 contestant.name,
                 _or_none(contestant.learning_rate, "{:.3g}"),
-                mean_text(contestant.test),
+                mean_text(contestant.test, summary.unit),
                 f"{contestant.test.lost} of {len(contestant.seeds)}",
-                "reference" if found is None else difference_text(found),
+                "reference" if found is None else difference_text(found, summary.unit),
                 "" if found is None else _p(found.adjusted_p),
                 _or_none(rank, "{:.2f}"),
             )
@@ -63,17 +63,17 @@ def robustness_table(summary: Summary) -> Table:
     """Spread over seeds, width of the good learning rates, time to the target, and cost."""
     head = (
         "optimizer",
-        "deviation (%)",
+        summary.unit.label("deviation"),
         "good learning rates",
         "diverged, all rates",
-        f"until {percent(summary.target)} %",
+        f"until {summary.unit.short(summary.target)}",
         "time a step",
         "memory",
     )
     rows = tuple(
         (
             contestant.name,
-            _or_none(100 * contestant.test.deviation, "{:.2f}"),
+            summary.unit.number(contestant.test.deviation) if contestant.test.count > 1 else "–",
             str(contestant.sensitivity),
             f"{contestant.failed} of {contestant.runs}",
             str(contestant.reach),
@@ -85,7 +85,8 @@ def robustness_table(summary: Summary) -> Table:
     told = (
         f"Robustness and cost: standard deviation of the test error over seeds, width of the learning rates within "
         f"10 % of the best, diverged runs at all rates, time until the validation error is at most "
-        f"{percent(summary.target)} %, time and peak memory of a step relative to {summary.reference} (quartiles)"
+        f"{summary.unit.short(summary.target)}, time and peak memory of a step relative to {summary.reference} "
+        "(quartiles)"
     )
     return Table(told, head, rows)
 
@@ -95,19 +96,19 @@ def rescaled_table(summary: Summary) -> Table:
     head = (
         "optimizer",
         "learning rate",
-        "validation error (%)",
+        summary.unit.label("validation error"),
         "rescaled, same rate",
         "rate chosen anew",
-        "test error (%)",
+        summary.unit.label("test error"),
     )
     rows = tuple(
         (
             c.name,
             _or_none(c.learning_rate, "{:.3g}"),
-            mean_text(c.rescaled.plain),
-            mean_text(c.rescaled.same_rate),
+            mean_text(c.rescaled.plain, summary.unit),
+            mean_text(c.rescaled.same_rate, summary.unit),
             _or_none(c.rescaled.learning_rate, "{:.3g}"),
-            mean_text(c.rescaled.test),
+            mean_text(c.rescaled.test, summary.unit),
         )
         for c in summary.contestants
         if c.rescaled is not None
@@ -121,15 +122,15 @@ def difference_table(summary: Summary) -> Table:
     rows = tuple(
         (
             f"{d.first} − {d.second}",
-            difference_text(d),
-            _interval(d.t_low, d.t_high),
+            difference_text(d, summary.unit),
+            _interval(d.t_low, d.t_high, summary.unit),
             f"{d.count}" + (f", lost {d.lost_first} and {d.lost_second}" if d.lost_first or d.lost_second else ""),
             _p(d.p_value),
             _p(d.adjusted_p),
         )
         for d in summary.differences
     )
-    return Table("Differences of test errors in points of a percent, seed by seed", head, rows)
+    return Table(summary.unit.label("Differences of test errors seed by seed"), head, rows)
 
 
 def conclusions(summary: Summary) -> list[str]:
@@ -140,7 +141,8 @@ def conclusions(summary: Summary) -> list[str]:
         best = min(whole, key=lambda c: c.test.value)
         tied = [c.name for c in whole if c is not best and c.test.value == best.test.value]
         have = "have" if tied else "has"
-        told.append(f"{_and([best.name, *tied])} {have} the lowest mean test error: {mean_text(best.test)} %.")
+        lowest = summary.unit.behind(mean_text(best.test, summary.unit))
+        told.append(f"{_and([best.name, *tied])} {have} the lowest mean test error: {lowest}.")
         told.extend(_compared(summary, best, tied))
     lost = sum(c.failed for c in summary.contestants)
     runs = sum(c.runs for c in summary.contestants)
@@ -192,29 +194,24 @@ def markdown(table: Table) -> str:
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-def mean_text(found: MeanInterval) -> str:
-    """A mean error in percent and half the length of its interval; a mean over survivors says so."""
+def mean_text(found: MeanInterval, unit: Unit) -> str:
+    """A mean error and half the length of its interval; a mean over survivors says so."""
     if not found.count:
         return "all diverged"
-    spread = f" ± {100 * found.half_width:.2f}" if found.count > 1 else ""
+    spread = f" ± {unit.number(found.half_width)}" if found.count > 1 else ""
     total = found.count + found.lost
-    return f"{100 * found.value:.2f}{spread}" + (f" (survivors, {found.count} of {total})" if found.lost else "")
+    return f"{unit.number(found.value)}{spread}" + (f" (survivors, {found.count} of {total})" if found.lost else "")
 
 
-def difference_text(found: PairedDifference) -> str:
-    """A difference in points of a percent and its bootstrap interval."""
+def difference_text(found: PairedDifference, unit: Unit) -> str:
+    """A difference and its bootstrap interval."""
     if not found.count:
         return "no pair"
-    return f"{_signed(found.value)} {_interval(found.low, found.high)}".rstrip()
+    return f"{unit.signed(found.value)} {_interval(found.low, found.high, unit)}".rstrip()
 
 
-def _interval(low: float, high: float) -> str:
-    return f"[{_signed(low)}, {_signed(high)}]" if math.isfinite(low) else ""
-
-
-def _signed(value: float) -> str:
-    text = f"{100 * value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+def _interval(low: float, high: float, unit: Unit) -> str:
+    return f"[{unit.signed(low)}, {unit.signed(high)}]" if math.isfinite(low) else ""
 
 
 def _p(value: float) -> str:

@@ -70,8 +70,8 @@ def markdown_report(summary: Summary) -> str:
     result, robustness, rescaled = result_table(summary), robustness_table(summary), rescaled_table(summary)
     settings = "; ".join(f"{name}: {value}" for name, value in summary.settings)
     told = (
-        f"{result.caption}: mean over the seeds and half of Student's 95 % interval; differences seed by seed, in "
-        "points of a percent, with 95 % bootstrap intervals; p-values of the paired t-test, corrected for all pairs "
+        f"{result.caption}: mean over the seeds and half of Student's 95 % interval; differences seed by seed, "
+        "with 95 % bootstrap intervals; p-values of the paired t-test, corrected for all pairs "
         "(Holm)."
     )
     parts = [

@@ -15,7 +15,7 @@ from manifold_nets.comparison.report.figures.curves import (
 )
 from manifold_nets.comparison.report.figures.ranks import draw_critical_differences
 from manifold_nets.comparison.report.figures.rows import draw_rescaled, draw_target, draw_test_errors
-from manifold_nets.comparison.report.figures.style import NARROW, WIDE, Size, percent
+from manifold_nets.comparison.report.figures.style import NARROW, WIDE, Size
 from manifold_nets.comparison.report.summary import Summary
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ FIGURES = (
         "Time to a target",
         draw_target,
         lambda summary: (
-            f"When the validation error is first at most {percent(summary.target)} %. Each stroke is a seed, the mark "
-            "their median, in which runs that never come there count as infinite."
+            f"When the validation error is first at most {summary.unit.short(summary.target)}. Each stroke is a seed, "
+            "the mark their median, in which runs that never come there count as infinite."
         ),
         lambda summary: math.isfinite(summary.target),
     ),

@@ -50,7 +50,7 @@ def draw_learning_curves(summary: Summary, size: Size) -> Figure:
     left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2)
     for axes, title, which, scale in (
         (left, "Training loss", "losses", 1.0),
-        (right, "Validation error (%)", "errors", 100.0),
+        (right, summary.unit.label("Validation error"), "errors", summary.unit.scale),
     ):
         runs = [getattr(contestant, which) for contestant in summary.contestants]
         every = finite(value for curves in runs for curve in curves for value in curve)
@@ -134,13 +134,13 @@ def draw_sensitivity(summary: Summary, size: Size) -> Figure:
     figure = new_figure(size, 3.4 + share * rows + 1.2)
     upper, lower = figure.subplots(2, 1, height_ratios=[3.0, share * rows + 0.3], sharex=True)
     every = [e for c in summary.contestants for e in (*c.sensitivity.errors, *c.sensitivity.survivor_errors)]
-    error_axis(upper, "y", every, scale=100.0)
+    error_axis(upper, "y", every, scale=summary.unit.scale)
     for i, contestant in enumerate(summary.contestants):
         _rates(upper, i, contestant)
         _range(lower, i, contestant)
     rate_axis(lower, [rate for c in summary.contestants for rate in c.sensitivity.rates])
     name_rows(lower, [contestant.name for contestant in summary.contestants])
-    upper.set_title("Validation error (%)")
+    upper.set_title(summary.unit.label("Validation error"))
     upper.tick_params(axis="x", labelbottom=False)
     tolerance = summary.contestants[0].sensitivity.tolerance if summary.contestants else 0.1
     lower.set_title(f"Learning rates within {100 * tolerance:g} % of the best")

@@ -41,7 +41,7 @@ def draw_test_errors(summary: Summary, size: Size) -> Figure:
     axes = figure.subplots()
     names = [contestant.name for contestant in summary.contestants]
     every = finite(error for contestant in summary.contestants for error in contestant.test_errors)
-    error_axis(axes, "x", every, scale=100.0)
+    error_axis(axes, "x", every, scale=summary.unit.scale)
     for i, contestant in enumerate(summary.contestants):
         style, test = look(i), contestant.test
         shown = finite(contestant.test_errors)
@@ -54,7 +54,7 @@ def draw_test_errors(summary: Summary, size: Size) -> Figure:
         if test.lost:
             _beside(axes, i, f"✕ {test.lost} of {len(contestant.seeds)} diverged")
     name_rows(axes, names)
-    axes.set_xlabel("test error (%)")
+    axes.set_xlabel(summary.unit.label("test error"))
     return figure
 
 
@@ -102,7 +102,12 @@ def draw_rescaled(summary: Summary, size: Size) -> Figure:
     figure = new_figure(size, _height(summary, size) + 0.3)
     axes = figure.subplots()
     both = [(i, c.rescaled) for i, c in enumerate(summary.contestants) if c.rescaled is not None]
-    error_axis(axes, "x", [v for _, found in both for v in (found.plain.value, found.same_rate.value)], scale=100.0)
+    error_axis(
+        axes,
+        "x",
+        [v for _, found in both for v in (found.plain.value, found.same_rate.value)],
+        scale=summary.unit.scale,
+    )
     for i, found in both:
         style = look(i)
         axes.plot([found.plain.value, found.same_rate.value], [i, i], color=style.colour, linewidth=1.2)
@@ -119,5 +124,5 @@ def draw_rescaled(summary: Summary, size: Size) -> Figure:
         if found.same_rate.lost:
             _beside(axes, i, f"✕ {found.same_rate.lost} of {found.same_rate.lost + found.same_rate.count} diverged")
     name_rows(axes, [contestant.name for contestant in summary.contestants])
-    axes.set_xlabel("mean validation error (%); hollow: rescaled start")
+    axes.set_xlabel(f"{summary.unit.label('mean validation error')}; hollow: rescaled start")
     return figure

@@ -18,7 +18,6 @@ __all__ = [
     "finite",
     "look",
     "name_rows",
-    "percent",
     "rate_axis",
     "strict_median",
 ]
@@ -64,16 +63,6 @@ def look(place: int) -> Look:
         _MARKERS[place % len(_MARKERS)],
         _LINES[place // len(SERIES) % len(_LINES)],
     )
-
-
-def percent(value: float) -> str:
-    """A share in percent, with as many digits as make sense.
-
-    Example:
-        >>> percent(0.0312), percent(0.25), percent(float("inf"))
-        ('3.12', '25', '∞')
-    """
-    return f"{100 * value:.3g}" if math.isfinite(value) else "∞" if value > 0 else "none"
 
 
 def finite(values: Iterable[float]) -> list[float]:
