@@ -1,12 +1,11 @@
 """Training on two processes: every path is that of one process, and checkpoints move between the two."""
 
 import functools
-import os
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from process_groups import on_processes
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
@@ -30,30 +29,6 @@ from manifold_nets.optim import clip_sphere_grad_norm_
 EPS = torch.finfo(torch.float64).eps
 HALF = STEPS // 2
 pytestmark = pytest.mark.slow
-
-
-def in_a_group(check, rank, world, store, *arguments):
-    """Run a check in one process of a group."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    try:
-        check(rank, world, *arguments)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    # All is checked. Leaving without the destructors of the libraries: those of gloo's threads now and then abort.
-    os._exit(0)
-
-
-def on_processes(check, folder, *arguments, world=2):
-    """Run a check on several processes; what a process raises is raised."""
-    torch.multiprocessing.spawn(
-        _spawned, args=(check, world, str(folder / f"store-{check.__name__}-{world}"), arguments), nprocs=world
-    )
-    return True
-
-
-def _spawned(rank, check, world, store, arguments):
-    in_a_group(check, rank, world, store, *arguments)
 
 
 def part_of(batch, rank, world):
@@ -83,7 +58,7 @@ def distributed_path(net, optimizer, data, rank, world, between=lambda: None):
 def sharded(world):
     from torch.distributed.fsdp import fully_shard
 
-    net, mesh = network("group", radius=2.0), init_device_mesh("cpu", (world,))
+    net, mesh = network("group"), init_device_mesh("cpu", (world,))
     for layer in net:
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh)
@@ -91,7 +66,7 @@ def sharded(world):
 
 
 def wrapped(world):
-    return DistributedDataParallel(network("group", radius=2.0))
+    return DistributedDataParallel(network("group"))
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -106,7 +81,7 @@ def check_paths(rank, world, make):
             "sphere by sphere": lambda net: clip_sphere_grad_norm_(net, 0.01),
         }
         for clip in clippings.values():
-            net, plain = make(world), network("group", radius=2.0)
+            net, plain = make(world), network("group")
             found = distributed_path(net, optimizer_of(net, kind), batches(), rank, world, functools.partial(clip, net))
             expected = train(plain, optimizer_of(plain, kind), batches(), between=functools.partial(clip, plain))
             check_same_path(found, expected, EPS)
@@ -134,7 +109,7 @@ def check_fully_sharded(rank, world):
 
 def check_each_process_by_itself_differs(rank, world):
     """Sabotage: without an exchange of gradients the paths are others."""
-    net, plain = network("group", radius=2.0), network("group")
+    net, plain = network("group"), network("group")
     found = distributed_path(net, optimizer_of(net, "sgd"), batches(), rank, world)
     check_same_path(found, train(plain, optimizer_of(plain, "sgd"), batches()), EPS)
 
@@ -162,7 +137,7 @@ def states_of(net, optimizer):
 
 def save_after_half(rank, world, folder):
     for kind in KINDS:
-        net = sharded(world) if world > 1 else network("group", radius=2.0)
+        net = sharded(world) if world > 1 else network("group")
         optimizer = optimizer_of(net, kind)
         distributed_path(net, optimizer, batches()[:HALF], rank, world)
         dcp.save(states_of(net, optimizer), checkpoint_id=f"{folder}/{kind}-{world}")
@@ -171,14 +146,14 @@ def save_after_half(rank, world, folder):
 def go_on_from(rank, world, folder, saved_by):
     """Load what another number of processes has saved, into a network of other values, and compare the rest."""
     for kind in KINDS:
-        net = sharded(world) if world > 1 else network("group", radius=2.0)
+        net = sharded(world) if world > 1 else network("group")
         optimizer = optimizer_of(net, kind)
         distributed_path(net, optimizer, batches()[HALF:], rank, world)
         states = states_of(net, optimizer)
         dcp.load(states, checkpoint_id=f"{folder}/{kind}-{saved_by}")
         set_state_dict(net, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
         found = distributed_path(net, optimizer, batches()[HALF:], rank, world)
-        plain = network("group", radius=2.0)
+        plain = network("group")
         expected = train(plain, optimizer_of(plain, kind), batches())[HALF:]
         check_same_path(found, expected, HALF * EPS)
 

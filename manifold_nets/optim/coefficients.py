@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from manifold_nets.optim.products import Scalar, Tangential
+from manifold_nets.optim.sharding import local_part
 
 __all__ = ["Coefficients", "Moments", "adam_coefficients", "coefficients", "sgd_coefficients"]
 
@@ -89,9 +90,9 @@ def adam_coefficients(
     step: Scalar,
 ) -> Coefficients:
     """Return the coefficients of Adam, and update the second moments in place; see `riemannian_adam_`."""
-    exp_avg_sq.lerp_(found.gg, 1 - beta2)
-    second = exp_avg_sq
+    second = local_part(exp_avg_sq).lerp_(found.gg, 1 - beta2)
     if max_exp_avg_sq is not None:
-        second = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
+        largest = local_part(max_exp_avg_sq)
+        second = largest.copy_(torch.maximum(largest, second))
     root = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
     return coefficients(found, Moments(beta1, 1 - beta1, (1 / (1 - beta1**step)) / root, 0.0), lr)

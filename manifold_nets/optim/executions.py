@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from manifold_nets.errors import NativeKernelError
+from manifold_nets.gathered import is_sharded
 from manifold_nets.optim import native
 from manifold_nets.optim.batches import run_batched, run_compiled, suits_rows
 from manifold_nets.optim.layouts import layout_of
 from manifold_nets.optim.members import Member, Rule
+from manifold_nets.optim.sharding import local_part, part_of
 from manifold_nets.optim.workspace import Workspace
 
 __all__ = ["run", "run_native", "run_single", "suits_native"]
@@ -29,12 +31,13 @@ def run(
 
     By default the kernel in C takes what it can, and batches of torch's operations the rest; without a kernel, or with
     ``fused=False``, batches take all. ``foreach=False`` takes one weight after the other. Weights whose groups are not
-    runs of memory, and those with extreme radii, are always taken one after the other.
+    runs of memory, and those with extreme radii, are always taken one after the other, and so are sharded weights with
+    groups across processes.
 
     Raises:
         NativeKernelError: ``fused`` is True and there is no kernel.
     """
-    remaining = list(members)
+    remaining = [_local(member) for member in members]
     if compiled:
         remaining = _pass_on(rule, remaining, suits_rows, run_compiled)
     elif _wants_native(fused, foreach, members):
@@ -42,6 +45,26 @@ def run(
     if foreach or (foreach is None and not compiled):
         remaining = _pass_on(rule, remaining, suits_rows, run_batched)
     run_single(rule, remaining)
+
+
+def _local(member: Member) -> Member:
+    """Return the part of a sharded weight that this process holds, where that is whole groups; others as they are."""
+    if not is_sharded(member.weight):
+        return member
+    part = part_of(member.manifold, member.weight)
+    if part.combine is not None:
+        return member
+    second = member.second
+    if second is not None:
+        second = (local_part(second[0]), None if second[1] is None else local_part(second[1]))
+    return replace(
+        member,
+        weight=part.read(member.weight),
+        gradient=part.read(member.gradient),
+        manifold=part.manifold,
+        moment=None if member.moment is None else part.read(member.moment),
+        second=second,
+    )
 
 
 def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[Member]) -> bool:

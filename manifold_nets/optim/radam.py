@@ -14,6 +14,7 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group
+from manifold_nets.optim.sharding import zero_scalars
 
 __all__ = ["RiemannianAdam"]
 
@@ -147,7 +148,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
 def initial_state(weight: Tensor, manifold: SphereProduct, amsgrad: bool) -> dict[str, Any]:
     """Return zero moments: the first of the weight's shape and dtype, the second one a sphere in float32 or better."""
-    per_sphere = weight.new_zeros(manifold.partition.spread_shape, dtype=accumulation_dtype(weight.dtype))
+    per_sphere = zero_scalars(weight, manifold, accumulation_dtype(weight.dtype))
     state = {
         # On the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
         "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),

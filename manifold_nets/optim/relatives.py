@@ -12,6 +12,7 @@ from manifold_nets.optim.membership import Group
 from manifold_nets.optim.products import Tangential, tangential
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rsgd import RiemannianSGD
+from manifold_nets.optim.sharding import local_part
 from manifold_nets.optim.updates import write_
 from manifold_nets.optim.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
 from manifold_nets.optim.workspace import Workspace
@@ -216,7 +217,7 @@ class AdamG(RiemannianAdam):
             w, g, m = space.open(member.weight), space.read(member.gradient), space.open(member.moment)
             found = tangential(w, g, m, space.spheres, maximize=rule.maximize, sharp=True)
             factor, step = clip_factor(found, group["clip"]), member.step
-            second = member.second[0].lerp_(factor * factor * found.gg, 1 - rule.beta2)
+            second = local_part(member.second[0]).lerp_(factor * factor * found.gg, 1 - rule.beta2)
             scale = 1 / (1 - rule.keep**step) / (second / (1 - rule.beta2**step) + rule.eps).sqrt()
             moments = Moments(rule.keep, (1 - rule.keep) * factor, scale, 0.0)
             move = geodesic_coefficients(found, moments, float(rule.lr))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.layouts import layout_of
 from manifold_nets.optim.products import Spheres
+from manifold_nets.optim.sharding import local_part, part_of
 
 __all__ = ["Workspace"]
 
@@ -39,6 +41,9 @@ class Workspace:
     """
 
     def __init__(self, manifold: SphereProduct, weight: Tensor) -> None:
+        self._part = part_of(manifold, weight) if is_sharded(weight) else None
+        if self._part is not None:
+            manifold, weight = self._part.manifold, local_part(weight.detach())
         layout = layout_of(manifold)
         self.partition = layout.partition
         self.dtype = accumulation_dtype(weight.dtype)
@@ -46,12 +51,18 @@ class Workspace:
         radius = manifold.radius_for(weight)
         self._unit = radius if layout.to_unit else None
         self.spheres = Spheres(self.partition.reduced, 1.0 if layout.to_unit else radius)
+        if self._part is not None:
+            self.spheres = self.spheres._replace(combine=self._part.combine)
+        self._read: list[tuple[Tensor, Tensor]] = []
         self._opened: list[tuple[Tensor, Tensor]] = []
 
     def open(self, tensor: Tensor) -> Tensor:
         """Return the working form of the weight or of a tangent vector, which the rule may change in place."""
         # An alias of the base class shares memory and version counter: autograd notices what is changed through it.
         original = tensor.detach()
+        if self._part is not None:
+            original = self._part.read(tensor)
+            self._read.append((tensor, original))
         viewed, copied = original, self._natural_dtype != self.dtype or self._unit is not None
         if self.partition.view != self.partition.shape:
             # In another memory format there is no such view, and `reshape` makes a contiguous copy.
@@ -65,7 +76,8 @@ class Workspace:
 
     def read(self, gradient: Tensor) -> Tensor:
         """Return the working form of the Euclidean gradient, which the rule only reads."""
-        working = gradient.detach().reshape(self.partition.view).to(self.dtype)
+        local = gradient.detach() if self._part is None else self._part.read(gradient)
+        working = local.reshape(self.partition.view).to(self.dtype)
         return working if self._unit is None else working * self._unit
 
     def settle(self, tangent: Tensor) -> Tensor:
@@ -77,3 +89,6 @@ class Workspace:
         """Write back what was opened as a copy."""
         for original, working in self._opened:
             original.copy_(self.settle(working))
+        if self._part is not None:
+            for tensor, original in self._read:
+                self._part.write(tensor, original)
