@@ -1,10 +1,18 @@
 """Small networks, data and problems for the tests of the pymanopt bridge."""
 
+import numpy as np
+import pytest
 import torch
+from sphere_cases import eps
 from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.layers import UnitNormConv2d, UnitNormLinear
+
+pytest.importorskip("pymanopt")
+
+from manifold_nets import pymanopt_bridge as bridge
+from manifold_nets.pymanopt_bridge import NetworkProblem
 
 
 def digits_like(count: int = 40, features: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
@@ -49,3 +57,33 @@ class Convolutions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         features = torch.tanh(self.norm(self.first(x))).mean((2, 3))
         return self.head(features) * self.temperature
+
+
+cross_entropy = nn.functional.cross_entropy
+
+
+def mlp_problem(activation: type[nn.Module] = nn.GELU, radius: float = 1.0, count: int = 40) -> NetworkProblem:
+    return bridge.problem(batch_normalized_mlp(activation, radius), cross_entropy, *digits_like(count))
+
+
+def convolution_problem() -> NetworkProblem:
+    torch.manual_seed(2)
+    images, classes = torch.randn(20, 1, 5, 5, dtype=torch.float64), torch.arange(20) % 3
+    return bridge.problem(Convolutions(), cross_entropy, images, classes)
+
+
+def direction(problem: NetworkProblem, point: list[np.ndarray], seed: int = 0):
+    np.random.seed(seed)  # noqa: NPY002  pymanopt draws from this one
+    return problem.manifold.random_tangent_vector(point)
+
+
+def check_finite_differences(problem: NetworkProblem) -> None:
+    """Compare the Hessian along u with the central difference of gradients, to the accuracy of that difference."""
+    point = problem.initial_point()
+    u = direction(problem, point, seed=1)
+    step = eps(torch.float64) ** (1 / 3)
+    ahead, behind = ([x + sign * step * v for x, v in zip(point, u, strict=True)] for sign in (1, -1))
+    pairs = zip(problem.euclidean_gradient(ahead), problem.euclidean_gradient(behind), strict=True)
+    differences = [(a - b) / (2 * step) for a, b in pairs]
+    for found, expected in zip(problem.euclidean_hessian(point, u), differences, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=100 * step**2)
