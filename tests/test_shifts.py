@@ -17,7 +17,6 @@ from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 from manifold_nets.errors import LossError
-from manifold_nets.symmetry.rules.shift_use import SHIFT_RULES
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
 
@@ -158,26 +157,6 @@ def test_shifts_of_all_toys_are_true(name: str) -> None:
     assert not report.refuted_shifts, str(report)
     for shift in report.shifts:
         assert change(model, x, shift, 0) <= BRUTE_FORCE_TOLERANCE, str(shift)
-
-
-PLANTED = {
-    "relu": ("conv-relu-bn", "relu", lambda use: use.label("self")),
-    "a mean that is not subtracted": ("linear-rms", "rms_norm", lambda use: SHIFT_RULES["layer_norm"](use)),
-    "zeros of the padding": ("conv-padded mean-bn", "avg_pool2d", lambda use: use.label("self")),
-    "queries": ("stream", "scaled_dot_product_attention", lambda use: use.absorb("softmax", use.label("query").ids)),
-}
-
-
-@pytest.mark.parametrize("fault", PLANTED)
-def test_certificate_and_brute_force_catch_a_planted_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, op, wrong = PLANTED[fault]
-    model, x = made(name)
-    assert not mn.diagnose(model, x).refuted_shifts
-    monkeypatch.setitem(SHIFT_RULES, op, wrong)
-    refuted = mn.diagnose(model, x).refuted_shifts
-    assert refuted
-    with pytest.raises(AssertionError):
-        assert all(change(model, x, shift, 0) <= BRUTE_FORCE_TOLERANCE for shift in refuted)
 
 
 def mean_square(outputs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from manifold_nets.symmetry.certificate import EulerField
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.partitions import only_looked_up
 from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.rules.shift_use import LARGEST_LINK, Shifts
+from manifold_nets.symmetry.rules.shift_use import LARGEST_LINK
 from manifold_nets.symmetry.scales import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.shift_certificate import Direction, ShiftJudge
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
@@ -102,7 +102,7 @@ def _shifts_of(
     inactive: Callable[[str], bool],
     loss: bool,
 ) -> list[ShiftSymmetry]:
-    scales, seeds = Shifts(), {}
+    scales, seeds = Scales(), {}
     for name, shape in shapes.items():
         where = _seed_shape(shape)
         seeds[name] = scales.add(int(np.prod(where))).reshape(where)
@@ -163,7 +163,7 @@ def _row_shifts(
             return along
     best: tuple[float, Partition, list[int], list[Absorption]] | None = None
     for blocks, partition in _row_partitions(graph, users, _shape(sources[0])):
-        scales = Shifts(blocks)
+        scales = Scales(blocks)
         ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in _shape(sources[0])[1:]))
         absorbed = follow_shifts(graph, {name: ids}, scales, rows={name: blocks}, inactive=inactive, loss=loss)
         free = [k for k in scales.free if k in absorbed]
@@ -181,7 +181,7 @@ def _shifts_along_an_axis(
     for axis in (1,) if only_looked_up(sources) else (1, 0):
         if len(shape) != 2 or shape[axis] > LARGEST_LINK:
             continue
-        scales = Shifts(shape[axis])
+        scales = Scales(shape[axis])
         ids = np.arange(1, shape[axis] + 1).reshape([-1 if k == axis else 1 for k in range(2)])
         absorbed = follow_shifts(graph, {name: ids}, scales, inactive=inactive, loss=loss)
         free = [k for k in scales.free if k in absorbed and k < shape[axis]]

@@ -15,14 +15,13 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.symmetry.rules.use import RULES, Result, Use
-from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label, Scales
+from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label
 
 __all__ = [
     "LARGEST_LINK",
     "SHIFT_RULES",
     "Link",
     "ShiftUse",
-    "Shifts",
     "apply_rule",
     "first_label",
     "reduced_axes",
@@ -32,27 +31,6 @@ __all__ = [
 
 # Beyond this many new unknowns at one operation the shift is not followed any further.
 LARGEST_LINK = 2_048
-
-
-class Shifts(Scales):
-    """Unknown shifts: `Scales`, with sums and conditions on distinct pairs of forms first."""
-
-    def sum(self, left: Ids, right: Ids, sign: float = 1.0) -> Ids:
-        """Numbers of the forms of a sum (or, with sign −1, of a difference), entry by entry."""
-        a, b, inverse, shape = _distinct_pairs(left, right)
-        return super().sum(a, b, sign)[inverse].reshape(shape)
-
-    def join(self, left: Ids, right: Ids, because: Break) -> None:
-        """Require equal forms entry by entry."""
-        a, b, _, _ = _distinct_pairs(left, right)
-        super().join(a, b, because)
-
-
-def _distinct_pairs(left: Ids, right: Ids) -> tuple[Ids, Ids, Ids, tuple[int, ...]]:
-    left, right = np.broadcast_arrays(left, right)
-    base = int(right.max(initial=0)) + 1
-    keys, inverse = np.unique(left.ravel() * base + right.ravel(), return_inverse=True)
-    return keys // base, keys % base, inverse.reshape(-1), left.shape
 
 
 @dataclass(frozen=True)
