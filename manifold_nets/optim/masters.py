@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from manifold_nets.groups import accumulation_dtype
+from manifold_nets.optim.sharding import local_part
 
 __all__ = ["MasterWeights"]
 
@@ -30,13 +31,16 @@ class MasterWeights:
         if master is None:
             master = state["master_weight"] = weight.detach().to(accumulation_dtype(weight.dtype))
         unseen = weight not in self._versions or self._versions[weight] != weight._version
-        if unseen and not torch.equal(master.to(weight.dtype), weight):
-            master.copy_(weight.detach())
+        # Sharded ones part by part: what another process holds, it looks at itself.
+        copy, held = local_part(master), local_part(weight.detach())
+        if unseen and not torch.equal(copy.to(held.dtype), held):
+            copy.copy_(held)
         return master
 
     def write(self, masters: Mapping[Tensor, Tensor]) -> None:
         """Round copies into their weights."""
         if masters:
-            torch._foreach_copy_([weight.detach() for weight in masters], list(masters.values()))
+            held = [local_part(weight.detach()) for weight in masters]
+            torch._foreach_copy_(held, [local_part(master) for master in masters.values()])
         for weight in masters:
             self._versions[weight] = weight._version
