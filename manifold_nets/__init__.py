@@ -9,15 +9,17 @@ with warnings.catch_warnings():
     import geoopt  # noqa: F401
 
 from manifold_nets import errors, layers, optim, sources
-from manifold_nets.constraints import project, restore
+from manifold_nets.constraints import joint_spheres, project, restore
 from manifold_nets.conversion import balance, conversion_record, convert, load, plan, revert, save, verify
 from manifold_nets.groups import Partition
+from manifold_nets.joint_sphere import JointSphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim import param_groups
 from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
 
 __all__ = [
+    "JointSphere",
     "LearningRates",
     "Partition",
     "SphereProduct",
@@ -27,6 +29,7 @@ __all__ = [
     "convert",
     "diagnose",
     "errors",
+    "joint_spheres",
     "layers",
     "load",
     "matched_learning_rates",

@@ -17,12 +17,22 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.errors import ConstraintError
+from manifold_nets.errors import ConstraintError, JointSphereError
 from manifold_nets.errors.base import listed
 from manifold_nets.gathered import whole, write_whole_
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "lost_constraints", "project", "restore"]
+__all__ = [
+    "ConstrainedWeight",
+    "attach",
+    "constrained_weights",
+    "detach",
+    "joint_spheres",
+    "lost_constraints",
+    "project",
+    "restore",
+]
 
 _RECORD = "_manifold_nets_constraints"
 _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
@@ -211,13 +221,48 @@ def project(model: nn.Module) -> dict[str, float]:
     points: list[tuple[Tensor, Tensor]] = []
     deviations: dict[str, float] = {}
     for weight in constrained_weights(model):
+        if isinstance(weight.manifold, JointSphereMember):
+            continue
         found = whole(weight.parameter)
         weight.manifold.refuse_degenerate(found, weight.name)
         deviations[weight.name] = float(weight.manifold.deviations(found).max())
         points.append((weight.parameter, weight.manifold.projx(found)))
+    for joint, members in joint_spheres(model):
+        parameters = [member.parameter for member in members]
+        joint.refuse_degenerate(parameters)
+        deviations |= dict.fromkeys((member.name for member in members), float(joint.deviations(parameters).max()))
+        points += zip(parameters, joint.projx(parameters), strict=True)
     for parameter, point in points:
         write_whole_(parameter, point)
     return deviations
+
+
+def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[ConstrainedWeight, ...]]]:
+    """Return every sphere that several weights of a model lie on together, with these weights in its order.
+
+    Raises:
+        JointSphereError: the model has some weights of a joint sphere and lacks others.
+
+    Example:
+        >>> from manifold_nets.groups import Partition
+        >>> net = nn.Sequential(nn.Linear(3, 2), nn.Linear(5, 2))
+        >>> joint = JointSphere({"0.weight": Partition.filters((2, 3)), "1.weight": Partition.filters((2, 5))})
+        >>> for layer, manifold, point in zip(net, joint.manifolds, joint.projx([net[0].weight, net[1].weight])):
+        ...     attach(layer, "weight", manifold, point)
+        >>> ((sphere, weights),) = joint_spheres(net)
+        >>> [weight.name for weight in weights], float(sphere.deviations([w.parameter for w in weights]).max()) < 1e-6
+        (['0.weight', '1.weight'], True)
+    """
+    found: dict[JointSphere, dict[int, ConstrainedWeight]] = {}
+    for weight in constrained_weights(model):
+        if isinstance(weight.manifold, JointSphereMember):
+            found.setdefault(weight.manifold.joint, {})[weight.manifold.place] = weight
+    for joint, members in found.items():
+        missing = [name for place, name in enumerate(joint.names) if place not in members]
+        if missing:
+            present = next(iter(members.values())).name
+            raise JointSphereError(present, missing, f"a model without {', '.join(missing)}")
+    return [(joint, tuple(m[place] for place in range(len(joint.names)))) for joint, m in found.items()]
 
 
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:

@@ -19,6 +19,7 @@ ACTION_OF: dict[Remedy, str] = {
     "dead-biases": "remove",
     "balance": "balance",
     "spheres": "sphere",
+    "joint-spheres": "joint sphere",
 }
 REMEDIES: tuple[Remedy, ...] = tuple(ACTION_OF)
 

@@ -15,12 +15,14 @@ from manifold_nets.conversion.actions import Action, ConversionPlan
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.biases import remove_bias
 from manifold_nets.conversion.edited import EditedPlan, edited_plan
+from manifold_nets.conversion.joint import joint_sphere_of
 from manifold_nets.conversion.plan import Selector, named_tensors, staged
 from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.spheres import sphere_of
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.symmetry import SymmetryFamily
 from manifold_nets.symmetry.report import Absorber
 from manifold_nets.symmetry.twin import duplicate
 
@@ -75,8 +77,8 @@ def convert(
     Args:
         model: the network; left as it is unless ``inplace``.
         report_or_example_inputs: what `diagnose` returned for it, or example inputs.
-        remedies: what to do: a name, several, or ``"all"``, of ``"dead-biases"``, ``"balance"`` and
-            ``"spheres"``; see `plan`.
+        remedies: what to do: a name, several, or ``"all"``, of ``"dead-biases"``, ``"balance"``, ``"spheres"`` and
+            ``"joint-spheres"``; see `plan`.
         radius: ``"unit"`` or ``"keep"``.
         include: names of weights to convert; see `plan`.
         exclude: names of weights to leave; see `plan`.
@@ -208,6 +210,10 @@ def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[
             spread = manifold.partition.spread(factors)
             changed[action.name] = manifold.partition.multiply(current(action.name), spread)
             changed.update(_scaled_along(action, factors, current))
+    for action in chosen.of("joint sphere"):
+        if isinstance(action.symmetry, SymmetryFamily):
+            joint = joint_sphere_of(action.symmetry, state)
+            manifolds.update(zip(joint.names, joint.manifolds, strict=True))
     return manifolds, changed
 
 

@@ -10,7 +10,7 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import attach, constrained_weights, detach
+from manifold_nets.constraints import ConstrainedWeight, attach, constrained_weights, detach, joint_spheres
 from manifold_nets.conversion import storage
 from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.ties import replace_everywhere
@@ -21,14 +21,14 @@ from manifold_nets.errors import (
     OffManifoldError,
 )
 from manifold_nets.errors.base import listed
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["load", "save"]
 
 _PROJECT = (
     "It was trained by an optimizer that ignores the manifold, cast to another dtype, or edited. To put it back: call "
-    "manifold_nets.restore(model), then, under torch.no_grad(), model.get_parameter({name!r}).proj_(). Train with "
-    "manifold_nets.optim to keep it there."
+    "manifold_nets.project(model). Train with manifold_nets.optim to keep it there."
 )
 
 
@@ -68,8 +68,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         if stored not in tensors:
             found = "constrained, but has no entry in the state_dict"
             raise CheckpointTensorError(path, weight.name, found, "Remove the hook that renames or drops it.")
-        _require_on_spheres(tensors[stored], weight.name, weight.manifold, _PROJECT.format(name=weight.name))
         manifolds[stored] = weight.manifold
+    joint_spheres(model)  # refuses a model with some weights of a joint sphere only
+    _require_points(tensors, manifolds, _PROJECT)
     storage.write(path, storage.Contents(tensors, manifolds, aliases, tuple(removed_biases(model))))
 
 
@@ -105,11 +106,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     differences = _differences(model, contents)
     if differences:
         raise CheckpointMismatchError(path, type(model).__name__, differences)
-    for name, manifold in contents.manifolds.items():
-        try:
-            _require_on_spheres(contents.tensors[name], name, manifold, remedy="")
-        except OffManifoldError as error:
-            raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+    try:
+        _require_points(contents.tensors, contents.manifolds, remedy="")
+    except OffManifoldError as error:
+        raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     _set_biases(model, contents)
     model.load_state_dict(contents.expanded())
     _set_manifolds(model, contents)
@@ -173,15 +173,28 @@ def _place(tensor: Tensor) -> tuple[object, ...] | None:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _require_on_spheres(stored: Tensor, name: str, manifold: SphereProduct, remedy: str) -> None:
-    """Raise `OffManifoldError` where a norm is off by more than rounding explains.
+def _require_points(tensors: Mapping[str, Tensor], manifolds: Mapping[str, SphereProduct], remedy: str) -> None:
+    """Raise `OffManifoldError` where a norm is off by more than rounding explains."""
+    joints: dict[JointSphere, dict[int, Tensor]] = {}
+    for name, manifold in manifolds.items():
+        if isinstance(manifold, JointSphereMember):
+            joints.setdefault(manifold.joint, {})[manifold.place] = tensors[name]
+        else:
+            manifold.require_point(tensors[name], name, rtol=_rounding(tensors[name], manifold), remedy=remedy)
+    for joint, members in joints.items():
+        points = [members[place] for place in sorted(members)]
+        joint.require_point(points, rtol=_rounding(points[0], joint.sphere), remedy=remedy)
+
+
+def _rounding(stored: Tensor, manifold: SphereProduct) -> float:
+    """Relative deviation of a norm that rounding explains.
 
     The optimizers stay below 4 machine epsilons and a cast adds at most half of one; 8 leaves room for neither of them
     to be met by chance. Where a radius is so small that entries are subnormal, each entry carries an absolute error.
     """
     limits = torch.finfo(stored.dtype)
     subnormal = limits.tiny * limits.eps * math.sqrt(manifold.partition.group_size) / float(manifold.radii.min())
-    manifold.require_point(stored, name, rtol=8 * limits.eps + subnormal, remedy=remedy)
+    return 8 * limits.eps + subnormal
 
 
 def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
@@ -258,6 +271,17 @@ def _set_biases(model: nn.Module, contents: storage.Contents) -> None:
             remove_bias(module, leaf)
 
 
+def _stored_name(weight: ConstrainedWeight, contents: storage.Contents) -> str:
+    return contents.aliases.get(weight.name, weight.name)
+
+
+def _is_on(weight: ConstrainedWeight, name: str, wanted: Mapping[str, SphereProduct]) -> bool:
+    """Whether a parameter object lies on the manifold that it should have."""
+    manifold = wanted.get(name)
+    same = manifold is not None and manifold.to_dict() == weight.manifold.to_dict()
+    return same and isinstance(weight.parameter, geoopt.ManifoldParameter)
+
+
 def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
     """Make the weights that the file constrains, and no others, constrained."""
     owners = {
@@ -267,10 +291,13 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
     }
     wanted = dict(contents.manifolds)
     replaced = []
-    for weight in list(constrained_weights(model)):
-        name = contents.aliases.get(weight.name, weight.name)
-        same = name in wanted and wanted[name].to_dict() == weight.manifold.to_dict()
-        if same and isinstance(weight.parameter, geoopt.ManifoldParameter):
+    present = list(constrained_weights(model))
+    same = {name: weight for weight in present if _is_on(weight, name := _stored_name(weight, contents), wanted)}
+    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
+    split = {wanted[name].joint for name in wanted.keys() - same.keys() if isinstance(wanted[name], JointSphereMember)}
+    for weight in present:
+        name = _stored_name(weight, contents)
+        if name in same and getattr(wanted[name], "joint", None) not in split:
             del wanted[name]
         elif name not in wanted:
             old = weight.parameter

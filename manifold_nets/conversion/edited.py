@@ -13,7 +13,14 @@ from typing import Any
 from torch import nn
 
 from manifold_nets.conversion.actions import ACTION_OF, Action, ConversionPlan
-from manifold_nets.conversion.plan import early_actions, named_tensors, require_same_model, staged, weight_actions
+from manifold_nets.conversion.plan import (
+    early_actions,
+    late_actions,
+    named_tensors,
+    require_same_model,
+    staged,
+    weight_actions,
+)
 from manifold_nets.errors import PlanError
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry import SymmetryReport, diagnose
@@ -69,6 +76,8 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     unit = weight_actions(report, state, "unit", math.inf, spheres)
     keep = weight_actions(report, state, "keep", math.inf, spheres)
     weights = [_weight(source, *pair, wanted) for pair in zip(unit, keep, strict=True)]
+    late = late_actions(model, report, state, weights, [remedy for remedy in ACTION_OF if remedy in asked])
+    early += [_decided(source, action, wanted) for action in late]
     known = {remedy: {action.name for action in early if action.remedy == remedy} for remedy in asked}
     _require_known(source, wanted, {"spheres": everything} | known)
     return ConversionPlan(report.model, (*weights, *early), report.example_inputs)

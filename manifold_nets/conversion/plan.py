@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from manifold_nets.conversion.actions import Action, ConversionPlan, chosen_remedies
 from manifold_nets.conversion.balance import balanced_values, rescaling_families
 from manifold_nets.conversion.dead_biases import dead_bias_actions
+from manifold_nets.conversion.joint import joint_actions
 from manifold_nets.conversion.spheres import sphere_action
 from manifold_nets.errors import OptionError, ReportMismatchError, SelectionError
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 
-__all__ = ["Selector", "early_actions", "named_tensors", "plan", "require_same_model", "staged", "weight_actions"]
+__all__ = [
+    "Selector",
+    "early_actions",
+    "late_actions",
+    "named_tensors",
+    "plan",
+    "require_same_model",
+    "staged",
+    "weight_actions",
+]
 
 Selector = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -49,6 +59,10 @@ def plan(
     running statistics, or where they cannot be rescaled exactly, the groups keep their norms as radii; nothing is
     lost, since the metric of `SphereProduct` does not depend on the radius.
 
+    ``"joint-spheres"``: weights whose scale has a meaning for each alone but none for all together, as those that add
+    to one residual stream, go on one sphere for each channel, or on one sphere in all; see `JointSphere`. The joint
+    norms are kept as radii, so that nothing else changes. Biases and other vectors that share the scale move freely.
+
     Args:
         model: the network.
         report_or_example_inputs: what `diagnose` returned for it, or example inputs to diagnose it with.
@@ -73,13 +87,19 @@ def plan(
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
     require_same_model(model, report)
     early = early_actions(model, report, chosen)
-    names = dict.fromkeys([w.name for w in report.weights] + [name for a in early for name in a.parameters])
+    moved = [name for a in early for name in a.parameters]
+    if "joint-spheres" in chosen:
+        moved += [name for family in report.families for name in family.parameters]
+    names = dict.fromkeys([w.name for w in report.weights] + moved)
     wanted = _selected(list(names), include, "include", default=True)
     wanted -= _selected(list(names), exclude, "exclude", default=False)
     early = [_if_selected(action, wanted) for action in early]
     state = staged(named_tensors(model), early)
     weights = weight_actions(report, state, radius, train_tolerance, wanted if "spheres" in chosen else set())
-    return ConversionPlan(report.model, (*weights, *early), report.example_inputs)
+    late = late_actions(model, report, state, weights, chosen)
+    return ConversionPlan(
+        report.model, (*weights, *early, *(_if_selected(action, wanted) for action in late)), report.example_inputs
+    )
 
 
 def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[str]) -> list[Action]:
@@ -89,6 +109,19 @@ def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[s
         families = rescaling_families(model, report)
         actions += [_balance_action(number, *found) for number, found in enumerate(families, 1)]
     return actions
+
+
+def late_actions(
+    model: nn.Module,
+    report: SymmetryReport,
+    state: dict[str, Tensor],
+    weights: Sequence[Action],
+    remedies: Sequence[str],
+) -> list[Action]:
+    """Return the actions that come after the weights that go on spheres by themselves."""
+    if "joint-spheres" not in remedies:
+        return []
+    return joint_actions(model, report, state, {a.name for a in weights if a.action == "sphere"})
 
 
 def weight_actions(

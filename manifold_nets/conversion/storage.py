@@ -23,6 +23,7 @@ from torch import Tensor
 
 from manifold_nets.errors import CheckpointFormatError
 from manifold_nets.files import atomic_file
+from manifold_nets.joint_sphere import manifolds_from_dicts
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["FORMAT", "VERSION", "Contents", "is_checkpoint", "read", "write"]
@@ -130,7 +131,7 @@ def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict
 
 def _contents(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
     try:
-        manifolds = {str(name): SphereProduct.from_dict(data) for name, data in document["manifolds"].items()}
+        manifolds = manifolds_from_dicts({str(name): data for name, data in document["manifolds"].items()})
         aliases = {str(alias): str(name) for alias, name in document["aliases"].items()}
         removed = tuple(str(name) for name in document.get("removed_biases", ()))
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:

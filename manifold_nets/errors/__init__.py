@@ -13,7 +13,13 @@ from manifold_nets.errors.checkpoints import (
     CheckpointMismatchError,
     CheckpointTensorError,
 )
-from manifold_nets.errors.constraints import ConstraintError, DegenerateGroupError, OffManifoldError, PartitionError
+from manifold_nets.errors.constraints import (
+    ConstraintError,
+    DegenerateGroupError,
+    JointSphereError,
+    OffManifoldError,
+    PartitionError,
+)
 from manifold_nets.errors.conversion import (
     ExportError,
     FunctionChangedError,
@@ -52,6 +58,7 @@ __all__ = [
     "ExampleInputsError",
     "ExportError",
     "FunctionChangedError",
+    "JointSphereError",
     "LossError",
     "ManifoldNetsError",
     "MissingExtraError",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from manifold_nets.errors.base import ManifoldNetsError, listed
 
-__all__ = ["ConstraintError", "DegenerateGroupError", "OffManifoldError", "PartitionError"]
+__all__ = ["ConstraintError", "DegenerateGroupError", "JointSphereError", "OffManifoldError", "PartitionError"]
 
 
 class PartitionError(ManifoldNetsError, ValueError):
@@ -33,6 +33,18 @@ class OffManifoldError(ManifoldNetsError, ValueError):
 
     def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str) -> None:
         super().__init__(f"{name}: group {group} has norm {norm:.8g}, but its sphere has radius {radius:.8g}. {remedy}")
+
+
+class JointSphereError(ManifoldNetsError, TypeError):
+    """Something was asked of one weight that all weights of its joint sphere have to answer together."""
+
+    def __init__(self, name: str, others: Sequence[str], found: str = "one of them alone") -> None:
+        super().__init__(
+            f"{name}: its groups share one norm with those of {listed(others)}: found {found}; expected all of them "
+            "together. Use manifold_nets.joint_spheres(model), manifold_nets.project(model), and one parameter group "
+            "of manifold_nets.optim for all of them; or take the constraint away with manifold_nets.revert(model)."
+        )
+        self.name, self.others = name, tuple(others)
 
 
 class ConstraintError(ManifoldNetsError, ValueError):

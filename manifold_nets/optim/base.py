@@ -12,8 +12,10 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from manifold_nets.errors import OptionError, SphereOptionError
 from manifold_nets.groups import accumulation_dtype
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions import run
+from manifold_nets.optim.joint import in_motion, joined
 from manifold_nets.optim.masters import MasterWeights
 from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
@@ -95,17 +97,24 @@ class SphereOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_spheres(self, group: Group) -> None:
         members, masters = [], {}
+        moving = in_motion(group["params"], group["manifolds"])
         for _, weight, manifold in constrained_of(group):
             # A sphere of one entry is two points: there is nowhere to go.
-            if weight.grad is None or manifold.partition.group_size == 1:
+            gradient = weight.grad
+            if isinstance(manifold, JointSphereMember):
+                gradient = torch.zeros_like(weight) if gradient is None and manifold.joint in moving else gradient
+            elif manifold.partition.group_size == 1:
+                continue
+            if gradient is None:
                 continue
             state, point = self.state[weight] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[weight]
                 point = masters[weight] = self._masters.of(weight, state)
-            members.append(self._member(group, state, point, weight.grad, manifold))
+            members.append(self._member(group, state, point, gradient, manifold))
         if members:
-            self._step_members(group, members)
+            with joined(members) as together:
+                self._step_members(group, together)
         self._masters.write(masters)
 
     def _refuse_sparse_gradients(self) -> None:

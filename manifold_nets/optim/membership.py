@@ -17,7 +17,9 @@ from manifold_nets.errors import (
     UnsupportedManifoldError,
 )
 from manifold_nets.groups import refuse_degenerate
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.joint import require_together
 
 __all__ = ["constrained_of", "name_of", "resolve_manifolds"]
 
@@ -61,6 +63,7 @@ def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
         ParameterGroupError: the manifolds do not fit the parameters.
         OffManifoldError: a weight is not on its spheres.
         DegenerateGroupError: a group of a weight is zero or not finite.
+        JointSphereError: weights of a joint sphere are missing; all of them belong in one group.
         SphereOptionError: a weight is not real, or an option of the group does not work on spheres.
     """
     # What is not a tensor is left for torch to refuse.
@@ -76,6 +79,7 @@ def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
     for weight, manifold, name in zip(tensors, manifolds, names, strict=True):
         if manifold is not None:
             _require_trainable(weight, manifold, name, group)
+    require_together(tensors, manifolds, rtol=_RTOL, remedy="Put it back first: manifold_nets.project(model).")
     return manifolds
 
 
@@ -104,7 +108,7 @@ def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group
             raise SphereOptionError(name, f"{option}=True", f"{option}=False")
     if tuple(weight.shape) != manifold.partition.shape:
         raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" or isinstance(manifold, JointSphereMember):
         return
     # A sharded weight (DTensor) is looked at as a whole.
     whole = getattr(weight, "full_tensor", None)
