@@ -88,8 +88,11 @@ def _opening(summary: Summary) -> str:
 def _table(found: Table) -> str:
     rows = [[_unbroken(escape(cell)) for cell in row] for row in found.rows]
     head = [escape(name if name.startswith("p ") else name[:1].upper() + name[1:]) for name in found.head]
+    if not rows:
+        return ""
+    caption = escape(found.caption)
     # A table that is too wide for the window is moved sideways by itself, also with the keyboard.
-    return f'<div class="scrolled" tabindex="0">{table(escape(found.caption), head, rows)}</div>' if rows else ""
+    return f'<div class="scrolled" role="region" aria-label="{caption}" tabindex="0">{table(caption, head, rows)}</div>'
 
 
 def _unbroken(text: str) -> str:

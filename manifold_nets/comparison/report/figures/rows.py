@@ -47,7 +47,8 @@ def draw_test_errors(summary: Summary, size: Size) -> Figure:
         shown = finite(contestant.test_errors)
         axes.plot(shown, [i + 0.2] * len(shown), color=style.colour, marker="|", markersize=9, linestyle="none")
         if test.count > 1:
-            low = test.low if axes.get_xscale() == "linear" else max(test.low, min(every) / 3)
+            # No error is negative, whatever the interval says.
+            low = max(test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
             axes.plot([low, test.high], [i - 0.1, i - 0.1], color=style.colour, linewidth=2)
         (mean,) = axes.plot([test.value], [i - 0.1], color=style.colour, marker=style.marker, markersize=8)
         mean.set_gid(f"series-{i}")
