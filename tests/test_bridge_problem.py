@@ -238,3 +238,13 @@ def test_models_that_make_no_point_are_refused() -> None:
         layer.weight.mul_(1.5)
     with pytest.raises(OffManifoldError, match="weight"):
         bridge.point_of(layer)
+
+
+def test_spheres_across_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    joint = mn.JointSphere({name: mn.Partition.filters((2, n)) for name, n in (("0.weight", 3), ("1.weight", 2))})
+    points = joint.projx([model[0].weight.detach(), model[1].weight.detach()])
+    for layer, manifold, point in zip(model, joint.manifolds, points, strict=True):
+        mn.constraints.attach(layer, "weight", manifold, point)
+    with pytest.raises(PointError, match=r"0\.weight: found a sphere together with 1\.weight; .*joint-spheres"):
+        bridge.product_manifold(model)

@@ -14,6 +14,7 @@ from torch import nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import UnsupportedManifoldError
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.pymanopt_bridge.errors import PointError
 from manifold_nets.pymanopt_bridge.sphere_product import SphereProductManifold
@@ -68,7 +69,8 @@ def product_manifold(model: nn.Module) -> Product:
         model: any module with real parameters; weights on a `manifold_nets.SphereProduct` are found through it.
 
     Raises:
-        PointError: no parameter requires a gradient, or one is neither float32 nor float64.
+        PointError: no parameter requires a gradient, one is neither float32 nor float64, or one lies on a sphere
+            together with others.
         UnsupportedManifoldError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
 
     Example:
@@ -158,4 +160,10 @@ def _spheres(model: nn.Module) -> dict[str, SphereProduct]:
         manifold = getattr(parameter, "manifold", None)
         if not (manifold is None or isinstance(manifold, SphereProduct) or manifold.name == "Euclidean"):
             raise UnsupportedManifoldError(name, manifold)
-    return {weight.name: weight.manifold for weight in constrained_weights(model)}
+    spheres = {weight.name: weight.manifold for weight in constrained_weights(model)}
+    for name, manifold in spheres.items():
+        if isinstance(manifold, JointSphereMember):
+            found = f"a sphere together with {', '.join(manifold.others)}"
+            remedy = "Convert without the remedy joint-spheres, or train with the optimizers of manifold_nets.optim."
+            raise PointError(name, found, "spheres of its own", remedy)
+    return spheres
