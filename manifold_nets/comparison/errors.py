@@ -15,6 +15,7 @@ __all__ = [
     "RecordError",
     "RunFailedError",
     "SettingsError",
+    "StorageError",
 ]
 
 
@@ -78,3 +79,10 @@ class RunFailedError(ManifoldNetsError, RuntimeError):
             f"run {run}: found {listed(reasons)}; expected a result. Correct the cause and start the same command "
             "again: the runs that are done are kept."
         )
+
+
+class StorageError(ManifoldNetsError, RuntimeError):
+    """The database of a comparison cannot be opened, or lacks the study."""
+
+    def __init__(self, place: str, found: str, expected: str) -> None:
+        super().__init__(f"{place}: found {found}; expected {expected}. Correct --storage or --study.")

@@ -49,8 +49,7 @@ class Settings(PlainRecord):
         weight_decay: coefficient of weight decay on the weights that are not on spheres.
         momentum: of the contestants that have one.
         schedule: of the learning rate over the steps: constant, or half a cosine from 1 to 0.
-        validation: share of the training data that learning rates are chosen by, where the task has no split.
-        target_error: validation error in [0, 1] whose reaching is timed.
+        target_error: validation error whose reaching is timed.
         initial_scales: ``"plain"`` initial weights, ``"rescaled"`` ones, or both; see `RunKey`.
         data: folder of the data, for tasks that read files.
         device: torch device.
@@ -61,7 +60,7 @@ class Settings(PlainRecord):
 
     Example:
         >>> settings = Settings(optimizers=("sgd", "rsgd"), learning_rates=(0.01, 0.1), seeds=(0, 1, 2), epochs=2)
-        >>> len(list(settings.keys())), Settings.from_dict(settings.to_dict()) == settings
+        >>> len(list(settings.run_keys())), Settings.from_dict(settings.to_dict()) == settings
         (12, True)
     """
 
@@ -71,11 +70,10 @@ class Settings(PlainRecord):
     epochs: int
     task: str = "digits"
     model: str = "mlp:100,100"
-    batch_size: int = 64
+    batch_size: int = 100
     weight_decay: float = 0.0
     momentum: float = 0.9
     schedule: Literal["constant", "cosine"] = "constant"
-    validation: float = 0.2
     target_error: float = 0.05
     initial_scales: tuple[InitialScale, ...] = ("plain",)
     data: str | None = None
@@ -98,8 +96,7 @@ class Settings(PlainRecord):
         self._require("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0")
         self._require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
         self._require("schedule", self.schedule in ("constant", "cosine"), "constant or cosine")
-        self._require("validation", 0 < self.validation < 1, "a share between 0 and 1")
-        self._require("target_error", 0 <= self.target_error <= 1, "an error in [0, 1]")
+        self._require("target_error", self.target_error >= 0, "an error of at least 0")
         known = set(self.initial_scales) <= {"plain", "rescaled"}
         self._require("initial_scales", known, "plain, rescaled, or both")
         self._require("threads", self.threads >= 1, "at least 1")
@@ -108,7 +105,7 @@ class Settings(PlainRecord):
         if not holds:
             raise SettingsError(name, getattr(self, name), expected)
 
-    def keys(self) -> Iterator[RunKey]:
+    def run_keys(self) -> Iterator[RunKey]:
         """All runs, seeds first and contestants last, so that every contestant has runs early on."""
         for seed, scale, rate, optimizer in product(
             self.seeds, self.initial_scales, self.learning_rates, self.optimizers
@@ -178,7 +175,7 @@ class EpochRecord(PlainRecord):
             passes over the data. More than ``epoch`` for contestants that evaluate the loss several times a step.
         train_loss: mean over the epoch of the loss before each step.
         validation_loss: after the epoch, in evaluation mode.
-        validation_error: after the epoch, in [0, 1].
+        validation_error: after the epoch; for classification the share of wrong answers, in [0, 1].
         seconds: training time since the start, without validation and measurements.
         layers: one record for each of `RunResult.layers`.
     """
@@ -208,7 +205,7 @@ class RunResult(PlainRecord):
             cannot be measured.
         harness_seconds: time in which the run neither trained nor validated: building, converting, measuring.
         machine: name of the machine in words.
-        test_error: on the test data, in [0, 1]; None for all runs but the chosen ones, and for diverged ones.
+        test_error: on the test data; None for all runs but the chosen ones, and for diverged ones.
         test_loss: likewise.
     """
 
@@ -255,10 +252,11 @@ class Choice(PlainRecord):
     Args:
         optimizer: name of the contestant.
         initial_scale: for the runs from these initial weights.
-        learning_rate: the smallest mean validation error over the seeds at the end of training, a diverged run
-            counted as 1; equal ones are decided by the mean validation loss, then by the smaller rate. None where every
-            run of every rate diverged.
-        validation_errors: that mean for each learning rate of `Settings.learning_rates`.
+        learning_rate: the one of the smallest mean validation error over the seeds at the end of training, a diverged
+            run counted as worse than any error; equal ones are decided by the mean validation loss, then by the smaller
+            rate. None where every run of every rate diverged.
+        validation_errors: for each of `Settings.learning_rates` the mean over the runs that did not diverge; None where
+            all did.
         diverged: how many runs diverged at each learning rate.
         reason: the same in words.
     """
@@ -266,7 +264,7 @@ class Choice(PlainRecord):
     optimizer: str
     initial_scale: InitialScale
     learning_rate: float | None
-    validation_errors: tuple[float, ...]
+    validation_errors: tuple[float | None, ...]
     diverged: tuple[int, ...]
     reason: str
 

@@ -25,7 +25,7 @@ class Comparison(PlainRecord):
 
     Args:
         settings: what was compared.
-        results: one for each of `Settings.keys`, in that order.
+        results: one for each of `Settings.run_keys`, in that order.
         choices: one for each contestant and initial scale.
         environment: versions and machine.
     """

@@ -1,0 +1,213 @@
+"""The one call: settings in, a finished comparison out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from manifold_nets.comparison.contestants import contestant
+from manifold_nets.comparison.crew import Crew, Member, Processes, ThisProcess
+from manifold_nets.comparison.engine import Observer, Workplace, conclude, work
+from manifold_nets.comparison.environment import environment
+from manifold_nets.comparison.errors import FolderInUseError, SettingsError
+from manifold_nets.comparison.models import build_model
+from manifold_nets.comparison.models.loading import ModelSource
+from manifold_nets.comparison.protocols import Contestant
+from manifold_nets.comparison.queue import RunQueue
+from manifold_nets.comparison.records import Settings
+from manifold_nets.comparison.result import Comparison
+from manifold_nets.comparison.starts import Subjects
+from manifold_nets.comparison.tasks import Task, load_task
+
+__all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
+
+
+def compare(
+    model: ModelSource = "mlp:100,100",
+    *,
+    task: str | Task = "digits",
+    optimizers: Sequence[str | Contestant] = ("sgd", "adam", "rsgd", "radam"),
+    learning_rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
+    seeds: int | Sequence[int] = 3,
+    epochs: int = 20,
+    output: str | os.PathLike[str] | None = None,
+    workers: int = 1,
+    storage: str | None = None,
+    progress: Observer | None = None,
+    **options: Any,
+) -> Comparison:
+    """Compare optimizers on one task and one network, every one with the same chances.
+
+    For each seed all contestants start from the same function, converted to spheres for those that train there, and see
+    the data in the same order. Each gets the same grid of learning rates; its own is chosen by the mean validation
+    error at the end of training, and only then the test data are read, once for each chosen run. Runs that diverge are
+    counted as worse than all others. Killed at any moment and called again with the same arguments, it repeats at most
+    the runs that were in flight, and gives the same numbers.
+
+    Args:
+        model: a name such as ``"mlp:100,100"``, ``"resnet:8,16"``, ``"segnet-basic"``, ``"torchvision:resnet18"`` or
+            ``"file.py:callable"``, or a callable that makes a plain network with fresh weights.
+        task: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"idx"``, ``"camvid"``, ``"file.py:callable"``, or a
+            `Task`, such as `task_from_data` makes of data loaders.
+        optimizers: names, or contestants of one's own.
+        learning_rates: the grid, the same for all.
+        seeds: how many, or which.
+        epochs: passes over the training data.
+        output: folder that keeps the study, the final weights of the chosen runs and ``comparison.json``; nothing is
+            kept when left out.
+        workers: processes that carry out runs.
+        storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
+        progress: called with a `Progress` when a run has started or ended.
+        options: other fields of `Settings`: ``batch_size`` (the task's own when left out), ``weight_decay``,
+            ``momentum``, ``schedule``, ``target_error``, ``initial_scales``, ``data``, ``device``, ``threads``.
+
+    Raises:
+        SettingsError: a setting has no meaning.
+        OptimizerNameError, TaskNameError: a name is that of nothing.
+        DifferentCommandError: the folder or the study holds another comparison; every difference is named.
+        FolderInUseError: another process works in the folder.
+        RunFailedError: a run ended without a result, for a reason other than divergence.
+        MissingExtraError: Optuna is not installed.
+
+    Example:
+        >>> found = compare("mlp:8", optimizers=["sgd", "rsgd"], learning_rates=[0.1], seeds=1, epochs=1)
+        >>> [choice.learning_rate for choice in found.choices], len(found.results)
+        ([0.1, 0.1], 2)
+    """
+    unknown = sorted(set(options) - {field.name for field in fields(Settings)})
+    if unknown:
+        raise SettingsError(unknown[0], options[unknown[0]], "one of the options of Settings")
+    loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
+    contestants = [contestant(item) if isinstance(item, str) else item for item in optimizers]
+    options.setdefault("batch_size", loaded.batch_size)
+    settings = Settings(
+        task=task if isinstance(task, str) else loaded.name,
+        model=model if isinstance(model, str) else f"{model.__module__}:{getattr(model, '__qualname__', 'callable')}",
+        optimizers=tuple(item.name for item in contestants),
+        learning_rates=tuple(learning_rates),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        epochs=epochs,
+        **options,
+    )
+    subjects = Subjects(loaded.to(settings.device), model, {item.name: item for item in contestants})
+    named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in optimizers)
+    return compare_settings(
+        settings, output, workers=workers, storage=storage, progress=progress, subjects=subjects, named=named
+    )
+
+
+def compare_settings(
+    settings: Settings,
+    output: str | os.PathLike[str] | None,
+    *,
+    workers: int = 1,
+    storage: str | None = None,
+    progress: Observer | None = None,
+    subjects: Subjects | None = None,
+    named: bool = True,
+) -> Comparison:
+    """The same as `compare`, for settings that are at hand.
+
+    Args:
+        settings: what to compare.
+        output: as in `compare`.
+        workers: as in `compare`.
+        storage: as in `compare`.
+        progress: as in `compare`.
+        subjects: what the settings name; looked up when left out.
+        named: whether other processes can look them up.
+    """
+    if workers < 1:
+        raise SettingsError("workers", workers, "at least 1")
+    subjects = Subjects.named(settings) if subjects is None else subjects
+    # What cannot work fails before anything is written.
+    build_model(subjects.model, subjects.task, seed=0)
+    with contextlib.ExitStack() as stack:
+        folder = _own_folder(stack, output)
+        weights = folder / "weights"
+        url = f"sqlite:///{folder / 'study.db'}" if storage is None else storage
+        queue = RunQueue(url, "comparison" if storage is None else study_name(settings))
+        stack.callback(queue.close)
+        queue.create(settings, environment())
+        if storage is None:
+            queue.give_up_all()
+        queue.fill(settings.run_keys())
+        members: list[Member] = []
+
+        def member() -> Member:
+            if not members:
+                members.append(Member(settings, subjects, weights))
+            return members[0]
+
+        if queue.done() < len(list(settings.run_keys())):
+            crew: Crew
+            if workers == 1 and storage is None:
+                crew = ThisProcess(member())
+            else:
+                crew = Processes(workers, settings, None if named else subjects, weights)
+            with contextlib.closing(crew):
+                work(Workplace(queue, settings, crew, storage is not None, weights, progress))
+        comparison = conclude(queue, settings, weights, member)
+        if output is not None:
+            comparison.write(folder)
+        return comparison
+
+
+def join_comparison(storage: str, study: str, *, workers: int = 1, progress: Observer | None = None) -> Settings:
+    """Carry out runs of a comparison that another process started, until every run has a result.
+
+    Args:
+        storage: URL of the shared database.
+        study: name of the study, as the other process shows it.
+        workers: processes that carry out runs.
+        progress: called with a `Progress` when a run has started or ended.
+
+    Returns:
+        The settings of the comparison.
+
+    Raises:
+        StorageError: the database cannot be opened or has no such study.
+        ManifoldNetsError: what the study names cannot be found on this machine.
+    """
+    if workers < 1:
+        raise SettingsError("workers", workers, "at least 1")
+    queue = RunQueue(storage, study)
+    with contextlib.closing(queue):
+        queue.join()
+        settings = queue.settings()
+        queue.create(settings, environment())  # refuses other versions
+        Subjects.named(settings)
+        with contextlib.closing(Processes(workers, settings, None, None)) as crew:
+            work(Workplace(queue, settings, crew, True, None, progress))
+    return settings
+
+
+def study_name(settings: Settings) -> str:
+    """The name of the study of a command in a shared database.
+
+    Example:
+        >>> study_name(Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1))
+        'manifold-nets-9d4e9d0b8a0c'
+    """
+    return f"manifold-nets-{settings.hash()[:12]}"
+
+
+def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | None) -> Path:
+    """The folder of a comparison, which no other process works in."""
+    if output is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manifold-nets-")))
+    folder = Path(output).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # The system takes the lock back from a process that is killed.
+        stack.enter_context(FileLock(folder / ".lock", timeout=0))
+    except Timeout as error:
+        raise FolderInUseError(folder) from error
+    return folder

@@ -1,0 +1,150 @@
+"""What is watched while a contestant trains: norms and rotation of the filters, and the memory of a step."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from manifold_nets.comparison.records import LayerRecord
+from manifold_nets.groups import Partition, wide
+
+__all__ = ["FilterWatch", "peak_memory", "sampled_steps"]
+
+
+def sampled_steps(steps: int) -> frozenset[int]:
+    """The steps of an epoch, counted from 0, around which rotation is measured: one in sixteen, at most four.
+
+    Example:
+        >>> sorted(sampled_steps(10)), sorted(sampled_steps(100))
+        ([9], [24, 49, 74, 99])
+    """
+    count = max(1, min(4, steps // 16))
+    return frozenset((number + 1) * steps // count - 1 for number in range(count))
+
+
+class FilterWatch:
+    """Norms of the filters of a model's weights, and the angles by which sampled steps turn them.
+
+    The angle between filters u and v is 2 atan2(‖û − v̂‖, ‖û + v̂‖), accurate also where it is small. A filter of norm
+    zero counts as one that does not turn.
+
+    Args:
+        model: the model that is trained.
+        partitions: the filters of each weight, by name; weights that the model does not have are left out.
+    """
+
+    def __init__(self, model: nn.Module, partitions: Mapping[str, Partition]) -> None:
+        self._model, self._partitions = model, dict(partitions)
+        self._before: list[Tensor] = []
+        self._angles = [0.0] * len(self._partitions)
+        self._samples = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the weights."""
+        return tuple(self._partitions)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Remember the directions of all filters."""
+        self._before = [self._directions(weight, partition)[0] for weight, partition in self._weights()]
+
+    @torch.no_grad()
+    def after_step(self) -> list[float]:
+        """Take the angles to the directions before the step; return the mean norm of each weight's filters."""
+        norms = []
+        for place, (weight, partition) in enumerate(self._weights()):
+            direction, norm = self._directions(weight, partition)
+            apart = partition.norms(direction - self._before[place])
+            along = partition.norms(direction + self._before[place])
+            self._angles[place] += float(2 * torch.atan2(apart, along).mean())
+            norms.append(float(norm.mean()))
+        self._before = []
+        self._samples += 1
+        return norms
+
+    def finish_epoch(self, norms: list[float]) -> tuple[LayerRecord, ...]:
+        """The records of an epoch: the given norms, and the mean of the angles since the last one."""
+        angles = [angle / max(self._samples, 1) for angle in self._angles]
+        self._angles, self._samples = [0.0] * len(self._angles), 0
+        return tuple(LayerRecord(norm, angle) for norm, angle in zip(norms, angles, strict=True))
+
+    def _weights(self) -> list[tuple[Tensor, Partition]]:
+        # Looked up each time: an optimizer may replace a parameter, or compute the weight from others.
+        return [(_attribute(self._model, name), partition) for name, partition in self._partitions.items()]
+
+    @staticmethod
+    def _directions(weight: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
+        values = wide(weight.detach())
+        norms = partition.norms(values)
+        return partition.multiply(values, 1 / norms.clamp_min(torch.finfo(values.dtype).tiny)), norms
+
+
+def _attribute(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    value = getattr(model.get_submodule(path), leaf)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+    return value
+
+
+def peak_memory(steps: Callable[[], None], device: str) -> int | None:
+    """The most bytes that tensors allocated meanwhile held at once, beyond what was held before.
+
+    Args:
+        steps: makes an optimizer and takes a few steps.
+        device: where the tensors are: the processor or a CUDA device.
+
+    Returns:
+        Bytes; None where the device does not tell.
+
+    Example:
+        >>> peak_memory(lambda: [torch.zeros(1000) for _ in range(3)], "cpu")
+        12000
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        steps()
+        return int(torch.cuda.max_memory_allocated(device) - held)
+    if torch.device(device).type != "cpu":
+        steps()
+        return None
+    with _Allocations() as allocations:
+        steps()
+    return allocations.most
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the storages that operations return, from their making to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held = self.most = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self.held += size
+        self.most = max(self.most, self.held)
+
+        def gone(_: object) -> None:
+            self.held -= size
+            self._alive.pop(key, None)
+
+        self._alive[key] = weakref.ref(storage, gone)

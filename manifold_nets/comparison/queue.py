@@ -1,0 +1,313 @@
+"""The runs of a comparison as trials of an Optuna study: each is claimed, carried out and recorded once.
+
+A trial waits, runs, and is complete when its result has been stored, or failed when it was given up; only complete ones
+count. Whoever starts adds a waiting trial for every run that has no other. A result follows from its run alone, so it
+does no harm if two processes carry out the same one: the first to be recorded counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from manifold_nets.comparison.errors import DifferentCommandError, StorageError
+from manifold_nets.comparison.records import Environment, RunKey, RunResult, Settings
+from manifold_nets.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+    from optuna.trial import FrozenTrial
+
+__all__ = ["RunQueue"]
+
+# The text columns of MySQL hold 65,535 bytes.
+CHUNK = 30_000
+# A beat that has not changed for so long is that of a process that has ended.
+GRACE_SECONDS = 120.0
+_SAME_VERSIONS = ("manifold_nets", "torch")
+
+
+class RunQueue:
+    """The study of one comparison in a database.
+
+    Args:
+        url: of the database, as SQLAlchemy writes it: ``sqlite:///runs.db``, ``postgresql://…``, ``mysql://…``.
+        study: name of the study in the database.
+
+    Raises:
+        StorageError: the database cannot be opened.
+        MissingExtraError: Optuna is not installed.
+    """
+
+    def __init__(self, url: str, study: str) -> None:
+        self._storage, self.url, self.study = _open(url), url, study
+        self._waiting: deque[int] = deque()
+        self._beats: dict[int, tuple[Any, float]] = {}
+        self._study = -1
+
+    def create(self, settings: Settings, environment: Environment) -> None:
+        """Make the study, or go on with the one that is there.
+
+        Raises:
+            DifferentCommandError: it is that of another command, or of other versions.
+        """
+        from optuna.exceptions import DuplicatedStudyError
+        from optuna.study import StudyDirection
+
+        try:
+            with _quiet():
+                self._study = self._storage.create_new_study([StudyDirection.MINIMIZE], self.study)
+        except DuplicatedStudyError:
+            self._study = self._storage.get_study_id_from_name(self.study)
+        attributes = self._storage.get_study_user_attrs(self._study)
+        if "settings" not in attributes:
+            self._storage.set_study_user_attr(self._study, "environment", json.dumps(environment.to_dict()))
+            self._storage.set_study_user_attr(self._study, "settings", settings.canonical_json())
+            return
+        there, here = dict(self.environment().versions), dict(environment.versions)
+        differences = [
+            *settings.differences(self.settings()),
+            *(f"{n} is {there.get(n)} there and {here.get(n)} here" for n in _SAME_VERSIONS if there.get(n) != here[n]),
+        ]
+        if differences:
+            raise DifferentCommandError(self._place(), differences)
+
+    def join(self) -> None:
+        """Take part in a study that another process made.
+
+        Raises:
+            StorageError: the database has no such study.
+        """
+        try:
+            self._study = self._storage.get_study_id_from_name(self.study)
+            self.settings()
+        except KeyError as error:
+            raise StorageError(self._place(), "no such study", "one that a comparison has made") from error
+
+    def settings(self) -> Settings:
+        """The settings of the study."""
+        return Settings.from_dict(json.loads(self._storage.get_study_user_attrs(self._study)["settings"]))
+
+    def environment(self) -> Environment:
+        """Where the study was made."""
+        return Environment.from_dict(json.loads(self._storage.get_study_user_attrs(self._study)["environment"]))
+
+    def fill(self, keys: Iterable[RunKey]) -> None:
+        """Add a waiting trial for every run that has none, nor a running or complete one."""
+        from optuna.trial import TrialState
+
+        live = {_key_text(trial) for trial in self._trials() if trial.state is not TrialState.FAIL}
+        wanted = tuple(keys)
+        # The parameters of all trials of a study must have the same choices, also of those that are added again.
+        choices = {name: sorted({getattr(key, name) for key in wanted}) for name in wanted[0].to_dict()}
+        with _relaxed(self._storage):
+            for key in wanted:
+                if _text(key) not in live:
+                    self._storage.create_new_trial(self._study, _template(key, choices))
+
+    def claim(self) -> tuple[int, RunKey] | None:
+        """Take the next waiting run, if there is one that no other process takes first."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        if not self._waiting:
+            self._waiting.extend(trial._trial_id for trial in self._trials((TrialState.WAITING,)))
+        while self._waiting:
+            ticket = self._waiting.popleft()
+            try:
+                if self._storage.set_trial_state_values(ticket, state=TrialState.RUNNING):
+                    return ticket, _read_key(self._storage.get_trial(ticket))
+            except UpdateFinishedTrialError:
+                continue
+        return None
+
+    def finish(self, ticket: int, result: RunResult) -> None:
+        """Store the result of a claimed run; nothing happens where another process has given the run up meanwhile."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        text = json.dumps(result.to_dict(), allow_nan=False)
+        error = result.validation_error
+        try:
+            for number, start in enumerate(range(0, len(text), CHUNK)):
+                self._storage.set_trial_user_attr(ticket, f"result-{number}", text[start : start + CHUNK])
+            values = [math.inf if error is None else error]
+            self._storage.set_trial_state_values(ticket, state=TrialState.COMPLETE, values=values)
+        except UpdateFinishedTrialError:
+            return
+
+    def give_up(self, ticket: int) -> None:
+        """Mark a claimed run as one that has no result; `fill` adds it again."""
+        from optuna.exceptions import UpdateFinishedTrialError
+        from optuna.trial import TrialState
+
+        try:
+            self._storage.set_trial_state_values(ticket, state=TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            return
+
+    def give_up_all(self) -> None:
+        """Give up all claimed runs: for a process that knows that no other works on the study."""
+        for ticket in self._running():
+            self.give_up(ticket)
+
+    def beat(self, tickets: Iterable[int]) -> None:
+        """Show that claimed runs are being worked on; do so every half minute."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        for ticket in tickets:
+            try:
+                self._storage.set_trial_user_attr(ticket, "beat", time.time())
+            except UpdateFinishedTrialError:
+                continue
+
+    def give_up_stale(self, now: float | None = None) -> int:
+        """Give up the runs whose beat this process has seen unchanged for two minutes; return how many.
+
+        Only differences of this process's own clock are taken, so that the clocks of machines need not agree.
+        """
+        now = time.monotonic() if now is None else now
+        running = self._running()
+        self._beats = {ticket: seen for ticket, seen in self._beats.items() if ticket in running}
+        stale = 0
+        for ticket, beat in running.items():
+            last, since = self._beats.get(ticket, (None, now))
+            if ticket not in self._beats or beat != last:
+                self._beats[ticket] = beat, now
+            elif now - since > GRACE_SECONDS:
+                self.give_up(ticket)
+                stale += 1
+        return stale
+
+    def results(self) -> dict[RunKey, RunResult]:
+        """All stored results, the first of each run."""
+        from optuna.trial import TrialState
+
+        found: dict[RunKey, RunResult] = {}
+        for trial in self._trials((TrialState.COMPLETE,)):
+            chunks = sorted((n for n in trial.user_attrs if n.startswith("result-")), key=lambda n: int(n[7:]))
+            result = RunResult.from_dict(json.loads("".join(trial.user_attrs[name] for name in chunks)))
+            found.setdefault(result.key, result)
+        return found
+
+    def done(self) -> int:
+        """How many runs have a result."""
+        from optuna.trial import TrialState
+
+        return len({_key_text(trial) for trial in self._trials((TrialState.COMPLETE,))})
+
+    def record_test(self, key: RunKey, error: float, loss: float) -> None:
+        """Store what a chosen run has found on the test data."""
+        self._storage.set_study_user_attr(self._study, f"test {_text(key)}", [error, loss])
+
+    def tests(self, keys: Sequence[RunKey]) -> dict[RunKey, tuple[float, float]]:
+        """What has been stored of the test data."""
+        attributes = self._storage.get_study_user_attrs(self._study)
+        names = {key: f"test {_text(key)}" for key in keys}
+        return {key: tuple(attributes[name]) for key, name in names.items() if name in attributes}
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def _place(self) -> str:
+        return f"study {self.study} in {_without_password(self.url)}"
+
+    def _running(self) -> dict[int, Any]:
+        from optuna.trial import TrialState
+
+        return {trial._trial_id: trial.user_attrs.get("beat") for trial in self._trials((TrialState.RUNNING,))}
+
+    def _trials(self, states: tuple[Any, ...] | None = None) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+
+
+def _text(key: RunKey) -> str:
+    return json.dumps(key.to_dict(), sort_keys=True)
+
+
+def _key_text(trial: FrozenTrial) -> str:
+    return str(trial.user_attrs.get("key"))
+
+
+def _read_key(trial: FrozenTrial) -> RunKey:
+    return RunKey.from_dict(json.loads(_key_text(trial)))
+
+
+def _template(key: RunKey, choices: Mapping[str, Sequence[Any]]) -> FrozenTrial:
+    from optuna.distributions import BaseDistribution, CategoricalDistribution
+    from optuna.trial import TrialState, create_trial
+
+    distributions: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(values) for name, values in choices.items()
+    }
+    attributes = {"key": _text(key)}
+    return create_trial(
+        state=TrialState.WAITING, params=key.to_dict(), distributions=distributions, user_attrs=attributes
+    )
+
+
+def _open(url: str) -> RDBStorage:
+    try:
+        from optuna.storages import RDBStorage
+        from sqlalchemy import event
+        from sqlalchemy.exc import SQLAlchemyError
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Optuna", "comparisons", "compare") from error
+    sqlite = url.startswith("sqlite")
+    try:
+        with _quiet():
+            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}} if sqlite else None)
+    except (SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
+        # Drivers quote the URL with its password.
+        found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else str(error)
+        expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
+        raise StorageError(_without_password(url), found, expected) from error
+    if sqlite:
+        # One flush to the disk a commit, and readers do not wait for writers.
+        event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=FULL"))
+        with storage.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    return storage
+
+
+@contextmanager
+def _relaxed(storage: RDBStorage) -> Iterator[None]:
+    """Waiting trials that a power cut takes are added again: no need to flush each of them to the disk."""
+    if storage.engine.dialect.name != "sqlite":
+        yield
+        return
+    storage.remove_session()
+    with storage.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA synchronous=NORMAL")
+    try:
+        yield
+    finally:
+        storage.remove_session()
+        with storage.engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA synchronous=FULL")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna announces what it makes on standard error."""
+    logger = logging.getLogger("optuna")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    account, at, place = rest.rpartition("@")
+    return f"{scheme}{separator}{account.partition(':')[0]}{at}{place}"

@@ -1,0 +1,178 @@
+"""Where the runs of a comparison start: for each seed one function, in plain and in converted form."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.comparison.contestants import contestant
+from manifold_nets.comparison.models import build_model
+from manifold_nets.comparison.models.loading import ModelSource
+from manifold_nets.comparison.protocols import Contestant
+from manifold_nets.comparison.records import InitialScale, RunKey, Settings
+from manifold_nets.comparison.tasks import Task, load_task
+from manifold_nets.conversion import convert
+from manifold_nets.conversion.algebra import gather, rescaled_variance
+from manifold_nets.conversion.plan import named_tensors
+from manifold_nets.errors import ManifoldNetsError
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry import SymmetryReport, diagnose
+from manifold_nets.symmetry.report import WeightFinding
+
+__all__ = ["Starts", "Subjects", "derived_seed", "rescaled_filters"]
+
+KEPT_MODELS = 12
+
+
+def derived_seed(seed: int, *purpose: object) -> int:
+    """A seed for one purpose, in [0, 2⁶³), that tells nothing of those for others.
+
+    Example:
+        >>> derived_seed(0, "order", 1) == derived_seed(0, "order", 1) != derived_seed(0, "order", 2)
+        True
+    """
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What the names in `Settings` stand for.
+
+    Args:
+        task: the task, on the device of the settings.
+        model: name of the model, or a callable that makes it.
+        contestants: by name.
+    """
+
+    task: Task
+    model: ModelSource
+    contestants: Mapping[str, Contestant]
+
+    @classmethod
+    def named(cls, settings: Settings) -> Subjects:
+        """Look everything up by name.
+
+        Raises:
+            ManifoldNetsError: a name is that of nothing, or the data are not there.
+        """
+        found = {name: contestant(name) for name in settings.optimizers}
+        return cls(load_task(settings.task, data=settings.data), settings.model, found)
+
+
+class Starts:
+    """Makes the initial models of runs, and remembers a few.
+
+    The seed alone determines the plain weights; `RunKey.initial_scale` may rescale them; the converted form is
+    converted from exactly these. So all contestants of a seed start from the same function.
+
+    Args:
+        subjects: model, task and contestants.
+        settings: of the comparison.
+    """
+
+    def __init__(self, subjects: Subjects, settings: Settings) -> None:
+        self.subjects, self.settings = subjects, settings
+        self.inputs = subjects.task.example_inputs()
+        self._kept: OrderedDict[tuple[int, InitialScale, str], nn.Module] = OrderedDict()
+        # The analysis may only depend on the settings, never on the run that happens to come first.
+        first = build_model(subjects.model, subjects.task, seed=derived_seed(settings.seeds[0], "weights"))
+        self._analysis = _analysed(first, self.inputs)
+        self.partitions = _partitions(first, self._analysis if isinstance(self._analysis, SymmetryReport) else None)
+
+    def model(self, key: RunKey) -> nn.Module:
+        """A fresh copy of the model that a run starts from, on the device.
+
+        Raises:
+            ManifoldNetsError: the model cannot be analysed or has nothing to convert, and the contestant or the
+                initial scale needs that.
+        """
+        form = self.subjects.contestants[key.optimizer].form
+        which = (key.seed, key.initial_scale, form)
+        if which not in self._kept:
+            self._kept[which] = self._made(key, form)
+            if len(self._kept) > KEPT_MODELS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(which)
+        return copy.deepcopy(self._kept[which]).to(self.settings.device)
+
+    def _made(self, key: RunKey, form: str) -> nn.Module:
+        model = build_model(self.subjects.model, self.subjects.task, seed=derived_seed(key.seed, "weights"))
+        with torch.random.fork_rng():
+            torch.manual_seed(derived_seed(key.seed, "conversion"))
+            if key.initial_scale == "rescaled":
+                rescaled_filters(model, self._report(), derived_seed(key.seed, "scales"))
+            return convert(model, self._report(), inplace=True) if form == "converted" else model
+
+    def _report(self) -> SymmetryReport:
+        if isinstance(self._analysis, ManifoldNetsError):
+            raise self._analysis
+        return self._analysis
+
+
+def _analysed(model: nn.Module, inputs: Any) -> SymmetryReport | ManifoldNetsError:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        try:
+            return diagnose(model, inputs)
+        except ManifoldNetsError as error:
+            return error
+
+
+def _partitions(model: nn.Module, report: SymmetryReport | None) -> dict[str, Partition]:
+    """The filters of every weight of at least two axes: as found, or along axis 0."""
+    found = {} if report is None else {w.name: w.partition for w in report.weights if w.partition is not None}
+    return {
+        name: found.get(name, Partition.filters(weight.shape))
+        for name, weight in model.named_parameters()
+        if weight.ndim >= 2 and weight.numel() > 0
+    }
+
+
+@torch.no_grad()
+def rescaled_filters(model: nn.Module, report: SymmetryReport, seed: int) -> None:
+    """Multiply every filter whose scale means nothing by 10^u, u uniform on [-2, 2], in place.
+
+    Biases and running statistics are scaled along: evaluation mode keeps its function up to rounding. In training mode
+    the eps of the normalizations weighs more against small filters, and less against large ones.
+
+    Args:
+        model: a plain model.
+        report: what `manifold_nets.diagnose` found for it.
+        seed: of the factors.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    state = named_tensors(model)
+    for weight in report.weights:
+        if weight.status != "invariant" or weight.partition is None:
+            continue
+        exponents = torch.rand(weight.partition.n_groups, generator=draw, dtype=torch.float64) * 4 - 2
+        factors = 10**exponents
+        old = state[weight.name].double()
+        spread = weight.partition.spread(factors)
+        state[weight.name].copy_(weight.partition.multiply(old, spread))
+        _scale_along(weight, factors, state)
+
+
+def _scale_along(weight: WeightFinding, factors: Tensor, state: Mapping[str, Tensor]) -> None:
+    for bias in weight.scaled_along:
+        factor = gather(factors, bias.groups).reshape(state[bias.name].shape)
+        state[bias.name].copy_(state[bias.name].double() * factor)
+    seen: set[str] = set()
+    for absorber in weight.absorbers:
+        mean, variance = absorber.running_mean, absorber.running_var
+        if mean is None or variance is None or variance in seen:
+            continue
+        seen.add(variance)
+        factor = gather(factors, absorber.groups)
+        reached = torch.tensor(absorber.groups) >= 0
+        old = state[variance].double()
+        state[mean].copy_(state[mean].double() * factor)
+        state[variance].copy_(torch.where(reached, rescaled_variance(old, absorber.eps or 0.0, factor), old))

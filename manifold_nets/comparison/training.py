@@ -1,0 +1,251 @@
+"""One run: a contestant trains one model with one learning rate."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.comparison.environment import machine_in_words
+from manifold_nets.comparison.observation import FilterWatch, peak_memory, sampled_steps
+from manifold_nets.comparison.protocols import Stepper
+from manifold_nets.comparison.records import EpochRecord, RunKey, RunResult, Settings
+from manifold_nets.comparison.starts import Starts, derived_seed
+from manifold_nets.comparison.tasks import Part, evaluate
+
+__all__ = ["BatchObjective", "Runner"]
+
+Weights = dict[str, Tensor]
+
+
+class BatchObjective:
+    """The loss of a model on one batch; see `protocols.Objective`.
+
+    Args:
+        model: the model.
+        loss: mean loss of outputs and targets.
+        inputs: of the batch.
+        targets: of the batch.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Tensor], Tensor], inputs: Any, targets: Tensor) -> None:
+        self._model, self._loss, self._inputs, self._targets = model, loss, inputs, targets
+        self.evaluations = 0
+
+    def loss(self) -> Tensor:
+        """Evaluate the loss at the current weights, with its graph."""
+        self.evaluations += 1
+        return self._loss(self._model(self._inputs), self._targets)
+
+    def __call__(self) -> Tensor:
+        """Clear the gradients, evaluate and differentiate."""
+        self._model.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            loss = self.loss()
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+class _DivergedError(Exception):
+    """A loss or a weight is no longer finite."""
+
+
+@dataclass
+class _Progress:
+    """What a run has come to."""
+
+    steps: int = 0
+    seen: int = 0
+    seconds: float = 0.0
+    step_times: list[float] = field(default_factory=list)
+    epochs: list[EpochRecord] = field(default_factory=list)
+
+
+class Runner:
+    """Carries out runs in this process, one after the other.
+
+    Args:
+        starts: makes the initial models.
+        settings: of the comparison.
+    """
+
+    def __init__(self, starts: Starts, settings: Settings) -> None:
+        self._starts, self._settings, self._task = starts, settings, starts.subjects.task
+        self._memory: dict[str, int | None] = {}
+        self._machine = machine_in_words()
+
+    def run(self, key: RunKey) -> tuple[RunResult, Weights]:
+        """Carry out one run; everything but times and memory follows from the key and the settings.
+
+        Returns:
+            The result, and the final weights by their names, empty where the run diverged.
+
+        Raises:
+            Exception: what the model or the contestant raised, unless the run has diverged.
+        """
+        start = time.perf_counter()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._settings.threads)
+        try:
+            with torch.random.fork_rng():
+                return self._run(key, start)
+        finally:
+            torch.set_num_threads(threads)
+
+    def finished(self, key: RunKey, weights: Weights) -> nn.Module:
+        """The model of a run with its final weights."""
+        model = self._starts.model(key)
+        with torch.random.fork_rng():
+            self._seed(derived_seed(key.seed, "contestant"))
+            self._stepper(key, model)  # it may have given the model another form
+        model.load_state_dict(weights)
+        return model
+
+    def _run(self, key: RunKey, start: float) -> tuple[RunResult, Weights]:
+        model = self._starts.model(key)
+        memory = self._peak_memory(key, model)
+        self._seed(derived_seed(key.seed, "contestant"))
+        stepper = self._stepper(key, model)
+        watch = FilterWatch(model, self._starts.partitions)
+        progress, validating, status = _Progress(), 0.0, "finished"
+        try:
+            for epoch in range(1, self._settings.epochs + 1):
+                validating += self._epoch(key, epoch, model, stepper, watch, progress)
+        except _DivergedError:
+            status = "diverged"
+        result = RunResult(
+            key=key,
+            status="finished" if status == "finished" else "diverged",
+            layers=watch.names,
+            epochs=tuple(progress.epochs),
+            steps=progress.steps,
+            seconds_per_step=median(progress.step_times) if progress.step_times else None,
+            peak_memory_bytes=memory,
+            harness_seconds=time.perf_counter() - start - progress.seconds - validating,
+            machine=self._machine,
+        )
+        return result, _final_weights(model) if status == "finished" else {}
+
+    def _epoch(
+        self, key: RunKey, epoch: int, model: nn.Module, stepper: Stepper, watch: FilterWatch, progress: _Progress
+    ) -> float:
+        """Train for one epoch and validate; return the seconds that validation took."""
+        batches = self._order(key, epoch)
+        total = loss = 0.0
+        norms: list[float] = []
+        sampled = sampled_steps(len(batches))
+        self._seed(derived_seed(key.seed, "training", epoch))
+        model.train()
+        for number, rows in enumerate(batches):
+            if number in sampled:
+                watch.before_step()
+            loss = self._step(epoch, number / len(batches), model, stepper, rows, progress)
+            if number in sampled:
+                norms = watch.after_step()
+            total += loss * len(rows)
+        if not all(map(math.isfinite, norms)):
+            raise _DivergedError
+        start = time.perf_counter()
+        scores = evaluate(model, self._task, "validation", batch_size=4 * self._settings.batch_size)
+        validating = time.perf_counter() - start
+        if not math.isfinite(scores["loss"]):
+            raise _DivergedError
+        progress.epochs.append(
+            EpochRecord(
+                epoch=epoch,
+                steps=progress.steps,
+                evaluations=progress.seen / len(self._train),
+                train_loss=total / sum(map(len, batches)),
+                validation_loss=scores["loss"],
+                validation_error=scores["error"],
+                seconds=progress.seconds,
+                layers=watch.finish_epoch(norms),
+            )
+        )
+        return validating
+
+    def _step(
+        self, epoch: int, share: float, model: nn.Module, stepper: Stepper, rows: Tensor, progress: _Progress
+    ) -> float:
+        """Take one step on some examples; return the loss before it, which is finite."""
+        begun = time.perf_counter()
+        if self._settings.schedule == "cosine":
+            done = (epoch - 1 + share) / self._settings.epochs
+            stepper.set_learning_rate((1 + math.cos(math.pi * done)) / 2)
+        objective = BatchObjective(model, self._task.loss, *self._train.batch(rows))
+        fetched = time.perf_counter()
+        try:
+            loss = float(stepper.step(objective))
+        except Exception as error:
+            # What an optimizer makes of numbers that are not finite is divergence, not a fault of the program.
+            if _all_finite(model):
+                raise
+            raise _DivergedError from error
+        ended = time.perf_counter()
+        progress.seconds += ended - begun
+        progress.step_times.append(ended - fetched)
+        progress.steps += 1
+        progress.seen += objective.evaluations * len(rows)
+        if not math.isfinite(loss):
+            raise _DivergedError
+        return loss
+
+    def _seed(self, seed: int) -> None:
+        # torch.manual_seed asks for every kind of device, which takes as long as a step of a small network.
+        if self._settings.device == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
+
+    def _order(self, key: RunKey, epoch: int) -> list[Tensor]:
+        """The examples of each step of an epoch: all at once, or batches in an order that seed and epoch determine."""
+        order = torch.Generator().manual_seed(derived_seed(key.seed, "order", epoch))
+        rows = torch.randperm(len(self._train), generator=order)
+        if self._starts.subjects.contestants[key.optimizer].full_batch:
+            return [rows.sort().values]
+        batches = [rows[i : i + self._settings.batch_size] for i in range(0, len(rows), self._settings.batch_size)]
+        # Batch normalization cannot be trained on one example.
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+
+    def _stepper(self, key: RunKey, model: nn.Module) -> Stepper:
+        return self._starts.subjects.contestants[key.optimizer].make(model, key.learning_rate, self._settings)
+
+    def _peak_memory(self, key: RunKey, model: nn.Module) -> int | None:
+        """Bytes of weights, gradients, optimizer and two steps, measured once a contestant on a copy of the model."""
+        if key.optimizer not in self._memory:
+            twin, batches = copy.deepcopy(model).train(), self._order(key, 1)[:2]
+            weights = sum(t.numel() * t.element_size() for t in twin.state_dict().values())
+
+            def steps() -> None:
+                stepper = self._stepper(key, twin)
+                for rows in batches:
+                    stepper.step(BatchObjective(twin, self._task.loss, *self._train.batch(rows)))
+
+            try:
+                found = peak_memory(steps, self._settings.device)
+            except Exception:  # noqa: BLE001
+                # The run itself will show what is wrong, with its name.
+                return None
+            self._memory[key.optimizer] = None if found is None else found + weights
+        return self._memory[key.optimizer]
+
+    @property
+    def _train(self) -> Part:
+        return self._task.parts["train"]
+
+
+def _all_finite(model: nn.Module) -> bool:
+    tensors = [tensor for p in model.parameters() for tensor in (p.detach(), p.grad) if tensor is not None]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _final_weights(model: nn.Module) -> Weights:
+    # A safetensors file holds plain contiguous tensors that share no memory.
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,62 @@
+"""The final weights of runs, in files, until learning rates have been chosen and the test data read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from manifold_nets.comparison.choosing import choose
+from manifold_nets.comparison.records import RunKey, RunResult, Settings
+from manifold_nets.files import atomic_file
+
+__all__ = ["keep_weights", "kept_weights", "prune_weights", "weights_file"]
+
+
+def weights_file(folder: Path, key: RunKey) -> Path:
+    """The file for a run: its optimizer, and digits that tell runs apart.
+
+    Example:
+        >>> weights_file(Path("out"), RunKey("sgd", 0.1, 0)).name
+        'sgd-3c4e8dd0e26c.safetensors'
+    """
+    digits = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    return folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in key.optimizer)}-{digits}.safetensors"
+
+
+def keep_weights(folder: Path, key: RunKey, weights: Mapping[str, Tensor]) -> None:
+    """Write the final weights of a run, which is named in the metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(weights_file(folder, key)) as temporary:
+        save_file(dict(weights), temporary, metadata={"run": str(key)})
+
+
+def kept_weights(folder: Path, key: RunKey) -> dict[str, Tensor] | None:
+    """Read the final weights of a run; None where there is no whole file."""
+    path = weights_file(folder, key)
+    try:
+        return dict(load_file(path)) if path.is_file() else None
+    except SafetensorError:
+        return None
+
+
+def prune_weights(folder: Path, settings: Settings, results: Mapping[RunKey, RunResult], last: RunKey) -> None:
+    """Delete the weights of learning rates that can no longer be chosen for the contestant of the run that ended last.
+
+    Among the rates whose runs have all ended only the best so far may still be chosen.
+    """
+    ended = []
+    for rate in settings.learning_rates:
+        keys = [RunKey(last.optimizer, rate, seed, last.initial_scale) for seed in settings.seeds]
+        if all(key in results for key in keys):
+            ended.append((rate, keys))
+    if len(ended) < 2:
+        return
+    best = choose(settings, results, last.optimizer, last.initial_scale, rates=[rate for rate, _ in ended])
+    for rate, keys in ended:
+        for key in keys if rate != best.learning_rate else ():
+            weights_file(folder, key).unlink(missing_ok=True)
