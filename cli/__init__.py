@@ -6,6 +6,7 @@ import importlib.metadata
 
 import click
 
+from .compare import compare
 from .convert import convert
 from .diagnose import diagnose
 from .export import export
@@ -30,5 +31,5 @@ def main() -> None:
     """  # noqa: D301 (click reads the control character)
 
 
-for _command in (diagnose, convert, export):
+for _command in (diagnose, convert, export, compare):
     main.add_command(_command)

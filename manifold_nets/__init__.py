@@ -8,7 +8,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)
     import geoopt  # noqa: F401
 
-from manifold_nets import errors, layers, optim, sources
+from manifold_nets import comparison, errors, layers, optim, sources
+from manifold_nets.comparison import Comparison, compare
 from manifold_nets.constraints import joint_spheres, project, restore
 from manifold_nets.conversion import balance, conversion_record, convert, load, plan, revert, save, verify
 from manifold_nets.groups import Partition
@@ -19,12 +20,15 @@ from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
 
 __all__ = [
+    "Comparison",
     "JointSphere",
     "LearningRates",
     "Partition",
     "SphereProduct",
     "SymmetryReport",
     "balance",
+    "compare",
+    "comparison",
     "conversion_record",
     "convert",
     "diagnose",

@@ -46,7 +46,7 @@ def comparison(
         nan_losses: whether every loss is NaN although no run counts as diverged.
     """
     settings = Settings(optimizers, rates, seeds, epochs, initial_scales=scales, target_error=0.1)
-    results = {key: _run(key, settings, diverged, level, nan_losses) for key in settings.keys()}  # noqa: SIM118
+    results = {key: _run(key, settings, diverged, level, nan_losses) for key in settings.run_keys()}
     choices = tuple(_choose(settings, results, name, scale) for scale in scales for name in optimizers)
     tested = {(c.optimizer, c.learning_rate, c.initial_scale) for c in choices}
     for key, run in results.items():

@@ -110,13 +110,14 @@ def peak_memory(steps: Callable[[], None], device: str) -> int | None:
     """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        held = int(torch.cuda.memory_allocated(device))
         steps()
-        return int(torch.cuda.max_memory_allocated(device) - held)
+        return int(torch.cuda.max_memory_allocated(device)) - held
     if torch.device(device).type != "cpu":
         steps()
         return None
-    with _Allocations() as allocations:
+    allocations = _Allocations()
+    with allocations:
         steps()
     return allocations.most
 

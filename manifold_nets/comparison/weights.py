@@ -22,7 +22,7 @@ def weights_file(folder: Path, key: RunKey) -> Path:
 
     Example:
         >>> weights_file(Path("out"), RunKey("sgd", 0.1, 0)).name
-        'sgd-3c4e8dd0e26c.safetensors'
+        'sgd-2608de877784.safetensors'
     """
     digits = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     return folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in key.optimizer)}-{digits}.safetensors"

@@ -60,8 +60,8 @@ def compare(
         learning_rates: the grid, the same for all.
         seeds: how many, or which.
         epochs: passes over the training data.
-        output: folder that keeps the study, the final weights of the chosen runs and ``comparison.json``; nothing is
-            kept when left out.
+        output: folder that keeps the study, the final weights of the chosen runs, ``comparison.json`` and the report
+            (``report.html``, plots, tables); nothing is kept when left out.
         workers: processes that carry out runs.
         storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
         progress: called with a `Progress` when a run has started or ended.
@@ -74,7 +74,7 @@ def compare(
         DifferentCommandError: the folder or the study holds another comparison; every difference is named.
         FolderInUseError: another process works in the folder.
         RunFailedError: a run ended without a result, for a reason other than divergence.
-        MissingExtraError: Optuna is not installed.
+        MissingExtraError: Optuna is not installed, or matplotlib for the report.
 
     Example:
         >>> found = compare("mlp:8", optimizers=["sgd", "rsgd"], learning_rates=[0.1], seeds=1, epochs=1)
@@ -156,7 +156,11 @@ def compare_settings(
                 work(Workplace(queue, settings, crew, storage is not None, weights, progress))
         comparison = conclude(queue, settings, weights, member)
         if output is not None:
+            # The packages that draw are imported where they are used.
+            from manifold_nets.comparison.report import write_report
+
             comparison.write(folder)
+            write_report(comparison, folder)
         return comparison
 
 
@@ -194,7 +198,7 @@ def study_name(settings: Settings) -> str:
 
     Example:
         >>> study_name(Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1))
-        'manifold-nets-9d4e9d0b8a0c'
+        'manifold-nets-20b376b3d563'
     """
     return f"manifold-nets-{settings.hash()[:12]}"
 

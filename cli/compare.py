@@ -1,0 +1,152 @@
+"""``manifold-nets compare``: a fair contest of optimizers, resumed where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from manifold_nets.comparison import Comparison, Settings
+from manifold_nets.comparison.contestants import CONTESTANTS
+from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
+from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
+from manifold_nets.comparison.tasks import load_task
+from manifold_nets.comparison.tasks.errors import TaskNameError
+from manifold_nets.errors import ManifoldNetsError
+
+from .progress import shown_progress
+from .render import complain
+
+__all__ = ["compare"]
+
+
+class _Names(click.ParamType[tuple[str, ...]]):
+    name = "NAME,NAME,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+class _Rates(click.ParamType[tuple[float, ...]]):
+    name = "LOW:HIGH:COUNT"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return _rates(value)
+        except ValueError:
+            expected = "positive rates such as 0.01,0.1, or LOW:HIGH:COUNT such as 1e-3:1:7"
+            self.fail(f"{value!r} names no learning rates; expected {expected}", param, ctx)
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    """``0.01,0.1``, or ``LOW:HIGH:COUNT`` equally spaced in logarithms, to six digits."""
+    if ":" not in text:
+        return tuple(float(word) for word in text.split(","))
+    low, high, count = text.split(":")
+    first, last, steps = math.log10(float(low)), math.log10(float(high)), int(count) - 1
+    if steps < 0 or (steps == 0 and first != last):
+        raise ValueError(text)
+    return tuple(float(f"{10 ** (first + (last - first) * i / max(steps, 1)):.6g}") for i in range(steps + 1))
+
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+@click.command()
+@click.option(
+    "--task", default="digits", show_default=True, help="digits, mnist, fashion-mnist, idx, camvid, or F.py:F."
+)
+@click.option("--model", default="mlp:100,100", show_default=True, help="mlp:…, resnet:…, segnet-basic, or any MODEL.")
+@click.option("--optimizers", type=_Names(), default="sgd,adam,rsgd,radam", show_default=True, help="The contestants.")
+@click.option("--lr", "learning_rates", type=_Rates(), default="1e-3:1:7", show_default=True, help="Or A,B,…")
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
+@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Examples a step.  [default: the task's own]")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True)
+@click.option("--momentum", type=float, default=0.9, show_default=True)
+@click.option("--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True)
+@click.option("--target-error", type=float, default=0.05, show_default=True, help="Time how soon it is reached.")
+@click.option("--initial-scales", type=_Names(), default="plain", show_default=True, help="plain, rescaled, or both.")
+@click.option("--data", type=click.Path(file_okay=False), help="Folder with the files of the task.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads of a run.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that do runs.")
+@click.option("--output", type=_FOLDER, metavar="DIR", help="Folder of the runs and the report.")
+@click.option("--storage", metavar="URL", help="Shared PostgreSQL or MySQL database, for several machines.")
+@click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
+@click.option("--report-only", type=_FOLDER, metavar="DIR", help="Write the report of a finished comparison anew.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+@click.pass_context
+def compare(
+    context: click.Context,
+    /,
+    *,
+    worker: str | None,
+    report_only: Path | None,
+    output: Path | None,
+    storage: str | None,
+    workers: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare optimizers: the same start, the same data order, the same number of trials for each.
+
+    Learning rates are chosen by validation data, then the test data are read once. Killed at any moment and started
+    again with the same command, it goes on where it stopped.
+    """
+    try:
+        if report_only is not None:
+            from manifold_nets.comparison.report import write_report  # what it draws with is an extra
+
+            finished = Comparison.read(report_only)
+            write_report(finished, report_only)
+            _show(finished, report_only, as_json)
+        elif worker is not None:
+            if storage is None:
+                raise click.UsageError("--worker without --storage; give the URL of the shared database.")
+            with shown_progress() as progress:
+                join_comparison(storage, worker, workers=workers, progress=progress)
+        else:
+            if output is None:
+                raise click.UsageError("without --output; give the folder for the runs and the report.")
+            settings = _settings(options)
+            if storage is not None:
+                command = f"manifold-nets compare --worker {study_name(settings)} --storage '{storage}'"
+                click.echo(f"One more worker, on any machine with the same packages: {command}", err=True)
+            with shown_progress() as progress:
+                found = compare_settings(settings, output, workers=workers, storage=storage, progress=progress)
+            _show(found, output, as_json)
+    except (ManifoldNetsError, OSError) as error:
+        if as_json:
+            failure = {"command": "compare", "ok": False, "failures": [str(error)], "error": type(error).__name__}
+            click.echo(json.dumps(failure, indent=2, ensure_ascii=False))
+        complain(str(error))
+        usage = isinstance(error, (SettingsError, OptimizerNameError, TaskNameError))
+        context.exit(2 if usage else 1)
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    for name in options["optimizers"]:
+        if name not in CONTESTANTS:
+            raise OptimizerNameError(name, CONTESTANTS)
+    if options["batch_size"] is None:
+        options["batch_size"] = load_task(options["task"], data=options["data"]).batch_size
+    seeds = tuple(range(options.pop("seeds")))
+    known = {field.name for field in dataclasses.fields(Settings)}
+    return Settings(seeds=seeds, **{name: value for name, value in options.items() if name in known})
+
+
+def _show(comparison: Comparison, folder: Path, as_json: bool) -> None:
+    report = folder / "report.html"
+    if as_json:
+        document = {"command": "compare", "ok": True, "failures": [], "report": str(report), **comparison.to_dict()}
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    click.echo(str(comparison))
+    click.echo(f"Report: {report}")
