@@ -37,6 +37,14 @@ def _w(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
 
 
+def _with_ones(values: Tensor) -> Tensor:
+    return F.pad(values, (0, 1), value=1.0)
+
+
+def _over_last(sums: Tensor) -> Tensor:
+    return sums[..., :-1] / sums[..., -1:]
+
+
 # What passes a scale, however it moves it.
 PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -75,6 +83,13 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "pad channels": lambda y: F.pad(y, (0, 0, 0, 0, 1, 1))[:, 1:-1],
     "reflect": lambda y: F.pad(y, (1, 1, 1, 1), mode="reflect"),
     "replicate": lambda y: F.pad(y, (1, 1, 1, 1), mode="replicate"),
+    "reflect channels": lambda y: F.pad(y.transpose(1, 3), (2, 3, 1, 0), mode="reflect"),
+    "replicate channels": lambda y: F.pad(y.transpose(1, 3), (2, 3, 1, 0), mode="replicate"),
+    "wrap channels around": lambda y: F.pad(y.transpose(1, 3), (2, 3, 1, 0), mode="circular"),
+    "pad with a constant": lambda y: F.pad(y, (1, 0, 0, 2), value=2.0),
+    "pad channels with a constant": lambda y: F.pad(y.transpose(1, 3), (1, 2), value=-1.0),
+    "linear attention, values": lambda y: _over_last(_w(4, 7, 25) @ _with_ones(y.flatten(2).transpose(1, 2))),
+    "linear attention, keys": lambda y: _over_last(y.flatten(2) @ _with_ones(_w(4, 25, 3))),
     "advanced index": lambda y: y[:, :, torch.tensor([0, 2])],
     "pixel shuffle": lambda y: F.pixel_shuffle(y[:, :4], 2),
     "channel shuffle": lambda y: F.channel_shuffle(y, 2),
@@ -133,7 +148,8 @@ REFUSES: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp": lambda y: y.clamp(-1, 1),
     "plus a constant": lambda y: y + 1,
     "plus a tensor": lambda y: y + FIXED,
-    "constant padding": lambda y: F.pad(y, (1, 1), value=2.0),
+    "pad with a constant, then sum": lambda y: F.pad(y, (1, 1), value=2.0).sum(3),
+    "crop channels": lambda y: F.pad(y.transpose(1, 3), (-1, -1)),
     "cat then sum": lambda y: torch.cat([y, FIXED], 1).sum(1),
     "attention queries": lambda y: F.scaled_dot_product_attention(y, FIXED, FIXED),
     "where": lambda y: torch.where(FIXED > 0, y, FIXED),
@@ -210,6 +226,9 @@ def test_a_rule_that_refuses_scales(name: str, monkeypatch: pytest.MonkeyPatch) 
         ("sum of two channels", "add", lambda use: use.label("self")),
         ("pow", "pow", elementwise.homogeneous),
         ("channel shuffle", "channel_shuffle", elementwise.homogeneous),
+        ("reflect channels", "pad", elementwise.homogeneous),
+        ("pad with a constant", "pad", elementwise.homogeneous),
+        ("linear attention, values", "pad", elementwise.homogeneous),
     ],
 )
 def test_a_wrong_rule_is_noticed(name: str, op: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:

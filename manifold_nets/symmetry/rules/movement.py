@@ -198,27 +198,36 @@ def cat(use: Use) -> Result:
     return Label.compressed(np.concatenate(full, dim))
 
 
+# Where the entries that are added come from, in numpy's terms; zeros may have any label.
+_PADDED = {"reflect": "reflect", "reflection": "reflect", "circular": "wrap"}
+
+
 @rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
       "replication_pad1d", "replication_pad2d", "replication_pad3d")  # fmt: skip
 def pad(use: Use) -> Result:
-    """Padding with zeros, which any scale leaves alone, or with entries of the tensor itself."""
+    """Padding with zeros, which any scale leaves alone, with entries of the tensor itself, or with other constants.
+
+    A constant that is not zero is an entry that no scale reaches, as the ones are that linear attention appends to its
+    values to find the sum of its weights in the last column of the product.
+    """
     label = use.label("self")
     if label is None:
         return None
-    if use.args.get("mode", "constant") == "constant" and (use.args.get("value") or 0) != 0:
-        use.pin("pads with a constant that is not zero", label)
-        return None
+    ids = label.ids
+    constant = use.args.get("mode", "constant") == "constant" and (use.args.get("value") or 0) != 0
     amounts = list(use.args["pad" if "pad" in use.args else "padding"])
-    axes = list(range(label.ids.ndim - len(amounts) // 2, label.ids.ndim))
-    if any(label.ids.shape[axis] > 1 for axis in axes):
-        widths = [(0, 0)] * label.ids.ndim
-        for k, axis in enumerate(reversed(axes)):
-            widths[axis] = (amounts[2 * k], amounts[2 * k + 1]) if label.ids.shape[axis] > 1 else (0, 0)
-        if any(amount < 0 for pair in widths for amount in pair):
-            use.pin("crops a tensor along an axis on which its scale varies", label, unknown=True)
-            return None
-        return Label(np.pad(label.ids, widths, mode="edge"))
-    return label
+    pairs = [(0, 0)] * (ids.ndim - len(amounts) // 2) + list(zip(amounts[::2], amounts[1::2], strict=True))[::-1]
+    if constant:
+        ids = label.along(use.shape("self"), [axis for axis, pair in enumerate(pairs) if any(pair)])
+    widths = [pair if n > 1 or (constant and any(pair)) else (0, 0) for n, pair in zip(ids.shape, pairs, strict=True)]
+    if any(amount < 0 for pair in widths for amount in pair):
+        use.pin("crops a tensor along an axis on which its scale varies", label, unknown=True)
+        return None
+    if constant:
+        return Label.compressed(np.pad(ids, widths, constant_values=UNSCALED))
+    if not any(map(any, widths)):
+        return label
+    return Label(np.pad(ids, widths, mode=_PADDED.get(use.args.get("mode") or use.op.partition("_pad")[0], "edge")))  # type: ignore[call-overload]
 
 
 @rule("index")
