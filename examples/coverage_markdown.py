@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 SUMMARY = (
-    "suite", "networks", "analysed", "weights", "found", "certified", "groups certified", "unexplained",
+    "suite", "networks analysed", "weights", "found", "certified", "groups certified", "unexplained",
     "contradictions", "converted", "of these keep their norms", "largest certificate", "evaluation", "training",
     "training, own norms", "seconds a network",
 )  # fmt: skip
@@ -33,10 +33,13 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {model}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def page(rows: Sequence[Any]) -> str:
-    """Both tables, with what made them."""
+def page(rows: Sequence[Any], sizes: Mapping[str, int]) -> str:
+    """Both tables, with what made them; ``sizes`` says how many networks each suite has."""
     command = "python examples/coverage_table.py --suite all --write examples/results"
-    parts = [f"Command: `{command}`. Machine: {machine()}, shared with other work.", table(SUMMARY, summary(rows))]
+    parts = [
+        f"Command: `{command}`. Machine: {machine()}, shared with other work.",
+        table(SUMMARY, summary(rows, sizes)),
+    ]
     for suite in dict.fromkeys(row.suite for row in rows):
         members = [row for row in rows if row.suite == suite]
         parts += [f"## {suite}", table(COLUMNS, map(cells, members))]
@@ -51,7 +54,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def summary(rows: Sequence[Any]) -> list[list[Any]]:
+def summary(rows: Sequence[Any], sizes: Mapping[str, int]) -> list[list[Any]]:
     """One line a suite: sums, and the largest of what is better small."""
     lines = []
     for suite in dict.fromkeys(row.suite for row in rows):
@@ -63,8 +66,7 @@ def summary(rows: Sequence[Any]) -> list[list[Any]]:
         lines.append(
             [
                 suite,
-                len(members),
-                len(analysed),
+                f"{len(analysed)} of {sizes[suite]}",
                 *(sum(getattr(row, name) for row in analysed) for name in counts.split()),
                 *(f"{max(getattr(row, name) for row in analysed):.0e}" for name in largest.split()),
                 f"{seconds[len(seconds) // 2]:.1f}, at most {seconds[-1]:.1f}",

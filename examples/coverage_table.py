@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -214,11 +215,16 @@ class Store:
         rows = {key(row): row for row in old} | self.fresh
         order = {(suite_of(suite, name), name): i for i, (suite, name) in enumerate(_networks("all", None))}
         chosen = sorted((row for k, row in rows.items() if k in order), key=lambda row: order[key(row)])
-        for path, text in ((table, _csv(chosen)), (self.folder / "coverage.md", page(chosen))):
+        for path, text in ((table, _csv(chosen)), (self.folder / "coverage.md", page(chosen, sizes()))):
             temporary = path.with_name(f".{path.name}.part")
             temporary.write_text(text)
             temporary.replace(path)
         self.partial.unlink(missing_ok=True)
+
+
+def sizes() -> Counter[str]:
+    """How many networks each suite has."""
+    return Counter(suite_of(suite, name) for suite, name in _networks("all", None))
 
 
 def key(row: Row) -> tuple[str, str]:
@@ -279,7 +285,7 @@ def main() -> None:
         )
     chosen = [store.fresh[suite_of(suite, name), name] for suite, name in networks]
     store.finish()
-    print(page(chosen))
+    print(page(chosen, sizes()))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ _KWARGS: dict[str, dict[str, Any]] = {
     "vit_h_14": {"image_size": 56},
 }
 _SHAPES = {
-    "inception_v3": (2, 3, 299, 299),
+    "inception_v3": (4, 3, 299, 299),
     "maxvit_t": (2, 3, 224, 224),
     "vit_h_14": (4, 3, 56, 56),
     "s3d": (2, 3, 16, 224, 224),

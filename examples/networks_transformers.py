@@ -28,6 +28,12 @@ _TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", _DECODER, "tokens"),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {**_DECODER, "tie_word_embeddings": True}, "masked tokens"),
     "mistral": ("MistralForCausalLM", "MistralConfig", {**_DECODER, "sliding_window": 4}, "masked tokens"),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "tokens",
+    ),
     "gpt2": (
         "GPT2LMHeadModel",
         "GPT2Config",

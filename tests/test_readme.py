@@ -97,8 +97,9 @@ def test_every_public_name_is_mentioned():
 
 def test_table_of_networks_is_the_stored_one():
     stored = (ROOT / "examples" / "results" / "coverage.md").read_text(encoding="utf-8")
-    rows = [line for line in stored.splitlines() if line.startswith("| ")]
-    assert len(rows) > 10
+    summary = stored.partition("\n## ")[0]
+    rows = [line for line in summary.splitlines() if line.startswith("| ")]
+    assert len(rows) >= 5
     for row in rows:
         assert row in README
     assert rows[-1].replace("3", "4") not in README

@@ -29,6 +29,7 @@ EXPECTED: dict[str, dict[str, int]] = {
     "llama": {},
     "llama, tied": {},
     "mistral": {},
+    "mixtral": {},
     "gpt2": {},
     "bert": {},
     "t5": {},
@@ -160,6 +161,20 @@ def test_a_cache_of_keys_and_values_is_no_output() -> None:
     result = model(**inputs, use_cache=True)
     assert result.past_key_values is not None
     assert [tuple(t.shape) for t in output_tensors(result)] == [(3, 9, 64)]
+
+
+@pytest.mark.slow
+def test_the_experts_of_a_mixture_are_analysed_in_float64() -> None:
+    """The product of grouped matrices has no float64; {embedding, o_proj, down_proj of the experts} are joint."""
+    model, inputs = build("mixtral")
+    report = mn.diagnose(model, inputs)
+    assert model.config._experts_implementation == "grouped_mm"
+    joint = {m.parameter for f in report.families if f.kind == "scale" and f.absorbed for m in f.members}
+    assert {"model.embed_tokens.weight", "model.layers.1.mlp.experts.down_proj"} <= joint
+    routers = [w for w in report.weights if w.name.endswith("mlp.gate.weight")]
+    assert len(routers) == 2
+    assert all("softmax" in str(w.broken_by) for w in routers)
+    assert {w.certificate.verdict for w in report.weights} == {"not invariant"}
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.certifier import ROUNDED
 from manifold_nets.symmetry.find import propagate
 from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.partitions import seed_label, seed_partition
@@ -217,7 +218,7 @@ class _Tally:
 
     def add(self, scale: int, total: float, size: float, floor: float, tolerance: float) -> None:
         self.scales.append(scale)
-        if not size > floor and total <= floor:
+        if (not size > floor and total <= floor) or tolerance * size < total <= ROUNDED * floor:
             self.silent += 1
             return
         value = total / size

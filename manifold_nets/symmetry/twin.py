@@ -110,13 +110,21 @@ def analysis_copy(model: nn.Module) -> nn.Module:
         _disable_dropout(module)
         config = module.__dict__.get("config")
         if config is not None:
-            _disable_dropout(config)
-            if getattr(config, "use_cache", None) is True:
-                config.use_cache = False  # what a language model remembers for the next token is no output
+            _configure(config)
     for parameter in twin.parameters():
         parameter.grad = None
         parameter.requires_grad_(is_continuous(parameter))
     return twin
+
+
+def _configure(config: Any) -> None:
+    """Set what the configuration of a model of transformers decides, in the copy of it that the twin reads."""
+    _disable_dropout(config)
+    if getattr(config, "use_cache", None) is True:
+        config.use_cache = False  # what a language model remembers for the next token is no output
+    if getattr(config, "_experts_implementation", None) == "grouped_mm":
+        # torch has no grouped product of float64 matrices; the batched one computes the same function.
+        config._experts_implementation = "batched_mm"
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
