@@ -25,8 +25,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_whole_(tensor: Tensor, values: Tensor) -> None:
-    """Write whole values into a tensor; where it is sharded, each process takes its part without communication.
+def write_whole_(tensor: Tensor, values: Tensor, *, from_first: bool = False) -> None:
+    """Write whole values into a tensor; where it is sharded, each process takes its part.
+
+    Args:
+        tensor: what to write into.
+        values: the same on all processes, and nothing is communicated.
+        from_first: the values of each mesh's first process count, and are sent to the others.
 
     Example:
         >>> weight = torch.zeros(2, dtype=torch.bfloat16)
@@ -38,5 +43,5 @@ def write_whole_(tensor: Tensor, values: Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=None)
+        values = distribute_tensor(values.to(tensor.dtype), mesh, placements, src_data_rank=0 if from_first else None)
     tensor.detach().copy_(values)

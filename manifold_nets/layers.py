@@ -8,10 +8,10 @@ optimizer of `manifold_nets.optim` or of `geoopt.optim`.
 from __future__ import annotations
 
 import geoopt
-import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import attach, constrained_weights
+from manifold_nets.gathered import is_sharded, write_whole_
 from manifold_nets.groups import filter_partition
 from manifold_nets.manifold import SphereProduct
 
@@ -41,9 +41,11 @@ class _UnitNormFilters(nn.Module):
         known = next((weight.manifold for weight in constrained_weights(self) if weight.leaf == "weight"), None)
         sphere = SphereProduct(filter_partition(self)) if known is None else known
         point = sphere.random_uniform(dtype=self.weight.dtype, device=self.weight.device)
-        if isinstance(self.weight, geoopt.ManifoldParameter):
-            with torch.no_grad():
-                self.weight.copy_(point)
+        if is_sharded(self.weight):
+            # Those of one process for all: a sphere may lie in several.
+            write_whole_(self.weight, point, from_first=True)
+        elif isinstance(self.weight, geoopt.ManifoldParameter):
+            write_whole_(self.weight, point)
         else:
             attach(self, "weight", sphere, point)
 

@@ -6,7 +6,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from process_groups import on_processes
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -107,6 +112,37 @@ def check_fully_sharded(rank, world):
     check_same_path([whole_values(net)], [before], EPS)
 
 
+def check_made_on_meta(rank, world):
+    """Made without values, sharded, and only then filled: by drawing, or from a checkpoint."""
+    from torch.distributed.fsdp import fully_shard
+
+    def empty():
+        with torch.device("meta"):
+            net = torch.nn.Sequential(
+                mn.layers.UnitNormConv2d(2, 5, 3, bias=False), torch.nn.BatchNorm2d(5), torch.nn.ReLU(),
+                mn.layers.UnitNormConvTranspose2d(5, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+            )  # fmt: skip
+        fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+        net.to_empty(device="cpu")
+        return net
+
+    def fill(net):
+        torch.manual_seed(rank)  # each process draws other values
+        for layer in net:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        return net
+
+    net, other = fill(empty()), empty()
+    set_model_state_dict(other, get_model_state_dict(net))
+    for each in (net, other):
+        distributed_path(each, optimizer_of(each, "adam"), batches(3, dtype=torch.float32), rank, world)
+        for weight in constrained_weights(each):
+            whole = weight.parameter.full_tensor()
+            assert float(weight.manifold.deviations(whole).max()) <= 4 * torch.finfo(torch.float32).eps
+    check_same_path([whole_values(other)], [whole_values(net)])
+
+
 def check_each_process_by_itself_differs(rank, world):
     """Sabotage: without an exchange of gradients the paths are others."""
     net, plain = network("group"), network("group")
@@ -120,6 +156,10 @@ def test_data_parallel(tmp_path):
 
 def test_fully_sharded(tmp_path):
     assert on_processes(check_fully_sharded, tmp_path)
+
+
+def test_made_on_meta_and_fully_sharded(tmp_path):
+    assert on_processes(check_made_on_meta, tmp_path)
 
 
 def test_sabotage_a_check_that_fails_in_a_process_fails_here(tmp_path):
