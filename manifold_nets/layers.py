@@ -36,6 +36,7 @@ class _UnitNormFilters(nn.Module):
         """Draw every filter uniformly from its unit sphere, and the bias as torch draws it.
 
         Where the parameter object was replaced by a plain one (``to("meta")`` with ``to_empty``), it is renewed.
+        Where it is sharded, all processes have to call this, and the values of the first one count.
         """
         super().reset_parameters()  # type: ignore[misc]
         known = next((weight.manifold for weight in constrained_weights(self) if weight.leaf == "weight"), None)
@@ -54,6 +55,7 @@ class UnitNormLinear(_UnitNormFilters, nn.Linear):
     """`torch.nn.Linear` whose rows, the weights of one output each, have unit norm.
 
     Example:
+        >>> import torch
         >>> layer = UnitNormLinear(4, 3, bias=False)
         >>> torch.allclose(layer.weight.norm(dim=1), torch.ones(3))
         True
