@@ -4,6 +4,7 @@ import pytest
 import torch
 from example_modules import example
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import get_ema_avg_fn
 from training_cases import check_same_path
 
 import manifold_nets as mn
@@ -84,3 +85,26 @@ def test_transformers_trainer_resumes(tmp_path):
     check_same_path([weights(other)], [weights(whole)])
     assert max(mn.project(other).values()) < 4 * torch.finfo(torch.float32).eps
     assert len(mn.project(other)) == 4
+
+
+def test_lightnings_average_warns_and_is_ours_once_it_is_projected(tmp_path):
+    run = example("train_with_lightning", "lightning", "sklearn")
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    (model, _), (plain, _) = digits(), digits()
+    averaged = mn.optim.AveragedModel(plain, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = run.lightning.Trainer(
+        max_epochs=1, callbacks=[EMAWeightAveraging(decay=0.9)], enable_checkpointing=False,
+        default_root_dir=tmp_path, **options,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"model\.0\.weight.*manifold_nets\.project"):
+        trainer.fit(run.Digits(model), run.loader())
+    assert max(mn.project(model).values()) > 1e-4
+    optimizer, _ = run.make(plain)
+    for x, y in run.loader():
+        optimizer.zero_grad()
+        cross_entropy(plain(x), y).backward()
+        optimizer.step()
+        averaged.update_parameters(plain)
+    check_same_path([weights(model)], [weights(averaged.module)], torch.finfo(torch.float32).eps)
