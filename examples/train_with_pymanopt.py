@@ -15,7 +15,7 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets import pymanopt_bridge as bridge
 
-EVALUATIONS = 40
+EVALUATIONS = 25
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,10 +70,10 @@ def main() -> None:
     for name in ("SteepestDescent", "ConjugateGradient", "TrustRegions"):
         best_within(EVALUATIONS, name, model, inputs, targets)
 
-    result = pymanopt.optimizers.ConjugateGradient(verbosity=0, max_iterations=60).run(problem, initial_point=start)
+    result = pymanopt.optimizers.ConjugateGradient(verbosity=0, max_iterations=40).run(problem, initial_point=start)
     problem.write_back(result.point)
     error = (model.eval()(inputs).argmax(1) != targets).double().mean()
-    print(f"conjugate gradients, 60 iterations: loss {result.cost:.2e}, training error {100 * float(error):.1f} %")
+    print(f"conjugate gradients, 40 iterations: loss {result.cost:.2e}, training error {100 * float(error):.1f} %")
 
 
 if __name__ == "__main__":

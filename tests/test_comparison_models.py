@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_comparison_data import write_camvid_like
+from test_comparison_data import data_folder, write_camvid_like
 from test_comparison_tasks import examples
 from torch import Tensor, nn
 
@@ -123,3 +123,20 @@ def test_callables_of_any_signature() -> None:
 def test_networks_that_do_not_fit_are_refused(name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_model(name, load_task("digits"), seed=0)
+
+
+@pytest.mark.slow
+def test_segmentation_networks_can_be_compared() -> None:
+    """At this size rounding decides some indices of the pooling: the converted form keeps its radii."""
+    pytest.importorskip("optuna")
+    found = mn.compare(
+        "segnet-basic:8,2",
+        task="camvid:60x45",
+        data=str(data_folder("camvid-240x180")),
+        optimizers=["sgd", "rsgd"],
+        learning_rates=[0.1],
+        seeds=1,
+        epochs=1,
+    )
+    assert [run.status for run in found.results] == ["finished", "finished"]
+    assert all(run.test_error is not None and run.test_error < 0.95 for run in found.results)

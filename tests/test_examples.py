@@ -13,6 +13,7 @@ EPS = 2**-23  # of float32
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What each example must print, as patterns.
 PROMISES = {
+    "compare_own_network": [r"surfaces, .*network: 2 seeds", r"\nrsgd +plain +[\d.]+ +\d", r"\nsgd +.* of 6"],
     "define_model": [r"accuracy on new images: (9\d\.\d|100\.0)%", r"0\.weight: .*16 filters of 9.* norms off by"],
     "convert_and_give_back": [
         r"2 of 3 weights go on spheres",
@@ -58,6 +59,8 @@ SLOW_PROMISES = {
     ),
 }
 
+NEEDED = {"compare_own_network": ["optuna"], "train_with_pymanopt": ["pymanopt", "sklearn"]}
+
 
 def run(name, folder, *arguments):
     """Run an example in a folder of its own; return what it printed."""
@@ -78,9 +81,8 @@ def check_promises(printed, promises):
 
 @pytest.mark.parametrize("name", PROMISES)
 def test_example_runs_and_shows_what_it_promises(name, tmp_path):
-    if name == "train_with_pymanopt":
-        pytest.importorskip("pymanopt")
-        pytest.importorskip("sklearn")
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package)
     printed = run(name, tmp_path)
     check_promises(printed, PROMISES[name])
     assert all(float(off) < 4 * EPS for off in re.findall(r"norms off by at most (\S+)", printed))

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.comparison.contestants import contestant
-from manifold_nets.comparison.models import build_model
+from manifold_nets.comparison.models import build_model, converted_form
 from manifold_nets.comparison.models.loading import ModelSource
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import InitialScale, RunKey, Settings
 from manifold_nets.comparison.tasks import Task, load_task
-from manifold_nets.conversion import convert
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.plan import named_tensors
 from manifold_nets.errors import ManifoldNetsError
@@ -109,7 +108,7 @@ class Starts:
             torch.manual_seed(derived_seed(key.seed, "conversion"))
             if key.initial_scale == "rescaled":
                 rescaled_filters(model, self._report(), derived_seed(key.seed, "scales"))
-            return convert(model, self._report(), inplace=True) if form == "converted" else model
+            return converted_form(model, self._report(), inplace=True) if form == "converted" else model
 
     def _report(self) -> SymmetryReport:
         if isinstance(self._analysis, ManifoldNetsError):

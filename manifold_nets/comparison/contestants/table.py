@@ -80,7 +80,7 @@ def _of_pymanopt() -> list[Contestant]:
     rows = [
         ("pymanopt-sd", "SteepestDescent", "steepest descent with line search"),
         ("pymanopt-cg", "ConjugateGradient", "nonlinear conjugate gradients with line search"),
-        ("pymanopt-tr", "TrustRegions", "trust regions with exact Hessians"),
+        ("pymanopt-tr", "TrustRegions", "trust regions with exact Hessians, which are not counted as evaluations"),
     ]
     return [
         Contestant(
