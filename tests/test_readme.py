@@ -103,3 +103,18 @@ def test_table_of_networks_is_the_stored_one():
     for row in rows:
         assert row in README
     assert rows[-1].replace("3", "4") not in README
+
+
+def check_table(name):
+    """Every row of a stored table stands in the README."""
+    stored = (ROOT / "examples" / "results" / name).read_text(encoding="utf-8")
+    rows = [line for line in stored.splitlines() if line.startswith("| ")]
+    assert len(rows) > 5
+    assert [row for row in rows if row not in README] == []
+
+
+def test_table_of_invariance_is_the_stored_one(monkeypatch):
+    check_table("invariance.md")
+    monkeypatch.setitem(globals(), "README", README.replace("9e-16", "8e-16"))
+    with pytest.raises(AssertionError):
+        check_table("invariance.md")
