@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 from rich.console import RenderableType
@@ -28,16 +29,30 @@ from .render import families_table, progress, report_table, shifts_table, unexpl
     type=click.Choice(["cross_entropy", "softmax"]),
     help="What the outputs are logits of: shifts of all logits count as well.",
 )
+@click.option(
+    "--memory",
+    type=click.Choice(["full", "small"]),
+    default="full",
+    show_default=True,
+    help="small: float64 for one weight at a time, and no search beyond what the structure explains.",
+)
 @click.option("--html", type=OutputFile(), help="Also write the report as one self-contained HTML page.")
 @reported
 @optimizer_options
 def diagnose(
-    request: Request, tolerance: float, loss: str | None, html: Path | None, settings: OptimizerSettings | None
+    request: Request,
+    tolerance: float,
+    loss: str | None,
+    memory: Literal["full", "small"],
+    html: Path | None,
+    settings: OptimizerSettings | None,
 ) -> Outcome:
     """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
     with progress(f"Tracing {request.spec} and certifying its symmetries …"):
         model = request.model()
-        report = find_symmetries(model, request.inputs(model), tolerance=tolerance, seed=request.seed, loss=loss)
+        report = find_symmetries(
+            model, request.inputs(model), tolerance=tolerance, seed=request.seed, loss=loss, memory=memory
+        )
     found = f"{len(report.invariant)} of {len(report.weights)} weights are scale-invariant."
     remedies = [f"{weight.name}: {weight.remedy}" for weight in report.disagreements]
     remedies += [f"{family}: {family.remedy}" for family in report.refuted_families]

@@ -13,7 +13,7 @@ vanishes, and says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,16 @@ from manifold_nets.symmetry.graph import Inputs, output_tensors
 from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
 from manifold_nets.symmetry.twin import is_continuous
 
-__all__ = ["EulerField", "euler_field", "run", "second_field", "silent_field"]
+__all__ = [
+    "EulerField",
+    "euler_field",
+    "move_vectors",
+    "random_projection",
+    "run",
+    "second_field",
+    "sharp_outputs",
+    "silent_field",
+]
 
 # torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
 NEGLIGIBLE_EPS = 1e-30
@@ -120,11 +129,13 @@ class EulerField:
         weights: the parameters at which the gradients were taken.
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
         silent: whether there are no values, as on the meta device.
+        keeps: whether there is memory for intermediate results.
     """
 
-    weights: dict[str, Tensor]
-    gradients: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
     silent: bool = False
+    keeps: bool = True
     _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def products(self, name: str) -> Tensor:
@@ -139,10 +150,14 @@ class EulerField:
         w, g = self.weights[name], self.gradients[name]
         if w.ndim <= 2:
             return w * g, w * w, g * g
-        if name not in self._moments:
+        known = self._moments.get(name)
+        if known is None:
+            # One after the other, so that one product at a time takes memory.
             w, g = w.flatten(2), g.flatten(2)
-            self._moments[name] = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
-        return self._moments[name]
+            known = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
+            if self.keeps:
+                self._moments[name] = known
+        return known
 
 
 def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
@@ -187,21 +202,11 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
-    with torch.no_grad():
-        for parameter in parameters.values():
-            if parameter.ndim <= 1 or not bool(parameter.any()):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device=device)
-                parameter.add_(noise, alpha=0.1)
-    with _negligible_eps(twin), torch.random.fork_rng(), torch.enable_grad():
+    move_vectors(parameters.values(), generator)
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
-        with _SharpConditions():
-            outputs = _outputs_with_gradient(twin, inputs)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        for output in outputs:
-            cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64, device=device)
-            if logits and cotangent.ndim >= 2:
-                cotangent -= cotangent.mean(1, keepdim=True)
-            loss = loss + (output * cotangent.to(output.dtype)).sum()
+        outputs = sharp_outputs(twin, inputs)
+        loss = random_projection(outputs, generator, logits=logits)
         gradients: Sequence[Tensor | None] = (
             torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
         )
@@ -210,6 +215,35 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
     return EulerField(weights, slopes)
+
+
+def move_vectors(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Move parameters of at most one axis a little at random, and draw those anew that are all zero."""
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.ndim <= 1 or not bool(parameter.any()):
+                noise = torch.randn(
+                    parameter.shape, generator=generator, dtype=parameter.dtype, device=parameter.device
+                )
+                # Not in place: the values may be shared with the model.
+                parameter.data = torch.add(parameter.data, noise, alpha=0.1)
+
+
+def sharp_outputs(twin: nn.Module, inputs: Inputs, mode: TorchFunctionMode | None = None) -> list[Tensor]:
+    """Outputs of a copy under the conditions that make the certificate sharp, and under a further mode if given."""
+    with _negligible_eps(twin), _SharpConditions(), mode or contextlib.nullcontext():
+        return _outputs_with_gradient(twin, inputs)
+
+
+def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, logits: bool) -> Tensor:
+    """Sum of all outputs with random weights, which sum to zero along axis 1 where the outputs are logits."""
+    loss = torch.zeros((), dtype=torch.float64, device=generator.device)
+    for output in outputs:
+        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64, device=generator.device)
+        if logits and cotangent.ndim >= 2:
+            cotangent -= cotangent.mean(1, keepdim=True)
+        loss = loss + (output * cotangent.to(output.dtype)).sum()
+    return loss
 
 
 def silent_field(twin: nn.Module) -> EulerField:

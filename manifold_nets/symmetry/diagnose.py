@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import AnalysisError
+from manifold_nets.errors import AnalysisError, OptionError
 from manifold_nets.symmetry.certificate import EulerField, euler_field, run, second_field, silent_field
 from manifold_nets.symmetry.certifier import Certifier
 from manifold_nets.symmetry.find import follow_weight
 from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
+from manifold_nets.symmetry.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.modules import module_graph
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.reverse_search import search_unexplained
@@ -28,7 +29,13 @@ __all__ = ["diagnose"]
 
 
 def diagnose(
-    model: nn.Module, example_inputs: Any, *, tolerance: float = 1e-8, seed: int = 0, loss: Loss | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    tolerance: float = 1e-8,
+    seed: int = 0,
+    loss: Loss | None = None,
+    memory: Literal["full", "small"] = "full",
 ) -> SymmetryReport:
     """Find the scale symmetries of a network's weights: which groups of entries, why, how sure, and the remedy.
 
@@ -51,6 +58,9 @@ def diagnose(
         seed: seed of the random cotangent.
         loss: ``"cross_entropy"`` or ``"softmax"`` where the outputs are logits along axis 1, or the loss itself as a
             function of the outputs: constants added to all logits of an example then are symmetries as well.
+        memory: ``"full"``: a float64 copy of the model and its gradients at two points; ``"small"``: beside the model
+            no more than its gradients in float32 and float64 copies of one weight at a time. The tolerance then is at
+            least the machine epsilon of float32, and nothing is searched beyond what the structure explains.
 
     Returns:
         A `SymmetryReport`; every parameter with at least two dimensions has its finding.
@@ -59,6 +69,7 @@ def diagnose(
         ExampleInputsError: the model refuses the inputs.
         AnalysisError: the model cannot be copied.
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
+        OptionError: ``memory`` is neither of both.
         LossError: the loss is no function and no name of one, or does not accept the outputs.
 
     References:
@@ -71,28 +82,44 @@ def diagnose(
         >>> [(w.name, w.status) for w in report.weights]
         [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
     """
+    if memory not in ("full", "small"):
+        raise OptionError("memory", memory, "'full' or 'small'")
+    tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
-        twin = analysis_copy(model)
+        twin = lean_copy(model) if memory == "small" else analysis_copy(model)
         meta = is_meta(twin)
-        inputs = to_float64(split_inputs(example_inputs), torch.device("meta") if meta else None)
+        inputs = split_inputs(example_inputs)
+        if memory == "full" or meta:
+            inputs = to_float64(inputs, torch.device("meta") if meta else None)
         graph = _trace(twin, inputs, meta)
         # The certificate comes last: it moves parameters of the twin.
         variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
         logits = not meta and sees_no_shift(loss, twin, inputs)
-        field = silent_field(twin) if meta else euler_field(twin, inputs, seed, logits=logits)
-        again = field if meta else second_field(twin, inputs, seed, logits=logits)
+        field, again = _fields(twin, inputs, seed, logits=logits, memory=memory)
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
-        return replace(report, unexplained=search_unexplained((field, again), (), (), (), tolerance))
+        return replace(report, unexplained=search_unexplained((field, again), (), (), (), tolerance) if again else ())
     constrained = {weight.name for weight in constrained_weights(model)}
     findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
     families = certified_families(solve_jointly(graph), field, tolerance)
     shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
-    unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph)
+    unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph) if again else ()
     return SymmetryReport(
         type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families, shifts,
         unexplained,
     )  # fmt: skip
+
+
+def _fields(
+    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool, memory: Literal["full", "small"]
+) -> tuple[EulerField, EulerField | None]:
+    """The Euler field, and the one at a second point where there is memory for it."""
+    if is_meta(twin):
+        return silent_field(twin), None
+    if memory == "small":
+        widen_vectors(twin)
+        return lean_field(twin, to_float64(inputs), seed, logits=logits), None
+    return euler_field(twin, inputs, seed, logits=logits), second_field(twin, inputs, seed, logits=logits)
 
 
 def _by_structure(judge: Judge, constrained: set[str]) -> list[WeightFinding]:

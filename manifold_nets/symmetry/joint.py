@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
@@ -151,11 +150,13 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
     # Plain lists: there is one symmetry a channel, and each reads a few numbers.
     sums: dict[tuple[str, Part], list[float]] = {}
     sizes: dict[tuple[str, Part], list[float]] = {}
-    energies: dict[str, _Energies] = {}
+    parts: dict[str, list[tuple[Part, Partition]]] = {}
     for name, part, partition, _, _ in joint.parts():
-        if name not in energies:
-            energies[name] = _Energies.of(euler, name, partition)
-        sums[name, part], sizes[name, part] = energies[name].by_group(partition)
+        parts.setdefault(name, []).append((part, partition))
+    for name, own in parts.items():
+        energies = _Energies(euler, name, own[0][1])
+        for part, partition in own:
+            sums[name, part], sizes[name, part] = energies.by_group(partition)
     floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
     families: dict[Any, _Tally] = {}
     symmetries = joint.symmetries()
@@ -177,30 +178,28 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
     )
 
 
-@dataclass(frozen=True)
 class _Energies:
-    """w ⊙ g, w² and g² of a parameter, summed over the kernel: one pass over the large tensors serves all parts."""
+    """Sums of w ⊙ g, w² and g² of a parameter: one pass over a convolution's weights serves all its parts."""
 
-    products: Tensor
-    weights: Tensor
-    gradients: Tensor
-    kernel: int
-
-    @classmethod
-    def of(cls, euler: EulerField, name: str, partition: Partition) -> _Energies:
-        weight, gradient = euler.weights[name], euler.gradients[name]
-        kernel = max(weight.ndim - 2, 0)
+    def __init__(self, euler: EulerField, name: str, partition: Partition) -> None:
+        self.euler, self.name = euler, name
+        kernel = max(len(partition.shape) - 2, 0)
         if any(axis >= len(partition.view) - kernel for axis in partition.kept):
-            return cls(weight * gradient, weight * weight, gradient * gradient, 0)
-        return cls(*euler.moments(name), kernel)
+            kernel = 0
+        self.kernel = kernel
+        self.moments = euler.moments(name) if kernel else None
 
     def by_group(self, partition: Partition) -> tuple[list[float], list[float]]:
         """Sums of w ⊙ g and products ‖w‖‖g‖ of the groups of a partition of the parameter."""
-        if self.kernel:
+        if self.moments is not None:
             view = partition.view[: len(partition.view) - self.kernel]
             partition = Partition(partition.shape[:2], view, partition.kept)
-        sizes = (partition.sum(self.weights) * partition.sum(self.gradients)).sqrt()
-        return partition.sum(self.products).flatten().tolist(), sizes.flatten().tolist()
+            products, weights, gradients = (partition.sum(moment) for moment in self.moments)
+        else:
+            # One after the other, so that one product at a time takes memory.
+            w, g = self.euler.weights[self.name], self.euler.gradients[self.name]
+            products, weights, gradients = partition.sum(w * g), partition.sum(w * w), partition.sum(g * g)
+        return products.flatten().tolist(), (weights * gradients).sqrt().flatten().tolist()
 
 
 def _common(exponents: dict[int, float]) -> float | None:

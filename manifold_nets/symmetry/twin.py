@@ -65,11 +65,15 @@ def random_numbers(seed: int) -> Iterator[None]:
             random.setstate(python_state)
 
 
-def duplicate(model: nn.Module) -> nn.Module:
+def duplicate(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -> nn.Module:
     """Deep copy of a model; tensors that hooks computed from parameters are copied as values.
 
     ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave such tensors as attributes, and `copy.deepcopy` refuses
     them; the hooks compute them anew before the next forward pass.
+
+    Args:
+        model: the model.
+        shared: what takes the place of some parameters, by their `id`.
 
     Raises:
         AnalysisError: the model cannot be copied.
@@ -84,14 +88,17 @@ def duplicate(model: nn.Module) -> nn.Module:
         for value in module.__dict__.values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+    memo.update(shared or {})
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise AnalysisError(type(model).__name__, error, copying=True) from error
 
 
-def analysis_copy(model: nn.Module) -> nn.Module:
+def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -> nn.Module:
     """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not touched.
+
+    Where parameters to share with the model are given, the copy keeps the model's precision.
 
     Modules in evaluation mode inside a model in training mode stay in evaluation mode: that is how normalizations are
     frozen. In a model that is in evaluation mode as a whole, nothing counts as frozen.
@@ -101,9 +108,9 @@ def analysis_copy(model: nn.Module) -> nn.Module:
         UnsupportedModelError: it is compiled to a script, quantized, or has parameters without a shape.
     """
     _refuse_unsupported(model)
-    twin = _unwrapped(duplicate(model))
+    twin = _unwrapped(duplicate(model, shared))
     frozen = [module for module in twin.modules() if not module.training] if model.training else []
-    twin = _to_float64(twin).train()
+    twin = (_to_float64(twin) if shared is None else twin).train()
     for module in frozen:
         module.training = False
     for module in twin.modules():
