@@ -41,6 +41,7 @@ def compare(
     workers: int = 1,
     storage: str | None = None,
     progress: Observer | None = None,
+    report: bool = True,
     **options: Any,
 ) -> Comparison:
     """Compare optimizers on one task and one network, every one with the same chances.
@@ -65,6 +66,7 @@ def compare(
         workers: processes that carry out runs.
         storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
         progress: called with a `Progress` when a run has started or ended.
+        report: whether to write the report; ``comparison.json`` is written in any case.
         options: other fields of `Settings`: ``batch_size`` (the task's own when left out), ``weight_decay``,
             ``momentum``, ``schedule``, ``target_error``, ``initial_scales``, ``data``, ``device``, ``threads``.
 
@@ -99,7 +101,14 @@ def compare(
     subjects = Subjects(loaded.to(settings.device), model, {item.name: item for item in contestants})
     named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in optimizers)
     return compare_settings(
-        settings, output, workers=workers, storage=storage, progress=progress, subjects=subjects, named=named
+        settings,
+        output,
+        workers=workers,
+        storage=storage,
+        progress=progress,
+        report=report,
+        subjects=subjects,
+        named=named,
     )
 
 
@@ -110,6 +119,7 @@ def compare_settings(
     workers: int = 1,
     storage: str | None = None,
     progress: Observer | None = None,
+    report: bool = True,
     subjects: Subjects | None = None,
     named: bool = True,
 ) -> Comparison:
@@ -121,6 +131,7 @@ def compare_settings(
         workers: as in `compare`.
         storage: as in `compare`.
         progress: as in `compare`.
+        report: as in `compare`.
         subjects: what the settings name; looked up when left out.
         named: whether other processes can look them up.
     """
@@ -132,7 +143,8 @@ def compare_settings(
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack, output)
         weights = folder / "weights"
-        url = f"sqlite:///{folder / 'study.db'}" if storage is None else storage
+        own = "sqlite:///:memory:" if output is None else f"sqlite:///{folder / 'study.db'}"
+        url = own if storage is None else storage
         queue = RunQueue(url, "comparison" if storage is None else study_name(settings))
         stack.callback(queue.close)
         queue.create(settings, environment())
@@ -156,10 +168,11 @@ def compare_settings(
                 work(Workplace(queue, settings, crew, storage is not None, weights, progress))
         comparison = conclude(queue, settings, weights, member)
         if output is not None:
+            comparison.write(folder)
+        if output is not None and report:
             # The packages that draw are imported where they are used.
             from manifold_nets.comparison.report import write_report
 
-            comparison.write(folder)
             write_report(comparison, folder)
         return comparison
 

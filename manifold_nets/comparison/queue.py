@@ -7,9 +7,11 @@ does no harm if two processes carry out the same one: the first to be recorded c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -257,24 +259,25 @@ def _template(key: RunKey, choices: Mapping[str, Sequence[Any]]) -> FrozenTrial:
 def _open(url: str) -> RDBStorage:
     try:
         from optuna.storages import RDBStorage
-        from sqlalchemy import event
+        from sqlalchemy import event, make_url
         from sqlalchemy.exc import SQLAlchemyError
     except ModuleNotFoundError as error:
         raise MissingExtraError("Optuna", "comparisons", "compare") from error
     sqlite = url.startswith("sqlite")
     try:
+        if sqlite and (file := make_url(url).database) not in (None, "", ":memory:"):
+            # Readers do not wait for writers, and a commit takes one flush to the disk. The file remembers it.
+            with contextlib.closing(sqlite3.connect(str(file))) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
         with _quiet():
             storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}} if sqlite else None)
-    except (SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
+    except (SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError) as error:
         # Drivers quote the URL with its password.
         found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else str(error)
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
         raise StorageError(_without_password(url), found, expected) from error
     if sqlite:
-        # One flush to the disk a commit, and readers do not wait for writers.
         event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=FULL"))
-        with storage.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     return storage
 
 
