@@ -118,3 +118,12 @@ def test_table_of_invariance_is_the_stored_one(monkeypatch):
     monkeypatch.setitem(globals(), "README", README.replace("9e-16", "8e-16"))
     with pytest.raises(AssertionError):
         check_table("invariance.md")
+
+
+def test_table_of_optimizers_is_the_stored_one(monkeypatch):
+    check_table("comparison.md")
+    runs = (ROOT / "examples" / "results" / "comparison.csv").read_text(encoding="utf-8").splitlines()
+    assert len(runs) == 1 + 8 * 5 * 5
+    monkeypatch.setitem(globals(), "README", README.replace("| rsgd |", "| gdsr |"))
+    with pytest.raises(AssertionError):
+        check_table("comparison.md")
