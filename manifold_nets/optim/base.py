@@ -16,6 +16,7 @@ from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions import run
 from manifold_nets.optim.joint import in_motion, joined
+from manifold_nets.optim.layouts import layout_of
 from manifold_nets.optim.masters import MasterWeights
 from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
@@ -103,7 +104,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             gradient = weight.grad
             if isinstance(manifold, JointSphereMember):
                 gradient = torch.zeros_like(weight) if gradient is None and manifold.joint in moving else gradient
-            elif manifold.partition.group_size == 1:
+            elif layout_of(manifold).size == 1:
                 continue
             if gradient is None:
                 continue

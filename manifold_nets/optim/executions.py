@@ -23,6 +23,9 @@ from manifold_nets.optim.workspace import Workspace
 
 __all__ = ["run", "run_native", "run_single", "suits_native"]
 
+# Entries that are worth a thread: fewer are done sooner than a second thread on a busy machine has finished its part.
+_PER_THREAD = 2**20
+
 
 def run(
     rule: Rule, members: Sequence[Member], *, foreach: bool | None, fused: bool | None, compiled: bool | None
@@ -110,26 +113,26 @@ def run_single(rule: Rule, members: Sequence[Member]) -> None:
 
 def suits_native(member: Member) -> bool:
     """Whether the kernel in C can step a weight: on the CPU, with groups that are runs of memory."""
-    weight, moment = member.weight, member.moment
-    if not weight.is_cpu or hasattr(weight, "__tensor_flatten__") or not native.know(weight.dtype):
+    weight, moment, layout = member.weight, member.moment, layout_of(member.manifold)
+    if not weight.is_cpu or layout.to_unit or not native.know(weight.dtype) or hasattr(weight, "__tensor_flatten__"):
         return False
-    layout, stride = layout_of(member.manifold), weight.stride()
-    if layout.to_unit or not layout.has_rows(stride):
+    stride = weight.stride()
+    if not layout.has_rows(stride):
         return False
-    return moment is None or (moment.dtype == weight.dtype and moment.stride() == stride)
+    return moment is None or (moment.stride() == stride and moment.dtype == weight.dtype)
 
 
 def run_native(rule: Rule, members: Sequence[Member]) -> None:
     """Step all weights by one call of the kernel for each dtype among them."""
-    dtypes = {member.weight.dtype for member in members}
-    for dtype in dtypes:
+    for dtype in {member.weight.dtype for member in members}:
         chosen = [member for member in members if member.weight.dtype == dtype]
         gradients = [_like(member.gradient, member.weight) for member in chosen]
         jobs = np.array([_job(rule, *pair) for pair in zip(chosen, gradients, strict=True)], dtype=native.JOB)
         kind = 1 if rule.kind == "adam" else 0
         options = (kind, native.code_of(dtype), rule.nesterov, rule.maximize)
         packed = np.array((*options, float(rule.lr), rule.keep, rule.beta2, rule.eps), dtype=native.RULE)
-        native.step(packed, jobs, torch.get_num_threads())
+        entries = int((jobs["rows"] * jobs["size"]).sum())
+        native.step(packed, jobs, max(1, min(torch.get_num_threads(), entries // _PER_THREAD)))
     # The kernel writes behind torch's back; autograd has to know.
     torch.autograd.graph.increment_version(
         [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
@@ -144,15 +147,12 @@ def _like(gradient: Tensor, weight: Tensor) -> Tensor:
 
 
 def _job(rule: Rule, member: Member, gradient: Tensor) -> tuple[float, ...]:
-    layout = layout_of(member.manifold)
-    moment, take, first, second, v, largest = member.moment, 1.0 - member.dampening, 1.0, 1.0, 0, 0
-    if member.second is not None:
-        step = float(member.step)
-        take, first, second = 1 - rule.keep, 1 / (1 - rule.keep**step), 1 / (1 - rule.beta2**step)
-        v = member.second[0].data_ptr()
-        largest = 0 if member.second[1] is None else member.second[1].data_ptr()
-    return (
-        *(member.weight.data_ptr(), gradient.data_ptr(), 0 if moment is None else moment.data_ptr()),
-        *(v, largest, layout.squares.ctypes.data, layout.rows, layout.size, len(layout.squares)),
-        *(take, first, second),
-    )
+    layout, moment, second = layout_of(member.manifold), member.moment, member.second
+    weight = member.weight.data_ptr()
+    of_layout = (layout.address, layout.rows, layout.size, len(layout.squares))
+    b = 0 if moment is None else moment.data_ptr()
+    if second is None:
+        return (weight, gradient.data_ptr(), b, 0, 0, *of_layout, 1.0 - member.dampening, 1.0, 1.0)
+    step, v_max = float(member.step), 0 if second[1] is None else second[1].data_ptr()
+    corrections = (1 - rule.keep, 1 / (1 - rule.keep**step), 1 / (1 - rule.beta2**step))
+    return (weight, gradient.data_ptr(), b, second[0].data_ptr(), v_max, *of_layout, *corrections)

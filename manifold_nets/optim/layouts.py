@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from weakref import finalize
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Layout:
         rows: number of groups.
         size: entries of a group.
         squares: squared radii, float64: one, or one a group.
+        address: where the squared radii lie.
     """
 
     partition: Partition
@@ -34,6 +35,7 @@ class Layout:
     rows: int
     size: int
     squares: np.ndarray
+    address: int
     _dense: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def has_rows(self, stride: tuple[int, ...]) -> bool:
@@ -48,7 +50,8 @@ class Layout:
         return known
 
 
-_layouts: WeakKeyDictionary[SphereProduct, Layout] = WeakKeyDictionary()
+# By identity: a manifold takes its layout along when it goes, and no number is used twice meanwhile.
+_layouts: dict[int, Layout] = {}
 
 
 def layout_of(manifold: SphereProduct) -> Layout:
@@ -58,14 +61,15 @@ def layout_of(manifold: SphereProduct) -> Layout:
         >>> layout_of(SphereProduct((8, 3, 5, 5))).has_rows((75, 1, 15, 3))
         True
     """
-    layout = _layouts.get(manifold)
+    layout = _layouts.get(id(manifold))
     if layout is None:
         radii = manifold.radii
         extreme = float(radii.min()) < _SMALLEST or float(radii.max()) > _LARGEST
         squares = (radii[:1] if manifold.uniform_radius is not None else radii).square().numpy()
         partition = manifold.partition
-        layout = Layout(partition, extreme, partition.n_groups, partition.group_size, squares)
-        _layouts[manifold] = layout
+        layout = Layout(*(partition, extreme, partition.n_groups, partition.group_size), squares, squares.ctypes.data)
+        _layouts[id(manifold)] = layout
+        finalize(manifold, _layouts.pop, id(manifold))
     return layout
 
 

@@ -61,6 +61,7 @@ def available() -> str | None:
     return str(library) if isinstance(library, UnavailableError) else None
 
 
+@functools.cache
 def know(dtype: torch.dtype) -> bool:
     """Whether the kernel steps weights of a dtype; some compilers have no float16."""
     library = _library()
