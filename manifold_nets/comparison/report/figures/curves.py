@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["draw_layers", "draw_learning_curves", "draw_sensitivity", "shown_layers"]
 
 MOST_LAYERS = 4
+# Contestants that pass over the data this many times as often as others are drawn on a logarithmic axis with them.
+MANY_PASSES = 3.0
 
 
 def new_figure(size: Size, height: float) -> Figure:
@@ -58,7 +60,7 @@ def draw_learning_curves(summary: Summary, size: Size) -> Figure:
         for i, (contestant, curves) in enumerate(zip(summary.contestants, runs, strict=True)):
             _curve(axes, i, len(runs), contestant, curves)
         axes.set_title(title)
-        _epochs(axes, max((passes for c in summary.contestants for passes in c.passes), default=1.0), _by(summary))
+        _epochs(axes, summary)
         if every:
             _limits(axes, every)
     _legend(figure, left, size)
@@ -71,10 +73,21 @@ def _by(summary: Summary) -> str:
     return "epoch" if plain else "passes over the data"
 
 
-def _epochs(axes: Any, count: float, label: str = "epoch") -> None:
-    axes.set_xticks(_epoch_ticks(math.ceil(count)))
-    axes.set_xlim(1 - 0.03 * count, count + 0.03 * count)
-    axes.set_xlabel(label)
+def _epochs(axes: Any, summary: Summary) -> None:
+    """The horizontal axis of passes: logarithmic where some contestants make many more than others in their epochs."""
+    last = [c.passes[-1] for c in summary.contestants if c.passes] or [1.0]
+    count = max(last)
+    if count >= MANY_PASSES * min(last):
+        axes.set_xscale("log")
+        axes.set_xlim(0.9, 1.1 * count)
+        power = [digit * 10**exponent for exponent in range(9) for digit in (1, 2, 5)]
+        axes.set_xticks([tick for tick in power if tick <= count], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.set_xticklabels([f"{tick}" for tick in power if tick <= count])
+    else:
+        axes.set_xticks(_epoch_ticks(math.ceil(count)))
+        axes.set_xlim(1 - 0.03 * count, count + 0.03 * count)
+    axes.set_xlabel(_by(summary))
 
 
 def _epoch_ticks(count: int) -> list[int]:
@@ -224,7 +237,6 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
     ]
     every = finite(value for _, layer in found for value in getattr(layer, which))
     error_axis(axes, "y", every)
-    length = max((passes for place, _ in found for passes in summary.contestants[place].passes), default=1.0)
     for place, layer in found:
         style: Look = look(place)
         values = [v if math.isfinite(v) else math.nan for v in getattr(layer, which)]
@@ -238,4 +250,4 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
             markevery=(place % step, step),
             label=summary.contestants[place].name,
         )
-    _epochs(axes, length, _by(summary))
+    _epochs(axes, summary)
