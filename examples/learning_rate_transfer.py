@@ -45,42 +45,6 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 
 
-def matched_groups(model: nn.Module, rates: mn.LearningRates) -> list[dict[str, Any]]:
-    """Parameter groups in which each weight on spheres has a rate of its own, the median over its filters."""
-    groups: list[dict[str, Any]] = []
-    for group in mn.param_groups(model, weight_decay=WEIGHT_DECAY):
-        if "manifolds" not in group:
-            groups.append(group)
-            continue
-        for weight, name, manifold in zip(group["params"], group["param_names"], group["manifolds"], strict=True):
-            own = {
-                "params": [weight],
-                "param_names": [name],
-                "manifolds": [manifold],
-                "lr": rates[name].next_step.median,
-            }
-            groups.append({**group, **own})
-    return groups
-
-
-def carry_momentum(plain: nn.Module, old: torch.optim.SGD, converted: nn.Module, new: torch.optim.SGD) -> None:
-    """Give the optimizer of a converted network the momentum of the plain one, on spheres in their scale.
-
-    With w = n u and a sphere of radius r, gradients of w are 1/n times those of u, and the Riemannian gradient at r u
-    is r times that of u: momentum is multiplied by n r, and its radial part, which weight decay left there, taken off.
-    """
-    parameters = dict(plain.named_parameters())
-    manifolds = {weight.name: weight.manifold for weight in mn.constraints.constrained_weights(converted)}
-    for name, parameter in converted.named_parameters():
-        momentum: Tensor = old.state[parameters[name]]["momentum_buffer"].clone()
-        if name in manifolds:
-            manifold = manifolds[name]
-            norms = manifold.partition.norms(parameters[name].detach())
-            momentum = manifold.partition.multiply(momentum, norms * manifold.radius_for(parameter))
-            momentum = manifold.proju(parameter.detach(), momentum)
-        new.state[parameter]["momentum_buffer"] = momentum
-
-
 def runs_from(
     plain: nn.Module, sgd: torch.optim.SGD, images: Images
 ) -> Iterator[tuple[str, nn.Module, torch.optim.SGD]]:
@@ -96,10 +60,11 @@ def runs_from(
         else:
             model = mn.convert(plain, report)
             unmatched = name == UNMATCHED
-            groups = mn.param_groups(model, weight_decay=WEIGHT_DECAY) if unmatched else matched_groups(model, rates)
+            own = None if unmatched else rates.by_weight()
+            groups = mn.param_groups(model, weight_decay=WEIGHT_DECAY, sphere_lr=own)
             optimizer = mn.optim.RiemannianSGD(groups, lr=LR, momentum=MOMENTUM)
             if name != EMPTY:
-                carry_momentum(plain, sgd, model, optimizer)
+                mn.optim.carry_momentum(plain, sgd, model, optimizer)
         yield name, model, optimizer
 
 

@@ -1,6 +1,7 @@
 """Optimizers on products of spheres, their parameter groups, and the paper's learning-rate schedule."""
 
 from manifold_nets.optim.averaging import AveragedModel
+from manifold_nets.optim.carry_over import carry_momentum
 from manifold_nets.optim.clipping import clip_sphere_grad_norm_
 from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.guard import allow_euclidean
@@ -24,6 +25,7 @@ __all__ = [
     "RiemannianSGD",
     "ScaledMetricSGD",
     "allow_euclidean",
+    "carry_momentum",
     "clip_sphere_grad_norm_",
     "param_groups",
     "scaled_metric_groups",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.errors import OptionError
 
 __all__ = ["param_groups"]
 
@@ -20,7 +22,7 @@ _NORMALIZATIONS = (
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float = 0.0, sphere_lr: float | None = None
+    model: nn.Module, *, weight_decay: float = 0.0, sphere_lr: float | Mapping[str, float] | None = None
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of a model: constrained, decayed, undecayed.
 
@@ -33,10 +35,16 @@ def param_groups(
     Args:
         model: any module.
         weight_decay: weight decay of the decayed group; the others get 0.
-        sphere_lr: learning rate of the constrained group, in radians; that of the optimizer when left out.
+        sphere_lr: learning rate of the constrained group, in radians; that of the optimizer when left out. Or one for
+            each weight by its name, as `manifold_nets.LearningRates.by_weight` gives them: each then is a group of its
+            own, constrained weights without one stay in a group at the rate of the optimizer, and names of weights
+            that are not constrained are passed over.
 
     Returns:
-        Groups with ``"params"``, ``"param_names"`` and ``"weight_decay"``; the constrained one with ``"manifolds"``.
+        Groups with ``"params"``, ``"param_names"`` and ``"weight_decay"``; constrained ones with ``"manifolds"``.
+
+    Raises:
+        OptionError: ``sphere_lr`` names no parameter of the model.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -70,10 +78,29 @@ def param_groups(
         "decayed": {"weight_decay": weight_decay},
         "undecayed": {"weight_decay": 0.0},
     }
-    if sphere_lr is not None:
+    if sphere_lr is not None and not isinstance(sphere_lr, Mapping):
         options["constrained"]["lr"] = sphere_lr
-    return [
+    groups = [
         {"params": [p for _, p in named], "param_names": [name for name, _ in named], **options[kind]}
         for kind, named in members.items()
         if named
     ]
+    if not isinstance(sphere_lr, Mapping):
+        return groups
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in sphere_lr:
+        if name not in names:
+            raise OptionError("sphere_lr", name, f"names of parameters of {type(model).__name__}")
+    return [part for group in groups for part in (_apart(group, sphere_lr) if "manifolds" in group else [group])]
+
+
+def _apart(group: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A constrained group with one group for each weight that has a learning rate of its own."""
+    rows = list(zip(group["params"], group["param_names"], group["manifolds"], strict=True))
+    rest = [row for row in rows if row[1] not in rates]
+    parts = [([row], {"lr": rates[row[1]]}) for row in rows if row[1] in rates]
+    return [
+        {**group, "params": [p for p, _, _ in own], "param_names": [n for _, n, _ in own],
+         "manifolds": [m for _, _, m in own], **lr}
+        for own, lr in [*parts, *([(rest, {})] if rest else [])]
+    ]  # fmt: skip

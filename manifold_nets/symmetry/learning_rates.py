@@ -102,6 +102,15 @@ class LearningRates:
                 return weight
         raise KeyError(name)
 
+    def by_weight(self, *, long_run: bool = False) -> dict[str, float]:
+        """The median rate of each weight by name, for ``param_groups(model, sphere_lr=…)``.
+
+        Args:
+            long_run: take the rates of the long run, where they are known, in place of those of the next step.
+        """
+        rates = {weight.name: weight.equilibrium if long_run else weight.next_step for weight in self.weights}
+        return {name: rate.median for name, rate in rates.items() if rate is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
