@@ -254,3 +254,68 @@ def test_command_line(tmp_path: Path) -> None:
     assert "remove" in shown
     assert "0.bias" in shown
     assert CliRunner().invoke(main, [*command, "--remedies", "wonder"]).exit_code == 2
+
+
+def test_balanced_norm_is_minimal_along_every_rescaling() -> None:
+    model, x = conv_net(), images()
+    report = mn.diagnose(model, x)
+    balanced = mn.convert(model, report, remedies="balance")
+    names = {name for a in by_name(balanced).values() if a.action == "balance" for name in _parameters(a.members)}
+
+    def norm(of: nn.Module) -> float:
+        return sum(float(of.get_parameter(name).detach().square().sum()) for name in names)
+
+    def moved(of: nn.Module, family: Any, step: float) -> float:
+        copied = copy.deepcopy(of)
+        with torch.no_grad():
+            for place, exponents in family.symmetries[0].items():
+                partition, parameter = family.partitions[place], copied.get_parameter(place[0])
+                factors = torch.ones(partition.n_groups, dtype=torch.float64)
+                for index, exponent in exponents.items():
+                    factors[index] = (1 + step) ** exponent
+                parameter.copy_(partition.multiply(parameter, partition.spread(factors)))
+        return norm(copied)
+
+    families = [f for f in report.families if f.kind == "rescaling" and not f.absorbed]
+    assert families
+    for family in families:
+        assert min(moved(balanced, family, step) for step in (1e-3, -1e-3)) >= norm(balanced)
+    # The network as it was is at no minimum.
+    assert any(moved(model, family, step) < norm(model) for family in families for step in (1e-3, -1e-3))
+
+
+def _parameters(members: tuple[str, ...]) -> list[str]:
+    return [member.rpartition(" ")[0] for member in members]
+
+
+class Heads(nn.Module):
+    """A whole matrix, heads and a table in front of batch normalizations, which can take up unit radius."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.matrix, self.heads = nn.Embedding(7, 6), nn.Linear(6, 4), nn.Linear(4, 6)
+        self.n1, self.n2, self.n3 = nn.BatchNorm1d(1), nn.BatchNorm1d(1), nn.BatchNorm1d(2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.n1(self.table(tokens)[:, None]).squeeze(1)
+        x = self.n2(self.matrix(x)[:, None]).squeeze(1)
+        return self.n3(self.heads(x).reshape(-1, 2, 3))
+
+
+def test_unit_radius_is_a_mean_square_filter_norm_of_one() -> None:
+    """A group of k filters gets √k: rows of a whole matrix, of a head, and of a table."""
+    torch.manual_seed(3)
+    model, tokens = Heads().double(), torch.arange(7).repeat(9)
+    for norm in (model.n1, model.n2, model.n3):
+        norm.eps = 1e-12
+    converted = mn.convert(model, tokens)
+    expected = {"table": (1, 7.0), "matrix": (1, 4.0), "heads": (2, 3.0)}
+    for name, (groups, filters) in expected.items():
+        weight = converted.get_parameter(f"{name}.weight")
+        assert mn.conversion_record(converted).plan[f"{name}.weight"].radius == "unit"
+        assert weight.manifold.partition.n_groups == groups
+        assert weight.manifold.uniform_radius == pytest.approx(filters**0.5)
+        rows = weight.detach().square().sum(1)
+        assert float(rows.mean()) == pytest.approx(1.0, rel=1e-12)
+    assert both_modes_differ_by(model, converted, tokens) <= 1e-9
+    assert not torch.allclose(model.matrix.weight.square().sum(1).mean(), torch.ones((), dtype=torch.float64), rtol=1e-2)
