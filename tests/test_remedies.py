@@ -318,4 +318,6 @@ def test_unit_radius_is_a_mean_square_filter_norm_of_one() -> None:
         rows = weight.detach().square().sum(1)
         assert float(rows.mean()) == pytest.approx(1.0, rel=1e-12)
     assert both_modes_differ_by(model, converted, tokens) <= 1e-9
-    assert not torch.allclose(model.matrix.weight.square().sum(1).mean(), torch.ones((), dtype=torch.float64), rtol=1e-2)
+    assert not torch.allclose(
+        model.matrix.weight.square().sum(1).mean(), torch.ones((), dtype=torch.float64), rtol=1e-2
+    )

@@ -70,6 +70,16 @@ class SymmetryFamily:
         """Names of the parameters that take part."""
         return tuple(dict.fromkeys(member.parameter for member in self.members))
 
+    @property
+    def convert_remedy(self) -> str | None:
+        """Name under which `convert` may do something about it; the plan says whether it does."""
+        if self.certificate.verdict != "invariant":
+            return None
+        if self.kind == "rescaling":
+            return None if self.absorbed else "balance"
+        weights = {name for (name, _), partition in self.partitions.items() if len(partition.shape) > 1}
+        return "joint-spheres" if len(weights) > 1 else "spheres" if weights else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
@@ -79,6 +89,7 @@ class SymmetryFamily:
             "absorbed": self.absorbed,
             "certificate": self.certificate.to_dict(),
             "remedy": self.remedy,
+            "convert_remedy": self.convert_remedy,
         }
 
     def __str__(self) -> str:

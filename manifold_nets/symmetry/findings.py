@@ -140,6 +140,11 @@ class WeightFinding:
         buffers = [n for a in self.absorbers for n in (a.running_mean, a.running_var) if n is not None]
         return tuple(dict.fromkeys([*(bias.name for bias in self.scaled_along), *buffers]))
 
+    @property
+    def convert_remedy(self) -> str | None:
+        """Name under which `convert` may do something about it; the plan says whether it does."""
+        return "spheres" if self.status == "invariant" else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
@@ -156,4 +161,5 @@ class WeightFinding:
             "certificate": self.certificate.to_dict(),
             "broken_by": self.broken_by,
             "remedy": self.remedy,
+            "convert_remedy": self.convert_remedy,
         }

@@ -43,6 +43,11 @@ class ShiftSymmetry:
     groups: tuple[int, ...] = field(default=(), repr=False)
     directions: tuple[dict[str, dict[int, float]], ...] = field(default=(), repr=False, compare=False)
 
+    @property
+    def convert_remedy(self) -> str | None:
+        """Name under which `convert` may do something about it; the plan says whether it does."""
+        return "dead-biases" if self.kind == "dead bias" and self.certificate.verdict == "invariant" else None
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {
@@ -53,6 +58,7 @@ class ShiftSymmetry:
             "certificate": self.certificate.to_dict(),
             "condition": self.condition,
             "remedy": self.remedy,
+            "convert_remedy": self.convert_remedy,
         }
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from manifold_nets.symmetry.page.markup import (
     certificate_text,
     groups_text,
     mark,
+    remedy_text,
     status_style,
     symbols,
 )
@@ -240,4 +241,4 @@ def _told(finding: WeightFinding, norms: Norms | None) -> Iterable[tuple[str, st
     yield "Certificate", escape(certificate_text(finding.certificate))
     if norms is not None:
         yield "Norms", escape(norms)
-    yield "Remedy", escape(finding.remedy)
+    yield "Remedy", remedy_text(finding)

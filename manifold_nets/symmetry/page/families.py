@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from manifold_nets.page.markup import dotted, escape, facts, listed, plural
-from manifold_nets.symmetry.page.markup import certificate_text
+from manifold_nets.symmetry.page.markup import certificate_text, remedy_text
 from manifold_nets.symmetry.report import FamilyMember, SymmetryFamily, SymmetryReport
 from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
@@ -73,7 +73,7 @@ def _folded(
     refuted = found.certificate.verdict == "not invariant"
     css, doubt = ("s-disagreement", ", refuted") if refuted else (css, "")
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    rest = [("Certificate", escape(certificate_text(found.certificate))), ("Remedy", escape(found.remedy))]
+    rest = [("Certificate", escape(certificate_text(found.certificate))), ("Remedy", remedy_text(found))]
     return (
         f'<li><details class="card"><summary><svg class="mark {css}" aria-hidden="true" width="14" height="14" '
         f'viewBox="-7 -7 14 14">{shape}</svg><span class="who"><span class="name">{dotted(names[0])}{others}</span>'

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from manifold_nets.page.markup import escape, number, plural
-from manifold_nets.symmetry.report import Certificate, WeightFinding
+from manifold_nets.symmetry.report import Certificate, SymmetryFamily, WeightFinding
+from manifold_nets.symmetry.shift_report import ShiftSymmetry
 
 __all__ = [
     "STATUSES",
@@ -14,6 +15,7 @@ __all__ = [
     "certificate_text",
     "groups_text",
     "mark",
+    "remedy_text",
     "status_style",
     "symbols",
 ]
@@ -96,6 +98,12 @@ def groups_text(finding: WeightFinding) -> str:
         return f"{plural(partition.n_groups, 'filter')} of {partition.group_size}"
     joined = f"{finding.filters_per_group} filters each"
     return f"{plural(partition.n_groups, 'group')} of {partition.group_size}, {joined}"
+
+
+def remedy_text(found: WeightFinding | SymmetryFamily | ShiftSymmetry) -> str:
+    """What to do, and the name under which `convert` does it."""
+    name = found.convert_remedy
+    return escape(found.remedy) + (f" (<code>convert --remedies {name}</code>)" if name else "")
 
 
 def certificate_text(certificate: Certificate) -> str:
