@@ -8,20 +8,24 @@ import io
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import measure, photograph
+from click.testing import CliRunner
 from comparison_cases import ELEVEN, RATES, TROUBLES, comparison
 from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 
+from manifold_nets.cli import main
 from manifold_nets.comparison.report import Summary, markdown_report, page_html, summarise, write_report
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, times_csv
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
 from manifold_nets.comparison.report.figures.style import look
 from manifold_nets.comparison.report.tables import conclusions, result_table
 from manifold_nets.comparison.result import Comparison
+from manifold_nets.errors import MissingExtraError
 from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
 
 PLOTS = {drawing.name for drawing in FIGURES}
@@ -220,6 +224,26 @@ def test_a_second_report_is_the_same_and_replaces_the_first(tmp_path: Path) -> N
     after = {file.name: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert before.keys() - after.keys() == {"rescaled.png"}
     assert all(before[name] == after[name] for name in after)
+
+
+@pytest.mark.slow
+def test_the_command_rebuilds_a_report(tmp_path: Path) -> None:
+    of = TROUBLES["one run"]
+    of.write(tmp_path)
+    done = CliRunner().invoke(main, ["compare", "--report-only", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (tmp_path / "comparison.json").unlink()
+    check_folder(tmp_path, of)
+    again = CliRunner().invoke(main, ["compare", "--report-only", str(tmp_path)])
+    assert again.exit_code != 0
+    assert "comparison.json" in again.stderr
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(MissingExtraError, match=r"manifold_nets\[compare\]"):
+        write_report(TROUBLES["one run"], tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_markdown_table_has_every_contestant_and_equal_columns() -> None:
