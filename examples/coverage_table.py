@@ -3,7 +3,8 @@
 Every network gets random running statistics and random affine parameters in its batch normalizations, as a trained one
 has them. Differences are the largest relative ones of the outputs. `--write DIR` stores the table as CSV and Markdown
 with the versions and the machine; a run that was stopped goes on with the networks that are left, and rows of other
-suites stay as they are. A network whose analysis would not fit in memory is listed as not tried, with what it needs.
+suites stay as they are; `--missing` adds the networks that the table lacks. A network whose analysis would not fit in
+memory is listed as not tried, with what it needs.
 
     python examples/coverage_table.py --suite torchvision --models resnet18 vgg16_bn
     python examples/coverage_table.py --suite all --write examples/results
@@ -192,8 +193,11 @@ class Store:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.fresh: dict[tuple[str, str], Row] = {}
+        self.stored: dict[tuple[str, str], Row] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            self.table = folder / "coverage.csv"
+            self.stored = {key(row): row for row in stored_rows(self.table)} if self.table.is_file() else {}
             self.partial = folder / ".coverage.partial.jsonl"
             lines = self.partial.read_text().splitlines() if self.partial.is_file() else []
             # A run that was killed while it wrote leaves half a line behind.
@@ -210,12 +214,10 @@ class Store:
         """Write the table with the new rows in place of the old ones; each file is renamed into place."""
         if self.folder is None:
             return
-        table = self.folder / "coverage.csv"
-        old = list(stored_rows(table)) if table.is_file() else []
-        rows = {key(row): row for row in old} | self.fresh
+        rows = self.stored | self.fresh
         order = {(suite_of(suite, name), name): i for i, (suite, name) in enumerate(_networks("all", None))}
         chosen = sorted((row for k, row in rows.items() if k in order), key=lambda row: order[key(row)])
-        for path, text in ((table, _csv(chosen)), (self.folder / "coverage.md", page(chosen, sizes()))):
+        for path, text in ((self.table, _csv(chosen)), (self.folder / "coverage.md", page(chosen, sizes()))):
             temporary = path.with_name(f".{path.name}.part")
             temporary.write_text(text)
             temporary.replace(path)
@@ -266,11 +268,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Analyse and convert networks of many architectures.")
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these networks of the suite")
+    parser.add_argument("--missing", action="store_true", help="only networks that the table in DIR lacks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, metavar="DIR", help="store coverage.csv and coverage.md in this folder")
     options = parser.parse_args()
     store = Store(options.write)
     networks = _networks(options.suite, options.models)
+    if options.missing:
+        networks = [(suite, name) for suite, name in networks if (suite_of(suite, name), name) not in store.stored]
     for number, (suite, name) in enumerate(networks, 1):
         row = store.fresh.get((suite_of(suite, name), name))
         if row is None:

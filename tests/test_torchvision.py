@@ -15,6 +15,9 @@ import pytest
 import torch
 from example_modules import EXAMPLES, example
 
+import manifold_nets as mn
+from manifold_nets.errors import ExampleInputsError
+
 # Weights, and how many of them are invariant.
 EXPECTED = {
     "alexnet": (8, 0), "resnet18": (21, 20), "resnext50_32x4d": (54, 53), "vgg11_bn": (11, 8),
@@ -50,6 +53,17 @@ def test_network(name: str, dtype: torch.dtype, table: Any) -> None:
     assert row.layer_train_deviation <= 1e-4
     assert row.train_difference <= 1e-2
     assert row.keep_train_difference <= 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
+def test_detection_is_refused_with_the_reason(name: str) -> None:
+    """In training mode these networks compute losses and want the boxes; nothing ends in an error of another kind."""
+    example("networks_torchvision", "torchvision")
+    model = mn.sources.load_model(f"torchvision:{name}")
+    for inputs in (([torch.rand(3, 64, 64)],), torch.rand(2, 3, 64, 64)):
+        with pytest.raises(ExampleInputsError, match="targets should not be none when in training mode"):
+            mn.diagnose(model, inputs)
 
 
 def check_row(row: Any) -> None:
