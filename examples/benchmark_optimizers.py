@@ -16,7 +16,9 @@ import csv
 import io
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -217,7 +219,7 @@ def write(rows: list[Row], folder: Path, device: str, repetitions: int) -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     load = f"; other work kept {os.getloadavg()[0]:.0f} processes busy at the end" if hasattr(os, "getloadavg") else ""
     about = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {machine}, {repetitions} repetitions{load}."
-    title = "# Steps of the optimizers\n\n`python examples/benchmark_optimizers.py --write examples/results`"
+    title = f"# Steps of the optimizers\n\n`python examples/benchmark_optimizers.py {shlex.join(sys.argv[1:])}`"
     (folder / f"{name}.md").write_text(f"{title}: {about}\n\n{table(rows)}\n")
 
 
