@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 from collections.abc import Callable
@@ -24,6 +25,13 @@ from manifold_nets.conversion import write_plan
 from manifold_nets.conversion.actions import chosen_remedies
 from manifold_nets.conversion.biases import removed_biases
 from manifold_nets.errors import FunctionChangedError, OptionError, PlanError
+
+
+@functools.cache
+def report() -> mn.SymmetryReport:
+    """What `diagnose` says of `conv_net`, found once."""
+    return mn.diagnose(conv_net(), images())
+
 
 DEAD = ["0.bias", "3.bias", "6.bias"]
 
@@ -103,7 +111,7 @@ def test_running_means_that_do_not_follow_are_noticed(
 
 def test_the_bias_itself_is_subtracted_where_nothing_stands_between() -> None:
     model = conv_net()
-    converted = mn.convert(model, images(), remedies="dead-biases")
+    converted = mn.convert(model, report(), remedies="dead-biases")
     assert torch.equal(converted[1].running_mean, model[1].running_mean - model[0].bias)
     assert torch.equal(converted[1].running_var, model[1].running_var)
 
@@ -132,7 +140,7 @@ def test_what_is_dead_in_part_or_needed_is_left_with_the_reason() -> None:
 
 def test_removed_biases_survive_copies_pickles_and_checkpoints(tmp_path: Path) -> None:
     model, x = conv_net(), images()
-    converted = mn.convert(model, x, remedies="all")
+    converted = mn.convert(model, report(), remedies="all")
     for copied in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
         assert set(removed_biases(copied)) == set(DEAD)
         assert mn.verify(converted, copied, x) == mn.conversion.Verification(0.0, 0.0)
@@ -150,7 +158,7 @@ def test_removed_biases_survive_copies_pickles_and_checkpoints(tmp_path: Path) -
 
 def test_revert_puts_zeros_back_so_that_the_keys_are_those_of_the_architecture() -> None:
     model, x = conv_net(), images()
-    converted = mn.convert(model, x, remedies="all")
+    converted = mn.convert(model, report(), remedies="all")
     reverted = mn.revert(converted)
     assert list(reverted.state_dict()) == list(model.state_dict())
     assert not any(reverted.get_parameter(name).any() for name in DEAD)
@@ -161,7 +169,7 @@ def test_revert_puts_zeros_back_so_that_the_keys_are_those_of_the_architecture()
 
 def test_all_remedies_together() -> None:
     model, x = conv_net(), images()
-    converted = mn.convert(model, x, remedies="all", train_tolerance=1.0)
+    converted = mn.convert(model, report(), remedies="all", train_tolerance=1.0)
     assert mn.verify(model, converted, x).eval_difference <= EVAL_LIMIT[torch.float64]
     found = by_name(converted)
     assert {found[name].action for name in DEAD} == {"remove"}
@@ -186,12 +194,12 @@ def test_balance_as_a_remedy_is_balance() -> None:
 
 
 def test_plan_can_be_edited(tmp_path: Path) -> None:
-    model, x, file = conv_net(), images(), tmp_path / "plan.json"
-    write_plan(mn.plan(model, x, remedies=["dead-biases", "balance", "spheres"]), file)
-    same = mn.convert(model, x, plan=file)
+    model, file = conv_net(), tmp_path / "plan.json"
+    write_plan(mn.plan(model, report(), remedies=["dead-biases", "balance", "spheres"]), file)
+    same = mn.convert(model, report(), plan=file)
     for a, b in zip(
         same.state_dict().values(),
-        mn.convert(model, x, remedies="dead-biases,balance,spheres", train_tolerance=float("inf"))
+        mn.convert(model, report(), remedies="dead-biases,balance,spheres", train_tolerance=float("inf"))
         .state_dict()
         .values(),
         strict=True,
@@ -202,12 +210,12 @@ def test_plan_can_be_edited(tmp_path: Path) -> None:
     for entry in data["actions"]:
         if entry["name"] not in ("0.bias", "balance 2"):
             entry["action"] = "leave"
-    edited = mn.convert(model, x, plan=data)
+    edited = mn.convert(model, report(), plan=data)
     assert set(removed_biases(edited)) == {"0.bias"}
     assert {name for name, a in by_name(edited).items() if a.action != "leave"} == {"0.bias", "balance 2"}
     entries["balance 2"]["members"] = ["9.weight rows"]
     with pytest.raises(PlanError, match=r"members \['9\.weight rows'\] of balance 2"):
-        mn.convert(model, x, plan=data)
+        mn.convert(model, report(), plan=data)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -221,7 +229,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("entry", "message"), REFUSED)
 def test_impossible_edits_are_refused(entry: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        mn.convert(conv_net(), images(), plan={"actions": [entry]})
+        mn.convert(conv_net(), report(), plan={"actions": [entry]})
 
 
 def test_selection_of_remedies() -> None:
@@ -231,11 +239,11 @@ def test_selection_of_remedies() -> None:
         with pytest.raises(OptionError, match="remedies"):
             chosen_remedies(wrong)
     with pytest.raises(OptionError, match="remedies"):
-        mn.plan(conv_net(), images(), remedies="wonder")
-    plan = mn.plan(conv_net(), images(), remedies="all", include=["0.*", "3.bias"])
+        mn.plan(conv_net(), report(), remedies="wonder")
+    plan = mn.plan(conv_net(), report(), remedies="all", include=["0.*", "3.bias"])
     assert [a.name for a in plan.of("remove")] == ["0.bias", "3.bias"]
     assert [a.name for a in plan.spheres] == ["0.weight"]
-    assert all(a.remedy == "spheres" for a in mn.plan(conv_net(), images()).actions)
+    assert all(a.remedy == "spheres" for a in mn.plan(conv_net(), report()).actions)
 
 
 def test_command_line(tmp_path: Path) -> None:
@@ -257,9 +265,8 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_balanced_norm_is_minimal_along_every_rescaling() -> None:
-    model, x = conv_net(), images()
-    report = mn.diagnose(model, x)
-    balanced = mn.convert(model, report, remedies="balance")
+    model = conv_net()
+    balanced = mn.convert(model, report(), remedies="balance")
     names = {name for a in by_name(balanced).values() if a.action == "balance" for name in _parameters(a.members)}
 
     def norm(of: nn.Module) -> float:
@@ -276,7 +283,7 @@ def test_balanced_norm_is_minimal_along_every_rescaling() -> None:
                 parameter.copy_(partition.multiply(parameter, partition.spread(factors)))
         return norm(copied)
 
-    families = [f for f in report.families if f.kind == "rescaling" and not f.absorbed]
+    families = [f for f in report().families if f.kind == "rescaling" and not f.absorbed]
     assert families
     for family in families:
         assert min(moved(balanced, family, step) for step in (1e-3, -1e-3)) >= norm(balanced)
