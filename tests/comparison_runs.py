@@ -58,5 +58,6 @@ def small_settings(**changes: Any) -> Settings:
         "seeds": (0, 1),
         "epochs": 2,
         "model": "mlp:10",
+        "batch_size": 50,  # the task's own, which the command line takes
     }
     return Settings(**{**options, **changes})

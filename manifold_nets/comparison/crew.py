@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
@@ -221,7 +222,8 @@ class _Process:
         command = [sys.executable, "-m", "manifold_nets.comparison.worker"]
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
-        threading.Thread(target=self._listen, args=(answers,), daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(answers,), daemon=True)
+        self._listener.start()
         self._write(order)
 
     def send(self, key: RunKey) -> None:
@@ -229,7 +231,14 @@ class _Process:
 
     def end(self) -> int:
         self._popen.kill()
-        return self._popen.wait()
+        code = self._popen.wait()
+        self._listener.join()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            if pipe is not None:
+                # What could not be written any more is lost with the process.
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        return code
 
     def _write(self, message: bytes) -> None:
         pipe = self._popen.stdin

@@ -52,22 +52,29 @@ class FilterWatch:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Remember the directions of all filters."""
-        self._before = [self._directions(weight, partition)[0] for weight, partition in self._weights()]
+        """Remember all filters."""
+        self._before = [self._rows(weight, partition).clone() for weight, partition in self._weights()]
 
     @torch.no_grad()
     def after_step(self) -> list[float]:
-        """Take the angles to the directions before the step; return the mean norm of each weight's filters."""
-        norms = []
-        for place, (weight, partition) in enumerate(self._weights()):
-            direction, norm = self._directions(weight, partition)
-            apart = partition.norms(direction - self._before[place])
-            along = partition.norms(direction + self._before[place])
-            self._angles[place] += float(2 * torch.atan2(apart, along).mean())
-            norms.append(float(norm.mean()))
+        """Take the angles to the filters before the step; return the mean norm of each weight's filters."""
+        norms, angles = [], []
+        for (weight, partition), before in zip(self._weights(), self._before, strict=True):
+            rows = self._rows(weight, partition)
+            length = _lengths(rows)
+            here, there = rows / length, before / _lengths(before)
+            turned = 2 * torch.atan2(_lengths(here - there), _lengths(here + there))
+            norms.append(length.mean())
+            angles.append(turned.mean())
+        if norms:
+            # One transfer for all weights.
+            found = torch.stack([*norms, *angles]).tolist()
+            self._angles = [total + angle for total, angle in zip(self._angles, found[len(norms) :], strict=True)]
+        else:
+            found = []
         self._before = []
         self._samples += 1
-        return norms
+        return found[: len(norms)]
 
     def finish_epoch(self, norms: list[float]) -> tuple[LayerRecord, ...]:
         """The records of an epoch: the given norms, and the mean of the angles since the last one."""
@@ -80,10 +87,14 @@ class FilterWatch:
         return [(_attribute(self._model, name), partition) for name, partition in self._partitions.items()]
 
     @staticmethod
-    def _directions(weight: Tensor, partition: Partition) -> tuple[Tensor, Tensor]:
-        values = wide(weight.detach())
-        norms = partition.norms(values)
-        return partition.multiply(values, 1 / norms.clamp_min(torch.finfo(values.dtype).tiny)), norms
+    def _rows(weight: Tensor, partition: Partition) -> Tensor:
+        return partition.rows(wide(weight.detach()))
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The norms of rows, never zero; to the few digits that are looked at, the fastest sum will do."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return lengths.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def _attribute(model: nn.Module, name: str) -> Tensor:

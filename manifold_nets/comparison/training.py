@@ -140,7 +140,7 @@ class Runner:
         batches = self._order(key, epoch)
         total = loss = 0.0
         norms: list[float] = []
-        sampled = sampled_steps(len(batches))
+        sampled = sampled_steps(len(batches)) if self._is_watched(key, epoch, len(batches)) else frozenset()
         self._seed(derived_seed(key.seed, "training", epoch))
         model.train()
         for number, rows in enumerate(batches):
@@ -166,7 +166,7 @@ class Runner:
                 validation_loss=scores["loss"],
                 validation_error=scores["error"],
                 seconds=progress.seconds,
-                layers=watch.finish_epoch(norms),
+                layers=watch.finish_epoch(norms) if sampled else progress.epochs[-1].layers,
             )
         )
         return validating
@@ -196,6 +196,11 @@ class Runner:
         if not math.isfinite(loss):
             raise _DivergedError
         return loss
+
+    def _is_watched(self, key: RunKey, epoch: int, steps: int) -> bool:
+        """Whether filters are measured in an epoch: in all, unless steps are so few that it would take a while."""
+        full_batch = self._starts.subjects.contestants[key.optimizer].full_batch
+        return full_batch or (epoch - 1) % math.ceil(16 / steps) == 0
 
     def _seed(self, seed: int) -> None:
         # torch.manual_seed asks for every kind of device, which takes as long as a step of a small network.
