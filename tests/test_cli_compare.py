@@ -1,0 +1,59 @@
+"""``manifold-nets compare`` on the command line: results, exit status, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from manifold_nets.cli import main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["compare", *map(str, arguments)])
+
+
+@pytest.mark.slow
+def test_a_comparison_its_report_and_a_refusal(tmp_path):
+    small = ["--model", "mlp:8", "--optimizers", "sgd,rsgd", "--lr", "0.05,0.2", "--seeds", "2", "--output", tmp_path]
+    done = run(*small, "--epochs", "2", "--json")
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["ok"]
+    assert len(document["results"]) == 8
+    assert "8 of 8 runs" in done.stderr
+    page = tmp_path / "report.html"
+    page.unlink()
+    again = run("--report-only", tmp_path)
+    assert again.exit_code == 0
+    assert page.is_file()
+    assert "rsgd" in again.stdout
+    other = run(*small, "--epochs", "3")
+    assert other.exit_code == 1
+    assert "epochs is 2 there and 3 here" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--optimizers", "sdg", "--output", "x"], "optimizers: found 'sdg'"),
+        (["--lr", "1:2", "--output", "x"], "names no learning rates"),
+        (["--lr", "-1", "--output", "x"], "learning_rates: found"),
+        (["--task", "digitz", "--output", "x"], "digitz"),
+        (["--initial-scales", "huge", "--output", "x"], "initial_scales: found"),
+        ([], "without --output"),
+        (["--worker", "study"], "--worker without --storage"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_writes_nothing(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
+    assert said in done.stderr
+
+
+def test_a_folder_without_a_comparison_exits_with_1(tmp_path):
+    done = run("--report-only", tmp_path, "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["error"] == "ComparisonFolderError"
