@@ -235,6 +235,22 @@ def test_states_are_saved_and_resumed(make: Any, options: dict[str, Any]) -> Non
     assert set(first.state) <= set(weights)
 
 
+@pytest.mark.parametrize("bound", [0.5, 5.0])
+def test_gradients_are_clipped_by_the_joint_length(bound: float) -> None:
+    joint = three()
+    net = nn.ParameterList(parameters_of(joint, torch.float64))
+    gradients = tensors(joint, 7)
+    for weight, gradient in zip(net, gradients, strict=True):
+        weight.grad = gradient.clone()
+    radii = joint.radii[:, None]
+    u = concatenated([w.detach() for w in net]) / radii
+    lengths = (geoopt.Sphere().proju(u, concatenated(gradients)) * radii).norm(dim=1, keepdim=True)
+    assert float(mn.optim.clip_sphere_grad_norm_(net, bound)) == pytest.approx(float(lengths.max()), rel=1e-12)
+    expected = concatenated(gradients) * (bound / lengths).clamp(max=1)
+    assert torch.allclose(concatenated([w.grad for w in net]), expected, rtol=1e-12, atol=0)
+    assert not torch.allclose(expected, concatenated(gradients))
+
+
 def test_missing_gradients_count_as_zero() -> None:
     joint = three()
     a, b = parameters_of(joint, torch.float64), parameters_of(joint, torch.float64)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import constrained_weights
+from manifold_nets.constraints import constrained_weights, joint_spheres
 from manifold_nets.errors import OptionError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["clip_sphere_grad_norm_"]
@@ -59,11 +60,23 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     largest: list[Tensor] = []
     for weight in constrained_weights(model):
         gradient = weight.parameter.grad
-        if gradient is not None:
+        if gradient is not None and not isinstance(weight.manifold, JointSphereMember):
             found = wide(whole(gradient))
             lengths = _lengths(whole(weight.parameter), found, weight.manifold)
             factors = max_norm / lengths.clamp(min=max_norm)
             write_whole_(gradient, weight.manifold.partition.multiply(found, factors))
+            largest.append(lengths.amax())
+    for joint, weights in joint_spheres(model):
+        points = [weight.parameter.detach() for weight in weights]
+        gradients = [weight.parameter.grad for weight in weights]
+        if any(gradient is not None for gradient in gradients):
+            pairs = zip(points, gradients, strict=True)
+            rows = joint.join([wide(torch.zeros_like(p) if g is None else g.detach()) for p, g in pairs])
+            lengths = _lengths(joint.join(points), rows, joint.sphere)
+            factors = max_norm / lengths.clamp(min=max_norm)
+            for partition, gradient in zip(joint.partitions, gradients, strict=True):
+                if gradient is not None:
+                    gradient.copy_(partition.multiply(wide(gradient), factors.reshape(partition.spread_shape)))
             largest.append(lengths.amax())
     return torch.stack([length.to(largest[0].device) for length in largest]).amax() if largest else torch.zeros(())
 
