@@ -66,8 +66,19 @@ class _Explained:
             for name, counts in self.counts.items():
                 first, *others = [{(name, axis, k): 1.0 for k in range(n)} for axis, n in counts.items()]
                 wholes += [{**first, **dict.fromkeys(other, -1.0)} for other in others]
+                wholes += [same for axis in counts for same in _same_blocks(name, axis)]
             self.span = Span([*self.directions, *wholes])
         return not self.span.add(direction)
+
+
+def _same_blocks(name: str, axis: Axis) -> Iterator[Direction]:
+    """In a grouped convolution the slices of a group along axis 0 and its other channels are the same block."""
+    if isinstance(axis, tuple) and axis[1] == (0, 2):
+        groups, size, channels = axis[0][:3]
+        for group in range(groups):
+            same: Direction = {(name, 0, group * size + k): 1.0 for k in range(size)}
+            same.update({(name, axis, group * channels + k): -1.0 for k in range(channels)})
+            yield same
 
 
 def search_unexplained(
