@@ -133,6 +133,14 @@ def test_gradients_that_vanish_and_accidents_raise_no_alarm() -> None:
     assert not mn.diagnose(looked_up, torch.tensor([[1, 2, 3], [1, 2, 4]])).unexplained
 
 
+def test_blocks_of_grouped_convolutions_are_explained_from_both_sides() -> None:
+    """A group's input channels, scaled together, are its filters, which the next normalization absorbs."""
+    for conv in (nn.Conv2d(6, 6, 3, groups=3, bias=False), nn.ConvTranspose2d(6, 6, 3, groups=3, bias=False)):
+        model = nn.Sequential(nn.BatchNorm2d(6), nn.ReLU(), conv, nn.BatchNorm2d(6))
+        report = mn.diagnose(model, torch.randn(4, 6, 7, 7))
+        assert not report.unexplained, str(report)
+
+
 def test_without_a_graph_everything_that_is_found_is_unexplained() -> None:
     def forward(m: Lambda, x: Tensor) -> Tensor:
         y = F.rms_norm(m.a(x), (8,))
