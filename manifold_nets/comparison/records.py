@@ -153,7 +153,7 @@ class RunKey(PlainRecord):
 
 @dataclass(frozen=True)
 class LayerRecord(PlainRecord):
-    """One weight at the end of an epoch; where epochs have fewer than 16 steps, of the last one that was measured.
+    """One weight at the end of an epoch; where epochs have fewer than 32 steps, of the last one that was measured.
 
     Args:
         norm: mean Euclidean norm of its filters.

@@ -200,7 +200,7 @@ class Runner:
     def _is_watched(self, key: RunKey, epoch: int, steps: int) -> bool:
         """Whether filters are measured in an epoch: in all, unless steps are so few that it would take a while."""
         full_batch = self._starts.subjects.contestants[key.optimizer].full_batch
-        return full_batch or (epoch - 1) % math.ceil(16 / steps) == 0
+        return full_batch or (epoch - 1) % math.ceil(32 / steps) == 0
 
     def _seed(self, seed: int) -> None:
         # torch.manual_seed asks for every kind of device, which takes as long as a step of a small network.
