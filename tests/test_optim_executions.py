@@ -12,7 +12,7 @@ from manifold_nets.errors import NativeKernelError, OptionError
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD, batches, executions, native
 
 EAGER = {"single": {"foreach": False}, "batched": {"foreach": True}, "kernel": {"fused": True}}
-ALL = [*EAGER.items(), ("default", {}), pytest.param("compiled", {"compile": True}, marks=pytest.mark.slow)]
+ALL = [*EAGER.items(), ("default", {})]
 RULES = [
     (RiemannianSGD, reference_sgd, {"lr": 0.1, "maximize": True}),
     (RiemannianSGD, reference_sgd, {"lr": 0.05, "momentum": 0.9, "dampening": 0.5}),
@@ -42,6 +42,15 @@ def test_every_execution_takes_the_steps_of_the_reference(name, how, layout, opt
     for radius in ("uniform", "per group"):
         for dtype in (torch.float64, torch.float32):
             check_rule(layout, radius, dtype, optimizer, reference, {**options, **how})
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
+@pytest.mark.parametrize(("optimizer", "reference", "options"), [RULES[1], RULES[4]])
+def test_the_compiled_execution_takes_the_steps_of_the_reference(optimizer, reference, options):
+    # One after the other, as all layouts share the kernel of a rule.
+    for layout in LAYOUTS:
+        check_rule(layout, "per group", torch.float32, optimizer, reference, {**options, "compile": True})
 
 
 @eager
