@@ -5,12 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_sharded", "whole", "write_whole_"]
+__all__ = ["is_sharded", "local_part", "whole", "write_whole_"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a `torch.distributed.tensor.DTensor`, of which this process may hold a part only."""
     return hasattr(tensor, "full_tensor")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor, sharing its memory: the tensor itself where it is not sharded.
+
+    Example:
+        >>> scalars = torch.zeros(3)
+        >>> local_part(scalars) is scalars
+        True
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:

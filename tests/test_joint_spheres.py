@@ -33,7 +33,7 @@ from manifold_nets.errors import (
     PlanError,
 )
 from manifold_nets.joint_sphere import JointSphereMember
-from manifold_nets.optim.members import Member
+from manifold_nets.optim.rules.members import Member
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manifold_nets as mn
 from manifold_nets.errors import NativeKernelError, OptionError
-from manifold_nets.optim import RiemannianAdam, RiemannianSGD, batches, executions, native
+from manifold_nets.optim import RiemannianAdam, RiemannianSGD
+from manifold_nets.optim.executions import batches, native
+from manifold_nets.optim.executions import choice as executions
 
 EAGER = {"single": {"foreach": False}, "batched": {"foreach": True}, "kernel": {"fused": True}}
 ALL = [*EAGER.items(), ("default", {})]
@@ -132,7 +134,7 @@ def test_long_steps_end_on_the_spheres(how, optimizer, options, scale, radial):
 
 
 def test_a_norm_that_is_predicted_everywhere_fails_for_long_steps(monkeypatch):
-    monkeypatch.setattr(mn.optim.updates, "some", lambda _: False)
+    monkeypatch.setattr(mn.optim.rules.updates, "some", lambda _: False)
     with pytest.raises(AssertionError, match="constraint error"):
         check_long_steps({"foreach": False}, RiemannianSGD, {"lr": 1.0, "momentum": 0.9}, 10.0, 1e4)
 
@@ -160,7 +162,7 @@ def test_a_gradient_near_the_radius_has_an_exact_second_moment(how):
 
 
 def test_a_difference_of_squares_is_not_exact_near_the_radius(monkeypatch):
-    monkeypatch.setattr(mn.optim.products, "_SHORT", 0.0)
+    monkeypatch.setattr(mn.optim.rules.products, "_SHORT", 0.0)
     with pytest.raises(AssertionError):
         check_short_gradients({"foreach": False})
 

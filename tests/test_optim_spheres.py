@@ -273,13 +273,13 @@ def test_norms_do_not_drift_in_20000_steps(optimizer, options, lr):
 
 
 def test_a_norm_that_is_taken_for_granted_drifts(monkeypatch):
-    measured = mn.optim.updates.tangential
+    measured = mn.optim.rules.updates.tangential
 
     def granted(*arguments, **options):
         found = measured(*arguments, **options)
         return found._replace(ww=torch.ones_like(found.ww))
 
-    monkeypatch.setattr(mn.optim.updates, "tangential", granted)
+    monkeypatch.setattr(mn.optim.rules.updates, "tangential", granted)
     with pytest.raises(AssertionError, match="constraint error"):
         check_drift(RiemannianSGD, {"lr": 1e-3, "momentum": 0.9, "foreach": False}, steps=20_000, allowed=4)
 
@@ -311,6 +311,6 @@ def test_a_norm_added_in_sequence_is_not_exact(monkeypatch):
             for x, y in pairs
         )
 
-    monkeypatch.setattr(mn.optim.products.Spheres, "dots", sequential)
+    monkeypatch.setattr(mn.optim.rules.products.Spheres, "dots", sequential)
     with pytest.raises(AssertionError, match="constraint error"):
         check_norm_of_many(RiemannianSGD, {"lr": 0.05, "momentum": 0.9, "foreach": False}, (1, 2**20))

@@ -10,7 +10,8 @@ from training_cases import check_same_path
 
 import manifold_nets as mn
 from manifold_nets.errors import SphereOptionError
-from manifold_nets.optim import SGDG, AdamG, AngularSGD, ProjectedSGD, RiemannianAdam, RiemannianSGD, sharding
+from manifold_nets.optim import SGDG, AdamG, AngularSGD, ProjectedSGD, RiemannianAdam, RiemannianSGD
+from manifold_nets.optim.executions import sharding
 
 STEPS = 5
 # Partition, axis that is cut, and whether groups cross the boundary or a process holds nothing.

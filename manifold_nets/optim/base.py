@@ -14,12 +14,12 @@ from manifold_nets.errors import OptionError, SphereOptionError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.executions import run
-from manifold_nets.optim.joint import in_motion, joined
-from manifold_nets.optim.layouts import layout_of
-from manifold_nets.optim.masters import MasterWeights
-from manifold_nets.optim.members import Member, Rule
+from manifold_nets.optim.executions.choice import run
+from manifold_nets.optim.executions.joint import in_motion, joined
+from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.executions.masters import MasterWeights
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
+from manifold_nets.optim.rules.members import Member, Rule
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
 
 __all__ = ["SphereOptimizer"]

@@ -19,7 +19,7 @@ from manifold_nets.errors import (
 from manifold_nets.groups import refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.joint import require_together
+from manifold_nets.optim.executions.joint import require_together
 
 __all__ = ["constrained_of", "name_of", "resolve_manifolds"]
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from manifold_nets.errors import OptionError
-from manifold_nets.optim.coefficients import Coefficients, Moments
-from manifold_nets.optim.members import Member
+from manifold_nets.gathered import local_part
+from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.membership import Group
-from manifold_nets.optim.products import Tangential, tangential
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rsgd import RiemannianSGD
-from manifold_nets.optim.sharding import local_part
-from manifold_nets.optim.updates import write_
-from manifold_nets.optim.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
-from manifold_nets.optim.workspace import Workspace
+from manifold_nets.optim.rules.coefficients import Coefficients, Moments
+from manifold_nets.optim.rules.members import Member
+from manifold_nets.optim.rules.products import Tangential, tangential
+from manifold_nets.optim.rules.updates import write_
+from manifold_nets.optim.rules.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
 
 __all__ = ["SGDG", "AdamG", "AngularSGD", "ProjectedSGD"]
 

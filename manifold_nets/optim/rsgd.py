@@ -11,8 +11,8 @@ from torch.optim.sgd import sgd
 
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.members import Member, Rule
 from manifold_nets.optim.membership import Group
+from manifold_nets.optim.rules.members import Member, Rule
 
 __all__ = ["RiemannianSGD"]
 
@@ -32,8 +32,8 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     rounded once. Gradients are never written to. A gradient that is not finite makes its group NaN, as in torch.
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.native`). Other weights, and all without a compiler, are stepped by
-    batches of torch's operations. All executions agree to rounding.
+    compiled at first use (see `manifold_nets.optim.executions.native`). Other weights, and all without a compiler, are
+    stepped by batches of torch's operations. All executions agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.

@@ -17,7 +17,7 @@ from manifold_nets.errors import JointSphereError
 from manifold_nets.gathered import is_sharded
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.members import Member
+from manifold_nets.optim.rules.members import Member
 
 __all__ = ["in_motion", "joined", "require_together"]
 

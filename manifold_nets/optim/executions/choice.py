@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from manifold_nets.errors import NativeKernelError
-from manifold_nets.gathered import is_sharded
-from manifold_nets.optim import native
-from manifold_nets.optim.batches import run_batched, run_compiled, suits_rows
-from manifold_nets.optim.layouts import layout_of
-from manifold_nets.optim.members import Member, Rule
-from manifold_nets.optim.sharding import local_part, part_of
-from manifold_nets.optim.workspace import Workspace
+from manifold_nets.gathered import is_sharded, local_part
+from manifold_nets.optim.executions import native
+from manifold_nets.optim.executions.batches import run_batched, run_compiled, suits_rows
+from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.executions.sharding import part_of
+from manifold_nets.optim.executions.workspace import Workspace
+from manifold_nets.optim.rules.members import Member, Rule
 
 __all__ = ["run", "run_native", "run_single", "suits_native"]
 

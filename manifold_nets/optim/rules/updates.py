@@ -1,12 +1,14 @@
 """The update rules of the optimizers on products of spheres: pure functions of tensors, in place.
 
-A step has four parts. `manifold_nets.optim.products.tangential` takes all inner products of a weight, its gradient and
-its moment; ``Spheres.combine`` adds what other parts of the same sphere have found; `manifold_nets.optim.coefficients`
-turns these numbers, a few for each group, into linear combinations; and `write_` writes them.
+A step has four parts. `manifold_nets.optim.rules.products.tangential` takes all inner products of a weight, its
+gradient and its moment; ``Spheres.combine`` adds what other parts of the same sphere have found;
+`manifold_nets.optim.rules.coefficients` turns these numbers, a few for each group, into linear combinations; and
+`write_` writes them.
 
 A rule sees a weight in the view of its partition, in the dtype to compute in; `Spheres` says which axes of the view
 lie inside a group and how large the spheres are. It knows nothing of parameters, states, dtypes on disk or several
-weights: `manifold_nets.optim.workspace` prepares its arguments and takes its results back. With ``r`` the radius and
+weights: `manifold_nets.optim.executions.workspace` prepares its arguments and takes its results back. With ``r``
+the radius and
 ``g`` the Euclidean gradient, the metric ⟨ξ, η⟩/r² of `manifold_nets.SphereProduct` makes the Riemannian gradient
 ``ξ = r² g − ⟨w, g⟩ w``, and every rule moves a weight of radius ``r`` as it moves ``u = w/r`` on unit spheres.
 """
@@ -16,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.coefficients import Coefficients, adam_coefficients, sgd_coefficients
-from manifold_nets.optim.products import Scalar, Spheres, some, tangential
+from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, sgd_coefficients
+from manifold_nets.optim.rules.products import Scalar, Spheres, some, tangential
 
 __all__ = ["riemannian_adam_", "riemannian_sgd_", "write_"]
 

@@ -3,7 +3,7 @@
  * stay in cache, so that the second pass over them moves no memory; long rows are cut into pieces for all threads, with
  * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double.
  *
- * Compiled at first use by manifold_nets.optim.native, once a machine. */
+ * Compiled at first use by manifold_nets.optim.executions.native, once a machine. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

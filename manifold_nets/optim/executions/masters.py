@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from manifold_nets.gathered import local_part
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.optim.sharding import local_part
 
 __all__ = ["MasterWeights"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.products import Spheres
-from manifold_nets.optim.updates import riemannian_adam_, riemannian_sgd_
+from manifold_nets.optim.rules.products import Spheres
+from manifold_nets.optim.rules.updates import riemannian_adam_, riemannian_sgd_
 
 __all__ = ["Member", "Rule"]
 

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from manifold_nets.errors import SphereOptionError
-from manifold_nets.gathered import is_sharded
+from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["Part", "local_part", "part_of", "zero_scalars"]
+__all__ = ["Part", "part_of", "zero_scalars"]
 
 Combine = Callable[[Tensor], Tensor]
 
@@ -58,17 +58,6 @@ class Part:
         """Take the values back that `read` has copied."""
         if self.place is not None:
             local_part(tensor.detach()).copy_(values[self.place])
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor, sharing its memory: the tensor itself where it is not sharded.
-
-    Example:
-        >>> scalars = torch.zeros(3)
-        >>> local_part(scalars) is scalars
-        True
-    """
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def zero_scalars(weight: Tensor, manifold: SphereProduct, dtype: torch.dtype) -> Tensor:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.optim.layouts import layout_of
-from manifold_nets.optim.members import Member, Rule
-from manifold_nets.optim.products import Spheres
+from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.products import Spheres
 
 __all__ = ["run_batched", "run_compiled", "suits_rows"]
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.coefficients import Coefficients, Moments
-from manifold_nets.optim.products import Scalar, Tangential
+from manifold_nets.optim.rules.coefficients import Coefficients, Moments
+from manifold_nets.optim.rules.products import Scalar, Tangential
 
 __all__ = ["angular_rate", "clip_factor", "direction_length", "geodesic_coefficients", "projected_coefficients"]
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from manifold_nets.gathered import is_sharded
+from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.layouts import layout_of
-from manifold_nets.optim.products import Spheres
-from manifold_nets.optim.sharding import local_part, part_of
+from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.executions.sharding import part_of
+from manifold_nets.optim.rules.products import Spheres
 
 __all__ = ["Workspace"]
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.products import Scalar, Tangential
-from manifold_nets.optim.sharding import local_part
+from manifold_nets.gathered import local_part
+from manifold_nets.optim.rules.products import Scalar, Tangential
 
 __all__ = ["Coefficients", "Moments", "adam_coefficients", "coefficients", "sgd_coefficients"]
 
