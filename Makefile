@@ -23,10 +23,10 @@ demo: install ## train, diagnose, convert, train on the spheres, give back: a fe
 	$(BIN)/python examples/demo.py
 
 test: install ## the fast tests and the examples in the docstrings
-	$(PYTEST) -m 'not slow' -n $(WORKERS)
+	$(PYTEST) -m 'not slow' -n $(WORKERS) --dist worksteal
 
 test-slow: install ## the tests that take more than a few seconds each
-	$(PYTEST) -m slow -n $(WORKERS)
+	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal
 
 test-wheel: install ## the fast tests against the built wheel, in an environment and a folder of its own
 	PYTHON=$(PYTHON) BUILD=$(abspath $(BIN))/python bash .ci/test-wheel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ class Span:
     """
 
     def __init__(self, directions: Iterable[Mapping[Any, float]] = ()) -> None:
-        self._rows: dict[Any, dict[Any, float]] = {}
+        self._rows: list[tuple[Any, dict[Any, float]]] = []
+        self._ages: dict[Any, int] = {}
         # Short directions first: then most of the longer ones are reduced at once.
         for direction in sorted(directions, key=len):
             self.add(direction)
@@ -29,22 +31,26 @@ class Span:
     def add(self, direction: Mapping[Any, float]) -> bool:
         """Add a direction; False where it is a linear combination of those before."""
         rest = dict(direction)
-        open_keys = list(rest)
-        while open_keys:
-            pivot = open_keys.pop()
-            row = self._rows.get(pivot)
-            if row is None or pivot not in rest:
+        # A row holds no pivot of an older one. Oldest first, each row is subtracted at most once.
+        due = [self._ages[key] for key in rest if key in self._ages]
+        heapq.heapify(due)
+        while due:
+            pivot, row = self._rows[heapq.heappop(due)]
+            factor = rest.get(pivot)
+            if factor is None:
                 continue
-            factor = rest[pivot]
             for key, value in row.items():
+                known = key in rest
                 total = rest.get(key, 0.0) - factor * value
-                if abs(total) > _NOTHING:
-                    rest[key] = total
-                    open_keys.append(key)
-                else:
+                if abs(total) <= _NOTHING:
                     rest.pop(key, None)
+                    continue
+                rest[key] = total
+                if not known and key in self._ages:
+                    heapq.heappush(due, self._ages[key])
         if not rest:
             return False
         pivot = next(iter(rest))
-        self._rows[pivot] = {key: value / rest[pivot] for key, value in rest.items()}
+        self._ages[pivot] = len(self._rows)
+        self._rows.append((pivot, {key: value / rest[pivot] for key, value in rest.items()}))
         return True
