@@ -66,15 +66,21 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--optimizers", type=_Names(), default="sgd,adam,rsgd,radam", show_default=True, help="The contestants.")
 @click.option("--lr", "learning_rates", type=_Rates(), default="1e-3:1:7", show_default=True, help="Or A,B,…")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
-@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples a step.  [default: the task's own]")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True)
-@click.option("--momentum", type=float, default=0.9, show_default=True)
-@click.option("--schedule", type=click.Choice(["constant", "cosine"]), default="constant", show_default=True)
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of weights off the spheres.")
+@click.option("--momentum", type=float, default=0.9, show_default=True, help="Of the relatives of SGD.")
+@click.option(
+    "--schedule",
+    type=click.Choice(["constant", "cosine"]),
+    default="constant",
+    show_default=True,
+    help="Of the learning rate.",
+)
 @click.option("--target-error", type=float, default=0.05, show_default=True, help="Time how soon it is reached.")
 @click.option("--initial-scales", type=_Names(), default="plain", show_default=True, help="plain, rescaled, or both.")
 @click.option("--data", type=click.Path(file_okay=False), help="Folder with the files of the task.")
-@click.option("--device", default="cpu", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Where runs take place: cpu, cuda, …")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads of a run.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that do runs.")
 @click.option("--output", type=_FOLDER, metavar="DIR", help="Folder of the runs and the report.")
