@@ -160,11 +160,16 @@ class EulerField:
         return known
 
 
+# How much longer scales and biases are at the second point.
+_FARTHER = 10.0
+
+
 def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
     """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
 
-    What vanishes at both points does not vanish by accident. Where the model refuses inputs that are moved, or answers
-    them with what is not finite, it gets those of the first pass.
+    What vanishes at both points does not vanish by accident. Scales and biases are longer there, so that a bound that
+    no activation reaches at the first point, as that of ReLU6, is reached. Where the model refuses inputs that are
+    moved, or answers them with what is not finite, it gets those of the first pass.
     """
     generator = torch.Generator().manual_seed(seed + 1)
 
@@ -179,7 +184,8 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
             if is_continuous(parameter):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 # New storage: the first field goes on holding the weights at its own point.
-                parameter.data = parameter.data * (1 + 0.2 * noise.to(parameter.device))
+                away = _FARTHER if parameter.ndim <= 1 else 1.0
+                parameter.data = parameter.data * away * (1 + 0.2 * noise.to(parameter.device))
     try:
         found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
         if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):

@@ -28,6 +28,10 @@ from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
 
 __all__ = ["search_unexplained"]
 
+# What no structure supports has to vanish to rounding, not only to the tolerance: blocks behind a layer scale of 1e-6
+# are nearly invariant.
+_UNSUPPORTED = 1e-2
+
 # A parameter, a partition of it (the number of an axis where its groups are the slices along it), and a group.
 Axis = int | tuple[tuple[int, ...], tuple[int, ...]]
 Key = tuple[str, Axis, int]
@@ -105,6 +109,7 @@ def search_unexplained(
     findings, families, shifts = tuple(findings), tuple(families), tuple(shifts)
     if any(euler.silent for euler in fields):
         return ()
+    tolerance *= _UNSUPPORTED
     shapes = {name: tuple(weight.shape) for name, weight in fields[0].weights.items()}
     explained = _explained(findings, families, shifts)
     floors = [EVIDENCE_FLOOR * _largest(euler) for euler in fields]
