@@ -13,7 +13,7 @@ from rich.text import Text
 from manifold_nets.conversion import ConversionPlan
 from manifold_nets.errors.base import listed
 from manifold_nets.symmetry import SymmetryReport, WeightFinding
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 
 __all__ = [
     "complain",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.certifier import ROUNDED, Certifier
+from manifold_nets.symmetry.certificate.certifier import ROUNDED, Certifier
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 
 TOLERANCE = 1e-8
 EPS = torch.finfo(torch.float64).eps
@@ -48,6 +48,6 @@ def test_the_smallest_scale_that_matters_above_the_floor_is_still_refuted() -> N
 
 def test_without_the_allowance_rounding_would_refute(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the first test."""
-    monkeypatch.setattr("manifold_nets.symmetry.certifier.ROUNDED", 0.0)
+    monkeypatch.setattr("manifold_nets.symmetry.certificate.certifier.ROUNDED", 0.0)
     with pytest.raises(AssertionError):
         assert verdict_of_second_row(8 * EPS, 1e-9) == "no evidence"

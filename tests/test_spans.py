@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_nets.symmetry.spans import Span
+from manifold_nets.symmetry.reverse.spans import Span
 
 MATRICES = st.integers(1, 7).flatmap(
     lambda width: st.lists(st.lists(st.sampled_from([0, 0, 0, 1, -1, 2]), min_size=width, max_size=width), max_size=9)

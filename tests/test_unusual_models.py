@@ -17,10 +17,10 @@ from toy_networks import Lambda
 
 import manifold_nets as mn
 from manifold_nets.errors import AnalysisError, ExampleInputsError, NothingToConvertError, UnsupportedModelError
-from manifold_nets.symmetry.absent import absent
-from manifold_nets.symmetry.rules import RULES
-from manifold_nets.symmetry.rules.use import guarded
-from manifold_nets.symmetry.twin import analysis_copy, random_numbers
+from manifold_nets.symmetry.network.absent import absent
+from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
+from manifold_nets.symmetry.structure.rules import RULES
+from manifold_nets.symmetry.structure.rules.use import guarded
 from manifold_nets.symmetry.untraced import natural_partitions
 
 ROWS, IMAGES = (6, 5), (4, 3, 8, 8)

@@ -23,7 +23,7 @@ from manifold_nets.conversion.plan import named_tensors
 from manifold_nets.errors import ManifoldNetsError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryReport, diagnose
-from manifold_nets.symmetry.report import WeightFinding
+from manifold_nets.symmetry.findings.report import WeightFinding
 
 __all__ = ["Starts", "Subjects", "derived_seed", "rescaled_filters"]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from manifold_nets.errors import OptionError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 
 __all__ = ["ACTION_OF", "REMEDIES", "Action", "ConversionPlan", "Remedy", "chosen_remedies"]
 

@@ -23,8 +23,8 @@ from manifold_nets.conversion.verify import Verification, both_modes, compare_ou
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry import SymmetryFamily
-from manifold_nets.symmetry.report import Absorber
-from manifold_nets.symmetry.twin import duplicate
+from manifold_nets.symmetry.findings.report import Absorber
+from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["ConversionRecord", "conversion_record", "convert"]
 

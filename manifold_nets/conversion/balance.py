@@ -19,7 +19,7 @@ from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, ReportMismatchError
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
-from manifold_nets.symmetry.twin import duplicate
+from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["BalanceRecord", "balance", "balanced_values", "rescaling_families"]
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from manifold_nets.conversion.actions import Action
 from manifold_nets.symmetry import SymmetryReport
-from manifold_nets.symmetry.graph import split_inputs, to_float64
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
-from manifold_nets.symmetry.twin import analysis_copy, random_numbers
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.network.graph import split_inputs, to_float64
+from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
 
 __all__ = ["dead_bias_actions"]
 

@@ -13,7 +13,7 @@ from manifold_nets.conversion.actions import Action
 from manifold_nets.groups import Partition
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
-from manifold_nets.symmetry.partitions import joined_partition
+from manifold_nets.symmetry.structure.partitions import joined_partition
 
 __all__ = ["joint_actions", "joint_sphere_of"]
 

@@ -9,7 +9,7 @@ from manifold_nets.conversion.apply import _RECORD
 from manifold_nets.conversion.biases import put_back_bias, removed_biases
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.layers import UNIT_NORM_LAYERS
-from manifold_nets.symmetry.twin import duplicate
+from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["revert"]
 

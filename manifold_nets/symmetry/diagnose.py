@@ -10,19 +10,27 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, OptionError
-from manifold_nets.symmetry.certificate import EulerField, euler_field, run, second_field, silent_field
-from manifold_nets.symmetry.certifier import Certifier
-from manifold_nets.symmetry.find import follow_weight
-from manifold_nets.symmetry.graph import Inputs, TracedGraph, bound_arguments, op_name, split_inputs, to_float64, trace
+from manifold_nets.symmetry.certificate.certifier import Certifier
+from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, run, second_field, silent_field
+from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
+from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
+from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
-from manifold_nets.symmetry.lean import ROUNDING, lean_copy, lean_field, widen_vectors
-from manifold_nets.symmetry.modules import module_graph
-from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
-from manifold_nets.symmetry.reverse_search import search_unexplained
-from manifold_nets.symmetry.shift_certificate import Loss, sees_no_shift
+from manifold_nets.symmetry.network.graph import (
+    Inputs,
+    TracedGraph,
+    bound_arguments,
+    op_name,
+    split_inputs,
+    to_float64,
+    trace,
+)
+from manifold_nets.symmetry.network.modules import module_graph
+from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
+from manifold_nets.symmetry.reverse.scales import search_unexplained
 from manifold_nets.symmetry.shifts import shift_symmetries
-from manifold_nets.symmetry.twin import analysis_copy, is_continuous, is_meta, random_numbers
+from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
 
 __all__ = ["diagnose"]
@@ -41,7 +49,7 @@ def diagnose(
 
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
-    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate`). A contradiction between the two is
+    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). A contradiction between the two is
     reported as a disagreement. The model, its mode, buffers, gradients and the random state are left as they were.
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:

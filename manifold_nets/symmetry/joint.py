@@ -18,13 +18,13 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.certifier import ROUNDED
-from manifold_nets.symmetry.find import propagate
-from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.partitions import seed_label, seed_partition
-from manifold_nets.symmetry.report import Certificate, FamilyMember, SymmetryFamily
-from manifold_nets.symmetry.scales import Ids, Label, Scales
+from manifold_nets.symmetry.certificate.certifier import ROUNDED
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.findings.report import Certificate, FamilyMember, SymmetryFamily
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.structure.find import propagate
+from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
+from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 
 __all__ = ["JointStructure", "certified_families", "solve_jointly"]
 

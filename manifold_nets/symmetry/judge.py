@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EulerField
-from manifold_nets.symmetry.certifier import Certifier
-from manifold_nets.symmetry.find import Structure
-from manifold_nets.symmetry.graph import TracedGraph, bound_arguments
-from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, WeightFinding
-from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.certificate.certifier import Certifier
+from manifold_nets.symmetry.certificate.euler import EulerField
+from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
+from manifold_nets.symmetry.structure.find import Structure
+from manifold_nets.symmetry.structure.rules import Absorption
 
 __all__ = ["Judge", "owner_of"]
 

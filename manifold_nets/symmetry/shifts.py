@@ -1,8 +1,8 @@
 """Shift symmetries: constants that can be added to biases, rows and logits without a change of the function.
 
 Every entry of every added parameter gets an unknown shift, and so does every block of filters (``W → W + 1vᵀ``). They
-are followed through the graph by the rules of `manifold_nets.symmetry.rules.shift_use`; what its equations leave free
-are symmetries. A direction d is one exactly where ``⟨∂L/∂w, d⟩ = 0`` on the whole orbit: the certificate.
+are followed through the graph by the rules of `manifold_nets.symmetry.structure.rules.shift_use`; what its equations
+leave free are symmetries. A direction d is one exactly where ``⟨∂L/∂w, d⟩ = 0`` on the whole orbit: the certificate.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import nn
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EulerField
-from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.partitions import only_looked_up
-from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.rules.shift_use import LARGEST_LINK
-from manifold_nets.symmetry.scales import UNSCALED, Ids, Scales
-from manifold_nets.symmetry.shift_certificate import Direction, ShiftJudge
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
-from manifold_nets.symmetry.shift_walk import follow_shifts
+from manifold_nets.symmetry.certificate.euler import EulerField
+from manifold_nets.symmetry.certificate.shifts import Direction, ShiftJudge
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.structure.partitions import only_looked_up
+from manifold_nets.symmetry.structure.rules import Absorption
+from manifold_nets.symmetry.structure.rules.shift_use import LARGEST_LINK
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
+from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 
 __all__ = ["shift_symmetries"]
 

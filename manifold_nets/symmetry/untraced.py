@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.report import Certificate, WeightFinding
+from manifold_nets.symmetry.findings.report import Certificate, WeightFinding
 
 __all__ = ["finding_without_graph", "integer_finding", "natural_partitions", "qualified"]
 

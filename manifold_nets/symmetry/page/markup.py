@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from manifold_nets.page.markup import escape, number, plural
-from manifold_nets.symmetry.report import Certificate, SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
+from manifold_nets.symmetry.findings.report import Certificate, SymmetryFamily, WeightFinding
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 
 __all__ = [
     "STATUSES",

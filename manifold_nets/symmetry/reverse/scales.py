@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.graph import TracedGraph
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.joint import JointStructure, solve_jointly
-from manifold_nets.symmetry.report import SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
-from manifold_nets.symmetry.shift_search import unexplained_shifts
-from manifold_nets.symmetry.spans import Span
-from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.network.graph import TracedGraph
+from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
+from manifold_nets.symmetry.reverse.spans import Span
 
 __all__ = ["search_unexplained"]
 

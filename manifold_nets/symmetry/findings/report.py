@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from manifold_nets.symmetry.families import FamilyMember, SymmetryFamily, joined
-from manifold_nets.symmetry.findings import Absorber, Certificate, ScaledAlong, WeightFinding
-from manifold_nets.symmetry.modules import GraphNode
-from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.findings.families import FamilyMember, SymmetryFamily, joined
+from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.findings.weights import Absorber, Certificate, ScaledAlong, WeightFinding
+from manifold_nets.symmetry.network.modules import GraphNode
 
 if TYPE_CHECKING:
-    from manifold_nets.symmetry.shift_report import ShiftSymmetry
+    from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 
 __all__ = [
     "Absorber",

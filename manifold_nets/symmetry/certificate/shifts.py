@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import LossError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.graph import Inputs
-from manifold_nets.symmetry.report import Absorber, Certificate
-from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.findings.report import Absorber, Certificate
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.structure.rules import Absorption
 
 __all__ = ["Direction", "Loss", "ShiftJudge", "sees_no_shift"]
 

@@ -1,15 +1,15 @@
 """How a shift, a constant that is added to entries of a tensor, passes the operations that do not mix channels.
 
-See `manifold_nets.symmetry.rules.shift_use` for what the labels mean.
+See `manifold_nets.symmetry.structure.rules.shift_use` for what the labels mean.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
-from manifold_nets.symmetry.rules.use import Result, aligned, shape_of, unscaled
-from manifold_nets.symmetry.scales import UNSCALED, Label
+from manifold_nets.symmetry.structure.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
+from manifold_nets.symmetry.structure.rules.use import Result, aligned, shape_of, unscaled
+from manifold_nets.symmetry.structure.scales import UNSCALED, Label
 
 __all__: list[str] = []
 

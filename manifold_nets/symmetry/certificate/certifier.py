@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.report import Certificate
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.findings.report import Certificate
 
 __all__ = ["ROUNDED", "Certifier"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.report import Absorber, Certificate
+from manifold_nets.symmetry.findings.report import Absorber, Certificate
 
 __all__ = ["ShiftSymmetry"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.use import Result, Use, aligned, rule, unscaled
-from manifold_nets.symmetry.scales import UNSCALED, Ids, Label
+from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, rule, unscaled
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 __all__: list[str] = []
 

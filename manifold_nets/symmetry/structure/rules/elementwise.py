@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.rules.use import RULES, Result, Use, aligned, rule, shape_of, unscaled
-from manifold_nets.symmetry.scales import UNSCALED, Ids, Label
+from manifold_nets.symmetry.structure.rules.use import RULES, Result, Use, aligned, rule, shape_of, unscaled
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 __all__ = ["LARGEST_EPS"]
 

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
-from manifold_nets.symmetry.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label, Scales
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label, Scales
 
 __all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "rule"]
 

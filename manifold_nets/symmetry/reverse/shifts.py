@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.shift_report import ShiftSymmetry
-from manifold_nets.symmetry.spans import Span
-from manifold_nets.symmetry.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.reverse.spans import Span
 
 __all__ = ["unexplained_shifts"]
 

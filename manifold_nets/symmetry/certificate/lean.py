@@ -20,9 +20,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from manifold_nets.symmetry.certificate import EulerField, move_vectors, random_projection, sharp_outputs
-from manifold_nets.symmetry.graph import Inputs
-from manifold_nets.symmetry.twin import analysis_copy, is_continuous
+from manifold_nets.symmetry.certificate.euler import EulerField, move_vectors, random_projection, sharp_outputs
+from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous
 
 __all__ = ["ROUNDING", "lean_copy", "lean_field", "widen_vectors"]
 

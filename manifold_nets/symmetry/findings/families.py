@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.findings import Certificate
+from manifold_nets.symmetry.findings.weights import Certificate
 
 __all__ = ["FamilyMember", "SymmetryFamily", "joined"]
 

@@ -1,6 +1,6 @@
 """One operation of the graph as a rule of shifts sees it, and the table of these rules.
 
-The labels are those of `manifold_nets.symmetry.scales`, read additively: each entry of a tensor is shifted by its form
+The labels are those of `manifold_nets.symmetry.structure.scales`, read additively: each entry is shifted by its form
 ``Σ c_k s_k``. What a linear map makes of a shift depends on data or on other weights; each of its results gets a new
 unknown, and a `Link` that says where it comes from. An unknown that the network does not leave free refuses its
 sources. The table `SHIFT_RULES` maps the name of an operation to its rule; what is in no table is reported as unknown.
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.rules.use import RULES, Result, Use
-from manifold_nets.symmetry.scales import UNSCALED, Break, Ids, Label
+from manifold_nets.symmetry.structure.rules.use import RULES, Result, Use
+from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label
 
 __all__ = [
     "LARGEST_LINK",

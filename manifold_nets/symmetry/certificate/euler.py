@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import ExampleInputsError
-from manifold_nets.symmetry.absent import absent
-from manifold_nets.symmetry.graph import Inputs, output_tensors
-from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
-from manifold_nets.symmetry.twin import is_continuous
+from manifold_nets.symmetry.network.absent import absent
+from manifold_nets.symmetry.network.graph import Inputs, output_tensors
+from manifold_nets.symmetry.network.twin import is_continuous
+from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
 __all__ = [
     "EulerField",

@@ -1,4 +1,4 @@
-"""Shifts on their way through the graph of a network, by the rules of `manifold_nets.symmetry.rules.shift_use`."""
+"""Shifts on their way through the graph of a network, by the rules of `structure.rules.shift_use`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.graph import TracedGraph, is_in_place, op_name
-from manifold_nets.symmetry.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
-from manifold_nets.symmetry.rules.shift_use import Link, ShiftUse, apply_rule
-from manifold_nets.symmetry.scales import Ids, Label, Scales
+from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
+from manifold_nets.symmetry.structure.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
+from manifold_nets.symmetry.structure.rules.shift_use import Link, ShiftUse, apply_rule
+from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 
 __all__ = ["follow_shifts"]
 

@@ -10,16 +10,16 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.graph import TracedGraph, is_in_place, op_name
-from manifold_nets.symmetry.partitions import (
+from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
+from manifold_nets.symmetry.structure.partitions import (
     is_linear_map,
     joined_partition,
     only_looked_up,
     seed_label,
     seed_partition,
 )
-from manifold_nets.symmetry.rules import RULES, VIEWS, Absorption, Adoption, Result, Use, as_list
-from manifold_nets.symmetry.scales import Break, Ids, Label, Scales
+from manifold_nets.symmetry.structure.rules import RULES, VIEWS, Absorption, Adoption, Result, Use, as_list
+from manifold_nets.symmetry.structure.scales import Break, Ids, Label, Scales
 
 __all__ = ["Structure", "follow_weight", "propagate"]
 

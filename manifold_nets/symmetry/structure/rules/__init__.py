@@ -4,9 +4,9 @@ The table `RULES` maps the name of an operation to its rule. An operation that i
 refuses the scale and is reported as unknown, never guessed.
 """
 
-from manifold_nets.symmetry.rules import contraction, elementwise, movement, normalization
-from manifold_nets.symmetry.rules.movement import VIEWS
-from manifold_nets.symmetry.rules.use import RULES, Absorption, Adoption, Result, Use, as_list
+from manifold_nets.symmetry.structure.rules import contraction, elementwise, movement, normalization
+from manifold_nets.symmetry.structure.rules.movement import VIEWS
+from manifold_nets.symmetry.structure.rules.use import RULES, Absorption, Adoption, Result, Use, as_list
 
 __all__ = [
     "RULES",

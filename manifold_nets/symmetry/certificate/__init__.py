@@ -1,0 +1,1 @@
+"""What the numbers say: derivatives that vanish exactly where the function is invariant."""
