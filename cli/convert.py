@@ -107,7 +107,7 @@ def convert(
             plan=plan_file,
         )
     record = cast("ConversionRecord", conversion_record(converted))
-    found = record.verification
+    found, in_float64 = record.verification, record.verification.float64_eval_difference
     if write_plan is not None:
         write_plan_file(record.plan, write_plan)
     failures = []
@@ -123,6 +123,7 @@ def convert(
         "weights on spheres": sum(action.action in ("sphere", "already") for action in record.plan.actions),
         **{label: len(record.plan.of(what)) for what, label in _DONE.items() if record.plan.of(what)},
         "largest relative difference, evaluation mode": found.eval_difference,
+        **({} if in_float64 is None else {"the same of float64 copies": in_float64}),
         "largest relative difference, training mode": found.train_difference,
         "written": written or "nothing",
     }

@@ -24,18 +24,22 @@ class Verification:
     Args:
         eval_difference: largest |a − b| over largest |a|, over all outputs, in evaluation mode.
         train_difference: the same in training mode, with the same random numbers.
+        float64_eval_difference: the first one between float64 copies, where it was more than rounding should be in the
+            precision of the models; None where that was not asked.
     """
 
     eval_difference: float
     train_difference: float
+    float64_eval_difference: float | None = None
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         """Return plain data for JSON."""
         return dict(vars(self))
 
     def __str__(self) -> str:
+        wide = "" if self.float64_eval_difference is None else f" ({self.float64_eval_difference:.1e} in float64)"
         return (
-            f"largest relative difference {self.eval_difference:.1e} in evaluation mode, "
+            f"largest relative difference {self.eval_difference:.1e}{wide} in evaluation mode, "
             f"{self.train_difference:.1e} in training mode"
         )
 

@@ -59,10 +59,12 @@ class PlanError(ManifoldNetsError, ValueError):
 class FunctionChangedError(ManifoldNetsError, RuntimeError):
     """A rewritten model does not compute what it computed before."""
 
-    def __init__(self, model: str, mode: str, difference: float, limit: float) -> None:
+    def __init__(self, model: str, mode: str, difference: float, limit: float, why_no_rounding: str = "") -> None:
+        told = f" That is no rounding: {why_no_rounding}." if why_no_rounding else ""
         super().__init__(
             f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; at "
-            f"most {limit:.3g} is expected. Nothing was changed. Use radius='keep', or exclude the layers in question."
+            f"most {limit:.3g} is expected.{told} Nothing was changed. Use radius='keep', or exclude the layers in "
+            "question."
         )
 
 

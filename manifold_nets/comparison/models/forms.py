@@ -15,10 +15,10 @@ __all__ = ["converted_form"]
 def converted_form(model: nn.Module, report_or_example_inputs: Any, *, inplace: bool = False) -> nn.Module:
     """Put a plain network on spheres: of radius 1, or of the radii that its filters have where radius 1 does not do.
 
-    In float32 a division by a norm rounds, and rounding can decide which of two nearly equal values a max-pooling
-    takes; where its indices are used again (max-unpooling) the output then changes by more than rounding, and
-    `manifold_nets.convert` refuses. With ``radius="keep"`` every weight stays what it is, bit for bit. Optimizers on
-    spheres follow the same path of functions at every radius, but for the eps of the normalizations.
+    A division by a norm rounds, and rounding can decide which of two equal values a max-pooling takes; where its
+    indices are used again (max-unpooling) the output then changes by more than rounding, and `manifold_nets.convert`
+    refuses where float64 copies differ as well. With ``radius="keep"`` every weight stays what it is, bit for bit.
+    Optimizers on spheres follow the same path of functions at every radius, but for the eps of the normalizations.
 
     Args:
         model: the network.
