@@ -187,6 +187,14 @@ def test_reduced_images_are_box_averages_and_labels_are_taken_from_the_middle(tm
     np.testing.assert_array_equal(labels.numpy(), y[:, 1::2, 1::2])
 
 
+@pytest.mark.parametrize("size", [(9, 6), (8, 7)])
+def test_images_are_not_enlarged(size: tuple[int, int], tmp_path: Path) -> None:
+    write_camvid_like(tmp_path)
+    expected = rf"0\.png: found 8×6 pixels; expected at least the {size[0]}×{size[1]} that images are reduced to"
+    with pytest.raises(DataFileError, match=expected):
+        read_camvid(tmp_path, size=size)
+
+
 def by_hand(labels: np.ndarray, classes: int, void: int | None) -> list[float]:
     """Median-frequency weights by counting, in exact fractions."""
     own, around = Counter(), Counter()

@@ -150,10 +150,17 @@ def _read_image(path: Path, mode: str, size: tuple[int, int] | None) -> NDArray[
             # Label images with a palette hold the classes as indices into it.
             image = file if mode == "L" and file.mode in ("P", "L") else file.convert(mode)
             if size is not None:
+                _require_larger(path, image.size, size)
                 image = image.resize(size, Image.Resampling.BOX if mode == "RGB" else Image.Resampling.NEAREST)
             return np.array(image)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise DataFileError(path, f"no readable image ({error})", "an image file") from error
+
+
+def _require_larger(path: Path, found: tuple[int, int], size: tuple[int, int]) -> None:
+    if found[0] < size[0] or found[1] < size[1]:
+        asked = "{}×{}".format(*size)
+        raise DataFileError(path, "{}×{} pixels".format(*found), f"at least the {asked} that images are reduced to")
 
 
 def _require_fit(pairs: list[tuple[Path, Path]], images: list[NDArray[Any]], labels: list[NDArray[Any]]) -> None:
