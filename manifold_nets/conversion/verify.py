@@ -32,9 +32,9 @@ class Verification:
     train_difference: float
     float64_eval_difference: float | None = None
 
-    def to_dict(self) -> dict[str, float | None]:
-        """Return plain data for JSON."""
-        return dict(vars(self))
+    def to_dict(self) -> dict[str, float]:
+        """Return plain data for JSON, without what was not asked."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
         wide = "" if self.float64_eval_difference is None else f" ({self.float64_eval_difference:.1e} in float64)"
