@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import manifold_nets as mn
 from manifold_nets.comparison import Comparison, Settings, Task, task_from_data
+from manifold_nets.comparison.contestants import contestant
 from manifold_nets.comparison.records import MEASURED_FIELDS
+from manifold_nets.comparison.starts import Starts, Subjects
 from manifold_nets.comparison.tasks import TensorPart
 
 COUNT = 60
@@ -61,3 +64,20 @@ def small_settings(**changes: Any) -> Settings:
         "batch_size": 50,  # the task's own, which the command line takes
     }
     return Settings(**{**options, **changes})
+
+
+def tiny(**changes: Any) -> Comparison:
+    """Compare two optimizers on the tiny task in this process."""
+    options = {"optimizers": ["sgd", "rsgd"], "learning_rates": [0.05, 0.5], "seeds": 2, "epochs": 2, "report": False}
+    return mn.compare(tiny_network, task=tiny_task(), **{**options, **changes})
+
+
+def tiny_starts(**changes: Any) -> tuple[Starts, Settings]:
+    """The starts of two optimizers on the tiny task, and the settings."""
+    task = tiny_task()
+    settings = Settings(
+        **{"optimizers": ("sgd", "rsgd"), "learning_rates": (0.05,), "seeds": (0, 1), "epochs": 2, "batch_size": 20}
+        | changes
+    )
+    subjects = Subjects(task, tiny_network, {name: contestant(name) for name in settings.optimizers})
+    return Starts(subjects, settings), settings

@@ -1,70 +1,38 @@
-"""The engine of a comparison: determinism, resumption, fairness, and what it refuses."""
+"""The engine of a comparison: records, fairness, what is measured, and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from comparison_runs import COUNT, CountingPart, reproducible, small_settings, tiny_network, tiny_task
+from comparison_runs import COUNT, CountingPart, small_settings, tiny, tiny_network, tiny_starts, tiny_task
+from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.comparison import Comparison, RunKey, Settings
+from manifold_nets.comparison import Comparison, RunKey
 from manifold_nets.comparison.choosing import choose
 from manifold_nets.comparison.contestants import CONTESTANTS, TorchStepper, contestant
-from manifold_nets.comparison.engine import Progress
-from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
-from manifold_nets.comparison.environment import environment
 from manifold_nets.comparison.errors import (
     ComparisonFolderError,
-    DifferentCommandError,
-    FolderInUseError,
     OptimizerNameError,
     RecordError,
     RunFailedError,
     SettingsError,
-    StorageError,
 )
+from manifold_nets.comparison.observation import FilterWatch
 from manifold_nets.comparison.protocols import Contestant
-from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
-from manifold_nets.comparison.report.data import runs_csv
-from manifold_nets.comparison.starts import Starts, Subjects
+from manifold_nets.comparison.starts import Starts
+from manifold_nets.comparison.tasks import TensorPart
 from manifold_nets.comparison.training import Runner
-
-
-def tiny(**changes):
-    """Compare two optimizers on the tiny task in this process."""
-    options = {"optimizers": ["sgd", "rsgd"], "learning_rates": [0.05, 0.5], "seeds": 2, "epochs": 2, "report": False}
-    return mn.compare(tiny_network, task=tiny_task(), **{**options, **changes})
-
-
-def tiny_starts(**changes):
-    task = tiny_task()
-    settings = Settings(
-        **{"optimizers": ("sgd", "rsgd"), "learning_rates": (0.05,), "seeds": (0, 1), "epochs": 2, "batch_size": 20}
-        | changes
-    )
-    subjects = Subjects(task, tiny_network, {name: contestant(name) for name in settings.optimizers})
-    return Starts(subjects, settings), settings
-
+from manifold_nets.groups import Partition
 
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """The tiny comparison, carried out at once."""
-    return tiny()
-
-
-def test_a_comparison_comes_back_from_its_file(tmp_path, whole):
-    found = whole
+def test_a_comparison_comes_back_from_its_file(tmp_path):
+    found = tiny(seeds=1, epochs=1)
     found.write(tmp_path)
     assert Comparison.read(tmp_path) == found
     assert "rsgd" in str(found)
@@ -109,153 +77,37 @@ def test_names_of_nothing_are_refused():
         Comparison.read("/nowhere")
 
 
-# ---- determinism and resumption --------------------------------------------------------------------------------------
-
-
-def test_the_same_call_gives_the_same_numbers(whole):
-    assert reproducible(tiny()) == reproducible(whole)
-    # Sabotage: another seed gives others.
-    with pytest.raises(AssertionError):
-        assert reproducible(tiny(seeds=[0, 2])) == reproducible(whole)
-
-
-def test_what_is_done_is_not_done_again(tmp_path, whole):
-    seen: list[Progress] = []
-
-    def interrupt(progress):
-        seen.append(progress)
-        if progress.done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny(output=tmp_path, progress=interrupt)
-    seen.clear()
-    resumed = tiny(output=tmp_path, progress=seen.append)
-    assert (seen[0].done, seen[-1].done, seen[-1].total) == (3, 8, 8)
-    assert sum(progress.last is not None for progress in seen) == 5
-    assert reproducible(resumed) == reproducible(whole)
-    assert seen[-1].best is not None
-    assert tiny(output=tmp_path) == resumed
-    assert runs_csv(resumed) == runs_csv(whole)
-
-
-def test_another_command_into_the_same_folder_is_refused_with_the_difference(tmp_path):
-    tiny(output=tmp_path)
-    before = (tmp_path / "comparison.json").read_bytes()
-    with pytest.raises(DifferentCommandError, match=r"epochs is 2 there and 3 here; momentum is 0\.9 there and 0\.5"):
-        tiny(output=tmp_path, epochs=3, momentum=0.5)
-    # Nothing was written.
-    assert (tmp_path / "comparison.json").read_bytes() == before
-
-
-def test_two_processes_do_not_share_a_folder(tmp_path):
-    def second(progress):
-        with pytest.raises(FolderInUseError):
-            tiny(output=tmp_path)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny(output=tmp_path, progress=second)
-
-
-COMMAND = ["--model", "mlp:10", "--optimizers", "sgd,rsgd", "--lr", "0.1,1e8", "--seeds", "2", "--epochs", "2"]
-
-
-def started(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from manifold_nets.cli import main; main()", "compare", *COMMAND]
-    return subprocess.Popen(
-        [*command, "--output", str(folder), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-
-
-def killed_and_resumed(folder: Path, times: int, *more: str) -> bytes:
-    """Kill the command so often, at random moments after the study has been made; let it end; return its CSV."""
-    draw = random.Random(7)
-    for _ in range(times):
-        process = started(folder, *more)
-        while not (folder / "study.db").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 4))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    process = started(folder, *more)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return (folder / "runs.csv").read_bytes()
-
-
-@pytest.mark.slow
-def test_one_or_two_workers_and_kills_give_the_same_file(tmp_path):
-    expected = runs_csv(compare_settings(small_settings(), None)).encode()
-    assert b"diverged" in expected
-    assert killed_and_resumed(tmp_path / "two", 0, "--workers", "2") == expected
-    assert killed_and_resumed(tmp_path / "killed", 2) == expected
-
-
-@pytest.mark.slow
-def test_ten_kills_give_the_same_file(tmp_path):
-    killed = killed_and_resumed(tmp_path / "killed", 10)
-    assert killed == runs_csv(compare_settings(small_settings(), None)).encode()
-
-
-def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
-    settings = small_settings()
-    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
-    queue.create(settings, environment())
-    for _ in range(2):
-        queue.fill(settings.run_keys())
-    claimed = dict(filter(None, (queue.claim() for _ in range(9))))
-    assert sorted(claimed.values()) == sorted(settings.run_keys())
-    queue.fill(settings.run_keys())
-    assert queue.claim() is None
-    # Those that show no beat are stale after a while, those that do are not.
-    alive = min(claimed)
-    assert queue.give_up_stale(0.0) == 0
-    queue.beat([alive])
-    assert queue.give_up_stale(1.0) == 0
-    assert queue.give_up_stale(GRACE_SECONDS + 0.5) == 7
-    queue.fill(settings.run_keys())
-    again = dict(filter(None, (queue.claim() for _ in range(8))))
-    assert sorted(again.values()) == sorted(key for ticket, key in claimed.items() if ticket != alive)
-    queue.close()
-
-
-@pytest.mark.slow
-def test_a_worker_joins_through_a_shared_database(tmp_path):
-    settings, url = small_settings(), f"sqlite:///{tmp_path / 'shared.db'}"
-    queue = RunQueue(url, study_name(settings))
-    queue.create(settings, environment())
-    queue.fill(settings.run_keys())
-    assert join_comparison(url, study_name(settings)) == settings
-    assert queue.done() == 8
-    queue.close()
-    # The one that started it has no weights of these runs, and carries the chosen ones out again.
-    shared = compare_settings(settings, tmp_path / "shared", storage=url, report=False)
-    assert reproducible(shared) == reproducible(compare_settings(settings, None))
-
-
-def test_a_database_without_the_study_is_refused(tmp_path):
-    with pytest.raises(StorageError, match=r"study nothing in sqlite.*no such study"):
-        join_comparison(f"sqlite:///{tmp_path / 'x.db'}", "nothing")
-    with pytest.raises(StorageError) as caught:
-        RunQueue("postgresql+nothing://me:secret@host/db", "x")
-    assert "secret" not in str(caught.value)
-
-
 # ---- fairness --------------------------------------------------------------------------------------------------------
 
 
-def seen_by_contestants(plant=None):
-    """Initial outputs and the inputs of every training step, for each contestant."""
-    starts, settings = tiny_starts()
+def seen_by_contestants():
+    """The function that each run starts from and the examples of its steps, by seed, as a real comparison has them."""
     inputs = tiny_task().parts["validation"].batch(torch.arange(30))[0]
-    found = {}
-    for key in settings.run_keys():
-        model = starts.model(key).eval()
-        if plant is not None:
-            plant(key, model)
-        batches = [rows.tolist() for epoch in (1, 2) for rows in Runner(starts, settings)._order(key, epoch)]
-        found.setdefault(key.seed, []).append((model(inputs).detach(), batches))
+    task, read, outputs, found = tiny_task(), [], [], {}
+
+    class Recorded(TensorPart):
+        def batch(self, rows):
+            read.append(rows.tolist())
+            return super().batch(rows)
+
+    def watched(name):
+        inner = contestant(name)
+
+        def make(model, rate, settings):
+            outputs.append(model.eval()(inputs).detach())
+            return inner.make(model, rate, settings)
+
+        return replace(inner, make=make)
+
+    def note(progress):
+        if progress.last is not None:
+            # What was read and made before is the measurement of memory.
+            found.setdefault(progress.last.key.seed, []).append((outputs[-1], read[-6:]))
+
+    train = task.parts["train"]
+    task = replace(task, parts={**task.parts, "train": Recorded(train.inputs, train.targets)})
+    optimizers = [watched(name) for name in ("sgd", "rsgd", "adam")]
+    mn.compare(tiny_network, task=task, optimizers=optimizers, learning_rates=[0.05], seeds=2, epochs=2, progress=note)
     return found
 
 
@@ -264,8 +116,10 @@ def check_equal_chances(found):
     assert not torch.allclose(*outputs.values())
     for runs in found.values():
         (first, order), *others = runs
-        assert len(others) == 1
-        assert sorted(row for batch in order[:3] for row in batch) == list(range(COUNT))
+        assert len(others) == 2
+        for epoch in (order[:3], order[3:]):
+            assert sorted(row for batch in epoch for row in batch) == list(range(COUNT))
+        assert order[:3] != order[3:]
         for output, batches in others:
             limit = 64 * torch.finfo(output.dtype).eps * first.abs().max()
             assert (output - first).abs().max() <= limit
@@ -276,18 +130,31 @@ def test_every_contestant_starts_from_the_same_function_in_the_same_order():
     check_equal_chances(seen_by_contestants())
 
 
-def test_sabotage_another_start_or_order_is_noticed():
-    def another_start(key, model):
+def test_sabotage_another_start_is_noticed(monkeypatch):
+    honest = Starts.model
+
+    def another(self, key):
+        model = honest(self, key)
         if key.optimizer == "rsgd":
             with torch.no_grad():
                 model[4].weight += 0.01
+        return model
 
+    monkeypatch.setattr(Starts, "model", another)
     with pytest.raises(AssertionError):
-        check_equal_chances(seen_by_contestants(another_start))
-    found = seen_by_contestants()
-    found[0][1][1].reverse()
+        check_equal_chances(seen_by_contestants())
+
+
+def test_sabotage_another_order_is_noticed(monkeypatch):
+    honest = Runner._order
+
+    def another(self, key, epoch):
+        batches = honest(self, key, epoch)
+        return batches[::-1] if key.optimizer == "adam" else batches
+
+    monkeypatch.setattr(Runner, "_order", another)
     with pytest.raises(AssertionError):
-        check_equal_chances(found)
+        check_equal_chances(seen_by_contestants())
 
 
 def test_rescaled_filters_keep_the_function():
@@ -388,3 +255,49 @@ def test_records_of_a_run_are_plausible():
     assert run.peak_memory_bytes is not None
     assert run.peak_memory_bytes > 3 * 4 * (4 * 6 + 6 * 2)
     assert set(CONTESTANTS) >= {"sgd", "adam", "rsgd", "radam"}
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
+
+
+def check_watch(plant=0.0):
+    """Angles and norms of filters along axis 0 and along axis 1, against float64 and a formula of another form."""
+    model = nn.ModuleDict({"linear": nn.Linear(6, 5), "transposed": nn.ConvTranspose2d(3, 4, 2)})
+    partitions = {
+        "linear.weight": Partition.filters((5, 6)),
+        "transposed.weight": Partition.transposed_filters((3, 4, 2, 2), 1),
+    }
+    watch, totals = FilterWatch(model, partitions), [0.0, 0.0]
+    with torch.no_grad():
+        model["linear"].weight[0] = 0.0  # has no direction to turn from
+        for size in (1e-4, 1.0):
+            before = [partition.rows(weight_of(model, name).double()) for name, partition in partitions.items()]
+            watch.before_step()
+            for name in partitions:
+                weight = weight_of(model, name)
+                weight += size * torch.randn(weight.shape)
+            norms = watch.after_step()
+            after = [partition.rows(weight_of(model, name).double()) for name, partition in partitions.items()]
+            for i, (old, new) in enumerate(zip(before, after, strict=True)):
+                totals[i] += float(_angles(old, new).mean()) / 2
+    expected = [float(new.norm(dim=1).mean()) for new in after]
+    eps = torch.finfo(torch.float32).eps
+    assert norms == pytest.approx(expected, rel=16 * eps)
+    rotations = [record.rotation + plant for record in watch.finish_epoch(norms)]
+    assert rotations == pytest.approx(totals, rel=256 * eps)
+
+
+def _angles(old, new):
+    along = (old * new).sum(1, keepdim=True) / (old * old).sum(1, keepdim=True)
+    angle = torch.atan2((new - along * old).norm(dim=1), (along * old).norm(dim=1) * along.sign()[:, 0])
+    return torch.where(old.norm(dim=1) == 0, 0.0, angle)
+
+
+def weight_of(model, name):
+    return model.get_parameter(name).detach()
+
+
+def test_angles_and_norms_of_filters_are_those_of_float64():
+    check_watch()
+    with pytest.raises(AssertionError):
+        check_watch(plant=1e-4)

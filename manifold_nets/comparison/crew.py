@@ -80,6 +80,7 @@ class Member:
     def __init__(self, settings: Settings, subjects: Subjects | None, folder: Path | None) -> None:
         self.starts = Starts(Subjects.named(settings) if subjects is None else subjects, settings)
         self.runner = Runner(self.starts, settings)
+        self.runner.prepare()
         self._folder = folder
 
     def carry_out(self, key: RunKey) -> RunResult:

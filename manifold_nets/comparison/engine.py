@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from manifold_nets.comparison.choosing import choose_all
-from manifold_nets.comparison.crew import Crew, Member
+from manifold_nets.comparison.crew import Crew, Done, Member
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Choice, RunKey, RunResult, Settings
 from manifold_nets.comparison.result import Comparison
-from manifold_nets.comparison.tasks import evaluate
 from manifold_nets.comparison.weights import kept_weights, prune_weights
 
 __all__ = ["Progress", "Workplace", "conclude", "work"]
@@ -77,23 +76,19 @@ def work(place: Workplace) -> None:
     place.results = place.queue.results()
     clock = _Clock(place, len(keys))
     clock.tell(None)
-    beaten = time.monotonic()
+    beaten, ended = time.monotonic(), list[Done]()
     try:
         while True:
-            while place.crew.idle() > 0 and (claimed := place.queue.claim()) is not None:
-                place.crew.start(*claimed)
-                place.queue.beat([claimed[0]] if place.shared else [])
-                clock.tell(None)
+            # Whoever has ended a run gets the next one before the result is stored: nobody waits for the disk.
+            _start(place, clock)
+            for done in ended:
+                _store(place, done)
+                clock.tell(done.result)
             if not place.crew.running():
                 if not place.shared or _others_are_done(place, keys):
                     return
                 time.sleep(IDLE_SECONDS)
-            for done in place.crew.wait(BEAT_SECONDS / 2):
-                place.queue.finish(done.ticket, done.result)
-                place.results[done.key] = done.result
-                if place.folder is not None:
-                    prune_weights(place.folder, place.settings, place.results, done.key)
-                clock.tell(done.result)
+            ended = place.crew.wait(BEAT_SECONDS / 2)
             if place.shared and time.monotonic() - beaten > BEAT_SECONDS:
                 place.queue.beat(place.crew.running())
                 place.queue.give_up_stale()
@@ -103,6 +98,20 @@ def work(place: Workplace) -> None:
         for ticket in place.crew.running():
             place.queue.give_up(ticket)
         raise
+
+
+def _start(place: Workplace, clock: _Clock) -> None:
+    while place.crew.idle() > 0 and (claimed := place.queue.claim()) is not None:
+        place.crew.start(*claimed)
+        place.queue.beat([claimed[0]] if place.shared else [])
+        clock.tell(None)
+
+
+def _store(place: Workplace, done: Done) -> None:
+    place.queue.finish(done.ticket, done.result)
+    place.results[done.key] = done.result
+    if place.folder is not None:
+        prune_weights(place.folder, place.settings, place.results, done.key)
 
 
 def _others_are_done(place: Workplace, keys: tuple[RunKey, ...]) -> bool:
@@ -168,5 +177,5 @@ def _test(member: Member, key: RunKey, folder: Path) -> tuple[float, float]:
     if weights is None:
         member.carry_out(key)
         weights = kept_weights(folder, key) or {}
-    scores = evaluate(member.runner.finished(key, weights), member.starts.subjects.task, "test")
+    scores = member.runner.scores(key, weights)
     return scores["error"], scores["loss"]

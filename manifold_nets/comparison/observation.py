@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,11 +36,24 @@ class FilterWatch:
 
     Args:
         model: the model that is trained.
-        partitions: the filters of each weight, by name; weights that the model does not have are left out.
+        partitions: the filters of each weight, by name.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> watch = FilterWatch(model, {"weight": Partition.filters((1, 2))})
+        >>> with torch.no_grad():
+        ...     _ = model.weight.copy_(torch.tensor([[2.0, 0.0]]))
+        ...     watch.before_step()
+        ...     _ = model.weight.copy_(torch.tensor([[0.0, 3.0]]))
+        >>> norms = watch.after_step()
+        >>> norms, round(watch.finish_epoch(norms)[0].rotation, 4)
+        ([3.0], 1.5708)
     """
 
     def __init__(self, model: nn.Module, partitions: Mapping[str, Partition]) -> None:
-        self._model, self._partitions = model, dict(partitions)
+        self._partitions = dict(partitions)
+        places = [name.rpartition(".") for name in self._partitions]
+        self._owners = [(model.get_submodule(path), leaf) for path, _, leaf in places]
         self._before: list[Tensor] = []
         self._angles = [0.0] * len(self._partitions)
         self._samples = 0
@@ -52,29 +65,32 @@ class FilterWatch:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """Remember all filters."""
-        self._before = [self._rows(weight, partition).clone() for weight, partition in self._weights()]
+        """Remember the directions of all filters."""
+        self._before = [rows / _lengths(rows) for rows in self._rows()]
 
     @torch.no_grad()
     def after_step(self) -> list[float]:
         """Take the angles to the filters before the step; return the mean norm of each weight's filters."""
-        norms, angles = [], []
-        for (weight, partition), before in zip(self._weights(), self._before, strict=True):
-            rows = self._rows(weight, partition)
-            length = _lengths(rows)
-            here, there = rows / length, before / _lengths(before)
-            turned = 2 * torch.atan2(_lengths(here - there), _lengths(here + there))
-            norms.append(length.mean())
-            angles.append(turned.mean())
-        if norms:
-            # One transfer for all weights.
-            found = torch.stack([*norms, *angles]).tolist()
-            self._angles = [total + angle for total, angle in zip(self._angles, found[len(norms) :], strict=True)]
-        else:
-            found = []
+        if not self._partitions:
+            self._samples += 1
+            return []
+        lengths, apart, together = [], [], []
+        for rows, before in zip(self._rows(), self._before, strict=True):
+            lengths.append(_lengths(rows))
+            direction = rows / lengths[-1]
+            apart.append(torch.linalg.vector_norm(direction - before, dim=1))
+            together.append(torch.linalg.vector_norm(direction + before, dim=1))
+        far, near = torch.cat(apart), torch.cat(together)
+        # The squares of the two add up to 4, or to less where a filter is zero and has no direction.
+        turned = torch.where(far.square() + near.square() > 3, 2 * torch.atan2(far, near), 0.0)
+        angles = torch.split(turned, [len(part) for part in apart])
+        # One transfer for all weights.
+        means = torch.stack([part.mean() for part in (*lengths, *angles)]).tolist()
+        norms = means[: len(lengths)]
+        self._angles = [total + angle for total, angle in zip(self._angles, means[len(lengths) :], strict=True)]
         self._before = []
         self._samples += 1
-        return found[: len(norms)]
+        return norms
 
     def finish_epoch(self, norms: list[float]) -> tuple[LayerRecord, ...]:
         """The records of an epoch: the given norms, and the mean of the angles since the last one."""
@@ -82,27 +98,19 @@ class FilterWatch:
         self._angles, self._samples = [0.0] * len(self._angles), 0
         return tuple(LayerRecord(norm, angle) for norm, angle in zip(norms, angles, strict=True))
 
-    def _weights(self) -> list[tuple[Tensor, Partition]]:
-        # Looked up each time: an optimizer may replace a parameter, or compute the weight from others.
-        return [(_attribute(self._model, name), partition) for name, partition in self._partitions.items()]
-
-    @staticmethod
-    def _rows(weight: Tensor, partition: Partition) -> Tensor:
-        return partition.rows(wide(weight.detach()))
+    def _rows(self) -> Iterator[Tensor]:
+        # The weight is looked up each time: an optimizer may replace a parameter, or compute the weight from others.
+        for (owner, leaf), partition in zip(self._owners, self._partitions.values(), strict=True):
+            weight = wide(getattr(owner, leaf).detach())
+            # Filters along axis 0 need no permutation, which takes longer than all that is done with small ones.
+            along_first = partition.kept == (0,) and partition.view == partition.shape
+            yield weight.flatten(1) if along_first else partition.rows(weight)
 
 
 def _lengths(rows: Tensor) -> Tensor:
     """The norms of rows, never zero; to the few digits that are looked at, the fastest sum will do."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return lengths.clamp_min(torch.finfo(rows.dtype).tiny)
-
-
-def _attribute(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    value = getattr(model.get_submodule(path), leaf)
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
-    return value
 
 
 def peak_memory(steps: Callable[[], None], device: str) -> int | None:

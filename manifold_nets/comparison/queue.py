@@ -49,7 +49,7 @@ class RunQueue:
 
     def __init__(self, url: str, study: str) -> None:
         self._storage, self.url, self.study = _open(url), url, study
-        self._waiting: deque[int] = deque()
+        self._waiting: deque[tuple[int, RunKey]] = deque()
         self._beats: dict[int, tuple[Any, float]] = {}
         self._study = -1
 
@@ -119,12 +119,12 @@ class RunQueue:
         from optuna.trial import TrialState
 
         if not self._waiting:
-            self._waiting.extend(trial._trial_id for trial in self._trials((TrialState.WAITING,)))
+            self._waiting.extend((trial._trial_id, _read_key(trial)) for trial in self._trials((TrialState.WAITING,)))
         while self._waiting:
-            ticket = self._waiting.popleft()
+            ticket, key = self._waiting.popleft()
             try:
                 if self._storage.set_trial_state_values(ticket, state=TrialState.RUNNING):
-                    return ticket, _read_key(self._storage.get_trial(ticket))
+                    return ticket, key
             except UpdateFinishedTrialError:
                 continue
         return None

@@ -30,7 +30,14 @@ __all__ = [
 ]
 
 InitialScale = Literal["plain", "rescaled"]
-MEASURED_FIELDS = ("seconds", "seconds_per_step", "peak_memory_bytes", "harness_seconds", "machine")
+MEASURED_FIELDS = (
+    "seconds",
+    "seconds_per_step",
+    "peak_memory_bytes",
+    "harness_seconds",
+    "validation_seconds",
+    "machine",
+)
 """Fields of `EpochRecord` and `RunResult` that are measured on a machine and differ from one repetition to the next."""
 
 
@@ -207,6 +214,7 @@ class RunResult(PlainRecord):
         machine: name of the machine in words.
         test_error: on the test data; None for all runs but the chosen ones, and for diverged ones.
         test_loss: likewise.
+        validation_seconds: time in which the run was judged on the validation data.
     """
 
     key: RunKey
@@ -220,6 +228,7 @@ class RunResult(PlainRecord):
     machine: str
     test_error: float | None = None
     test_loss: float | None = None
+    validation_seconds: float = 0.0
 
     @property
     def diverged(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.comparison.contestants import CONTESTANTS
 from manifold_nets.comparison.environment import machine_in_words
 from manifold_nets.comparison.observation import FilterWatch, peak_memory, sampled_steps
 from manifold_nets.comparison.protocols import Stepper
@@ -23,6 +25,9 @@ from manifold_nets.comparison.tasks import Part, evaluate
 __all__ = ["BatchObjective", "Runner"]
 
 Weights = dict[str, Tensor]
+
+# Orders of the data are remembered up to so many numbers of examples, for the next contestant of the same seed.
+KEPT_NUMBERS = 10_000_000
 
 
 class BatchObjective:
@@ -64,6 +69,7 @@ class _Progress:
     steps: int = 0
     seen: int = 0
     seconds: float = 0.0
+    validating: float = 0.0
     step_times: list[float] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
 
@@ -79,7 +85,18 @@ class Runner:
     def __init__(self, starts: Starts, settings: Settings) -> None:
         self._starts, self._settings, self._task = starts, settings, starts.subjects.task
         self._memory: dict[str, int | None] = {}
+        self._orders: dict[tuple[int, int], list[Tensor]] = {}
         self._machine = machine_in_words()
+
+    def prepare(self) -> None:
+        """Make every built-in contestant once, so that no run pays for the import of the library that it comes from."""
+        with torch.random.fork_rng():
+            for name, contestant in self._starts.subjects.contestants.items():
+                if CONTESTANTS.get(name) is contestant:
+                    key = RunKey(name, self._settings.learning_rates[0], self._settings.seeds[0])
+                    # What cannot be made is told by its runs.
+                    with contextlib.suppress(Exception):
+                        self._stepper(key, self._starts.model(key))
 
     def run(self, key: RunKey) -> tuple[RunResult, Weights]:
         """Carry out one run; everything but times and memory follows from the key and the settings.
@@ -91,22 +108,26 @@ class Runner:
             Exception: what the model or the contestant raised, unless the run has diverged.
         """
         start = time.perf_counter()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._settings.threads)
-        try:
-            with torch.random.fork_rng():
-                return self._run(key, start)
-        finally:
-            torch.set_num_threads(threads)
+        with self._threads(), torch.random.fork_rng():
+            return self._run(key, start)
 
-    def finished(self, key: RunKey, weights: Weights) -> nn.Module:
-        """The model of a run with its final weights."""
-        model = self._starts.model(key)
-        with torch.random.fork_rng():
+    def scores(self, key: RunKey, weights: Weights) -> dict[str, float]:
+        """What `evaluate` finds on the test data for a run with its final weights."""
+        with self._threads(), torch.random.fork_rng():
+            model = self._starts.model(key)
             self._seed(derived_seed(key.seed, "contestant"))
             self._stepper(key, model)  # it may have given the model another form
-        model.load_state_dict(weights)
-        return model
+            model.load_state_dict(weights)
+            return evaluate(model, self._task, "test")
+
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(self._settings.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _run(self, key: RunKey, start: float) -> tuple[RunResult, Weights]:
         model = self._starts.model(key)
@@ -114,10 +135,10 @@ class Runner:
         self._seed(derived_seed(key.seed, "contestant"))
         stepper = self._stepper(key, model)
         watch = FilterWatch(model, self._starts.partitions)
-        progress, validating, status = _Progress(), 0.0, "finished"
+        progress, status = _Progress(), "finished"
         try:
             for epoch in range(1, self._settings.epochs + 1):
-                validating += self._epoch(key, epoch, model, stepper, watch, progress)
+                self._epoch(key, epoch, model, stepper, watch, progress)
         except _DivergedError:
             status = "diverged"
         result = RunResult(
@@ -128,15 +149,16 @@ class Runner:
             steps=progress.steps,
             seconds_per_step=median(progress.step_times) if progress.step_times else None,
             peak_memory_bytes=memory,
-            harness_seconds=time.perf_counter() - start - progress.seconds - validating,
+            harness_seconds=time.perf_counter() - start - progress.seconds - progress.validating,
             machine=self._machine,
+            validation_seconds=progress.validating,
         )
         return result, _final_weights(model) if status == "finished" else {}
 
     def _epoch(
         self, key: RunKey, epoch: int, model: nn.Module, stepper: Stepper, watch: FilterWatch, progress: _Progress
-    ) -> float:
-        """Train for one epoch and validate; return the seconds that validation took."""
+    ) -> None:
+        """Train for one epoch and validate."""
         batches = self._order(key, epoch)
         total = loss = 0.0
         norms: list[float] = []
@@ -154,7 +176,7 @@ class Runner:
             raise _DivergedError
         start = time.perf_counter()
         scores = evaluate(model, self._task, "validation", batch_size=4 * self._settings.batch_size)
-        validating = time.perf_counter() - start
+        progress.validating += time.perf_counter() - start
         if not math.isfinite(scores["loss"]):
             raise _DivergedError
         progress.epochs.append(
@@ -169,7 +191,6 @@ class Runner:
                 layers=watch.finish_epoch(norms) if sampled else progress.epochs[-1].layers,
             )
         )
-        return validating
 
     def _step(
         self, epoch: int, share: float, model: nn.Module, stepper: Stepper, rows: Tensor, progress: _Progress
@@ -211,13 +232,19 @@ class Runner:
 
     def _order(self, key: RunKey, epoch: int) -> list[Tensor]:
         """The examples of each step of an epoch: all at once, or batches in an order that seed and epoch determine."""
-        order = torch.Generator().manual_seed(derived_seed(key.seed, "order", epoch))
-        rows = torch.randperm(len(self._train), generator=order)
         if self._starts.subjects.contestants[key.optimizer].full_batch:
-            return [rows.sort().values]
-        batches = [rows[i : i + self._settings.batch_size] for i in range(0, len(rows), self._settings.batch_size)]
+            return [torch.arange(len(self._train))]
+        if (key.seed, epoch) in self._orders:
+            return self._orders[key.seed, epoch]
+        order = torch.Generator().manual_seed(derived_seed(key.seed, "order", epoch))
+        batches = list(torch.split(torch.randperm(len(self._train), generator=order), self._settings.batch_size))
         # Batch normalization cannot be trained on one example.
-        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+        batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+        if len(self._train) * self._settings.epochs <= KEPT_NUMBERS:
+            if any(seed != key.seed for seed, _ in self._orders):
+                self._orders.clear()  # the runs of a seed come one after the other
+            self._orders[key.seed, epoch] = batches
+        return batches
 
     def _stepper(self, key: RunKey, model: nn.Module) -> Stepper:
         return self._starts.subjects.contestants[key.optimizer].make(model, key.learning_rate, self._settings)

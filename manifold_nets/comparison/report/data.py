@@ -108,6 +108,7 @@ def times_csv(comparison: Comparison) -> str:
         "seconds_per_step",
         "peak_memory_bytes",
         "harness_seconds",
+        "validation_seconds",
         "machine",
         *(f"seconds_to_epoch_{i}" for i in range(1, epochs + 1)),
     )
@@ -120,6 +121,7 @@ def times_csv(comparison: Comparison) -> str:
                 run.seconds_per_step,
                 run.peak_memory_bytes,
                 run.harness_seconds,
+                run.validation_seconds,
                 run.machine,
                 *seconds,
                 *[None] * (epochs - len(seconds)),

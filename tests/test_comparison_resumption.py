@@ -1,0 +1,180 @@
+"""A comparison that is killed, interrupted, repeated or shared gives the same numbers."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from comparison_runs import reproducible, small_settings, tiny
+
+from manifold_nets.comparison.engine import Progress
+from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
+from manifold_nets.comparison.environment import environment
+from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, StorageError
+from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
+from manifold_nets.comparison.report.data import runs_csv
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The tiny comparison, carried out at once."""
+    return tiny()
+
+
+def test_the_same_call_gives_the_same_numbers(whole):
+    assert reproducible(tiny()) == reproducible(whole)
+    # Sabotage: another seed gives others.
+    with pytest.raises(AssertionError):
+        assert reproducible(tiny(seeds=[0, 2])) == reproducible(whole)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, whole):
+    seen: list[Progress] = []
+
+    def interrupt(progress):
+        seen.append(progress)
+        if progress.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(output=tmp_path, progress=interrupt)
+    seen.clear()
+    resumed = tiny(output=tmp_path, progress=seen.append)
+    assert (seen[0].done, seen[-1].done, seen[-1].total) == (3, 8, 8)
+    assert sum(progress.last is not None for progress in seen) == 5
+    assert reproducible(resumed) == reproducible(whole)
+    assert seen[-1].best is not None
+    assert tiny(output=tmp_path) == resumed
+    assert runs_csv(resumed) == runs_csv(whole)
+
+
+def test_another_command_into_the_same_folder_is_refused_with_the_difference(tmp_path):
+    tiny(output=tmp_path)
+    before = (tmp_path / "comparison.json").read_bytes()
+    with pytest.raises(DifferentCommandError, match=r"epochs is 2 there and 3 here; momentum is 0\.9 there and 0\.5"):
+        tiny(output=tmp_path, epochs=3, momentum=0.5)
+    # Nothing was written.
+    assert (tmp_path / "comparison.json").read_bytes() == before
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    def second(progress):
+        with pytest.raises(FolderInUseError):
+            tiny(output=tmp_path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(output=tmp_path, progress=second)
+
+
+COMMAND = ["--model", "mlp:10", "--optimizers", "sgd,rsgd", "--lr", "0.1,1e8", "--seeds", "2", "--epochs", "2"]
+
+
+def started(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from manifold_nets.cli import main; main()", "compare", *COMMAND]
+    return subprocess.Popen(
+        [*command, "--output", str(folder), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+
+
+def killed_and_resumed(folder: Path, times: int, *more: str) -> bytes:
+    """Kill the command so often, at random moments after the study has been made; let it end; return its CSV."""
+    draw = random.Random(7)
+    for _ in range(times):
+        process = started(folder, *more)
+        while not (folder / "study.db").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = started(folder, *more)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return (folder / "runs.csv").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "tests")
+from comparison_runs import tiny
+
+def die(progress):
+    if progress.done == 3 and progress.running:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+tiny(output=sys.argv[1], progress=die)
+"""
+
+
+def test_a_kill_in_the_middle_of_a_run_loses_only_that_run(tmp_path, whole):
+    ended = subprocess.run([sys.executable, "-c", KILLED.replace("tests", str(Path(__file__).parent)), str(tmp_path)])
+    assert ended.returncode == -signal.SIGKILL
+    assert not (tmp_path / "comparison.json").exists()
+    seen: list[Progress] = []
+    resumed = tiny(output=tmp_path, progress=seen.append)
+    assert (seen[0].done, seen[-1].done) == (3, 8)
+    assert sum(progress.last is not None for progress in seen) == 5
+    assert runs_csv(resumed) == runs_csv(whole)
+
+
+@pytest.mark.slow
+def test_one_or_two_workers_and_kills_give_the_same_file(tmp_path):
+    expected = runs_csv(compare_settings(small_settings(), None)).encode()
+    assert b"diverged" in expected
+    assert killed_and_resumed(tmp_path / "two", 0, "--workers", "2") == expected
+    assert killed_and_resumed(tmp_path / "killed", 2) == expected
+
+
+@pytest.mark.slow
+def test_ten_kills_give_the_same_file(tmp_path):
+    killed = killed_and_resumed(tmp_path / "killed", 10)
+    assert killed == runs_csv(compare_settings(small_settings(), None)).encode()
+
+
+def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
+    settings = small_settings()
+    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
+    queue.create(settings, environment())
+    for _ in range(2):
+        queue.fill(settings.run_keys())
+    claimed = dict(filter(None, (queue.claim() for _ in range(9))))
+    assert sorted(claimed.values()) == sorted(settings.run_keys())
+    queue.fill(settings.run_keys())
+    assert queue.claim() is None
+    # Those that show no beat are stale after a while, those that do are not.
+    alive = min(claimed)
+    assert queue.give_up_stale(0.0) == 0
+    queue.beat([alive])
+    assert queue.give_up_stale(1.0) == 0
+    assert queue.give_up_stale(GRACE_SECONDS + 0.5) == 7
+    queue.fill(settings.run_keys())
+    again = dict(filter(None, (queue.claim() for _ in range(8))))
+    assert sorted(again.values()) == sorted(key for ticket, key in claimed.items() if ticket != alive)
+    queue.close()
+
+
+@pytest.mark.slow
+def test_a_worker_joins_through_a_shared_database(tmp_path):
+    settings, url = small_settings(), f"sqlite:///{tmp_path / 'shared.db'}"
+    queue = RunQueue(url, study_name(settings))
+    queue.create(settings, environment())
+    queue.fill(settings.run_keys())
+    assert join_comparison(url, study_name(settings)) == settings
+    assert queue.done() == 8
+    queue.close()
+    # The one that started it has no weights of these runs, and carries the chosen ones out again.
+    shared = compare_settings(settings, tmp_path / "shared", storage=url, report=False)
+    assert reproducible(shared) == reproducible(compare_settings(settings, None))
+
+
+def test_a_database_without_the_study_is_refused(tmp_path):
+    with pytest.raises(StorageError, match=r"study nothing in sqlite.*no such study"):
+        join_comparison(f"sqlite:///{tmp_path / 'x.db'}", "nothing")
+    with pytest.raises(StorageError) as caught:
+        RunQueue("postgresql+nothing://me:secret@host/db", "x")
+    assert "secret" not in str(caught.value)
