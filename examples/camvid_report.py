@@ -12,11 +12,11 @@ from camvid_scores import Key, Scores, Stored, read_pictures
 from evidence import table, write_text
 
 from manifold_nets.comparison.measures import Sensitivity, learning_rate_sensitivity
-from manifold_nets.comparison.statistics import PairedDifference, holm, paired_difference
+from manifold_nets.comparison.statistics import PairedDifference, holm, mean_interval, paired_difference
 from manifold_nets.comparison.tasks.camvid import CLASSES
 
 SGD, RSGD = ("SGD", "sgd", "plain"), ("SGD", "rsgd", "plain")
-ADAM, RADAM = ("Adam", "adam", "plain"), ("Adam", "radam", "plain")
+ADAM, RADAM = ("Adam", "adam", "plain"), ("Riemannian Adam", "radam", "plain")
 MAIN = (SGD, RSGD, ADAM, RADAM)
 RECIPES = {
     "rsgd-matched": "Riemannian SGD, rates matched to SGD's at the start",
@@ -32,8 +32,8 @@ def label(key: Key) -> str:
 
 def values(stored: Stored, key: Key, score: Callable[[Scores], float]) -> np.ndarray:
     """A score of the chosen runs by seed; NaN where one diverged."""
-    found = stored.of(key)
-    return np.array([score(found[run.seed]) if run.seed in found else math.nan for run in stored.runs.chosen(*key)])
+    found, seeds = stored.of(key), sorted({run.seed for run in stored.runs.of(*key)})
+    return np.array([score(found[seed]) if seed in found else math.nan for seed in seeds])
 
 
 def mean_iou(scores: Scores) -> float:
@@ -41,12 +41,12 @@ def mean_iou(scores: Scores) -> float:
     return scores.mean_iou
 
 
-def spread(numbers: np.ndarray) -> str:
+def spread(numbers: np.ndarray, digits: int = 1) -> str:
     """Mean and standard deviation."""
     if not np.isfinite(numbers).any():
         return "none"
-    deviation = f" ± {np.nanstd(numbers, ddof=1):.1f}" if np.isfinite(numbers).sum() > 1 else ""
-    return f"{np.nanmean(numbers):.1f}{deviation}"
+    deviation = f" ± {np.nanstd(numbers, ddof=1):.{digits}f}" if np.isfinite(numbers).sum() > 1 else ""
+    return f"{np.nanmean(numbers):.{digits}f}{deviation}"
 
 
 def difference(stored: Stored, first: Key, second: Key) -> PairedDifference:
@@ -100,8 +100,12 @@ def score_table(stored: Stored, keys: Iterable[tuple[str, Key]], reference: Key)
         else:
             last = interval(found[key]) + (f", p = {adjusted[key]:.2g}" if found[key].count > 1 else "")
         rate = f"{runs[0].learning_rate:g}" if runs else "none"
-        lines.append([name, rate, *(spread(values(stored, key, score)) for score in scores), last])
-    head = ("optimizer", "learning rate", "global accuracy", "class average", "mean IoU", "difference in mean IoU")
+        loss = spread(np.array([run.train_loss for run in runs]), digits=3)
+        lines.append([name, rate, loss, *(spread(values(stored, key, score)) for score in scores), last])
+    head = (
+        *("optimizer", "learning rate", "training loss", "global accuracy", "class average", "mean IoU"),
+        "difference in mean IoU",
+    )
     return table(head, lines)
 
 
@@ -123,14 +127,15 @@ def robustness_table(stored: Stored, keys: Sequence[Key]) -> str:
             [
                 label(key),
                 f"{good} ({good.low:.2g} … {good.high:.2g})",
-                f"{np.nanstd(values(stored, key, mean_iou), ddof=1):.2f}",
+                f"{mean_interval(values(stored, key, mean_iou)).deviation:.2f}",
                 f"{sum(run.diverged for run in runs)} of {len(runs)}",
                 *rescaled_cells(stored, key),
+                f"{stored.runs.seconds_per_step(*key[:2]) / stored.runs.seconds_per_step(*SGD[:2]):.2f}",
             ]
         )
     head = (
         *("optimizer", "good learning rates", "sd over seeds (points)", "diverged"),
-        *("validation mean IoU, rescaled, same rate", "test mean IoU, rescaled, rate chosen again"),
+        *("validation mean IoU, rescaled, same rate", "test mean IoU, rescaled, rate chosen again", "time a step"),
     )
     return table(head, lines)
 
@@ -157,7 +162,7 @@ def recipe_keys(stored: Stored) -> list[tuple[str, Key]]:
             rows += [(f"{label(key)}, {arm.removeprefix('SGD, ')}", key) for key in stored.keys(arm)]
         if arm == "recipes":
             rows += [(label(key), key) for key in stored.keys(arm)]
-    return [*rows, ("Adam", ADAM), ("Riemannian Adam", RADAM)]
+    return [*rows, *((label(key), key) for key in (ADAM, RADAM) if key[0] in arms)]
 
 
 def best_by_validation(stored: Stored, keys: Iterable[Key]) -> Key:
@@ -181,7 +186,7 @@ def findings(stored: Stored) -> list[str]:
         f"{spread(values(stored, ours, mean_iou))} against {spread(values(stored, plain, mean_iou))} % mean IoU; "
         f"{judged(difference(stored, ours, plain))}."
         for ours, plain in ((RSGD, SGD), (RADAM, ADAM))
-        if ours[0] in arms
+        if {ours[0], plain[0]} <= arms
     ]
     keys = [key for key in MAIN if key[0] in arms]
     found.append(
@@ -190,7 +195,8 @@ def findings(stored: Stored) -> list[str]:
         + ". "
         + _narrower(stored, keys)
     )
-    found += [_rescaled(stored, pair) for pair in ((RSGD, SGD), (RADAM, ADAM)) if f"{pair[0][0]}, rescaled" in arms]
+    if "SGD, rescaled" in arms:
+        found.append(_rescaled(stored, (RSGD, SGD)))
     decays = [key for arm in arms if "weight decay" in arm for key in stored.keys(arm)]
     if decays:
         tuned = best_by_validation(stored, [SGD, *decays])
@@ -256,7 +262,6 @@ after the last epoch; then the test images are read, once for each chosen run.
 Scores are means ± standard deviation over the seeds in percent. Differences are paired by seed, in points, with \
 Student's interval of 95 %; p-values of the paired t-test are corrected within a table (Holm). Good learning rates are \
 those around the best whose validation mean IoU is at least 90 % of its, interpolated on the grid."""
-KEPT = 'the radii that they come with (`radius="keep"`: a division by the norm rounds, and pooling indices may flip)'
 
 
 def protocol(stored: Stored) -> str:
@@ -272,7 +277,7 @@ def protocol(stored: Stored) -> str:
         **task["sizes"],
         **{name: settings[name] for name in ("epochs", "batch_size", "momentum")},
         seeds=len(settings["seeds"]),
-        radius="radius 1" if about["radius"] == "1" else KEPT,
+        radius=about["radius"],
     )
 
 

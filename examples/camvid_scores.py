@@ -22,6 +22,7 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison, RunKey, Task
 from manifold_nets.comparison.models import build_model, converted_form
+from manifold_nets.comparison.starts import derived_seed
 from manifold_nets.comparison.tasks import load_task
 from manifold_nets.comparison.tasks.camvid import CLASSES
 from manifold_nets.comparison.weights import kept_weights
@@ -188,15 +189,26 @@ def _curve(arm: str, comparison: Comparison, key: RunKey) -> Curve:
 def _about(comparison: Comparison, task: Task) -> dict[str, Any]:
     """Settings, data, radii, versions and machine, without paths."""
     settings = {name: value for name, value in comparison.settings.to_dict().items() if name != "data"}
-    form = converted_form(build_model(comparison.settings.model, task, seed=0), task.example_inputs())
-    radii = {weight.manifold.uniform_radius for weight in mn.constraints.constrained_weights(form)}
     return {
         "settings": settings,
         "task": task.to_dict(),
-        "radius": "1" if radii == {1.0} else "kept",
+        "radius": _radius(comparison, task),
         "versions": dict(comparison.environment.versions),
         "machine": comparison.environment.machine,
     }
+
+
+def _radius(comparison: Comparison, task: Task) -> str:
+    """Which radii the filters of the converted networks have, over all seeds, in words."""
+    unit = []
+    for seed in comparison.settings.seeds:
+        plain = build_model(comparison.settings.model, task, seed=derived_seed(seed, "weights"))
+        form = converted_form(plain, task.example_inputs())
+        unit += [weight.manifold.uniform_radius == 1 for weight in mn.constraints.constrained_weights(form)]
+    if all(unit):
+        return "radius 1"
+    others = "the radii that they come with, where radius 1 would change the function through eps or rounding"
+    return f"radius 1 in {sum(unit)} of {len(unit)} weights and else {others}" if any(unit) else others
 
 
 @torch.no_grad()

@@ -23,9 +23,8 @@ MADE = (".md", "_curves.png", "_pictures.png")
 FEW = {
     "SGD_RATES": (0.03, 0.1),
     "ADAM_RATES": (0.01,),
-    "NEAR_SGD": (0.1,),
-    "NEAR_ADAM": (0.01,),
-    "NO_MOMENTUM": (0.1,),
+    "RADAM_RATES": (0.1,),
+    "NEAR": (0.1,),
     "DECAYS": (1e-2,),
 }
 
@@ -74,10 +73,10 @@ def test_every_arm_is_stored_and_reported(finished):
     }
     stored = scores_of.read_stored(results)
     assert list(stored.about) == [
-        *("SGD", "Adam", "SGD, rescaled", "SGD, weight decay 0.01", "recipes", "Adam, rescaled"),
-        *("SGD, constant rate", "SGD, no momentum", "larger images, sgd", "larger images, rsgd"),
+        *("SGD", "Adam", "Riemannian Adam", "SGD, rescaled", "SGD, weight decay 0.01", "SGD, constant rate"),
+        *("recipes", "larger images, sgd", "larger images, rsgd"),
     ]
-    assert len(stored.runs.rows) == 2 * (4 + 2 + 2 + 1 + 2 + 2 + 2 + 2 + 1 + 1)
+    assert len(stored.runs.rows) == 2 * (4 + 1 + 1 + 2 + 1 + 2 + 2 + 1 + 1)
     assert stored.about["larger images, sgd"]["task"]["input_shape"] == [3, 12, 16]
     rates = {run.learning_rate for run in stored.runs.rows if run.arm == "larger images, rsgd"}
     assert rates == {stored.runs.chosen("SGD", "rsgd")[0].learning_rate}
@@ -102,7 +101,7 @@ def test_the_report_is_made_again_from_what_is_stored(finished):
 def check_scores(stored, score):
     """The scores of every stored run agree with the test error that the comparison found."""
     chosen = [run for run in stored.runs.rows if run.chosen]
-    assert len(chosen) == len(stored.scores) > 20
+    assert len(chosen) == len(stored.scores) > 15
     for found in chosen:
         counted = stored.of((found.arm, found.optimizer, found.initial_scale))[found.seed]
         # Test errors are stored with six digits.
