@@ -128,15 +128,14 @@ def store(arm: Arm, output: Path, folder: Path, command: str, name: str = NAME) 
         name: what files begin with.
     """
     comparison = Comparison.read(output)
-    settings = comparison.settings
-    task = load_task(settings.task, data=settings.data).to(settings.device)
+    task = load_task(comparison.settings.task, data=comparison.settings.data)
     earlier = read_stored(folder, name) if (folder / f"{name}_about.json").is_file() else None
     curves = [curve for curve in earlier.curves if curve.arm != arm.name] if earlier else []
     scores = [found for found in earlier.scores if found.arm != arm.name] if earlier else []
     for key in _chosen(comparison):
-        model = trained(comparison, task, output, key)
+        counts = test_counts(trained(comparison, task, output, key), task.to(comparison.settings.device))
         curves.append(_curve(arm.name, comparison, key))
-        scores.append(Scores(arm.name, key.optimizer, key.initial_scale, key.seed, test_counts(model, task)))
+        scores.append(Scores(arm.name, key.optimizer, key.initial_scale, key.seed, counts))
     about = {**(earlier.about if earlier else {}), arm.name: _about(comparison, task)}
     write_curves(curves, folder / f"{name}_epochs.csv")
     write_scores(scores, folder / f"{name}_scores.csv")
@@ -214,7 +213,7 @@ def _radius(comparison: Comparison, task: Task) -> str:
 @torch.no_grad()
 def store_pictures(comparison: Comparison, task: Task, output: Path, file: Path) -> None:
     """Add what the first seed of each optimizer makes of a few test images; another size starts the file anew."""
-    part: Any = task.parts["test"]
+    part: Any = task.parts["test"].to(comparison.settings.device)
     rows = torch.linspace(0, len(part) - 1, 2 * PICTURES + 1)[1::2].long()
     x, y = part.batch(rows)
     arrays = {"images": part.inputs[rows].permute(0, 2, 3, 1).cpu().numpy(), "truth": y.byte().cpu().numpy()}

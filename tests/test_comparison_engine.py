@@ -157,6 +157,25 @@ def test_sabotage_another_order_is_noticed(monkeypatch):
         check_equal_chances(seen_by_contestants())
 
 
+def check_device(starts, settings):
+    """Models are made and analysed beside the data as they were read; a run has model and data on its device."""
+    runner, key = Runner(starts, settings), RunKey("rsgd", 0.05, 0)
+    inputs, targets = runner._train.batch(torch.arange(4))
+    loss = starts.subjects.task.loss(starts.model(key)(inputs), targets)
+    assert {loss.device.type, starts.inputs.device.type} == {"meta", "cpu"}
+
+
+def test_models_are_made_on_the_processor_and_trained_on_the_device():
+    """On torch's device without data, where nothing can be computed but everything has its place."""
+    check_device(*tiny_starts(device="meta"))
+
+
+def test_sabotage_data_that_stay_behind_are_noticed(monkeypatch):
+    monkeypatch.setattr(TensorPart, "to", lambda part, device: part)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_device(*tiny_starts(device="meta"))
+
+
 def test_rescaled_filters_keep_the_function():
     starts, settings = tiny_starts(initial_scales=("plain", "rescaled"))
     inputs = tiny_task().parts["validation"].batch(torch.arange(30))[0]

@@ -98,7 +98,7 @@ def compare(
         epochs=epochs,
         **options,
     )
-    subjects = Subjects(loaded.to(settings.device), model, {item.name: item for item in contestants})
+    subjects = Subjects(loaded, model, {item.name: item for item in contestants})
     named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in optimizers)
     return compare_settings(
         settings,

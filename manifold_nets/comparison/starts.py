@@ -46,7 +46,7 @@ class Subjects:
     """What the names in `Settings` stand for.
 
     Args:
-        task: the task, on the device of the settings.
+        task: the task, with its data on the processor.
         model: name of the model, or a callable that makes it.
         contestants: by name.
     """

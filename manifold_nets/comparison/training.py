@@ -83,7 +83,8 @@ class Runner:
     """
 
     def __init__(self, starts: Starts, settings: Settings) -> None:
-        self._starts, self._settings, self._task = starts, settings, starts.subjects.task
+        # Models are made and analysed on the processor and trained on the device.
+        self._starts, self._settings, self._task = starts, settings, starts.subjects.task.to(settings.device)
         self._memory: dict[str, int | None] = {}
         self._orders: dict[tuple[int, int], list[Tensor]] = {}
         self._machine = machine_in_words()
