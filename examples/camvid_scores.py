@@ -98,7 +98,6 @@ class Stored:
     curves: tuple[Curve, ...]
     scores: tuple[Scores, ...]
     about: Mapping[str, Any]
-    command: str
 
     def of(self, key: Key) -> dict[int, Scores]:
         """The scores of the chosen runs of an optimizer in an arm, by seed."""
@@ -136,11 +135,10 @@ def store(arm: Arm, output: Path, folder: Path, command: str, name: str = NAME) 
         counts = test_counts(trained(comparison, task, output, key), task.to(comparison.settings.device))
         curves.append(_curve(arm.name, comparison, key))
         scores.append(Scores(arm.name, key.optimizer, key.initial_scale, key.seed, counts))
-    about = {**(earlier.about if earlier else {}), arm.name: _about(comparison, task)}
+    about = {**(earlier.about if earlier else {}), arm.name: {"command": command, **_about(comparison, task)}}
     write_curves(curves, folder / f"{name}_epochs.csv")
     write_scores(scores, folder / f"{name}_scores.csv")
-    text = json.dumps({"command": command, "arms": about}, indent=1, ensure_ascii=False)
-    write_text(folder / f"{name}_about.json", text + "\n")
+    write_text(folder / f"{name}_about.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     if arm.name in PICTURED:
         store_pictures(comparison, task, output, folder / f"{name}_pictures.npz")
 
@@ -293,11 +291,9 @@ def read_scores(file: Path) -> list[Scores]:
 
 def read_stored(folder: Path, name: str = NAME) -> Stored:
     """Read all that is stored of an experiment."""
-    about = json.loads((folder / f"{name}_about.json").read_text(encoding="utf-8"))
     return Stored(
         read_runs(folder / f"{name}_runs.csv"),
         tuple(read_curves(folder / f"{name}_epochs.csv")),
         tuple(read_scores(folder / f"{name}_scores.csv")),
-        about["arms"],
-        about["command"],
+        json.loads((folder / f"{name}_about.json").read_text(encoding="utf-8")),
     )

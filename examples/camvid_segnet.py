@@ -19,6 +19,7 @@ paper, 64 filters on images of 480×360, for a GPU (``--device cuda``).
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -192,6 +193,8 @@ def command_of(chosen: argparse.Namespace) -> str:
     for name in ("size", "filters", "blocks", "epochs", "seeds", "device"):
         if getattr(chosen, name) != usual[name]:
             words += [f"--{name}", str(getattr(chosen, name))]
+    if chosen.arms:
+        words.append(shlex.join(["--arms", *chosen.arms]))
     return " ".join(["python examples/camvid_segnet.py --data FOLDER --write examples/results", *words])
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 script = example("camvid_segnet", "sklearn", "scipy")
 scores_of = example("camvid_scores")
 report = example("camvid_report")
+tables = example("camvid_tables")
 evidence = example("evidence")
 
 STORED = ("runs.csv", "epochs.csv", "scores.csv", "about.json", "pictures.npz")
@@ -158,15 +159,15 @@ def stored_with(first, second):
             counts = np.zeros((11, 12), np.int64)
             counts[0, [0, 11]] = round(10 * value), 1000 - round(10 * value)
             scores.append(scores_of.Scores("SGD", optimizer, "plain", seed, counts))
-    return scores_of.Stored(evidence.Runs(tuple(runs)), (), tuple(scores), {}, "")
+    return scores_of.Stored(evidence.Runs(tuple(runs)), (), tuple(scores), {})
 
 
 def test_words_follow_from_the_interval():
     clear, unclear = stored_with([20, 30, 25], [24, 34, 30]), stored_with([20, 30, 25], [24, 26, 27])
-    assert report.judged(report.difference(clear, report.RSGD, report.SGD)).startswith("+4.3 (+2.9 … +5.8) points")
-    assert "leaves out zero" in report.judged(report.difference(clear, report.RSGD, report.SGD))
-    assert "3 seeds do not tell the two apart" in report.judged(report.difference(unclear, report.RSGD, report.SGD))
-    assert report.spread(report.values(clear, report.SGD, report.mean_iou)) == "25.0 ± 5.0"
+    assert tables.judged(tables.difference(clear, tables.RSGD, tables.SGD)).startswith("+4.3 (+2.9 … +5.8) points")
+    assert "leaves out zero" in tables.judged(tables.difference(clear, tables.RSGD, tables.SGD))
+    assert "3 seeds do not tell the two apart" in tables.judged(tables.difference(unclear, tables.RSGD, tables.SGD))
+    assert tables.spread(tables.values(clear, tables.SGD, tables.mean_iou)) == "25.0 ± 5.0"
 
 
 def test_good_rates_are_those_of_nine_tenths_of_the_best_score():
@@ -175,8 +176,8 @@ def test_good_rates_are_those_of_nine_tenths_of_the_best_score():
         evidence.Run("SGD", "sgd", "plain", rate, 0.0, 0, 1, False, rate == 1.0, 1.0, 1 - iou, math.nan, 1.0)
         for rate, iou in ious.items()
     ]
-    stored = scores_of.Stored(evidence.Runs(tuple(rows)), (), (), {}, "")
-    found = report.width(stored, report.SGD)
+    stored = scores_of.Stored(evidence.Runs(tuple(rows)), (), (), {})
+    found = tables.width(stored, tables.SGD)
     # 0.27 is crossed an eighth of a decade below 0.1, and in the middle between 1 and 10.
     assert math.log10(found.low) == pytest.approx(-1 - 0.01 / 0.08)
     assert math.log10(found.high) == pytest.approx(0.5)
@@ -188,6 +189,20 @@ def test_the_full_network_is_an_option():
     assert (options["task"], options["model"]) == ("camvid:480x360", "segnet-basic:64,4")
     assert (options["device"], options["seeds"]) == ("cuda", 1)
     assert script.command_of(chosen).endswith("--write examples/results --full --seeds 1 --device cuda")
+
+
+def test_the_command_names_the_arms_that_were_asked_for():
+    chosen = script.parser().parse_args(["--arms", "SGD, rescaled", "Adam"])
+    assert script.command_of(chosen).endswith("--write examples/results --arms 'SGD, rescaled' Adam")
+
+
+def test_the_stored_report_is_that_of_the_stored_runs():
+    results = EXAMPLES / "results"
+    if not (results / "camvid.md").is_file():
+        pytest.skip("no stored results on CamVid")
+    text = (results / "camvid.md").read_text(encoding="utf-8")
+    assert report.as_markdown(scores_of.read_stored(results), "camvid") == text
+    assert all((results / f"camvid{name}").stat().st_size < 400_000 for name in MADE)
 
 
 @pytest.mark.parametrize(
