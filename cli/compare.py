@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -14,6 +14,7 @@ from manifold_nets.comparison import Comparison, Settings
 from manifold_nets.comparison.contestants import CONTESTANTS
 from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
+from manifold_nets.comparison.records import Schedule
 from manifold_nets.comparison.tasks import load_task
 from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.errors import ManifoldNetsError
@@ -55,6 +56,29 @@ def _rates(text: str) -> tuple[float, ...]:
     return tuple(float(f"{10 ** (first + (last - first) * i / max(steps, 1)):.6g}") for i in range(steps + 1))
 
 
+class _Decays(click.ParamType[tuple[float, ...]]):
+    name = "A,B,…"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return value if isinstance(value, tuple) else tuple(float(word) for word in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} names no weight decays; expected numbers such as 5e-4, or 0,1e-4,1e-3", param, ctx)
+
+
+class _Counts(click.ParamType[tuple[int, ...]]):
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        words = str(value).split(",")
+        if isinstance(value, tuple):
+            return value
+        if len(words) != len(self.name.split(",")) or not all(word.strip().isdecimal() for word in words):
+            self.fail(f"{value!r} does not fit; expected {self.name}, whole numbers", param, ctx)
+        return tuple(int(word) for word in words)
+
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
@@ -68,15 +92,28 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
 @click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples a step.  [default: the task's own]")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of weights off the spheres.")
+@click.option("--weight-decay", type=_Decays(), default="0", show_default=True, help="Off the spheres; A,B,… to tune.")
 @click.option("--momentum", type=float, default=0.9, show_default=True, help="Of the relatives of SGD.")
 @click.option(
     "--schedule",
-    type=click.Choice(["constant", "cosine"]),
+    type=click.Choice(get_args(Schedule)),
     default="constant",
     show_default=True,
     help="Of the learning rate.",
 )
+@click.option(
+    "--initialization",
+    type=click.Choice(["default", "balanced"]),
+    default="default",
+    show_default=True,
+    help="The model's own, or filters of norm 1 and biases 0.",
+)
+@click.option("--early-stop", is_flag=True, help="End runs whose training has come to rest, from epoch 25 on.")
+@click.option("--subset", type=_Counts("TRAIN,VALIDATION"), help="Use only so many examples.")
+@click.option(
+    "--tune-on", type=_Counts("TRAIN,VALIDATION,EPOCHS"), help="Choose learning rates on so many examples and epochs."
+)
+@click.option("--tune-seeds", type=click.IntRange(min=1), help="With so many of the seeds.  [default: all]")
 @click.option("--target-error", type=float, default=0.05, show_default=True, help="Time how soon it is reached.")
 @click.option("--initial-scales", type=_Names(), default="plain", show_default=True, help="plain, rescaled, or both.")
 @click.option("--data", type=click.Path(file_okay=False), help="Folder with the files of the task.")
@@ -143,7 +180,8 @@ def _settings(options: dict[str, Any]) -> Settings:
             raise OptimizerNameError(name, CONTESTANTS)
     if options["batch_size"] is None:
         options["batch_size"] = load_task(options["task"], data=options["data"]).batch_size
-    seeds = tuple(range(options.pop("seeds")))
+    seeds, decays = tuple(range(options.pop("seeds"))), options.pop("weight_decay")
+    options |= {"weight_decay": decays[0]} if len(decays) == 1 else {"weight_decays": decays}
     known = {field.name for field in dataclasses.fields(Settings)}
     return Settings(seeds=seeds, **{name: value for name, value in options.items() if name in known})
 

@@ -197,17 +197,17 @@ def _stored(arm: str, comparison: Comparison) -> Iterable[Run]:
     for run in comparison.results:
         key = run.key
         last = run.epochs[-1] if run.epochs and not run.diverged else None
-        rate = comparison.choice(key.optimizer, key.initial_scale).learning_rate
+        trial = comparison.choice(key.optimizer, key.initial_scale).trial
         yield Run(
             arm=arm,
             optimizer=key.optimizer,
             initial_scale=key.initial_scale,
             learning_rate=key.learning_rate,
-            weight_decay=comparison.settings.weight_decay,
+            weight_decay=comparison.settings.decay_of(key),
             seed=key.seed,
             epochs=len(run.epochs),
             diverged=run.diverged,
-            chosen=rate == key.learning_rate,
+            chosen=trial == (key.learning_rate, key.weight_decay),
             train_loss=math.nan if last is None else last.train_loss,
             validation_error=math.nan if last is None else last.validation_error,
             test_error=math.nan if run.test_error is None else run.test_error,

@@ -15,6 +15,7 @@ import manifold_nets as mn
 from manifold_nets.comparison.contestants import CONTESTANTS, contestant
 from manifold_nets.comparison.contestants.builders import from_torch
 from manifold_nets.comparison.errors import OptimizerNameError
+from manifold_nets.comparison.models.forms import constrained_form
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import Settings
 from manifold_nets.errors import MissingExtraError
@@ -63,6 +64,8 @@ def plain_model() -> nn.Module:
 
 def model_for(found: Contestant) -> nn.Module:
     model = plain_model()
+    if found.form.startswith("constrained"):
+        return constrained_form(model, classifier=found.form == "constrained-all")
     return mn.convert(model, data()[0]) if found.form == "converted" else model
 
 
@@ -98,7 +101,7 @@ def test_every_contestant_learns_and_stays_where_it_belongs(name: str) -> None:
     model = trained(found.make, found, settings(), steps=30, rate=rate)
     assert float(Batch(model, inputs, targets).loss().detach()) < 0.9 * float(start)
     weights = list(mn.constraints.constrained_weights(model))
-    assert len(weights) == (2 if found.form == "converted" else 0)
+    assert len(weights) == {"plain": 0, "constrained-all": 3}.get(found.form, 2)
     for weight in weights:
         assert weight.manifold.check_point_on_manifold(weight.parameter.detach(), atol=1e-5)
     assert found.description

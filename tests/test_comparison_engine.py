@@ -228,7 +228,7 @@ def test_choices_follow_the_rule_and_count_divergence():
     assert choice.validation_errors[1] is None
     assert "diverged" in choice.reason
     results = {run.key: run for run in found.results}
-    assert choose(found.settings, results, "sgd", "plain", rates=[1e30]).learning_rate is None
+    assert choose(found.settings, results, "sgd", "plain", trials=[(1e30, None)]).learning_rate is None
     means = [sum(run.epochs[-1].validation_error for run in found.runs("sgd", rate)) / 2 for rate in [0.05]]
     assert choice.validation_errors[0] == pytest.approx(means[0])
 

@@ -1,11 +1,11 @@
-"""Choosing a learning rate for each contestant by validation data alone."""
+"""Choosing learning rate and weight decay for each contestant by validation data alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 
-from manifold_nets.comparison.records import Choice, InitialScale, RunKey, RunResult, Settings
+from manifold_nets.comparison.records import Choice, InitialScale, RunKey, RunResult, Settings, Trial
 
 __all__ = ["choose", "choose_all"]
 
@@ -25,20 +25,20 @@ def choose(
     optimizer: str,
     initial_scale: InitialScale,
     *,
-    rates: Sequence[float] | None = None,
+    trials: Sequence[Trial] | None = None,
 ) -> Choice:
-    """Choose the learning rate of a contestant by the mean validation error at the end of training.
+    """Choose learning rate and weight decay of a contestant by the mean validation error at the end of training.
 
     No epoch is picked and no test data are looked at. A run that diverged counts as worse than any error, so that the
-    rates are first ordered by how many of their runs diverged. Equal means are decided by the mean validation loss,
-    then by the smaller rate.
+    trials are first ordered by how many of their runs diverged. Equal means are decided by the mean validation loss,
+    then by the smaller rate, then by the smaller weight decay.
 
     Args:
         settings: of the comparison.
-        results: of at least all runs at these rates.
+        results: of at least all runs of these trials.
         optimizer: name of the contestant.
         initial_scale: of the runs.
-        rates: the learning rates to choose from; all of the settings when left out.
+        trials: the pairs of learning rate and weight decay to choose from; all of the settings when left out.
 
     Example:
         >>> settings = Settings(optimizers=("sgd",), learning_rates=(0.1, 1.0), seeds=(0,), epochs=1)
@@ -46,20 +46,24 @@ def choose(
         >>> print(choose(settings, runs, "sgd", "plain").reason)
         every run diverged at every learning rate
     """
-    grid = tuple(settings.learning_rates if rates is None else rates)
-    table = {rate: [results[RunKey(optimizer, rate, seed, initial_scale)] for seed in settings.seeds] for rate in grid}
-    lost = {rate: sum(run.diverged for run in runs) for rate, runs in table.items()}
-    errors = {rate: _mean([run.validation_error for run in runs]) for rate, runs in table.items()}
-    losses = {rate: _mean([run.validation_loss for run in runs]) for rate, runs in table.items()}
-    best = min(grid, key=lambda rate: (lost[rate], errors[rate], losses[rate], rate))
+    grid = tuple(settings.trials(optimizer, initial_scale) if trials is None else trials)
+    table = {
+        (rate, decay): [results[RunKey(optimizer, rate, seed, initial_scale, decay)] for seed in settings.seeds]
+        for rate, decay in grid
+    }
+    lost = {trial: sum(run.diverged for run in runs) for trial, runs in table.items()}
+    errors = {trial: _mean([run.validation_error for run in runs]) for trial, runs in table.items()}
+    losses = {trial: _mean([run.validation_loss for run in runs]) for trial, runs in table.items()}
+    best = min(grid, key=lambda trial: (lost[trial], errors[trial], losses[trial], trial[0], trial[1] or 0.0))
     survived = lost[best] < len(settings.seeds)
     return Choice(
         optimizer=optimizer,
         initial_scale=initial_scale,
-        learning_rate=best if survived else None,
-        validation_errors=tuple(errors[rate] if math.isfinite(errors[rate]) else None for rate in grid),
-        diverged=tuple(lost[rate] for rate in grid),
+        learning_rate=best[0] if survived else None,
+        validation_errors=tuple(errors[trial] if math.isfinite(errors[trial]) else None for trial in grid),
+        diverged=tuple(lost[trial] for trial in grid),
         reason=_reason(best, errors, losses, lost, len(settings.seeds)) if survived else _ALL_DIVERGED,
+        weight_decay=best[1] if survived else None,
     )
 
 
@@ -72,17 +76,29 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def _reason(
-    best: float, errors: Mapping[float, float], losses: Mapping[float, float], lost: Mapping[float, int], seeds: int
+    best: Trial, errors: Mapping[Trial, float], losses: Mapping[Trial, float], lost: Mapping[Trial, int], seeds: int
 ) -> str:
-    among = f"of {len(errors)} learning rates" if len(errors) > 1 else "of one learning rate"
+    among = _among(best, len(errors))
     reason = f"smallest mean validation error at the end of training, {errors[best]:.4g}, {among} and {seeds} seeds"
-    rivals = [rate for rate in errors if (lost[rate], errors[rate]) == (lost[best], errors[best]) and rate != best]
+    rivals = [trial for trial in errors if (lost[trial], errors[trial]) == (lost[best], errors[best]) and trial != best]
     if rivals:
-        equal = ", ".join(f"{rate:.3g}" for rate in rivals)
-        by_loss = any(losses[rate] != losses[best] for rate in rivals)
-        reason += f"; equal at {equal}, decided by the {'mean validation loss' if by_loss else 'smaller rate'}"
+        equal = ", ".join(map(_told, rivals))
+        by_loss = any(losses[trial] != losses[best] for trial in rivals)
+        smaller = "smaller rate" if best[1] is None else "smaller rate, then the smaller weight decay"
+        reason += f"; equal at {equal}, decided by the {'mean validation loss' if by_loss else smaller}"
     if lost[best]:
         reason += f"; {lost[best]} of its runs diverged, and at no rate fewer"
     elif any(lost.values()):
-        reason += f"; rates with diverged runs ({', '.join(f'{r:.3g}' for r in lost if lost[r])}) come last"
+        reason += f"; rates with diverged runs ({', '.join(_told(trial) for trial in lost if lost[trial])}) come last"
     return reason
+
+
+def _among(best: Trial, count: int) -> str:
+    if best[1] is None:
+        return f"of {count} learning rates" if count > 1 else "of one learning rate"
+    return f"of {count} pairs of learning rate and weight decay" if count > 1 else "of one learning rate"
+
+
+def _told(trial: Trial) -> str:
+    rate, decay = trial
+    return f"{rate:.3g}" if decay is None else f"{rate:.3g} with weight decay {decay:.3g}"

@@ -166,10 +166,8 @@ def conclude(queue: RunQueue, settings: Settings, folder: Path, member: Callable
 
 
 def _is_chosen(key: RunKey, choices: tuple[Choice, ...]) -> bool:
-    return any(
-        (c.optimizer, c.initial_scale, c.learning_rate) == (key.optimizer, key.initial_scale, key.learning_rate)
-        for c in choices
-    )
+    trial = (key.learning_rate, key.weight_decay)
+    return any((c.optimizer, c.initial_scale, c.trial) == (key.optimizer, key.initial_scale, trial) for c in choices)
 
 
 def _test(member: Member, key: RunKey, folder: Path) -> tuple[float, float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from manifold_nets.comparison.choosing import choose_all
 from manifold_nets.comparison.contestants import contestant
 from manifold_nets.comparison.crew import Crew, Member, Processes, ThisProcess
 from manifold_nets.comparison.engine import Observer, Workplace, conclude, work
@@ -25,6 +26,7 @@ from manifold_nets.comparison.records import Settings
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.comparison.starts import Subjects
 from manifold_nets.comparison.tasks import Task, load_task
+from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
 
 __all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
 
@@ -68,7 +70,8 @@ def compare(
         progress: called with a `Progress` when a run has started or ended.
         report: whether to write the report; ``comparison.json`` is written in any case.
         options: other fields of `Settings`: ``batch_size`` (the task's own when left out), ``weight_decay``,
-            ``momentum``, ``schedule``, ``target_error``, ``initial_scales``, ``data``, ``device``, ``threads``.
+            ``weight_decays``, ``momentum``, ``schedule``, ``initialization``, ``early_stop``, ``subset``, ``tune_on``,
+            ``tune_seeds``, ``target_error``, ``initial_scales``, ``data``, ``device``, ``threads``.
 
     Raises:
         SettingsError: a setting has no meaning.
@@ -140,32 +143,19 @@ def compare_settings(
     subjects = Subjects.named(settings) if subjects is None else subjects
     # What cannot work fails before anything is written.
     build_model(subjects.model, subjects.task, seed=0)
+    if settings.tune_on is not None and storage is not None:
+        raise SettingsError("tune_on", settings.tune_on, "None with a shared database: tuning stays in one folder")
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack, output)
+        place = _Place(stack, subjects, named, workers, progress)
+        if settings.tune_on is not None:
+            settings = _tuned(place, settings, None if output is None else folder / "tuning")
         weights = folder / "weights"
-        own = "sqlite:///:memory:" if output is None else f"sqlite:///{folder / 'study.db'}"
-        url = own if storage is None else storage
-        queue = RunQueue(url, "comparison" if storage is None else study_name(settings))
-        stack.callback(queue.close)
-        queue.create(settings, environment())
+        own = _IN_MEMORY if output is None else f"sqlite:///{folder / 'study.db'}"
         if storage is None:
-            queue.give_up_all()
-        queue.fill(settings.run_keys())
-        members: list[Member] = []
-
-        def member() -> Member:
-            if not members:
-                members.append(Member(settings, subjects, weights))
-            return members[0]
-
-        if queue.done() < len(list(settings.run_keys())):
-            crew: Crew
-            if workers == 1 and storage is None:
-                crew = ThisProcess(member())
-            else:
-                crew = Processes(workers, settings, None if named else subjects, weights)
-            with contextlib.closing(crew):
-                work(Workplace(queue, settings, crew, storage is not None, weights, progress))
+            queue, member = place.carry_out(settings, own, "comparison", weights)
+        else:
+            queue, member = place.carry_out(settings, storage, study_name(settings), weights, shared=True)
         comparison = conclude(queue, settings, weights, member)
         if output is not None:
             comparison.write(folder)
@@ -175,6 +165,62 @@ def compare_settings(
 
             write_report(comparison, folder)
         return comparison
+
+
+_IN_MEMORY = "sqlite:///:memory:"
+
+
+@dataclass
+class _Place:
+    """Carries out all runs of some settings."""
+
+    stack: contextlib.ExitStack
+    subjects: Subjects
+    named: bool
+    workers: int
+    progress: Observer | None
+
+    def carry_out(
+        self, settings: Settings, url: str, study: str, weights: Path | None, *, shared: bool = False
+    ) -> tuple[RunQueue, Callable[[], Member]]:
+        """Carry out the runs that have no result; return the study, and who can repeat one of its runs."""
+        queue = RunQueue(url, study)
+        self.stack.callback(queue.close)
+        queue.create(settings, environment())
+        if not shared:
+            queue.give_up_all()
+        queue.fill(settings.run_keys())
+        members: list[Member] = []
+
+        def member() -> Member:
+            if not members:
+                members.append(Member(settings, self.subjects, weights))
+            return members[0]
+
+        if queue.done() < len(list(settings.run_keys())):
+            crew: Crew
+            if self.workers == 1 and not shared:
+                crew = ThisProcess(member())
+            else:
+                crew = Processes(self.workers, settings, None if self.named else self.subjects, weights)
+            with contextlib.closing(crew):
+                work(Workplace(queue, settings, crew, shared, weights, self.progress))
+        return queue, member
+
+
+def _tuned(place: _Place, settings: Settings, folder: Path | None) -> Settings:
+    """Choose by runs on few examples, whose comparison is kept in a folder of its own, without any test."""
+    small = tuning_settings(settings)
+    if folder is not None:
+        folder.mkdir(exist_ok=True)
+    url = _IN_MEMORY if folder is None else f"sqlite:///{folder / 'study.db'}"
+    queue, _ = place.carry_out(small, url, "comparison", None)
+    results = queue.results()
+    choices = choose_all(small, results)
+    if folder is not None:
+        runs = tuple(results[key] for key in small.run_keys())
+        Comparison(small, runs, choices, queue.environment()).write(folder)
+    return tuned_settings(settings, choices)
 
 
 def join_comparison(storage: str, study: str, *, workers: int = 1, progress: Observer | None = None) -> Settings:
@@ -211,7 +257,7 @@ def study_name(settings: Settings) -> str:
 
     Example:
         >>> study_name(Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1))
-        'manifold-nets-20b376b3d563'
+        'manifold-nets-ff7046ae3aa3'
     """
     return f"manifold-nets-{settings.hash()[:12]}"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
+from manifold_nets.comparison.models.forms import Form
 from manifold_nets.comparison.records import Settings
 
 __all__ = ["Contestant", "Objective", "Stepper"]
@@ -43,7 +44,9 @@ class Contestant:
 
     Args:
         name: what it is called on a command line.
-        form: whether it trains the plain model or the converted one.
+        form: the model that it trains: the plain one, the converted one, or one whose filters are all held at the
+            norms that they have, absorbed or not, without the classifier's (``"constrained"``) or with them
+            (``"constrained-all"``).
         family: contestants that differ in one thing share a family; for colours and groups in reports.
         library: which package it is from, for the record.
         make: gives a `Stepper` for a model in that form, a learning rate and the settings. It may change the model,
@@ -53,7 +56,7 @@ class Contestant:
     """
 
     name: str
-    form: Literal["plain", "converted"]
+    form: Form
     family: str
     library: str
     make: Callable[[nn.Module, float, Settings], Stepper]

@@ -48,30 +48,39 @@ class Comparison(PlainRecord):
 
     def chosen_runs(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[RunResult, ...]:
         """The runs of a contestant at its chosen learning rate, one a seed; none where all runs diverged."""
-        rate = self.choice(optimizer, initial_scale).learning_rate
-        return () if rate is None else self.runs(optimizer, rate, initial_scale)
+        trial = self.choice(optimizer, initial_scale).trial
+        return () if trial is None else self.runs(optimizer, trial[0], initial_scale, trial[1])
 
     def runs(
-        self, optimizer: str, learning_rate: float, initial_scale: InitialScale = "plain"
+        self,
+        optimizer: str,
+        learning_rate: float,
+        initial_scale: InitialScale = "plain",
+        weight_decay: float | None = None,
     ) -> tuple[RunResult, ...]:
-        """The runs of a contestant at one learning rate, one a seed."""
+        """The runs of a contestant at one learning rate, and at one weight decay where that is tuned, one a seed."""
         found = self._by_key()
-        keys = [RunKey(optimizer, learning_rate, seed, initial_scale) for seed in self.settings.seeds]
+        seeds = self.settings.seeds
+        keys = [RunKey(optimizer, learning_rate, seed, initial_scale, weight_decay) for seed in seeds]
         return tuple(found[key] for key in keys)
 
     def _by_key(self) -> dict[RunKey, RunResult]:
         return {result.key: result for result in self.results}
 
     def __str__(self) -> str:
+        heading = "rate, weight decay" if self.settings.weight_decays else "rate"
         head = f"{self.settings.task}, {self.settings.model}: {len(self.settings.seeds)} seeds"
-        lines = [head, f"{'optimizer':<18}{'initial':<10}{'rate':>9}  test error (%)        diverged"]
+        lines = [head, f"{'optimizer':<18}{'initial':<10}{heading:>9}  test error (%)        diverged"]
         for choice in self.choices:
             runs = self.chosen_runs(choice.optimizer, choice.initial_scale)
             errors = [100 * run.test_error for run in runs if run.test_error is not None]
             rate = "none" if choice.learning_rate is None else f"{choice.learning_rate:.3g}"
+            rate += "" if choice.weight_decay is None else f", {choice.weight_decay:.3g}"
             mean = f"{sum(errors) / len(errors):.2f} ({min(errors):.2f} … {max(errors):.2f})" if errors else "none"
-            lost = f"{sum(choice.diverged)} of {len(self.settings.learning_rates) * len(self.settings.seeds)}"
-            lines.append(f"{choice.optimizer:<18}{choice.initial_scale:<10}{rate:>9}  {mean:<22}{lost}")
+            lost = f"{sum(choice.diverged)} of {len(choice.diverged) * len(self.settings.seeds)}"
+            lines.append(
+                f"{choice.optimizer:<18}{choice.initial_scale:<10}{rate:>{max(9, len(heading))}}  {mean:<22}{lost}"
+            )
         return "\n".join(lines)
 
     def write(self, folder: str | os.PathLike[str]) -> Path:

@@ -6,18 +6,21 @@ import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manifold_nets.comparison.contestants import contestant
+from manifold_nets.comparison.errors import SettingsError
+from manifold_nets.comparison.initialization import balance_weights
 from manifold_nets.comparison.models import build_model, converted_form
+from manifold_nets.comparison.models.forms import Form, constrained_form
 from manifold_nets.comparison.models.loading import ModelSource
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import InitialScale, RunKey, Settings
-from manifold_nets.comparison.tasks import Task, load_task
+from manifold_nets.comparison.tasks import Selection, Task, load_task
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.plan import named_tensors
 from manifold_nets.errors import ManifoldNetsError
@@ -65,6 +68,22 @@ class Subjects:
         found = {name: contestant(name) for name in settings.optimizers}
         return cls(load_task(settings.task, data=settings.data), settings.model, found)
 
+    def reduced(self, subset: tuple[int, int] | None) -> Subjects:
+        """The same with fewer training and validation examples, drawn once and for all; of tests none is taken away.
+
+        Raises:
+            SettingsError: there are not that many.
+        """
+        if subset is None:
+            return self
+        parts = dict(self.task.parts)
+        for name, count in zip(("train", "validation"), subset, strict=True):
+            if count > len(parts[name]):
+                raise SettingsError("subset", subset, f"at most {len(parts[name])} {name} examples")
+            order = torch.Generator().manual_seed(derived_seed(0, "subset", name))
+            parts[name] = Selection(parts[name], torch.randperm(len(parts[name]), generator=order)[:count])
+        return replace(self, task=replace(self.task, parts=parts))
+
 
 class Starts:
     """Makes the initial models of runs, and remembers a few.
@@ -78,8 +97,8 @@ class Starts:
     """
 
     def __init__(self, subjects: Subjects, settings: Settings) -> None:
-        self.subjects, self.settings = subjects, settings
-        self.inputs = subjects.task.example_inputs()
+        self.subjects, self.settings = subjects.reduced(settings.subset), settings
+        self.inputs = self.subjects.task.example_inputs()
         self._kept: OrderedDict[tuple[int, InitialScale, str], nn.Module] = OrderedDict()
         # The analysis may only depend on the settings, never on the run that happens to come first.
         first = build_model(subjects.model, subjects.task, seed=derived_seed(settings.seeds[0], "weights"))
@@ -102,13 +121,17 @@ class Starts:
         self._kept.move_to_end(which)
         return copy.deepcopy(self._kept[which]).to(self.settings.device)
 
-    def _made(self, key: RunKey, form: str) -> nn.Module:
+    def _made(self, key: RunKey, form: Form) -> nn.Module:
         model = build_model(self.subjects.model, self.subjects.task, seed=derived_seed(key.seed, "weights"))
+        if self.settings.initialization == "balanced":
+            balance_weights(model, derived_seed(key.seed, "balanced"))
         with torch.random.fork_rng():
             torch.manual_seed(derived_seed(key.seed, "conversion"))
             if key.initial_scale == "rescaled":
                 rescaled_filters(model, self._report(), derived_seed(key.seed, "scales"))
-            return converted_form(model, self._report(), inplace=True) if form == "converted" else model
+            if form == "converted":
+                return converted_form(model, self._report(), inplace=True)
+            return model if form == "plain" else constrained_form(model, classifier=form == "constrained-all")
 
     def _report(self) -> SymmetryReport:
         if isinstance(self._analysis, ManifoldNetsError):

@@ -7,7 +7,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -19,6 +19,7 @@ from manifold_nets.comparison.environment import machine_in_words
 from manifold_nets.comparison.observation import FilterWatch, peak_memory, sampled_steps
 from manifold_nets.comparison.protocols import Stepper
 from manifold_nets.comparison.records import EpochRecord, RunKey, RunResult, Settings
+from manifold_nets.comparison.schedules import is_time_to_stop, learning_rate_factor
 from manifold_nets.comparison.starts import Starts, derived_seed
 from manifold_nets.comparison.tasks import Part, evaluate
 
@@ -72,6 +73,10 @@ class _Progress:
     validating: float = 0.0
     step_times: list[float] = field(default_factory=list)
     epochs: list[EpochRecord] = field(default_factory=list)
+
+    def curves(self) -> tuple[list[float], list[float]]:
+        """Training loss and validation error of each epoch."""
+        return [record.train_loss for record in self.epochs], [record.validation_error for record in self.epochs]
 
 
 class Runner:
@@ -140,6 +145,8 @@ class Runner:
         try:
             for epoch in range(1, self._settings.epochs + 1):
                 self._epoch(key, epoch, model, stepper, watch, progress)
+                if self._settings.early_stop and is_time_to_stop(*progress.curves()):
+                    break
         except _DivergedError:
             status = "diverged"
         result = RunResult(
@@ -198,9 +205,11 @@ class Runner:
     ) -> float:
         """Take one step on some examples; return the loss before it, which is finite."""
         begun = time.perf_counter()
-        if self._settings.schedule == "cosine":
-            done = (epoch - 1 + share) / self._settings.epochs
-            stepper.set_learning_rate((1 + math.cos(math.pi * done)) / 2)
+        schedule, epochs = self._settings.schedule, self._settings.epochs
+        if schedule == "cosine" or (schedule != "constant" and share == 0):
+            costs, _ = progress.curves()
+            factor = learning_rate_factor(schedule, epoch=epoch, share=share, epochs=epochs, costs=costs)
+            stepper.set_learning_rate(factor)
         objective = BatchObjective(model, self._task.loss, *self._train.batch(rows))
         fetched = time.perf_counter()
         try:
@@ -248,7 +257,9 @@ class Runner:
         return batches
 
     def _stepper(self, key: RunKey, model: nn.Module) -> Stepper:
-        return self._starts.subjects.contestants[key.optimizer].make(model, key.learning_rate, self._settings)
+        # A contestant finds the weight decay of its run where it always is.
+        settings = replace(self._settings, weight_decay=self._settings.decay_of(key), weight_decays=())
+        return self._starts.subjects.contestants[key.optimizer].make(model, key.learning_rate, settings)
 
     def _peak_memory(self, key: RunKey, model: nn.Module) -> int | None:
         """Bytes of weights, gradients, optimizer and two steps, measured once a contestant on a copy of the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,9 +23,9 @@ def weights_file(folder: Path, key: RunKey) -> Path:
 
     Example:
         >>> weights_file(Path("out"), RunKey("sgd", 0.1, 0)).name
-        'sgd-2608de877784.safetensors'
+        'sgd-36a97cd0877d.safetensors'
     """
-    digits = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    digits = hashlib.sha256(json.dumps(key.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
     return folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in key.optimizer)}-{digits}.safetensors"
 
 
@@ -45,18 +46,19 @@ def kept_weights(folder: Path, key: RunKey) -> dict[str, Tensor] | None:
 
 
 def prune_weights(folder: Path, settings: Settings, results: Mapping[RunKey, RunResult], last: RunKey) -> None:
-    """Delete the weights of learning rates that can no longer be chosen for the contestant of the run that ended last.
+    """Delete the weights of trials that can no longer be chosen for the contestant of the run that ended last.
 
-    Among the rates whose runs have all ended only the best so far may still be chosen.
+    Among the trials whose runs have all ended only the best so far may still be chosen.
     """
     ended = []
-    for rate in settings.learning_rates:
-        keys = [RunKey(last.optimizer, rate, seed, last.initial_scale) for seed in settings.seeds]
+    for trial in settings.trials(last.optimizer, last.initial_scale):
+        rate, decay = trial
+        keys = [RunKey(last.optimizer, rate, seed, last.initial_scale, decay) for seed in settings.seeds]
         if all(key in results for key in keys):
-            ended.append((rate, keys))
+            ended.append((trial, keys))
     if len(ended) < 2:
         return
-    best = choose(settings, results, last.optimizer, last.initial_scale, rates=[rate for rate, _ in ended])
-    for rate, keys in ended:
-        for key in keys if rate != best.learning_rate else ():
+    best = choose(settings, results, last.optimizer, last.initial_scale, trials=[trial for trial, _ in ended])
+    for trial, keys in ended:
+        for key in keys if trial != best.trial else ():
             weights_file(folder, key).unlink(missing_ok=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from manifold_nets.comparison.contestants.builders import (
@@ -15,13 +13,13 @@ from manifold_nets.comparison.contestants.builders import (
     from_torch,
     with_weight_norm,
 )
+from manifold_nets.comparison.contestants.protocol import constrained, scaled_metric_by_columns
 from manifold_nets.comparison.errors import OptimizerNameError
+from manifold_nets.comparison.models.forms import Form
 from manifold_nets.comparison.protocols import Contestant
-from manifold_nets.optim import OPTIMIZERS
+from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
 
 __all__ = ["CONTESTANTS", "contestant"]
-
-Form = Literal["plain", "converted"]
 
 _OURS = {
     "rsgd": "Riemannian SGD: projected gradient, retraction, momentum kept tangent",
@@ -65,6 +63,26 @@ def _ours() -> list[Contestant]:
     ]
 
 
+def _of_the_protocol() -> list[Contestant]:
+    sgd, adam = RiemannianSGD, RiemannianAdam
+    plain, held = constrained(sgd, momentum=0.0), constrained(sgd)
+    by_columns = "the scaled metric; the classifier by the columns of its inputs"
+    ours = "manifold_nets"
+    return [
+        _named("un", "sgd", ours, plain, "hidden filters held at their norms, no momentum", "constrained"),
+        _named("sm-columns", "sgd", ours, scaled_metric_by_columns, by_columns),
+        _named("rsgd-all", "sgd", ours, held, "Riemannian SGD, the classifier's filters held too", "constrained-all"),
+        _named(
+            "radam-all",
+            "adam",
+            ours,
+            constrained(adam),
+            "Riemannian Adam, the classifier's filters held too",
+            "constrained-all",
+        ),
+    ]
+
+
 def _of_other_libraries() -> list[Contestant]:
     rsgd, radam = from_geoopt("RiemannianSGD", momentum=True, stabilize=10), from_geoopt("RiemannianAdam", stabilize=10)
     sgdp, adamp = from_timm("SGDP", momentum=True), from_timm("AdamP")
@@ -102,7 +120,7 @@ def _named(name: str, family: str, library: str, make: Make, description: str, f
 
 #: Contestants by the names that the command line gives them.
 CONTESTANTS: dict[str, Contestant] = {
-    found.name: found for found in (*_torch(), *_ours(), *_of_other_libraries(), *_of_pymanopt())
+    found.name: found for found in (*_torch(), *_ours(), *_of_the_protocol(), *_of_other_libraries(), *_of_pymanopt())
 }
 
 

@@ -22,10 +22,10 @@ from manifold_nets.sources import ModelSpec, load_model, load_object
 
 __all__ = ["MODEL_NAMES", "build_model"]
 
-MODEL_NAMES = ("mlp", "resnet", "segnet-basic", "conv1d", "transformer", "towers")
+MODEL_NAMES = ("mlp", "mlp-plain", "resnet", "segnet-basic", "conv1d", "transformer", "towers")
 _KNOWN = (
-    "mlp:WIDTHS, resnet:DEPTH,WIDTH, segnet-basic:FILTERS,BLOCKS, conv1d:WIDTHS, transformer:WIDTH,BLOCKS,HEADS, "
-    "towers:WIDTHS, file.py:callable, torchvision:NAME, timm:NAME"
+    "mlp:WIDTHS, mlp-plain:WIDTHS, resnet:DEPTH,WIDTH, segnet-basic:FILTERS,BLOCKS, conv1d:WIDTHS, "
+    "transformer:WIDTH,BLOCKS,HEADS, towers:WIDTHS, file.py:callable, torchvision:NAME, timm:NAME"
 )
 
 # Axes of one example, without that of the batch.
@@ -39,6 +39,7 @@ def build_model(source: ModelSource, task: Task, *, seed: int) -> nn.Module:
 
     ========================  ========================================================================================
     ``mlp:100,100``           linear layers of these widths with batch normalization and ReLU, and a classifier
+    ``mlp-plain:100,100``     the same without normalization, with biases
     ``resnet:8,16``           a residual network of depth 8, 14, 20, … and 16 filters in its first stage
     ``segnet-basic:64,4``     SegNet-Basic with 64 filters and 4 blocks
     ``conv1d:64,128,64``      one-dimensional convolutions of these widths, for series
@@ -90,8 +91,8 @@ def _named(source: str, task: Task) -> nn.Module:
 
 
 def _own(name: str, task: Task, numbers: list[int]) -> nn.Module:
-    if name == "mlp":
-        return multilayer_perceptron(task.input_shape, task.outputs, numbers or [100, 100])
+    if name in ("mlp", "mlp-plain"):
+        return multilayer_perceptron(task.input_shape, task.outputs, numbers or [100, 100], normalize=name == "mlp")
     if name in _FOR_AXES:
         if len(task.input_shape) != _FOR_AXES[name]:
             raise ValueError(f"Such a network takes examples with {_FOR_AXES[name]} axes, not {task.input_shape}.")

@@ -48,7 +48,7 @@ def summarise(comparison: Comparison) -> Summary:
         contestants.append(
             ContestantSummary(
                 name=name,
-                sensitivity=learning_rate_sensitivity(settings.learning_rates, _grid(comparison, name, scale)),
+                sensitivity=learning_rate_sensitivity(*_grid(comparison, name, scale)),
                 learning_rate=_or_nan(comparison.choice(name, scale).learning_rate),
                 seeds=settings.seeds,
                 test_errors=tests,
@@ -101,18 +101,27 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _grid(comparison: Comparison, name: str, scale: InitialScale) -> list[list[float]]:
-    """Validation error at the end of training: a row a learning rate, a column a seed."""
-    rates = comparison.settings.learning_rates
-    return [[_or_infinite(run.validation_error) for run in comparison.runs(name, rate, scale)] for rate in rates]
+def _grid(comparison: Comparison, name: str, scale: InitialScale) -> tuple[list[float], list[list[float]]]:
+    """Learning rates and validation errors at the end of training: a row a learning rate, a column a seed.
+
+    Where weight decay is tuned, those at the chosen one; at the first where every run diverged.
+    """
+    trials = comparison.settings.trials(name, scale)
+    chosen = comparison.choice(name, scale)
+    decay = trials[0][1] if chosen.trial is None else chosen.weight_decay
+    rates = [rate for rate, other in trials if other == decay]
+    return rates, [
+        [_or_infinite(r.validation_error) for r in comparison.runs(name, rate, scale, decay)] for rate in rates
+    ]
 
 
 def _padded(runs: Sequence[RunResult], settings: Settings, field: str) -> tuple[tuple[float, ...], ...]:
-    """A field over the epochs of each run, infinite from where the run diverged."""
+    """A field over the epochs of each run: infinite from where it diverged, the last value from where it stopped."""
     rows = []
     for run in runs:
         values = tuple(float(getattr(epoch, field)) for epoch in run.epochs[: settings.epochs])
-        rows.append(values + (math.inf,) * (settings.epochs - len(values)))
+        filling = math.inf if run.diverged or not values else values[-1]
+        rows.append(values + (filling,) * (settings.epochs - len(values)))
     return tuple(rows) or ((math.inf,) * settings.epochs,) * len(settings.seeds)
 
 
@@ -152,11 +161,11 @@ def _rescaled(comparison: Comparison, name: str) -> RescaledStart | None:
         return None
     seeds = len(comparison.settings.seeds)
     lost = [math.inf] * seeds
-    rate = comparison.choice(name, "plain").learning_rate
+    trial = comparison.choice(name, "plain").trial
     plain, same = lost, lost
-    if rate is not None:
-        plain = [_or_infinite(run.validation_error) for run in comparison.runs(name, rate, "plain")]
-        same = [_or_infinite(run.validation_error) for run in comparison.runs(name, rate, "rescaled")]
+    if trial is not None and trial in comparison.settings.trials(name, "rescaled"):
+        plain = [_or_infinite(run.validation_error) for run in comparison.runs(name, trial[0], "plain", trial[1])]
+        same = [_or_infinite(run.validation_error) for run in comparison.runs(name, trial[0], "rescaled", trial[1])]
     tests = [_or_infinite(run.test_error) for run in comparison.chosen_runs(name, "rescaled")] or lost
     own = _or_nan(comparison.choice(name, "rescaled").learning_rate)
     return RescaledStart(mean_interval(plain), mean_interval(same), own, mean_interval(tests))
@@ -177,7 +186,7 @@ def _told(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     told = []
     for field in fields(comparison.settings):
         value = getattr(comparison.settings, field.name)
-        if value is not None:
+        if value is not None and value != () and field.name != "tuned":
             told.append((field.name.replace("_", " "), _text(value)))
     versions = ", ".join(f"{package} {version}" for package, version in comparison.environment.versions)
     return (*told, ("versions", versions), ("machine", comparison.environment.machine))

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from manifold_nets.comparison.records import RunResult
+from manifold_nets.comparison.records import RunResult, Settings
 from manifold_nets.comparison.report.summary import Summary
 from manifold_nets.comparison.result import Comparison
 
 __all__ = ["epochs_csv", "runs_csv", "summary_json", "times_csv"]
 
-_KEY = ("optimizer", "initial_scale", "learning_rate", "seed")
+_KEY = ("optimizer", "initial_scale", "learning_rate", "weight_decay", "seed")
 
 
 def runs_csv(comparison: Comparison) -> str:
@@ -39,16 +39,16 @@ def runs_csv(comparison: Comparison) -> str:
         "test_error",
         "epoch_at_target",
     )
-    chosen = {(c.optimizer, c.initial_scale, c.learning_rate) for c in comparison.choices}
+    chosen = {(c.optimizer, c.initial_scale, c.trial) for c in comparison.choices}
     rows = []
     for run in comparison.results:
         key, last = run.key, run.epochs[-1] if run.epochs else None
         first = run.first_at(comparison.settings.target_error)
         rows.append(
             (
-                *_key(run),
+                *_key(run, comparison.settings),
                 run.status,
-                int((key.optimizer, key.initial_scale, key.learning_rate) in chosen),
+                int((key.optimizer, key.initial_scale, (key.learning_rate, key.weight_decay)) in chosen),
                 len(run.epochs),
                 run.steps,
                 None if last is None else last.evaluations,
@@ -87,7 +87,7 @@ def epochs_csv(comparison: Comparison) -> str:
             ]
             rows.append(
                 (
-                    *_key(run),
+                    *_key(run, comparison.settings),
                     epoch.epoch,
                     epoch.steps,
                     epoch.evaluations,
@@ -117,7 +117,7 @@ def times_csv(comparison: Comparison) -> str:
         seconds = [epoch.seconds for epoch in run.epochs[:epochs]]
         rows.append(
             (
-                *_key(run),
+                *_key(run, comparison.settings),
                 run.seconds_per_step,
                 run.peak_memory_bytes,
                 run.harness_seconds,
@@ -145,8 +145,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _key(run: RunResult) -> tuple[object, ...]:
-    return run.key.optimizer, run.key.initial_scale, run.key.learning_rate, run.key.seed
+def _key(run: RunResult, settings: Settings) -> tuple[object, ...]:
+    key = run.key
+    return key.optimizer, key.initial_scale, key.learning_rate, settings.decay_of(key), key.seed
 
 
 def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

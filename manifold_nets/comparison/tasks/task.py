@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, default_collate
 
 from manifold_nets.comparison.tasks.errors import TaskSourceError
 
-__all__ = ["PART_NAMES", "DatasetPart", "Part", "Task", "TensorPart", "evaluate"]
+__all__ = ["PART_NAMES", "DatasetPart", "Part", "Selection", "Task", "TensorPart", "evaluate"]
 
 PART_NAMES = ("train", "validation", "test")
 _EXAMPLE_NUMBERS = 50_000
@@ -61,8 +61,9 @@ class TensorPart:
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return inputs, prepared, and targets of some examples."""
         rows = rows.to(self.targets.device)
-        inputs = self.inputs[rows]
-        return (inputs if self.prepare is None else self.prepare(inputs)), self.targets[rows]
+        # A third of the time of indexing by brackets.
+        inputs, targets = self.inputs.index_select(0, rows), self.targets.index_select(0, rows)
+        return (inputs if self.prepare is None else self.prepare(inputs)), targets
 
     def to(self, device: torch.device | str) -> TensorPart:
         """Return the part with its tensors on a device."""
@@ -105,6 +106,35 @@ class DatasetPart:
     def to(self, device: torch.device | str) -> DatasetPart:
         """Return the part with batches on a device."""
         return replace(self, device=device)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some examples of a part.
+
+    Args:
+        part: the part.
+        rows: numbers of the examples, int64, of shape (n,).
+
+    Example:
+        >>> part = TensorPart(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 1]))
+        >>> Selection(part, torch.tensor([2])).batch(torch.tensor([0]))
+        (tensor([[4., 5.]]), tensor([1]))
+    """
+
+    part: Part
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Tensor) -> tuple[Any, Tensor]:
+        """Return inputs and targets of some of the examples, which are numbered from 0."""
+        return self.part.batch(self.rows[rows])
+
+    def to(self, device: torch.device | str) -> Selection:
+        """Return the same examples with their tensors on a device."""
+        return replace(self, part=self.part.to(device))
 
 
 @dataclass(frozen=True)

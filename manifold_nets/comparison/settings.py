@@ -1,0 +1,215 @@
+"""What a comparison is told, and which runs follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any, Literal, get_args
+
+from manifold_nets.comparison.errors import SettingsError
+from manifold_nets.comparison.plain import PlainRecord
+
+__all__ = ["InitialScale", "RunKey", "Schedule", "Settings", "Trial", "Tuned"]
+
+InitialScale = Literal["plain", "rescaled"]
+Schedule = Literal["constant", "cosine", "bold-driver", "exponential"]
+Initialization = Literal["default", "balanced"]
+Trial = tuple[float, float | None]
+"""A learning rate and a weight decay, which is None where it is that of the settings."""
+
+
+@dataclass(frozen=True)
+class Tuned(PlainRecord):
+    """What a contestant trains with after it was tuned on few examples.
+
+    Args:
+        optimizer: name of the contestant.
+        initial_scale: of its runs.
+        learning_rate: the one chosen; the smallest of the grid where every run diverged.
+        weight_decay: likewise; None where weight decay was not tuned.
+    """
+
+    optimizer: str
+    initial_scale: InitialScale
+    learning_rate: float
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class Settings(PlainRecord):
+    """All that determines the results of a comparison.
+
+    Args:
+        task: name of the task, or ``file.py:callable``.
+        model: name of the model, such as ``mlp:100,100``, or ``file.py:callable``.
+        optimizers: names of the contestants, in the order in which they are shown; the first is the reference.
+        learning_rates: the grid, the same for every contestant; positive.
+        seeds: each gives initial weights and an order of the data.
+        epochs: passes over the training data.
+        batch_size: examples a step; contestants that need the full batch take one step of all examples an epoch.
+        weight_decay: coefficient of weight decay on the weights that are not on spheres.
+        weight_decays: several coefficients to tune along with the learning rate, the same for every contestant;
+            ``weight_decay`` alone when empty.
+        momentum: of the contestants that have one.
+        schedule: of the learning rate; see `schedules.learning_rate_factor`.
+        target_error: validation error whose reaching is timed.
+        initial_scales: ``"plain"`` initial weights, ``"rescaled"`` ones, or both; see `RunKey`.
+        data: folder of the data, for tasks that read files.
+        device: torch device.
+        threads: torch threads of each run; results of different numbers differ by rounding.
+        initialization: the model's own, or ``"balanced"``: filters and the columns of the classifier of norm 1 and
+            random direction, biases 0.
+        early_stop: whether runs may end before the last epoch; see `schedules.is_time_to_stop`.
+        subset: how many training and validation examples to use of those of the task; all when left out.
+        tune_on: how many training examples, validation examples and epochs to choose learning rate and weight decay
+            with; the runs on all data have only the chosen ones. When left out, they are chosen by the runs themselves.
+        tune_seeds: how many of the seeds to choose with, the first ones; all when left out.
+        tuned: what was chosen so; filled in by the comparison.
+
+    Raises:
+        SettingsError: a value has no meaning.
+
+    Example:
+        >>> settings = Settings(optimizers=("sgd", "rsgd"), learning_rates=(0.01, 0.1), seeds=(0, 1, 2), epochs=2)
+        >>> len(list(settings.run_keys())), Settings.from_dict(settings.to_dict()) == settings
+        (12, True)
+    """
+
+    optimizers: tuple[str, ...]
+    learning_rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    epochs: int
+    task: str = "digits"
+    model: str = "mlp:100,100"
+    batch_size: int = 100
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    schedule: Schedule = "constant"
+    target_error: float = 0.05
+    initial_scales: tuple[InitialScale, ...] = ("plain",)
+    data: str | None = None
+    device: str = "cpu"
+    threads: int = 1
+    weight_decays: tuple[float, ...] = ()
+    initialization: Initialization = "default"
+    early_stop: bool = False
+    subset: tuple[int, int] | None = None
+    tune_on: tuple[int, int, int] | None = None
+    tune_seeds: int | None = None
+    tuned: tuple[Tuned, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("optimizers", "learning_rates", "seeds", "initial_scales", "weight_decays"):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)
+            if (not values and name != "weight_decays") or len(set(values)) != len(values):
+                raise SettingsError(name, values, "at least one, each once")
+        for name in ("learning_rates", "weight_decays"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        for name in ("subset", "tune_on"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, None if given is None else tuple(given))
+        self._require_meaning()
+
+    def _require_meaning(self) -> None:
+        rates, finite = self.learning_rates, math.isfinite
+        self._require("learning_rates", all(finite(r) and r > 0 for r in rates), "positive finite numbers")
+        self._require("seeds", all(0 <= s < 2**31 for s in self.seeds), "integers from 0")
+        self._require("epochs", self.epochs >= 1, "at least 1")
+        self._require("batch_size", self.batch_size >= 1, "at least 1")
+        self._require("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0")
+        self._require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
+        self._require("schedule", self.schedule in get_args(Schedule), "constant, cosine, bold-driver or exponential")
+        self._require("target_error", self.target_error >= 0, "an error of at least 0")
+        known = set(self.initial_scales) <= {"plain", "rescaled"}
+        self._require("initial_scales", known, "plain, rescaled, or both")
+        self._require("threads", self.threads >= 1, "at least 1")
+        decays = all(finite(d) and d >= 0 for d in self.weight_decays)
+        self._require("weight_decays", decays, "numbers of at least 0")
+        self._require("weight_decay", not (self.weight_decay and self.weight_decays), "0 beside weight_decays")
+        self._require("initialization", self.initialization in get_args(Initialization), "default or balanced")
+        self._require("subset", _are_counts(self.subset, 2), "two counts of examples, at least 1")
+        seeds = self.tune_seeds is None or (self.tune_on is not None and 1 <= self.tune_seeds <= len(self.seeds))
+        self._require("tune_seeds", seeds, "a number of the seeds, beside tune_on")
+        self._require("tune_on", _are_counts(self.tune_on, 3), "examples to train on, to validate by, and epochs")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise SettingsError(name, getattr(self, name), expected)
+
+    def run_keys(self) -> Iterator[RunKey]:
+        """All runs, seeds first and contestants last, so that every contestant has runs early on."""
+        for seed, scale in product(self.seeds, self.initial_scales):
+            grids = [self.trials(optimizer, scale) for optimizer in self.optimizers]
+            for trial in zip(*grids, strict=True):
+                for optimizer, (rate, decay) in zip(self.optimizers, trial, strict=True):
+                    yield RunKey(optimizer, rate, seed, scale, decay)
+
+    def trials(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[Trial, ...]:
+        """The learning rates and weight decays of a contestant, as many as every other has.
+
+        Returns:
+            Pairs of a learning rate and a weight decay, None where weight decay is not tuned: the grid, or the one pair
+            that was chosen on few examples.
+        """
+        if self.tuned:
+            found = (t for t in self.tuned if (t.optimizer, t.initial_scale) == (optimizer, initial_scale))
+            return tuple((t.learning_rate, t.weight_decay) for t in found)
+        return tuple(product(self.learning_rates, self.weight_decays or (None,)))
+
+    def decay_of(self, key: RunKey) -> float:
+        """The weight decay of a run."""
+        return self.weight_decay if key.weight_decay is None else key.weight_decay
+
+    def canonical_json(self) -> str:
+        """The settings as one line of JSON in which equal settings are equal texts."""
+        return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    def hash(self) -> str:
+        """SHA-256 of `canonical_json`, 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    def differences(self, other: Settings) -> tuple[str, ...]:
+        """Name every setting in which another command differs, with both values."""
+        return tuple(
+            f"{field.name} is {getattr(other, field.name)!r} there and {getattr(self, field.name)!r} here"
+            for field in fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        )
+
+
+def _are_counts(values: tuple[int, ...] | None, count: int) -> bool:
+    return values is None or (len(values) == count and min(values) >= 1)
+
+
+@dataclass(frozen=True, order=True)
+class RunKey(PlainRecord):
+    """Which run: everything in a run's result follows from the settings and this.
+
+    Args:
+        optimizer: name of the contestant.
+        learning_rate: its learning rate.
+        seed: of initial weights and of the order of the data; both are the same for every contestant.
+        initial_scale: ``"plain"``, or ``"rescaled"``: every filter whose scale is absorbed by a normalization is
+            multiplied by 10^u, u uniform on [-2, 2], before anything is converted.
+        weight_decay: its weight decay where that is tuned; None where it is that of the settings.
+    """
+
+    optimizer: str
+    learning_rate: float
+    seed: int
+    initial_scale: InitialScale = "plain"
+    weight_decay: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; without a weight decay where it is not tuned, as older versions wrote it."""
+        return {name: value for name, value in super().to_dict().items() if value is not None}
+
+    def __str__(self) -> str:
+        decay = "" if self.weight_decay is None else f", weight decay {self.weight_decay:.6g}"
+        rescaled = ", rescaled" if self.initial_scale == "rescaled" else ""
+        return f"{self.optimizer}, learning rate {self.learning_rate:.6g}{decay}, seed {self.seed}{rescaled}"
