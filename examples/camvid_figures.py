@@ -37,7 +37,7 @@ COLOURS = np.array(
 def draw_curves(stored: Stored, keys: Sequence[Key], file: Path) -> None:
     """Training loss and validation scores over the epochs, and validation scores over the learning rates.
 
-    Lines are means over the seeds, bands reach from the lowest to the highest.
+    Lines are means over the seeds, bands reach from the lowest to the highest; runs diverged at rates with a cross.
     """
     with plot_settings(9.0):
         from matplotlib.figure import Figure
@@ -51,6 +51,9 @@ def draw_curves(stored: Stored, keys: Sequence[Key], file: Path) -> None:
                 _band(axes, np.arange(1, values.shape[1] + 1), values, key[1])
             grid, table = _over_rates(stored, key)
             _band(rates, grid, table, key[1])
+            lost = grid[np.isnan(table).any(0)]
+            if len(lost):
+                rates.plot(lost, np.zeros(len(lost)), "x", color=LOOKS[key[1]]["color"], **_at_the_foot(rates))
         losses.set(title="Training loss", xlabel="epoch")
         scores.set(title="Validation: mean IoU (%)", xlabel="epoch")
         rates.set(title="Validation at the end: mean IoU (%)", xlabel="learning rate")
@@ -64,6 +67,11 @@ def _band(axes: Any, x: NDArray[Any], values: NDArray[np.float64], optimizer: st
     look = LOOKS[optimizer]
     axes.fill_between(x, values.min(0), values.max(0), color=look["color"], alpha=0.15, linewidth=0)
     axes.plot(x, values.mean(0), label=LABELS[optimizer], markersize=3.5, **look)
+
+
+def _at_the_foot(axes: Any) -> dict[str, Any]:
+    """How to draw beside the x axis, whatever the y axis shows."""
+    return {"transform": axes.get_xaxis_transform(), "clip_on": False, "markersize": 6}
 
 
 def _over_rates(stored: Stored, key: Key) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -127,6 +127,10 @@ Student's interval of 95 %; p-values of the paired t-test are corrected within a
 those around the best whose validation mean IoU is at least 90 % of its, interpolated on the grid. The time of a step \
 is a median, relative to SGD's, beside other work on the same cores."""
 
+CURVES = """\
+Chosen runs epoch by epoch, and all learning rates: means over the seeds, with bands from the lowest to the highest; \
+runs diverged at rates with a cross."""
+
 
 def protocol(stored: Stored) -> str:
     """How the runs were made."""
@@ -161,7 +165,7 @@ def as_markdown(stored: Stored, name: str) -> str:
     parts = ["# CamVid, SegNet-Basic", "\n".join(f"- {sentence}" for sentence in findings(stored))]
     parts += [protocol(stored), origin(stored)]
     parts += ["## Test images", score_table(stored, [(label(key), key) for key in keys], SGD)]
-    parts += [f"![Curves]({name}_curves.png)", "## Classes", class_table(stored, keys)]
+    parts += [f"![Curves]({name}_curves.png)", CURVES, "## Classes", class_table(stored, keys)]
     parts += ["## Robustness", robustness_table(stored, keys)]
     if (recipes := recipe_keys(stored)) and len(arms) > 2:
         parts += ["## Other recipes", score_table(stored, recipes, SGD)]
