@@ -101,7 +101,7 @@ def report_table(report: SymmetryReport) -> Table:
 
 def families_table(report: SymmetryReport) -> Table | None:
     """Tabulate the scale symmetries that several parameters share, one row a family; None where there are none."""
-    shared = [family for family in report.families if len(family.parameters) > 1]
+    shared = [family for family in report.families if len(family.parameters) > 1 or family.partial]
     if not shared:
         return None
     table = _table("kind", "count", "certificate", "multiplied", "divided", title="Symmetries across parameters")

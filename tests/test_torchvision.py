@@ -40,7 +40,6 @@ def table() -> Any:
 # What the certificate finds and the rules do not explain, known and left.
 UNEXPLAINED = {
     "mobilenet_v2": "channels that reach the bound of ReLU6 at neither point, on the few pixels of a small input",
-    "swin_v2_t": "heads of the queries, free beside values that are not: no partition of their one weight says so",
 }
 CASES = [
     pytest.param(name, dtype, marks=() if name in QUICK else pytest.mark.slow)

@@ -17,6 +17,7 @@ from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
+from manifold_nets.symmetry.mixed import with_mixed_weights
 from manifold_nets.symmetry.network.graph import (
     Inputs,
     TracedGraph,
@@ -112,8 +113,9 @@ def diagnose(
     families = certified_families(solve_jointly(graph), field, tolerance)
     shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
     unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph) if again else ()
+    told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
-        type(model).__name__, tuple(findings), tolerance, example_inputs, module_graph(graph), families, shifts,
+        type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,
         unexplained,
     )  # fmt: skip
 

@@ -98,7 +98,7 @@ class Judge(Certifier):
             unknown = any(because.unknown for because in structure.breaks)
             free = sum(len(members) for members in structure.free)
             if free:
-                reason = f"{free} of {structure.scales.count} filters are free, the others are not: {reason}"
+                reason = f"{free} of {structure.seed.n_groups} filters are free, the others are not: {reason}"
         status = "unknown" if unknown else "not invariant"
         if certificate.verdict == "invariant" and not unknown:
             status = "disagreement"

@@ -54,6 +54,7 @@ class SymmetryFamily:
         absorbed: whether a normalization absorbs some of it, so that its statistics would have to follow.
         symmetries: for each symmetry and each member the exponents by index; not part of the JSON form.
         partitions: for each member the partition of its parameter into rows, columns or entries; likewise.
+        partial: whether it moves filters of a weight of which other filters are not invariant.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class SymmetryFamily:
     absorbed: bool = False
     symmetries: tuple[dict[tuple[str, str], dict[int, float]], ...] = field(default=(), repr=False, compare=False)
     partitions: dict[tuple[str, str], Partition] = field(default_factory=dict, repr=False, compare=False)
+    partial: bool = False
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -73,7 +75,7 @@ class SymmetryFamily:
     @property
     def convert_remedy(self) -> str | None:
         """Name under which `convert` may do something about it; the plan says whether it does."""
-        if self.certificate.verdict != "invariant":
+        if self.certificate.verdict != "invariant" or self.partial:
             return None
         if self.kind == "rescaling":
             return None if self.absorbed else "balance"
@@ -87,6 +89,7 @@ class SymmetryFamily:
             "members": [dict(vars(member)) for member in self.members],
             "count": self.count,
             "absorbed": self.absorbed,
+            "partial": self.partial,
             "certificate": self.certificate.to_dict(),
             "remedy": self.remedy,
             "convert_remedy": self.convert_remedy,

@@ -119,9 +119,9 @@ class SymmetryReport:
             what = w.groups_in_words if w.partition is not None else (w.broken_by or "")
             absorbed = f" · absorbed by {joined([str(a) for a in w.absorbers])}" if w.partition is not None else ""
             lines.append(f"  {w.name:<{width}}  {w.status:<13}  {what}{absorbed} · certificate {w.certificate}")
-        spanning = [family for family in self.families if len(family.parameters) > 1]
+        spanning = [family for family in self.families if len(family.parameters) > 1 or family.partial]
         if spanning:
-            lines.append("Symmetries that move several parameters at once:")
+            lines.append("Symmetries that move several parameters at once, or some filters of a weight:")
             lines.extend(f"  {family}" for family in spanning)
         if self.shifts:
             lines.append("Shifts that the function does not see:")

@@ -108,6 +108,7 @@ class WeightFinding:
         broken_by: why a weight has no such groups: operation, module, reason.
         remedy: what to do about it.
         free_filters: how many filters are free by themselves in a weight of which others are not.
+        free_groups: how many groups of filters these are, each explained and certified by a family of the report.
         finer_groups: how many invariant groups the weight has where no view of its shape expresses them, so that
             ``partition`` joins some; 0 where ``partition`` is the finest one.
     """
@@ -125,6 +126,7 @@ class WeightFinding:
     remedy: str
     free_filters: int = 0
     finer_groups: int = 0
+    free_groups: int = 0
 
     @property
     def groups_in_words(self) -> str:
@@ -156,6 +158,8 @@ class WeightFinding:
             "groups": None if self.partition is None else self.partition.n_groups,
             "filters_per_group": self.filters_per_group,
             "finer_groups": self.finer_groups,
+            "free_groups": self.free_groups,
+            "free_filters": self.free_filters,
             "absorbers": [absorber.to_dict() for absorber in self.absorbers],
             "moves_along": list(self.moves_along),
             "certificate": self.certificate.to_dict(),

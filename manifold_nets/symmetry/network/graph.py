@@ -32,6 +32,8 @@ __all__ = [
 # What they say of a model that cannot be traced is in the exception as well.
 _TALKATIVE = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
+_ZEROS = ("zeros", "zeros_like", "new_zeros")
+
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -132,12 +134,14 @@ class TracedGraph:
         parameters: the name of the parameter behind each placeholder; tied names are the first one of the model.
         buffers: the name of the buffer behind each placeholder.
         order: the position of each node.
+        zeros: nodes whose entries are all zero, whatever the inputs: constants, and what operations fill with zeros.
     """
 
     program: torch.export.ExportedProgram
     parameters: dict[Node, str]
     buffers: dict[Node, str]
     order: dict[Node, int]
+    zeros: frozenset[Node] = frozenset()
 
     def module_of(self, node: Node) -> str:
         """Qualified name of the innermost module that runs the operation; empty for the model itself."""
@@ -228,7 +232,38 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
         for node in nodes
         if node.op == "placeholder" and node.name in signature.inputs_to_buffers
     }
-    return TracedGraph(program, parameters, buffers, {node: i for i, node in enumerate(nodes)})
+    order = {node: i for i, node in enumerate(nodes)}
+    return TracedGraph(program, parameters, buffers, order, zero_nodes(program))
+
+
+def zero_nodes(program: torch.export.ExportedProgram) -> frozenset[Node]:
+    """The nodes of a graph whose entries are all zero, whatever the inputs.
+
+    Constants and buffers that no checkpoint holds, such as the bias of keys in attention, and results that are filled
+    with zeros; none of them where something is written into it.
+    """
+    signature = program.graph_signature
+    held = {
+        node: name for node, name in signature.inputs_to_buffers.items() if name in signature.non_persistent_buffers
+    }
+    held.update(signature.inputs_to_lifted_tensor_constants)
+    found = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            value = program.constants.get(held.get(node.name, ""))
+            zero = isinstance(value, Tensor) and not value.is_meta and not bool(value.any())
+        else:
+            zero = node.op == "call_function" and op_name(node) in _ZEROS
+        if zero and not any(_may_write(user) for user in node.users):
+            found.add(node)
+    return frozenset(found)
+
+
+def _may_write(user: Node) -> bool:
+    """Whether an operation writes into its first argument, or hands on a view of it that others may write into."""
+    if user.op == "output" or not isinstance(user.target, torch._ops.OpOverload):
+        return False
+    return any(argument.alias_info is not None for argument in user.target._schema.arguments[:1])
 
 
 @contextlib.contextmanager

@@ -20,13 +20,13 @@ _SHAPES = {
 
 
 def joint_families(report: SymmetryReport) -> list[SymmetryFamily]:
-    """The families of a report without those that scale one weight only, which are findings of that weight."""
+    """The families of a report without those that scale one whole weight, which are findings of that weight."""
     weights = {finding.name for finding in report.weights}
-    return [f for f in report.families if f.kind != "scale" or len(weights.intersection(f.parameters)) > 1]
+    return [f for f in report.families if f.kind != "scale" or f.partial or len(weights.intersection(f.parameters)) > 1]
 
 
 def families(report: SymmetryReport) -> str:
-    """List the families that join several weights; empty where there are none."""
+    """List the families that join several weights or move some filters of one; empty where there are none."""
     joint = joint_families(report)
     if not joint:
         return ""

@@ -10,7 +10,7 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, is_in_place, op_name
 from manifold_nets.symmetry.structure.partitions import (
     is_linear_map,
     joined_partition,
@@ -54,7 +54,11 @@ class Structure:
     @property
     def free(self) -> list[list[int]]:
         """Groups of scales that are free: joined with each other, pinned by nothing, absorbed by something."""
-        return [members for number, members in self.scales.classes().items() if self._is_free(number)]
+        return [members for number, members in self._classes().items() if self._is_free(number)]
+
+    def _classes(self) -> dict[int, list[int]]:
+        """The scales of the weight, without those that zeros got on the way, by their common form."""
+        return self.scales.classes(self.seed.n_groups)
 
     def _is_free(self, number: int) -> bool:
         """Whether a form is one scale that is free and absorbed: no product, no power."""
@@ -65,7 +69,7 @@ class Structure:
     def breaks(self) -> list[Break]:
         """The distinct reasons why scales are not free, in the order of the scales."""
         found: dict[Break, None] = {}
-        for number, members in self.scales.classes().items():
+        for number, members in self._classes().items():
             because = self.scales.break_of(members[0])
             if because is not None:
                 found[because] = None
@@ -79,10 +83,10 @@ class Structure:
     def partition(self) -> Partition | None:
         """The partition into free groups; None where some part of the weight is not free."""
         free = self.free
-        if sum(len(members) for members in free) == self.scales.count:
+        if sum(len(members) for members in free) == self.seed.n_groups:
             return joined_partition(self.seed, free)
         # Where scales are tied to products of others, the whole weight may still be free as one group.
-        if self.absorbed and not self.scales.all_pinned and self.scales.allows(np.ones(self.scales.count)):
+        if self.absorbed and not self.scales.all_pinned and self.scales.allows(np.ones(self.seed.n_groups)):
             return Partition.whole(self.seed.shape)
         return None
 
@@ -92,7 +96,7 @@ class Structure:
         if self.partition is None:
             return 0
         free = self.free
-        return len(free) if sum(len(members) for members in free) == self.scales.count else 1
+        return len(free) if sum(len(members) for members in free) == self.seed.n_groups else 1
 
     def groups_of_forms(self, ids: Ids, groups: Ids) -> tuple[int, ...]:
         """Number of the group by whose scale each entry is multiplied: −1 for none, −2 for a product or a power."""
@@ -101,6 +105,8 @@ class Structure:
         for number in numbers.tolist():
             exponents: dict[int, float] = {}
             for scale, c in self.scales.form(number).items():
+                if scale >= len(groups):
+                    continue  # of zeros
                 exponents[int(groups[scale])] = exponents.get(int(groups[scale]), 0.0) + c
             plain = [group for group, c in exponents.items() if c == 1.0]
             found.append(-1 if not any(exponents.values()) else plain[0] if len(exponents) == len(plain) == 1 else -2)
@@ -110,7 +116,7 @@ class Structure:
         """Number of the group of ``partition`` that each scale belongs to."""
         seed_ids = self.seed.group_ids().reshape(-1).numpy()
         group_ids = partition.group_ids().reshape(-1).numpy()
-        result = np.zeros(self.scales.count, dtype=np.int64)
+        result = np.zeros(self.seed.n_groups, dtype=np.int64)
         result[seed_ids] = group_ids
         return result
 
@@ -268,9 +274,29 @@ def _enter_region(use: Use) -> Result:
     return None
 
 
+def _write_slice(labels: dict[Node, Result], part: Node, result: Result) -> bool:
+    """Give a slice of a tensor another label; False where the tensor has no label of its own, or is a view itself."""
+    arguments = bound_arguments(part)
+    whole = arguments["self"]
+    label = labels.get(whole)
+    if not isinstance(label, Label) or not isinstance(result, Label):
+        return False
+    if whole.op == "call_function" and op_name(whole) in VIEWS:
+        return False
+    shape = tuple(int(n) for n in whole.meta["val"].shape)
+    dim = (arguments["dim"] or 0) % len(shape)
+    ids = label.along(shape, range(len(shape))).copy()
+    cut = slice(arguments["start"], arguments["end"], arguments["step"])
+    ids[(slice(None),) * dim + (cut,)] = result.ids
+    labels[whole], labels[part] = Label.compressed(ids), result
+    return True
+
+
 def _write_back(use: Use, result: Result) -> None:
     """An in-place operation changes the tensor that it reads; later readers of that tensor see the result."""
     target = use.node.all_input_nodes[0]
+    if use.op == "zero" and op_name(target) == "slice" and _write_slice(use.labels, target, result):
+        return
     if op_name(target) in VIEWS and target.op == "call_function":
         use.pin("writes into a view of another tensor", *as_list(result))
         use.pin("writes into a view of another tensor")

@@ -155,18 +155,19 @@ class Scales:
                 return found
         return because
 
-    def classes(self) -> dict[int, list[int]]:
-        """Scales that have to be equal, by the number of their common form."""
+    def classes(self, first: int) -> dict[int, list[int]]:
+        """Those of the first scales that have to be equal, by the number of their common form."""
         found: dict[int, list[int]] = {}
-        for scale in range(self.count):
+        for scale in range(first):
             found.setdefault(self._reduce(scale + 1), []).append(scale)
         return found
 
     def allows(self, logarithms: NDArray[np.float64]) -> bool:
-        """Whether these logarithms of all scales satisfy every equation."""
+        """Whether these logarithms of the first scales satisfy every equation among them; later ones follow."""
         return all(
             abs(logarithms[scale] - sum(c * logarithms[k] for k, c in form.items())) <= _NOTHING
             for scale, form in self._solved.items()
+            if scale < len(logarithms)
         )
 
     # ---- elimination -----------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def add(use: Use) -> Result:
         use.pin(f"adds the constant {other}", label)
         return None
     ids = aligned(label, len(use.out_shape))
+    if other in use.graph.zeros:
+        return Label(ids)
     if other in use.graph.parameters and _adopts(use, other, ids):
         return Label(ids)
     use.pin("adds something that is not scaled with it", label)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, as_list, rule, shape_of
+from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, as_list, rule, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 __all__ = ["VIEWS", "reshape_ids"]
@@ -180,7 +180,7 @@ def getitem(use: Use) -> Result:
 
 @rule("cat", "concat", "concatenate", "stack")
 def cat(use: Use) -> Result:
-    """Join tensors along an axis; parts that no scale reaches are marked so."""
+    """Join tensors along an axis; parts that no scale reaches are marked so, zeros may have any scale."""
     nodes: list[Any] = [node for node in use.args["tensors"] if shape_of(node) != (0,)]
     labels = [use.label_of(node) for node in nodes]
     rank = len(use.out_shape)
@@ -188,7 +188,9 @@ def cat(use: Use) -> Result:
     parts = []
     for node, label in zip(nodes, labels, strict=True):
         shape = shape_of(node)
-        ids = np.full((1,) * len(shape), UNSCALED, dtype=np.int64) if label is None else label.ids
+        zeros = use.any_scale(shape) if label is None and node in use.graph.zeros else None
+        ids = unscaled(len(shape)) if label is None else label.ids
+        ids = ids if zeros is None else zeros
         if use.op == "stack":
             parts.append(np.expand_dims(ids, dim))
         else:
@@ -247,6 +249,14 @@ def index(use: Use) -> Result:
     at = indexed[0] if contiguous else 0
     rest = np.squeeze(label.ids, tuple(indexed))
     return Label(np.expand_dims(rest, tuple(range(at, at + inserted))))
+
+
+@rule("zero")
+def zero(use: Use) -> Result:
+    """Zeros are written over a tensor: what it held is lost, and any scale leaves zeros alone."""
+    use.pin("is overwritten by zeros")
+    ids = use.any_scale(use.out_shape)
+    return None if ids is None else Label(ids)
 
 
 @rule("index_put", "index_fill", "masked_scatter", "scatter", "index_copy")

@@ -75,6 +75,10 @@ class ShiftUse(Use):
         self.links.append(Link(sources, ids, unknowns, self.why(reason)))
         return Label(ids)
 
+    def any_scale(self, shape: Sequence[int]) -> Ids | None:
+        """Zeros have no shift but none."""
+        return None
+
     def is_linked(self, ids: Ids) -> bool:
         """Whether unknowns of links occur in the forms."""
         numbers = np.unique(self.scales.roots(ids)).tolist()

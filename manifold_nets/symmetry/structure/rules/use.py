@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,9 @@ from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, o
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label, Scales
 
 __all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "rule"]
+
+# Up to this many zeros get a scale each.
+_MOST_ZEROS = 16_384
 
 Result = Label | list[Label | None] | None
 
@@ -75,6 +79,11 @@ class Use:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor argument."""
         return shape_of(self.args[name])
+
+    def any_scale(self, shape: Sequence[int]) -> Ids | None:
+        """Ids of a tensor of zeros, which any scale leaves alone: an unknown for each entry; None where too many."""
+        count = math.prod(shape)
+        return self.scales.add(count).reshape(tuple(shape)) if count <= _MOST_ZEROS else None
 
     @property
     def out_shape(self) -> tuple[int, ...]:
