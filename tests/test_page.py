@@ -33,7 +33,7 @@ def check_true(text: str, report: SymmetryReport) -> None:
         for told in (weight.name, weight.remedy, weight.broken_by or "", *weight.moves_along):
             assert told in page.text
     weights = {weight.name for weight in report.weights}
-    joint = [f for f in report.families if f.kind != "scale" or len(weights & set(f.parameters)) > 1]
+    joint = [f for f in report.families if f.kind != "scale" or f.partial or len(weights & set(f.parameters)) > 1]
     for symmetry in (*joint, *report.shifts):
         assert symmetry.remedy in page.text
         assert all(name in page.text for name in symmetry.parameters)

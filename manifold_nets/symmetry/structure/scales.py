@@ -155,10 +155,10 @@ class Scales:
                 return found
         return because
 
-    def classes(self, first: int) -> dict[int, list[int]]:
-        """Those of the first scales that have to be equal, by the number of their common form."""
+    def classes(self, first: int | None = None) -> dict[int, list[int]]:
+        """Scales, or the first ones of them, that have to be equal, by the number of their common form."""
         found: dict[int, list[int]] = {}
-        for scale in range(first):
+        for scale in range(self.count if first is None else first):
             found.setdefault(self._reduce(scale + 1), []).append(scale)
         return found
 
