@@ -176,7 +176,8 @@ def collect(name: str, arms: Sequence[Arm], options: argparse.Namespace) -> Runs
         stored = (*(run for run in stored if run.arm != arm.name), *_stored(arm.name, comparison))
         if file is not None:
             write_runs(Runs(stored), file)
-    return Runs(stored)
+    # With the digits that are stored, so that tables made again are the same to the last one.
+    return Runs(stored) if file is None else read_runs(file)
 
 
 def _line() -> Callable[[Progress], None]:
