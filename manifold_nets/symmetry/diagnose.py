@@ -14,6 +14,7 @@ from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, run, second_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
+from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
@@ -30,7 +31,7 @@ from manifold_nets.symmetry.network.graph import (
 from manifold_nets.symmetry.network.modules import module_graph
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.reverse.scales import search_unexplained
-from manifold_nets.symmetry.shifts import shift_symmetries
+from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
 from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
 
@@ -104,14 +105,19 @@ def diagnose(
         # The certificate comes last: it moves parameters of the twin.
         variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
         logits = not meta and sees_no_shift(loss, twin, inputs)
-        field, again = _fields(twin, inputs, seed, logits=logits, memory=memory)
+        if isinstance(graph, TracedGraph):
+            joint, rows = solve_jointly(graph), row_shifts(graph, model, loss=logits)
+            wanted = demanded_partitions(graph, joint, rows)
+        else:
+            wanted = natural_demands(twin)
+        field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory)
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
         return replace(report, unexplained=search_unexplained((field, again), (), (), (), tolerance) if again else ())
     constrained = {weight.name for weight in constrained_weights(model)}
     findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
-    families = certified_families(solve_jointly(graph), field, tolerance)
-    shifts = shift_symmetries(graph, model, field, tolerance, loss=logits)
+    families = certified_families(joint, field, tolerance)
+    shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
     unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph) if again else ()
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
@@ -121,15 +127,17 @@ def diagnose(
 
 
 def _fields(
-    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool, memory: Literal["full", "small"]
+    twin: nn.Module, inputs: Inputs, seed: int, wanted: Demands, *, logits: bool, memory: Literal["full", "small"]
 ) -> tuple[EulerField, EulerField | None]:
     """The Euler field, and the one at a second point where there is memory for it."""
     if is_meta(twin):
         return silent_field(twin), None
     if memory == "small":
         widen_vectors(twin)
-        return lean_field(twin, to_float64(inputs), seed, logits=logits), None
-    return euler_field(twin, inputs, seed, logits=logits), second_field(twin, inputs, seed, logits=logits)
+        return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
+    return replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted), second_field(
+        twin, inputs, seed, logits=logits
+    )
 
 
 def _by_structure(judge: Judge, constrained: set[str]) -> list[WeightFinding]:

@@ -150,13 +150,9 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
     # Plain lists: there is one symmetry a channel, and each reads a few numbers.
     sums: dict[tuple[str, Part], list[float]] = {}
     sizes: dict[tuple[str, Part], list[float]] = {}
-    parts: dict[str, list[tuple[Part, Partition]]] = {}
     for name, part, partition, _, _ in joint.parts():
-        parts.setdefault(name, []).append((part, partition))
-    for name, own in parts.items():
-        energies = _Energies(euler, name, own[0][1])
-        for part, partition in own:
-            sums[name, part], sizes[name, part] = energies.by_group(partition)
+        own = euler.sums(name, partition)
+        sums[name, part], sizes[name, part] = own.products.tolist(), (own.weights * own.gradients).sqrt().tolist()
     floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
     families: dict[Any, _Tally] = {}
     symmetries = joint.symmetries()
@@ -176,30 +172,6 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
         )
         for key, tally in families.items()
     )
-
-
-class _Energies:
-    """Sums of w ⊙ g, w² and g² of a parameter: one pass over a convolution's weights serves all its parts."""
-
-    def __init__(self, euler: EulerField, name: str, partition: Partition) -> None:
-        self.euler, self.name = euler, name
-        kernel = max(len(partition.shape) - 2, 0)
-        if any(axis >= len(partition.view) - kernel for axis in partition.kept):
-            kernel = 0
-        self.kernel = kernel
-        self.moments = euler.moments(name) if kernel else None
-
-    def by_group(self, partition: Partition) -> tuple[list[float], list[float]]:
-        """Sums of w ⊙ g and products ‖w‖‖g‖ of the groups of a partition of the parameter."""
-        if self.moments is not None:
-            view = partition.view[: len(partition.view) - self.kernel]
-            partition = Partition(partition.shape[:2], view, partition.kept)
-            products, weights, gradients = (partition.sum(moment) for moment in self.moments)
-        else:
-            # One after the other, so that one product at a time takes memory.
-            w, g = self.euler.weights[self.name], self.euler.gradients[self.name]
-            products, weights, gradients = partition.sum(w * g), partition.sum(w * w), partition.sum(g * g)
-        return products.flatten().tolist(), (weights * gradients).sqrt().flatten().tolist()
 
 
 def _common(exponents: dict[int, float]) -> float | None:

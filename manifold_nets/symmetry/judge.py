@@ -49,7 +49,7 @@ class Judge(Certifier):
 
     def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
         """Judge one weight."""
-        shape = tuple(self.field.weights[name].shape)
+        shape = self.field.shapes[name]
         layer = type(owner_of(self.twin, name)).__name__
         partition = structure.partition if structure is not None else None
         if structure is None or partition is None:
@@ -113,18 +113,19 @@ class Judge(Certifier):
         name = structure.name
         if self.field.silent:
             return self.alone(name, partition)
-        sums = partition.sum(self.field.products(name)).flatten()
-        weight = partition.sum(self.field.weights[name].square()).flatten()
-        gradient = partition.sum(self.field.gradients[name].square()).flatten()
+        own = self.field.sums(name, partition)
+        sums, weight, gradient = own.products.clone(), own.weights.clone(), own.gradients.clone()
         for bias, ids in structure.companions.items():
             entries = torch.tensor(structure.groups_of_forms(ids, groups), device=sums.device)
             kept = entries >= 0
+            shape = self.field.shapes[bias]
+            single = self.field.sums(bias, Partition(shape, shape, tuple(range(len(shape)))))
             for total, values in (
-                (sums, self.field.products(bias)),
-                (weight, self.field.weights[bias].square()),
-                (gradient, self.field.gradients[bias].square()),
+                (sums, single.products),
+                (weight, single.weights),
+                (gradient, single.gradients),
             ):
-                total.index_add_(0, entries[kept], values.reshape(-1)[kept])
+                total.index_add_(0, entries[kept], values[kept])
         if partition.group_size == 1 and not structure.companions:
             # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
             return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))

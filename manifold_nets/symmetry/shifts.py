@@ -7,7 +7,8 @@ leave free are symmetries. A direction d is one exactly where ``⟨∂L/∂w, d�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,21 +26,52 @@ from manifold_nets.symmetry.structure.rules.shift_use import LARGEST_LINK
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 
-__all__ = ["shift_symmetries"]
+__all__ = ["RowShift", "row_shifts", "shift_symmetries"]
 
 # Larger parameters that are no biases get one shift a filter or a row instead of one an entry.
 _LARGEST_BY_ENTRY = 1024
 _DROPOUT_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p")
 
 
+@dataclass(frozen=True)
+class RowShift:
+    """A row that the structure allows to be added to blocks of a weight's filters.
+
+    Args:
+        name: the weight.
+        partition: the entries that are shifted together.
+        free: the blocks whose row is free.
+        absorptions: the operations that do not see it.
+    """
+
+    name: str
+    partition: Partition
+    free: list[int]
+    absorptions: list[Absorption]
+
+
+def row_shifts(graph: TracedGraph, model: nn.Module, *, loss: bool = False) -> list[RowShift]:
+    """What the structure of a network allows to be added to its weights, row by row; see `shift_symmetries`."""
+    inactive = _inactive(model)
+    found = (_row_shift(graph, name, inactive, loss) for name in dict.fromkeys(graph.parameters.values()))
+    return [row for row in found if row is not None]
+
+
 def shift_symmetries(
-    graph: TracedGraph, model: nn.Module, euler: EulerField, tolerance: float, *, loss: bool = False
+    graph: TracedGraph,
+    model: nn.Module,
+    rows: Sequence[RowShift],
+    euler: EulerField,
+    tolerance: float,
+    *,
+    loss: bool = False,
 ) -> tuple[ShiftSymmetry, ...]:
     """Find the shift symmetries of a network, each with its certificate.
 
     Args:
         graph: the graph of the model in training mode.
         model: the model as the user has it: its probabilities of dropout count.
+        rows: what `row_shifts` found for them.
         euler: gradients of the network for cotangents that sum to zero along axis 1 where ``loss`` is given.
         tolerance: largest certificate value of a symmetry.
         loss: whether the outputs are logits of a loss that compares them along axis 1.
@@ -48,10 +80,8 @@ def shift_symmetries(
         The symmetries of single parameters and of several, parameter by parameter.
     """
     judge = ShiftJudge(euler, tolerance, _drops_samples(model))
-    inactive = _inactive(model)
-    found = _added_parameters(graph, judge, inactive, loss)
-    for name in dict.fromkeys(graph.parameters.values()):
-        found += _row_shifts(graph, name, judge, inactive, loss)
+    found = _added_parameters(graph, judge, _inactive(model), loss)
+    found += [judge.rows(row.name, row.partition, row.free, row.absorptions) for row in rows]
     return tuple(found)
 
 
@@ -87,7 +117,7 @@ def _added_parameters(
     shapes: dict[str, tuple[int, ...]] = {}
     for name in dict.fromkeys(graph.parameters.values()):
         sources = [node for node in graph.placeholders_of(name) if node.users]
-        if sources and (shape := _shape(sources[0])) and not _only_multiplies(sources):
+        if sources and (shape := _shape(sources[0])) and not only_multiplies(sources):
             shapes[name] = shape
     together: list[dict[str, tuple[int, ...]]] = [{name: shape for name, shape in shapes.items() if len(shape) == 1}]
     # Positions times channels would be too many different sums.
@@ -141,7 +171,7 @@ def _seed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], *(1 for _ in shape[1:])) if shape[0] > 1 else (*shape[:-1], 1)
 
 
-def _only_multiplies(sources: list[Node]) -> bool:
+def only_multiplies(sources: list[Node]) -> bool:
     """Whether a parameter is used as the weight of linear maps and normalizations only."""
     return all(bound_arguments(user).get("weight") is node for node in sources for user in node.users)
 
@@ -149,17 +179,15 @@ def _only_multiplies(sources: list[Node]) -> bool:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _row_shifts(
-    graph: TracedGraph, name: str, judge: ShiftJudge, inactive: Callable[[str], bool], loss: bool
-) -> list[ShiftSymmetry]:
+def _row_shift(graph: TracedGraph, name: str, inactive: Callable[[str], bool], loss: bool) -> RowShift | None:
     """``W → W + 1vᵀ``, one row for each block of filters: the finest blocks that cover the most."""
     sources = [node for node in graph.placeholders_of(name) if node.users]
     users = [user for node in sources for user in node.users]
     if not sources or len(_shape(sources[0])) < 2:
-        return []
-    if not _only_multiplies(sources) or only_looked_up(sources):
-        along = _shifts_along_an_axis(graph, name, sources, judge, inactive, loss)
-        if along or not _only_multiplies(sources):
+        return None
+    if not only_multiplies(sources) or only_looked_up(sources):
+        along = _shift_along_an_axis(graph, name, sources, inactive, loss)
+        if along or not only_multiplies(sources):
             return along
     best: tuple[float, Partition, list[int], list[Absorption]] | None = None
     for blocks, partition in _row_partitions(graph, users, _shape(sources[0])):
@@ -170,12 +198,12 @@ def _row_shifts(
         if free and (best is None or len(free) / blocks > best[0]):
             reached = list({a.node: a for k in free for a in absorbed[k]}.values())
             best = len(free) / blocks, partition, free, reached
-    return [] if best is None else [judge.rows(name, *best[1:])]
+    return None if best is None else RowShift(name, *best[1:])
 
 
-def _shifts_along_an_axis(
-    graph: TracedGraph, name: str, sources: list[Node], judge: ShiftJudge, inactive: Callable[[str], bool], loss: bool
-) -> list[ShiftSymmetry]:
+def _shift_along_an_axis(
+    graph: TracedGraph, name: str, sources: list[Node], inactive: Callable[[str], bool], loss: bool
+) -> RowShift | None:
     """One constant for each slice of a matrix that is transposed, multiplied as it stands, or looked up."""
     shape = _shape(sources[0])
     for axis in (1,) if only_looked_up(sources) else (1, 0):
@@ -187,8 +215,8 @@ def _shifts_along_an_axis(
         free = [k for k in scales.free if k in absorbed and k < shape[axis]]
         if len(free) == shape[axis]:
             reached = list({a.node: a for k in free for a in absorbed[k]}.values())
-            return [judge.rows(name, Partition(shape, shape, (axis,)), free, reached)]
-    return []
+            return RowShift(name, Partition(shape, shape, (axis,)), free, reached)
+    return None
 
 
 def _row_partitions(graph: TracedGraph, users: list[Node], shape: tuple[int, ...]) -> Iterable[tuple[int, Partition]]:

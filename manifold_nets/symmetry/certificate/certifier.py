@@ -26,21 +26,16 @@ class Certifier:
 
     def __init__(self, field: EulerField, tolerance: float) -> None:
         self.field, self.tolerance = field, tolerance
-        sizes = [
-            float(weight.norm() * field.gradients[name].norm())
-            for name, weight in field.weights.items()
-            if weight.ndim >= 2 and not field.silent
-        ]
-        self.largest = max(sizes, default=0.0)
+        names = [] if field.silent else [name for name, shape in field.shapes.items() if len(shape) >= 2]
+        self.largest = max((field.size(name) for name in names), default=0.0)
         self.floor = EVIDENCE_FLOOR * self.largest
 
     def alone(self, name: str, partition: Partition) -> Certificate:
         """Certificate of the groups of a partition without any bias."""
         if self.field.silent:
             return Certificate(None, "no evidence", 0, 0, partition.n_groups)
-        sums = partition.sum(self.field.products(name)).flatten()
-        weight, gradient = partition.norms(self.field.weights[name]), partition.norms(self.field.gradients[name])
-        return self.verdict(sums, weight.flatten(), gradient.flatten())
+        sums = self.field.sums(name, partition)
+        return self.verdict(sums.products, sums.weights.sqrt(), sums.gradients.sqrt())
 
     def verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor) -> Certificate:
         """Certificate from the sum of each group and the norms of its weights and gradients."""

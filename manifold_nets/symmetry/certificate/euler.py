@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import ExampleInputsError
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.network.absent import absent
 from manifold_nets.symmetry.network.graph import Inputs, output_tensors
 from manifold_nets.symmetry.network.twin import is_continuous
@@ -129,18 +132,47 @@ class EulerField:
         weights: the parameters at which the gradients were taken.
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
         silent: whether there are no values, as on the meta device.
-        keeps: whether there is memory for intermediate results.
+        wanted: for some weights the partitions whose sums will be asked for, so that one pass takes them all.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     silent: bool = False
-    keeps: bool = True
+    wanted: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
+    _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
     _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
-    def products(self, name: str) -> Tensor:
-        """The Euler field ``e = w ⊙ ∂L/∂w`` of a parameter."""
-        return self.weights[name] * self.gradients[name]
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name."""
+        return {name: tuple(weight.shape) for name, weight in self.weights.items()}
+
+    @cached_property
+    def largest_slope(self) -> float:
+        """The largest modulus of an entry of a gradient."""
+        return max((float(g.abs().max()) for g in self.gradients.values() if g.numel()), default=0.0)
+
+    def sums(self, name: str, partition: Partition) -> GroupSums:
+        """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
+        if self.silent:
+            return GroupSums(*torch.zeros(()).expand(4, partition.n_groups))
+        known = self._sums.setdefault(name, {})
+        if partition not in known:
+            finer = (sums.coarsened(fine, partition) for fine, sums in known.items())
+            found = next((sums for sums in finer if sums is not None), None)
+            known.update({partition: found} if found is not None else self._taken(name, partition))
+        return known[partition]
+
+    def size(self, name: str) -> float:
+        """``‖w‖ ‖∂L/∂w‖`` of a whole parameter."""
+        whole = self.sums(name, Partition.whole(self.shapes[name]))
+        return float((whole.weights * whole.gradients).sqrt())
+
+    def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
+        """The sums of a partition, and of those that will be asked for."""
+        partitions = list(dict.fromkeys([partition, *self.wanted.get(name, ())]))
+        taken = group_sums(self.weights[name], self.gradients[name], partitions)
+        return dict(zip(partitions, taken, strict=True))
 
     def moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """``w ⊙ g``, ``w²`` and ``g²``, summed over the kernel where there is one.
@@ -155,8 +187,7 @@ class EulerField:
             # One after the other, so that one product at a time takes memory.
             w, g = w.flatten(2), g.flatten(2)
             known = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
-            if self.keeps:
-                self._moments[name] = known
+            self._moments[name] = known
         return known
 
 
@@ -182,10 +213,10 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
     with torch.no_grad():
         for parameter in twin.parameters():
             if is_continuous(parameter):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                # New storage: the first field goes on holding the weights at its own point.
-                away = _FARTHER if parameter.ndim <= 1 else 1.0
-                parameter.data = parameter.data * away * (1 + 0.2 * noise.to(parameter.device))
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+                # In the storage of the noise: the first field goes on holding the weights at its own point.
+                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if parameter.ndim <= 1 else 1.0)
+                parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
     try:
         found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
         if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):

@@ -1,17 +1,22 @@
-"""The certificate in little memory: float64 for one weight at a time, nothing of the model's size but its gradients.
+"""The certificate in little memory: float64 for one weight at a time, and no gradient is kept.
 
 The copy that is analysed shares its weights with the model, in the model's precision. Each operation gets the weight
-that it reads cast to float64, and so does its backward pass, which casts once more what autograd would have kept. The
-gradient of each weight is rounded to float32 as soon as it is there: by the inequality of Cauchy and Schwarz that moves
-a certificate by at most half a machine epsilon of float32, so that its tolerance must not be below `ROUNDING`. Beside
-the model that takes as much memory as its gradients in float32, a few float64 copies of the largest weight, and the
-activations of the example inputs.
+that it reads cast to float64, and so does its backward pass, which casts once more what autograd would have kept. As
+soon as the gradient of a weight is there, its sums over the groups that will be asked for are taken, and it is freed.
+Where a weight is used several times its gradient waits for all of them, rounded to float32: by the inequality of
+Cauchy and Schwarz that moves a certificate by at most half a machine epsilon of float32, so that its tolerance must not
+be below `ROUNDING`. Beside the model that takes some float64 copies of the largest weight, and what the forward pass of
+the example inputs keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +25,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.euler import EulerField, move_vectors, random_projection, sharp_outputs
+from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.network.graph import Inputs
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous
 
@@ -68,22 +75,73 @@ def widen_vectors(twin: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.float64)
 
 
+class _Freed:
+    """Hands memory that was freed back to the system, each time that so many bytes have been.
+
+    The allocator of the C library keeps what is freed between tensors that live on: float64 copies of one weight after
+    the other would take as much as all of them. Elsewhere than in the C library of GNU nothing is done.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.bytes = limit, 0
+        try:
+            self.trim = ctypes.CDLL(None).malloc_trim
+        except (AttributeError, OSError, TypeError):
+            self.trim = None
+
+    def add(self, count: int) -> None:
+        self.bytes += count
+        if self.trim is not None and self.bytes > self.limit:
+            self.trim(0)
+            self.bytes = 0
+
+
 class _Passes:
     """The casts of one forward and backward pass, and the gradients that it leaves."""
 
-    def __init__(self, twin: nn.Module) -> None:
+    def __init__(self, twin: nn.Module, wanted: Mapping[str, Sequence[Partition]]) -> None:
         self.names = {id(p): name for name, p in twin.named_parameters() if p.is_floating_point()}
+        self.weights = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+        self.wanted = wanted
+        self.open: Counter[str] = Counter()
         self.gradients: dict[str, Tensor] = {}
+        self.sums: dict[str, dict[Partition, GroupSums]] = {}
+        self.largest = 0.0
+        self.freed = _Freed(sum(weight.numel() * weight.element_size() for weight in self.weights.values()) // 8)
         self.casts: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
     def widened(self, leaf: Any) -> Any:
         if not isinstance(leaf, nn.Parameter) or leaf.dtype == torch.float64 or id(leaf) not in self.names:
             return leaf
+        self.freed.add(8 * leaf.numel())
         wide: Tensor = _Cast.apply(leaf, self, self.names[id(leaf)])  # type: ignore[no-untyped-call]
         storage = wide.untyped_storage()
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self.casts[storage.data_ptr()] = reference, leaf.detach()
         return wide
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        """Take up the gradient of one use of a weight."""
+        self.freed.add(8 * gradient.numel())
+        self.open[name] -= 1
+        waiting = self.gradients.pop(name, None)
+        if waiting is not None:
+            gradient = waiting + gradient
+        if self.open[name] > 0 or name not in self.wanted:
+            self.gradients[name] = gradient.to(torch.float32)
+        else:
+            self.reduce(name, gradient)
+
+    def reduce(self, name: str, gradient: Tensor) -> None:
+        """Take the sums of a gradient that will be asked for."""
+        partitions = self.wanted[name]
+        self.sums[name] = dict(zip(partitions, group_sums(self.weights[name], gradient, partitions), strict=True))
+        self.largest = max(self.largest, float(torch.stack(gradient.aminmax()).abs().max()))
+
+    def finish(self) -> None:
+        """Reduce what still waits for a use that the outputs do not depend on."""
+        for name in [name for name in self.gradients if name in self.wanted]:
+            self.reduce(name, self.gradients.pop(name))
 
     def pack(self, saved: Tensor) -> Any:
         """What autograd keeps of a tensor: of a weight in float64, where to cast it from."""
@@ -104,17 +162,17 @@ class _Passes:
 
 
 class _Cast(torch.autograd.Function):
-    """Casts a weight to float64; the gradient is rounded, stored and not passed on."""
+    """Casts a weight to float64; the gradient is taken up and not passed on."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, passes: _Passes, name: str) -> Tensor:
         ctx.passes, ctx.name = passes, name
+        passes.open[name] += bool(ctx.needs_input_grad[0])
         return weight.detach().to(torch.float64)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        found, narrow = ctx.passes.gradients, gradient.to(torch.float32)
-        found[ctx.name] = narrow if ctx.name not in found else found[ctx.name].add_(narrow)
+        ctx.passes.take(ctx.name, gradient)
         return None, None, None
 
 
@@ -132,8 +190,57 @@ class _Widening(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def lean_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
+@dataclass(frozen=True)
+class LeanField(EulerField):
+    """Sums of the weights whose gradients are not kept; whole gradients of the other parameters.
+
+    Args:
+        again: computes the gradients of all parameters, for sums that nobody had asked for.
+        largest: the largest modulus of an entry of the gradients that were not kept.
+    """
+
+    again: Callable[[], EulerField] | None = field(default=None, repr=False, compare=False)
+    largest: float = 0.0
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters by name."""
+        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).stored.items()}
+
+    @cached_property
+    def largest_slope(self) -> float:
+        """The largest modulus of an entry of a gradient."""
+        return max(self.largest, super().largest_slope)
+
+    @cached_property
+    def _whole(self) -> EulerField:
+        if self.again is None:
+            raise RuntimeError("gradients that were not kept")
+        return self.again()
+
+    def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
+        if name in self.gradients:
+            return super()._taken(name, partition)
+        return {partition: self._whole.sums(name, partition)}
+
+
+def lean_field(
+    twin: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    wanted: Mapping[str, Sequence[Partition]] | None = None,
+    *,
+    logits: bool = False,
+) -> EulerField:
     """Run the forward and backward pass of the certificate on a lean copy; see `euler_field`.
+
+    Args:
+        twin: the copy; its parameters of one axis, and those that are zero, are moved.
+        inputs: its inputs, in float64.
+        seed: seed of the random cotangent.
+        wanted: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
+            rounded to float32. Should other sums be asked for, the pass is run once more.
+        logits: whether the cotangent sums to zero along axis 1.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -141,15 +248,40 @@ def lean_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fal
     device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     move_vectors([p for p in twin.parameters() if is_continuous(p)], generator)
-    passes = _Passes(twin)
+    return _pass(twin, inputs, seed, generator.get_state(), wanted or {}, logits=logits)
+
+
+def _pass(
+    twin: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    state: Tensor,
+    wanted: Mapping[str, Sequence[Partition]],
+    *,
+    logits: bool,
+) -> LeanField:
+    """One forward and backward pass with the random numbers of a state."""
+    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
+    generator = torch.Generator(device)
+    generator.set_state(state)
+    passes = _Passes(twin, wanted)
+    for parameter in twin.parameters():
+        parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)
         outputs = sharp_outputs(twin, inputs, _Widening(passes))
         random_projection(outputs, generator, logits=logits).backward()  # type: ignore[no-untyped-call]
-    weights = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+    passes.finish()
+    passes.freed.add(passes.freed.limit + 1)
     gradients = dict(passes.gradients)
     for name, parameter in twin.named_parameters():
-        if name not in gradients:
+        if name not in gradients and name not in passes.sums:
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
             gradients[name] = none if parameter.grad is None else parameter.grad
-    return EulerField(_Widened(weights), _Widened(gradients), keeps=False)
+
+    def again() -> EulerField:
+        return _pass(twin, inputs, seed, state, {}, logits=logits)
+
+    return LeanField(
+        _Widened(passes.weights), _Widened(gradients), _sums=passes.sums, again=again, largest=passes.largest
+    )

@@ -69,13 +69,13 @@ class ShiftJudge:
     """
 
     def __init__(self, euler: EulerField, tolerance: float, drops_samples: bool) -> None:
-        self.gradients, self.tolerance, self.drops_samples = euler.gradients, tolerance, drops_samples
-        self.largest = max((float(g.abs().max()) for g in self.gradients.values() if g.numel()), default=0.0)
+        self.euler, self.tolerance, self.drops_samples = euler, tolerance, drops_samples
+        self.largest = euler.largest_slope
 
     def added(self, directions: list[Direction], absorptions: list[Absorption], rank: int) -> ShiftSymmetry:
         """Judge shifts of added parameters."""
         values: list[float | None] = []
-        flat = {name: self.gradients[name].flatten().cpu().numpy() for name in directions[0]}
+        flat = {name: self.euler.gradients[name].flatten().cpu().numpy() for name in directions[0]}
         for direction in directions:
             g = np.concatenate([flat[name][list(entries)] for name, entries in direction.items()])
             d = np.array([c for entries in direction.values() for c in entries.values()])
@@ -92,15 +92,15 @@ class ShiftJudge:
 
     def rows(self, name: str, partition: Partition, free: list[int], absorptions: list[Absorption]) -> ShiftSymmetry:
         """Judge rows added to blocks of filters."""
-        gradient = self.gradients[name]
-        sums, norms = partition.sum(gradient).abs(), partition.norms(gradient)
-        entries = gradient.numel() // partition.n_groups
-        index = torch.arange(partition.n_groups).reshape(sums.shape)
+        found = self.euler.sums(name, partition)
+        sums, norms = found.slopes.abs(), found.gradients.sqrt()
+        entries = partition.group_size
+        index = torch.arange(partition.n_groups).reshape(partition.spread_shape)
         if len(partition.kept) > 1:
             lead = index.reshape(-1).reshape([partition.view[axis] for axis in partition.kept])
             index = lead if len(partition.view) == len(partition.shape) else _blocks_of(lead, partition, free)
         groups = index.flatten()
-        sums, sizes = sums.flatten().cpu()[groups], norms.flatten().cpu()[groups] * entries**0.5
+        sums, sizes = sums.cpu()[groups], norms.cpu()[groups] * entries**0.5
         values = [self._value(a, b) for a, b in zip(sums.tolist(), sizes.tolist(), strict=True)]
         return self._symmetry(
             "row shift", (name,), values, absorptions, partition=partition, groups=tuple(groups.tolist())
