@@ -84,10 +84,11 @@ class _Freed:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.bytes = limit, 0
+        self.trim: Callable[[int], int] | None = None
         try:
             self.trim = ctypes.CDLL(None).malloc_trim
         except (AttributeError, OSError, TypeError):
-            self.trim = None
+            return
 
     def add(self, count: int) -> None:
         self.bytes += count
