@@ -256,8 +256,9 @@ def study_name(settings: Settings) -> str:
     """The name of the study of a command in a shared database.
 
     Example:
-        >>> study_name(Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1))
-        'manifold-nets-ff7046ae3aa3'
+        >>> settings = Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1)
+        >>> study_name(settings) == f"manifold-nets-{settings.hash()[:12]}"
+        True
     """
     return f"manifold-nets-{settings.hash()[:12]}"
 
