@@ -263,9 +263,23 @@ def preamble(runs: Runs, note: str = "") -> str:
     """How the figures came about: the command, the seeds, the machine and the versions."""
     seeds = len({run.seed for run in runs.rows})
     script = Path(sys.argv[0]).name
-    words = [word for word in sys.argv[1:] if word != "--report-only"]
-    command = f"python examples/{script} {shlex.join(words)}".strip()
+    command = f"python examples/{script} {shlex.join(_general(sys.argv[1:]))}".strip()
     return f"Command: `{command}`; {len(runs.rows)} runs, at most {seeds} seeds each. {machine()} {note}".strip()
+
+
+def _general(words: Sequence[str]) -> list[str]:
+    """The words of a command that matter to its figures, without the folders of a machine."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--data":
+            next(rest, None)
+            kept += ["--data", "FOLDER"]
+        elif word in ("--output", "--workers"):
+            next(rest, None)
+        elif word != "--report-only":
+            kept.append(word)
+    return kept
 
 
 def summary_table(runs: Runs, arm: str, reference: str, initial_scale: str = "plain") -> list[list[str]]:
