@@ -41,12 +41,13 @@ def tiny(script, monkeypatch, tmp_path, keep):
     """Let a script carry out only some of its arms, on one seed or two and one epoch."""
     module = example(script, "sklearn", "optuna", "matplotlib")
     wanted = [arm for arm in module.arms() if re.fullmatch(keep, arm.name)]
+    assert wanted
     small = {"learning_rates": (0.01, 0.1, 0.3), "seeds": 2, "epochs": 1}
 
     def of(arm):
         return {**arm.options, **small, "optimizers": arm.options["optimizers"][:4]}
 
-    monkeypatch.setattr(module, "arms", lambda: [module.Arm(arm.name, of(arm)) for arm in wanted])
+    monkeypatch.setattr(module, "arms", lambda *_: [module.Arm(arm.name, of(arm)) for arm in wanted])
     words = [f"{script}.py", "--output", str(tmp_path / "out"), "--write", str(tmp_path / "results")]
     return module, words
 
