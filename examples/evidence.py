@@ -1,8 +1,9 @@
 """What the scripts that collect evidence share: comparisons in arms, runs stored as CSV, tables made of stored runs.
 
 An experiment is a list of `Arm`: one comparison each, with the options of `manifold_nets.compare`. `collect` carries
-the arms out, resumably, and stores every run in ``NAME_runs.csv``; tables and figures are made of that file alone, so
-``--report-only`` makes them again in seconds.
+the arms out, resumably, and stores every run in ``NAME_runs.csv``, and in ``NAME_runs.json`` with which command, on
+which machine and with which versions. Tables and figures are made of these files alone, so ``--report-only`` makes them
+again in seconds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import math
 import re
 import shlex
@@ -36,6 +38,7 @@ __all__ = [
     "Runs",
     "collect",
     "options_for",
+    "origin",
     "preamble",
     "read_runs",
     "summary_table",
@@ -87,9 +90,11 @@ class Runs:
 
     Args:
         rows: all of them.
+        about: the command that they came from, the machine and the versions, as one sentence each.
     """
 
     rows: tuple[Run, ...]
+    about: str = ""
 
     def of(self, arm: str, optimizer: str | None = None, initial_scale: str = "plain") -> tuple[Run, ...]:
         """The runs of an arm, of one optimizer if it is named."""
@@ -175,7 +180,7 @@ def collect(name: str, arms: Sequence[Arm], options: argparse.Namespace) -> Runs
         )
         stored = (*(run for run in stored if run.arm != arm.name), *_stored(arm.name, comparison))
         if file is not None:
-            write_runs(Runs(stored), file)
+            write_runs(Runs(stored, origin()), file)
     # With the digits that are stored, so that tables made again are the same to the last one.
     return Runs(stored) if file is None else read_runs(file)
 
@@ -187,7 +192,7 @@ def _line() -> Callable[[Progress], None]:
     def tell(progress: Progress) -> None:
         nonlocal told
         tenth = 10 * progress.done // progress.total
-        if tenth > told:
+        if tenth != told:  # it falls where runs that tuned are over
             told = tenth
             print(f"   {progress.done} of {progress.total} runs", file=sys.stderr, flush=True)
 
@@ -217,7 +222,7 @@ def _stored(arm: str, comparison: Comparison) -> Iterable[Run]:
 
 
 def write_runs(runs: Runs, file: Path) -> None:
-    """Store runs, a row each, with six digits."""
+    """Store runs, a row each, with six digits, and how they came about beside them."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [field.name for field in fields(Run)]
@@ -225,6 +230,7 @@ def write_runs(runs: Runs, file: Path) -> None:
     for run in runs.rows:
         writer.writerow([_cell(getattr(run, name)) for name in names])
     write_text(file, text.getvalue())
+    write_text(file.with_suffix(".json"), json.dumps({"about": runs.about}, ensure_ascii=False) + "\n")
 
 
 def _cell(value: object) -> object:
@@ -249,7 +255,8 @@ def read_runs(file: Path) -> Runs:
             Run(**{field.name: readers[str(field.type)](row[field.name]) for field in fields(Run)})
             for row in csv.DictReader(stream)
         ]
-    return Runs(tuple(rows))
+    about = file.with_suffix(".json")
+    return Runs(tuple(rows), json.loads(about.read_text(encoding="utf-8"))["about"] if about.is_file() else "")
 
 
 def write_text(file: Path, text: str) -> None:
@@ -259,12 +266,16 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def origin() -> str:
+    """The command that runs, without the folders of this machine, the machine and the versions."""
+    command = f"python examples/{Path(sys.argv[0]).name} {shlex.join(_general(sys.argv[1:]))}".strip()
+    return f"Command: `{command}`. {machine()}"
+
+
 def preamble(runs: Runs, note: str = "") -> str:
-    """How the figures came about: the command, the seeds, the machine and the versions."""
+    """How the figures came about: the command, the machine, the versions, the number of runs and of seeds."""
     seeds = len({run.seed for run in runs.rows})
-    script = Path(sys.argv[0]).name
-    command = f"python examples/{script} {shlex.join(_general(sys.argv[1:]))}".strip()
-    return f"Command: `{command}`; {len(runs.rows)} runs, at most {seeds} seeds each. {machine()} {note}".strip()
+    return f"{runs.about or origin()} {len(runs.rows)} runs, at most {seeds} seeds each. {note}".strip()
 
 
 def _general(words: Sequence[str]) -> list[str]:
@@ -277,6 +288,8 @@ def _general(words: Sequence[str]) -> list[str]:
             kept += ["--data", "FOLDER"]
         elif word in ("--output", "--workers"):
             next(rest, None)
+        elif Path(word).is_absolute():
+            kept.append("FOLDER")
         elif word != "--report-only":
             kept.append(word)
     return kept

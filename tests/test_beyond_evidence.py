@@ -68,7 +68,7 @@ def test_a_script_writes_what_report_only_writes_again(script, monkeypatch, tmp_
     module.main()
     told = capsys.readouterr().out
     names = {path.name for path in (tmp_path / "results").iterdir()}
-    assert names == {f"{module.NAME}_runs.csv", f"{module.NAME}.md", f"{module.NAME}.png"}
+    assert names == {f"{module.NAME}{end}" for end in ("_runs.csv", "_runs.json", ".md", ".png")}
     text = (tmp_path / "results" / f"{module.NAME}.md").read_text(encoding="utf-8")
     assert text in told
     (tmp_path / "results" / f"{module.NAME}.md").unlink()

@@ -19,7 +19,7 @@ report = example("camvid_report")
 tables = example("camvid_tables")
 evidence = example("evidence")
 
-STORED = ("runs.csv", "epochs.csv", "scores.csv", "about.json", "pictures.npz")
+STORED = ("runs.csv", "runs.json", "epochs.csv", "scores.csv", "about.json", "pictures.npz")
 MADE = (".md", "_curves.png", "_pictures.png")
 FEW = {
     "SGD_RATES": (0.1, 1e8),  # at which SGD diverges

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-from evidence import Arm, Run, Runs, collect, options_for, preamble, read_runs, summary_table, table
+from evidence import Arm, Run, Runs, collect, options_for, origin, preamble, read_runs, summary_table, table
 
 ARMS = (
     Arm("small, 1", {"model": "mlp:4", "optimizers": ["sgd", "rsgd"], "learning_rates": [1e-2, 1e-1], "seeds": 2}),
@@ -102,5 +102,18 @@ def test_a_table_and_how_it_came_about(monkeypatch):
     assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
     monkeypatch.setattr(sys, "argv", ["/somewhere/mnist.py", "--write", "examples/results", "--report-only"])
     text = preamble(Runs((run_of("sgd", 0, 0.1),)))
-    assert text.startswith("Command: `python examples/mnist.py --write examples/results`; 1 runs")
+    assert text.startswith("Command: `python examples/mnist.py --write examples/results`. Machine: ")
     assert "/somewhere" not in text
+    words = ["mnist.py", "--data", "/data/mnist", "--write", "/somewhere", "--output", "/out", "--seeds", "3"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert origin().startswith("Command: `python examples/mnist.py --data FOLDER --write FOLDER --seeds 3`. Machine: ")
+
+
+def test_tables_made_again_elsewhere_tell_of_the_machine_that_trained(collected, monkeypatch):
+    folder, arms, _ = collected
+    told = preamble(read_runs(folder / "results" / "tiny_runs.csv"))
+    monkeypatch.setattr(sys, "argv", ["another.py"])
+    monkeypatch.setattr("evidence.machine", lambda: "Machine: another.")
+    assert preamble(collect("tiny", arms, options(folder, "--report-only"))) == told
+    # Sabotage: without what was stored, the table would tell of the wrong one.
+    assert preamble(Runs(read_runs(folder / "results" / "tiny_runs.csv").rows)) != told
