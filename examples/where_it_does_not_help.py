@@ -122,24 +122,31 @@ def _outcome(before: PairedDifference, after: PairedDifference) -> str:
     return "better than the reference" if judged(after) == "better" else "not told apart from the reference"
 
 
+def counts(runs: Runs) -> str:
+    """In how many cases spheres are worse, and for how many of these there is a remedy."""
+    cases = present(runs)
+    worse = [case for case in cases if judged(against_reference(runs, case, case.entries[1])) == "worse"]
+    cured = [
+        case
+        for case in worse
+        if any(judged(against_reference(runs, case, entry)) != "worse" for entry in case.entries[2:])
+    ]
+    return (
+        f"In {len(worse)} of {len(cases)} cases spheres are worse than the plain optimizer that they are compared with;"
+        f" in {len(cured)} of these a remedy leaves no such difference"
+    )
+
+
 def as_markdown(runs: Runs) -> str:
     """What was found in words, and the table."""
     cases = present(runs)
-    worse = [case.name for case in cases if judged(against_reference(runs, case, case.entries[1])) == "worse"]
-    cured = [
-        case.name
-        for case in cases
-        if case.name in worse and any(judged(against_reference(runs, case, e)) != "worse" for e in case.entries[2:])
-    ]
     return "\n".join(
         (
             "# Where spheres do not help\n",
             preamble(runs) + "\n",
             (
-                f"In {len(worse)} of {len(cases)} cases spheres are worse than the plain optimizer that they are"
-                f" compared with; in {len(cured)} of these a remedy leaves no such difference. Differences of test"
-                " errors are paired by seed, with Student's interval of 95 %; each contestant has the learning rate"
-                " that validation data chose from the same grid.\n"
+                f"{counts(runs)}. Differences of test errors are paired by seed, with Student's interval of 95 %; each"
+                " contestant has the learning rate that validation data chose from the same grid.\n"
             ),
             *(statement(runs, case) for case in cases),
             "",
