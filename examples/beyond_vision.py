@@ -21,9 +21,9 @@ from evidence import (
     collect,
     options_for,
     preamble,
+    show,
     summary_table,
     table,
-    write_text,
 )
 from sphere_recipes import EUCLIDEAN, RECIPES, SPHERES, entrants
 
@@ -256,11 +256,7 @@ def main() -> None:
     options = options_for(NAME, "Spheres beyond vision.").parse_args()
     stored = collect(NAME, arms(), options)
     runs = tuned(stored)
-    text = as_markdown(runs, stored)
-    print(text)
-    if options.write is not None:
-        write_text(options.write / f"{NAME}.md", text)
-        draw(runs, options.write / f"{NAME}.png")
+    show(NAME, as_markdown(runs, stored), lambda path: draw(runs, path), options)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ __all__ = [
     "origin",
     "preamble",
     "read_runs",
+    "show",
     "summary_table",
     "table",
     "write_runs",
@@ -264,6 +265,14 @@ def write_text(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def show(name: str, text: str, draw: Callable[[Path], None], options: argparse.Namespace) -> None:
+    """Print a report, and write it and its figure where ``--write`` says."""
+    print(text)
+    if options.write is not None:
+        write_text(options.write / f"{name}.md", text)
+        draw(options.write / f"{name}.png")
 
 
 def origin() -> str:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from evidence import Arm, collect, options_for, write_text
+from evidence import Arm, collect, options_for, show
 from mnist_report import NAME, as_markdown, draw, paper_arm, today_arm
 from sphere_recipes import EUCLIDEAN, SPHERES, entrants
 
@@ -90,11 +90,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="the most that a run has")
     options = parser.parse_args()
     runs = collect(NAME, [*paper_arms(options), *today_arms(options)], options)
-    text = as_markdown(runs)
-    print(text)
-    if options.write is not None:
-        write_text(options.write / f"{NAME}.md", text)
-        draw(runs, options.write / f"{NAME}.png")
+    show(NAME, as_markdown(runs), lambda path: draw(runs, path), options)
 
 
 if __name__ == "__main__":

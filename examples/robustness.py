@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence import Arm, Runs, collect, options_for, preamble, read_runs, table, write_text
+from evidence import Arm, Runs, collect, options_for, preamble, read_runs, show, table
 from robustness_measures import TOLERANCES, Finding, Sample, findings_of, samples_of, scale_costs, tally
 from sphere_recipes import entrants
 
@@ -199,11 +199,7 @@ def main() -> None:
     runs = collect(NAME, arms(options.data), options)
     samples = samples_of(runs) + ([] if options.write is None else others(options.write))
     findings = findings_of(samples)
-    text = as_markdown(runs, samples, findings)
-    print(text)
-    if options.write is not None:
-        write_text(options.write / f"{NAME}.md", text)
-        draw(samples, options.write / f"{NAME}.png")
+    show(NAME, as_markdown(runs, samples, findings), lambda path: draw(samples, path), options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 from choices import difference, verdict, with_interval
 from difference_figure import DifferenceRow, draw_differences
-from evidence import Arm, Run, Runs, collect, options_for, preamble, table, write_text
+from evidence import Arm, Run, Runs, collect, options_for, preamble, show, table
 from limit_cases import CASES, COMMON, Case, Entry
 from limit_contestants import LIMIT_CONTESTANTS
 from sphere_recipes import entrants
@@ -174,11 +174,7 @@ def main() -> None:
     """Train, or read what was stored, and write table and figure."""
     options = options_for(NAME, "Where spheres do not help, and what helps there.").parse_args()
     runs = collect(NAME, arms(), options)
-    text = as_markdown(runs)
-    print(text)
-    if options.write is not None:
-        write_text(options.write / f"{NAME}.md", text)
-        draw(runs, options.write / f"{NAME}.png")
+    show(NAME, as_markdown(runs), lambda path: draw(runs, path), options)
 
 
 if __name__ == "__main__":
