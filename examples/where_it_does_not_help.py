@@ -106,7 +106,8 @@ def statement(runs: Runs, case: Case) -> str:
     lost, *remedies = case.entries[1:]
     reference = case.entries[0].optimizer
     found = against_reference(runs, case, lost)
-    words = [f"- **{case.name}.** {case.why} Measured: {lost.optimizer} against {reference} {with_interval(found)}: "]
+    measured = f"{lost.optimizer} against {reference} {with_interval(found)}"
+    words = [f"- **{case.name}.** Expected: {case.why} Measured: {measured}: "]
     said = {"worse": "spheres lose", "better": "spheres win all the same"}
     words.append(said.get(judged(found), "no difference that these seeds show") + ". ")
     for entry in remedies:
