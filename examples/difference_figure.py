@@ -45,7 +45,7 @@ def draw_differences(rows: Sequence[DifferenceRow], told: str, path: Path) -> No
     axes.set_xscale("symlog", linthresh=1)
     ticks = [-30, -10, -3, -1, 0, 1, 3, 10, 30]
     axes.set_xticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
-    axes.set_xlabel(told)
+    figure.supxlabel(told, fontsize=8)  # the axes alone are too narrow for it
     axes.grid(alpha=0.3)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=120)
