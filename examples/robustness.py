@@ -167,7 +167,7 @@ def draw(samples: list[Sample], path: Path) -> None:
     for axes in list(panels.flat)[len(groups) :]:
         axes.set_axis_off()
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:], dpi=120)
+        figure.savefig(temporary, format=path.suffix[1:], dpi=90)
     pyplot.close(figure)
 
 
