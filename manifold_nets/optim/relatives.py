@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from manifold_nets.errors import OptionError
 from manifold_nets.gathered import local_part
 from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.membership import Group
+from manifold_nets.optim.pieces import pieces
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rsgd import RiemannianSGD
 from manifold_nets.optim.rules.coefficients import Coefficients, Moments
@@ -28,6 +30,11 @@ class _MomentumOptimizer(RiemannianSGD):
     def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
         raise NotImplementedError
 
+    def _parts(self, group: Group, members: Sequence[Member]) -> Iterator[Member]:
+        """Yield what is stepped at once: whole groups, whose coefficients do not depend on other groups."""
+        for member in members:
+            yield from pieces(member)
+
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with the options of the method beside those of torch."""
         _complete(param_group, self._options, self.defaults)
@@ -36,7 +43,7 @@ class _MomentumOptimizer(RiemannianSGD):
     def _step_members(self, group: Group, members: Sequence[Member]) -> None:
         momentum = group["momentum"]
         follow, ahead = (momentum, 1.0) if group["nesterov"] else (1.0, 0.0)
-        for member in members:
+        for member in self._parts(group, members):
             space = Workspace(member.manifold, member.weight)
             w, g = space.open(member.weight), space.read(member.gradient)
             b = None if member.moment is None else space.open(member.moment)
@@ -125,6 +132,9 @@ class AngularSGD(_MomentumOptimizer):
         self._options = {"per": per}
         super().__init__(params, lr=lr, **options)
 
+    def _parts(self, group: Group, members: Sequence[Member]) -> Iterator[Member]:
+        return iter(members) if group["per"] == "weight" else super()._parts(group, members)
+
     def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
         rate = angular_rate(found, moments, float(group["lr"]), per_weight=group["per"] == "weight")
         return geodesic_coefficients(found, moments, rate)
@@ -210,7 +220,7 @@ class AdamG(RiemannianAdam):
 
     def _step_members(self, group: Group, members: Sequence[Member]) -> None:
         rule = self._rule(group)
-        for member in members:
+        for member in itertools.chain.from_iterable(map(pieces, members)):
             if member.moment is None or member.second is None:
                 continue
             space = Workspace(member.manifold, member.weight)

@@ -12,6 +12,7 @@ from manifold_nets.errors import SelectionError
 from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate
 from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.membership import Group, name_of
+from manifold_nets.optim.pieces import cuts
 from manifold_nets.optim.rsgd import RiemannianSGD
 
 __all__ = ["ScaledMetricSGD", "scaled_metric_groups"]
@@ -114,20 +115,36 @@ class ScaledMetricSGD(RiemannianSGD):
 
     @torch.no_grad()
     def _step_scaled(self, group: Group, weight: Tensor, gradient: Tensor, partition: Partition) -> None:
-        dtype = accumulation_dtype(weight.dtype)
-        w, g = weight.detach().to(dtype), gradient.to(dtype)
-        norms = partition.norms(w)
-        direction = fresh = partition.multiply(-g if group["maximize"] else g, norms)
-        momentum = group["momentum"]
-        if momentum != 0:
+        buffer, fresh = None, False
+        if group["momentum"] != 0:
             state = self.state[weight]
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                buffer = fresh
-            else:
-                buffer = momentum * buffer.to(dtype) + (1 - group["dampening"]) * fresh
-            state["momentum_buffer"] = buffer.to(weight.dtype)
-            direction = fresh + momentum * buffer if group["nesterov"] else buffer
+            fresh = state.get("momentum_buffer") is None
+            if fresh:
+                state["momentum_buffer"] = torch.zeros_like(weight, requires_grad=False)
+            buffer = state["momentum_buffer"]
+        for rows, _, part in cuts(partition):
+            held = None if buffer is None else buffer[rows]
+            self._step_part(group, weight.detach()[rows], gradient[rows], held, part, fresh=fresh)
+
+    def _step_part(
+        self,
+        group: Group,
+        weight: Tensor,
+        gradient: Tensor,
+        buffer: Tensor | None,
+        partition: Partition,
+        *,
+        fresh: bool,
+    ) -> None:
+        dtype = accumulation_dtype(weight.dtype)
+        w, g = weight.to(dtype), gradient.to(dtype)
+        norms = partition.norms(w)
+        direction = slope = partition.multiply(-g if group["maximize"] else g, norms)
+        if buffer is not None:
+            momentum, dampening = group["momentum"], 0.0 if fresh else group["dampening"]
+            moment = momentum * buffer.to(dtype) + (1 - dampening) * slope
+            buffer.copy_(moment)
+            direction = slope + momentum * moment if group["nesterov"] else moment
         weight.copy_(w - partition.multiply(direction, norms * float(group["lr"])))
 
 
