@@ -1,11 +1,14 @@
 """Training on two processes: every path is that of one process, and checkpoints move between the two."""
 
 import functools
+import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from process_groups import on_processes
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -27,7 +30,7 @@ from training_cases import (
 )
 
 import manifold_nets as mn
-from manifold_nets.constraints import constrained_weights
+from manifold_nets.constraints import attach, constrained_weights
 from manifold_nets.errors import EuclideanStepError
 from manifold_nets.optim import clip_sphere_grad_norm_
 
@@ -60,24 +63,43 @@ def distributed_path(net, optimizer, data, rank, world, between=lambda: None):
     return path
 
 
-def sharded(world):
+def crossing():
+    """Groups that no two processes can share out among them: a whole matrix, and 15 rows in blocks of five."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Flatten(), nn.Linear(50, 11, bias=False), nn.LayerNorm(11), nn.Tanh()),
+        *(nn.Linear(11, 15, bias=False), nn.GroupNorm(3, 15), nn.Tanh(), nn.Linear(15, 3)),
+    ).double()
+    spheres = {
+        1: mn.SphereProduct(mn.Partition.whole((11, 50)), radius=1.5),
+        4: mn.SphereProduct(mn.Partition.blocks((15, 11), 3), radius=torch.tensor([0.5, 1.0, 2.0])),
+    }
+    for place, sphere in spheres.items():
+        attach(net[place], "weight", sphere, sphere.projx(net[place].weight.detach()))
+    return net
+
+
+NETWORKS = {"filters": functools.partial(network, "group"), "crossing": crossing}
+
+
+def sharded(world, groups):
     from torch.distributed.fsdp import fully_shard
 
-    net, mesh = network("group"), init_device_mesh("cpu", (world,))
+    net, mesh = NETWORKS[groups](), init_device_mesh("cpu", (world,))
     for layer in net:
         if any(True for _ in layer.parameters()):
             fully_shard(layer, mesh=mesh)
     return fully_shard(net, mesh=mesh)
 
 
-def wrapped(world):
-    return DistributedDataParallel(network("group"))
+def wrapped(world, groups):
+    return DistributedDataParallel(NETWORKS[groups]())
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
 
 
-def check_paths(rank, world, make):
+def check_paths(rank, world, make, groups):
     """Both optimizers, without and with clipping, against the plain loop over whole batches."""
     for kind in KINDS:
         clippings = {
@@ -86,19 +108,22 @@ def check_paths(rank, world, make):
             "sphere by sphere": lambda net: clip_sphere_grad_norm_(net, 0.01),
         }
         for clip in clippings.values():
-            net, plain = make(world), network("group")
+            net, plain = make(world, groups), NETWORKS[groups]()
             found = distributed_path(net, optimizer_of(net, kind), batches(), rank, world, functools.partial(clip, net))
             expected = train(plain, optimizer_of(plain, kind), batches(), between=functools.partial(clip, plain))
             check_same_path(found, expected, EPS)
 
 
 def check_data_parallel(rank, world):
-    check_paths(rank, world, wrapped)
+    for groups in NETWORKS:
+        check_paths(rank, world, wrapped, groups)
 
 
 def check_fully_sharded(rank, world):
-    check_paths(rank, world, sharded)
-    net = sharded(world)
+    for groups in NETWORKS:
+        check_paths(rank, world, sharded, groups)
+    check_one_sum_a_step(rank, world)
+    net = sharded(world, "filters")
     x, y = part_of(batches(1)[0], rank, world)
     cross_entropy(net(x), y).backward()
     with pytest.raises(EuclideanStepError):
@@ -110,6 +135,29 @@ def check_fully_sharded(rank, world):
             weight.parameter.mul_(1.5)
     assert {name: round(off, 6) for name, off in mn.project(net).items()} == {"0.weight": 0.5, "3.weight": 0.5}
     check_same_path([whole_values(net)], [before], EPS)
+
+
+def check_one_sum_a_step(rank, world):
+    """In a step each weight whose groups cross the boundary costs one sum of six scalars a group, the others none."""
+    for groups, expected in (("filters", []), ("crossing", [6, 18])):
+        net = sharded(world, groups)
+        optimizer = optimizer_of(net, "sgd")
+        distributed_path(net, optimizer, batches(2), rank, world)
+        x, y = part_of(batches(3)[2], rank, world)
+        optimizer.zero_grad()
+        cross_entropy(net(x), y).backward()
+        sizes, add_up = [], dist.all_reduce
+
+        def counting(sums, sizes=sizes, add_up=add_up, **options):
+            sizes.append(sums.numel())
+            return add_up(sums, **options)
+
+        dist.all_reduce = counting
+        try:
+            optimizer.step()
+        finally:
+            dist.all_reduce = add_up
+        assert sizes == expected
 
 
 def check_made_on_meta(rank, world):
@@ -176,24 +224,24 @@ def states_of(net, optimizer):
 
 
 def save_after_half(rank, world, folder):
-    for kind in KINDS:
-        net = sharded(world) if world > 1 else network("group")
+    for kind, groups in itertools.product(KINDS, NETWORKS):
+        net = sharded(world, groups) if world > 1 else NETWORKS[groups]()
         optimizer = optimizer_of(net, kind)
         distributed_path(net, optimizer, batches()[:HALF], rank, world)
-        dcp.save(states_of(net, optimizer), checkpoint_id=f"{folder}/{kind}-{world}")
+        dcp.save(states_of(net, optimizer), checkpoint_id=f"{folder}/{kind}-{groups}-{world}")
 
 
 def go_on_from(rank, world, folder, saved_by):
     """Load what another number of processes has saved, into a network of other values, and compare the rest."""
-    for kind in KINDS:
-        net = sharded(world) if world > 1 else network("group")
+    for kind, groups in itertools.product(KINDS, NETWORKS):
+        net = sharded(world, groups) if world > 1 else NETWORKS[groups]()
         optimizer = optimizer_of(net, kind)
         distributed_path(net, optimizer, batches()[HALF:], rank, world)
         states = states_of(net, optimizer)
-        dcp.load(states, checkpoint_id=f"{folder}/{kind}-{saved_by}")
+        dcp.load(states, checkpoint_id=f"{folder}/{kind}-{groups}-{saved_by}")
         set_state_dict(net, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
         found = distributed_path(net, optimizer, batches()[HALF:], rank, world)
-        plain = network("group")
+        plain = NETWORKS[groups]()
         expected = train(plain, optimizer_of(plain, kind), batches())[HALF:]
         check_same_path(found, expected, HALF * EPS)
 
@@ -208,4 +256,4 @@ def test_a_checkpoint_of_one_process_goes_on_in_two_and_back(tmp_path):
     save_after_half(0, 1, str(tmp_path))
     assert on_processes(go_on_and_save, tmp_path, str(tmp_path))
     go_on_from(0, 1, str(tmp_path), 2)
-    assert (tmp_path / "sgd-2").is_dir()
+    assert (tmp_path / "sgd-crossing-2").is_dir()
