@@ -99,6 +99,9 @@ def check_all(rank, world):
             elif kind == "sgd":
                 # One sum for each step: all inner products are taken at once.
                 assert len(sizes) == STEPS, (case, sizes)
+            else:
+                # A second one where a gradient is nearly along the radius, and its tangential part is measured.
+                assert STEPS <= len(sizes) <= 2 * STEPS, (case, kind, sizes)
             assert all(size <= 6 * partition.n_groups for size in sizes)
         for dtype in (torch.float32, torch.bfloat16):
             compare(case, "adam", mesh, dtype)
