@@ -78,8 +78,9 @@ def measured(cases):
 def check(cases, allowed=1.0):
     for case, (taken, kept) in zip(cases, measured(cases), strict=True):
         assert taken <= allowed, f"{case}: {taken:.2f} weights at the peak"
-        # The moment, and one scalar a sphere in float32.
-        assert kept <= 1.0 + 4 / 4096, case
+        # The moment, and one scalar a sphere in float32; one an entry where Adam's direction is wanted.
+        entries = 4 / DTYPES[case[2]].itemsize if case[0] == "angular-adam" else 0
+        assert kept <= 1.0 + entries + 4 / 4096, case
 
 
 @linux
@@ -122,7 +123,7 @@ def test_pieces_hold_whole_groups_with_their_radii(name, radius, monkeypatch):
     sphere = mn.SphereProduct(partition, radius=radii)
     weight = sphere.random(dtype=torch.float64).as_subclass(torch.Tensor)
     second = torch.arange(partition.n_groups).double().reshape(partition.spread_shape)
-    parts = list(pieces.pieces(Member(weight, -weight, sphere, 2 * weight, (second, None))))
+    parts = [piece for _, piece in pieces.pieces(Member(weight, -weight, sphere, 2 * weight, (second, None)))]
     pieces.cuts.cache_clear()
     assert len(parts) == partition.view[0] // 2 > 1
     assert torch.equal(torch.cat([part.weight for part in parts]), weight)
@@ -152,8 +153,10 @@ def test_steps_in_pieces_are_those_of_whole_weights(name, case, monkeypatch):
             optimizer.step()
         paths.append((weight.detach().clone(), *(x.clone() for x in optimizer.state[weight].values())))
         pieces.cuts.cache_clear()
+    eps = torch.finfo(torch.float64).eps
     for whole, cut in zip(*paths, strict=True):
-        assert torch.equal(whole, cut)
+        # To the order in which processors take the entries of a loop and its rest.
+        torch.testing.assert_close(whole, cut, rtol=64 * eps, atol=64 * eps)
 
 
 def test_angles_of_a_whole_weight_are_not_taken_piece_by_piece(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 
+import geoopt
 import numpy as np
 import pymanopt
 import pytest
@@ -10,7 +11,7 @@ from optim_cases import LAYOUTS, STEPS, Problem, radii_for
 from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.errors import DegenerateGroupError, OptionError, SelectionError
+from manifold_nets.errors import DegenerateGroupError, OptionError, SelectionError, SphereOptionError
 
 LR, MOMENTUM, CLIP, BETAS, EPS = 0.3, 0.8, 0.4, (0.8, 0.95), 1e-6
 
@@ -31,6 +32,14 @@ class Reference:
             return
         if self.method in ("sgd-g", "adam-g"):
             xi = xi * min(1.0, CLIP / np.linalg.norm(xi))
+        if self.method == "angular-adam":
+            self.b = BETAS[0] * self.b + (1 - BETAS[0]) * xi
+            self.v = BETAS[1] * self.v + (1 - BETAS[1]) * xi**2
+            d = self.b / (np.sqrt(self.v / (1 - BETAS[1] ** self.t)) + EPS)
+            d = d - (self.u @ d) * self.u
+            self.u = np.cos(LR) * self.u - np.sin(LR) * d / np.linalg.norm(d)
+            self.b = self.b - (self.u @ self.b) * self.u
+            return
         if self.method == "adam-g":
             self.b = BETAS[0] * self.b + (1 - BETAS[0]) * xi
             self.v = BETAS[1] * self.v + (1 - BETAS[1]) * (xi @ xi)
@@ -52,11 +61,13 @@ def optimizer_for(method, parameter):
         return mn.optim.SGDG([parameter], lr=LR, momentum=MOMENTUM, clip=CLIP)
     if method == "adam-g":
         return mn.optim.AdamG([parameter], lr=LR, betas=BETAS, eps=EPS, clip=CLIP)
+    if method == "angular-adam":
+        return mn.optim.AngularAdam([parameter], lr=LR, betas=BETAS, eps=EPS)
     kind = {"angular": mn.optim.AngularSGD, "projected": mn.optim.ProjectedSGD}[method]
     return kind([parameter], lr=LR, momentum=MOMENTUM)
 
 
-METHODS = ["sgd-g", "adam-g", "angular", "projected"]
+METHODS = ["sgd-g", "adam-g", "angular", "angular-adam", "projected"]
 
 
 def check_against_reference(method, layout, radii, dtype, planted=None):
@@ -126,6 +137,31 @@ def test_an_angular_step_is_the_angle_that_was_asked_for(per):
         np.testing.assert_allclose(measured, 0.2501, rtol=1e-7)
 
 
+def test_squares_of_entries_stay_in_float32_beside_half_precision_weights():
+    sphere = mn.SphereProduct((3, 8))
+    start = sphere.random().bfloat16().as_subclass(torch.Tensor)
+    first, second = (geoopt.ManifoldParameter(start.clone(), manifold=sphere) for _ in range(2))
+    ours, theirs = mn.optim.AngularAdam([first], lr=0.1), mn.optim.AngularAdam([second], lr=0.1)
+    for _ in range(3):
+        moved_by(ours, first, torch.randn(3, 8).bfloat16())
+    with torch.no_grad():
+        second.copy_(first)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    squares = ours.state[first]["entry_sq"]
+    assert squares.dtype == torch.float32
+    assert not torch.equal(squares, squares.bfloat16().float())
+    assert torch.equal(theirs.state[second]["entry_sq"], squares)
+
+
+def test_a_sphere_that_several_weights_share_is_refused_by_name():
+    joint = mn.JointSphere({name: mn.Partition.whole((3, 4)) for name in ("first", "second")})
+    points = joint.projx([torch.randn(3, 4) for _ in range(2)])
+    group = {"params": [nn.Parameter(point) for point in points], "manifolds": list(joint.manifolds)}
+    assert mn.optim.AngularSGD([dict(group)], lr=0.1).param_groups[0]["manifolds"] == list(joint.manifolds)
+    with pytest.raises(SphereOptionError, match=r"joint sphere.*AngularSGD"):
+        mn.optim.AngularAdam([dict(group)], lr=0.1)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_no_gradient_no_motion(method):
     problem = Problem(LAYOUTS[0], radii_for(LAYOUTS[0], "unit"))
@@ -161,6 +197,7 @@ def test_a_state_continues_bit_for_bit(method):
         (lambda p: mn.optim.ProjectedSGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
         (lambda p: mn.optim.ScaledMetricSGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
         (lambda p: mn.optim.AdamG(p, lr=0.1), lambda p: torch.optim.Adam(p, lr=0.1)),
+        (lambda p: mn.optim.AngularAdam(p, lr=0.1), lambda p: torch.optim.Adam(p, lr=0.1)),
     ],
 )
 def test_plain_parameters_take_the_steps_of_torch(ours, torchs):
@@ -223,8 +260,9 @@ def test_bad_options_are_refused_by_name():
             build()
     with pytest.raises(OptionError, match="per"):
         mn.optim.AngularSGD([weight], per="layer")
-    with pytest.raises(OptionError, match="amsgrad"):
-        mn.optim.AdamG([weight], amsgrad=True)
+    for kind in (mn.optim.AdamG, mn.optim.AngularAdam):
+        with pytest.raises(OptionError, match="amsgrad"):
+            kind([weight], amsgrad=True)
     net = nn.Linear(3, 2)
     with pytest.raises(SelectionError, match="wait"):
         mn.optim.scaled_metric_groups(net, {"wait": mn.Partition.filters((2, 3))})

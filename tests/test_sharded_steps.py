@@ -10,7 +10,7 @@ from training_cases import check_same_path
 
 import manifold_nets as mn
 from manifold_nets.errors import SphereOptionError
-from manifold_nets.optim import SGDG, AdamG, AngularSGD, ProjectedSGD, RiemannianAdam, RiemannianSGD
+from manifold_nets.optim import SGDG, AdamG, AngularAdam, AngularSGD, ProjectedSGD, RiemannianAdam, RiemannianSGD
 from manifold_nets.optim.executions import sharding
 
 STEPS = 5
@@ -38,6 +38,7 @@ KINDS = {
     "plain sgd": lambda groups: RiemannianSGD(groups, lr=0.1),
     "sgd-g": lambda groups: SGDG(groups, lr=0.1, momentum=0.9),
     "adam-g": lambda groups: AdamG(groups, lr=0.05),
+    "angular-adam": lambda groups: AngularAdam(groups, lr=0.1),
     "projected": lambda groups: ProjectedSGD(groups, lr=0.1, momentum=0.9),
     "angular": lambda groups: AngularSGD(groups, lr=0.1, momentum=0.9),
 }
@@ -99,6 +100,8 @@ def check_all(rank, world):
             elif kind == "sgd":
                 # One sum for each step: all inner products are taken at once.
                 assert len(sizes) == STEPS, (case, sizes)
+            elif kind == "angular-adam":
+                assert len(sizes) == 4 * STEPS, (case, sizes)
             else:
                 # A second one where a gradient is nearly along the radius, and its tangential part is measured.
                 assert STEPS <= len(sizes) <= 2 * STEPS, (case, kind, sizes)

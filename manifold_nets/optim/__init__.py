@@ -1,5 +1,6 @@
 """Optimizers on products of spheres, their parameter groups, and the paper's learning-rate schedule."""
 
+from manifold_nets.optim.angular_adam import AngularAdam
 from manifold_nets.optim.averaging import AveragedModel
 from manifold_nets.optim.carry_over import carry_momentum
 from manifold_nets.optim.clipping import clip_sphere_grad_norm_
@@ -16,6 +17,7 @@ __all__ = [
     "OPTIMIZERS",
     "SGDG",
     "AdamG",
+    "AngularAdam",
     "AngularSGD",
     "AveragedModel",
     "BoldDriver",

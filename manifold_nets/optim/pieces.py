@@ -48,26 +48,32 @@ def cuts(partition: Partition) -> tuple[tuple[slice, slice, Partition], ...]:
     return tuple(found)
 
 
-def pieces(member: Member) -> Iterator[Member]:
+def pieces(member: Member) -> Iterator[tuple[slice | None, Member]]:
     """Yield a weight piece by piece; whole where it is small, sharded, or not on the CPU.
 
     The tensors of a piece are views of the weight's.
+
+    Yields:
+        The rows of the weight that a piece holds, None for all, and the piece.
     """
     places = cuts(member.manifold.partition)
     if len(places) == 1 or is_sharded(member.weight) or not member.weight.is_cpu:
-        yield member
+        yield None, member
         return
     for (rows, along, _), manifold in zip(places, _manifolds(member.manifold), strict=True):
         second = member.second
         if second is not None:
             second = (second[0][along], None if second[1] is None else second[1][along])
-        yield replace(
-            member,
-            weight=member.weight.detach()[rows],
-            gradient=member.gradient.detach()[rows],
-            manifold=manifold,
-            moment=None if member.moment is None else member.moment[rows],
-            second=second,
+        yield (
+            rows,
+            replace(
+                member,
+                weight=member.weight.detach()[rows],
+                gradient=member.gradient.detach()[rows],
+                manifold=manifold,
+                moment=None if member.moment is None else member.moment[rows],
+                second=second,
+            ),
         )
 
 

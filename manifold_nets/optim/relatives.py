@@ -33,7 +33,7 @@ class _MomentumOptimizer(RiemannianSGD):
     def _parts(self, group: Group, members: Sequence[Member]) -> Iterator[Member]:
         """Yield what is stepped at once: whole groups, whose coefficients do not depend on other groups."""
         for member in members:
-            yield from pieces(member)
+            yield from (piece for _, piece in pieces(member))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with the options of the method beside those of torch."""
@@ -220,7 +220,7 @@ class AdamG(RiemannianAdam):
 
     def _step_members(self, group: Group, members: Sequence[Member]) -> None:
         rule = self._rule(group)
-        for member in itertools.chain.from_iterable(map(pieces, members)):
+        for _, member in itertools.chain.from_iterable(map(pieces, members)):
             if member.moment is None or member.second is None:
                 continue
             space = Workspace(member.manifold, member.weight)

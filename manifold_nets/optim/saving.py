@@ -18,8 +18,10 @@ __all__ = ["check_loaded", "describe_manifolds", "keep_precision"]
 
 StateDict = dict[str, Any]
 
-# Moments of one value a sphere; every other tensor in a weight's state but the step count is a tangent vector.
+# Moments of one value a sphere; every other tensor in a weight's state but the step count has the weight's shape.
 _PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
+# Moments that stay in float32 beside half-precision weights.
+_WIDE = (*_PER_SPHERE, "entry_sq")
 
 
 def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
@@ -59,7 +61,7 @@ def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> N
             if key == "step":
                 live[key] = value.detach().to("cpu", copy=True)
             else:
-                wide = key in _PER_SPHERE or "master_weight" in state
+                wide = key in _WIDE or "master_weight" in state
                 dtype = accumulation_dtype(weight.dtype) if wide else weight.dtype
                 live[key] = value.detach().to(device=weight.device, dtype=dtype, copy=True)
 

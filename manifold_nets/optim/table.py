@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from manifold_nets.optim.angular_adam import AngularAdam
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.relatives import SGDG, AdamG, AngularSGD, ProjectedSGD
@@ -42,6 +43,7 @@ OPTIMIZERS: Mapping[str, ListedOptimizer] = {
     "sgd-g": ListedOptimizer(SGDG, "spheres", False, "arXiv:1709.09603"),
     "adam-g": ListedOptimizer(AdamG, "spheres", True, "arXiv:1709.09603"),
     "angular": ListedOptimizer(AngularSGD, "spheres", False, "arXiv:2305.17212"),
+    "angular-adam": ListedOptimizer(AngularAdam, "spheres", True, "arXiv:2305.17212, arXiv:2606.16899"),
     "pbwn": ListedOptimizer(ProjectedSGD, "spheres", False, "arXiv:1710.02338"),
     "sm": ListedOptimizer(ScaledMetricSGD, "plain", False, "arXiv:1511.01754"),
 }

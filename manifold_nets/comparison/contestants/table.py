@@ -27,6 +27,7 @@ _OURS = {
     "sgd-g": "SGD-G: clipped gradient, geodesic, parallel transport",
     "adam-g": "Adam-G: clipped gradient, one second moment a filter, geodesic",
     "angular": "every filter turns by the learning rate in each step",
+    "angular-adam": "Adam's direction, entry by entry; every filter turns by the learning rate in each step",
     "pbwn": "projection-based weight normalization: a plain step, then back to the norm",
     "sm": "the scaled metric: steps in proportion to the squared norm of each filter",
 }

@@ -1,0 +1,134 @@
+"""Adam's direction, entry by entry, and steps that are angles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.gathered import is_sharded
+from manifold_nets.groups import accumulation_dtype
+from manifold_nets.joint_sphere import JointSphereMember
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.executions.sharding import part_of
+from manifold_nets.optim.executions.workspace import Workspace
+from manifold_nets.optim.membership import Group, constrained_of, name_of
+from manifold_nets.optim.pieces import pieces
+from manifold_nets.optim.radam import RiemannianAdam
+from manifold_nets.optim.rules.members import Member, Rule
+
+__all__ = ["AngularAdam"]
+
+
+class AngularAdam(RiemannianAdam):
+    r"""Adam's direction, entry by entry, and in every step a turn of each sphere by the learning rate, in radians.
+
+    With ``u = w/r``, the Riemannian gradient ξ of the direction u, and squares, quotients and roots of entries,
+
+    .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ξ^2, \quad
+              d = \frac{m}{\sqrt{v/(1-β_2^t)} + ε}, \\
+              e = \frac{d - ⟨u, d⟩ u}{‖d - ⟨u, d⟩ u‖}, \quad u ← \cos η\, u - \sin η\, e,
+              \quad m ← m - ⟨u, m⟩ u .
+
+    As in the rotational form of AdamW and in methods that train matrices of fixed norm, the angle is set and only the
+    direction is learned; the radius and the size of the loss decide nothing. Unlike `RiemannianAdam` it keeps one
+    second moment an entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
+    coordinates, as Adam does. A sphere whose direction is zero stays where it is. Under a constant rate such steps
+    never become small: use a schedule. Plain parameters take the steps of `torch.optim.Adam`.
+
+    Args:
+        params: best the groups of `manifold_nets.param_groups`.
+        lr: η, the angle in radians.
+        options: the other options of `RiemannianAdam`; AMSGrad is not defined. ``foreach``, ``fused`` and ``compile``
+            say nothing on spheres.
+
+    Raises:
+        SphereOptionError: a weight shares its sphere with other weights.
+
+    References:
+        The rotational form of AdamW: Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212;
+        Adam's direction at fixed norm: arXiv:2606.16899.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((1, 2))
+        >>> weight = geoopt.ManifoldParameter(torch.tensor([[1.0, 0.0]]), manifold=sphere)
+        >>> optimizer = mn.optim.AngularAdam([weight], lr=torch.pi / 2)
+        >>> (5 * weight[0, 1]).backward()
+        >>> optimizer.step()
+        >>> weight.data.round(decimals=4) + 0.0
+        tensor([[ 0., -1.]])
+    """
+
+    def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
+        if options.get("amsgrad"):
+            raise OptionError("amsgrad", True, "False, as steps of a given angle have no such variant")
+        super().__init__(params, lr=lr, **options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, none of which shares its sphere with others."""
+        super().add_param_group(param_group)
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
+        for index, _, manifold in constrained_of(group):
+            if isinstance(manifold, JointSphereMember):
+                self.param_groups.pop()
+                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
+                raise SphereOptionError(name_of(group, number, index), "a joint sphere", expected)
+
+    def _member(
+        self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
+    ) -> Member:
+        if "exp_avg" not in state:
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+            state["exp_avg"] = torch.zeros_like(weight, requires_grad=False)
+            dtype = accumulation_dtype(weight.dtype)
+            state["entry_sq"] = torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+        state["step"] += 1
+        return Member(
+            weight, gradient, manifold, state["exp_avg"], (state["entry_sq"], None), step=float(state["step"])
+        )
+
+    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
+        rule = self._rule(group)
+        for member in members:
+            if member.second is None:
+                continue
+            squares = member.second[0]
+            for rows, piece in pieces(replace(member, second=None)):
+                _turn(rule, piece, squares if rows is None else squares[rows])
+
+
+def _turn(rule: Rule, member: Member, squares: Tensor) -> None:
+    """Take one step of whole groups, in place."""
+    space = Workspace(member.manifold, member.weight)
+    spheres, moment = space.spheres, member.moment
+    if moment is None:
+        return
+    w, g, m = space.open(member.weight), space.read(member.gradient), space.open(moment)
+    part = part_of(member.manifold, member.weight) if is_sharded(member.weight) else None
+    held = squares.detach() if part is None else part.read(squares)
+    v = held.reshape(w.shape)
+    ww, wg = spheres.dots((w, w), (w, g))
+    slope = (g - w * (wg / ww)) * (-spheres.radius if rule.maximize else spheres.radius)
+    m.mul_(rule.keep).add_(slope * spheres.radius, alpha=1 - rule.keep)
+    v.lerp_(slope.square(), 1 - rule.beta2)
+    direction = m / ((v / (1 - rule.beta2**member.step)).sqrt() + rule.eps)
+    (wd,) = spheres.dots((w, direction))
+    direction.sub_(w * (wd / ww))
+    (length,) = spheres.dots((direction, direction))
+    angle = float(rule.lr)
+    turn = torch.where(length == 0, 0.0, math.sin(angle) * (spheres.square / length).sqrt())
+    new = w * math.cos(angle) - direction * turn
+    norm, overlap = spheres.dots((new, new), (new, m))
+    m.sub_(new * (overlap / norm))
+    w.copy_(new * (spheres.square / norm).sqrt() if angle != 0 else w)
+    if v.data_ptr() != held.data_ptr():
+        held.copy_(v.reshape(held.shape))
+    if part is not None:
+        part.write(squares, held)
+    space.close()
