@@ -9,7 +9,7 @@ ratio is taken within a repetition. *Fastest ones* compares the fastest step of 
 disturbs least. *First step* is with empty caches of compiled code, in a process of its own for every workload.
 *State* is what the optimizer keeps, relative to the weights. What is not installed is left out; NVIDIA's
 `emerging_optimizers`, for ObliqueSGD and ObliqueAdam, needs Python 3.12. `--write DIR` stores the table as CSV and
-Markdown, after every workload.
+Markdown, after every workload; `--missing` goes on where such a run was stopped.
 """
 
 from __future__ import annotations
@@ -151,19 +151,34 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def place(folder: Path, device: str) -> Path:
+    """Return the file of the rows."""
+    return folder / ("benchmark_optimizers.csv" if device == "cpu" else f"benchmark_optimizers_{device}.csv")
+
+
 def write(rows: list[Row], folder: Path, options: argparse.Namespace) -> None:
     """Store the rows as CSV and Markdown, with versions and machine."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
-    name = "benchmark_optimizers" if options.device == "cpu" else f"benchmark_optimizers_{options.device}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.csv").write_text(text.getvalue())
+    path = place(folder, options.device)
+    path.write_text(text.getvalue())
     load = f"; other work kept {os.getloadavg()[0] - 1:.1f} processes busy" if hasattr(os, "getloadavg") else ""
     about = f"{machine()} {options.threads} threads, {options.repetitions} repetitions{load}."
     title = f"# Steps of the optimizers\n\n`python examples/benchmark_optimizers.py {shlex.join(sys.argv[1:])}`"
-    (folder / f"{name}.md").write_text(f"{title}\n\n{about}\n\n{table(rows)}\n")
+    path.with_suffix(".md").write_text(f"{title}\n\n{about}\n\n{table(rows)}\n")
+
+
+def stored(folder: Path, device: str) -> list[Row]:
+    """Return the rows of an earlier run."""
+    path = place(folder, device)
+    if not path.exists():
+        return []
+    with path.open() as lines:
+        read = [list(row.values()) for row in csv.DictReader(lines)]
+    return [Row(*row[:3], *map(float, row[3:])) for row in read]
 
 
 def arguments() -> argparse.Namespace:
@@ -177,6 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--write", type=Path, metavar="DIR", help="store the table there")
+    parser.add_argument("--missing", action="store_true", help="with --write: go on where a run was stopped")
     options = parser.parse_args()
     if options.repetitions < (2 if options.write is None else AT_LEAST):
         parser.error(f"--repetitions must be at least 2, and at least {AT_LEAST} with --write")
@@ -187,9 +203,13 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Run every workload in a process of its own, and print the table."""
-    options, rows = arguments(), []
+    options = arguments()
+    rows = stored(options.write, options.device) if options.missing and options.write is not None else []
+    done = {(row.workload, "sgd" if "SGD" in row.optimizer else "adam") for row in rows if row.to_fused == 1.0}
     for workload in options.workloads:
         for method in options.methods:
+            if (workload, method) in done:
+                continue
             tell(f"--- {workload}, {method}")
             start = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as process:

@@ -89,6 +89,20 @@ def test_ratios_are_taken_within_a_repetition():
     assert timing.ratio([2.0, 30.0, 400.0], base) == (3.0, 2.0, 4.0)
 
 
+def test_a_run_that_was_stopped_goes_on(monkeypatch, tmp_path):
+    timing, workloads = benchmark()
+    chosen = workloads.contestants("sgd")[:3]
+    rows = timing.measure("mobilenet", chosen, workloads.steps_over(SMALL, chosen, "cpu"), 3, "cpu")
+    words = ["--workloads", "mobilenet", "--methods", "sgd", "--write", str(tmp_path), "--missing"]
+    monkeypatch.setattr("sys.argv", ["benchmark_optimizers.py", *words])
+    assert timing.stored(tmp_path, "cpu") == []
+    timing.write(rows, tmp_path, timing.arguments())
+    assert timing.stored(tmp_path, "cpu") == rows
+    monkeypatch.setattr(timing, "ProcessPoolExecutor", None)  # nothing is left to run
+    timing.main()
+    assert "Machine: " in (tmp_path / "benchmark_optimizers.md").read_text()
+
+
 def test_the_table_has_every_column_and_too_few_repetitions_are_not_stored(monkeypatch, capsys):
     timing, workloads = benchmark()
     chosen = workloads.contestants("sgd")[:3]
