@@ -264,24 +264,25 @@ def test_an_infinite_scaled_gradient_skips_the_step():
     assert torch.equal(weight, before)
 
 
-def half_network(master_weights, kind=RiemannianSGD):
-    net = network(torch.bfloat16)
-    return net, kind(mn.param_groups(net), lr=1e-3, master_weights=master_weights)
+def half_network(master_weights, kind=RiemannianSGD, dtype=torch.bfloat16, lr=1e-3):
+    net = network(dtype)
+    return net, kind(mn.param_groups(net), lr=lr, master_weights=master_weights)
 
 
-def test_master_weights_gather_steps_that_half_precision_loses():
-    exact = network(torch.bfloat16).float()
-    reference = RiemannianSGD(mn.param_groups(exact), lr=1e-3)
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_master_weights_gather_steps_that_half_precision_loses(dtype, lr):
+    exact = network(dtype).float()
+    reference = RiemannianSGD(mn.param_groups(exact), lr=lr)
     gaps = {}
     train(exact, reference, 200, seed=1)
     for master in (False, True):
-        net, optimizer = half_network(master)
+        net, optimizer = half_network(master, dtype=dtype, lr=lr)
         train(net, optimizer, 200, seed=1)
         gap = net[0].weight.detach().float() - exact[0].weight.detach()
         gaps[master] = float(gap.norm() / exact[0].weight.detach().norm())
         assert ("master_weight" in optimizer.state[net[0].weight]) == master
-    # The gradients are rounded to bfloat16 as well, and so is the outcome.
-    assert gaps[True] <= 4 * torch.finfo(torch.bfloat16).eps
+    # The gradients are rounded to half precision as well, and so is the outcome.
+    assert gaps[True] <= 4 * torch.finfo(dtype).eps
     assert gaps[True] < gaps[False] / 2
 
 
