@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from comparison_runs import reproducible, small_settings, tiny
+from sqlalchemy import event
 
 from manifold_nets.comparison.engine import Progress
 from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
@@ -156,6 +159,39 @@ def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
     again = dict(filter(None, (queue.claim() for _ in range(8))))
     assert sorted(again.values()) == sorted(key for ticket, key in claimed.items() if ticket != alive)
     queue.close()
+
+
+def check_what_reaches_the_disk(place: Path) -> None:
+    """How hard each commit is pressed to the disk: 1 leaves it to the system, 2 waits until it is there."""
+    levels: list[int] = []
+
+    def note(connection):
+        levels.append(connection.connection.driver_connection.execute("PRAGMA synchronous").fetchone()[0])
+
+    run = tiny(seeds=1, epochs=1).results[0]
+    queue = RunQueue(f"sqlite:///{place}", "test")
+    queue.create(small_settings(), environment())
+    queue.fill([run.key])
+    event.listen(queue._storage.engine, "commit", note)
+    ticket, _ = queue.claim()
+    assert set(levels) == {1}
+    levels.clear()
+    queue.finish(ticket, run)
+    assert levels == [1, 2]
+    queue.record_test(run.key, 0.1, 0.2)
+    assert levels[-1] == 2
+    assert queue.results() == {run.key: run}
+    queue.close()
+    with contextlib.closing(sqlite3.connect(place)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_result_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    check_what_reaches_the_disk(tmp_path / "study.db")
+    # Sabotage: nobody waits for the disk.
+    monkeypatch.setattr("manifold_nets.comparison.queue._flushed", contextlib.nullcontext)
+    with pytest.raises(AssertionError):
+        check_what_reaches_the_disk(tmp_path / "other.db")
 
 
 @pytest.mark.slow
