@@ -1,7 +1,7 @@
 """What a comparison costs beyond the training that it compares: the same runs by a bare loop and by the comparison.
 
     python examples/benchmark_comparison.py
-    python examples/benchmark_comparison.py --optimizers sgd,rsgd --repetitions 10 --write examples/results
+    python examples/benchmark_comparison.py --repetitions 10 --write examples/results
 
 Every run is trained twice in one process, first by a loop as one writes it by hand (the same weights, batches, steps
 and validation passes, nothing recorded but the losses), then by the comparison, from the claim of the run to its stored
@@ -217,11 +217,11 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--optimizers", default=EXAMPLE, help="names, separated by commas")
-    parser.add_argument("--lr", default="0.001,0.0316228", help="learning rates, separated by commas")
+    parser.add_argument("--lr", default="0.001,0.00562341,0.0316228,0.177828,1", help="separated by commas")
     parser.add_argument("--model", default="mlp:100,100")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=5, help="of the whole comparison")
     parser.add_argument("--write", type=Path, metavar="DIR", help="store the table there")
     arguments = parser.parse_args()
     settings = Settings(

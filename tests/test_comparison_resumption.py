@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from comparison_runs import reproducible, small_settings, tiny
 from sqlalchemy import event
 
+from manifold_nets.comparison import engine
 from manifold_nets.comparison.engine import Progress
 from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.environment import environment
@@ -54,6 +58,33 @@ def test_what_is_done_is_not_done_again(tmp_path, whole):
     assert seen[-1].best is not None
     assert tiny(output=tmp_path) == resumed
     assert runs_csv(resumed) == runs_csv(whole)
+
+
+def seconds_left_after_a_late_start(whole, monkeypatch) -> list[float | None]:
+    """What is told after none, one and two of eight runs of a second each whose worker took a minute to get ready."""
+    runs = [
+        replace(run, epochs=(replace(run.epochs[-1], seconds=0.5),), validation_seconds=0.25, harness_seconds=0.25)
+        for run in whole.results[:2]
+    ]
+    now, told = [100.0], []
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    crew = SimpleNamespace(running=dict)
+    place = engine.Workplace(None, whole.settings, crew, False, None, lambda progress: told.append(progress))
+    clock = engine._Clock(place, 8)
+    clock.tell(None)
+    for run, ended in zip(runs, (161.0, 162.0), strict=True):
+        now[0] = ended
+        place.results[run.key] = run
+        clock.tell(run)
+    return [progress.seconds_left for progress in told]
+
+
+def test_the_time_left_is_that_of_runs_without_the_start_of_their_workers(whole, monkeypatch):
+    assert seconds_left_after_a_late_start(whole, monkeypatch) == [None, 7.0, 6.0]
+    # Sabotage: the minute before the first run counts as its own.
+    monkeypatch.setattr(engine, "_seconds", lambda run: math.inf)
+    with pytest.raises(AssertionError):
+        assert seconds_left_after_a_late_start(whole, monkeypatch) == [None, 7.0, 6.0]
 
 
 def test_another_command_into_the_same_folder_is_refused_with_the_difference(tmp_path):
