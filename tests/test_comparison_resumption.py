@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from comparison_runs import reproducible, small_settings, tiny
+from sqlalchemy import event
 
+from manifold_nets.comparison import engine
 from manifold_nets.comparison.engine import Progress
 from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.environment import environment
@@ -51,6 +58,33 @@ def test_what_is_done_is_not_done_again(tmp_path, whole):
     assert seen[-1].best is not None
     assert tiny(output=tmp_path) == resumed
     assert runs_csv(resumed) == runs_csv(whole)
+
+
+def seconds_left_after_a_late_start(whole, monkeypatch) -> list[float | None]:
+    """What is told after none, one and two of eight runs of a second each whose worker took a minute to get ready."""
+    runs = [
+        replace(run, epochs=(replace(run.epochs[-1], seconds=0.5),), validation_seconds=0.25, harness_seconds=0.25)
+        for run in whole.results[:2]
+    ]
+    now, told = [100.0], []
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    crew = SimpleNamespace(running=dict)
+    place = engine.Workplace(None, whole.settings, crew, False, None, lambda progress: told.append(progress))
+    clock = engine._Clock(place, 8)
+    clock.tell(None)
+    for run, ended in zip(runs, (161.0, 162.0), strict=True):
+        now[0] = ended
+        place.results[run.key] = run
+        clock.tell(run)
+    return [progress.seconds_left for progress in told]
+
+
+def test_the_time_left_is_that_of_runs_without_the_start_of_their_workers(whole, monkeypatch):
+    assert seconds_left_after_a_late_start(whole, monkeypatch) == [None, 7.0, 6.0]
+    # Sabotage: the minute before the first run counts as its own.
+    monkeypatch.setattr(engine, "_seconds", lambda run: math.inf)
+    with pytest.raises(AssertionError):
+        assert seconds_left_after_a_late_start(whole, monkeypatch) == [None, 7.0, 6.0]
 
 
 def test_another_command_into_the_same_folder_is_refused_with_the_difference(tmp_path):
@@ -156,6 +190,39 @@ def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
     again = dict(filter(None, (queue.claim() for _ in range(8))))
     assert sorted(again.values()) == sorted(key for ticket, key in claimed.items() if ticket != alive)
     queue.close()
+
+
+def check_what_reaches_the_disk(place: Path) -> None:
+    """How hard each commit is pressed to the disk: 1 leaves it to the system, 2 waits until it is there."""
+    levels: list[int] = []
+
+    def note(connection):
+        levels.append(connection.connection.driver_connection.execute("PRAGMA synchronous").fetchone()[0])
+
+    run = tiny(seeds=1, epochs=1).results[0]
+    queue = RunQueue(f"sqlite:///{place}", "test")
+    queue.create(small_settings(), environment())
+    queue.fill([run.key])
+    event.listen(queue._storage.engine, "commit", note)
+    ticket, _ = queue.claim()
+    assert set(levels) == {1}
+    levels.clear()
+    queue.finish(ticket, run)
+    assert levels == [1, 2]
+    queue.record_test(run.key, 0.1, 0.2)
+    assert levels[-1] == 2
+    assert queue.results() == {run.key: run}
+    queue.close()
+    with contextlib.closing(sqlite3.connect(place)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_result_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    check_what_reaches_the_disk(tmp_path / "study.db")
+    # Sabotage: nobody waits for the disk.
+    monkeypatch.setattr("manifold_nets.comparison.queue._flushed", contextlib.nullcontext)
+    with pytest.raises(AssertionError):
+        check_what_reaches_the_disk(tmp_path / "other.db")
 
 
 @pytest.mark.slow

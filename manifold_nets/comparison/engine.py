@@ -28,7 +28,8 @@ class Progress:
         done: runs with a result.
         total: all runs.
         running: runs of this process at the moment.
-        seconds_left: estimate from the runs that ended since this process started; None before the first.
+        seconds_left: estimate from the runs that ended since this process started, without the time in which its
+            workers got ready; None before the first.
         best: the run of the smallest final validation error that this process knows of.
         last: the result that came last; None at the start.
     """
@@ -92,6 +93,8 @@ def work(place: Workplace) -> None:
             if place.shared and time.monotonic() - beaten > BEAT_SECONDS:
                 place.queue.beat(place.crew.running())
                 place.queue.give_up_stale()
+                place.results.update(place.queue.results())  # those of others too
+                clock.tell(None)
                 beaten = time.monotonic()
     except BaseException:
         # Also when interrupted: what is in flight is free at once, not after the beats have stopped.
@@ -128,10 +131,15 @@ class _Clock:
     def __init__(self, place: Workplace, total: int) -> None:
         self._place, self._total = place, total
         self._start, self._before = time.monotonic(), len(place.results)
+        self._ready = False
 
     def tell(self, last: RunResult | None) -> None:
         if self._place.observer is None:
             return
+        if last is not None and not self._ready:
+            # What was no part of the first run was the start of its worker, which will not come again.
+            self._start = max(self._start, time.monotonic() - _seconds(last))
+            self._ready = True
         results = self._place.results
         ended, left = len(results) - self._before, self._total - len(results)
         seconds = (time.monotonic() - self._start) / ended * left if ended else None
@@ -139,6 +147,11 @@ class _Clock:
         best = min(finished, key=lambda run: (run.validation_error or 0.0, run.validation_loss or 0.0), default=None)
         running = tuple(self._place.crew.running().values())
         self._place.observer(Progress(len(results), self._total, running, seconds, best, last))
+
+
+def _seconds(run: RunResult) -> float:
+    trained = run.epochs[-1].seconds if run.epochs else 0.0
+    return trained + run.validation_seconds + run.harness_seconds
 
 
 def conclude(queue: RunQueue, settings: Settings, folder: Path, member: Callable[[], Member]) -> Comparison:

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sqlite3
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -108,10 +109,9 @@ class RunQueue:
         wanted = tuple(keys)
         # The parameters of all trials of a study must have the same choices, also of those that are added again.
         choices = {name: sorted({getattr(key, name) for key in wanted}) for name in wanted[0].to_dict()}
-        with _relaxed(self._storage):
-            for key in wanted:
-                if _text(key) not in live:
-                    self._storage.create_new_trial(self._study, _template(key, choices))
+        for key in wanted:
+            if _text(key) not in live:
+                self._storage.create_new_trial(self._study, _template(key, choices))
 
     def claim(self) -> tuple[int, RunKey] | None:
         """Take the next waiting run, if there is one that no other process takes first."""
@@ -140,7 +140,8 @@ class RunQueue:
             for number, start in enumerate(range(0, len(text), CHUNK)):
                 self._storage.set_trial_user_attr(ticket, f"result-{number}", text[start : start + CHUNK])
             values = [math.inf if error is None else error]
-            self._storage.set_trial_state_values(ticket, state=TrialState.COMPLETE, values=values)
+            with _flushed():
+                self._storage.set_trial_state_values(ticket, state=TrialState.COMPLETE, values=values)
         except UpdateFinishedTrialError:
             return
 
@@ -206,7 +207,8 @@ class RunQueue:
 
     def record_test(self, key: RunKey, error: float, loss: float) -> None:
         """Store what a chosen run has found on the test data."""
-        self._storage.set_study_user_attr(self._study, f"test {_text(key)}", [error, loss])
+        with _flushed():
+            self._storage.set_study_user_attr(self._study, f"test {_text(key)}", [error, loss])
 
     def tests(self, keys: Sequence[RunKey]) -> dict[RunKey, tuple[float, float]]:
         """What has been stored of the test data."""
@@ -263,39 +265,44 @@ def _open(url: str) -> RDBStorage:
         from sqlalchemy.exc import SQLAlchemyError
     except ModuleNotFoundError as error:
         raise MissingExtraError("Optuna", "comparisons", "compare") from error
-    sqlite = url.startswith("sqlite")
     try:
-        if sqlite and (file := make_url(url).database) not in (None, "", ":memory:"):
-            # Readers do not wait for writers, and a commit takes one flush to the disk. The file remembers it.
+        file = make_url(url).database if url.startswith("sqlite") else None
+        in_file = file not in (None, "", ":memory:")
+        if in_file:
+            # Readers do not wait for writers, and commits are appended to one log. The file remembers it.
             with contextlib.closing(sqlite3.connect(str(file))) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
         with _quiet():
-            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}} if sqlite else None)
+            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}} if in_file else None)
     except (SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError) as error:
         # Drivers quote the URL with its password.
         found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else str(error)
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
         raise StorageError(_without_password(url), found, expected) from error
-    if sqlite:
-        event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=FULL"))
+    if in_file:
+        event.listen(storage.engine, "checkout", _set_durability)
     return storage
 
 
+_flushing = threading.local()
+
+
+def _set_durability(connection: sqlite3.Connection, *_: object) -> None:
+    """Of the commits of a connection that is about to be used."""
+    connection.execute(f"PRAGMA synchronous={'FULL' if getattr(_flushing, 'now', False) else 'NORMAL'}")
+
+
 @contextmanager
-def _relaxed(storage: RDBStorage) -> Iterator[None]:
-    """Waiting trials that a power cut takes are added again: no need to flush each of them to the disk."""
-    if storage.engine.dialect.name != "sqlite":
-        yield
-        return
-    storage.remove_session()
-    with storage.engine.connect() as connection:
-        connection.exec_driver_sql("PRAGMA synchronous=NORMAL")
+def _flushed() -> Iterator[None]:
+    """Commits to a file that reach the disk, and with them all earlier ones, which are in the same log.
+
+    Others need not: a power cut that takes a waiting or a claimed trial has no result to take.
+    """
+    _flushing.now = True
     try:
         yield
     finally:
-        storage.remove_session()
-        with storage.engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA synchronous=FULL")
+        _flushing.now = False
 
 
 @contextmanager

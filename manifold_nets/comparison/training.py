@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
@@ -39,10 +39,19 @@ class BatchObjective:
         loss: mean loss of outputs and targets.
         inputs: of the batch.
         targets: of the batch.
+        modules: those of the model, for a loop that has them at hand; looked up when left out.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Tensor], Tensor], inputs: Any, targets: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Tensor], Tensor],
+        inputs: Any,
+        targets: Tensor,
+        modules: Sequence[nn.Module] | None = None,
+    ) -> None:
         self._model, self._loss, self._inputs, self._targets = model, loss, inputs, targets
+        self._modules = modules
         self.evaluations = 0
 
     def loss(self) -> Tensor:
@@ -52,7 +61,11 @@ class BatchObjective:
 
     def __call__(self) -> Tensor:
         """Clear the gradients, evaluate and differentiate."""
-        self._model.zero_grad(set_to_none=True)
+        # A tenth of the time of `zero_grad`, which walks through the model; parameters may be replaced at any time.
+        for module in self._model.modules() if self._modules is None else self._modules:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.grad = None
         with torch.enable_grad():
             loss = self.loss()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -65,8 +78,9 @@ class _DivergedError(Exception):
 
 @dataclass
 class _Progress:
-    """What a run has come to."""
+    """What a run has come to, and the modules whose parameters it trains."""
 
+    modules: tuple[nn.Module, ...]
     steps: int = 0
     seen: int = 0
     seconds: float = 0.0
@@ -141,7 +155,7 @@ class Runner:
         self._seed(derived_seed(key.seed, "contestant"))
         stepper = self._stepper(key, model)
         watch = FilterWatch(model, self._starts.partitions)
-        progress, status = _Progress(), "finished"
+        progress, status = _Progress(tuple(model.modules())), "finished"
         try:
             for epoch in range(1, self._settings.epochs + 1):
                 self._epoch(key, epoch, model, stepper, watch, progress)
@@ -210,7 +224,7 @@ class Runner:
             costs, _ = progress.curves()
             factor = learning_rate_factor(schedule, epoch=epoch, share=share, epochs=epochs, costs=costs)
             stepper.set_learning_rate(factor)
-        objective = BatchObjective(model, self._task.loss, *self._train.batch(rows))
+        objective = BatchObjective(model, self._task.loss, *self._train.batch(rows), modules=progress.modules)
         fetched = time.perf_counter()
         try:
             loss = float(stepper.step(objective))

@@ -219,14 +219,14 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     numbers = torch.arange(len(task.parts[part])) if rows is None else torch.as_tensor(rows)
-    losses, counts = torch.zeros((), dtype=torch.float64), None
+    total, counts = 0.0, None
     for chosen in torch.split(numbers, batch_size):
         inputs, targets = task.parts[part].batch(chosen)
         outputs = model(inputs)
-        losses += task.loss(outputs, targets).double().cpu() * len(chosen)
+        total += float(task.loss(outputs, targets)) * len(chosen)
         added = task.measure(outputs, targets).cpu()
         counts = added if counts is None else counts + added
     for module, training in modes:
         module.training = training
     scores = task.summarize(counts) if counts is not None else {}
-    return {"loss": float(losses) / len(numbers), **scores}
+    return {"loss": total / len(numbers), **scores}
