@@ -41,9 +41,9 @@ def _step(weights: list[Tensor], gradients: list[Tensor], places: list[int], opt
 
 
 # An operation of torch's own, so that the graph has no break: what it changes is declared.
-_operation: Callable[..., None] = torch.library.custom_op(
-    "manifold_nets::step_group_", mutates_args=("weights",)
-)(_step)
+_operation: Callable[..., None] = torch.library.custom_op("manifold_nets::step_group_", mutates_args=("weights",))(
+    _step
+)
 
 
 def step_group_(
