@@ -1,4 +1,4 @@
-"""A step inside a graph that the user compiles: one graph, and the path of the run that is not compiled, bit for bit."""
+"""A step inside a graph that the user compiles: one graph, and the path of the run that is not compiled, to a bit."""
 
 import copy
 
