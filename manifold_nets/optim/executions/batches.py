@@ -105,12 +105,12 @@ def _step_all(
     if second is not None:
         for whole, parts in zip(second, zip(*((r.second, r.largest) for r in matrices), strict=True), strict=True):
             if whole is not None:
-                torch._foreach_copy_(list(parts), list(whole.split(sizes)))
+                torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
     square = (-radius if rule.maximize else radius) * radius
     columns = (move.ww, move.wb, move.wg * square, move.bw, move.bb, move.bg * square)
     factors = torch.cat([torch.as_tensor(x, dtype=found.ww.dtype).expand_as(found.ww) for x in columns], 1)
-    far = move.far.split(sizes) if some(move.far) else [None] * len(sizes)
-    for rows, part, beyond in zip(matrices, factors.split(sizes), far, strict=True):
+    far = torch.split(move.far, sizes) if some(move.far) else [None] * len(sizes)
+    for rows, part, beyond in zip(matrices, torch.split(factors, sizes), far, strict=True):
         combine(rows, part, None if beyond is None or not some(beyond) else beyond)
 
 
@@ -125,7 +125,8 @@ def _combine(rows: Rows, factors: Tensor, far: Tensor | None) -> None:
     """Write the linear combinations of each row, computed in float32 or better and rounded once."""
     dtype = accumulation_dtype(rows.weight.dtype)
     w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
-    move = Coefficients(*factors.split(1, 1), far)  # type: ignore[arg-type]
+    ww, wb, wg, bw, bb, bg = torch.split(factors, 1, 1)
+    move = Coefficients(ww, wb, wg, bw, bb, bg, torch.zeros_like(ww, dtype=torch.bool) if far is None else far)
     combine_(w, g, b, Spheres((1,), rows.radius), move, far)  # type: ignore[arg-type]
     if w is not rows.weight:
         rows.weight.copy_(w)  # type: ignore[arg-type]
@@ -175,7 +176,7 @@ def _measured(matrices: Sequence[Rows], sizes: list[int], found: Tangential, max
     """Squared norms of the tangential gradients where digits were lost, and what was found elsewhere."""
     result = []
     for rows, short, slope, gg in zip(
-        matrices, is_short(found).split(sizes), found.g_slope.split(sizes), found.gg.split(sizes), strict=True
+        matrices, *(torch.split(x, sizes) for x in (is_short(found), found.g_slope, found.gg)), strict=True
     ):
         if not some(short):
             result.append(gg)

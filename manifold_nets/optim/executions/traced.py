@@ -84,8 +84,8 @@ def standing_in(given: Mapping[Tensor, tuple[Tensor, Tensor]]) -> Iterator[None]
     try:
         yield
     finally:
-        for parameter, values, gradient, own in kept:
-            parameter.grad = gradient
+        for parameter, values, former, own in kept:
+            parameter.grad = former
             if own is not None:
                 values.copy_(parameter.detach())
                 parameter.detach().copy_(own)
