@@ -18,6 +18,7 @@ from manifold_nets.optim.executions.choice import run
 from manifold_nets.optim.executions.joint import in_motion, joined
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.masters import MasterWeights
+from manifold_nets.optim.executions.traced import register, standing_in, step_group_
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
 from manifold_nets.optim.rules.members import Member, Rule
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
@@ -40,6 +41,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         if options["compile"] and (options["fused"] or options["foreach"]):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
+        self._number = register(self)
 
     @functools.cached_property
     def _masters(self) -> MasterWeights:
@@ -67,7 +69,6 @@ class SphereOptimizer(torch.optim.Optimizer):
         options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
         run(self._rule(group), members, **options)
 
-    @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
 
@@ -80,37 +81,62 @@ class SphereOptimizer(torch.optim.Optimizer):
         Raises:
             SphereOptionError: a constrained weight has a sparse gradient; nothing was changed.
         """
+        if torch.compiler.is_compiling():
+            # torch's wrapper breaks the graph, twice.
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                return self._step(closure)
+        return self._step_with_grad_mode(closure)
+
+    @_use_grad_for_differentiable
+    def _step_with_grad_mode(self, closure: Callable[[], Any] | None) -> Any:
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         self._before_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._refuse_sparse_gradients()
-        for group in self.param_groups:
-            plain = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is None]
-            if plain:
-                self._step_plain({**group, "params": plain})
-            self._step_spheres(group)
+        for number, group in enumerate(self.param_groups):
+            given = {place: (p, p.grad) for place, p in enumerate(group["params"]) if p.grad is not None}
+            if not torch.compiler.is_compiling():
+                plain = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is None]
+                if plain:
+                    self._step_plain({**group, "params": plain})
+                self._step_spheres(group, given)
+            elif given:
+                weights, gradients = zip(*given.values(), strict=True)
+                step_group_(weights, gradients, given, self._number, number)
         return loss
 
-    # Compiled, the in-place updates fail in the CPU backend of torch 2.13 (KeyError: 'buf2'); they run as they are.
-    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def _step_spheres(self, group: Group) -> None:
+    def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Step parameters in some places of a group, whose values and gradients a compiled graph hands in."""
+        group = self.param_groups[number]
+        plain = {group["params"][place]: pair for place, pair in given.items() if group["manifolds"][place] is None}
+        with standing_in(plain):
+            if plain:
+                self._step_plain({**group, "params": list(plain)})
+        self._step_spheres(group, given)
+
+    @torch.no_grad()
+    def _step_spheres(self, group: Group, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Step constrained weights, given as the tensors that hold values and gradient at their places in the group."""
         members, masters = [], {}
-        moving = in_motion(group["params"], group["manifolds"])
-        for _, weight, manifold in constrained_of(group):
+        moving = in_motion(group["manifolds"], given)
+        for index, parameter, manifold in constrained_of(group):
+            weight, gradient = given.get(index, (parameter, None))
             # A sphere of one entry is two points: there is nowhere to go.
-            gradient = weight.grad
             if isinstance(manifold, JointSphereMember):
                 gradient = torch.zeros_like(weight) if gradient is None and manifold.joint in moving else gradient
             elif layout_of(manifold).size == 1:
                 continue
             if gradient is None:
                 continue
-            state, point = self.state[weight] if group.get("momentum") != 0 else {}, weight
+            state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
-                state = self.state[weight]
+                state = self.state[parameter]
                 point = masters[weight] = self._masters.of(weight, state)
             members.append(self._member(group, state, point, gradient, manifold))
         if members:
@@ -195,6 +221,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         # torch replaces the groups when it loads a state; a pickle or a deep copy brings its own manifolds along.
         live = self.__dict__.get("param_groups")
         super().__setstate__(state)
+        self._number = register(self)
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
                 group["manifolds"] = old["manifolds"]

@@ -59,10 +59,16 @@ def _install() -> None:
 on_first_instance(_install)
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
 def _refuse_euclidean_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise before a step of a Euclidean optimizer on a constrained weight that has, or may get, a gradient."""
-    if isinstance(optimizer, SphereOptimizer) or optimizer in _allowed:
+    # Asked in the graph where a step is compiled: only a look at other optimizers breaks it.
+    if not isinstance(optimizer, SphereOptimizer):
+        _inspect(optimizer, args, kwargs)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _inspect(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if optimizer in _allowed:
         return
     sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
     known = _inspected.get(optimizer)

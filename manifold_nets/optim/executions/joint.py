@@ -8,7 +8,7 @@ which the second moments are the joint ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -51,10 +51,9 @@ def require_together(
             joint.require_point(points, rtol=rtol, remedy=remedy)
 
 
-def in_motion(params: Sequence[Tensor], manifolds: Sequence[SphereProduct | None]) -> set[JointSphere]:
-    """Return the joint spheres of which some weight has a gradient; the missing gradients count as zero."""
-    pairs = zip(params, manifolds, strict=True)
-    return {m.joint for weight, m in pairs if isinstance(m, JointSphereMember) and weight.grad is not None}
+def in_motion(manifolds: Sequence[SphereProduct | None], places: Container[int]) -> set[JointSphere]:
+    """Return the joint spheres of which a weight in one of these places has a gradient; missing ones count as zero."""
+    return {m.joint for place, m in enumerate(manifolds) if isinstance(m, JointSphereMember) and place in places}
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.rules.products import Spheres
+from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, sgd_coefficients
+from manifold_nets.optim.rules.products import Spheres, Tangential
 from manifold_nets.optim.rules.updates import riemannian_adam_, riemannian_sgd_
 
 __all__ = ["Member", "Rule"]
@@ -54,6 +55,20 @@ class Rule:
         else:
             options |= {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "step": step}
             riemannian_adam_(weight, gradient, moment, *second, spheres, **options)  # type: ignore[arg-type]
+
+    def coefficients(
+        self,
+        found: Tangential,
+        second: tuple[Tensor, Tensor | None] | None,
+        *,
+        dampening: float | Tensor,
+        step: float | Tensor,
+    ) -> Coefficients:
+        """Return what to write, and update the second moments: the middle of `update_`, for groups of any weights."""
+        if second is None:
+            options = {"momentum": self.keep, "dampening": dampening, "nesterov": self.nesterov}
+            return sgd_coefficients(found, lr=self.lr, **options)  # type: ignore[arg-type]
+        return adam_coefficients(found, *second, lr=self.lr, beta1=self.keep, beta2=self.beta2, eps=self.eps, step=step)
 
 
 @dataclass(slots=True)

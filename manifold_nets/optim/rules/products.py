@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,17 @@ from torch import Tensor
 
 from manifold_nets.groups import has_values
 
-__all__ = ["Scalar", "Spheres", "Tangential", "some", "tangential"]
+__all__ = [
+    "Scalar",
+    "Spheres",
+    "Tangential",
+    "is_short",
+    "measured",
+    "pairs",
+    "some",
+    "tangential",
+    "tangential_of",
+]
 
 Scalar = float | Tensor
 
@@ -73,6 +83,27 @@ class Tangential(NamedTuple):
     b_total: Tensor
 
 
+def pairs(weight: Tensor, gradient: Tensor, moment: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return the pairs whose inner products a step needs, in the order in which `tangential_of` takes them."""
+    first = ((weight, weight), (weight, gradient), (gradient, gradient))
+    return first if moment is None else (*first, (weight, moment), (gradient, moment), (moment, moment))
+
+
+def tangential_of(dots: Sequence[Tensor], square: Scalar, *, maximize: bool) -> Tangential:
+    """Return what the inner products of `pairs` say, three without a moment and six with one."""
+    sign = -1.0 if maximize else 1.0
+    ww, wg, g_total = dots[:3]
+    if len(dots) == 3:
+        wb = gb = b_total = torch.zeros_like(ww)
+    else:
+        wb, gb, b_total = dots[3] / square, sign * dots[4], dots[5] / square
+    ww, wg, g_total = ww / square, sign * wg, g_total * square
+    g_slope, b_slope = wg / ww, wb / ww
+    gg = (g_total - g_slope * wg).clamp_min(0)
+    bb = b_total - b_slope * wb
+    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total)
+
+
 def tangential(
     weight: Tensor, gradient: Tensor, moment: Tensor | None, spheres: Spheres, *, maximize: bool, sharp: bool
 ) -> Tangential:
@@ -87,23 +118,23 @@ def tangential(
         sharp: whether the length of the tangential gradient matters by itself. Where it is less than half of the whole,
             the difference of squares has lost digits, and it is measured.
     """
-    square, sign = spheres.square, -1.0 if maximize else 1.0
-    if moment is None:
-        ww, wg, g_total = spheres.dots((weight, weight), (weight, gradient), (gradient, gradient))
-        wb = gb = b_total = torch.zeros_like(ww)
-    else:
-        pairs = ((weight, weight), (weight, gradient), (gradient, gradient))
-        ww, wg, g_total, wb, gb, b_total = spheres.dots(*pairs, (weight, moment), (gradient, moment), (moment, moment))
-        wb, gb, b_total = wb / square, sign * gb, b_total / square
-    ww, wg, g_total = ww / square, sign * wg, g_total * square
-    g_slope, b_slope = wg / ww, wb / ww
-    gg = (g_total - g_slope * wg).clamp_min(0)
-    bb = b_total - b_slope * wb
-    short = gg < _SHORT * g_total
+    found = tangential_of(spheres.dots(*pairs(weight, gradient, moment)), spheres.square, maximize=maximize)
+    short = is_short(found)
     if sharp and some(short):
-        part = gradient * (sign * square) - weight * g_slope
-        gg = torch.where(short, spheres.dots((part, part))[0] / square, gg)
-    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total)
+        found = found._replace(gg=torch.where(short, measured(weight, gradient, found, spheres, maximize), found.gg))
+    return found
+
+
+def is_short(found: Tangential) -> Tensor:
+    """Where the difference of squares has lost digits of the tangential gradient's length."""
+    return found.gg < _SHORT * found.g_total
+
+
+def measured(weight: Tensor, gradient: Tensor, found: Tangential, spheres: Spheres, maximize: bool) -> Tensor:
+    """Return the squared norm of the tangential gradient from its entries."""
+    square = -spheres.square if maximize else spheres.square
+    part = gradient * square - weight * found.g_slope
+    return spheres.dots((part, part))[0] / spheres.square
 
 
 def some(condition: Tensor) -> bool:

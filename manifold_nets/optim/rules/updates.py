@@ -21,7 +21,7 @@ from torch import Tensor
 from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, sgd_coefficients
 from manifold_nets.optim.rules.products import Scalar, Spheres, some, tangential
 
-__all__ = ["riemannian_adam_", "riemannian_sgd_", "write_"]
+__all__ = ["combine_", "riemannian_adam_", "riemannian_sgd_", "write_"]
 
 
 def write_(
@@ -29,20 +29,27 @@ def write_(
 ) -> None:
     """Write the new weight and the new moment, in place."""
     square = -spheres.square if maximize else spheres.square
-    new = (weight * move.ww).addcmul_(gradient, _tensor(move.wg * square, weight))
+    far = move.far if some(move.far) else None
+    combine_(weight, gradient, moment, spheres, move._replace(wg=move.wg * square, bg=move.bg * square), far)
+
+
+def combine_(
+    weight: Tensor, gradient: Tensor, moment: Tensor | None, spheres: Spheres, move: Coefficients, far: Tensor | None
+) -> None:
+    """Write the linear combinations, with coefficients of the Euclidean gradient, and put far ones on their spheres."""
+    new = (weight * move.ww).addcmul_(gradient, _tensor(move.wg, weight))
+    transported = None
     if moment is not None:
         new.addcmul_(moment, _tensor(move.wb, weight))
-        transported = (moment * move.bb).addcmul_(gradient, _tensor(move.bg * square, weight))
+        transported = (moment * move.bb).addcmul_(gradient, _tensor(move.bg, weight))
         transported.addcmul_(weight, _tensor(move.bw, weight))
-    else:
-        transported = None
-    if some(move.far):
+    if far is not None:
         pairs = ((new, new),) if transported is None else ((new, new), (new, transported))
         norm, *overlap = spheres.dots(*pairs)
         if transported is not None:
-            transported = torch.addcmul(transported, new, torch.where(move.far, overlap[0] / norm, 0.0), value=-1)
+            transported = torch.addcmul(transported, new, torch.where(far, overlap[0] / norm, 0.0), value=-1)
         norm = norm / spheres.square
-        new = new * torch.where(move.far, (1.0 + 0.0 * norm) / norm.sqrt(), 1.0)
+        new = new * torch.where(far, (1.0 + 0.0 * norm) / norm.sqrt(), 1.0)
     weight.copy_(new)
     if moment is not None and transported is not None:
         moment.copy_(transported)
