@@ -9,12 +9,13 @@ and with it. ``--data FOLDER``, with the four files of MNIST, adds MNIST. Where 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from evidence import Arm, Runs, collect, options_for, preamble, read_runs, show, table
-from robustness_measures import TOLERANCES, Finding, Sample, findings_of, samples_of, scale_costs, tally
+from robustness_measures import TOLERANCES, Finding, Sample, comparable, findings_of, samples_of, scale_costs, tally
 from sphere_recipes import entrants
 
 from manifold_nets.comparison.statistics import mean_interval
@@ -62,9 +63,13 @@ def arms(data: str | None = None) -> list[Arm]:
 
 
 def others(folder: Path) -> list[Sample]:
-    """Samples of the stored runs of other experiments in a folder."""
-    files = [folder / f"{name}_runs.csv" for name in OTHERS]
-    return [sample for file in files if file.is_file() for sample in samples_of(read_runs(file))]
+    """Samples of the stored runs of other experiments in a folder, those from other initial scales beside the plain."""
+    return [
+        replace(sample, arm=f"{name}, {sample.arm.removesuffix(', rescaled')}")
+        for name in OTHERS
+        if (folder / f"{name}_runs.csv").is_file()
+        for sample in samples_of(read_runs(folder / f"{name}_runs.csv"))
+    ]
 
 
 def row_of(sample: Sample, plain: Sample | None) -> list[str]:
@@ -89,7 +94,7 @@ def rows_of(samples: Iterable[Sample]) -> list[list[str]]:
     rows = []
     for (arm, optimizer, scale), sample in known.items():
         plain = known.get((arm, optimizer, "plain")) if scale == "rescaled" else None
-        rows.append(row_of(sample, plain if plain is not None and plain.chosen in plain.rates else None))
+        rows.append(row_of(sample, plain if plain is not None and comparable(plain, sample) else None))
     return rows
 
 
@@ -125,7 +130,8 @@ def as_markdown(runs: Runs, samples: list[Sample], findings: list[Finding]) -> s
             preamble(runs) + "\n",
             (
                 "A claim holds where the whole 95 % interval of a difference over the seeds is on its side, fails where"
-                " it is on the other, and stays open where it holds zero.\n"
+                " it is on the other, and stays open where it holds zero. The error on CamVid is 100 % less the mean"
+                " intersection over union.\n"
             ),
             table(["claim", "measured as", "found"], claims),
             table(["data", "claim", "found"], parts),

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from manifold_nets.comparison.measures import Sensitivity, learning_rate_sensitivity
 from manifold_nets.comparison.statistics import mean_interval
 
-__all__ = ["PAIRS", "TOLERANCES", "Finding", "Sample", "findings_of", "sample_of", "samples_of", "tally"]
+__all__ = ["PAIRS", "TOLERANCES", "Finding", "Sample", "comparable", "findings_of", "sample_of", "samples_of", "tally"]
 
 Array = NDArray[np.float64]
 RESAMPLES = 400
@@ -174,10 +174,15 @@ def spread_finding(ours: Sample, theirs: Sample) -> Finding:
     return _finding("more stable", ours, theirs, ratio(np.arange(count)), *bootstrap(ratio, count))
 
 
+def comparable(plain: Sample, rescaled: Sample) -> bool:
+    """Whether both have runs with the rate that was chosen without other initial scales."""
+    return plain.chosen in plain.rates and plain.chosen in rescaled.rates
+
+
 def scale_costs(plain: Sample, rescaled: Sample) -> Array:
     """Points of validation error that each seed loses to other initial scales, at the rate chosen without them."""
-    row = plain.rates.index(plain.chosen)
-    return np.asarray(rescaled.errors[row] - plain.errors[row])
+    rows = [sample.errors[sample.rates.index(plain.chosen)] for sample in (rescaled, plain)]
+    return np.asarray(rows[0] - rows[1])
 
 
 def scale_finding(ours: tuple[Sample, Sample], theirs: tuple[Sample, Sample]) -> Finding:
@@ -204,9 +209,10 @@ def findings_of(samples: Iterable[Sample]) -> list[Finding]:
             if len(ours.rates) >= 3:
                 findings += [width_finding(ours, theirs), target_finding(ours, theirs)]
             findings.append(spread_finding(ours, theirs))
-            others = [found.get((arm, name, "rescaled")) for name in pair]
-            if scale == "plain" and None not in others and ours.chosen in ours.rates and theirs.chosen in theirs.rates:
-                findings.append(scale_finding((ours, others[0]), (theirs, others[1])))  # type: ignore[arg-type]
+            pairs = [(plain, found.get((arm, plain.optimizer, "rescaled"))) for plain in (ours, theirs)]
+            known = [(plain, other) for plain, other in pairs if other is not None and comparable(plain, other)]
+            if scale == "plain" and len(known) == len(pairs):
+                findings.append(scale_finding(*known))
     return findings
 
 
