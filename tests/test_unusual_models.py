@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,13 @@ from torch.nn.utils import parametrizations
 from toy_networks import Lambda
 
 import manifold_nets as mn
-from manifold_nets.errors import AnalysisError, ExampleInputsError, NothingToConvertError, UnsupportedModelError
+from manifold_nets.errors import (
+    AnalysisError,
+    DoublePrecisionError,
+    ExampleInputsError,
+    NothingToConvertError,
+    UnsupportedModelError,
+)
 from manifold_nets.symmetry.network.absent import absent
 from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
 from manifold_nets.symmetry.structure.rules import RULES
@@ -299,6 +306,24 @@ def test_a_model_without_parameters_has_an_empty_report() -> None:
 def test_a_model_that_returns_integers_only_is_refused() -> None:
     with pytest.raises(ExampleInputsError, match="no tensor that depends on a weight"):
         mn.diagnose(Lambda(lambda m, x: m.inner(x).argmax(1), inner=mlp()), torch.randn(ROWS))
+
+
+def check_it_is_told_that_float64_fails(model: nn.Module, words: str) -> None:
+    """The error blames float64, names the line, and does not blame the inputs, which the model accepts."""
+    model(torch.randn(ROWS))
+    with pytest.raises(DoublePrecisionError, match=words) as caught:
+        mn.diagnose(model, torch.randn(ROWS))
+    assert "example_inputs" not in str(caught.value)
+    assert re.search(r"at line \d+ of test_unusual_models\.py, in", str(caught.value))
+
+
+def test_a_model_that_cannot_compute_in_float64_is_refused_as_such() -> None:
+    own = Lambda(lambda m, x: m.inner(x) @ torch.ones(m.inner(x).shape[-1], 3), inner=mlp())
+    check_it_is_told_that_float64_fails(own, r"float64 fails at line .*[Dd]ouble.*dtype=x\.dtype")
+    # Sabotage: the same with a constant in the dtype of the input does compute in float64.
+    kept = Lambda(lambda m, x: m.inner(x) @ x.new_ones(m.inner(x).shape[-1], 3), inner=mlp())
+    with pytest.raises(pytest.fail.Exception):
+        check_it_is_told_that_float64_fails(kept, "float64 fails")
 
 
 def test_a_lazy_model_is_refused_by_the_name_of_its_parameter() -> None:

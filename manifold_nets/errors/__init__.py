@@ -5,7 +5,13 @@ Every message names the parameter or file, the value found, the value expected, 
 
 from __future__ import annotations
 
-from manifold_nets.errors.analysis import AnalysisError, ExampleInputsError, LossError, UnsupportedModelError
+from manifold_nets.errors.analysis import (
+    AnalysisError,
+    DoublePrecisionError,
+    ExampleInputsError,
+    LossError,
+    UnsupportedModelError,
+)
 from manifold_nets.errors.base import ManifoldNetsError, MissingExtraError, OptionError
 from manifold_nets.errors.checkpoints import (
     CheckpointError,
@@ -54,6 +60,7 @@ __all__ = [
     "ConstraintError",
     "ConstraintLostError",
     "DegenerateGroupError",
+    "DoublePrecisionError",
     "EuclideanStepError",
     "ExampleInputsError",
     "ExportError",

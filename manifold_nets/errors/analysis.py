@@ -38,6 +38,19 @@ class AnalysisError(ManifoldNetsError, RuntimeError):
         super().__init__(f"{model}: {told}")
 
 
+class DoublePrecisionError(ManifoldNetsError, TypeError):
+    """A model cannot compute in float64, in which the certificate is taken."""
+
+    def __init__(self, model: str, cause: BaseException, place: str) -> None:
+        why = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
+        super().__init__(
+            f"{model}: its copy in float64 fails {place} ({why}); expected a model that computes in the dtype of "
+            "its inputs and weights. Make the tensors that forward creates in that dtype (torch.zeros(…, "
+            "dtype=x.dtype)), replace an operator that has no float64 kernel by one that has, or analyse the "
+            "submodules around it."
+        )
+
+
 class UnsupportedModelError(ManifoldNetsError, TypeError):
     """A model is of a kind whose weights or operations are out of reach."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
-from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, run, second_field, silent_field
+from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, second_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
@@ -29,6 +29,7 @@ from manifold_nets.symmetry.network.graph import (
     trace,
 )
 from manifold_nets.symmetry.network.modules import module_graph
+from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.reverse.scales import search_unexplained
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
@@ -77,6 +78,7 @@ def diagnose(
 
     Raises:
         ExampleInputsError: the model refuses the inputs.
+        DoublePrecisionError: the model cannot compute in float64.
         AnalysisError: the model cannot be copied.
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
         OptionError: ``memory`` is neither of both.
@@ -192,5 +194,9 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
 
     with torch.no_grad():
         torch.manual_seed(seed)
-        graph.interpret(twin, inputs, visit)
+        try:
+            graph.interpret(twin, inputs, visit)
+        except RuntimeError:
+            run(twin, inputs)  # the model's own code says better where it fails
+            raise
     return found

@@ -28,7 +28,8 @@ from manifold_nets.errors import ExampleInputsError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.network.absent import absent
-from manifold_nets.symmetry.network.graph import Inputs, output_tensors
+from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import is_continuous
 from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
@@ -37,7 +38,6 @@ __all__ = [
     "euler_field",
     "move_vectors",
     "random_projection",
-    "run",
     "second_field",
     "sharp_outputs",
     "silent_field",
@@ -303,22 +303,6 @@ def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor
     modulus = weight.abs()
     radial = (weight.conj() * gradient).real
     return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
-
-
-def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Floating-point outputs of a model.
-
-    Raises:
-        ExampleInputsError: the model refuses the inputs.
-    """
-    args, kwargs = inputs
-    try:
-        result = model(*args, **kwargs)
-    except Exception as error:
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        raise ExampleInputsError(f"tensors of shapes {shapes}", error) from error
-    tensors = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in output_tensors(result)]
-    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def _outputs_with_gradient(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
