@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import beyond_vision
@@ -74,18 +75,18 @@ def mnist_rows(folder: Path) -> Iterator[Row]:
         values = ", ".join(f"{d.value:+.2f}".replace("-", "−") for d in found if d is not None)
         yield (
             f"Is {mnist_report.METHODS[method]} better than batch normalization alone?",
-            "MNIST, the paper's protocol",
+            "MNIST, the paper's protocol, Arch2",
             f"{counted(found)} (networks and schedules: {values} points)",
         )
     yield (
         "Is that clearer in deeper networks?",
-        "the same",
+        "the same, Arch1 and Arch2",
         counted(mnist_report.deeper(runs).values(), "clearer", "less clear"),
     )
     least, middle, most, _ = mnist_report.cost(runs, "un")
     yield (
         "Is there no extra cost?",
-        "the same",
+        "the same, Arch1 and Arch2",
         f"A step of UN takes {middle:.2f} times as long as one of SGD ({least:.2f} … {most:.2f})",
     )
     for depth in mnist_report.DEPTHS:
@@ -135,6 +136,20 @@ def beyond_rows(folder: Path) -> Iterator[Row]:
             )
 
 
+def recipe_rows(folder: Path) -> Iterator[Row]:
+    """Every recipe on spheres against SGD and AdamW, on all tasks on which it was tuned with them."""
+    beyond = beyond_vision.tuned(read_runs(folder / f"{beyond_vision.NAME}_runs.csv"))
+    mnist = read_runs(folder / f"{mnist_report.NAME}_runs.csv")
+    tasks = [(beyond, subject.task) for subject in beyond_vision.SUBJECTS]
+    tasks += [(mnist, mnist_report.today_arm(depth)) for depth in mnist_report.DEPTHS]
+    for recipe in SPHERES:
+        parts = [
+            f"against {name} {counted(mnist_report.between(runs, arm, recipe, name) for runs, arm in tasks)}"
+            for name in EUCLIDEAN
+        ]
+        yield (f"How does the recipe *{recipe}* do?", "MNIST and beyond vision, tuned", "; ".join(parts))
+
+
 def robustness_rows(folder: Path) -> Iterator[Row]:
     """Less tuning, more stable, indifferent to initial scales."""
     samples = [*samples_of(read_runs(folder / f"{robustness.NAME}_runs.csv")), *robustness.others(folder)]
@@ -154,7 +169,7 @@ EXPERIMENTS: dict[str, tuple[str, Callable[[Path], Iterator[Row]]]] = {
     "invariance.md": ("invariance.csv", invariance_rows),
     "mnist_paper.md": ("mnist_paper_runs.csv", mnist_rows),
     "camvid.md": ("camvid_runs.csv", camvid_rows),
-    "beyond_vision.md": ("beyond_vision_runs.csv", beyond_rows),
+    "beyond_vision.md": ("beyond_vision_runs.csv", lambda folder: chain(beyond_rows(folder), recipe_rows(folder))),
     "robustness.md": ("robustness_runs.csv", robustness_rows),
     "limits.md": ("limits_runs.csv", limit_rows),
 }
