@@ -104,14 +104,14 @@ def test_families_that_a_normalization_absorbs_are_left() -> None:
 
 def test_a_wrong_symmetry_is_refused_and_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage twin: descend along a direction that is no symmetry."""
-    original = balance_module._minimize
+    original = balance_module._descend
 
-    def wrong(family: object, values: dict[str, torch.Tensor]) -> float:
-        result = original(family, values)
+    def wrong(families: object, values: dict[str, torch.Tensor]) -> int:
+        result = original(families, values)
         values["0.weight"] = values["0.weight"] * 1.01
         return result
 
-    monkeypatch.setattr(balance_module, "_minimize", wrong)
+    monkeypatch.setattr(balance_module, "_descend", wrong)
     model = mlp(5, 7, 3)
     before = snapshot(model)
     with pytest.raises(FunctionChangedError):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.conversion.energies import Energies
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, ReportMismatchError
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
@@ -143,41 +144,59 @@ def _norm(values: dict[str, Tensor]) -> float:
 
 
 def _descend(families: Sequence[SymmetryFamily], values: dict[str, Tensor]) -> int:
-    """Minimize the squared norm symmetry by symmetry, all symmetries of a family at once; return the sweeps taken."""
-    for sweep in range(1, _SWEEPS + 1):
-        largest = max((_minimize(family, values) for family in families), default=0.0)
-        if largest < _SMALLEST_STEP:
-            return sweep
-    return _SWEEPS
+    """Minimize the squared norm symmetry by symmetry, all symmetries of a family at once; return the sweeps taken.
 
-
-def _minimize(family: SymmetryFamily, values: dict[str, Tensor]) -> float:
-    """Take the symmetries of a family to their minima, one after the other; return the largest ``|ln α|``."""
+    Sums of squares over the blocks that all families leave in one piece are taken once: the sweeps never read a weight.
+    """
     energies = {
-        (name, part): partition.sum(values[name].square()).flatten().tolist()
-        for (name, part), partition in family.partitions.items()
+        name: Energies.of(value.square(), [p for f in families for (n, _), p in f.partitions.items() if n == name])
+        for name, value in values.items()
     }
-    logarithms = {place: [0.0] * len(energy) for place, energy in energies.items()}
+    logarithms = [
+        {place: torch.zeros(partition.n_groups, dtype=torch.float64) for place, partition in family.partitions.items()}
+        for family in families
+    ]
+    taken = _SWEEPS
+    for sweep in range(1, _SWEEPS + 1):
+        moves = [_minimize(f, energies, logs) for f, logs in zip(families, logarithms, strict=True)]
+        if max(moves, default=0.0) < _SMALLEST_STEP:
+            taken = sweep
+            break
+    for family, logs in zip(families, logarithms, strict=True):
+        for (name, part), partition in family.partitions.items():
+            factors = logs[name, part].exp().to(values[name].device)
+            values[name] = partition.multiply(values[name], partition.spread(factors))
+    return taken
+
+
+def _minimize(family: SymmetryFamily, energies: dict[str, Energies], total: dict[tuple[str, str], Tensor]) -> float:
+    """Take the symmetries of a family to their minima, one after the other; return the largest ``|ln α|``."""
+    sums = {place: energies[place[0]].over(partition).tolist() for place, partition in family.partitions.items()}
+    logarithms = {place: [0.0] * len(values) for place, values in sums.items()}
     largest = 0.0
     for symmetry in family.symmetries:
         moved = [(place, index, c) for place, exponents in symmetry.items() for index, c in exponents.items()]
-        step = _minimum([(energies[place][index], c) for place, index, c in moved])
+        step = _minimum([(sums[place][index], c) for place, index, c in moved])
         largest = max(largest, abs(step))
         for place, index, c in moved:
-            energies[place][index] *= math.exp(2 * c * step)
+            sums[place][index] *= math.exp(2 * c * step)
             logarithms[place][index] += c * step
-    for (name, part), partition in family.partitions.items():
-        factors = torch.tensor(logarithms[name, part], dtype=torch.float64, device=values[name].device).exp()
-        values[name] = partition.multiply(values[name], partition.spread(factors))
+    for place, partition in family.partitions.items():
+        logs = torch.tensor(logarithms[place], dtype=torch.float64)
+        energies[place[0]].multiply(partition, (2 * logs).exp())
+        total[place] += logs
     return largest
 
 
 def _minimum(terms: list[tuple[float, float]]) -> float:
-    """Minimize ``Σ a exp(2 c t)`` over t by Newton's method; 0 where it has no minimum."""
+    """Minimize ``Σ a exp(2 c t)`` over t, at once where all ``|c|`` are equal, else by Newton; 0 without a minimum."""
     growing = sum(a for a, c in terms if c > 0)
     shrinking = sum(a for a, c in terms if c < 0)
     if not (growing > 0 and shrinking > 0 and math.isfinite(growing + shrinking)):
         return 0.0
+    if len({abs(c) for _, c in terms if c}) == 1:
+        c = abs(next(c for _, c in terms if c))
+        return max(-_LARGEST_STEP, min(_LARGEST_STEP, math.log(shrinking / growing) / (4 * c)))
     t = 0.0
     for _ in range(100):
         slope = sum(a * c * math.exp(2 * c * t) for a, c in terms)
