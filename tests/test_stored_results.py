@@ -47,7 +47,7 @@ def check_summary(folder):
 
 def test_the_summary_in_the_readme_is_that_of_the_stored_runs(tmp_path):
     check_summary(RESULTS)
-    # Sabotage: other errors in the stored runs.
+    # Sabotage: test errors ten times as large, and differences with them.
     for file in RESULTS.glob("*.csv"):
         shutil.copy(file, tmp_path)
     for file in RESULTS.glob("*.json"):
@@ -55,6 +55,6 @@ def test_the_summary_in_the_readme_is_that_of_the_stored_runs(tmp_path):
     for file in RESULTS.glob("*.npz"):
         shutil.copy(file, tmp_path)
     runs = tmp_path / "mnist_paper_runs.csv"
-    runs.write_text(re.sub(r",0\.0(\d+),([^,\s]+)$", r",0.1\1,\2", runs.read_text(), flags=re.MULTILINE))
+    runs.write_text(re.sub(r",0\.0(\d+),([^,\s]+)$", r",0.\1,\2", runs.read_text(), flags=re.MULTILINE))
     with pytest.raises(AssertionError):
         check_summary(tmp_path)
