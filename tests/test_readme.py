@@ -128,3 +128,23 @@ def test_table_of_optimizers_is_the_stored_one(monkeypatch):
     monkeypatch.setitem(globals(), "README", README.replace("| rsgd |", "| gdsr |"))
     with pytest.raises(AssertionError):
         check_table("comparison.md")
+
+
+def check_ratios(readme):
+    """Every ratio of the sections on costs stands in the stored tables of the benchmarks."""
+    section = readme.partition("- **Steps on spheres cost")[2].partition("- **No figure here was measured")[0]
+    results = ROOT / "examples" / "results"
+    steps = (results / "benchmark_optimizers.md").read_text(encoding="utf-8")
+    found = re.findall(r"\d+\.\d\d \(\d+\.\d\d … \d+\.\d\d\)", section)
+    assert len(found) == 12
+    assert [ratio for ratio in found if ratio not in steps] == []
+    ((share, low, high),) = re.findall(r"it adds ([\d.]+) % \(quartiles ([\d.]+) … ([\d.]+)\)", section)
+    comparison = (results / "benchmark_comparison.md").read_text(encoding="utf-8")
+    assert re.search(rf"\| all together \| [\d.]+ \| {share} \| {low} … {high} \|", comparison)
+
+
+def test_costs_are_those_of_the_stored_benchmarks():
+    check_ratios(README)
+    for old, new in (("0.89 (0.86 …", "0.88 (0.86 …"), ("adds 7.6 %", "adds 6.6 %")):
+        with pytest.raises(AssertionError):
+            check_ratios(README.replace(old, new))
