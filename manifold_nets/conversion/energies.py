@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from torch import Tensor
@@ -19,11 +19,13 @@ class Energies:
     """Sums of non-negative entries over blocks, for sums over the groups of any of some partitions.
 
     Rows and columns of a convolution weight, say, have its kernels as common blocks: their sums are a matrix, and every
-    sum over a row or a column of the weight is one of that matrix. Factors of rows and columns keep that true.
+    sum over a row or a column of the weight is one of that matrix. Factors of rows and columns keep that true; they are
+    kept beside the matrix, so that a sum is a product of matrix and vector and nothing large is written.
 
     Args:
-        blocks: the sums.
+        blocks: the sums, without the factors.
         coarse: each partition of the weight as one of the blocks.
+        along: factors along axes of the blocks.
 
     Example:
         >>> import torch
@@ -37,6 +39,7 @@ class Energies:
 
     blocks: Tensor
     coarse: dict[Partition, Partition]
+    along: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, entries: Tensor, partitions: Sequence[Partition]) -> Energies:
@@ -59,12 +62,26 @@ class Energies:
 
     def over(self, partition: Partition) -> Tensor:
         """The sum over each group of a partition, shape (groups,)."""
-        return self.coarse[partition].sum(self.blocks).flatten()
+        coarse = self.coarse[partition]
+        if self.blocks.ndim == 2 and len(coarse.kept) == 1:
+            (axis,) = coarse.kept
+            matrix = self.blocks if axis == 0 else self.blocks.T
+            across = self.along.get(1 - axis)
+            sums = matrix.sum(1) if across is None else matrix @ across
+            return sums * self.along.get(axis, 1.0)
+        blocks = self.blocks
+        for axis, factors in self.along.items():
+            blocks = blocks * factors.view([-1 if other == axis else 1 for other in range(blocks.ndim)])
+        return coarse.sum(blocks).flatten()
 
     def multiply(self, partition: Partition, factors: Tensor) -> None:
         """Multiply every group of a partition by a factor of its own, shape (groups,)."""
-        coarse = self.coarse[partition]
-        self.blocks = coarse.multiply(self.blocks, coarse.spread(factors.to(self.blocks.device)))
+        coarse, factors = self.coarse[partition], factors.to(self.blocks.device)
+        if len(coarse.kept) == 1:
+            (axis,) = coarse.kept
+            self.along[axis] = self.along.get(axis, 1.0) * factors
+        else:
+            self.blocks = coarse.multiply(self.blocks, coarse.spread(factors))
 
 
 def _ends(view: Sequence[int]) -> list[int]:
