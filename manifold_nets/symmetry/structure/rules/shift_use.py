@@ -89,8 +89,8 @@ Rule = Callable[[ShiftUse], Result]
 SHIFT_RULES: dict[str, Rule] = {}
 _MOVEMENTS = (
     "view reshape _unsafe_view flatten unflatten view_as reshape_as permute transpose swapaxes t movedim numpy_T mT mH "
-    "matrix_H adjoint squeeze unsqueeze expand expand_as repeat tile slice narrow select flip roll chunk split "
-    "split_with_sizes unbind tensor_split getitem cat concat concatenate stack index unfold pixel_shuffle "
+    "matrix_H adjoint squeeze unsqueeze expand expand_as repeat tile repeat_interleave slice narrow select flip roll "
+    "chunk split split_with_sizes unbind tensor_split getitem cat concat concatenate stack index unfold pixel_shuffle "
     "pixel_unshuffle channel_shuffle"
 ).split()
 
