@@ -114,19 +114,23 @@ def _turn(rule: Rule, member: Member, squares: Tensor) -> None:
     held = squares.detach() if part is None else part.read(squares)
     v = held.reshape(w.shape)
     ww, wg = spheres.dots((w, w), (w, g))
-    slope = (g - w * (wg / ww)) * (-spheres.radius if rule.maximize else spheres.radius)
+    # One temporary as large as the piece serves in turn as ξ, as d and as the new point: memory is what limits pieces.
+    slope = (w * (-wg / ww)).add_(g).mul_(-spheres.radius if rule.maximize else spheres.radius)
+    del g
     m.mul_(rule.keep).add_(slope * spheres.radius, alpha=1 - rule.keep)
-    v.lerp_(slope.square(), 1 - rule.beta2)
-    direction = m / ((v / (1 - rule.beta2**member.step)).sqrt() + rule.eps)
+    v.mul_(rule.beta2).addcmul_(slope, slope, value=1 - rule.beta2)
+    direction = torch.div(v, 1 - rule.beta2**member.step, out=slope).sqrt_().add_(rule.eps)
+    torch.div(m, direction, out=direction)
     (wd,) = spheres.dots((w, direction))
-    direction.sub_(w * (wd / ww))
+    direction.addcmul_(w, -wd / ww)
     (length,) = spheres.dots((direction, direction))
     angle = float(rule.lr)
     turn = torch.where(length == 0, 0.0, math.sin(angle) * (spheres.square / length).sqrt())
-    new = w * math.cos(angle) - direction * turn
+    new = direction.mul_(-turn).add_(w, alpha=math.cos(angle))
     norm, overlap = spheres.dots((new, new), (new, m))
-    m.sub_(new * (overlap / norm))
-    w.copy_(new * (spheres.square / norm).sqrt() if angle != 0 else w)
+    m.addcmul_(new, -overlap / norm)
+    if angle != 0:
+        w.copy_(new.mul_((spheres.square / norm).sqrt()))
     if v.data_ptr() != held.data_ptr():
         held.copy_(v.reshape(held.shape))
     if part is not None:
