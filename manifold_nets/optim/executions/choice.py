@@ -15,8 +15,9 @@ from torch import Tensor
 from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.optim.executions import native
-from manifold_nets.optim.executions.batches import run_batched, run_compiled, suits_rows
+from manifold_nets.optim.executions.batches import run_batched, run_compiled
 from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.executions.rows import suits_rows
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.rules.members import Member, Rule

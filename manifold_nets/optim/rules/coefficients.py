@@ -17,7 +17,7 @@ from torch import Tensor
 from manifold_nets.gathered import local_part
 from manifold_nets.optim.rules.products import Scalar, Tangential
 
-__all__ = ["Coefficients", "Moments", "adam_coefficients", "coefficients", "sgd_coefficients"]
+__all__ = ["Coefficients", "Moments", "adam_coefficients", "adam_factor", "coefficients", "sgd_coefficients"]
 
 
 class Moments(NamedTuple):
@@ -88,11 +88,30 @@ def adam_coefficients(
     beta2: Scalar,
     eps: float,
     step: Scalar,
+    dampening: float = 0.0,
 ) -> Coefficients:
-    """Return the coefficients of Adam, and update the second moments in place; see `riemannian_adam_`."""
+    """Return the coefficients of Adam, and update the second moments in place; see `riemannian_adam_`.
+
+    A share ``dampening`` of the gradient is left out of the first moment.
+    """
+    factor = adam_factor(found, exp_avg_sq, max_exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    return coefficients(found, Moments(beta1, (1 - beta1) * (1 - dampening), factor, 0.0), lr)
+
+
+def adam_factor(
+    found: Tangential,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    beta1: Scalar,
+    beta2: Scalar,
+    eps: float,
+    step: Scalar,
+) -> Tensor:
+    """Return by what Adam multiplies the first moment of each group, and update the second moments in place."""
     second = local_part(exp_avg_sq).lerp_(found.gg, 1 - beta2)
     if max_exp_avg_sq is not None:
         largest = local_part(max_exp_avg_sq)
         second = largest.copy_(torch.maximum(largest, second))
     root = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
-    return coefficients(found, Moments(beta1, 1 - beta1, (1 / (1 - beta1**step)) / root, 0.0), lr)
+    return (1 / (1 - beta1**step)) / root

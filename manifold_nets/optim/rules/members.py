@@ -68,7 +68,8 @@ class Rule:
         if second is None:
             options = {"momentum": self.keep, "dampening": dampening, "nesterov": self.nesterov}
             return sgd_coefficients(found, lr=self.lr, **options)  # type: ignore[arg-type]
-        return adam_coefficients(found, *second, lr=self.lr, beta1=self.keep, beta2=self.beta2, eps=self.eps, step=step)
+        options = {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "step": step, "dampening": dampening}
+        return adam_coefficients(found, *second, lr=self.lr, **options)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

@@ -1,0 +1,133 @@
+r"""A step along the moment, operation by operation on rows that stay in cache: what is usual needs no more than nine.
+
+Where the direction is the moment p itself times a number of each sphere (momentum without Nesterov's look ahead, and
+Adam), the step has no need of all inner products beforehand:
+
+.. math:: p ← μ b + c\, r^2 g, \quad p ← p - w ⟨w, p⟩/⟨w, w⟩, \quad w ← w - t ‖w‖ p, \quad
+          w' = w r/‖w‖, \quad b' = p + w' \frac{t ‖p‖^2}{r (1 + t^2 ‖p‖^2)^½}
+
+with ``t`` the learning rate over r, times Adam's factor. Each operation passes over a block of rows; it is the step of
+`manifold_nets.optim.rules.updates` to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from manifold_nets.optim.executions.rows import (
+    Rows,
+    blocks_of,
+    keep_second_moments,
+    portions,
+    radii,
+    second_moments,
+    sharpened,
+)
+from manifold_nets.optim.rules.coefficients import adam_factor
+from manifold_nets.optim.rules.members import Rule
+from manifold_nets.optim.rules.products import Scalar, some, tangential_of
+
+__all__ = ["follows_moment", "step_along_moment"]
+
+# `torch.linalg.vector_norm` adds in sequence; up to so many entries that is exact to a few machine epsilons.
+_IN_SEQUENCE = 2**13
+# From so many matrices on, two calls for all cost less than one for each.
+_MANY = 8
+
+
+def follows_moment(rule: Rule, rows: Rows) -> bool:
+    """Whether a step is along the moment, and all that it computes with is at hand in the dtype to compute in."""
+    return rows.is_precise and not rule.nesterov
+
+
+def step_along_moment(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
+    """Take one step of all rows, in place: large matrices block by block, small ones together."""
+    blocks = (block for rows in matrices for block in blocks_of(rows))
+    for portion in portions(blocks):
+        _Step(rule, portion).take(dampening, step)
+
+
+class _Step:
+    """One step of some matrices, with the numbers of their rows in columns for all of them."""
+
+    def __init__(self, rule: Rule, matrices: Sequence[Rows]) -> None:
+        self.rule, self.matrices = rule, matrices
+        self.w = [rows.weight for rows in matrices]
+        self.g = [rows.gradient for rows in matrices]
+        self.b = [rows.moment for rows in matrices if rows.moment is not None]
+        self.sizes = [len(w) for w in self.w]
+        self.radius = radii(matrices)
+
+    def take(self, dampening: float, step: float) -> None:
+        w, b, radius, rule = self.w, self.b, self.radius, self.rule
+        norms, take, turn = self.norms(w), 1 - dampening, float(rule.lr) / radius
+        squares = norms.square()
+        second = second_moments(self.matrices)
+        if second is not None:
+            take, turn = 1 - rule.keep, turn * self.adam_factor(second, squares, step)
+        self.take_up((-take if rule.maximize else take) * radius * radius)
+        self.add(b, w, self.dots(w, b).div_(squares), -1)
+        if rule.lr == 0:
+            return  # the weights stay as they are, bit for bit
+        lengths = self.norms(b).square_()
+        reach = turn * norms
+        moved = (reach * lengths).mul_(reach)  # the sides of a right angle are w and what it moves by
+        self.add(w, b, reach, -1)
+        if some(moved > squares):  # steps of more than a radian, whose ends are measured
+            # A norm out of range would send a group to zero without a word; 0·∞ makes it NaN, as it should be.
+            scale = (radius + 0.0 * moved) / self.norms(w)
+            overlap = -self.dots(w, b) * scale
+        else:
+            scale = radius / moved.add_(squares).sqrt_()
+            overlap = reach.mul_(lengths).mul_(scale)
+        torch._foreach_mul_(w, self.columns(scale))
+        self.add(b, w, overlap.div_(radius * radius), 1)
+
+    def take_up(self, share: Scalar) -> None:
+        """Let the moment become ``μ b + share g``, in one pass where there is an operation for it."""
+        keep = self.rule.keep
+        if isinstance(share, Tensor):
+            torch._foreach_mul_(self.b, keep)
+            self.add(self.b, self.g, share, 1)
+        elif share == 1 - keep:
+            torch._foreach_lerp_(self.b, self.g, share)
+        elif share == 1 and len(self.b) < _MANY:
+            for b, g in zip(self.b, self.g, strict=True):
+                torch.add(g, b, alpha=keep, out=b)
+        else:
+            torch._foreach_mul_(self.b, keep)
+            torch._foreach_add_(self.b, self.g, alpha=share)
+
+    def adam_factor(self, second: tuple[Tensor, Tensor | None], squares: Tensor, step: float) -> Tensor:
+        """Return by what Adam multiplies the moment of each row, and update the second moments."""
+        rule = self.rule
+        dots = (squares, self.dots(self.w, self.g), self.norms(self.g).square_())
+        found = tangential_of(dots, self.radius * self.radius, maximize=rule.maximize)
+        found = sharpened(found, self.matrices, maximize=rule.maximize)
+        factor = adam_factor(found, *second, beta1=rule.keep, beta2=rule.beta2, eps=rule.eps, step=step)
+        keep_second_moments(self.matrices, second)
+        return factor
+
+    def columns(self, values: Tensor) -> list[Tensor]:
+        return list(torch.split(values, self.sizes))
+
+    def add(self, to: list[Tensor], what: list[Tensor], share: Tensor, sign: int) -> None:
+        torch._foreach_addcmul_(to, what, self.columns(share), value=sign)
+
+    def dots(self, x: list[Tensor], y: list[Tensor]) -> Tensor:
+        found = x[0].new_empty(sum(self.sizes), 1)
+        for product, out in zip(torch._foreach_mul(x, y), self.columns(found), strict=True):
+            torch.sum(product, 1, keepdim=True, out=out)
+        return found
+
+    def norms(self, x: list[Tensor]) -> Tensor:
+        found = x[0].new_empty(sum(self.sizes), 1)
+        for each, out in zip(x, self.columns(found), strict=True):
+            if each.shape[1] <= _IN_SEQUENCE:
+                torch.linalg.vector_norm(each, dim=1, keepdim=True, out=out)
+            else:
+                torch.sum(each * each, 1, keepdim=True, out=out).sqrt_()
+        return found

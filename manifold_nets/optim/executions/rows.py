@@ -1,0 +1,165 @@
+"""Weights as matrices whose rows are groups; blocks that stay in cache, and the numbers of all rows together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_nets.groups import accumulation_dtype
+from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.rules.members import Member
+from manifold_nets.optim.rules.products import Spheres, Tangential, is_short, measured, some
+
+__all__ = [
+    "BLOCK",
+    "Rows",
+    "blocks_of",
+    "keep_second_moments",
+    "portions",
+    "radii",
+    "rows_of",
+    "second_moments",
+    "sharpened",
+    "suits_rows",
+]
+
+# Entries of a block: a few of them, in float32, fit in the third level of a processor's cache.
+BLOCK = 2**19
+
+
+class Rows(NamedTuple):
+    """A weight, or a part of one, as a matrix whose rows are groups; second moments and radii as columns."""
+
+    weight: Tensor
+    gradient: Tensor
+    moment: Tensor | None
+    second: Tensor | None
+    largest: Tensor | None
+    radius: float | Tensor
+
+    def between(self, start: int, end: int) -> Rows:
+        """Return some of the rows, as views."""
+        return Rows(*(x[start:end] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+    @property
+    def is_precise(self) -> bool:
+        """Whether all that a step computes with is at hand in the dtype to compute in."""
+        dtype = accumulation_dtype(self.weight.dtype)
+        return self.moment is not None and self.moment.dtype == self.weight.dtype == self.gradient.dtype == dtype
+
+
+def suits_rows(member: Member) -> bool:
+    """Whether the groups of a weight are the rows of a matrix that is a view of it."""
+    layout, stride = layout_of(member.manifold), member.weight.stride()
+    if hasattr(member.weight, "__tensor_flatten__") or layout.to_unit or not layout.has_rows(stride):
+        return False
+    return member.moment is None or member.moment.stride() == stride
+
+
+def rows_of(member: Member) -> Rows:
+    """Return the matrix of a weight that `suits_rows`, with views of its memory."""
+    layout, weight = layout_of(member.manifold), member.weight.detach()
+    shape = (layout.rows, layout.size)
+
+    def view(x: Tensor | None, columns: int = layout.size) -> Tensor | None:
+        return None if x is None else x.detach().as_strided((layout.rows, columns), (columns, 1))
+
+    gradient = member.gradient.detach()
+    if gradient.stride() != weight.stride():
+        gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
+    second, largest = member.second or (None, None)
+    radius = member.manifold.radius_for(weight)
+    if isinstance(radius, Tensor):
+        radius = radius.reshape(-1, 1)
+    return Rows(
+        weight.as_strided(shape, (layout.size, 1)),
+        gradient.as_strided(shape, (layout.size, 1)),
+        *(view(member.moment), view(second, 1), view(largest, 1), radius),
+    )
+
+
+def blocks_of(rows: Rows) -> Iterator[Rows]:
+    """Yield runs of rows that stay in a processor's cache; all rows at once on other devices.
+
+    Example:
+        >>> rows = Rows(torch.zeros(600, 2048), torch.zeros(600, 2048), None, None, None, 1.0)
+        >>> [len(block.weight) for block in blocks_of(rows)]
+        [256, 256, 88]
+    """
+    count, size = rows.weight.shape
+    copied = rows.weight.dtype != accumulation_dtype(rows.weight.dtype)  # to float32, all of what a step reads
+    at_once = max(1, (BLOCK // 2 if copied else BLOCK) // size) if rows.weight.is_cpu else count
+    if at_once >= count:
+        yield rows
+        return
+    for start in range(0, count, at_once):
+        yield rows.between(start, start + at_once)
+
+
+def portions(matrices: Iterable[Rows]) -> Iterator[list[Rows]]:
+    """Yield runs of matrices of together at most one block's entries; larger matrices by themselves."""
+    portion: list[Rows] = []
+    entries = 0
+    for rows in matrices:
+        if portion and entries + rows.weight.numel() > BLOCK:
+            yield portion
+            portion, entries = [], 0
+        portion.append(rows)
+        entries += rows.weight.numel()
+    if portion:
+        yield portion
+
+
+def radii(matrices: Sequence[Rows]) -> float | Tensor:
+    """Return the radius of all rows, or one for each of them as a column."""
+    found = [rows.radius for rows in matrices]
+    if len(found) == 1 or not any(isinstance(radius, Tensor) or radius != found[0] for radius in found):
+        return found[0]
+    first = matrices[0].weight
+    columns = [
+        r if isinstance(r, Tensor) else first.new_full((len(rows.weight), 1), r)
+        for rows, r in zip(matrices, found, strict=True)
+    ]
+    return torch.cat([column.to(accumulation_dtype(first.dtype)) for column in columns])
+
+
+def second_moments(matrices: Sequence[Rows]) -> tuple[Tensor, Tensor | None] | None:
+    """Return the second moments of all rows and the largest so far, as copies in columns; None where there are none."""
+    both = [
+        None if any(x is None for x in column) else torch.cat(column)
+        for column in zip(*((rows.second, rows.largest) for rows in matrices), strict=True)
+    ]
+    return None if both[0] is None else (both[0], both[1])
+
+
+def keep_second_moments(matrices: Sequence[Rows], second: tuple[Tensor, Tensor | None]) -> None:
+    """Write second moments of all rows back to where `second_moments` took them from."""
+    sizes = [len(rows.weight) for rows in matrices]
+    for whole, parts in zip(second, zip(*((r.second, r.largest) for r in matrices), strict=True), strict=True):
+        if whole is not None:
+            torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
+
+
+def sharpened(found: Tangential, matrices: Sequence[Rows], *, maximize: bool) -> Tangential:
+    """Return what was found with the squared norms of tangential gradients measured where digits were lost."""
+    short = is_short(found)
+    if not some(short):
+        return found
+    sizes = [len(rows.weight) for rows in matrices]
+    result = []
+    for rows, lost, slope, gg in zip(
+        matrices, *(torch.split(x, sizes) for x in (short, found.g_slope, found.gg)), strict=True
+    ):
+        if not some(lost):
+            result.append(gg)
+            continue
+        start = 0
+        for part in blocks_of(rows):
+            weight, gradient = (x.to(gg.dtype) for x in (part.weight, part.gradient))
+            known = found._replace(g_slope=slope[start : start + len(weight)])
+            result.append(measured(weight, gradient, known, Spheres((1,), part.radius), maximize))
+            start += len(weight)
+    return found._replace(gg=torch.where(short, torch.cat(result), found.gg))
