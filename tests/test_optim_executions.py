@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manifold_nets as mn
 from manifold_nets.errors import NativeKernelError, OptionError
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.executions import batches, native, rows
+from manifold_nets.optim.executions import batches, compiled, native, rows
 from manifold_nets.optim.executions import choice as executions
 
 EAGER = {"single": {"foreach": False}, "batched": {"foreach": True}, "kernel": {"fused": True}}
@@ -159,6 +159,45 @@ def check_short_gradients(how):
 @eager
 def test_a_gradient_near_the_radius_has_an_exact_second_moment(how):
     check_short_gradients(how)
+
+
+compiler_warns = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
+COMPILED = [(RiemannianSGD, {"lr": 1.0, "momentum": 0.9}), (RiemannianAdam, {"lr": 10.0})]
+
+
+@pytest.mark.slow
+@compiler_warns
+@pytest.mark.parametrize(("optimizer", "options"), COMPILED)
+def test_rows_that_the_compiled_kernel_leaves_are_stepped_as_exactly(optimizer, options):
+    for scale, radial in LONG:
+        check_long_steps({"compile": True}, optimizer, options, scale, radial)
+    check_short_gradients({"compile": True})
+
+
+@pytest.mark.slow
+@compiler_warns
+def test_sabotage_without_the_rows_left_long_compiled_steps_fail(monkeypatch):
+    monkeypatch.setattr(compiled, "_step_left", lambda *_: None)
+    with pytest.raises(AssertionError, match="off by"):
+        check_rule(LAYOUTS[1], "uniform", torch.float32, RiemannianSGD, reference_sgd, {"lr": 50.0, "compile": True})
+
+
+@pytest.mark.slow
+@compiler_warns
+def test_schedules_of_rate_and_momentum_compile_nothing_anew():
+    sphere = mn.SphereProduct((20, 30))
+    weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+    stepper = RiemannianSGD([weight], lr=0.1, momentum=0.9, compile=True)
+    weight.grad = torch.randn_like(weight)
+    stepper.step()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for number in range(20):
+            stepper.param_groups[0] |= {"lr": 0.1 / (1 + number), "momentum": 0.9 - 0.01 * number}
+            stepper.step()
+        other = mn.SphereProduct((7, 11), radius=2.0)
+        twin = geoopt.ManifoldParameter(other.random(), manifold=other)
+        twin.grad = torch.randn_like(twin)
+        RiemannianSGD([twin], lr=0.1, momentum=0.9, compile=True).step()
 
 
 def test_a_difference_of_squares_is_not_exact_near_the_radius(monkeypatch):

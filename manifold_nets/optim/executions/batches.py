@@ -3,16 +3,13 @@
 Where the direction of a step is its moment, `manifold_nets.optim.executions.along_moment` takes it operation by
 operation. Elsewhere the inner products of all weights come first, then the coefficients of all their groups at once,
 then the writing. Large weights are passed in blocks of rows, so that what the operations leave between them stays in
-cache and takes little memory; small weights are stepped together. Compiled, one kernel takes the inner products of a
-weight of any size, and one writes: with the coefficients between them in one kernel, torch's compiler computes square
-roots and quotients anew for every few entries. `manifold_nets.optim.executions.passes` says what the two do.
+cache and takes little memory; small weights are stepped together.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,8 +18,8 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.optim.executions import passes
 from manifold_nets.optim.executions.along_moment import follows_moment, step_along_moment
+from manifold_nets.optim.executions.compiled import step_compiled
 from manifold_nets.optim.executions.rows import (
     Rows,
     blocks_of,
@@ -35,14 +32,15 @@ from manifold_nets.optim.executions.rows import (
 )
 from manifold_nets.optim.rules.coefficients import Coefficients
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.rules.products import some, tangential_of
+from manifold_nets.optim.rules.products import Spheres, pairs, some, tangential_of
+from manifold_nets.optim.rules.updates import combine_
 
 __all__ = ["run_batched", "run_compiled"]
 
 # Weights of at most so many entries are stepped together, up to a block at once.
 _SMALL = 2**15
-# A smaller share of the old moment would make the gradient's share of it too large a number.
-_LEAST_KEPT = 2**-6
+# Entries of a block where all that a step reads may have to be copied to float32.
+_COPIED = 2**18
 
 
 def run_batched(rule: Rule, members: Sequence[Member]) -> None:
@@ -52,31 +50,17 @@ def run_batched(rule: Rule, members: Sequence[Member]) -> None:
             step_along_moment(rule, batch, dampening, step)
             continue
         with _small_together(batch) as matrices:
-            found = torch.cat([passes.dots(block) for rows in matrices for block in blocks_of(rows)], 1)
-            move = _coefficients(rule, matrices, found, dampening, step)
-            _write(matrices, move, _combine_in_blocks)
+            _step_all(rule, matrices, dampening, step)
 
 
 def run_compiled(rule: Rule, members: Sequence[Member]) -> None:
-    """Step weights that `suits_rows` by two kernels that torch compiles for matrices of any size."""
+    """Step weights that `suits_rows` by a kernel that torch compiles for matrices of any size."""
     for (dampening, step, *_), batch in _alike(members).items():
-        if follows_moment(rule, batch[0]) and rule.keep >= _LEAST_KEPT:
-            adam = batch[0].second is not None
-            taken = (1 - rule.keep if adam else 1 - dampening) / rule.keep
-            advance = functools.partial(
-                _compiled(passes.advance), share=-taken if rule.maximize else taken, with_gradient=adam
-            )
-            found = torch.cat([advance(rows) for rows in batch], 1)
-            # All of the gradient is in the moment now.
-            _write(batch, _coefficients(rule, batch, found, 1.0, step), _compiled(passes.combine_two))
-        else:
-            found = torch.cat([_compiled(passes.dots)(rows) for rows in batch], 1)
-            _write(batch, _coefficients(rule, batch, found, dampening, step), _compiled(passes.combine))
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=True)
+        step_compiled(rule, batch, dampening, step)
+    # The kernel writes behind torch's back; autograd has to know.
+    torch.autograd.graph.increment_version(
+        [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
+    )
 
 
 def _alike(members: Sequence[Member]) -> dict[Any, list[Rows]]:
@@ -89,11 +73,10 @@ def _alike(members: Sequence[Member]) -> dict[Any, list[Rows]]:
     return found
 
 
-def _coefficients(
-    rule: Rule, matrices: Sequence[Rows], products: Tensor, dampening: float, step: float
-) -> Coefficients:
-    """Return what to write to all rows, in their own units, and update the second moments."""
+def _step_all(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
+    """Take the inner products of all matrices, find the coefficients of all their rows at once, and write."""
     radius, second = radii(matrices), second_moments(matrices)
+    products = torch.cat([_dots(block) for rows in matrices for block in blocks_of(rows, _COPIED)], 1)
     found = tangential_of(products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize)
     if second is not None:
         found = sharpened(found, matrices, maximize=rule.maximize)
@@ -101,27 +84,35 @@ def _coefficients(
     if second is not None:
         keep_second_moments(matrices, second)
     square = (-radius if rule.maximize else radius) * radius
-    return move._replace(wg=move.wg * square, bg=move.bg * square)
+    *columns, far = move._replace(wg=move.wg * square, bg=move.bg * square)
+    factors = torch.cat([torch.as_tensor(x, dtype=products.dtype).expand_as(far) for x in columns], 1)
+    is_far, start = some(far), 0
+    for rows in matrices:
+        for block in blocks_of(rows, _COPIED):
+            end = start + len(block.weight)
+            beyond = far[start:end] if is_far else None
+            _combine(block, factors[start:end], None if beyond is None or not some(beyond) else beyond)
+            start = end
 
 
-def _write(
-    matrices: Sequence[Rows], move: Coefficients, combine: Callable[[Rows, Tensor, Tensor | None], None]
-) -> None:
-    sizes = [len(rows.weight) for rows in matrices]
-    *columns, far = move
-    dtype = accumulation_dtype(matrices[0].weight.dtype)
-    factors = torch.cat([torch.as_tensor(x, dtype=dtype).expand_as(far) for x in columns], 1)
-    parts = torch.split(far, sizes) if some(far) else [None] * len(sizes)
-    for rows, part, beyond in zip(matrices, torch.split(factors, sizes), parts, strict=True):
-        combine(rows, part, None if beyond is None or not some(beyond) else beyond)
+def _dots(rows: Rows) -> Tensor:
+    """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
+    dtype = accumulation_dtype(rows.weight.dtype)
+    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
+    return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
 
 
-def _combine_in_blocks(rows: Rows, factors: Tensor, far: Tensor | None) -> None:
-    start = 0
-    for block in blocks_of(rows):
-        end = start + len(block.weight)
-        passes.combine(block, factors[start:end], None if far is None else far[start:end])
-        start = end
+def _combine(rows: Rows, factors: Tensor, far: Tensor | None) -> None:
+    """Write the linear combinations of each row, computed in float32 or better and rounded once."""
+    dtype = accumulation_dtype(rows.weight.dtype)
+    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
+    ww, wb, wg, bw, bb, bg = torch.split(factors, 1, 1)
+    move = Coefficients(ww, wb, wg, bw, bb, bg, torch.zeros_like(ww, dtype=torch.bool) if far is None else far)
+    combine_(w, g, b, Spheres((1,), rows.radius), move, far)  # type: ignore[arg-type]
+    if w is not rows.weight:
+        rows.weight.copy_(w)  # type: ignore[arg-type]
+    if b is not rows.moment and rows.moment is not None:
+        rows.moment.copy_(b)  # type: ignore[arg-type]
 
 
 @contextmanager

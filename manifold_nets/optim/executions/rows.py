@@ -81,8 +81,8 @@ def rows_of(member: Member) -> Rows:
     )
 
 
-def blocks_of(rows: Rows) -> Iterator[Rows]:
-    """Yield runs of rows that stay in a processor's cache; all rows at once on other devices.
+def blocks_of(rows: Rows, entries: int = BLOCK) -> Iterator[Rows]:
+    """Yield runs of rows of about so many entries, which stay in a processor's cache; all at once on other devices.
 
     Example:
         >>> rows = Rows(torch.zeros(600, 2048), torch.zeros(600, 2048), None, None, None, 1.0)
@@ -90,8 +90,7 @@ def blocks_of(rows: Rows) -> Iterator[Rows]:
         [256, 256, 88]
     """
     count, size = rows.weight.shape
-    copied = rows.weight.dtype != accumulation_dtype(rows.weight.dtype)  # to float32, all of what a step reads
-    at_once = max(1, (BLOCK // 2 if copied else BLOCK) // size) if rows.weight.is_cpu else count
+    at_once = max(1, entries // size) if rows.weight.is_cpu else count
     if at_once >= count:
         yield rows
         return
