@@ -68,6 +68,11 @@ def balance(
     Only rescalings that leave every stored statistic alone are carried out, so that the function is the same in both
     modes up to rounding. Families that touch a weight on spheres are left: balance first, then convert.
 
+    The norm is the smallest where what grows with a symmetry weighs as much as what shrinks, for each of them:
+    ``Σ_{c > 0} c ‖w_i‖² = Σ_{c < 0} |c| ‖w_i‖²`` over the parts i that are multiplied by ``α^c``. The descent ends
+    where the two differ by no more than 1e-9 of their sum, or after 100 sweeps: then the record and a warning in the
+    log say so.
+
     Args:
         model: the network; left as it is unless ``inplace``.
         report_or_example_inputs: what `diagnose` returned for it, or example inputs.

@@ -23,7 +23,7 @@ from manifold_nets.conversion.energies import Energies, ScaledEnergies
 __all__ = ["LARGEST_IMBALANCE", "Descent", "descend"]
 
 LARGEST_IMBALANCE = 1e-9
-_SWEEPS = 200
+_SWEEPS = 100
 _SOLVER_STEPS = 200
 _HALVINGS = 10
 # An energy that is higher by no more than this is the same up to rounding.
@@ -81,7 +81,7 @@ def descend(weights: Sequence[Energies], start: Tensor) -> Descent:
     free = (origin.growing > 0) & (origin.shrinking > 0)
     if bool(start.any()):
         started = problem.at(torch.where(free, start, 0.0))
-        point = started if started.energy < origin.energy else origin
+        point = started if started.energy <= origin.energy else origin
     sweeps = 0
     while (imbalance := point.imbalance(free)) > LARGEST_IMBALANCE and sweeps < _SWEEPS:
         sweeps += 1
@@ -117,15 +117,13 @@ class _Problem:
 
     def at(self, steps: Tensor) -> _Point:
         scaled = [weight.at(steps) for weight in self.weights]
-        sums = torch.zeros(3, len(steps), dtype=torch.float64, device="cpu")
+        growing, shrinking, curvature = torch.zeros(3, len(steps), dtype=torch.float64, device="cpu")
         for weight, found in zip(self.weights, scaled, strict=True):
             for exponents, energies in ((weight.rows, found.rows), (weight.columns, found.columns)):
-                powers = exponents.powers
-                for total, wanted in zip(
-                    sums, (powers.clamp(min=0), (-powers).clamp(min=0), 4 * powers**2), strict=True
-                ):
-                    total += exponents.collected(energies, wanted)
-        return _Point(steps, scaled, sum(found.total for found in scaled), *sums)
+                growing += exponents.collected(energies, exponents.powers.clamp(min=0))
+                shrinking += exponents.collected(energies, -exponents.powers.clamp(max=0))
+                curvature += exponents.collected(energies, 4 * exponents.powers.square())
+        return _Point(steps, scaled, sum(found.total for found in scaled), growing, shrinking, curvature)
 
     def separately(self, point: _Point, free: Tensor) -> _Point:
         """Move each symmetry towards its minimum; F does not rise.
@@ -135,7 +133,7 @@ class _Problem:
         n symmetries, each goes 1/n of its way: by Jensen's inequality F falls by at least 1/n of what they do alone.
         """
         ways = (point.shrinking / point.growing).log() / (2 * self.reach)
-        return self.at(point.steps + torch.where(free, self.share * ways, 0.0))
+        return self.at(point.steps + torch.where(free & ways.isfinite(), self.share * ways, 0.0))
 
     def newton(self, point: _Point, free: Tensor) -> _Point:
         """Take a Newton step in all symmetries together, shortened until F does not rise; else stay."""

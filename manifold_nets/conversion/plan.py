@@ -51,7 +51,8 @@ def plan(
     lose the same constant, so that both modes stay; its key leaves the `state_dict`, as with ``bias=False``. `revert`
     puts zeros back.
 
-    ``"balance"``: rescalings from one layer to the next are moved to the point of smallest norm; see `balance`.
+    ``"balance"``: rescalings from one layer to the next are moved to the point of smallest norm; see `balance`. The
+    plan keeps the factors, so that nothing is searched twice; on weights that changed since, the search goes on there.
 
     ``"spheres"``: each scale-invariant weight is put on a product of spheres. With ``radius="unit"`` a group of k
     filters gets norm √k, so that the mean square filter norm is 1. That is exact in evaluation mode, where the running
