@@ -1,4 +1,4 @@
-"""Sums over groups taken from sums over common blocks are those of the entries, also after groups are multiplied."""
+"""Sums over blocks are those over entries, after any rescaling; so are the products with the Hessian."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_nets.conversion.energies import Energies
+from manifold_nets.conversion.energies import Energies, Exponents
 from manifold_nets.groups import Partition
 
 EPS = torch.finfo(torch.float64).eps
@@ -27,23 +27,57 @@ def partitions(draw: st.DrawFn) -> list[Partition]:
         axes = draw(st.sets(st.integers(0, len(view) - 1)))
         return Partition(shape, view, tuple(sorted(axes)))
 
-    return [one(view) for view in draw(st.lists(st.sampled_from(sorted(views)), min_size=1, max_size=4))]
+    return list({one(view): None for view in draw(st.lists(st.sampled_from(sorted(views)), min_size=1, max_size=4))})
 
 
-def check(found: list[Partition], seed: int, sabotage: float = 1.0) -> None:
-    """Multiply the groups of each partition in turn, and compare with the same on single entries."""
+COUNT = 5
+
+
+def moved(partition: Partition, generator: torch.Generator) -> Exponents:
+    """Symmetries that each move some groups, neighbours often alike."""
+    run = int(torch.randint(1, 4, (), generator=generator))
+    entries = []
+    for group in range(partition.n_groups):
+        number = (group // run) % (COUNT + 1)
+        if number < COUNT:
+            entries.append((group, number, 1.0 if number % 2 else -2.0))
+    if partition.n_groups % 2:
+        entries += [(group, 0, 0.5) for group in range(partition.n_groups) if (group // run) % (COUNT + 1) == 1]
+    return Exponents.of(entries, (partition.n_groups, COUNT))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
+    """Agree up to the rounding of sums of positive and negative terms as large as the largest result."""
+    assert float((found - expected).abs().max()) <= 64 * terms * EPS * float(expected.abs().max() + 1)
+
+
+def check(found: list[Partition], seed: int, sabotage: float = 1.0) -> Energies:
+    """Compare value, gradient and Hessian with automatic differentiation of the entries."""
     generator = torch.Generator().manual_seed(seed)
-    entries = torch.rand(found[0].shape, generator=generator, dtype=torch.float64)
-    energies = Energies.of(entries, found)
-    assert energies.blocks.numel() <= entries.numel()
-    for partition in found:
-        factors = 0.5 + torch.rand(partition.n_groups, generator=generator, dtype=torch.float64)
-        energies.multiply(partition, sabotage * factors)
-        entries = partition.multiply(entries, partition.spread(factors))
-        for other in found:
-            expected = other.sum(entries).flatten()
-            bound = 4 * entries.numel() * EPS * float(expected.max())
-            assert float((energies.over(other) - expected).abs().max()) <= bound
+    weight = torch.randn(found[0].shape, generator=generator, dtype=torch.float64)
+    exponents = {partition: moved(partition, generator) for partition in found}
+    energies = Energies.of(weight, exponents)
+    assert energies.blocks.numel() <= weight.numel()
+
+    def squared_norm(steps: torch.Tensor) -> torch.Tensor:
+        value = weight
+        for partition, each in exponents.items():
+            logarithms = torch.zeros(partition.n_groups, dtype=torch.float64)
+            logarithms = logarithms.index_add(0, each.cells, each.powers * steps[each.symmetries])
+            value = partition.multiply(value, partition.spread(logarithms.exp()))
+        return value.square().sum()
+
+    steps, direction = (0.3 * torch.randn(2, COUNT, generator=generator, dtype=torch.float64)).unbind()
+    at = energies.at(sabotage * steps)
+    gradient = 2 * energies.rows.collected(at.rows, energies.rows.powers)
+    gradient += 2 * energies.columns.collected(at.columns, energies.columns.powers)
+    size = weight.numel()
+    close(torch.tensor(at.total, dtype=torch.float64), squared_norm(steps), size)
+    assert at.total == pytest.approx(float(at.columns.sum()), rel=64 * size * EPS)
+    close(gradient, torch.autograd.functional.jacobian(squared_norm, steps), size)
+    hessian = torch.autograd.functional.hessian(squared_norm, steps)
+    close(energies.hessian_times(at, direction), hessian @ direction, size)
+    return energies
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,8 +91,29 @@ def test_sabotage_another_factor_is_noticed() -> None:
         check([Partition.filters((4, 3)), Partition((4, 3), (4, 3), (1,))], 0, sabotage=1.001)
 
 
+def each_alone(partition: Partition) -> Exponents:
+    return Exponents.of([(group, group, 1.0) for group in range(partition.n_groups)], (partition.n_groups, 99))
+
+
 def test_blocks_of_convolutions_are_kernels_and_entries_where_views_cross() -> None:
     rows, columns = Partition.filters((6, 4, 3, 3)), Partition((6, 4, 3, 3), (6, 4, 3, 3), (1,))
-    assert tuple(Energies.of(torch.ones(6, 4, 3, 3), [rows, columns]).blocks.shape) == (6, 4)
+    energies = Energies.of(torch.ones(6, 4, 3, 3), {rows: each_alone(rows), columns: each_alone(columns)})
+    assert tuple(energies.blocks.shape) == (6, 4)
     crossing = [Partition((6,), (2, 3), (0,)), Partition((6,), (3, 2), (0,))]
-    assert tuple(Energies.of(torch.ones(6), crossing).blocks.shape) == (6,)
+    assert tuple(Energies.of(torch.ones(6), {p: each_alone(p) for p in crossing}).blocks.shape) == (6, 1)
+    # Input channels and output channels of a grouped convolution both depend on its group.
+    grouped = {p: each_alone(p) for p in (Partition.filters((6, 2, 3)), Partition((6, 2, 3), (2, 3, 2, 3), (0, 2)))}
+    assert tuple(Energies.of(torch.ones(6, 2, 3), grouped).blocks.shape) == (12, 1)
+
+
+@pytest.mark.parametrize("number", [lambda g: g // 3, lambda g: g % 4], ids=["consecutive", "interleaved"])
+def test_groups_that_move_alike_are_one_block(number: object) -> None:
+    """As the columns of the linear layer behind a flattened image, of which one channel has many."""
+    columns = Partition((5, 12), (5, 12), (1,))
+    alike = Exponents.of([(g, number(g), 1.0) for g in range(12)], (12, 4))  # type: ignore[operator]
+    weight = torch.arange(60.0).reshape(5, 12)
+    energies = Energies.of(weight, {columns: alike})
+    assert tuple(energies.blocks.shape) == (4, 1)
+    assert energies.rows.logarithms(torch.arange(4.0, dtype=torch.float64)).tolist() == [0, 1, 2, 3]
+    expected = [float(weight[:, [g for g in range(12) if number(g) == k]].square().sum()) for k in range(4)]  # type: ignore[operator]
+    assert energies.blocks.flatten().tolist() == expected

@@ -60,6 +60,19 @@ def test_network(name: str, dtype: torch.dtype, table: Any) -> None:
     assert row.keep_train_difference <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["squeezenet1_1", pytest.param("vgg11", marks=pytest.mark.slow)])
+def test_chains_of_layers_without_normalization_are_balanced(name: str) -> None:
+    """Symmetry by symmetry these do not reach the smallest norm within 200 sweeps."""
+    example("networks_torchvision", "torchvision")
+    torch.manual_seed(0)
+    model, x = mn.sources.load_model(f"torchvision:{name}"), torch.randn(2, 3, 64, 64)
+    balanced, record = mn.balance(model, x)
+    assert record.converged
+    assert record.sweeps <= 20
+    assert record.norm_after < 0.8 * record.norm_before
+    assert mn.verify(model, balanced, x).eval_difference <= EVAL_LIMIT[torch.float32]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fasterrcnn_mobilenet_v3_large_320_fpn", "ssdlite320_mobilenet_v3_large"])
 def test_detection_is_refused_with_the_reason(name: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from manifold_nets.conversion.balance import Rescaling
 from manifold_nets.errors import OptionError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, WeightFinding
@@ -87,11 +88,19 @@ class ConversionPlan:
 
     They are carried out in the order of `REMEDIES`: dead biases are removed, rescalings balanced, and then weights put
     on spheres.
+
+    Args:
+        model: name of the network.
+        actions: what is done.
+        example_inputs: what the result is compared on.
+        rescaling: the factors that `balance` actions were planned with; where the weights are others by the time that
+            the plan is carried out, the descent goes on from there.
     """
 
     model: str
     actions: tuple[Action, ...]
     example_inputs: Any = field(default=None, repr=False, compare=False)
+    rescaling: Rescaling | None = field(default=None, repr=False, compare=False)
 
     def of(self, action: str) -> tuple[Action, ...]:
         """Return the actions of one kind, such as ``"remove"``."""

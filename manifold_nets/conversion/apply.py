@@ -168,6 +168,7 @@ def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
         chosen,
         actions=tuple(replace(a, finding=None, symmetry=None, shifts={}) for a in chosen.actions),
         example_inputs=None,
+        rescaling=None,
     )
 
 
@@ -178,7 +179,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
     """Rewrite the weights of a plan; return a function that takes it back."""
     state = named_tensors(model)
-    before_spheres = staged(state, chosen.actions)
+    before_spheres, _ = staged(state, chosen.actions, chosen.rescaling)
     manifolds, changed = _on_spheres(chosen, before_spheres)
     changed = {name: v for name, v in before_spheres.items() if v is not state[name]} | changed
     removed = {action.name for action in chosen.of("remove")}

@@ -1,14 +1,15 @@
 """Balancing: the point of smallest norm on the orbit of the rescaling symmetries.
 
 A rescaling multiplies some parts of the parameters by α and divides others by it; the function stays. Along one
-symmetry with exponents c the squared norm is ``Σ_i ‖w_i‖² exp(2 c_i t)``, ``t = ln α``, a convex function of t. Taking
-its minimum symmetry by symmetry, again and again, reaches the minimum over all of them.
+symmetry with exponents c the squared norm is ``Σ_i ‖w_i‖² exp(2 c_i t)``, ``t = ln α``, a convex function of t; over
+all of them together it is convex as well. See `descent` for how its minimum is found.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.conversion.energies import Energies
+from manifold_nets.conversion.descent import Descent, descend
+from manifold_nets.conversion.energies import Energies, Exponents
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, ReportMismatchError
+from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 from manifold_nets.symmetry.network.twin import duplicate
 
-__all__ = ["BalanceRecord", "balance", "balanced_values", "rescaling_families"]
+__all__ = ["BalanceRecord", "Rescaling", "balance", "rescaling_families", "smallest_norm"]
 
-_SWEEPS = 200
-_SMALLEST_STEP = 1e-9
-# One symmetry moves no part by more than this factor in one sweep.
-_LARGEST_STEP = math.log(1e3)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class BalanceRecord:
         left: one line for each rescaling family that was left, with the reason.
         norm_before: Euclidean norm of all parameters that take part, before.
         norm_after: the same, after.
-        sweeps: passes over all symmetries until nothing moved.
+        sweeps: how often all symmetries were moved.
+        converged: whether the smallest norm was reached; where not, the function stays all the same.
+        imbalance: what grows and what shrinks with a symmetry weigh the same at the minimum: the largest difference of
+            the two over their sum; at most 1e-9 where it converged.
         verification: how far the function is from what it was.
     """
 
@@ -48,6 +51,8 @@ class BalanceRecord:
     norm_before: float
     norm_after: float
     sweeps: int
+    converged: bool
+    imbalance: float
     verification: Verification
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +67,11 @@ def balance(
 
     Only rescalings that leave every stored statistic alone are carried out, so that the function is the same in both
     modes up to rounding. Families that touch a weight on spheres are left: balance first, then convert.
+
+    The norm is the smallest where what grows with a symmetry weighs as much as what shrinks, for each of them:
+    ``Σ_{c > 0} c ‖w_i‖² = Σ_{c < 0} |c| ‖w_i‖²`` over the parts i that are multiplied by ``α^c``. The descent ends
+    where the two differ by no more than 1e-9 of their sum, or after 100 sweeps: then the record and a warning in the
+    log say so.
 
     Args:
         model: the network; left as it is unless ``inplace``.
@@ -92,10 +102,19 @@ def balance(
     rescalings = rescaling_families(model, report)
     chosen = [family for family, why in rescalings if why is None]
     left = [f"{family}: {why}" for family, why in rescalings if why is not None]
-    values, sweeps, before = balanced_values(chosen, dict(model.named_parameters()))
+    found = smallest_norm(chosen, dict(model.named_parameters()))
     target = model if inplace else duplicate(model)
-    verification = _put_in_place(model, target, values, report.example_inputs)
-    record = BalanceRecord(tuple(map(str, chosen)), tuple(left), before, _norm(values), sweeps, verification)
+    verification = _put_in_place(model, target, found, report.example_inputs)
+    record = BalanceRecord(
+        balanced=tuple(map(str, chosen)),
+        left=tuple(left),
+        norm_before=math.sqrt(found.descent.energies[0]),
+        norm_after=math.sqrt(found.descent.energies[1]),
+        sweeps=found.descent.sweeps,
+        converged=found.descent.converged,
+        imbalance=found.descent.imbalance,
+        verification=verification,
+    )
     return target, record
 
 
@@ -113,19 +132,69 @@ def rescaling_families(model: nn.Module, report: SymmetryReport) -> list[tuple[S
     return [(family, _why_left(family, constrained)) for family in report.families if family.kind == "rescaling"]
 
 
-def balanced_values(
-    families: Sequence[SymmetryFamily], state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], int, float]:
-    """Return the float64 values of smallest norm, the sweeps taken, and the norm before; nothing is changed.
+@dataclass(frozen=True)
+class Rescaling:
+    """Factors for the symmetries of some families, as a descent found them.
+
+    Args:
+        families: the families.
+        descent: the logarithms of their factors, family by family, and how they were found.
+    """
+
+    families: tuple[SymmetryFamily, ...]
+    descent: Descent
+
+    def values(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each tensor that takes part, and its rescaled values in float64.
+
+        Args:
+            state: the tensors that take part, and perhaps others, by name; they are not changed.
+        """
+        for name, exponents in _exponents(self.families).items():
+            value = state[name].detach().to(torch.float64, copy=True)
+            for partition, found in exponents.items():
+                factors = found.logarithms(self.descent.steps).exp().to(value.device)
+                value = partition.multiply(value, partition.spread(factors))
+            yield name, value
+
+    def steps_of(self, families: Sequence[SymmetryFamily]) -> Tensor:
+        """The logarithms for the symmetries of other families: zeros for those that are not among its own."""
+        steps = torch.split(self.descent.steps, [len(family.symmetries) for family in self.families])
+        own = {id(family): found for family, found in zip(self.families, steps, strict=True)}
+        return torch.cat([own.get(id(f), self.descent.steps.new_zeros(len(f.symmetries))) for f in families])
+
+
+def smallest_norm(
+    families: Sequence[SymmetryFamily], state: Mapping[str, Tensor], start: Rescaling | None = None
+) -> Rescaling:
+    """Find the rescaling to the smallest norm; nothing is changed. A descent that does not converge is logged.
 
     Args:
         families: rescalings that can be balanced.
         state: the tensors that take part, and perhaps others, by name.
+        start: where to start: a rescaling that was found for this state, or for another one. It comes back where it is
+            the one to the smallest norm, and is improved where it is not, so that it is never out of date.
     """
-    names = dict.fromkeys(name for family in families for name in family.parameters)
-    values = {name: state[name].detach().to(torch.float64).clone() for name in names}
-    before = _norm(values)
-    return values, _descend(families, values), before
+    weights = [Energies.of(state[name], exponents) for name, exponents in _exponents(families).items()]
+    steps = torch.zeros(sum(len(family.symmetries) for family in families), dtype=torch.float64, device="cpu")
+    descent = descend(weights, steps if start is None or not families else start.steps_of(families))
+    if not descent.converged:
+        _log.warning("balance: %s", descent)
+    return Rescaling(tuple(families), descent)
+
+
+def _exponents(families: Sequence[SymmetryFamily]) -> dict[str, dict[Partition, Exponents]]:
+    """For each parameter and each of its partitions how the symmetries of all families move the groups."""
+    entries: dict[str, dict[Partition, list[tuple[int, int, float]]]] = {}
+    symmetries = [(family, symmetry) for family in families for symmetry in family.symmetries]
+    for number, (family, symmetry) in enumerate(symmetries):
+        for place, exponents in symmetry.items():
+            groups = entries.setdefault(place[0], {}).setdefault(family.partitions[place], [])
+            groups.extend((group, number, power) for group, power in exponents.items())
+    return {
+        name: {partition: Exponents.of(found, (partition.n_groups, len(symmetries))) for partition, found in by.items()}
+        for name, by in entries.items()
+    }
 
 
 def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
@@ -139,81 +208,13 @@ def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
     return f"{on_spheres[0]} is on spheres" if on_spheres else None
 
 
-def _norm(values: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(value.square().sum()) for value in values.values()))
-
-
-def _descend(families: Sequence[SymmetryFamily], values: dict[str, Tensor]) -> int:
-    """Minimize the squared norm symmetry by symmetry, all symmetries of a family at once; return the sweeps taken.
-
-    Sums of squares over the blocks that all families leave in one piece are taken once: the sweeps never read a weight.
-    """
-    energies = {
-        name: Energies.of(value.square(), [p for f in families for (n, _), p in f.partitions.items() if n == name])
-        for name, value in values.items()
-    }
-    logarithms = [
-        {place: torch.zeros(partition.n_groups, dtype=torch.float64) for place, partition in family.partitions.items()}
-        for family in families
-    ]
-    taken = _SWEEPS
-    for sweep in range(1, _SWEEPS + 1):
-        moves = [_minimize(f, energies, logs) for f, logs in zip(families, logarithms, strict=True)]
-        if max(moves, default=0.0) < _SMALLEST_STEP:
-            taken = sweep
-            break
-    for family, logs in zip(families, logarithms, strict=True):
-        for (name, part), partition in family.partitions.items():
-            factors = logs[name, part].exp().to(values[name].device)
-            values[name] = partition.multiply(values[name], partition.spread(factors))
-    return taken
-
-
-def _minimize(family: SymmetryFamily, energies: dict[str, Energies], total: dict[tuple[str, str], Tensor]) -> float:
-    """Take the symmetries of a family to their minima, one after the other; return the largest ``|ln α|``."""
-    sums = {place: energies[place[0]].over(partition).tolist() for place, partition in family.partitions.items()}
-    logarithms = {place: [0.0] * len(values) for place, values in sums.items()}
-    largest = 0.0
-    for symmetry in family.symmetries:
-        moved = [(place, index, c) for place, exponents in symmetry.items() for index, c in exponents.items()]
-        step = _minimum([(sums[place][index], c) for place, index, c in moved])
-        largest = max(largest, abs(step))
-        for place, index, c in moved:
-            sums[place][index] *= math.exp(2 * c * step)
-            logarithms[place][index] += c * step
-    for place, partition in family.partitions.items():
-        logs = torch.tensor(logarithms[place], dtype=torch.float64)
-        energies[place[0]].multiply(partition, (2 * logs).exp())
-        total[place] += logs
-    return largest
-
-
-def _minimum(terms: list[tuple[float, float]]) -> float:
-    """Minimize ``Σ a exp(2 c t)`` over t, at once where all ``|c|`` are equal, else by Newton; 0 without a minimum."""
-    growing = sum(a for a, c in terms if c > 0)
-    shrinking = sum(a for a, c in terms if c < 0)
-    if not (growing > 0 and shrinking > 0 and math.isfinite(growing + shrinking)):
-        return 0.0
-    if len({abs(c) for _, c in terms if c}) == 1:
-        c = abs(next(c for _, c in terms if c))
-        return max(-_LARGEST_STEP, min(_LARGEST_STEP, math.log(shrinking / growing) / (4 * c)))
-    t = 0.0
-    for _ in range(100):
-        slope = sum(a * c * math.exp(2 * c * t) for a, c in terms)
-        curvature = 2 * sum(a * c * c * math.exp(2 * c * t) for a, c in terms)
-        step = max(-1.0, min(1.0, slope / curvature))
-        t = max(-_LARGEST_STEP, min(_LARGEST_STEP, t - step))
-        if abs(step) < 1e-14:
-            break
-    return t
-
-
-def _put_in_place(model: nn.Module, target: nn.Module, values: dict[str, Tensor], inputs: Any) -> Verification:
+def _put_in_place(model: nn.Module, target: nn.Module, rescaling: Rescaling, inputs: Any) -> Verification:
     before = both_modes(model, inputs)
     parameters = dict(target.named_parameters())
-    saved = {name: parameters[name].detach().clone() for name in values}
+    saved: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, value in values.items():
+        for name, value in rescaling.values(parameters):
+            saved[name] = parameters[name].detach().clone()
             parameters[name].copy_(value)
     verification = compare_outputs(before, both_modes(target, inputs))
     dtype = next((p.dtype for p in parameters.values() if p.is_floating_point()), torch.float32)

@@ -17,6 +17,7 @@ from manifold_nets.conversion.plan import (
     early_actions,
     late_actions,
     named_tensors,
+    outcome_said,
     require_same_model,
     staged,
     weight_actions,
@@ -69,7 +70,9 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     asked.discard("spheres")
     wanted = {(entry.get("name"), _remedy_of(source, entry)): entry for entry in entries}
     early = [_decided(source, a, wanted) for a in early_actions(model, report, [r for r in ACTION_OF if r in asked])]
-    state = staged(named_tensors(model), early)
+    start = edited.rescaling if isinstance(edited, ConversionPlan) else None
+    state, rescaling = staged(named_tensors(model), early, start)
+    early = outcome_said(early, rescaling)
     everything = {weight.name for weight in report.weights}
     # A weight that stays as it is may have groups without a direction.
     spheres = {str(name) for (name, _), entry in wanted.items() if entry.get("action") == "sphere"}
@@ -80,7 +83,7 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     early += [_decided(source, action, wanted) for action in late]
     known = {remedy: {action.name for action in early if action.remedy == remedy} for remedy in asked}
     _require_known(source, wanted, {"spheres": everything} | known)
-    return ConversionPlan(report.model, (*weights, *early), report.example_inputs)
+    return ConversionPlan(report.model, (*weights, *early), report.example_inputs, rescaling)
 
 
 Wanted = Mapping[tuple[Any, str], Mapping[str, Any]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.conversion.actions import Action, ConversionPlan, chosen_remedies
-from manifold_nets.conversion.balance import balanced_values, rescaling_families
+from manifold_nets.conversion.balance import Rescaling, rescaling_families, smallest_norm
 from manifold_nets.conversion.dead_biases import dead_bias_actions
 from manifold_nets.conversion.joint import joint_actions
 from manifold_nets.conversion.spheres import sphere_action
@@ -23,6 +23,7 @@ __all__ = [
     "early_actions",
     "late_actions",
     "named_tensors",
+    "outcome_said",
     "plan",
     "require_same_model",
     "staged",
@@ -50,7 +51,8 @@ def plan(
     lose the same constant, so that both modes stay; its key leaves the `state_dict`, as with ``bias=False``. `revert`
     puts zeros back.
 
-    ``"balance"``: rescalings from one layer to the next are moved to the point of smallest norm; see `balance`.
+    ``"balance"``: rescalings from one layer to the next are moved to the point of smallest norm; see `balance`. The
+    plan keeps the factors, so that nothing is searched twice; on weights that changed since, the search goes on there.
 
     ``"spheres"``: each scale-invariant weight is put on a product of spheres. With ``radius="unit"`` a group of k
     filters gets norm √k, so that the mean square filter norm is 1. That is exact in evaluation mode, where the running
@@ -94,12 +96,12 @@ def plan(
     wanted = _selected(list(names), include, "include", default=True)
     wanted -= _selected(list(names), exclude, "exclude", default=False)
     early = [_if_selected(action, wanted) for action in early]
-    state = staged(named_tensors(model), early)
+    state, rescaling = staged(named_tensors(model), early)
+    early = outcome_said(early, rescaling)
     weights = weight_actions(report, state, radius, train_tolerance, wanted if "spheres" in chosen else set())
     late = late_actions(model, report, state, weights, chosen)
-    return ConversionPlan(
-        report.model, (*weights, *early, *(_if_selected(action, wanted) for action in late)), report.example_inputs
-    )
+    actions = (*weights, *early, *(_if_selected(action, wanted) for action in late))
+    return ConversionPlan(report.model, actions, report.example_inputs, rescaling)
 
 
 def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[str]) -> list[Action]:
@@ -142,10 +144,17 @@ def weight_actions(
     return actions
 
 
-def staged(state: dict[str, Tensor], actions: Sequence[Action]) -> dict[str, Tensor]:
-    """Return parameters and buffers as they are after biases were removed and rescalings balanced.
+def staged(
+    state: dict[str, Tensor], actions: Sequence[Action], start: Rescaling | None = None
+) -> tuple[dict[str, Tensor], Rescaling | None]:
+    """Return parameters and buffers as they are after biases were removed and rescalings balanced, and the rescaling.
 
     Changed ones are new tensors, rounded once to their dtype; removed biases are zeros.
+
+    Args:
+        state: parameters and buffers by name.
+        actions: what is done.
+        start: a rescaling that was found before, for these values or for others.
     """
     changed: dict[str, Tensor] = {}
     for action in actions:
@@ -155,9 +164,19 @@ def staged(state: dict[str, Tensor], actions: Sequence[Action]) -> dict[str, Ten
                 old = changed.get(mean, state[mean].double())
                 changed[mean] = old - old.new_tensor(shift)
     families = [a.symmetry for a in actions if a.action == "balance" and isinstance(a.symmetry, SymmetryFamily)]
-    if families:
-        changed.update(balanced_values(families, {**state, **changed})[0])
-    return {**state, **{name: value.to(state[name].dtype) for name, value in changed.items()}}
+    rescaling = smallest_norm(families, {**state, **changed}, start) if families else None
+    rounded = {name: value.to(state[name].dtype) for name, value in changed.items()}
+    if rescaling is not None:
+        values = rescaling.values({**state, **changed})
+        rounded.update((name, value.to(state[name].dtype)) for name, value in values)
+    return {**state, **rounded}, rescaling
+
+
+def outcome_said(actions: Sequence[Action], rescaling: Rescaling | None) -> list[Action]:
+    """Say it in the reasons of `balance` actions where their descent did not converge."""
+    if rescaling is None or rescaling.descent.converged:
+        return list(actions)
+    return [replace(a, reason=f"{a.reason}; {rescaling.descent}") if a.action == "balance" else a for a in actions]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

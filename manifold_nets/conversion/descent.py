@@ -1,0 +1,191 @@
+"""The minimum of the squared norm over all rescalings at once: a convex problem in the logarithms of their factors.
+
+With ``α_s = exp(t_s)`` the squared norm is ``F(t) = Σ_b E_b exp(2 Σ_s c_bs t_s)`` over blocks b of the weights, a sum
+of exponentials of linear functions. One symmetry has its minimum where what grows with it weighs as much as what
+shrinks: ``G_s = Σ_{c > 0} c e`` and ``S_s = Σ_{c < 0} |c| e`` over the energies e that it moves.
+
+A sweep first moves every symmetry towards its own minimum, by a share of the way that cannot raise F, and then takes a
+Newton step in all of them together, which also moves whole layers against each other: what single symmetries do only
+slowly along a chain of layers. The linear system is solved by conjugate gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manifold_nets.conversion.energies import Energies, ScaledEnergies
+
+__all__ = ["LARGEST_IMBALANCE", "Descent", "descend"]
+
+LARGEST_IMBALANCE = 1e-9
+_SWEEPS = 100
+_SOLVER_STEPS = 200
+_HALVINGS = 10
+# An energy that is higher by no more than this is the same up to rounding.
+_RISE = 1 + 16 * torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where a descent ended.
+
+    Args:
+        steps: the logarithm of the factor of each symmetry, float64.
+        sweeps: how often all symmetries were moved.
+        imbalance: the largest ``|G_s − S_s| / (G_s + S_s)`` over the symmetries that have a minimum.
+        energies: squared norm before (without any factor) and after.
+    """
+
+    steps: Tensor
+    sweeps: int
+    imbalance: float
+    energies: tuple[float, float]
+
+    @property
+    def converged(self) -> bool:
+        """Whether every symmetry is at its minimum, up to `LARGEST_IMBALANCE`."""
+        return self.imbalance <= LARGEST_IMBALANCE
+
+    def __str__(self) -> str:
+        outcome = "smallest norm reached" if self.converged else "smallest norm not reached"
+        return f"{outcome} after {self.sweeps} sweeps, imbalance {self.imbalance:.1e}"
+
+
+def descend(weights: Sequence[Energies], start: Tensor) -> Descent:
+    """Minimize the squared norm over all symmetries, starting from logarithms of their factors.
+
+    Symmetries without a minimum, as those of a unit without outputs, stay where they are.
+
+    Args:
+        weights: the energies of each weight.
+        start: logarithm of the factor of each symmetry, float64, on the CPU.
+
+    Example:
+        >>> from manifold_nets.conversion.energies import Exponents
+        >>> grows, shrinks = Exponents.of([(0, 0, 1.0)], (1, 1)), Exponents.of([(0, 0, -1.0)], (1, 1))
+        >>> none = grows.without_cells(1)
+        >>> weights = [Energies(torch.full((1, 1), e).double(), c, none) for e, c in ((16.0, grows), (1.0, shrinks))]
+        >>> found = descend(weights, torch.zeros(1, dtype=torch.float64))
+        >>> round(float(found.steps.exp()), 6), found.energies, found.converged
+        (0.5, (17.0, 8.0), True)
+    """
+    problem = _Problem(weights, len(start))
+    point = origin = problem.at(torch.zeros_like(start))
+    if not math.isfinite(origin.energy):
+        return Descent(origin.steps, 0, math.inf, (origin.energy, origin.energy))
+    free = (origin.growing > 0) & (origin.shrinking > 0)
+    if bool(start.any()):
+        started = problem.at(torch.where(free, start, 0.0))
+        point = started if started.energy <= origin.energy else origin
+    sweeps = 0
+    while (imbalance := point.imbalance(free)) > LARGEST_IMBALANCE and sweeps < _SWEEPS:
+        sweeps += 1
+        point = problem.newton(problem.separately(point, free), free)
+    return Descent(point.steps, sweeps, imbalance, (origin.energy, point.energy))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """What is known at some logarithms: energies by weight, and for each symmetry G, S and the Hessian's diagonal."""
+
+    steps: Tensor
+    weights: list[ScaledEnergies]
+    energy: float
+    growing: Tensor
+    shrinking: Tensor
+    curvature: Tensor
+
+    @property
+    def slope(self) -> Tensor:
+        return 2 * (self.growing - self.shrinking)
+
+    def imbalance(self, free: Tensor) -> float:
+        relative = (self.growing - self.shrinking).abs() / (self.growing + self.shrinking)
+        return float(torch.where(free, relative, 0.0).max()) if len(relative) else 0.0
+
+
+class _Problem:
+    def __init__(self, weights: Sequence[Energies], count: int) -> None:
+        self.weights = weights
+        self.share = 1 / _crowd(weights, count)
+        self.reach = _reach(weights, count)
+
+    def at(self, steps: Tensor) -> _Point:
+        scaled = [weight.at(steps) for weight in self.weights]
+        growing, shrinking, curvature = torch.zeros(3, len(steps), dtype=torch.float64, device="cpu")
+        for weight, found in zip(self.weights, scaled, strict=True):
+            for exponents, energies in ((weight.rows, found.rows), (weight.columns, found.columns)):
+                growing += exponents.collected(energies, exponents.powers.clamp(min=0))
+                shrinking += exponents.collected(energies, -exponents.powers.clamp(max=0))
+                curvature += exponents.collected(energies, 4 * exponents.powers.square())
+        return _Point(steps, scaled, sum(found.total for found in scaled), growing, shrinking, curvature)
+
+    def separately(self, point: _Point, free: Tensor) -> _Point:
+        """Move each symmetry towards its minimum; F does not rise.
+
+        ``ln(S/G)`` falls by no more than twice the reach, ``max c − min c``, for each unit of t, so that the step is
+        not longer than to the minimum; it reaches it where all exponents are equal in size. Where an entry is moved by
+        n symmetries, each goes 1/n of its way: by Jensen's inequality F falls by at least 1/n of what they do alone.
+        """
+        ways = (point.shrinking / point.growing).log() / (2 * self.reach)
+        return self.at(point.steps + torch.where(free & ways.isfinite(), self.share * ways, 0.0))
+
+    def newton(self, point: _Point, free: Tensor) -> _Point:
+        """Take a Newton step in all symmetries together, shortened until F does not rise; else stay."""
+        direction = self._direction(point, free)
+        for halving in range(_HALVINGS):
+            there = self.at(point.steps + direction * 0.5**halving)
+            if there.energy <= point.energy * _RISE:
+                return there
+        return point
+
+    def _direction(self, point: _Point, free: Tensor) -> Tensor:
+        """Solve ``H p = −∇F`` by conjugate gradients that are preconditioned by the diagonal.
+
+        The closer the minimum, the more accurate: the residual falls to the imbalance squared, so that few steps do.
+        """
+        diagonal = torch.where(free, point.curvature, 1.0)
+        residual = torch.where(free, -point.slope, 0.0)
+        enough = min(0.1, point.imbalance(free)) * float((residual.abs() / diagonal).max())
+        solution, direction = torch.zeros_like(residual), residual / diagonal
+        size = float(residual @ direction)
+        for _ in range(_SOLVER_STEPS):
+            if float((residual.abs() / diagonal).max()) <= enough:
+                break
+            image = torch.where(free, self._hessian_times(point, direction), 0.0)
+            curvature = float(direction @ image)
+            if not curvature > 0:
+                break
+            solution = solution + (size / curvature) * direction
+            residual = residual - (size / curvature) * image
+            size, before = float(residual @ (residual / diagonal)), size
+            direction = residual / diagonal + (size / before) * direction
+        return solution
+
+    def _hessian_times(self, point: _Point, direction: Tensor) -> Tensor:
+        found = [weight.hessian_times(at, direction) for weight, at in zip(self.weights, point.weights, strict=True)]
+        return torch.stack(found).sum(0)
+
+
+def _crowd(weights: Sequence[Energies], count: int) -> Tensor:
+    """For each symmetry the largest number of symmetries that move one entry together with it, shape (symmetries,)."""
+    crowd = torch.ones(count, dtype=torch.float64, device="cpu")
+    for weight in weights:
+        rows, columns = weight.rows.crowds(), weight.columns.crowds()
+        for exponents, total in ((weight.rows, rows + columns.max()), (weight.columns, columns + rows.max())):
+            crowd.scatter_reduce_(0, exponents.symmetries, total[exponents.cells], "amax")
+    return crowd
+
+
+def _reach(weights: Sequence[Energies], count: int) -> Tensor:
+    """For each symmetry the largest exponent less the smallest, shape (symmetries,)."""
+    largest = torch.zeros(2, count, dtype=torch.float64, device="cpu")
+    for exponents in (each for weight in weights for each in (weight.rows, weight.columns)):
+        for each, powers in zip(largest, (exponents.powers, -exponents.powers), strict=True):
+            each.scatter_reduce_(0, exponents.symmetries, powers, "amax")
+    return largest.sum(0)
