@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import random
 import signal
@@ -162,6 +163,7 @@ def test_one_or_two_workers_and_kills_give_the_same_file(tmp_path):
     assert b"diverged" in expected
     assert killed_and_resumed(tmp_path / "two", 0, "--workers", "2") == expected
     assert killed_and_resumed(tmp_path / "killed", 2) == expected
+    assert killed_and_resumed(tmp_path / "two killed", 3, "--workers", "2") == expected
 
 
 @pytest.mark.slow
@@ -180,6 +182,10 @@ def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
     assert sorted(claimed.values()) == sorted(settings.run_keys())
     queue.fill(settings.run_keys())
     assert queue.claim() is None
+    again = RunQueue(queue.url, "test")
+    again.join()
+    assert again.claim() is None
+    again.close()
     # Those that show no beat are stale after a while, those that do are not.
     alive = min(claimed)
     assert queue.give_up_stale(0.0) == 0
@@ -190,6 +196,30 @@ def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
     again = dict(filter(None, (queue.claim() for _ in range(8))))
     assert sorted(again.values()) == sorted(key for ticket, key in claimed.items() if ticket != alive)
     queue.close()
+
+
+def test_one_that_is_alone_claims_each_run_once_and_leaves_no_trace(tmp_path):
+    settings = small_settings()
+    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
+    queue.create(settings, environment())
+    queue.fill(settings.run_keys())
+    claimed = dict(filter(None, (queue.claim(alone=True) for _ in range(9))))
+    assert sorted(claimed.values()) == sorted(settings.run_keys())
+    assert queue.claim(alone=True) is None
+    assert queue._running() == {}
+    ticket, key = next(iter(claimed.items()))
+    run = tiny(seeds=1, epochs=1).results[0]
+    queue.finish(ticket, dataclasses.replace(run, key=key))
+    queue.give_up(next(reversed(claimed)))
+    queue.close()
+    # Killed, and started again: all but what has ended is still to be done.
+    after = RunQueue(queue.url, "test")
+    after.create(settings, environment())
+    after.fill(settings.run_keys())
+    assert set(after.results()) == {key}
+    rest = dict(filter(None, (after.claim(alone=True) for _ in range(9))))
+    assert sorted(rest.values()) == sorted(set(settings.run_keys()) - {key})
+    after.close()
 
 
 def check_what_reaches_the_disk(place: Path) -> None:

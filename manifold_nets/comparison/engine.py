@@ -104,7 +104,7 @@ def work(place: Workplace) -> None:
 
 
 def _start(place: Workplace, clock: _Clock) -> None:
-    while place.crew.idle() > 0 and (claimed := place.queue.claim()) is not None:
+    while place.crew.idle() > 0 and (claimed := place.queue.claim(alone=not place.shared)) is not None:
         place.crew.start(*claimed)
         place.queue.beat([claimed[0]] if place.shared else [])
         clock.tell(None)

@@ -32,7 +32,7 @@ class FilterWatch:
     """Norms of the filters of a model's weights, and the angles by which sampled steps turn them.
 
     The angle between filters u and v is 2 atan2(‖û − v̂‖, ‖û + v̂‖), accurate also where it is small. A filter of norm
-    zero counts as one that does not turn.
+    zero, before or after, counts as one that does not turn.
 
     Args:
         model: the model that is trained.
@@ -66,30 +66,36 @@ class FilterWatch:
     @torch.no_grad()
     def before_step(self) -> None:
         """Remember the directions of all filters."""
-        self._before = [rows / _lengths(rows) for rows in self._rows()]
+        # A filter of norm zero has no direction: 0/0.
+        self._before = [rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True) for rows in self._rows()]
 
     @torch.no_grad()
     def after_step(self) -> list[float]:
         """Take the angles to the filters before the step; return the mean norm of each weight's filters."""
+        self._samples += 1
         if not self._partitions:
-            self._samples += 1
             return []
-        lengths, apart, together = [], [], []
-        for rows, before in zip(self._rows(), self._before, strict=True):
-            lengths.append(_lengths(rows))
-            direction = rows / lengths[-1]
-            apart.append(torch.linalg.vector_norm(direction - before, dim=1))
-            together.append(torch.linalg.vector_norm(direction + before, dim=1))
-        far, near = torch.cat(apart), torch.cat(together)
-        # The squares of the two add up to 4, or to less where a filter is zero and has no direction.
-        turned = torch.where(far.square() + near.square() > 3, 2 * torch.atan2(far, near), 0.0)
-        angles = torch.split(turned, [len(part) for part in apart])
-        # One transfer for all weights.
-        means = torch.stack([part.mean() for part in (*lengths, *angles)]).tolist()
-        norms = means[: len(lengths)]
+        # To the few digits that are looked at, the fastest sum will do.
+        lengths, directions = [], []
+        for rows in self._rows():
+            lengths.append(torch.linalg.vector_norm(rows, dim=1))
+            directions.append(rows / lengths[-1].unsqueeze(1))
+        moved = torch._foreach_sub(directions, self._before)
+        apart = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in moved])
+        if bool((apart > 1).any()):
+            sums = torch._foreach_add(directions, self._before)
+            together = torch.cat([torch.linalg.vector_norm(each, dim=1) for each in sums])
+            angles = 2 * torch.atan2(apart, together)
+        else:
+            angles = 2 * torch.asin(apart / 2)  # the half angle's sine, where it is exact
+        # One sum and one transfer for all weights.
+        values = torch.cat([*lengths, torch.nan_to_num_(angles, nan=0.0)])
+        sizes = [len(each) for each in lengths]
+        counts = torch.tensor([*sizes, *sizes], device=values.device)
+        means = torch.segment_reduce(values, "mean", lengths=counts, unsafe=True).tolist()
+        norms: list[float] = means[: len(lengths)]
         self._angles = [total + angle for total, angle in zip(self._angles, means[len(lengths) :], strict=True)]
         self._before = []
-        self._samples += 1
         return norms
 
     def finish_epoch(self, norms: list[float]) -> tuple[LayerRecord, ...]:
@@ -105,12 +111,6 @@ class FilterWatch:
             # Filters along axis 0 need no permutation, which takes longer than all that is done with small ones.
             along_first = partition.kept == (0,) and partition.view == partition.shape
             yield weight.flatten(1) if along_first else partition.rows(weight)
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    """The norms of rows, never zero; to the few digits that are looked at, the fastest sum will do."""
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return lengths.clamp_min(torch.finfo(rows.dtype).tiny)
 
 
 def peak_memory(steps: Callable[[], None], device: str) -> int | None:

@@ -51,6 +51,7 @@ class RunQueue:
     def __init__(self, url: str, study: str) -> None:
         self._storage, self.url, self.study = _open(url), url, study
         self._waiting: deque[tuple[int, RunKey]] = deque()
+        self._taken: set[int] = set()
         self._beats: dict[int, tuple[Any, float]] = {}
         self._study = -1
 
@@ -113,17 +114,23 @@ class RunQueue:
             if _text(key) not in live:
                 self._storage.create_new_trial(self._study, _template(key, choices))
 
-    def claim(self) -> tuple[int, RunKey] | None:
-        """Take the next waiting run, if there is one that no other process takes first."""
+    def claim(self, *, alone: bool = False) -> tuple[int, RunKey] | None:
+        """Take the next waiting run, if there is one that no other process takes first.
+
+        Args:
+            alone: no other process works on the study: the database need not know which runs are in flight.
+        """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         if not self._waiting:
-            self._waiting.extend((trial._trial_id, _read_key(trial)) for trial in self._trials((TrialState.WAITING,)))
+            waiting = self._trials((TrialState.WAITING,))
+            self._waiting.extend((t._trial_id, _read_key(t)) for t in waiting if t._trial_id not in self._taken)
         while self._waiting:
             ticket, key = self._waiting.popleft()
             try:
-                if self._storage.set_trial_state_values(ticket, state=TrialState.RUNNING):
+                if alone or self._storage.set_trial_state_values(ticket, state=TrialState.RUNNING):
+                    self._taken.add(ticket)
                     return ticket, key
             except UpdateFinishedTrialError:
                 continue

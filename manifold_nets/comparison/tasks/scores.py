@@ -28,7 +28,8 @@ def confusion(outputs: Tensor, targets: Tensor, *, classes: int, void: int | Non
         tensor([[1, 0, 0],
                 [1, 1, 0]])
     """
-    predicted = torch.where(outputs.isnan().any(1), classes, outputs.argmax(1)).flatten()
+    largest, predicted = outputs.max(1)  # which is NaN where any output is
+    predicted = torch.where(largest.isnan(), classes, predicted).flatten()
     true = targets.flatten()
     if void is not None:
         predicted, true = predicted[true != void], true[true != void]
