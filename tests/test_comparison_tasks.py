@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.tasks import Task, evaluate, load_task, task_from_data
 from manifold_nets.comparison.tasks.errors import DataFolderError, TaskNameError, TaskSourceError
-from manifold_nets.comparison.tasks.scores import classification_scores, confusion, segmentation_scores
+from manifold_nets.comparison.tasks.scores import classification_scores, confusion, hits, segmentation_scores
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError
 
 pytest.importorskip("sklearn")
@@ -155,7 +155,16 @@ def check_scores(counts_of) -> None:
     }
     for name, value in expected.items():
         assert found[name] == pytest.approx(1 - float(value), abs=1e-12)
-    assert classification_scores(counts_of(scores, true))["error"] == pytest.approx(found["pixel_error"])
+
+
+def test_the_share_of_wrong_classes_is_that_of_scikit_learn() -> None:
+    from sklearn import metrics
+
+    scores, true = torch.randn(50, 4, 3), torch.randint(0, 4, (50, 3))
+    expected = 1 - float(metrics.accuracy_score(true.flatten().numpy(), scores.argmax(1).flatten().numpy()))
+    assert classification_scores(hits(scores, true)) == {"error": pytest.approx(expected)}
+    with pytest.raises(AssertionError):  # sabotage: the classes are off by one
+        assert classification_scores(hits(scores, (true + 1) % 4)) == {"error": pytest.approx(expected)}
 
 
 def test_scores_are_those_of_scikit_learn() -> None:
@@ -173,10 +182,11 @@ def test_sabotage_true_and_predicted_classes_exchanged_are_noticed() -> None:
 
 def test_scores_that_are_no_numbers_are_wrong() -> None:
     outputs = torch.tensor([[torch.nan, 1.0], [0.0, 1.0]])
-    assert classification_scores(confusion(outputs, torch.tensor([0, 1]), classes=2)) == {"error": 0.5}
+    assert classification_scores(hits(outputs, torch.tensor([0, 1]))) == {"error": 0.5}
+    assert segmentation_scores(confusion(outputs, torch.tensor([0, 1]), classes=2))["pixel_error"] == 0.5
 
 
-def test_evaluation_does_not_depend_on_batches_and_puts_modes_back() -> None:
+def test_evaluation_does_not_depend_on_batches_and_puts_modes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task("digits")
     model = build_model("mlp:20", task, seed=3)
     model[2].eval()
@@ -184,6 +194,10 @@ def test_evaluation_does_not_depend_on_batches_and_puts_modes_back() -> None:
     parts = evaluate(model, task, "test", batch_size=7)
     assert parts["error"] == whole["error"]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    # Counted at once, or batch by batch.
+    with monkeypatch.context() as patch:
+        patch.setattr("manifold_nets.comparison.tasks.task._COUNTED_TOGETHER", 0)
+        assert evaluate(model, task, "test", batch_size=7) == parts
     x, y = examples(task, "test")
     assert whole["error"] == pytest.approx(float((model.eval()(x).argmax(1) != y).double().mean()))
     assert evaluate(model, task, "test", rows=[0, 1])["loss"] == pytest.approx(

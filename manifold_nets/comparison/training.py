@@ -22,6 +22,7 @@ from manifold_nets.comparison.records import EpochRecord, RunKey, RunResult, Set
 from manifold_nets.comparison.schedules import is_time_to_stop, learning_rate_factor
 from manifold_nets.comparison.starts import Starts, derived_seed
 from manifold_nets.comparison.tasks import Part, evaluate
+from manifold_nets.comparison.tasks.task import scores_of
 
 __all__ = ["BatchObjective", "Runner"]
 
@@ -106,6 +107,7 @@ class Runner:
         self._starts, self._settings, self._task = starts, settings, starts.subjects.task.to(settings.device)
         self._memory: dict[str, int | None] = {}
         self._orders: dict[tuple[int, int], list[Tensor]] = {}
+        self._validation = torch.split(torch.arange(len(self._task.parts["validation"])), 4 * settings.batch_size)
         self._machine = machine_in_words()
 
     def prepare(self) -> None:
@@ -197,7 +199,8 @@ class Runner:
         if not all(map(math.isfinite, norms)):
             raise _DivergedError
         start = time.perf_counter()
-        scores = evaluate(model, self._task, "validation", batch_size=4 * self._settings.batch_size)
+        model.eval()
+        scores = scores_of(model, self._task, "validation", self._validation)
         progress.validating += time.perf_counter() - start
         if not math.isfinite(scores["loss"]):
             raise _DivergedError

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.comparison.tasks.idx import find_idx_files, read_images_and_labels
-from manifold_nets.comparison.tasks.scores import classification_scores, confusion_of
+from manifold_nets.comparison.tasks.scores import classification_scores, hits
 from manifold_nets.comparison.tasks.task import Task, TensorPart
 from manifold_nets.errors import MissingExtraError
 
@@ -119,7 +119,7 @@ def _classification(name: str, parts: dict[str, tuple[Tensor, Tensor]], source: 
         input_shape=tuple(x.shape[1:]),
         outputs=classes,
         loss=cross_entropy,
-        measure=confusion_of(classes),
+        measure=hits,
         summarize=classification_scores,
         batch_size=batch_size,
         description={

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from manifold_nets.comparison.tasks.errors import TaskSourceError
-from manifold_nets.comparison.tasks.scores import classification_scores, confusion_of
+from manifold_nets.comparison.tasks.scores import classification_scores, hits
 from manifold_nets.comparison.tasks.task import DatasetPart, Part, Task, TensorPart
 
 __all__ = ["task_from_data"]
@@ -76,7 +76,7 @@ def task_from_data(
         input_shape=tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else (),
         outputs=outputs,
         loss=loss,
-        measure=confusion_of(outputs) if error is None else _Summed(error),
+        measure=hits if error is None else _Summed(error),
         summarize=classification_scores if error is None else _mean,
         batch_size=batch_size,
         description={"source": "the caller's data"},

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from manifold_nets.comparison.tasks.errors import DataFileError, DataFolderError
-from manifold_nets.comparison.tasks.scores import classification_scores, confusion_of
+from manifold_nets.comparison.tasks.scores import classification_scores, hits
 from manifold_nets.comparison.tasks.task import Task, TensorPart
 from manifold_nets.errors.base import listed
 
@@ -59,7 +59,7 @@ def movielens(folder: str | Path | None = None) -> Task:
         input_shape=(2,),
         outputs=2,
         loss=cross_entropy,
-        measure=confusion_of(2),
+        measure=hits,
         summarize=classification_scores,
         batch_size=500,
         description={

@@ -1,4 +1,4 @@
-"""Scores of classifiers and of segmentations, from counts of true and predicted classes."""
+"""Scores of classifiers and of segmentations, from counts of predictions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,26 @@ from functools import partial
 import torch
 from torch import Tensor
 
-__all__ = ["classification_scores", "confusion", "confusion_of", "segmentation_scores"]
+__all__ = ["classification_scores", "confusion", "confusion_of", "hits", "segmentation_scores"]
+
+
+def hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return how many classes were predicted rightly, and how many there were.
+
+    Args:
+        outputs: scores, of shape (n, classes, …); the class of the largest is predicted, none where one is NaN.
+        targets: true classes, of shape (n, …).
+
+    Returns:
+        int64, of shape (2,).
+
+    Example:
+        >>> hits(torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]]), torch.tensor([0, 1, 1]))
+        tensor([2, 3])
+    """
+    largest, predicted = outputs.max(1)  # which is NaN where any output is
+    right = (predicted == targets) & (largest == largest)
+    return torch.tensor([int(right.sum()), right.numel()])
 
 
 def confusion(outputs: Tensor, targets: Tensor, *, classes: int, void: int | None = None) -> Tensor:
@@ -37,13 +56,14 @@ def confusion(outputs: Tensor, targets: Tensor, *, classes: int, void: int | Non
 
 
 def classification_scores(counts: Tensor) -> dict[str, float]:
-    """Return ``"error"``, the share of wrong predictions, from counts of `confusion`.
+    """Return ``"error"``, the share of wrong predictions, from counts of `hits`.
 
     Example:
-        >>> classification_scores(torch.tensor([[3, 1, 0], [0, 4, 0]]))
+        >>> classification_scores(torch.tensor([7, 8]))
         {'error': 0.125}
     """
-    return {"error": 1 - float(counts.diagonal().sum()) / float(counts.sum())}
+    right, all_of_them = counts.tolist()
+    return {"error": 1 - right / all_of_them}
 
 
 def segmentation_scores(counts: Tensor) -> dict[str, float]:

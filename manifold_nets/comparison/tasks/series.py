@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from manifold_nets.comparison.tasks.scores import classification_scores, confusion_of
+from manifold_nets.comparison.tasks.scores import classification_scores, hits
 from manifold_nets.comparison.tasks.task import Task, TensorPart
 from manifold_nets.errors import MissingExtraError
 
@@ -59,7 +59,7 @@ def time_series(name: str) -> Task:
         input_shape=tuple(x.shape[1:]),
         outputs=len(classes),
         loss=cross_entropy,
-        measure=confusion_of(len(classes)),
+        measure=hits,
         summarize=classification_scores,
         batch_size=16,
         description={

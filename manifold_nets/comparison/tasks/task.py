@@ -13,10 +13,12 @@ from torch.utils.data import Dataset, default_collate
 
 from manifold_nets.comparison.tasks.errors import TaskSourceError
 
-__all__ = ["PART_NAMES", "DatasetPart", "Part", "Selection", "Task", "TensorPart", "evaluate"]
+__all__ = ["PART_NAMES", "DatasetPart", "Part", "Selection", "Task", "TensorPart", "evaluate", "scores_of"]
 
 PART_NAMES = ("train", "validation", "test")
 _EXAMPLE_NUMBERS = 50_000
+# Entries of outputs that are kept until they are counted.
+_COUNTED_TOGETHER = 2**18
 
 
 class Part(Protocol):
@@ -200,7 +202,6 @@ class Task:
         }
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, task: Task, part: str, *, batch_size: int = 1000, rows: Sequence[int] | None = None
 ) -> dict[str, float]:
@@ -219,14 +220,41 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     numbers = torch.arange(len(task.parts[part])) if rows is None else torch.as_tensor(rows)
+    scores = scores_of(model, task, part, torch.split(numbers, batch_size))
+    for module, training in modes:
+        module.training = training
+    return scores
+
+
+@torch.no_grad()
+def scores_of(model: nn.Module, task: Task, part: str, batches: Sequence[Tensor]) -> dict[str, float]:
+    """Return what `evaluate` does, of a model in the mode that it is in.
+
+    Args:
+        model: the network.
+        task: what it is judged on.
+        part: ``"train"``, ``"validation"`` or ``"test"``.
+        batches: numbers of the examples of each forward pass.
+    """
     total, counts = 0.0, None
-    for chosen in torch.split(numbers, batch_size):
+    waiting: list[tuple[Any, Tensor]] = []
+    for chosen in batches:
         inputs, targets = task.parts[part].batch(chosen)
         outputs = model(inputs)
         total += float(task.loss(outputs, targets)) * len(chosen)
-        added = task.measure(outputs, targets).cpu()
-        counts = added if counts is None else counts + added
-    for module, training in modes:
-        module.training = training
+        waiting.append((outputs, targets))
+        if not isinstance(outputs, Tensor) or outputs.numel() * len(waiting) > _COUNTED_TOGETHER:
+            counts = _counted(task, waiting, counts)
+    counts = _counted(task, waiting, counts)
     scores = task.summarize(counts) if counts is not None else {}
-    return {"loss": total / len(numbers), **scores}
+    return {"loss": total / sum(map(len, batches)), **scores}
+
+
+def _counted(task: Task, waiting: list[tuple[Any, Tensor]], counts: Tensor | None) -> Tensor | None:
+    """Add what batches have in them: of small outputs of all at once, as each operation takes longer than its work."""
+    if not waiting:
+        return counts
+    outputs, targets = waiting[0] if len(waiting) == 1 else (torch.cat(column) for column in zip(*waiting, strict=True))
+    waiting.clear()
+    added = task.measure(outputs, targets).cpu()
+    return added if counts is None else counts + added

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from manifold_nets.comparison.tasks.scores import classification_scores, confusion_of
+from manifold_nets.comparison.tasks.scores import classification_scores, hits
 from manifold_nets.comparison.tasks.task import Task, TensorPart
 
 __all__ = ["python_manual"]
@@ -43,7 +43,7 @@ def python_manual(length: int = 64) -> Task:
         input_shape=(length,),
         outputs=len(alphabet),
         loss=cross_entropy,
-        measure=confusion_of(len(alphabet)),
+        measure=hits,
         summarize=classification_scores,
         batch_size=32,
         description={
