@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 
 from torch import Tensor, nn
@@ -197,7 +197,20 @@ def _remedies(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
         if len(links) > 6:
             listed = f"<details><summary>{plural(len(links), 'weight')}</summary>{listed}</details>"
         rows.append((escape(remedy[:1].upper() + remedy[1:]), listed))
-    return table("Remedies", ("What to do", "Weights"), rows) if rows else ""
+    rows += [*_further(joint_families(report), "families"), *_further(report.shifts, "shifts")]
+    return table("Remedies", ("What to do", "Where"), rows) if rows else ""
+
+
+def _further(found: Sequence[SymmetryFamily | ShiftSymmetry], section: str) -> Iterator[tuple[str, str]]:
+    """What to do about symmetries that are not the scale of one weight; where is told in their own section."""
+    counts: dict[str, int] = {}
+    for symmetry in found:
+        # Beside what is done stands in brackets what differs from one to the next.
+        remedy, name = symmetry.remedy.partition(" (")[0], symmetry.convert_remedy
+        text = escape(remedy[:1].upper() + remedy[1:]) + (f" (<code>convert --remedies {name}</code>)" if name else "")
+        counts[text] = counts.get(text, 0) + symmetry.count
+    for text, count in counts.items():
+        yield text, f'<a href="#{section}">{plural(count, "symmetry")}</a>'
 
 
 def _weights(report: SymmetryReport, weights: Mapping[str, Tensor], anchors: Mapping[str, str]) -> str:
