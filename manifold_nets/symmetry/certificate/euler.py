@@ -13,7 +13,7 @@ vanishes, and says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,7 @@ from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 __all__ = [
     "EulerField",
     "euler_field",
+    "farther_field",
     "move_vectors",
     "random_projection",
     "second_field",
@@ -226,12 +227,43 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
     return euler_field(twin, inputs, seed + 1, logits=logits)
 
 
-def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
+def farther_field(
+    twin: nn.Module, inputs: Inputs, seed: int, factors: Mapping[str, Tensor], *, logits: bool = False
+) -> EulerField | None:
+    """Run a pass with some parameters multiplied by factors, for their gradients and a few others alone.
+
+    The copy is left as it was. None where the model refuses, or answers with what is not finite: that tells nothing.
+
+    Args:
+        twin: the copy, at any point.
+        inputs: the example inputs.
+        seed: seed of the cotangent.
+        factors: for each parameter whose gradient is wanted a factor for each entry, in its shape.
+        logits: whether the outputs are logits along axis 1.
+    """
+    saved = {name: parameter.data for name, parameter in twin.named_parameters()}
+    try:
+        for name, parameter in twin.named_parameters():
+            if name in factors:
+                parameter.data = parameter.data * factors[name].to(parameter.device)
+        found = euler_field(twin, inputs, seed, logits=logits, only=factors)
+    except ExampleInputsError:
+        return None
+    finally:
+        for name, parameter in twin.named_parameters():
+            parameter.data = saved[name]
+    return found if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()) else None
+
+
+def euler_field(
+    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, only: Container[str] | None = None
+) -> EulerField:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
     and scales at 0 or 1, as they are initialized, would hide gradients or fake invariances. The copy is left with
     these values. Where the outputs are ``logits``, compared along axis 1, so is the cotangent: it sums to zero there.
+    Gradients are taken of all parameters, or of those named in ``only``, and the field then holds no others.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -240,6 +272,8 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
+    if only is not None:
+        parameters = {name: parameter for name, parameter in parameters.items() if name in only}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         outputs = sharp_outputs(twin, inputs)
@@ -247,7 +281,7 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
         gradients: Sequence[Tensor | None] = (
             torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
         )
-    weights = _zeros(twin)
+    weights = _zeros(twin) if only is None else {}
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)

@@ -4,15 +4,19 @@ At two independent points (weights, inputs and cotangents) the Euler field ``e =
 summed over a family of partitions: the slices along each axis, blocks of them and interleaved ones for every divisor
 (heads, groups of a normalization), the whole, each alone and with the entries of a vector of the same module. The same
 is done with the gradient itself for shifts. A group whose sum vanishes at both points is invariant. What follows from
-the symmetries that the structure knows, or has no gradient that could tell, is subtracted; the rest is reported.
+the symmetries that the structure knows, or has no gradient that could tell, is subtracted. What then remains of the
+scales is asked once more, far along its own ray: a bound that no activation reaches near both points, as that of ReLU6
+on a few pixels, leaves a scale free there and not further on. What vanishes there too, and shows a gradient, is
+reported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +36,11 @@ __all__ = ["search_unexplained"]
 # are nearly invariant.
 _UNSUPPORTED = 1e-2
 
+# How far along its ray a scale is asked again: a power of two, which rounds nothing.
+_FAR = 2.0**7
+
+# The field with some parameters multiplied, entry by entry, for the gradients of these alone; None where it fails.
+Farther = Callable[[Mapping[str, Tensor]], EulerField | None]
 # A parameter, a partition of it (the number of an axis where its groups are the slices along it), and a group.
 Axis = int | tuple[tuple[int, ...], tuple[int, ...]]
 Key = tuple[str, Axis, int]
@@ -92,6 +101,7 @@ def search_unexplained(
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
     graph: TracedGraph | None = None,
+    farther: Farther | None = None,
 ) -> tuple[UnexplainedSymmetry, ...]:
     """Search for invariant groups that structure does not explain.
 
@@ -102,6 +112,7 @@ def search_unexplained(
         shifts: the shifts that structure found.
         tolerance: largest certificate value of an invariant group.
         graph: the network, where there is one.
+        farther: the field at a point far away, for scales that are left at both; None leaves them as they are.
 
     Returns:
         The groups that no combination of what structure found accounts for, parameter by parameter.
@@ -110,28 +121,50 @@ def search_unexplained(
     if any(euler.silent for euler in fields):
         return ()
     tolerance *= _UNSUPPORTED
-    shapes = {name: tuple(weight.shape) for name, weight in fields[0].weights.items()}
-    explained = _explained(findings, families, shifts)
+    joint = None
+    searches, found = _unexplained_scales(fields, _explained(findings, families, shifts), tolerance)
+    dead = _dead(fields[0].shapes, shifts)
+    if found and dead and graph is not None:
+        # Biases that are dead cannot tie scales either, as they do in the equations above.
+        joint = solve_jointly(graph, dead)
+        searches, found = _unexplained_scales(fields, _explained(findings, families, shifts, joint), tolerance)
+    far = farther(_factors(searches)) if found and farther is not None else None
+    if far is not None:
+        _, found = _unexplained_scales((*fields, far), _explained(findings, families, shifts, joint), tolerance)
+    return (*found, *unexplained_shifts(fields, shifts, tolerance))
+
+
+def _unexplained_scales(
+    fields: tuple[EulerField, ...], explained: _Explained, tolerance: float
+) -> tuple[list[_Search], list[UnexplainedSymmetry]]:
+    """The groups invariant at all points that nothing explains, of the parameters of which all points know."""
+    shapes = fields[0].shapes
     floors = [EVIDENCE_FLOOR * _largest(euler) for euler in fields]
+    # Far away few gradients are known; what counts as rounding is then read off the nearer point as well.
+    floors = [*floors[:2], *(max(floor, floors[1]) for floor in floors[2:])]
     sums = _SliceSums(fields)
     searches = [
         _Search(sums, names, shape, axis, floors, tolerance)
         for name, shape in shapes.items()
         for axis in range(min(len(shape), 2))
         for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]
+        if all(name in fields[-1].gradients for name in names)
     ]
     for search in searches:
         search.mark(explained)
-    found = [symmetry for search in searches for symmetry in search.unexplained(explained)]
-    dead = _dead(shapes, shifts)
-    if found and dead and graph is not None:
-        # Biases that are dead cannot tie scales either, as they do in the equations above.
-        explained = _explained(findings, families, shifts)
-        explained.add_joint(solve_jointly(graph, dead))
-        for search in searches:
-            search.mark(explained)
-        found = [symmetry for search in searches for symmetry in search.unexplained(explained)]
-    return (*found, *unexplained_shifts(fields, shifts, tolerance))
+    return searches, [symmetry for search in searches for symmetry in search.unexplained(explained)]
+
+
+def _factors(searches: Iterable[_Search]) -> dict[str, Tensor]:
+    """A large factor for every entry of the groups that were left, the same however often an entry is in one."""
+    factors: dict[str, Tensor] = {}
+    for search in searches:
+        if not search.left:
+            continue
+        units = sorted(search.left)
+        for name, shape, axis in search.places():
+            factors.setdefault(name, torch.ones(shape, dtype=torch.float64)).movedim(axis, 0)[units] = _FAR
+    return factors
 
 
 def _largest(euler: EulerField) -> float:
@@ -162,9 +195,14 @@ def _dead(shapes: Mapping[str, tuple[int, ...]], shifts: Iterable[ShiftSymmetry]
 
 
 def _explained(
-    findings: Iterable[WeightFinding], families: Iterable[SymmetryFamily], shifts: Iterable[ShiftSymmetry]
+    findings: Iterable[WeightFinding],
+    families: Iterable[SymmetryFamily],
+    shifts: Iterable[ShiftSymmetry],
+    joint: JointStructure | None = None,
 ) -> _Explained:
     explained = _Explained()
+    if joint is not None:
+        explained.add_joint(joint)
     for shift in shifts:
         if shift.kind == "dead bias" and shift.certificate.verdict == "invariant":
             for direction in shift.directions:
@@ -225,9 +263,9 @@ def _slices_of_groups(partition: Partition, axis: int) -> list[tuple[list[int], 
 
 
 class _SliceSums:
-    """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at both points; each is computed once."""
+    """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at every point; each is computed once."""
 
-    def __init__(self, fields: tuple[EulerField, EulerField]) -> None:
+    def __init__(self, fields: tuple[EulerField, ...]) -> None:
         self.fields = fields
         self.known: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
 
@@ -248,7 +286,7 @@ def _along(x: Tensor, axis: int) -> Tensor:
 
 @dataclass
 class _Search:
-    """Sums over the slices of a parameter along an axis, with the entries of a companion, at both points."""
+    """Sums over the slices of a parameter along an axis, with the entries of a companion, at every point."""
 
     sums: _SliceSums
     names: tuple[str, ...]
@@ -260,32 +298,41 @@ class _Search:
     def __post_init__(self) -> None:
         self.slices = Partition(self.shape, self.shape, (self.axis,))
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
+        self.left: set[int] = set()
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
 
     def unexplained(self, explained: _Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
         found = []
         for partition, members, values in self._levels():
-            new = [number for number, units in members if not explained.covers(self._direction(units))]
+            kept = [(number, units) for number, units in members if not explained.covers(self._direction(units))]
+            new = [number for number, _ in kept]
             if new:
+                self.left.update(int(unit) for _, units in kept for unit in units)
                 found.append(
                     UnexplainedSymmetry("scale", self.names, partition, tuple(new), max(values[n] for n in new))
                 )
         return found
 
+    def places(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """Each parameter with its shape and the axis along which the slices lie."""
+        return [
+            (self.names[0], self.shape, self.axis),
+            *((name, (self.shape[self.axis],), 0) for name in self.names[1:]),
+        ]
+
     def mark(self, explained: _Explained) -> None:
         """Take the slices without a gradient out of the search: nothing can be found of them."""
         explained.axis(self.names[0], self.slices)
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
-        for index in np.flatnonzero(~(sizes[0] & sizes[1])).tolist():
+        for index in np.flatnonzero(~np.all(sizes, axis=0)).tolist():
             explained.add(self._direction([index]))
 
     def _direction(self, units: Iterable[int]) -> Direction:
-        places = [(self.names[0], self.axis), *((name, 0) for name in self.names[1:])]
-        return {(name, axis, int(unit)): 1.0 for unit in units for name, axis in places}
+        return {(name, axis, int(unit)): 1.0 for unit in units for name, _, axis in self.places()}
 
     def _levels(self) -> Iterator[tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]]:
-        """Partitions from fine to coarse, with the groups that are invariant at both points and their values."""
+        """Partitions from fine to coarse, with the groups that are invariant at all points and their values."""
         count = self.shape[self.axis]
         index = np.arange(count)
         if len(self.shape) > 1 or len(self.names) > 1:
