@@ -7,7 +7,7 @@ is done with the gradient itself for shifts. A group whose sum vanishes at both 
 the symmetries that the structure knows, or has no gradient that could tell, is subtracted. What then remains of the
 scales is asked once more, far along its own ray: a bound that no activation reaches near both points, as that of ReLU6
 on a few pixels, leaves a scale free there and not further on. What vanishes there too, and shows a gradient, is
-reported.
+reported. That takes two passes more, and none where nothing remains.
 """
 
 from __future__ import annotations
@@ -128,9 +128,10 @@ def search_unexplained(
         # Biases that are dead cannot tie scales either, as they do in the equations above.
         joint = solve_jointly(graph, dead)
         searches, found = _unexplained_scales(fields, _explained(findings, families, shifts, joint), tolerance)
-    far = farther(_factors(searches)) if found and farther is not None else None
-    if far is not None:
-        _, found = _unexplained_scales((*fields, far), _explained(findings, families, shifts, joint), tolerance)
+    if found and farther is not None:
+        far = [farther(factors) for factors in _factors(searches)]
+        known = [euler for euler in far if euler is not None]
+        _, found = _unexplained_scales((*fields, *known), _explained(findings, families, shifts, joint), tolerance)
     return (*found, *unexplained_shifts(fields, shifts, tolerance))
 
 
@@ -148,23 +149,29 @@ def _unexplained_scales(
         for name, shape in shapes.items()
         for axis in range(min(len(shape), 2))
         for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]
-        if all(name in fields[-1].gradients for name in names)
+        if all(name in euler.gradients for euler in fields for name in names)
     ]
     for search in searches:
         search.mark(explained)
     return searches, [symmetry for search in searches for symmetry in search.unexplained(explained)]
 
 
-def _factors(searches: Iterable[_Search]) -> dict[str, Tensor]:
-    """A large factor for every entry of the groups that were left, the same however often an entry is in one."""
-    factors: dict[str, Tensor] = {}
-    for search in searches:
-        if not search.left:
-            continue
-        units = sorted(search.left)
-        for name, shape, axis in search.places():
-            factors.setdefault(name, torch.ones(shape, dtype=torch.float64)).movedim(axis, 0)[units] = _FAR
-    return factors
+def _factors(searches: Iterable[_Search]) -> list[dict[str, Tensor]]:
+    """For every parameter of groups that were left a factor for each entry: large for half of these groups.
+
+    The other half follows in another pass: where all channels of a layer are cut off by a bound at once, no gradient
+    reaches what lies before it. However many groups an entry is in, its factor is the same.
+    """
+    left = [(search, units) for search in searches for units in search.left]
+    places = [place for search, _ in left for place in search.places()]
+    halves = []
+    for half in range(min(len(left), 2)):
+        factors = {name: torch.ones(shape, dtype=torch.float64) for name, shape, _ in places}
+        for search, units in left[half::2]:
+            for name, _, axis in search.places():
+                factors[name].movedim(axis, 0)[units] = _FAR
+        halves.append(factors)
+    return halves
 
 
 def _largest(euler: EulerField) -> float:
@@ -298,7 +305,7 @@ class _Search:
     def __post_init__(self) -> None:
         self.slices = Partition(self.shape, self.shape, (self.axis,))
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
-        self.left: set[int] = set()
+        self.left: list[NDArray[np.int64]] = []
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
 
     def unexplained(self, explained: _Explained) -> list[UnexplainedSymmetry]:
@@ -308,7 +315,7 @@ class _Search:
             kept = [(number, units) for number, units in members if not explained.covers(self._direction(units))]
             new = [number for number, _ in kept]
             if new:
-                self.left.update(int(unit) for _, units in kept for unit in units)
+                self.left += [units for _, units in kept]
                 found.append(
                     UnexplainedSymmetry("scale", self.names, partition, tuple(new), max(values[n] for n in new))
                 )
