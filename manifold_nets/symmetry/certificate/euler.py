@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import ExampleInputsError
 from manifold_nets.groups import Partition
@@ -36,10 +35,8 @@ from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 __all__ = [
     "EulerField",
     "euler_field",
-    "farther_field",
     "move_vectors",
     "random_projection",
-    "second_field",
     "sharp_outputs",
     "silent_field",
 ]
@@ -133,12 +130,14 @@ class EulerField:
         weights: the parameters at which the gradients were taken.
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
         silent: whether there are no values, as on the meta device.
+        passes: how many passes forward and backward it took to get there.
         wanted: for some weights the partitions whose sums will be asked for, so that one pass takes them all.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     silent: bool = False
+    passes: int = 1
     wanted: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
     _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
@@ -190,69 +189,6 @@ class EulerField:
             known = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
             self._moments[name] = known
         return known
-
-
-# How much longer scales and biases are at the second point.
-_FARTHER = 10.0
-
-
-def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
-    """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
-
-    What vanishes at both points does not vanish by accident. Scales and biases are longer there, so that a bound that
-    no activation reaches at the first point, as that of ReLU6, is reached. Where the model refuses inputs that are
-    moved, or answers them with what is not finite, it gets those of the first pass.
-    """
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
-        return leaf + 0.5 * leaf.abs().mean() * noise
-
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if is_continuous(parameter):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-                # In the storage of the noise: the first field goes on holding the weights at its own point.
-                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if parameter.ndim <= 1 else 1.0)
-                parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
-    try:
-        found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
-        if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
-            return found
-    except ExampleInputsError:
-        pass
-    return euler_field(twin, inputs, seed + 1, logits=logits)
-
-
-def farther_field(
-    twin: nn.Module, inputs: Inputs, seed: int, factors: Mapping[str, Tensor], *, logits: bool = False
-) -> EulerField | None:
-    """Run a pass with some parameters multiplied by factors, for their gradients and a few others alone.
-
-    The copy is left as it was. None where the model refuses, or answers with what is not finite: that tells nothing.
-
-    Args:
-        twin: the copy, at any point.
-        inputs: the example inputs.
-        seed: seed of the cotangent.
-        factors: for each parameter whose gradient is wanted a factor for each entry, in its shape.
-        logits: whether the outputs are logits along axis 1.
-    """
-    saved = {name: parameter.data for name, parameter in twin.named_parameters()}
-    try:
-        for name, parameter in twin.named_parameters():
-            if name in factors:
-                parameter.data = parameter.data * factors[name].to(parameter.device)
-        found = euler_field(twin, inputs, seed, logits=logits, only=factors)
-    except ExampleInputsError:
-        return None
-    finally:
-        for name, parameter in twin.named_parameters():
-            parameter.data = saved[name]
-    return found if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()) else None
 
 
 def euler_field(

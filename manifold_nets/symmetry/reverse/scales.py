@@ -7,13 +7,13 @@ is done with the gradient itself for shifts. A group whose sum vanishes at both 
 the symmetries that the structure knows, or has no gradient that could tell, is subtracted. What then remains of the
 scales is asked once more, far along its own ray: a bound that no activation reaches near both points, as that of ReLU6
 on a few pixels, leaves a scale free there and not further on. What vanishes there too, and shows a gradient, is
-reported. That takes two passes more, and none where nothing remains.
+reported. That takes at most two passes more, and none where nothing remains.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,10 +25,10 @@ from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
-from manifold_nets.symmetry.joint import JointStructure, solve_jointly
+from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.network.graph import TracedGraph
+from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
-from manifold_nets.symmetry.reverse.spans import Span
 
 __all__ = ["search_unexplained"]
 
@@ -38,60 +38,11 @@ _UNSUPPORTED = 1e-2
 
 # How far along its ray a scale is asked again: a power of two, which rounds nothing.
 _FAR = 2.0**7
+# Passes forward and backward that an analysis takes at most.
+_MOST_PASSES = 4
 
 # The field with some parameters multiplied, entry by entry, for the gradients of these alone; None where it fails.
 Farther = Callable[[Mapping[str, Tensor]], EulerField | None]
-# A parameter, a partition of it (the number of an axis where its groups are the slices along it), and a group.
-Axis = int | tuple[tuple[int, ...], tuple[int, ...]]
-Key = tuple[str, Axis, int]
-Direction = dict[Key, float]
-
-
-@dataclass
-class _Explained:
-    """The directions that structure knows, with a coordinate for each group of each partition in use."""
-
-    directions: list[Direction] = field(default_factory=list)
-    counts: dict[str, dict[Axis, int]] = field(default_factory=dict)
-    span: Span | None = None
-
-    def add(self, direction: Direction) -> None:
-        self.directions.append(direction)
-
-    def axis(self, name: str, partition: Partition) -> Axis:
-        """The name of a partition among those in use."""
-        plain = partition.view == partition.shape and len(partition.kept) == 1
-        found: Axis = partition.kept[0] if plain else (partition.view, partition.kept)
-        self.counts.setdefault(name, {})[found] = partition.n_groups
-        return found
-
-    def add_joint(self, joint: JointStructure) -> None:
-        """Take in the symmetries of the solved equations of a network."""
-        axes = {(name, part): self.axis(name, partition) for name, part, partition, _, _ in joint.parts()}
-        for symmetry in joint.symmetries().values():
-            self.add({(place[0], axes[place], k): c for place, part in symmetry.items() for k, c in part.items()})
-
-    def covers(self, direction: Direction) -> bool:
-        """Whether a direction is a combination of those that are known."""
-        if self.span is None:
-            # Whatever the partition, all its groups together are the whole parameter.
-            wholes: list[Direction] = []
-            for name, counts in self.counts.items():
-                first, *others = [{(name, axis, k): 1.0 for k in range(n)} for axis, n in counts.items()]
-                wholes += [{**first, **dict.fromkeys(other, -1.0)} for other in others]
-                wholes += [same for axis in counts for same in _same_blocks(name, axis)]
-            self.span = Span([*self.directions, *wholes])
-        return not self.span.add(direction)
-
-
-def _same_blocks(name: str, axis: Axis) -> Iterator[Direction]:
-    """In a grouped convolution the slices of a group along axis 0 and its other channels are the same block."""
-    if isinstance(axis, tuple) and axis[1] == (0, 2):
-        groups, size, channels = axis[0][:3]
-        for group in range(groups):
-            same: Direction = {(name, 0, group * size + k): 1.0 for k in range(size)}
-            same.update({(name, axis, group * channels + k): -1.0 for k in range(channels)})
-            yield same
 
 
 def search_unexplained(
@@ -122,21 +73,23 @@ def search_unexplained(
         return ()
     tolerance *= _UNSUPPORTED
     joint = None
-    searches, found = _unexplained_scales(fields, _explained(findings, families, shifts), tolerance)
+    searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts), tolerance)
     dead = _dead(fields[0].shapes, shifts)
     if found and dead and graph is not None:
         # Biases that are dead cannot tie scales either, as they do in the equations above.
         joint = solve_jointly(graph, dead)
-        searches, found = _unexplained_scales(fields, _explained(findings, families, shifts, joint), tolerance)
+        searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
     if found and farther is not None:
-        far = [farther(factors) for factors in _factors(searches)]
+        far = [farther(factors) for factors in _factors(searches, _MOST_PASSES - sum(f.passes for f in fields))]
         known = [euler for euler in far if euler is not None]
-        _, found = _unexplained_scales((*fields, *known), _explained(findings, families, shifts, joint), tolerance)
+        _, found = _unexplained_scales(
+            (*fields, *known), explained_scales(findings, families, shifts, joint), tolerance
+        )
     return (*found, *unexplained_shifts(fields, shifts, tolerance))
 
 
 def _unexplained_scales(
-    fields: tuple[EulerField, ...], explained: _Explained, tolerance: float
+    fields: tuple[EulerField, ...], explained: Explained, tolerance: float
 ) -> tuple[list[_Search], list[UnexplainedSymmetry]]:
     """The groups invariant at all points that nothing explains, of the parameters of which all points know."""
     shapes = fields[0].shapes
@@ -156,22 +109,22 @@ def _unexplained_scales(
     return searches, [symmetry for search in searches for symmetry in search.unexplained(explained)]
 
 
-def _factors(searches: Iterable[_Search]) -> list[dict[str, Tensor]]:
-    """For every parameter of groups that were left a factor for each entry: large for half of these groups.
+def _factors(searches: Iterable[_Search], parts: int) -> list[dict[str, Tensor]]:
+    """For every parameter of groups that were left a factor for each entry, for one pass after the other.
 
-    The other half follows in another pass: where all channels of a layer are cut off by a bound at once, no gradient
-    reaches what lies before it. However many groups an entry is in, its factor is the same.
+    Each pass has its part of the groups, which are multiplied in it: where all channels of a layer are cut off by a
+    bound at once, no gradient reaches what lies before it. However many groups an entry is in, its factor is the same.
     """
     left = [(search, units) for search in searches for units in search.left]
     places = [place for search, _ in left for place in search.places()]
-    halves = []
-    for half in range(min(len(left), 2)):
+    found = []
+    for part in range(min(len(left), parts)):
         factors = {name: torch.ones(shape, dtype=torch.float64) for name, shape, _ in places}
-        for search, units in left[half::2]:
+        for search, units in left[part::parts]:
             for name, _, axis in search.places():
                 factors[name].movedim(axis, 0)[units] = _FAR
-        halves.append(factors)
-    return halves
+        found.append(factors)
+    return found
 
 
 def _largest(euler: EulerField) -> float:
@@ -199,74 +152,6 @@ def _dead(shapes: Mapping[str, tuple[int, ...]], shifts: Iterable[ShiftSymmetry]
             for name in shift.parameters:
                 entries[name] = entries.get(name, 0) + sum(name in direction for direction in shift.directions)
     return {name for name, count in entries.items() if shapes[name] == (count,)}
-
-
-def _explained(
-    findings: Iterable[WeightFinding],
-    families: Iterable[SymmetryFamily],
-    shifts: Iterable[ShiftSymmetry],
-    joint: JointStructure | None = None,
-) -> _Explained:
-    explained = _Explained()
-    if joint is not None:
-        explained.add_joint(joint)
-    for shift in shifts:
-        if shift.kind == "dead bias" and shift.certificate.verdict == "invariant":
-            for direction in shift.directions:
-                for name, part in direction.items():
-                    for index in part:
-                        explained.add({(name, 0, index): 1.0})
-    for family in families:
-        if family.certificate.verdict != "invariant":
-            continue
-        axes = {place: explained.axis(place[0], partition) for place, partition in family.partitions.items()}
-        for symmetry in family.symmetries:
-            explained.add(
-                {(place[0], axes[place], index): c for place, part in symmetry.items() for index, c in part.items()}
-            )
-    for finding in findings:
-        if finding.partition is not None and finding.certificate.verdict == "invariant":
-            _add_finding(explained, finding, finding.partition)
-    return explained
-
-
-def _add_finding(explained: _Explained, finding: WeightFinding, partition: Partition) -> None:
-    """Add the groups of a weight, as slices along each axis, with the biases that are scaled along."""
-    along: dict[int, Direction] = {}
-    for bias in finding.scaled_along:
-        for index, group in enumerate(bias.groups):
-            if group < 0:
-                continue
-            along.setdefault(group, {})[bias.name, 0, index] = 1.0
-    if finding.finer_groups == finding.shape[0]:
-        partition = Partition.filters(finding.shape)  # rows of a table of which one is zero
-    for axis in range(min(len(finding.shape), 2)):
-        for slices, groups in _slices_of_groups(partition, axis):
-            direction: Direction = {(finding.name, axis, index): 1.0 for index in slices}
-            for group in groups:
-                direction.update(along.get(group, {}))
-            explained.add(direction)
-
-
-def _slices_of_groups(partition: Partition, axis: int) -> list[tuple[list[int], list[int]]]:
-    """The smallest sets of slices along an axis that consist of whole groups, each with these groups."""
-    shape, view, kept = list(partition.shape), list(partition.view), partition.kept
-    while len(shape) > axis + 1 and view[-1] == shape[-1] and len(view) - 1 not in kept:
-        shape.pop()
-        view.pop()
-    small = Partition(tuple(shape), tuple(view), kept)
-    ids = small.group_ids().movedim(axis, 0).reshape(shape[axis], -1).numpy()
-    label = np.arange(shape[axis])
-    while True:
-        least = np.full(small.n_groups, shape[axis], dtype=np.int64)
-        np.minimum.at(least, ids.ravel(), np.repeat(label, ids.shape[1]))
-        joined = least[ids].min(1)
-        if (joined == label).all():
-            break
-        label = joined
-    order = np.argsort(label, kind="stable")
-    cuts = np.flatnonzero(np.diff(label[order])) + 1
-    return [(slices.tolist(), np.unique(ids[slices]).tolist()) for slices in np.split(order, cuts)]
 
 
 class _SliceSums:
@@ -308,7 +193,7 @@ class _Search:
         self.left: list[NDArray[np.int64]] = []
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
 
-    def unexplained(self, explained: _Explained) -> list[UnexplainedSymmetry]:
+    def unexplained(self, explained: Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
         found = []
         for partition, members, values in self._levels():
@@ -328,7 +213,7 @@ class _Search:
             *((name, (self.shape[self.axis],), 0) for name in self.names[1:]),
         ]
 
-    def mark(self, explained: _Explained) -> None:
+    def mark(self, explained: Explained) -> None:
         """Take the slices without a gradient out of the search: nothing can be found of them."""
         explained.axis(self.names[0], self.slices)
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
