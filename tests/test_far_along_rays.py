@@ -76,6 +76,26 @@ def test_all_channels_cut_off_at_once_hide_what_lies_before(monkeypatch: pytest.
     assert unexplained(6, 1) == {}
 
 
+def whole() -> nn.Module:
+    """The same with one scale for all channels that are cut off."""
+    model = network()
+    model.depthwise = nn.Conv1d(CHANNELS, 1, 1, bias=False)
+    model.last = nn.BatchNorm1d(1)
+    return model
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_layer_that_is_cut_off_as_a_whole_hides_nothing_before_it(seed: int) -> None:
+    assert unexplained(4, seed, whole) == {TRUE: 1}
+
+
+def test_evidence_is_asked_only_of_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage twin of the test above: asked of everything, and all in one pass."""
+    in_parts = scales._factors
+    monkeypatch.setattr(scales, "_factors", lambda searches, parts: in_parts(searches, 1))
+    assert any(unexplained(4, seed, whole) == {} for seed in range(6))
+
+
 def test_a_bound_that_does_not_exist_leaves_everything_free() -> None:
     """No rule knows that so far a bound is never reached; numbers find that scales and biases are free."""
     assert unexplained(12, 0, lambda: network(1e30)) == {TRUE: 1, FALSE: CHANNELS}

@@ -12,7 +12,7 @@ reported. That takes at most two passes more, and none where nothing remains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,16 +80,19 @@ def search_unexplained(
         joint = solve_jointly(graph, dead)
         searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
     if found and farther is not None:
-        far = [farther(factors) for factors in _factors(searches, _MOST_PASSES - sum(f.passes for f in fields))]
-        known = [euler for euler in far if euler is not None]
-        _, found = _unexplained_scales(
-            (*fields, *known), explained_scales(findings, families, shifts, joint), tolerance
-        )
+        parts = _factors(searches, _MOST_PASSES - sum(euler.passes for euler in fields))
+        far = [(euler, factors) for factors in parts if (euler := farther(factors)) is not None]
+        explained = explained_scales(findings, families, shifts, joint)
+        moved = [factors for _, factors in far]
+        _, found = _unexplained_scales((*fields, *(euler for euler, _ in far)), explained, tolerance, moved)
     return (*found, *unexplained_shifts(fields, shifts, tolerance))
 
 
 def _unexplained_scales(
-    fields: tuple[EulerField, ...], explained: Explained, tolerance: float
+    fields: tuple[EulerField, ...],
+    explained: Explained,
+    tolerance: float,
+    factors: Sequence[Mapping[str, Tensor]] = (),
 ) -> tuple[list[_Search], list[UnexplainedSymmetry]]:
     """The groups invariant at all points that nothing explains, of the parameters of which all points know."""
     shapes = fields[0].shapes
@@ -98,7 +101,7 @@ def _unexplained_scales(
     floors = [*floors[:2], *(max(floor, floors[1]) for floor in floors[2:])]
     sums = _SliceSums(fields)
     searches = [
-        _Search(sums, names, shape, axis, floors, tolerance)
+        _Search(sums, names, shape, axis, floors, tolerance, factors)
         for name, shape in shapes.items()
         for axis in range(min(len(shape), 2))
         for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]
@@ -186,12 +189,17 @@ class _Search:
     axis: int
     floors: list[float]
     tolerance: float
+    # What the parameters were multiplied by at the far points, which come last.
+    factors: Sequence[Mapping[str, Tensor]] = ()
 
     def __post_init__(self) -> None:
         self.slices = Partition(self.shape, self.shape, (self.axis,))
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
         self.left: list[NDArray[np.int64]] = []
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
+        self.asked = np.ones((len(self.units), self.shape[self.axis]), dtype=bool)
+        for asked, factors in zip(self.asked[len(self.units) - len(self.factors) :], self.factors, strict=True):
+            asked[:] = np.any([_along(factors[name] != 1, axis).numpy() for name, _, axis in self.places()], axis=0)
 
     def unexplained(self, explained: Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
@@ -217,7 +225,7 @@ class _Search:
         """Take the slices without a gradient out of the search: nothing can be found of them."""
         explained.axis(self.names[0], self.slices)
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
-        for index in np.flatnonzero(~np.all(sizes, axis=0)).tolist():
+        for index in np.flatnonzero(~np.all(sizes | ~self.asked, axis=0)).tolist():
             explained.add(self._direction([index]))
 
     def _direction(self, units: Iterable[int]) -> Direction:
@@ -244,10 +252,12 @@ class _Search:
         self, partition: Partition, members: NDArray[np.int64]
     ) -> tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]:
         worst = np.zeros(len(members))
-        for (products, weights, gradients), floor in zip(self.units, self.floors, strict=True):
+        for (products, weights, gradients), floor, asked in zip(self.units, self.floors, self.asked, strict=True):
             size = np.sqrt(weights[members].sum(1) * gradients[members].sum(1))
             total = np.abs(products[members].sum(1))
-            value = np.divide(total, size, out=np.full(len(members), np.inf), where=size > floor)
+            # A far point needs no evidence of what was not moved there: something behind may be cut off.
+            value = np.where(asked[members].any(1), np.inf, 0.0)
+            value = np.divide(total, size, out=value, where=size > floor)
             worst = np.maximum(worst, value)
         numbers = np.flatnonzero(worst <= self.tolerance).tolist()
         return partition, [(n, members[n]) for n in numbers], {n: float(worst[n]) for n in numbers}
