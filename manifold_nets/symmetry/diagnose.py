@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
-from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, second_field, silent_field
+from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
+from manifold_nets.symmetry.certificate.points import farther_field, second_field
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
@@ -113,14 +115,22 @@ def diagnose(
         else:
             wanted = natural_demands(twin)
         field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory)
+
+    def farther(factors: Mapping[str, Tensor]) -> EulerField | None:
+        with random_numbers(seed + 2):
+            return farther_field(twin, inputs, seed + 2, factors, logits=logits)
+
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
-        return replace(report, unexplained=search_unexplained((field, again), (), (), (), tolerance) if again else ())
+        unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther) if again else ()
+        return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
     findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
     families = certified_families(joint, field, tolerance)
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
-    unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph) if again else ()
+    unexplained = (
+        search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther) if again else ()
+    )
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,

@@ -13,7 +13,7 @@ vanishes, and says so.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import ExampleInputsError
 from manifold_nets.groups import Partition
@@ -38,7 +37,6 @@ __all__ = [
     "euler_field",
     "move_vectors",
     "random_projection",
-    "second_field",
     "sharp_outputs",
     "silent_field",
 ]
@@ -132,12 +130,14 @@ class EulerField:
         weights: the parameters at which the gradients were taken.
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
         silent: whether there are no values, as on the meta device.
+        passes: how many passes forward and backward it took to get there.
         wanted: for some weights the partitions whose sums will be asked for, so that one pass takes them all.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
     silent: bool = False
+    passes: int = 1
     wanted: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
     _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
@@ -191,47 +191,15 @@ class EulerField:
         return known
 
 
-# How much longer scales and biases are at the second point.
-_FARTHER = 10.0
-
-
-def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
-    """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
-
-    What vanishes at both points does not vanish by accident. Scales and biases are longer there, so that a bound that
-    no activation reaches at the first point, as that of ReLU6, is reached. Where the model refuses inputs that are
-    moved, or answers them with what is not finite, it gets those of the first pass.
-    """
-    generator = torch.Generator().manual_seed(seed + 1)
-
-    def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
-        return leaf + 0.5 * leaf.abs().mean() * noise
-
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            if is_continuous(parameter):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
-                # In the storage of the noise: the first field goes on holding the weights at its own point.
-                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if parameter.ndim <= 1 else 1.0)
-                parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
-    try:
-        found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
-        if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
-            return found
-    except ExampleInputsError:
-        pass
-    return euler_field(twin, inputs, seed + 1, logits=logits)
-
-
-def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
+def euler_field(
+    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, only: Container[str] | None = None
+) -> EulerField:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
     and scales at 0 or 1, as they are initialized, would hide gradients or fake invariances. The copy is left with
     these values. Where the outputs are ``logits``, compared along axis 1, so is the cotangent: it sums to zero there.
+    Gradients are taken of all parameters, or of those named in ``only``, and the field then holds no others.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -240,6 +208,8 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
+    if only is not None:
+        parameters = {name: parameter for name, parameter in parameters.items() if name in only}
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         outputs = sharp_outputs(twin, inputs)
@@ -247,7 +217,7 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
         gradients: Sequence[Tensor | None] = (
             torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
         )
-    weights = _zeros(twin)
+    weights = _zeros(twin) if only is None else {}
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)

@@ -4,15 +4,19 @@ At two independent points (weights, inputs and cotangents) the Euler field ``e =
 summed over a family of partitions: the slices along each axis, blocks of them and interleaved ones for every divisor
 (heads, groups of a normalization), the whole, each alone and with the entries of a vector of the same module. The same
 is done with the gradient itself for shifts. A group whose sum vanishes at both points is invariant. What follows from
-the symmetries that the structure knows, or has no gradient that could tell, is subtracted; the rest is reported.
+the symmetries that the structure knows, or has no gradient that could tell, is subtracted. What then remains of the
+scales is asked once more, far along its own ray: a bound that no activation reaches near both points, as that of ReLU6
+on a few pixels, leaves a scale free there and not further on. What vanishes there too, and shows a gradient, is
+reported. That takes at most two passes more, and none where nothing remains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,10 +25,10 @@ from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
-from manifold_nets.symmetry.joint import JointStructure, solve_jointly
+from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.network.graph import TracedGraph
+from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
-from manifold_nets.symmetry.reverse.spans import Span
 
 __all__ = ["search_unexplained"]
 
@@ -32,57 +36,13 @@ __all__ = ["search_unexplained"]
 # are nearly invariant.
 _UNSUPPORTED = 1e-2
 
-# A parameter, a partition of it (the number of an axis where its groups are the slices along it), and a group.
-Axis = int | tuple[tuple[int, ...], tuple[int, ...]]
-Key = tuple[str, Axis, int]
-Direction = dict[Key, float]
+# How far along its ray a scale is asked again: a power of two, which rounds nothing.
+_FAR = 2.0**7
+# Passes forward and backward that an analysis takes at most.
+_MOST_PASSES = 4
 
-
-@dataclass
-class _Explained:
-    """The directions that structure knows, with a coordinate for each group of each partition in use."""
-
-    directions: list[Direction] = field(default_factory=list)
-    counts: dict[str, dict[Axis, int]] = field(default_factory=dict)
-    span: Span | None = None
-
-    def add(self, direction: Direction) -> None:
-        self.directions.append(direction)
-
-    def axis(self, name: str, partition: Partition) -> Axis:
-        """The name of a partition among those in use."""
-        plain = partition.view == partition.shape and len(partition.kept) == 1
-        found: Axis = partition.kept[0] if plain else (partition.view, partition.kept)
-        self.counts.setdefault(name, {})[found] = partition.n_groups
-        return found
-
-    def add_joint(self, joint: JointStructure) -> None:
-        """Take in the symmetries of the solved equations of a network."""
-        axes = {(name, part): self.axis(name, partition) for name, part, partition, _, _ in joint.parts()}
-        for symmetry in joint.symmetries().values():
-            self.add({(place[0], axes[place], k): c for place, part in symmetry.items() for k, c in part.items()})
-
-    def covers(self, direction: Direction) -> bool:
-        """Whether a direction is a combination of those that are known."""
-        if self.span is None:
-            # Whatever the partition, all its groups together are the whole parameter.
-            wholes: list[Direction] = []
-            for name, counts in self.counts.items():
-                first, *others = [{(name, axis, k): 1.0 for k in range(n)} for axis, n in counts.items()]
-                wholes += [{**first, **dict.fromkeys(other, -1.0)} for other in others]
-                wholes += [same for axis in counts for same in _same_blocks(name, axis)]
-            self.span = Span([*self.directions, *wholes])
-        return not self.span.add(direction)
-
-
-def _same_blocks(name: str, axis: Axis) -> Iterator[Direction]:
-    """In a grouped convolution the slices of a group along axis 0 and its other channels are the same block."""
-    if isinstance(axis, tuple) and axis[1] == (0, 2):
-        groups, size, channels = axis[0][:3]
-        for group in range(groups):
-            same: Direction = {(name, 0, group * size + k): 1.0 for k in range(size)}
-            same.update({(name, axis, group * channels + k): -1.0 for k in range(channels)})
-            yield same
+# The field with some parameters multiplied, entry by entry, for the gradients of these alone; None where it fails.
+Farther = Callable[[Mapping[str, Tensor]], EulerField | None]
 
 
 def search_unexplained(
@@ -92,6 +52,7 @@ def search_unexplained(
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
     graph: TracedGraph | None = None,
+    farther: Farther | None = None,
 ) -> tuple[UnexplainedSymmetry, ...]:
     """Search for invariant groups that structure does not explain.
 
@@ -102,6 +63,7 @@ def search_unexplained(
         shifts: the shifts that structure found.
         tolerance: largest certificate value of an invariant group.
         graph: the network, where there is one.
+        farther: the field at a point far away, for scales that are left at both; None leaves them as they are.
 
     Returns:
         The groups that no combination of what structure found accounts for, parameter by parameter.
@@ -110,28 +72,62 @@ def search_unexplained(
     if any(euler.silent for euler in fields):
         return ()
     tolerance *= _UNSUPPORTED
-    shapes = {name: tuple(weight.shape) for name, weight in fields[0].weights.items()}
-    explained = _explained(findings, families, shifts)
+    joint = None
+    searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts), tolerance)
+    dead = _dead(fields[0].shapes, shifts)
+    if found and dead and graph is not None:
+        # Biases that are dead cannot tie scales either, as they do in the equations above.
+        joint = solve_jointly(graph, dead)
+        searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
+    if found and farther is not None:
+        parts = _factors(searches, _MOST_PASSES - sum(euler.passes for euler in fields))
+        far = [(euler, factors) for factors in parts if (euler := farther(factors)) is not None]
+        explained = explained_scales(findings, families, shifts, joint)
+        moved = [factors for _, factors in far]
+        _, found = _unexplained_scales((*fields, *(euler for euler, _ in far)), explained, tolerance, moved)
+    return (*found, *unexplained_shifts(fields, shifts, tolerance))
+
+
+def _unexplained_scales(
+    fields: tuple[EulerField, ...],
+    explained: Explained,
+    tolerance: float,
+    factors: Sequence[Mapping[str, Tensor]] = (),
+) -> tuple[list[_Search], list[UnexplainedSymmetry]]:
+    """The groups invariant at all points that nothing explains, of the parameters of which all points know."""
+    shapes = fields[0].shapes
     floors = [EVIDENCE_FLOOR * _largest(euler) for euler in fields]
+    # Far away few gradients are known; what counts as rounding is then read off the nearer point as well.
+    floors = [*floors[:2], *(max(floor, floors[1]) for floor in floors[2:])]
     sums = _SliceSums(fields)
     searches = [
-        _Search(sums, names, shape, axis, floors, tolerance)
+        _Search(sums, names, shape, axis, floors, tolerance, factors)
         for name, shape in shapes.items()
         for axis in range(min(len(shape), 2))
         for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]
+        if all(name in euler.gradients for euler in fields for name in names)
     ]
     for search in searches:
         search.mark(explained)
-    found = [symmetry for search in searches for symmetry in search.unexplained(explained)]
-    dead = _dead(shapes, shifts)
-    if found and dead and graph is not None:
-        # Biases that are dead cannot tie scales either, as they do in the equations above.
-        explained = _explained(findings, families, shifts)
-        explained.add_joint(solve_jointly(graph, dead))
-        for search in searches:
-            search.mark(explained)
-        found = [symmetry for search in searches for symmetry in search.unexplained(explained)]
-    return (*found, *unexplained_shifts(fields, shifts, tolerance))
+    return searches, [symmetry for search in searches for symmetry in search.unexplained(explained)]
+
+
+def _factors(searches: Iterable[_Search], parts: int) -> list[dict[str, Tensor]]:
+    """For every parameter of groups that were left a factor for each entry, for one pass after the other.
+
+    Each pass has its part of the groups, which are multiplied in it: where all channels of a layer are cut off by a
+    bound at once, no gradient reaches what lies before it. However many groups an entry is in, its factor is the same.
+    """
+    left = [(search, units) for search in searches for units in search.left]
+    places = [place for search, _ in left for place in search.places()]
+    found = []
+    for part in range(min(len(left), parts)):
+        factors = {name: torch.ones(shape, dtype=torch.float64) for name, shape, _ in places}
+        for search, units in left[part::parts]:
+            for name, _, axis in search.places():
+                factors[name].movedim(axis, 0)[units] = _FAR
+        found.append(factors)
+    return found
 
 
 def _largest(euler: EulerField) -> float:
@@ -161,73 +157,10 @@ def _dead(shapes: Mapping[str, tuple[int, ...]], shifts: Iterable[ShiftSymmetry]
     return {name for name, count in entries.items() if shapes[name] == (count,)}
 
 
-def _explained(
-    findings: Iterable[WeightFinding], families: Iterable[SymmetryFamily], shifts: Iterable[ShiftSymmetry]
-) -> _Explained:
-    explained = _Explained()
-    for shift in shifts:
-        if shift.kind == "dead bias" and shift.certificate.verdict == "invariant":
-            for direction in shift.directions:
-                for name, part in direction.items():
-                    for index in part:
-                        explained.add({(name, 0, index): 1.0})
-    for family in families:
-        if family.certificate.verdict != "invariant":
-            continue
-        axes = {place: explained.axis(place[0], partition) for place, partition in family.partitions.items()}
-        for symmetry in family.symmetries:
-            explained.add(
-                {(place[0], axes[place], index): c for place, part in symmetry.items() for index, c in part.items()}
-            )
-    for finding in findings:
-        if finding.partition is not None and finding.certificate.verdict == "invariant":
-            _add_finding(explained, finding, finding.partition)
-    return explained
-
-
-def _add_finding(explained: _Explained, finding: WeightFinding, partition: Partition) -> None:
-    """Add the groups of a weight, as slices along each axis, with the biases that are scaled along."""
-    along: dict[int, Direction] = {}
-    for bias in finding.scaled_along:
-        for index, group in enumerate(bias.groups):
-            if group < 0:
-                continue
-            along.setdefault(group, {})[bias.name, 0, index] = 1.0
-    if finding.finer_groups == finding.shape[0]:
-        partition = Partition.filters(finding.shape)  # rows of a table of which one is zero
-    for axis in range(min(len(finding.shape), 2)):
-        for slices, groups in _slices_of_groups(partition, axis):
-            direction: Direction = {(finding.name, axis, index): 1.0 for index in slices}
-            for group in groups:
-                direction.update(along.get(group, {}))
-            explained.add(direction)
-
-
-def _slices_of_groups(partition: Partition, axis: int) -> list[tuple[list[int], list[int]]]:
-    """The smallest sets of slices along an axis that consist of whole groups, each with these groups."""
-    shape, view, kept = list(partition.shape), list(partition.view), partition.kept
-    while len(shape) > axis + 1 and view[-1] == shape[-1] and len(view) - 1 not in kept:
-        shape.pop()
-        view.pop()
-    small = Partition(tuple(shape), tuple(view), kept)
-    ids = small.group_ids().movedim(axis, 0).reshape(shape[axis], -1).numpy()
-    label = np.arange(shape[axis])
-    while True:
-        least = np.full(small.n_groups, shape[axis], dtype=np.int64)
-        np.minimum.at(least, ids.ravel(), np.repeat(label, ids.shape[1]))
-        joined = least[ids].min(1)
-        if (joined == label).all():
-            break
-        label = joined
-    order = np.argsort(label, kind="stable")
-    cuts = np.flatnonzero(np.diff(label[order])) + 1
-    return [(slices.tolist(), np.unique(ids[slices]).tolist()) for slices in np.split(order, cuts)]
-
-
 class _SliceSums:
-    """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at both points; each is computed once."""
+    """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at every point; each is computed once."""
 
-    def __init__(self, fields: tuple[EulerField, EulerField]) -> None:
+    def __init__(self, fields: tuple[EulerField, ...]) -> None:
         self.fields = fields
         self.known: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
 
@@ -248,7 +181,7 @@ def _along(x: Tensor, axis: int) -> Tensor:
 
 @dataclass
 class _Search:
-    """Sums over the slices of a parameter along an axis, with the entries of a companion, at both points."""
+    """Sums over the slices of a parameter along an axis, with the entries of a companion, at every point."""
 
     sums: _SliceSums
     names: tuple[str, ...]
@@ -256,36 +189,50 @@ class _Search:
     axis: int
     floors: list[float]
     tolerance: float
+    # What the parameters were multiplied by at the far points, which come last.
+    factors: Sequence[Mapping[str, Tensor]] = ()
 
     def __post_init__(self) -> None:
         self.slices = Partition(self.shape, self.shape, (self.axis,))
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
+        self.left: list[NDArray[np.int64]] = []
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
+        self.asked = np.ones((len(self.units), self.shape[self.axis]), dtype=bool)
+        for asked, factors in zip(self.asked[len(self.units) - len(self.factors) :], self.factors, strict=True):
+            asked[:] = np.any([_along(factors[name] != 1, axis).numpy() for name, _, axis in self.places()], axis=0)
 
-    def unexplained(self, explained: _Explained) -> list[UnexplainedSymmetry]:
+    def unexplained(self, explained: Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
         found = []
         for partition, members, values in self._levels():
-            new = [number for number, units in members if not explained.covers(self._direction(units))]
+            kept = [(number, units) for number, units in members if not explained.covers(self._direction(units))]
+            new = [number for number, _ in kept]
             if new:
+                self.left += [units for _, units in kept]
                 found.append(
                     UnexplainedSymmetry("scale", self.names, partition, tuple(new), max(values[n] for n in new))
                 )
         return found
 
-    def mark(self, explained: _Explained) -> None:
+    def places(self) -> list[tuple[str, tuple[int, ...], int]]:
+        """Each parameter with its shape and the axis along which the slices lie."""
+        return [
+            (self.names[0], self.shape, self.axis),
+            *((name, (self.shape[self.axis],), 0) for name in self.names[1:]),
+        ]
+
+    def mark(self, explained: Explained) -> None:
         """Take the slices without a gradient out of the search: nothing can be found of them."""
         explained.axis(self.names[0], self.slices)
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
-        for index in np.flatnonzero(~(sizes[0] & sizes[1])).tolist():
+        for index in np.flatnonzero(~np.all(sizes | ~self.asked, axis=0)).tolist():
             explained.add(self._direction([index]))
 
     def _direction(self, units: Iterable[int]) -> Direction:
-        places = [(self.names[0], self.axis), *((name, 0) for name in self.names[1:])]
-        return {(name, axis, int(unit)): 1.0 for unit in units for name, axis in places}
+        return {(name, axis, int(unit)): 1.0 for unit in units for name, _, axis in self.places()}
 
     def _levels(self) -> Iterator[tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]]:
-        """Partitions from fine to coarse, with the groups that are invariant at both points and their values."""
+        """Partitions from fine to coarse, with the groups that are invariant at all points and their values."""
         count = self.shape[self.axis]
         index = np.arange(count)
         if len(self.shape) > 1 or len(self.names) > 1:
@@ -305,10 +252,12 @@ class _Search:
         self, partition: Partition, members: NDArray[np.int64]
     ) -> tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]:
         worst = np.zeros(len(members))
-        for (products, weights, gradients), floor in zip(self.units, self.floors, strict=True):
+        for (products, weights, gradients), floor, asked in zip(self.units, self.floors, self.asked, strict=True):
             size = np.sqrt(weights[members].sum(1) * gradients[members].sum(1))
             total = np.abs(products[members].sum(1))
-            value = np.divide(total, size, out=np.full(len(members), np.inf), where=size > floor)
+            # A far point needs no evidence of what was not moved there: something behind may be cut off.
+            value = np.where(asked[members].any(1), np.inf, 0.0)
+            value = np.divide(total, size, out=value, where=size > floor)
             worst = np.maximum(worst, value)
         numbers = np.flatnonzero(worst <= self.tolerance).tolist()
         return partition, [(n, members[n]) for n in numbers], {n: float(worst[n]) for n in numbers}
