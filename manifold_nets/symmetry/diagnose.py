@@ -13,6 +13,7 @@ from manifold_nets.errors import AnalysisError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, second_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
+from manifold_nets.symmetry.certificate.local import LocalCertificates
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
@@ -117,7 +118,8 @@ def diagnose(
         report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
         return replace(report, unexplained=search_unexplained((field, again), (), (), (), tolerance) if again else ())
     constrained = {weight.name for weight in constrained_weights(model)}
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
+    local = LocalCertificates(twin, graph, inputs, seed) if again else None
+    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, local), constrained)
     families = certified_families(joint, field, tolerance)
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
     unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph) if again else ()
