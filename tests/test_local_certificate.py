@@ -124,7 +124,7 @@ def test_a_normalization_that_is_written_out_certifies_nothing() -> None:
 
 
 def test_what_structure_claims_wrongly_is_refuted_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The certificate at the normalization can refute: a rule that lets a scale through where it must not is noticed."""
+    """The certificate at the normalization can refute: a rule that lets a scale through where it must not is seen."""
     monkeypatch.setitem(RULES, "sigmoid", RULES["relu"])
     model = Bypassed(class_token)
     model.pool = nn.Sequential(model.pool, nn.Sigmoid())

@@ -1,8 +1,9 @@
 """A certificate inside the network, for weights that its output does not depend on.
 
-Where a token that the output is read from bypasses a branch, as the class token bypasses the last pooling of the queries
-in MViT, the weights of that branch have no gradient at all: the Euler certificate at the output has no evidence. The
-normalization by which the structure proves their invariance still sees them. There the certificate is taken instead,
+Where a token that the output is read from bypasses a branch, as the class token bypasses the last pooling of the
+queries in MViT, the weights of that branch have no gradient at all: the Euler certificate at the output has no
+evidence. The normalization by which the structure proves their invariance still sees them. There the certificate is
+taken instead,
 
     value_G = |Σ_G w ⊙ ∂ℓ/∂w| / (‖w_G‖ ‖∂ℓ/∂w_G‖) ,   ℓ = ⟨v, y⟩ ,
 
@@ -11,8 +12,8 @@ with y the output of the normalization, its eps negligible, and v random.
 That is done only where the output provably does not depend on the weight. A gradient that vanishes is no proof: behind
 an inactive ReLU it vanishes as well. So the weight is replaced by NaN. Whatever operation reads a NaN returns one, a
 product with zero and a saturated function included, except those that compare, sort or replace it: these, and those
-that no rule describes, must not occur behind the weight. Where all outputs then are what they were, bit for bit, nothing
-but selections of entries lies between them and the weight, and they are functions of other entries.
+that no rule describes, must not occur behind the weight. Where all outputs then are what they were, bit for bit,
+nothing but selections of entries lies between them and the weight, and they are functions of other entries.
 """
 
 from __future__ import annotations
@@ -47,20 +48,8 @@ __all__ = ["LocalCertificates"]
 
 # Operations that may return a number where they read a NaN, though they depend on what is there.
 _SWALLOWING = frozenset(
-    (
-        "argsort",
-        "bucketize",
-        "copysign",
-        "fmax",
-        "fmin",
-        "heaviside",
-        "histc",
-        "kthvalue",
-        "mode",
-        "msort",
-        "nan_to_num",
-    )
-    + ("nanmean", "nanmedian", "nanquantile", "nansum", "searchsorted", "sgn", "sign", "sort", "topk")
+    "argsort bucketize copysign fmax fmin heaviside histc kthvalue mode msort nan_to_num nanmean nanmedian nanquantile "
+    "nansum searchsorted sgn sign sort topk".split()
 )
 # What may lie behind the weight; copies have no rule, as scales are followed through the tensor that they write into.
 _HANDING_ON = (RULES.keys() | {"copy"}) - _SWALLOWING

@@ -22,8 +22,8 @@ class Certificate:
         groups_certified: groups whose value is below the tolerance.
         groups_refuted: groups whose value is above it.
         groups_without_evidence: groups whose weight or gradient is (nearly) zero.
-        taken_at: the normalization at whose output it was taken, as the network's output provably does not depend on the
-            weight; empty where it was taken at the network's output.
+        taken_at: the normalization at whose output it was taken, as the network's output provably does not depend on
+            the weight; empty where it was taken at the network's output.
     """
 
     value: float | None
