@@ -40,7 +40,6 @@ from manifold_nets.symmetry.network.graph import (
     output_tensors,
     to_float64,
 )
-from manifold_nets.symmetry.network.twin import is_continuous
 from manifold_nets.symmetry.structure.find import Structure
 from manifold_nets.symmetry.structure.rules import RULES, VIEWS, Absorption
 
@@ -67,7 +66,7 @@ class LocalCertificates:
 
     def __init__(self, twin: nn.Module, graph: TracedGraph, inputs: Inputs, seed: int) -> None:
         self.twin, self.graph, self.inputs, self.seed = twin, graph, inputs, seed
-        self.parameters = {name: p for name, p in twin.named_parameters() if is_continuous(p)}
+        self.parameters = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
 
     def field(self, structure: Structure) -> EulerField | None:
         """The field at the normalizations of a weight; None where an output may depend on it, or nothing absorbs it."""
@@ -75,9 +74,9 @@ class LocalCertificates:
         # One that is written out has an eps that is not known here, and would blunt the certificate.
         if not absorptions or len(absorptions) < len(structure.absorptions):
             return None
-        if not self.is_without_influence([structure.name, *structure.companions]):
-            return None
-        return self._field_at(absorptions)
+        names = [structure.name, *structure.companions]
+        real = all(name in self.parameters for name in names)
+        return self._field_at(absorptions) if real and self.is_without_influence(names) else None
 
     def is_without_influence(self, names: Sequence[str]) -> bool:
         """Whether no output depends on these parameters, on these inputs and whatever their values are."""
@@ -144,24 +143,26 @@ class LocalCertificates:
 
     def _field_at(self, absorptions: Sequence[Absorption]) -> EulerField:
         """Weights, and gradients of a random projection of what some normalizations return."""
-        nodes, results = {a.node for a in absorptions}, []
+        nodes = {absorption.node for absorption in absorptions}
+        results: list[Tensor] = []
 
         def visit(node: Node, fetch: Any) -> None:
-            if node in nodes:
+            if node in nodes and callable(node.target):
                 arguments = {**bound_arguments(node), "eps": NEGLIGIBLE_EPS}
-                names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-                values = map_arg(tuple(arguments[name] for name in names), fetch)
-                results.extend(output_tensors(node.target(*values)))  # type: ignore[operator]
+                results.extend(output_tensors(node.target(*map_arg(tuple(arguments.values()), fetch))))
 
         device = next(iter(self.parameters.values())).device
         with torch.enable_grad():
             self._interpret(visit)
             loss = random_projection(results, torch.Generator(device).manual_seed(self.seed), logits=False)
-            found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
-        zero = torch.zeros((), dtype=torch.float64)
-        weights = {name: p.detach() for name, p in self.twin.named_parameters()}
-        slopes = {name: zero.expand(weight.shape) for name, weight in weights.items()}
-        slopes.update({n: g.detach() for n, g in zip(self.parameters, found, strict=True) if g is not None})
+            found: Sequence[Tensor | None] = torch.autograd.grad(
+                loss, list(self.parameters.values()), allow_unused=True
+            )
+        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        slopes = {
+            name: torch.zeros((), dtype=torch.float64, device=device).expand(weight.shape) if slope is None else slope
+            for (name, weight), slope in zip(weights.items(), found, strict=True)
+        }
         return EulerField(weights, slopes)
 
 
