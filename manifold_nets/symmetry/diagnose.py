@@ -54,8 +54,9 @@ def diagnose(
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
     float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). A contradiction between the two is
-    reported as a disagreement. Of a weight that provably no output depends on, the certificate is taken at the output of
-    the normalization that absorbs it; its ``taken_at`` says so (with full memory only). The model, its mode, buffers, gradients and the random state are left as they were.
+    reported as a disagreement. Of a weight that provably no output depends on, the certificate is taken at the output
+    of the normalization that absorbs it, and its ``taken_at`` says so (with full memory only). The model, its mode,
+    buffers, gradients and the random state are left as they were.
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
