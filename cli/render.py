@@ -186,4 +186,5 @@ def _why(weight: WeightFinding) -> str:
         return weight.broken_by or weight.remedy
     modules = dict.fromkeys(absorber.module or "model" for absorber in weight.absorbers)
     operations = dict.fromkeys(absorber.op for absorber in weight.absorbers)
-    return f"{listed(modules, limit=2)} ({', '.join(operations)})"
+    found = f"{listed(modules, limit=2)} ({', '.join(operations)})"
+    return f"{found}; certificate{weight.certificate.place.removeprefix(',')}" if weight.certificate.taken_at else found

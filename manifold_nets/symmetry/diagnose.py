@@ -14,6 +14,7 @@ from manifold_nets.errors import AnalysisError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
+from manifold_nets.symmetry.certificate.local import LocalCertificates
 from manifold_nets.symmetry.certificate.points import farther_field, second_field
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
@@ -55,7 +56,9 @@ def diagnose(
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
     float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). A contradiction between the two is
-    reported as a disagreement. The model, its mode, buffers, gradients and the random state are left as they were.
+    reported as a disagreement. Of a weight that provably no output depends on, the certificate is taken at the output
+    of the normalization that absorbs it, and its ``taken_at`` says so (with full memory only). The model, its mode,
+    buffers, gradients and the random state are left as they were.
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
@@ -125,7 +128,8 @@ def diagnose(
         unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther) if again else ()
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance), constrained)
+    local = LocalCertificates(twin, graph, inputs, seed) if again else None
+    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, local), constrained)
     families = certified_families(joint, field, tolerance)
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
     unexplained = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import EulerField
+from manifold_nets.symmetry.certificate.local import LocalCertificates
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
 from manifold_nets.symmetry.structure.find import Structure
@@ -26,6 +28,8 @@ _REMEDIES = {
     "no evidence": "leave it: its gradient vanishes on these inputs; try other inputs",
     "disagreement": "leave it and report it: structure and certificate contradict each other",
 }
+
+_WITHOUT_INFLUENCE = "; no output depends on it: training does not move it"
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module:
@@ -43,9 +47,10 @@ class Judge(Certifier):
         field: EulerField,
         variances: dict[Any, Tensor],
         tolerance: float,
+        local: LocalCertificates | None = None,
     ) -> None:
         super().__init__(field, tolerance)
-        self.twin, self.graph, self.variances = twin, graph, variances
+        self.twin, self.graph, self.variances, self.local = twin, graph, variances, local
 
     def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
         """Judge one weight."""
@@ -57,6 +62,8 @@ class Judge(Certifier):
         partition = self._without_zero_groups(name, partition)
         groups = structure.group_of_scale(partition)
         certificate = self._certificate(structure, partition, groups)
+        if certificate.verdict == "no evidence":
+            certificate = self._certificate_inside(structure, partition, groups) or certificate
         status = {"invariant": "constrained" if constrained else "invariant", "not invariant": "disagreement"}.get(
             certificate.verdict, certificate.verdict
         )
@@ -73,7 +80,7 @@ class Judge(Certifier):
             ),
             certificate=certificate,
             broken_by=None,
-            remedy=_REMEDIES[status],
+            remedy=_REMEDIES[status] + (_WITHOUT_INFLUENCE if certificate.taken_at else ""),
             finer_groups=structure.count if structure.count > partition.n_groups else 0,
         )
 
@@ -130,6 +137,20 @@ class Judge(Certifier):
             # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
             return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
         return self.verdict(sums, weight.sqrt(), gradient.sqrt())
+
+    def _certificate_inside(
+        self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]
+    ) -> Certificate | None:
+        """Certificate at the normalizations that absorb a weight without influence on the output, if it has none."""
+        names = [structure.name, *structure.companions]
+        if self.local is None or self.field.silent or any(self.field.size(name) for name in names):
+            return None
+        field = self.local.field(structure)
+        if field is None:
+            return None
+        judge = Judge(self.twin, self.graph, field, self.variances, self.tolerance)
+        places = dict.fromkeys(f"{a.module or 'model'} ({a.op})" for a in structure.absorptions)
+        return replace(judge._certificate(structure, partition, groups), taken_at=", ".join(places))
 
     def _absorber(self, structure: Structure, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
         args = bound_arguments(absorption.node)

@@ -33,6 +33,7 @@ from manifold_nets.symmetry.network.twin import is_continuous
 from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
 __all__ = [
+    "NEGLIGIBLE_EPS",
     "EulerField",
     "euler_field",
     "move_vectors",

@@ -9,6 +9,8 @@ from manifold_nets.groups import Partition
 
 __all__ = ["Absorber", "Certificate", "ScaledAlong", "WeightFinding"]
 
+_NO_INFLUENCE = "the network's output does not depend on this weight"
+
 
 @dataclass(frozen=True)
 class Certificate:
@@ -20,6 +22,8 @@ class Certificate:
         groups_certified: groups whose value is below the tolerance.
         groups_refuted: groups whose value is above it.
         groups_without_evidence: groups whose weight or gradient is (nearly) zero.
+        taken_at: the normalization at whose output it was taken, as the network's output provably does not depend on
+            the weight; empty where it was taken at the network's output.
     """
 
     value: float | None
@@ -27,6 +31,7 @@ class Certificate:
     groups_certified: int
     groups_refuted: int
     groups_without_evidence: int
+    taken_at: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -34,7 +39,12 @@ class Certificate:
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" ({self.value:.1e})"
-        return f"{self.verdict}{value}"
+        return f"{self.verdict}{value}{self.place}"
+
+    @property
+    def place(self) -> str:
+        """Where it was taken and why, where that is not the network's output; else empty."""
+        return f", taken at {self.taken_at}: {_NO_INFLUENCE}" if self.taken_at else ""
 
 
 @dataclass(frozen=True)
