@@ -119,7 +119,9 @@ class Starts:
             if len(self._kept) > KEPT_MODELS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(which)
-        return copy.deepcopy(self._kept[which]).to(self.settings.device)
+        model = copy.deepcopy(self._kept[which])
+        # Where it is already, going through the whole model takes a while.
+        return model if self.settings.device == "cpu" else model.to(self.settings.device)
 
     def _made(self, key: RunKey, form: Form) -> nn.Module:
         model = build_model(self.subjects.model, self.subjects.task, seed=derived_seed(key.seed, "weights"))

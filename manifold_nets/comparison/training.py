@@ -40,7 +40,7 @@ class BatchObjective:
         loss: mean loss of outputs and targets.
         inputs: of the batch.
         targets: of the batch.
-        modules: those of the model, for a loop that has them at hand; looked up when left out.
+        modules: those of the model with parameters, for a loop that has them at hand; looked up when left out.
     """
 
     def __init__(
@@ -67,9 +67,14 @@ class BatchObjective:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     parameter.grad = None
+        if torch.is_grad_enabled():
+            return self._differentiated()
         with torch.enable_grad():
-            loss = self.loss()
-            loss.backward()  # type: ignore[no-untyped-call]
+            return self._differentiated()
+
+    def _differentiated(self) -> Tensor:
+        loss = self.loss()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
 
@@ -157,7 +162,7 @@ class Runner:
         self._seed(derived_seed(key.seed, "contestant"))
         stepper = self._stepper(key, model)
         watch = FilterWatch(model, self._starts.partitions)
-        progress, status = _Progress(tuple(model.modules())), "finished"
+        progress, status = _Progress(tuple(module for module in model.modules() if module._parameters)), "finished"
         try:
             for epoch in range(1, self._settings.epochs + 1):
                 self._epoch(key, epoch, model, stepper, watch, progress)
@@ -248,7 +253,8 @@ class Runner:
     def _is_watched(self, key: RunKey, epoch: int, steps: int) -> bool:
         """Whether filters are measured in an epoch: in all, unless steps are so few that it would take a while."""
         full_batch = self._starts.subjects.contestants[key.optimizer].full_batch
-        return full_batch or (epoch - 1) % math.ceil(32 / steps) == 0
+        every = math.ceil(self._settings.epochs / 10) if full_batch else math.ceil(32 / steps)
+        return (epoch - 1) % every == 0
 
     def _seed(self, seed: int) -> None:
         # torch.manual_seed asks for every kind of device, which takes as long as a step of a small network.
