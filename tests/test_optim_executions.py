@@ -185,6 +185,7 @@ def test_sabotage_without_the_rows_left_long_compiled_steps_fail(monkeypatch):
 @pytest.mark.slow
 @compiler_warns
 def test_schedules_of_rate_and_momentum_compile_nothing_anew():
+    compiled._kernel.cache_clear()  # whatever other tests have compiled
     sphere = mn.SphereProduct((20, 30))
     weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
     stepper = RiemannianSGD([weight], lr=0.1, momentum=0.9, compile=True)
@@ -198,6 +199,16 @@ def test_schedules_of_rate_and_momentum_compile_nothing_anew():
         twin = geoopt.ManifoldParameter(other.random(), manifold=other)
         twin.grad = torch.randn_like(twin)
         RiemannianSGD([twin], lr=0.1, momentum=0.9, compile=True).step()
+        # Sabotage: what the kernel is compiled for does change, and that is noticed.
+        with pytest.raises(torch._dynamo.exc.RecompileError):
+            stepped_in_half_precision()
+
+
+def stepped_in_half_precision():
+    sphere = mn.SphereProduct((20, 30))
+    weight = geoopt.ManifoldParameter(sphere.random().bfloat16(), manifold=sphere)
+    weight.grad = torch.randn_like(weight)
+    RiemannianSGD([weight], lr=0.1, momentum=0.9, compile=True).step()
 
 
 def test_a_difference_of_squares_is_not_exact_near_the_radius(monkeypatch):
