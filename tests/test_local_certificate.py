@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from test_cost_of_diagnose import MOST_PASSES
 from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.symmetry.certificate import euler
 from manifold_nets.symmetry.certificate.local import LocalCertificates, _hands_on_nan
-from manifold_nets.symmetry.network.graph import op_name, split_inputs, to_float64, trace
+from manifold_nets.symmetry.network.graph import TracedGraph, op_name, split_inputs, to_float64, trace
 from manifold_nets.symmetry.network.twin import analysis_copy
+from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.structure.rules import RULES
 
 X = (4, 5, 6)
@@ -139,9 +142,93 @@ def test_the_copy_is_left_as_it_was(read: Callable[[Tensor], Tensor]) -> None:
     twin = analysis_copy(nn.Sequential(Bypassed(read), nn.BatchNorm1d(3)))
     inputs = to_float64(split_inputs(torch.randn(X)))
     before = {name: value.clone() for name, value in twin.state_dict().items()}
-    local = LocalCertificates(twin, trace(twin, inputs), inputs, 0)
-    assert local.is_without_influence(["0.pool.weight"]) == (read is class_token)
+    graph = trace(twin, inputs)
+    local = LocalCertificates(twin, graph, inputs, 0)
+    fields = local.fields([follow_weight(graph, "0.pool.weight")])
+    assert list(fields) == (["0.pool.weight"] if read is class_token else [])
     assert all(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+
+
+def cut_off(x: Tensor) -> Tensor:
+    """Of the other tokens what exceeds a bound that none reaches: there is no gradient, but there is an influence."""
+    return x[:, 0] + F.relu(x[:, 1:] - 1e6).sum(1)
+
+
+def chain(*reads: Callable[[Tensor], Tensor]) -> nn.Module:
+    """One network after the other, each reading what the one before made of each example, repeated as tokens."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(Bypassed(read) for read in reads)
+            self.between = nn.ModuleList(nn.Linear(3, 6) for _ in reads)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for part, between in zip(self.parts, self.between, strict=True):
+                x = x + between(part(x))[:, None]
+            return x.mean(1)
+
+    return Chain()
+
+
+def passes_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[mn.SymmetryReport, int, int]:
+    """A report, and how many passes forward and backward it took, and forward alone."""
+    counts = {"forward": 0, "backward": 0}
+
+    def counting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", counting("backward", torch.autograd.grad))
+        patch.setattr(TracedGraph, "interpret", counting("forward", TracedGraph.interpret))
+        patch.setattr(euler, "sharp_outputs", counting("forward", euler.sharp_outputs))
+        report = mn.diagnose(model, torch.randn(X))
+    return report, counts["backward"], counts["forward"] - counts["backward"]
+
+
+def test_many_silent_weights_take_one_pass_and_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    report, backward, forward = passes_of(chain(*[class_token] * 5), monkeypatch)
+    found = [report[f"parts.{i}.pool.weight"] for i in range(5)]
+    assert [w.status for w in found] == ["invariant"] * 5
+    assert [w.certificate.taken_at for w in found] == [f"parts.{i}.norm (layer_norm)" for i in range(5)]
+    assert max(w.certificate.value or 0.0 for w in found) < 1e-12
+    assert (backward, forward) == (3, 2)  # the other forward pass is for the variances
+
+
+@pytest.mark.parametrize(
+    "reads", [(class_token, cut_off), (cut_off, class_token), (*[class_token] * 2, *[cut_off] * 2)]
+)
+def test_one_weight_with_influence_does_not_hide_those_without(
+    reads: tuple[Callable[[Tensor], Tensor], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in all of them reaches the outputs, so the halves are asked; the one with influence gets no certificate."""
+    report, backward, forward = passes_of(chain(*reads), monkeypatch)
+    found = [report[f"parts.{i}.pool.weight"].status for i in range(len(reads))]
+    assert ["invariant" if read is class_token else "no evidence" for read in reads] == found
+    assert backward + (forward - 1) / 3 <= MOST_PASSES
+
+
+def test_what_cannot_be_settled_in_the_passes_there_are_has_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    report, backward, forward = passes_of(chain(*[cut_off, class_token] * 8), monkeypatch)
+    certified = {w.name for w in report.weights if w.certificate.taken_at}
+    assert certified <= {f"parts.{i}.pool.weight" for i in range(1, 16, 2)}
+    assert {w.status for w in report.weights if w.name.endswith("pool.weight")} <= {"invariant", "no evidence"}
+    assert backward + (forward - 2) / 3 <= MOST_PASSES
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_no_more_passes_are_taken_than_there_are(passes: int) -> None:
+    model, x = chain(class_token, cut_off), torch.randn(X)
+    twin, inputs = analysis_copy(model), to_float64(split_inputs(x))
+    graph = trace(twin, inputs)
+    local = LocalCertificates(twin, graph, inputs, 0, passes)
+    found = local.fields(follow_weight(graph, f"parts.{i}.pool.weight") for i in range(2))
+    assert local.passes == passes
+    assert list(found) == (["parts.0.pool.weight"] if passes == 2 else [])
 
 
 ELEMENTWISE = (

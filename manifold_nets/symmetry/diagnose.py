@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
-from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, silent_field
+from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.certificate.local import LocalCertificates
 from manifold_nets.symmetry.certificate.points import farther_field, second_field
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
+from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
 from manifold_nets.symmetry.mixed import with_mixed_weights
@@ -36,7 +37,7 @@ from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.reverse.scales import search_unexplained
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
-from manifold_nets.symmetry.structure.find import follow_weight
+from manifold_nets.symmetry.structure.find import Structure, follow_weight
 from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
 
 __all__ = ["diagnose"]
@@ -123,18 +124,20 @@ def diagnose(
         with random_numbers(seed + 2):
             return farther_field(twin, inputs, seed + 2, factors, logits=logits)
 
+    unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
-        unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther) if again else ()
+        if again:
+            unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther)
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
-    local = LocalCertificates(twin, graph, inputs, seed) if again else None
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, local), constrained)
+    local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
+    findings = _by_structure(Judge(twin, graph, field, variances, tolerance), local, constrained)
     families = certified_families(joint, field, tolerance)
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
-    unexplained = (
-        search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther) if again else ()
-    )
+    if again and local:
+        again = replace(again, passes=again.passes + local.passes)
+        unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther)
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,
@@ -156,16 +159,22 @@ def _fields(
     )
 
 
-def _by_structure(judge: Judge, constrained: set[str]) -> list[WeightFinding]:
-    """Judge every weight of a traced model."""
-    findings = []
+def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
+    """Judge every weight of a traced model, those without influence on the outputs at the normalizations inside."""
+    findings: dict[str, WeightFinding] = {}
+    silent: dict[str, Structure] = {}
     for name, parameter in _weights(judge.twin):
         if not is_continuous(parameter):
-            findings.append(integer_finding(name, parameter, owner_of(judge.twin, name)))
+            findings[name] = integer_finding(name, parameter, owner_of(judge.twin, name))
             continue
         structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
-        findings.append(qualified(judge.finding(name, structure, name in constrained), parameter))
-    return findings
+        findings[name] = qualified(judge.finding(name, structure, name in constrained), parameter)
+        if structure is not None and judge.lacks_gradient(structure):
+            silent[name] = structure
+    for name, inside in (local.fields(silent.values()) if local else {}).items():
+        found = judge.finding(name, silent[name], name in constrained, inside)
+        findings[name] = qualified(found, judge.twin.get_parameter(name))
+    return list(findings.values())
 
 
 def _by_certificate(

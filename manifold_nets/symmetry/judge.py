@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.local import LocalCertificates
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
 from manifold_nets.symmetry.structure.find import Structure
@@ -47,13 +46,20 @@ class Judge(Certifier):
         field: EulerField,
         variances: dict[Any, Tensor],
         tolerance: float,
-        local: LocalCertificates | None = None,
     ) -> None:
         super().__init__(field, tolerance)
-        self.twin, self.graph, self.variances, self.local = twin, graph, variances, local
+        self.twin, self.graph, self.variances = twin, graph, variances
 
-    def finding(self, name: str, structure: Structure | None, constrained: bool) -> WeightFinding:
-        """Judge one weight."""
+    def lacks_gradient(self, structure: Structure) -> bool:
+        """Whether the outputs tell nothing of a weight that structure calls invariant: it has no gradient at all."""
+        names = [structure.name, *structure.companions]
+        known = structure.partition is not None and not self.field.silent
+        return known and not any(bool(self.field.gradients[name].any()) for name in names)
+
+    def finding(
+        self, name: str, structure: Structure | None, constrained: bool, inside: EulerField | None = None
+    ) -> WeightFinding:
+        """Judge one weight; ``inside`` is the field at the normalizations behind it where no output depends on it."""
         shape = self.field.shapes[name]
         layer = type(owner_of(self.twin, name)).__name__
         partition = structure.partition if structure is not None else None
@@ -61,9 +67,10 @@ class Judge(Certifier):
             return self._without_groups(name, shape, layer, structure)
         partition = self._without_zero_groups(name, partition)
         groups = structure.group_of_scale(partition)
-        certificate = self._certificate(structure, partition, groups)
-        if certificate.verdict == "no evidence":
-            certificate = self._certificate_inside(structure, partition, groups) or certificate
+        if inside is None:
+            certificate = self._certificate(structure, partition, groups)
+        else:
+            certificate = self._certificate_inside(inside, structure, partition, groups)
         status = {"invariant": "constrained" if constrained else "invariant", "not invariant": "disagreement"}.get(
             certificate.verdict, certificate.verdict
         )
@@ -139,16 +146,10 @@ class Judge(Certifier):
         return self.verdict(sums, weight.sqrt(), gradient.sqrt())
 
     def _certificate_inside(
-        self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]
-    ) -> Certificate | None:
-        """Certificate at the normalizations that absorb a weight without influence on the output, if it has none."""
-        names = [structure.name, *structure.companions]
-        if self.local is None or self.field.silent or any(self.field.size(name) for name in names):
-            return None
-        field = self.local.field(structure)
-        if field is None:
-            return None
-        judge = Judge(self.twin, self.graph, field, self.variances, self.tolerance)
+        self, inside: EulerField, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]
+    ) -> Certificate:
+        """Certificate at the normalizations that absorb a weight without influence on the output."""
+        judge = Judge(self.twin, self.graph, inside, self.variances, self.tolerance)
         places = dict.fromkeys(f"{a.module or 'model'} ({a.op})" for a in structure.absorptions)
         return replace(judge._certificate(structure, partition, groups), taken_at=", ".join(places))
 

@@ -33,6 +33,7 @@ from manifold_nets.symmetry.network.twin import is_continuous
 from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
 __all__ = [
+    "MOST_PASSES",
     "NEGLIGIBLE_EPS",
     "EulerField",
     "euler_field",
@@ -46,6 +47,8 @@ __all__ = [
 NEGLIGIBLE_EPS = 1e-30
 # A gradient this much smaller than the largest one of the network is rounding and proves nothing.
 EVIDENCE_FLOOR = 1e-11
+# Passes forward and backward that an analysis takes at most.
+MOST_PASSES = 4
 # Position of the eps argument. Both storeys are listed: what a functional calls inside is not intercepted again.
 _EPS_POSITION = {
     torch.batch_norm: 7,

@@ -7,7 +7,8 @@ taken instead,
 
     value_G = |Σ_G w ⊙ ∂ℓ/∂w| / (‖w_G‖ ‖∂ℓ/∂w_G‖) ,   ℓ = ⟨v, y⟩ ,
 
-with y the output of the normalization, its eps negligible, and v random.
+with y the output of the normalization, its eps negligible, and v random. One pass asks all such normalizations: ℓ then
+is the sum over them, of which none sees the scale, as what lies behind one of them does not see it either.
 
 That is done only where the output provably does not depend on the weight. A gradient that vanishes is no proof: behind
 an inactive ReLU it vanishes as well. So the weight is replaced by NaN. Whatever operation reads a NaN returns one, a
@@ -20,9 +21,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from manifold_nets.symmetry.certificate.euler import NEGLIGIBLE_EPS, EulerField, random_projection
+from manifold_nets.symmetry.certificate.euler import MOST_PASSES, NEGLIGIBLE_EPS, EulerField, random_projection
 from manifold_nets.symmetry.network.graph import (
     Inputs,
     TracedGraph,
@@ -41,7 +41,7 @@ from manifold_nets.symmetry.network.graph import (
     to_float64,
 )
 from manifold_nets.symmetry.structure.find import Structure
-from manifold_nets.symmetry.structure.rules import RULES, VIEWS, Absorption
+from manifold_nets.symmetry.structure.rules import RULES, VIEWS
 
 __all__ = ["LocalCertificates"]
 
@@ -52,61 +52,98 @@ _SWALLOWING = frozenset(
 )
 # What may lie behind the weight; copies have no rule, as scales are followed through the tensor that they write into.
 _HANDING_ON = (RULES.keys() | {"copy"}) - _SWALLOWING
+# Forward passes with NaN in the place of weights: of all, and of each half.
+_MOST_RUNS = 3
 
 
 class LocalCertificates:
-    """Takes the Euler field at the normalizations that absorb a weight which no output depends on.
+    """Takes the Euler field at the normalizations that absorb the weights which no output depends on.
+
+    All of them are asked together: one pass forward and backward gives the field of all, one forward with NaN in the
+    place of all says whether an output depends on any. Where one does, halves are asked, and what is not settled after
+    `_MOST_RUNS` of these forward passes stays without a certificate.
 
     Args:
         twin: the copy that is analysed, in float64; its values and buffers are the same afterwards.
         graph: its graph.
         inputs: its inputs.
         seed: seed of the random projection.
+        most_passes: how many passes forward and backward there are; three passes forward count as one.
     """
 
-    def __init__(self, twin: nn.Module, graph: TracedGraph, inputs: Inputs, seed: int) -> None:
-        self.twin, self.graph, self.inputs, self.seed = twin, graph, inputs, seed
+    def __init__(
+        self, twin: nn.Module, graph: TracedGraph, inputs: Inputs, seed: int, most_passes: int = MOST_PASSES
+    ) -> None:
+        self.twin, self.graph, self.inputs, self.seed, self.most_passes = twin, graph, inputs, seed, most_passes
         self.parameters = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
+        # What was used of them, and the normalizations that are asked.
+        self.passes = 0
+        self._nodes: set[Node] = set()
 
-    def field(self, structure: Structure) -> EulerField | None:
-        """The field at the normalizations of a weight; None where an output may depend on it, or nothing absorbs it."""
-        absorptions = [a for a in structure.absorptions if "eps" in bound_arguments(a.node)]
-        # One that is written out has an eps that is not known here, and would blunt the certificate.
-        if not absorptions or len(absorptions) < len(structure.absorptions):
-            return None
-        names = [structure.name, *structure.companions]
-        real = all(name in self.parameters for name in names)
-        return self._field_at(absorptions) if real and self.is_without_influence(names) else None
+    def fields(self, structures: Iterable[Structure]) -> dict[str, EulerField]:
+        """The field at the normalizations, for each weight that has them and that provably no output depends on."""
+        candidates = {s.name: s for s in structures if self._may_be_certified(s)}
+        if not candidates or self.most_passes < 1:
+            return {}
+        self._nodes = {absorption.node for structure in candidates.values() for absorption in structure.absorptions}
+        field, outputs = self._field()
+        self.passes = 1
+        return dict.fromkeys(self._without_influence(candidates, outputs), field)
 
-    def is_without_influence(self, names: Sequence[str]) -> bool:
-        """Whether no output depends on these parameters, on these inputs and whatever their values are."""
-        behind = self._behind(names)
-        if behind is None or not self._outputs:
-            return False
-        try:
-            with self._poisoned(names):
-                found = self._run()
-        except RuntimeError:
-            return False  # an operation that refuses NaN has read one
-        return len(found) == len(self._outputs) and all(
-            torch.equal(now, then) for now, then in zip(found, self._outputs, strict=True)
+    def _may_be_certified(self, structure: Structure) -> bool:
+        """Whether normalizations of a known eps absorb a weight, and NaN in its place would show what depends on it."""
+        names = _names(structure)
+        return (
+            bool(structure.absorptions)
+            # One that is written out has an eps that is not known here, and would blunt the certificate.
+            and all("eps" in bound_arguments(absorption.node) for absorption in structure.absorptions)
+            and all(name in self.parameters for name in names)
+            and self._behind(names) is not None
         )
 
-    @cached_property
-    def _outputs(self) -> list[Tensor]:
-        """All outputs of the copy as it stands; NaN, which equals nothing, makes every comparison fail."""
-        return self._run()
+    def _without_influence(self, candidates: Mapping[str, Structure], outputs: Sequence[Tensor]) -> list[str]:
+        """The weights that no output depends on, on these inputs and whatever their values are."""
+        found: list[str] = []
+        waiting = [list(candidates)]
+        runs = 0
+        while waiting and runs < (_MOST_RUNS if self.most_passes > 1 else 1):
+            part = waiting.pop(0)
+            runs += 1
+            if self._change_nothing([name for weight in part for name in _names(candidates[weight])], outputs):
+                found += part
+            elif len(part) > 1:
+                waiting += [part[: len(part) // 2], part[len(part) // 2 :]]
+        self.passes += runs > 1
+        return found
 
-    def _run(self) -> list[Tensor]:
-        with torch.no_grad():
-            return [output.clone() for output in output_tensors(self._interpret(lambda node, fetch: None))]
+    def _change_nothing(self, names: Sequence[str], outputs: Sequence[Tensor]) -> bool:
+        """Whether all outputs are the same, bit for bit, with NaN in the place of some parameters."""
+        try:
+            with self._poisoned(names), torch.enable_grad():  # as the pass before, which may choose other kernels
+                found, _ = self._run()
+        except RuntimeError:
+            return False  # an operation that refuses NaN has read one
+        # NaN, which equals nothing, makes the comparison fail.
+        return 0 < len(found) == len(outputs) and all(map(torch.equal, found, outputs))
 
-    def _interpret(self, visit: Any) -> Any:
+    def _run(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs of the copy, and of its normalizations that are asked, with the eps of these negligible."""
+        inside: list[Tensor] = []
+
+        def sharp(node: Node, fetch: Any) -> Any:
+            if node not in self._nodes or not callable(node.target):
+                return None
+            arguments = {**bound_arguments(node), "eps": NEGLIGIBLE_EPS}
+            result = node.target(*map_arg(tuple(arguments.values()), fetch))
+            inside.extend(output_tensors(result))
+            return result
+
         buffers = {name: buffer.detach().clone() for name, buffer in self.twin.named_buffers()}
         try:
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
-                return self.graph.interpret(self.twin, to_float64(self.inputs), visit)
+                outputs = output_tensors(self.graph.interpret(self.twin, to_float64(self.inputs), sharp))
+                return [output.detach().clone() for output in outputs], inside
         finally:
             with torch.no_grad():
                 for name, buffer in self.twin.named_buffers():
@@ -141,20 +178,12 @@ class LocalCertificates:
                 waiting.append(node)
         return found
 
-    def _field_at(self, absorptions: Sequence[Absorption]) -> EulerField:
-        """Weights, and gradients of a random projection of what some normalizations return."""
-        nodes = {absorption.node for absorption in absorptions}
-        results: list[Tensor] = []
-
-        def visit(node: Node, fetch: Any) -> None:
-            if node in nodes and callable(node.target):
-                arguments = {**bound_arguments(node), "eps": NEGLIGIBLE_EPS}
-                results.extend(output_tensors(node.target(*map_arg(tuple(arguments.values()), fetch))))
-
+    def _field(self) -> tuple[EulerField, list[Tensor]]:
+        """Weights, and gradients of a random projection of what the normalizations return; the outputs as well."""
         device = next(iter(self.parameters.values())).device
         with torch.enable_grad():
-            self._interpret(visit)
-            loss = random_projection(results, torch.Generator(device).manual_seed(self.seed), logits=False)
+            outputs, inside = self._run()
+            loss = random_projection(inside, torch.Generator(device).manual_seed(self.seed), logits=False)
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 loss, list(self.parameters.values()), allow_unused=True
             )
@@ -163,7 +192,11 @@ class LocalCertificates:
             name: torch.zeros((), dtype=torch.float64, device=device).expand(weight.shape) if slope is None else slope
             for (name, weight), slope in zip(weights.items(), found, strict=True)
         }
-        return EulerField(weights, slopes)
+        return EulerField(weights, slopes), outputs
+
+
+def _names(structure: Structure) -> list[str]:
+    return [structure.name, *structure.companions]
 
 
 def _hands_on_nan(node: Node) -> bool:

@@ -160,15 +160,17 @@ class TracedGraph:
     def interpret(self, model: nn.Module, inputs: Inputs, visit: Any) -> Any:
         """Run the graph node by node on real tensors, calling ``visit(node, fetch)`` before each operation.
 
-        ``fetch`` turns an argument of the node into its value.
+        ``fetch`` turns an argument of the node into its value. What ``visit`` returns takes the place of the result;
+        with None the operation is carried out.
         """
         graph = self
 
         class Visitor(Interpreter):
             def run_node(self, n: Node) -> Any:
+                given = None
                 if n.op == "call_function":
-                    visit(n, lambda argument: self.env[argument] if isinstance(argument, Node) else argument)
-                return super().run_node(n)
+                    given = visit(n, lambda argument: self.env[argument] if isinstance(argument, Node) else argument)
+                return super().run_node(n) if given is None else given
 
         state = {
             **dict(model.named_parameters(remove_duplicate=False)),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, MOST_PASSES, EulerField
 from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
@@ -38,8 +38,6 @@ _UNSUPPORTED = 1e-2
 
 # How far along its ray a scale is asked again: a power of two, which rounds nothing.
 _FAR = 2.0**7
-# Passes forward and backward that an analysis takes at most.
-_MOST_PASSES = 4
 
 # The field with some parameters multiplied, entry by entry, for the gradients of these alone; None where it fails.
 Farther = Callable[[Mapping[str, Tensor]], EulerField | None]
@@ -80,7 +78,7 @@ def search_unexplained(
         joint = solve_jointly(graph, dead)
         searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
     if found and farther is not None:
-        parts = _factors(searches, _MOST_PASSES - sum(euler.passes for euler in fields))
+        parts = _factors(searches, MOST_PASSES - sum(euler.passes for euler in fields))
         far = [(euler, factors) for factors in parts if (euler := farther(factors)) is not None]
         explained = explained_scales(findings, families, shifts, joint)
         moved = [factors for _, factors in far]
