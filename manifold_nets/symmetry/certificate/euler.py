@@ -37,6 +37,7 @@ __all__ = [
     "NEGLIGIBLE_EPS",
     "EulerField",
     "euler_field",
+    "is_vector",
     "move_vectors",
     "random_projection",
     "sharp_outputs",
@@ -229,15 +230,20 @@ def euler_field(
 
 
 def move_vectors(parameters: Iterable[Tensor], generator: torch.Generator) -> None:
-    """Move parameters of at most one axis a little at random, and draw those anew that are all zero."""
+    """Move parameters with entries along one axis at most a little at random, and draw those anew that are all zero."""
     with torch.no_grad():
         for parameter in parameters:
-            if parameter.ndim <= 1 or not bool(parameter.any()):
+            if is_vector(parameter) or not bool(parameter.any()):
                 noise = torch.randn(
                     parameter.shape, generator=generator, dtype=parameter.dtype, device=parameter.device
                 )
                 # Not in place: the values may be shared with the model.
                 parameter.data = torch.add(parameter.data, noise, alpha=0.1)
+
+
+def is_vector(parameter: Tensor) -> bool:
+    """Whether a parameter has its entries along one axis, as biases and scales have them, whatever their shape."""
+    return parameter.numel() == max(parameter.shape, default=1)
 
 
 def sharp_outputs(twin: nn.Module, inputs: Inputs, mode: TorchFunctionMode | None = None) -> list[Tensor]:

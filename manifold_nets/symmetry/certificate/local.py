@@ -119,7 +119,7 @@ class LocalCertificates:
     def _change_nothing(self, names: Sequence[str], outputs: Sequence[Tensor]) -> bool:
         """Whether all outputs are the same, bit for bit, with NaN in the place of some parameters."""
         try:
-            with self._poisoned(names), torch.enable_grad():  # as the pass before, which may choose other kernels
+            with self._buffers_kept(), self._poisoned(names), torch.enable_grad():  # with the same kernels as before
                 found, _ = self._run()
         except RuntimeError:
             return False  # an operation that refuses NaN has read one
@@ -138,12 +138,17 @@ class LocalCertificates:
             inside.extend(output_tensors(result))
             return result
 
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            outputs = output_tensors(self.graph.interpret(self.twin, to_float64(self.inputs), sharp))
+        return [output.detach().clone() for output in outputs], inside
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        """Put the buffers back at the end; a backward pass belongs inside, as it may ask for what they were."""
         buffers = {name: buffer.detach().clone() for name, buffer in self.twin.named_buffers()}
         try:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.seed)
-                outputs = output_tensors(self.graph.interpret(self.twin, to_float64(self.inputs), sharp))
-                return [output.detach().clone() for output in outputs], inside
+            yield
         finally:
             with torch.no_grad():
                 for name, buffer in self.twin.named_buffers():
@@ -181,7 +186,7 @@ class LocalCertificates:
     def _field(self) -> tuple[EulerField, list[Tensor]]:
         """Weights, and gradients of a random projection of what the normalizations return; the outputs as well."""
         device = next(iter(self.parameters.values())).device
-        with torch.enable_grad():
+        with self._buffers_kept(), torch.enable_grad():
             outputs, inside = self._run()
             loss = random_projection(inside, torch.Generator(device).manual_seed(self.seed), logits=False)
             found: Sequence[Tensor | None] = torch.autograd.grad(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import ExampleInputsError
-from manifold_nets.symmetry.certificate.euler import EulerField, euler_field
+from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, is_vector
 from manifold_nets.symmetry.network.graph import Inputs
 from manifold_nets.symmetry.network.twin import is_continuous
 
@@ -41,7 +41,7 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
             if is_continuous(parameter):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
                 # In the storage of the noise: the first field goes on holding the weights at its own point.
-                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if parameter.ndim <= 1 else 1.0)
+                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if is_vector(parameter) else 1.0)
                 parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
     try:
         found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)

@@ -115,8 +115,13 @@ class Scales:
         different = left != right
         if different.any():
             a, b, _, _ = _distinct_pairs(left[different], right[different])
-            for m, n in zip(a.tolist(), b.tolist(), strict=True):
-                self._solve(_plus(self.form(m), self.form(n), -1.0), because)
+            # A few equations often settle thousands: what they leave different goes on.
+            count = 64
+            while len(a):
+                for m, n in zip(a[:count].tolist(), b[:count].tolist(), strict=True):
+                    self._solve(_plus(self.form(m), self.form(n), -1.0), because)
+                a, b = self.roots(a[count:]), self.roots(b[count:])
+                a, b, count = a[a != b], b[a != b], 2 * count
 
     def merge(self, ids: Ids, axes: Sequence[int], because: Break) -> Ids:
         """Require one form along the given axes and return the ids with these axes reduced to size 1."""

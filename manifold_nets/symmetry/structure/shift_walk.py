@@ -12,6 +12,7 @@ from torch.fx import Node
 from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
 from manifold_nets.symmetry.structure.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
 from manifold_nets.symmetry.structure.rules.shift_use import Link, ShiftUse, apply_rule
+from manifold_nets.symmetry.structure.rules.use import aligned, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 
 __all__ = ["follow_shifts"]
@@ -71,8 +72,14 @@ class _Walk:
         if node.op == "call_function" and is_in_place(node):
             target = node.all_input_nodes[0]
             if op_name(target) in VIEWS and target.op == "call_function":
-                use.pin("writes into a view of another tensor", *as_list(result))
-                use.pin("writes into a view of another tensor")
+                # The tensor behind a view keeps its shift, so the view has to keep its own.
+                rank = len(use.out_shape)
+                written, kept = (
+                    aligned(label, rank) if isinstance(label, Label) else unscaled(rank)
+                    for label in (result, labels.get(target))
+                )
+                self.scales.join(written, kept, use.why("writes into a view of another tensor"))
+                return result
             labels[target] = result
         return result
 

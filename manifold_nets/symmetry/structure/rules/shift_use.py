@@ -29,8 +29,11 @@ __all__ = [
     "varies",
 ]
 
-# Beyond this many new unknowns at one operation the shift is not followed any further.
+# Beyond this many entries a linear image has fewer unknowns than entries, `_COLOURS`, strewn over them at random:
+# operations that tie entries tie many, hardly all of one colour. Beyond so many entries it is not followed any further.
 LARGEST_LINK = 2_048
+_COLOURS = 64
+_LARGEST_IMAGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,16 @@ class ShiftUse(Use):
 
     def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
         """Label of a linear image of the sources: one unknown an entry, none where the mask is unscaled."""
-        if int(np.prod(shape)) > LARGEST_LINK:
+        size = int(np.prod(shape))
+        if size > _LARGEST_IMAGE:
             self.scales.pin(sources, self.why("makes too many different shifts to follow", unknown=True))
             return None
         first = self.scales.count
-        ids = self.scales.add(int(np.prod(shape))).reshape(tuple(shape))
+        if size <= LARGEST_LINK:
+            ids = self.scales.add(size).reshape(tuple(shape))
+        else:
+            # Images of one size are coloured alike, so that sums of them have no more colours.
+            ids = np.random.default_rng(size).choice(self.scales.add(_COLOURS), tuple(shape))
         unknowns = range(first, self.scales.count)
         if mask is not None:
             ids = np.where(np.broadcast_to(self.scales.roots(mask), ids.shape) == UNSCALED, UNSCALED, ids)

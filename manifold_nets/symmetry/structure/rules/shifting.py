@@ -30,6 +30,13 @@ def passed(use: ShiftUse) -> Result:
     return first_label(use)
 
 
+@shift_rule("copy")
+def written(use: ShiftUse) -> Result:
+    """What is written over a tensor brings its own shift."""
+    label = use.label("src")
+    return None if label is None else Label(aligned(label, len(use.out_shape)))
+
+
 @shift_rule(*_SHAPES_ONLY)
 def shape_only(use: ShiftUse) -> Result:
     """Results that do not depend on the entries."""
