@@ -37,8 +37,19 @@ class Stream(nn.Module):
         return self.head(self.n3(x))
 
 
+def in_view(m: Any, x: Tensor, *, add: bool) -> Tensor:
+    """Attention whose logits get something added, or written over, between all tokens but the first."""
+    logits = m.q(x) @ m.k(x).transpose(1, 2)
+    more = x[:, 1:] @ x[:, 1:].transpose(1, 2)
+    if add:
+        logits[:, 1:, 1:] += more
+    else:
+        logits[:, 1:, 1:] = more
+    return logits.softmax(-1) @ x
+
+
 C = nn.Conv2d
-IMAGE, ROWS, SEQUENCE = (4, 3, 9, 9), (6, 5), (4, 7, 5)
+IMAGE, LARGE_IMAGE, ROWS, SEQUENCE = (4, 3, 9, 9), (2, 3, 40, 40), (6, 5), (4, 7, 5)
 Expected = dict[tuple[str, str], int]
 Case = tuple[Callable[[], nn.Module], tuple[int, ...], Expected]
 CASES: dict[str, Case] = {
@@ -89,6 +100,31 @@ CASES: dict[str, Case] = {
             ("row shift", "attention.out_proj.weight"): 8,
             ("bias shift", "down.bias"): 1, ("row shift", "down.weight"): 12,
         },
+    ),
+    # More positions than get unknowns of their own.
+    "many positions": (
+        lambda: Lambda(lambda m, x: m.n(m.c(x).permute(0, 2, 3, 1)), c=C(3, 6, 3), n=nn.LayerNorm(6)), LARGE_IMAGE,
+        {("bias shift", "c.bias"): 1, ("row shift", "c.weight"): 27},
+    ),
+    "many positions, mixed": (
+        lambda: Lambda(
+            lambda m, x: m.n(m.d(m.c(x)).permute(0, 2, 3, 1)), c=C(3, 6, 3), d=C(6, 6, 3, groups=6), n=nn.LayerNorm(6)
+        ),
+        LARGE_IMAGE, {("bias shift", "d.bias"): 1},
+    ),
+    "many positions, two of them compared": (
+        lambda: Lambda(
+            lambda m, x: m.n((m.c(x) * (m.c(x)[:, :, :1, :1] > m.c(x)[:, :, -1:, -1:])).permute(0, 2, 3, 1)),
+            c=C(3, 6, 3), n=nn.LayerNorm(6),
+        ),
+        LARGE_IMAGE, {},
+    ),
+    "a sum is written into a view": (
+        lambda: Lambda(lambda m, x: in_view(m, x, add=True), q=nn.Linear(5, 6), k=nn.Linear(5, 6)), SEQUENCE,
+        {("dead bias", "k.bias"): 6},
+    ),
+    "a view is written over": (
+        lambda: Lambda(lambda m, x: in_view(m, x, add=False), q=nn.Linear(5, 6), k=nn.Linear(5, 6)), SEQUENCE, {},
     ),
     "dense": (TOYS["dense"].build, IMAGE, {("dead bias", "a.bias"): 4, ("dead bias", "b.bias"): 5}),
     "weight standardization": (

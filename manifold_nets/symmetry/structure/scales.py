@@ -144,6 +144,10 @@ class Scales:
         """The scales that no equation expresses by others: one symmetry each."""
         return [k for k in range(self.count) if k not in self._solved]
 
+    def is_pinned(self, number: int) -> bool:
+        """Whether nothing is left of a form."""
+        return self._reduce(number) == UNSCALED
+
     @property
     def all_pinned(self) -> bool:
         """True where no scale is free any more."""

@@ -13,7 +13,7 @@ from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_na
 from manifold_nets.symmetry.structure.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
 from manifold_nets.symmetry.structure.rules.shift_use import Link, ShiftUse, apply_rule
 from manifold_nets.symmetry.structure.rules.use import aligned, unscaled
-from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
 
 __all__ = ["follow_shifts"]
 
@@ -33,6 +33,8 @@ class _Walk:
     labels: dict[Node, Result] = field(default_factory=dict)
     absorptions: list[Absorption] = field(default_factory=list)
     links: list[Link] = field(default_factory=list)
+    # For each node a form of its labels that was not refused when it was last asked for.
+    alive: dict[Node, int] = field(default_factory=dict)
 
     def run(self, seeds: dict[Node, Label]) -> None:
         """Follow the labels of some placeholders in the order of the graph, then drop what is not free."""
@@ -63,6 +65,8 @@ class _Walk:
             node, self.graph, self.scales, labels, self.absorptions, links=self.links, rows=self.rows,
             inactive=self.inactive, first_link=self.first_link,
         )  # fmt: skip
+        for source in node.all_input_nodes:
+            self._drop_refused(source, labels)
         result = None
         if node.op == "output":
             self._leave(use)
@@ -81,7 +85,19 @@ class _Walk:
                 self.scales.join(written, kept, use.why("writes into a view of another tensor"))
                 return result
             labels[target] = result
+            self.alive.pop(target, None)
         return result
+
+    def _drop_refused(self, node: Node, labels: dict[Node, Result]) -> None:
+        """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
+        given = [label for label in as_list(labels.get(node)) if label is not None]
+        if given and self.scales.is_pinned(self.alive.get(node, UNSCALED)):
+            numbers = (number for label in given for number in np.unique(label.ids).tolist())
+            found = next((number for number in numbers if not self.scales.is_pinned(number)), None)
+            if found is None:
+                labels[node] = None
+            else:
+                self.alive[node] = found
 
     def _leave(self, use: ShiftUse) -> None:
         """A loss of logits does not see what is added to all of them; any other output is seen."""
