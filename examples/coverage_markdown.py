@@ -12,12 +12,12 @@ import torch
 
 SUMMARY = (
     "suite", "networks analysed", "weights", "found", "certified", "groups certified", "unexplained",
-    "contradictions", "converted", "of these keep their norms", "largest certificate", "evaluation", "training",
+    "shifts", "unexplained shifts", "contradictions", "converted", "of these keep their norms", "largest certificate", "evaluation", "training",
     "training, own norms", "seconds a network",
 )  # fmt: skip
 COLUMNS = (
-    "network", "parameters", "weights", "found", "certified", "groups certified", "unexplained", "contradictions",
-    "converted", "of these keep their norms", "largest certificate", "evaluation", "training", "training, own norms",
+    "network", "parameters", "weights", "found", "certified", "groups certified", "unexplained", "shifts",
+    "unexplained shifts", "contradictions", "converted", "of these keep their norms", "largest certificate", "evaluation", "training", "training, own norms",
     "diagnose", "convert",
 )  # fmt: skip
 
@@ -60,7 +60,10 @@ def summary(rows: Sequence[Any], sizes: Mapping[str, int]) -> list[list[Any]]:
     for suite in dict.fromkeys(row.suite for row in rows):
         members = [row for row in rows if row.suite == suite]
         analysed = [row for row in members if row.weights]
-        counts = "weights found certified groups_certified groups_unexplained contradictions converted kept_radius"
+        counts = (
+            "weights found certified groups_certified groups_unexplained shifts shifts_unexplained contradictions "
+            "converted kept_radius"
+        )
         largest = "worst_certificate eval_difference train_difference keep_train_difference"
         seconds = sorted(row.diagnose_seconds + row.convert_seconds for row in analysed)
         lines.append(
@@ -79,8 +82,8 @@ def cells(row: Any) -> list[Any]:
     """One line a network."""
     return [
         row.network, f"{row.parameters / 1e6:.1f} M" if row.parameters >= 1e5 else row.parameters,
-        row.weights, row.found, row.certified, row.groups_certified, row.groups_unexplained, row.contradictions,
-        row.converted, row.kept_radius,
+        row.weights, row.found, row.certified, row.groups_certified, row.groups_unexplained, row.shifts,
+        row.shifts_unexplained, row.contradictions, row.converted, row.kept_radius,
         *(f"{value:.0e}" for value in (row.worst_certificate, row.eval_difference, row.train_difference,
                                        row.keep_train_difference)),
         f"{row.diagnose_seconds:.1f} s", f"{row.convert_seconds:.1f} s",

@@ -54,6 +54,8 @@ class Row:
     certified: int = 0
     groups_certified: int = 0
     groups_unexplained: int = 0
+    shifts: int = 0
+    shifts_unexplained: int = 0
     contradictions: int = 0
     converted: int = 0
     kept_radius: int = 0
@@ -129,6 +131,8 @@ def _findings(report: mn.SymmetryReport) -> dict[str, Any]:
         "certified": sum(w.certificate.verdict == "invariant" for w in report.weights),
         "groups_certified": sum(w.certificate.groups_certified for w in report.weights),
         "groups_unexplained": report.unexplained_groups,
+        "shifts": sum(shift.count for shift in report.shifts if shift.certificate.verdict == "invariant"),
+        "shifts_unexplained": report.unexplained_shifts,
         "contradictions": refuted + len(report.refuted_families) + len(report.refuted_shifts),
         "worst_certificate": max((w.certificate.value or 0.0 for w in claimed), default=0.0),
         "remark": _unknown(report),
