@@ -12,13 +12,13 @@ import torch
 
 SUMMARY = (
     "suite", "networks analysed", "weights", "found", "certified", "groups certified", "unexplained",
-    "shifts", "unexplained shifts", "contradictions", "converted", "of these keep their norms", "largest certificate", "evaluation", "training",
-    "training, own norms", "seconds a network",
+    "shifts", "unexplained shifts", "contradictions", "converted", "of these keep their norms",
+    "largest certificate", "evaluation", "training", "training, own norms", "seconds a network",
 )  # fmt: skip
 COLUMNS = (
     "network", "parameters", "weights", "found", "certified", "groups certified", "unexplained", "shifts",
-    "unexplained shifts", "contradictions", "converted", "of these keep their norms", "largest certificate", "evaluation", "training", "training, own norms",
-    "diagnose", "convert",
+    "unexplained shifts", "contradictions", "converted", "of these keep their norms",
+    "largest certificate", "evaluation", "training", "training, own norms", "diagnose", "convert",
 )  # fmt: skip
 
 
