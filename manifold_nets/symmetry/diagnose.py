@@ -35,8 +35,9 @@ from manifold_nets.symmetry.network.graph import (
 from manifold_nets.symmetry.network.modules import module_graph
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
-from manifold_nets.symmetry.reverse.scales import search_unexplained
+from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
+from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
 from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
 
@@ -138,6 +139,10 @@ def diagnose(
     if again and local:
         again = replace(again, passes=again.passes + local.passes)
         unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther)
+        shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits)
+        if shown:
+            shifts = with_shown(shifts, shown)
+            unexplained = still_unexplained(unexplained, (field, again), shifts, tolerance)
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,

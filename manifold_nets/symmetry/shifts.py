@@ -26,7 +26,17 @@ from manifold_nets.symmetry.structure.rules.shift_use import LARGEST_LINK
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 
-__all__ = ["RowShift", "row_shifts", "shift_symmetries"]
+__all__ = [
+    "RowShift",
+    "drops_samples",
+    "inactive_modules",
+    "only_multiplies",
+    "row_shift",
+    "row_shifts",
+    "shape_of_source",
+    "shift_symmetries",
+    "shifts_of",
+]
 
 # Larger parameters that are no biases get one shift a filter or a row instead of one an entry.
 _LARGEST_BY_ENTRY = 1024
@@ -52,8 +62,8 @@ class RowShift:
 
 def row_shifts(graph: TracedGraph, model: nn.Module, *, loss: bool = False) -> list[RowShift]:
     """What the structure of a network allows to be added to its weights, row by row; see `shift_symmetries`."""
-    inactive = _inactive(model)
-    found = (_row_shift(graph, name, inactive, loss) for name in dict.fromkeys(graph.parameters.values()))
+    inactive = inactive_modules(model)
+    found = (row_shift(graph, name, inactive, loss) for name in dict.fromkeys(graph.parameters.values()))
     return [row for row in found if row is not None]
 
 
@@ -79,13 +89,14 @@ def shift_symmetries(
     Returns:
         The symmetries of single parameters and of several, parameter by parameter.
     """
-    judge = ShiftJudge(euler, tolerance, _drops_samples(model))
-    found = _added_parameters(graph, judge, _inactive(model), loss)
+    judge = ShiftJudge(euler, tolerance, drops_samples(model))
+    found = _added_parameters(graph, judge, inactive_modules(model), loss)
     found += [judge.rows(row.name, row.partition, row.free, row.absorptions) for row in rows]
     return tuple(found)
 
 
-def _inactive(model: nn.Module) -> Callable[[str], bool]:
+def inactive_modules(model: nn.Module) -> Callable[[str], bool]:
+    """Tell of the name of a module whether it drops nothing at random."""
     modules = dict(model.named_modules())
 
     def inactive(name: str) -> bool:
@@ -99,7 +110,7 @@ def _drops(module: nn.Module | None, attribute: str) -> bool:
     return isinstance(value, float) and value > 0
 
 
-def _drops_samples(model: nn.Module) -> bool:
+def drops_samples(model: nn.Module) -> bool:
     """Whether branches are dropped at random, sample by sample, which leaves no trace in the graph."""
     names = ("StochasticDepth", "DropPath")
     return any(
@@ -117,21 +128,22 @@ def _added_parameters(
     shapes: dict[str, tuple[int, ...]] = {}
     for name in dict.fromkeys(graph.parameters.values()):
         sources = [node for node in graph.placeholders_of(name) if node.users]
-        if sources and (shape := _shape(sources[0])) and not only_multiplies(sources):
+        if sources and (shape := shape_of_source(sources[0])) and not only_multiplies(sources):
             shapes[name] = shape
     together: list[dict[str, tuple[int, ...]]] = [{name: shape for name, shape in shapes.items() if len(shape) == 1}]
     # Positions times channels would be too many different sums.
     together += [{name: shape} for name, shape in shapes.items() if len(shape) > 1]
-    return [found for part in together for found in _shifts_of(graph, part, judge, inactive, loss)]
+    return [found for part in together for found in shifts_of(graph, part, judge, inactive, loss)]
 
 
-def _shifts_of(
+def shifts_of(
     graph: TracedGraph,
     shapes: dict[str, tuple[int, ...]],
     judge: ShiftJudge,
     inactive: Callable[[str], bool],
     loss: bool,
 ) -> list[ShiftSymmetry]:
+    """The shifts of some parameters that are added, which may cancel each other; ``shapes`` names them."""
     scales, seeds = Scales(), {}
     for name, shape in shapes.items():
         where = _seed_shape(shape)
@@ -160,7 +172,8 @@ def _collect(directions: dict[int, Direction], name: str, numbers: Ids, scales: 
             directions.setdefault(k, {}).setdefault(name, {})[index] = c
 
 
-def _shape(node: Node) -> tuple[int, ...]:
+def shape_of_source(node: Node) -> tuple[int, ...]:
+    """The shape of the parameter behind a placeholder."""
     return tuple(int(n) for n in node.meta["val"].shape)
 
 
@@ -179,20 +192,30 @@ def only_multiplies(sources: list[Node]) -> bool:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _row_shift(graph: TracedGraph, name: str, inactive: Callable[[str], bool], loss: bool) -> RowShift | None:
-    """``W → W + 1vᵀ``, one row for each block of filters: the finest blocks that cover the most."""
+def row_shift(
+    graph: TracedGraph, name: str, inactive: Callable[[str], bool], loss: bool, wanted: Iterable[Partition] = ()
+) -> RowShift | None:
+    """``W → W + 1vᵀ``, one row for each block of filters: the finest blocks that cover the most.
+
+    Args:
+        graph: the graph of the model in training mode.
+        name: the weight.
+        inactive: whether a module drops nothing at random.
+        loss: whether the outputs are logits of a loss that compares them along axis 1.
+        wanted: blocks to try beside those that normalizations suggest.
+    """
     sources = [node for node in graph.placeholders_of(name) if node.users]
     users = [user for node in sources for user in node.users]
-    if not sources or len(_shape(sources[0])) < 2:
+    if not sources or len(shape_of_source(sources[0])) < 2:
         return None
     if not only_multiplies(sources) or only_looked_up(sources):
         along = _shift_along_an_axis(graph, name, sources, inactive, loss)
         if along or not only_multiplies(sources):
             return along
     best: tuple[float, Partition, list[int], list[Absorption]] | None = None
-    for blocks, partition in _row_partitions(graph, users, _shape(sources[0])):
+    for blocks, partition in _row_partitions(graph, users, shape_of_source(sources[0]), wanted):
         scales = Scales(blocks)
-        ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in _shape(sources[0])[1:]))
+        ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in shape_of_source(sources[0])[1:]))
         absorbed = follow_shifts(graph, {name: ids}, scales, rows={name: blocks}, inactive=inactive, loss=loss)
         free = [k for k in scales.free if k in absorbed]
         if free and (best is None or len(free) / blocks > best[0]):
@@ -205,7 +228,7 @@ def _shift_along_an_axis(
     graph: TracedGraph, name: str, sources: list[Node], inactive: Callable[[str], bool], loss: bool
 ) -> RowShift | None:
     """One constant for each slice of a matrix that is transposed, multiplied as it stands, or looked up."""
-    shape = _shape(sources[0])
+    shape = shape_of_source(sources[0])
     for axis in (1,) if only_looked_up(sources) else (1, 0):
         if len(shape) != 2 or shape[axis] > LARGEST_LINK:
             continue
@@ -219,7 +242,9 @@ def _shift_along_an_axis(
     return None
 
 
-def _row_partitions(graph: TracedGraph, users: list[Node], shape: tuple[int, ...]) -> Iterable[tuple[int, Partition]]:
+def _row_partitions(
+    graph: TracedGraph, users: list[Node], shape: tuple[int, ...], wanted: Iterable[Partition] = ()
+) -> Iterable[tuple[int, Partition]]:
     """Numbers of blocks to try, finest first, with the entries of the weight that are shifted together."""
     ops = {op_name(user) for user in users}
     if ops == {"embedding"}:
@@ -236,6 +261,7 @@ def _row_partitions(graph: TracedGraph, users: list[Node], shape: tuple[int, ...
             counts.add(int(bound_arguments(node)["num_groups"]))
         elif op_name(node) == "layer_norm":
             counts.add(channels // int(np.prod(bound_arguments(node)["normalized_shape"])) or 1)
+    counts.update(p.view[0] for p in wanted if p == _row_partition(shape, p.view[0], 0) and not transposed)
     fitting = [n for n in sorted(counts, reverse=True) if n < channels and channels % n == 0 and n % groups == 0]
     return [(n, _row_partition(shape, n, groups if transposed else 0)) for n in fitting]
 

@@ -92,19 +92,21 @@ class ShiftJudge:
 
     def rows(self, name: str, partition: Partition, free: list[int], absorptions: list[Absorption]) -> ShiftSymmetry:
         """Judge rows added to blocks of filters."""
-        found = self.euler.sums(name, partition)
-        sums, norms = found.slopes.abs(), found.gradients.sqrt()
-        entries = partition.group_size
         index = torch.arange(partition.n_groups).reshape(partition.spread_shape)
         if len(partition.kept) > 1:
             lead = index.reshape(-1).reshape([partition.view[axis] for axis in partition.kept])
             index = lead if len(partition.view) == len(partition.shape) else _blocks_of(lead, partition, free)
-        groups = index.flatten()
-        sums, sizes = sums.cpu()[groups], norms.cpu()[groups] * entries**0.5
+        return self.groups(name, partition, index.flatten().tolist(), absorptions)
+
+    def groups(
+        self, name: str, partition: Partition, numbers: list[int], absorptions: list[Absorption]
+    ) -> ShiftSymmetry:
+        """Judge constants added to groups of entries."""
+        found = self.euler.sums(name, partition)
+        sums = found.slopes.abs().cpu()[numbers]
+        sizes = found.gradients.sqrt().cpu()[numbers] * partition.group_size**0.5
         values = [self._value(a, b) for a, b in zip(sums.tolist(), sizes.tolist(), strict=True)]
-        return self._symmetry(
-            "row shift", (name,), values, absorptions, partition=partition, groups=tuple(groups.tolist())
-        )  # fmt: skip
+        return self._symmetry("row shift", (name,), values, absorptions, partition=partition, groups=tuple(numbers))
 
     def _value(self, total: float, size: float) -> float | None:
         """Value of the certificate; None where the gradient vanishes."""

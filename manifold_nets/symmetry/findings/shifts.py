@@ -68,4 +68,5 @@ class ShiftSymmetry:
         absorbed = ", ".join(dict.fromkeys(str(a) for a in self.absorbers[:2]))
         more = f" and {len(self.absorbers) - 2} more" if len(self.absorbers) > 2 else ""
         by = f" · absorbed by {absorbed}{more}" if absorbed else ""
-        return f"{self.count} × {self.kind}: {names}{by} · {self.certificate}"
+        when = f" · {self.condition}" if self.condition else ""
+        return f"{self.count} × {self.kind}: {names}{by} · {self.certificate}{when}"

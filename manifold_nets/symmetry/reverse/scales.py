@@ -30,7 +30,7 @@ from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
 
-__all__ = ["search_unexplained"]
+__all__ = ["search_unexplained", "still_unexplained"]
 
 # What no structure supports has to vanish to rounding, not only to the tolerance: blocks behind a layer scale of 1e-6
 # are nearly invariant.
@@ -84,6 +84,17 @@ def search_unexplained(
         moved = [factors for _, factors in far]
         _, found = _unexplained_scales((*fields, *(euler for euler, _ in far)), explained, tolerance, moved)
     return (*found, *unexplained_shifts(fields, shifts, tolerance))
+
+
+def still_unexplained(
+    unexplained: Iterable[UnexplainedSymmetry],
+    fields: tuple[EulerField, EulerField],
+    shifts: Iterable[ShiftSymmetry],
+    tolerance: float,
+) -> tuple[UnexplainedSymmetry, ...]:
+    """What is left of unexplained symmetries when more shifts are known."""
+    scales = [found for found in unexplained if found.kind == "scale"]
+    return (*scales, *unexplained_shifts(fields, shifts, tolerance * _UNSUPPORTED))
 
 
 def _unexplained_scales(

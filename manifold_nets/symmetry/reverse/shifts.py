@@ -18,7 +18,7 @@ from manifold_nets.symmetry.reverse.spans import Span
 __all__ = ["unexplained_shifts"]
 
 # Blocks of filters that share a row: heads and groups of normalizations.
-_MOST_BLOCKS = 48
+_MOST_BLOCKS = 64
 
 
 def unexplained_shifts(
@@ -74,16 +74,12 @@ def _of_vector(
     span = Span(direction[name] for shift in known for direction in shift.directions)
     sizes = [gradient.abs().cpu().numpy() for gradient in gradients]
     for blocks in (n for n in (3, 2, 1) if count % n == 0):
-        partition = Partition((count,), (blocks, count // blocks), (0,))
         size = count // blocks
-        new = []
-        for block in _dead_blocks(sizes, beside, blocks):
-            added = [span.add({index: 1.0}) for index in range(block * size, (block + 1) * size)]
-            if any(added):
-                new.append(block)
+        entries = [n for block in _dead_blocks(sizes, beside, blocks) for n in range(block * size, (block + 1) * size)]
+        new = [index for index in entries if span.add({index: 1.0})]
         if new:
-            value = max(float(s.max()) / b for s, b in zip(sizes, beside, strict=True))
-            yield UnexplainedSymmetry("shift", (name,), partition, tuple(new), value)
+            value = max(float(s[new].max()) / b for s, b in zip(sizes, beside, strict=True))
+            yield UnexplainedSymmetry("shift", (name,), Partition((count,), (count,), (0,)), tuple(new), value)
     for index in np.flatnonzero(np.any([s <= floor for s, floor in zip(sizes, floors, strict=True)], axis=0)).tolist():
         span.add({index: 1.0})
     for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
@@ -130,12 +126,17 @@ def _of_tensor(
     """Rows that are added to blocks of filters, constants that are added to filters, and one constant."""
     shape = tuple(gradients[0].shape)
     labels: list[Tensor] | None = None
+    live = torch.ones(())
     for partition, values in _levels(gradients, floors, tolerance):
         numbers = torch.nonzero(values <= tolerance).flatten()
         if not len(numbers):
             continue
-        labels = [label for shift in known for label in _labels(name, shape, shift)] if labels is None else labels
-        explained = _following(partition, numbers, labels)
+        if labels is None:
+            labels = [label for shift in known for label in _labels(name, shape, shift)]
+            labels += _joined(labels)
+            # What was not reached at all, as rows that are not looked up, may be in a group or not.
+            live = torch.stack([(g != 0).cpu() for g in gradients]).all(0)
+        explained = _following(partition, numbers, labels, live)
         new = [n for n in numbers.tolist() if n not in explained]
         if new:
             labels.append(_label_of(partition, new))
@@ -179,19 +180,29 @@ def _labels(name: str, shape: tuple[int, ...], shift: ShiftSymmetry) -> Iterator
     yield label.reshape(shape)
 
 
+def _joined(labels: Sequence[Tensor]) -> list[Tensor]:
+    """One label in place of several that move different entries: together they explain what none does alone."""
+    joined = torch.full_like(labels[0], -1) if len(labels) > 1 else None
+    for label in labels:
+        if joined is None or bool(((joined >= 0) & (label >= 0)).any()):
+            return []
+        joined = torch.where(label >= 0, label + joined.max() + 1, joined)
+    return [] if joined is None else [joined]
+
+
 def _label_of(partition: Partition, groups: list[int]) -> Tensor:
     ids = partition.group_ids()
     return torch.where(torch.isin(ids, torch.tensor(groups, dtype=torch.int64)), ids, -1)
 
 
-def _following(partition: Partition, numbers: Tensor, labels: list[Tensor]) -> set[int]:
-    """The groups that are unions of groups which are known to be shifted together."""
+def _following(partition: Partition, numbers: Tensor, labels: list[Tensor], live: Tensor) -> set[int]:
+    """The groups whose live entries are unions of those of groups which are known to be shifted together."""
     drawn = torch.zeros(partition.n_groups, dtype=torch.float64)
     drawn[numbers] = 1.0 + torch.rand(len(numbers), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    marks = partition.multiply(torch.ones(partition.shape, dtype=torch.float64), partition.spread(drawn))
+    marks = partition.multiply(torch.ones(partition.shape, dtype=torch.float64), partition.spread(drawn)) * live
     explained: set[int] = set()
     for label in labels:
-        moved = label.flatten() + 1
+        moved = ((label + 1) * live).flatten().long()
         count = torch.bincount(moved)
         means = torch.bincount(moved, weights=marks.flatten()) / count.clamp_min(1)
         means[0] = 0.0

@@ -243,7 +243,7 @@ def _plus(left: Form, right: Form, factor: float) -> Form:
     for k, c in right.items():
         total = result.get(k, 0.0) + factor * c
         if abs(total) > _NOTHING:
-            result[k] = round(total, 9)
+            result[k] = round(total, 12)
         else:
             result.pop(k, None)
     return result

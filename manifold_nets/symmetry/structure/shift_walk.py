@@ -75,7 +75,7 @@ class _Walk:
         labels[node] = result
         if node.op == "call_function" and is_in_place(node):
             target = node.all_input_nodes[0]
-            if op_name(target) in VIEWS and target.op == "call_function":
+            if _is_view(target) and self._is_read_later(target, node):
                 # The tensor behind a view keeps its shift, so the view has to keep its own.
                 rank = len(use.out_shape)
                 written, kept = (
@@ -87,6 +87,15 @@ class _Walk:
             labels[target] = result
             self.alive.pop(target, None)
         return result
+
+    def _is_read_later(self, view: Node, writer: Node) -> bool:
+        """Whether what is written into a view is read through the tensor behind it, or through another view of it."""
+        behind, order = view, self.graph.order
+        while _is_view(behind):
+            behind, inner = behind.all_input_nodes[0], behind
+            if any(user is not inner and _reads(user, order[writer], order) for user in behind.users):
+                return True
+        return behind.op == "placeholder"
 
     def _drop_refused(self, node: Node, labels: dict[Node, Result]) -> None:
         """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
@@ -163,6 +172,15 @@ class _Walk:
             for k in sources(absorption.ids):
                 result.setdefault(k, []).append(absorption)
         return result
+
+
+def _is_view(node: Node) -> bool:
+    return node.op == "call_function" and op_name(node) in VIEWS
+
+
+def _reads(node: Node, after: int, order: dict[Node, int]) -> bool:
+    """Whether an operation comes later than another one, or is a view that is read later."""
+    return order[node] > after or (_is_view(node) and any(_reads(user, after, order) for user in node.users))
 
 
 def follow_shifts(

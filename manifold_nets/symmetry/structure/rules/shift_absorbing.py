@@ -16,7 +16,6 @@ from manifold_nets.symmetry.structure.rules.shift_use import (
     first_label,
     reduced_axes,
     shift_rule,
-    varies,
 )
 from manifold_nets.symmetry.structure.rules.use import Result, aligned, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label
@@ -121,9 +120,14 @@ def linear_map(use: ShiftUse) -> Result:
     if weight is not None and blocks is not None:
         made = _rows(use, weight, blocks, channel)
     elif source is not None:
-        constant = not varies(source, range(channel + 1, rank)) and not _pads(use)
         lead = list(source.ids.shape[:channel])
-        tail = [1] * spatial if constant else list(use.out_shape[channel + 1 :])
+        # What is constant along an axis stays so, but at borders that are padded.
+        tail = [
+            1 if have == 1 and not padded else n
+            for have, n, padded in zip(
+                source.ids.shape[channel + 1 :], use.out_shape[channel + 1 :], _pads(use, spatial), strict=True
+            )
+        ]
         made = use.fresh(source.ids, [*lead, use.out_shape[channel], *tail], "maps the shift linearly")
     if isinstance(made, Label):
         ids = made.ids
@@ -147,13 +151,15 @@ def _rows(use: ShiftUse, weight: Label, blocks: int, channel: int) -> Label:
     return Label(ids if blocks == 1 else np.repeat(ids, use.out_shape[channel] // blocks, channel))
 
 
-def _pads(use: ShiftUse) -> bool:
-    """Whether positions at the border see fewer shifted entries than those inside."""
-    if use.op == "linear":
-        return False
+def _pads(use: ShiftUse, spatial: int) -> list[bool]:
+    """For each axis of space whether positions at its border see fewer shifted entries than those inside."""
+    if "transpose" in use.op or use.args.get("transposed"):
+        return [True] * spatial
     padding = use.args.get("padding", 0)
-    padded = padding != "valid" and (padding == "same" or any(padding if isinstance(padding, list) else [padding]))
-    return padded or "transpose" in use.op or bool(use.args.get("transposed"))
+    if isinstance(padding, str):
+        return [padding == "same" and size > 1 for size in use.shape("weight")[2:]]
+    each = padding if isinstance(padding, (list, tuple)) else [padding] * spatial
+    return [bool(amount) for amount in (each if len(each) == spatial else list(each) * spatial)]
 
 
 @shift_rule("embedding")
@@ -212,7 +218,9 @@ def addmm(use: ShiftUse) -> Result:
 def attention(use: ShiftUse) -> Result:
     """Softmax attention: a shift of all keys is not seen, one of all values passes, one of the queries matters."""
     query, key, value = use.label("query"), use.label("key"), use.label("value")
-    if query is not None:
+    if query is not None and use.shape("key")[-2] == 1:
+        use.absorb("softmax", query.ids)  # of one key, whose weight is 1
+    elif query is not None:
         use.pin("multiplies queries with keys", query)
     if key is not None:
         use.absorb("softmax", use.merge(key.ids, [-2], "compares keys that are shifted differently"))

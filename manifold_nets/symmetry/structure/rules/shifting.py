@@ -5,8 +5,12 @@ See `manifold_nets.symmetry.structure.rules.shift_use` for what the labels mean.
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+from torch.fx import Node
+
+from manifold_nets.symmetry.network.graph import bound_arguments, op_name
 from manifold_nets.symmetry.structure.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
 from manifold_nets.symmetry.structure.rules.use import Result, aligned, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Label
@@ -100,23 +104,53 @@ def multiply(use: ShiftUse) -> Result:
 @shift_rule("masked_fill")
 def masked(use: ShiftUse) -> Result:
     """Masks in front of a softmax; other values are not shifted with the rest."""
-    value = use.args.get("value")
-    if isinstance(value, (int, float)) and value <= _MASKED:
+    if _is_mask(use.args.get("value")):
         return use.label("self")
     use.pin("fills in something that is not shifted with it")
     return None
 
 
-@shift_rule("pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+@shift_rule("where")
+def chosen(use: ShiftUse) -> Result:
+    """One tensor where a condition holds and another elsewhere: both shifted alike, or one of them a mask."""
+    rank = len(use.out_shape)
+    sides = [None if (label := use.label(name)) is None else aligned(label, rank) for name in ("self", "other")]
+    for ids, other in zip(sides, ("other", "self"), strict=True):
+        if ids is not None and _is_mask(use.args[other]):
+            return Label.compressed(ids)
+    left, right = (unscaled(rank) if ids is None else ids for ids in sides)
+    use.scales.join(left, right, use.why("chooses between entries that are shifted differently"))
+    return Label.compressed(use.scales.roots(np.broadcast_arrays(left, right)[0]))
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a number, or a tensor filled with it, vanishes in a softmax."""
+    if isinstance(value, Node) and op_name(value) in ("full", "full_like", "scalar_tensor"):
+        given = bound_arguments(value)
+        value = given.get("fill_value", given.get("s"))
+    return isinstance(value, (int, float)) and value <= _MASKED
+
+
+@shift_rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
             "replication_pad2d", "replication_pad3d")  # fmt: skip
 def pad(use: ShiftUse) -> Result:
-    """Padding with entries of the tensor itself; zeros are not shifted with the rest."""
+    """Padding with entries of the tensor itself passes what is constant; constants that are filled in do not move."""
     label = first_label(use)
     if label is None:
         return None
     amounts = list(use.args["pad" if "pad" in use.args else "padding"])
-    axes = range(label.ids.ndim - len(amounts) // 2, label.ids.ndim)
-    if any(amounts) and (use.args.get("mode", "") == "constant" or varies(label, axes)):
+    rank = label.ids.ndim
+    # The last axis comes first.
+    sides = {rank - 1 - k: (amounts[2 * k], amounts[2 * k + 1]) for k in range(len(amounts) // 2)}
+    padded = [axis for axis, amount in sides.items() if any(amount)]
+    if use.op in ("pad", "constant_pad_nd") and (use.args.get("mode") or "constant") == "constant":
+        ids = label.along(use.shape("self"), padded)
+        cut = tuple(slice(max(0, -sides[a][0]) if a in padded else 0, None) for a in range(rank))
+        ids = ids[cut]
+        ends = tuple(slice(0, ids.shape[a] - max(0, -sides[a][1]) if a in padded else None) for a in range(rank))
+        widths = [tuple(max(0, n) for n in sides[a]) if a in padded else (0, 0) for a in range(rank)]
+        return Label.compressed(np.pad(ids[ends], widths, constant_values=UNSCALED))
+    if varies(label, padded):
         use.pin("pads with entries that are not shifted alike")
         return None
     return label
