@@ -225,12 +225,6 @@ def test_a_loss_that_is_none_is_refused() -> None:
         mn.diagnose(model, x, loss=lambda: torch.zeros(()))
 
 
-def test_dropout_counts_only_where_it_drops() -> None:
-    for probability, expected in ((0.0, {("dead bias", "0.bias"): 6}), (0.3, {})):
-        model = nn.Sequential(C(3, 6, 3), nn.Dropout(probability), nn.BatchNorm2d(6))
-        assert found(mn.diagnose(model, torch.randn(IMAGE)).shifts) == expected
-
-
 def test_shifts_are_in_the_text_and_in_the_data() -> None:
     report = mn.diagnose(*made("conv-bn"))
     data = json.loads(json.dumps(report.to_dict()))["shifts"]
