@@ -125,6 +125,7 @@ def shifts_table(report: SymmetryReport) -> Table:
     found: dict[tuple[str, str, str], list[ShiftSymmetry]] = {}
     for shift in report.shifts:
         operations = ", ".join(dict.fromkeys(absorber.op for absorber in shift.absorbers))
+        operations += f", {shift.condition}" if shift.condition else ""
         found.setdefault((shift.kind, shift.certificate.verdict, operations), []).append(shift)
     table = _table("shift", "count", "certificate", "parameters", "absorbed by", title="Shifts without effect")
     for (kind, verdict, operations), shifts in found.items():

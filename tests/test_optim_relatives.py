@@ -56,24 +56,24 @@ class Reference:
         self.b = self.b + (e @ self.b) * ((np.cos(angle) - 1) * e - np.sin(angle) * u)
 
 
-def optimizer_for(method, parameter):
+def optimizer_for(method, parameter, **how):
     if method == "sgd-g":
-        return mn.optim.SGDG([parameter], lr=LR, momentum=MOMENTUM, clip=CLIP)
+        return mn.optim.SGDG([parameter], lr=LR, momentum=MOMENTUM, clip=CLIP, **how)
     if method == "adam-g":
-        return mn.optim.AdamG([parameter], lr=LR, betas=BETAS, eps=EPS, clip=CLIP)
+        return mn.optim.AdamG([parameter], lr=LR, betas=BETAS, eps=EPS, clip=CLIP, **how)
     if method == "angular-adam":
-        return mn.optim.AngularAdam([parameter], lr=LR, betas=BETAS, eps=EPS)
+        return mn.optim.AngularAdam([parameter], lr=LR, betas=BETAS, eps=EPS, **how)
     kind = {"angular": mn.optim.AngularSGD, "projected": mn.optim.ProjectedSGD}[method]
-    return kind([parameter], lr=LR, momentum=MOMENTUM)
+    return kind([parameter], lr=LR, momentum=MOMENTUM, **how)
 
 
 METHODS = ["sgd-g", "adam-g", "angular", "angular-adam", "projected"]
 
 
-def check_against_reference(method, layout, radii, dtype, planted=None):
+def check_against_reference(method, layout, radii, dtype, planted=None, **how):
     problem = Problem(layout, radii)
     parameter = problem.parameter(dtype)
-    optimizer = optimizer_for(method, parameter)
+    optimizer = optimizer_for(method, parameter, **how)
     if planted is not None:
         planted(optimizer)
     spread = problem.spread(problem.radii)
@@ -100,7 +100,40 @@ def check_against_reference(method, layout, radii, dtype, planted=None):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_the_formulas(method, layout, kind, dtype):
-    check_against_reference(method, layout, radii_for(layout, kind), dtype)
+    """In batches, which are the default, and one weight after the other."""
+    for foreach in (None, False):
+        check_against_reference(method, layout, radii_for(layout, kind), dtype, foreach=foreach)
+
+
+BATCHED = ["sgd-g", "adam-g", "angular", "projected"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", BATCHED)
+def test_weights_that_are_stepped_together_take_their_own_steps(method, dtype):
+    """Small ones are joined, large ones are cut, and coefficients are computed for all at once."""
+    paths = []
+    for foreach in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        weights = []
+        for shape in ((5, 7), (3, 7), (4, 2, 3, 3), (300, 1024), (2, 7)):
+            sphere = mn.SphereProduct(shape, radius=1.5)
+            start = sphere.projx(torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+            weights.append(geoopt.ManifoldParameter(start, manifold=sphere))
+        optimizer = optimizer_for(method, weights[0], foreach=foreach)
+        optimizer.param_groups.clear()
+        optimizer.add_param_group({"params": weights})
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(dtype)
+            optimizer.step()
+        paths.append([weight.detach().double() for weight in weights])
+        for weight in weights:
+            assert float(weight.manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(dtype).eps
+    for batched, single in zip(*paths, strict=True):
+        # In half precision an entry may be rounded to the neighbour, in each of the three steps.
+        allowed = 64 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
+        assert float((batched - single).abs().max()) <= allowed * float(single.abs().max())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,8 +141,11 @@ def test_sabotage_another_rate_or_clip_is_noticed(method):
     def more(optimizer):
         optimizer.param_groups[0]["lr"] *= 1.001
 
-    with pytest.raises(AssertionError):
-        check_against_reference(method, LAYOUTS[0], radii_for(LAYOUTS[0], "unit"), torch.float64, more)
+    for foreach in (None, False):
+        with pytest.raises(AssertionError):
+            check_against_reference(
+                method, LAYOUTS[0], radii_for(LAYOUTS[0], "unit"), torch.float64, more, foreach=foreach
+            )
 
 
 def moved_by(optimizer, parameter, gradient):

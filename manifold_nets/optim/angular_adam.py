@@ -15,10 +15,10 @@ from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.executions.pieces import pieces
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.membership import Group, constrained_of, name_of
-from manifold_nets.optim.pieces import pieces
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rules.members import Member, Rule
 

@@ -2,57 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import math
 from typing import Any
 
 from manifold_nets.errors import OptionError
-from manifold_nets.gathered import local_part
-from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.membership import Group
-from manifold_nets.optim.pieces import pieces
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rsgd import RiemannianSGD
-from manifold_nets.optim.rules.coefficients import Coefficients, Moments
-from manifold_nets.optim.rules.members import Member
-from manifold_nets.optim.rules.products import Tangential, tangential
-from manifold_nets.optim.rules.updates import write_
-from manifold_nets.optim.rules.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
+from manifold_nets.optim.rules.members import Rule
+from manifold_nets.optim.rules.methods import MethodRule
 
 __all__ = ["SGDG", "AdamG", "AngularSGD", "ProjectedSGD"]
 
 
 class _MomentumOptimizer(RiemannianSGD):
-    """Methods with one moment: a subclass says what its coefficients are."""
+    """Methods with one moment: a subclass names its rule and the options that it adds to those of torch."""
 
+    _kind: str
     _options: dict[str, Any]
-
-    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
-        raise NotImplementedError
-
-    def _parts(self, group: Group, members: Sequence[Member]) -> Iterator[Member]:
-        """Yield what is stepped at once: whole groups, whose coefficients do not depend on other groups."""
-        for member in members:
-            yield from (piece for _, piece in pieces(member))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with the options of the method beside those of torch."""
         _complete(param_group, self._options, self.defaults)
         super().add_param_group(param_group)
 
-    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
-        momentum = group["momentum"]
-        follow, ahead = (momentum, 1.0) if group["nesterov"] else (1.0, 0.0)
-        for member in self._parts(group, members):
-            space = Workspace(member.manifold, member.weight)
-            w, g = space.open(member.weight), space.read(member.gradient)
-            b = None if member.moment is None else space.open(member.moment)
-            found = tangential(w, g, b, space.spheres, maximize=group["maximize"], sharp=True)
-            moments = Moments(momentum, 1.0 - member.dampening, follow, ahead)
-            if momentum == 0:
-                moments = Moments(0.0, 0.0, 0.0, 1.0)
-            write_(w, g, b, space.spheres, self._coefficients(found, moments, group), maximize=group["maximize"])
-            space.close()
+    def _rule(self, group: Group) -> Rule:
+        return MethodRule(
+            self._kind,
+            group["lr"],
+            group["momentum"],
+            group["nesterov"],
+            group["maximize"],
+            clip=group.get("clip", math.inf),
+            per_weight=group.get("per") == "weight",
+        )
 
 
 class SGDG(_MomentumOptimizer):
@@ -86,14 +69,11 @@ class SGDG(_MomentumOptimizer):
         True
     """
 
+    _kind = "sgd-g"
+
     def __init__(self, params: Any, lr: float = 0.2, *, clip: float = 0.1, **options: Any) -> None:
         self._options = {"clip": _positive("clip", clip)}
         super().__init__(params, lr=lr, **options)
-
-    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
-        factor = clip_factor(found, group["clip"])
-        clipped = moments._replace(take=moments.take * factor, ahead=moments.ahead * factor)
-        return geodesic_coefficients(found, clipped, float(group["lr"]))
 
 
 class AngularSGD(_MomentumOptimizer):
@@ -126,18 +106,13 @@ class AngularSGD(_MomentumOptimizer):
         tensor([[ 0., -1.]])
     """
 
+    _kind = "angular"
+
     def __init__(self, params: Any, lr: float = 1e-2, *, per: str = "sphere", **options: Any) -> None:
         if per not in ("sphere", "weight"):
             raise OptionError("per", per, "'sphere' or 'weight'")
         self._options = {"per": per}
         super().__init__(params, lr=lr, **options)
-
-    def _parts(self, group: Group, members: Sequence[Member]) -> Iterator[Member]:
-        return iter(members) if group["per"] == "weight" else super()._parts(group, members)
-
-    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
-        rate = angular_rate(found, moments, float(group["lr"]), per_weight=group["per"] == "weight")
-        return geodesic_coefficients(found, moments, rate)
 
 
 class ProjectedSGD(_MomentumOptimizer):
@@ -169,12 +144,11 @@ class ProjectedSGD(_MomentumOptimizer):
         True
     """
 
+    _kind = "projected"
+
     def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
         self._options = {}
         super().__init__(params, lr=lr, **options)
-
-    def _coefficients(self, found: Tangential, moments: Moments, group: Group) -> Coefficients:
-        return projected_coefficients(found, moments, float(group["lr"]))
 
 
 class AdamG(RiemannianAdam):
@@ -218,21 +192,10 @@ class AdamG(RiemannianAdam):
         _complete(param_group, self._options, self.defaults)
         super().add_param_group(param_group)
 
-    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
-        rule = self._rule(group)
-        for _, member in itertools.chain.from_iterable(map(pieces, members)):
-            if member.moment is None or member.second is None:
-                continue
-            space = Workspace(member.manifold, member.weight)
-            w, g, m = space.open(member.weight), space.read(member.gradient), space.open(member.moment)
-            found = tangential(w, g, m, space.spheres, maximize=rule.maximize, sharp=True)
-            factor, step = clip_factor(found, group["clip"]), member.step
-            second = local_part(member.second[0]).lerp_(factor * factor * found.gg, 1 - rule.beta2)
-            scale = 1 / (1 - rule.keep**step) / (second / (1 - rule.beta2**step) + rule.eps).sqrt()
-            moments = Moments(rule.keep, (1 - rule.keep) * factor, scale, 0.0)
-            move = geodesic_coefficients(found, moments, float(rule.lr))
-            write_(w, g, m, space.spheres, move, maximize=rule.maximize)
-            space.close()
+    def _rule(self, group: Group) -> Rule:
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        options = {"maximize": group["maximize"], "beta2": beta2, "eps": group["eps"], "clip": group["clip"]}
+        return MethodRule("adam-g", group["lr"], beta1, **options)
 
 
 def _complete(param_group: Group, options: dict[str, Any], defaults: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import SelectionError
 from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate
+from manifold_nets.optim.executions.pieces import cuts
 from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.membership import Group, name_of
-from manifold_nets.optim.pieces import cuts
 from manifold_nets.optim.rsgd import RiemannianSGD
 
 __all__ = ["ScaledMetricSGD", "scaled_metric_groups"]

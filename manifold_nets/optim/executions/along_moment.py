@@ -40,7 +40,7 @@ _MANY = 8
 
 def follows_moment(rule: Rule, rows: Rows) -> bool:
     """Whether a step is along the moment, and all that it computes with is at hand in the dtype to compute in."""
-    return rows.is_precise and not rule.nesterov
+    return rows.is_precise and not rule.nesterov and rule.has_kernel
 
 
 def step_along_moment(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:

@@ -78,7 +78,7 @@ def _step_all(rule: Rule, matrices: Sequence[Rows], dampening: float, step: floa
     radius, second = radii(matrices), second_moments(matrices)
     products = torch.cat([_dots(block) for rows in matrices for block in blocks_of(rows, _COPIED)], 1)
     found = tangential_of(products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize)
-    if second is not None:
+    if rule.needs_lengths:
         found = sharpened(found, matrices, maximize=rule.maximize)
     move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
     if second is not None:

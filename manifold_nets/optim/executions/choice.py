@@ -17,6 +17,7 @@ from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.optim.executions import native
 from manifold_nets.optim.executions.batches import run_batched, run_compiled
 from manifold_nets.optim.executions.layouts import layout_of
+from manifold_nets.optim.executions.pieces import pieces
 from manifold_nets.optim.executions.rows import suits_rows
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
@@ -38,15 +39,18 @@ def run(
     runs of memory, and those with extreme radii, are always taken one after the other, and so are sharded weights with
     groups across processes.
 
+    Rules that kernels do not know are stepped in batches, and ``fused`` and ``compiled`` say nothing of them.
+
     Raises:
         NativeKernelError: ``fused`` is True and there is no kernel.
     """
     remaining = [_local(member) for member in members]
+    compiled = compiled and rule.has_kernel
     if compiled:
         remaining = _pass_on(rule, remaining, suits_rows, run_compiled)
-    elif _wants_native(fused, foreach, members):
+    elif rule.has_kernel and _wants_native(fused, foreach, members):
         remaining = _pass_on(rule, remaining, suits_native, run_native)
-    if foreach or (foreach is None and not compiled):
+    if rule.by_groups and (foreach or (foreach is None and not compiled)):
         remaining = _pass_on(rule, remaining, suits_rows, run_batched)
     run_single(rule, remaining)
 
@@ -96,8 +100,10 @@ def _pass_on(
 
 
 def run_single(rule: Rule, members: Sequence[Member]) -> None:
-    """Step one weight after the other by the reference rules."""
+    """Step one weight after the other by the reference rules; where no faster execution is left, piece by piece."""
     rule = replace(rule, lr=float(rule.lr))
+    if not rule.has_kernel and rule.by_groups:
+        members = [piece for member in members for _, piece in pieces(member)]
     for member in members:
         space = Workspace(member.manifold, member.weight)
         rule.update_(

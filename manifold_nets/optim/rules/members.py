@@ -36,6 +36,21 @@ class Rule:
     beta2: float = 0.0
     eps: float = 0.0
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels, in C and compiled by torch, know the rule."""
+        return True
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the length of the tangential gradient matters by itself, and has to be exact where it is short."""
+        return self.kind == "adam"
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether the step of a group depends on no other group, so that weights may be cut and joined."""
+        return True
+
     def update_(
         self,
         weight: Tensor,
