@@ -174,7 +174,7 @@ def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: se
             continue
         structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
         findings[name] = qualified(judge.finding(name, structure, name in constrained), parameter)
-        if structure is not None and judge.lacks_gradient(structure):
+        if local and structure is not None and judge.lacks_gradient(structure):
             silent[name] = structure
     for name, inside in (local.fields(silent.values()) if local else {}).items():
         found = judge.finding(name, silent[name], name in constrained, inside)
