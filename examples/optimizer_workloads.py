@@ -129,7 +129,8 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
     if relatives:
         for key, row in mn.optim.OPTIMIZERS.items():
             if row.weights == "spheres" and row.adaptive != sgd and row.kind is not ours:
-                found.append(Contestant(key, "one by one", "spheres", with_options(row.kind, **row.options)))
+                how = "piece by piece" if row.kind is mn.optim.AngularAdam else "in batches"
+                found.append(Contestant(key, how, "spheres", with_options(row.kind, **row.options)))
     return found
 
 
