@@ -70,6 +70,17 @@ CASES: dict[str, Case] = {
         lambda: Lambda(lambda m, x: two_heads(m, x, False), q=L(5, 6), k=L(5, 6)), SEQUENCE,
         {("dead bias", "k.bias"): 6},
     ),
+    "heads by Einstein's sums": (
+        lambda: Lambda(
+            lambda m, x: torch.einsum(
+                "bhij,bjd->bhid",
+                torch.einsum("bihd,bjhd->bhij", m.q(x).unflatten(-1, (2, 3)), m.k(x).unflatten(-1, (2, 3))).softmax(-1),
+                x,
+            ),
+            q=L(5, 6), k=L(5, 6),
+        ),
+        SEQUENCE, {("dead bias", "k.bias"): 6},
+    ),
     "heads that talk": (
         lambda: Lambda(lambda m, x: two_heads(m, x, True), q=L(5, 6), k=L(5, 6), mix=nn.Conv2d(2, 2, 1)),
         SEQUENCE, {("dead bias", "k.bias"): 6, ("dead bias", "mix.bias"): 2},

@@ -196,6 +196,32 @@ def matmul(use: ShiftUse) -> Result:
     return Label.compressed(total)
 
 
+@shift_rule("einsum")
+def einsum(use: ShiftUse) -> Result:
+    """Einstein sums: a shift stays constant along the indices that only its own factor has."""
+    terms, arrow, result = str(use.args["equation"]).replace(" ", "").partition("->")
+    indices = terms.split(",")
+    labels = [use.label_of(tensor) for tensor in use.args["tensors"]]
+    if "." in terms or not arrow or any(len(set(names)) < len(names) for names in indices):
+        use.pin("is followed for explicit equations without repeated indices only", unknown=True)
+        return None
+    rank, total = len(result), unscaled(len(result))
+    for place, (names, label) in enumerate(zip(indices, labels, strict=True)):
+        if label is None:
+            continue
+        others = "".join(indices[:place] + indices[place + 1 :])
+        have = dict(zip(names, label.ids.shape, strict=True))
+        shape = [
+            have[name] if name in have and name not in others else n
+            for name, n in zip(result, use.out_shape, strict=True)
+        ]
+        # The product of several shifts has the pattern of these, whose unknowns are arbitrary.
+        made = use.fresh(label.ids, shape, "multiplies with a tensor")
+        if isinstance(made, Label):
+            total = use.scales.sum(total, aligned(made, rank))
+    return Label.compressed(total)
+
+
 @shift_rule("addmm", "baddbmm")
 def addmm(use: ShiftUse) -> Result:
     """A matrix product that is added to a bias."""
