@@ -132,6 +132,7 @@ def test_without_dropout_is_said() -> None:
     report = mn.diagnose(model, torch.randn(ROWS))
     assert found(report.shifts) == {("bias shift", "0.bias"): 1, ("row shift", "0.weight"): 5}
     assert {shift.condition for shift in report.shifts} == {"while dropout is off"}
+    assert {shift.remedy for shift in report.shifts} == {"leave it: dropout breaks it in training"}
     assert "while dropout is off" in str(report)
     assert report.unexplained_shifts == 0
     model[1].p = 0.0
@@ -143,6 +144,7 @@ def test_a_bias_that_is_dead_without_dropout_only_stays() -> None:
     x = torch.randn(IMAGE)
     (shift,) = mn.diagnose(model, x).shifts
     assert (shift.kind, shift.count, shift.condition) == ("dead bias", 6, "while dropout is off")
+    assert shift.convert_remedy is None
     converted = mn.convert(model, x, remedies="all")
     assert "0.bias" in dict(converted.named_parameters())
 

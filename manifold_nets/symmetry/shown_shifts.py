@@ -69,7 +69,14 @@ def shown_shifts(
         explained = _explained(graph, name, members, judge, inactive, loss)
         if not explained:
             calm = _explained(graph, name, members, judge, lambda module: True, loss)
-            explained = [replace(shift, condition=_together(shift.condition, "while dropout is off")) for shift in calm]
+            explained = [
+                replace(
+                    shift,
+                    condition=_together(shift.condition, "while dropout is off"),
+                    remedy="leave it: dropout breaks it in training",
+                )
+                for shift in calm
+            ]
         found += explained
     return tuple(found)
 

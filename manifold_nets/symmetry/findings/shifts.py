@@ -46,7 +46,8 @@ class ShiftSymmetry:
     @property
     def convert_remedy(self) -> str | None:
         """Name under which `convert` may do something about it; the plan says whether it does."""
-        return "dead-biases" if self.kind == "dead bias" and self.certificate.verdict == "invariant" else None
+        holds = self.certificate.verdict == "invariant" and self.condition is None
+        return "dead-biases" if self.kind == "dead bias" and holds else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
