@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from click.testing import CliRunner
 from test_diagnose import BRUTE_FORCE_TOLERANCE
 from test_shifts import change, found
 from torch import Tensor, nn
 from toy_networks import Lambda
 
 import manifold_nets as mn
+from manifold_nets.cli import main
 
 ROWS, SEQUENCE, IMAGE = (6, 5), (4, 7, 5), (4, 3, 9, 9)
 L = nn.Linear
@@ -137,6 +140,15 @@ def test_without_dropout_is_said() -> None:
     assert report.unexplained_shifts == 0
     model[1].p = 0.0
     assert {shift.condition for shift in mn.diagnose(model, torch.randn(ROWS)).shifts} == {None}
+
+
+def test_the_command_line_says_it_too(tmp_path: Path) -> None:
+    network = "from torch import nn\n\n\ndef network():\n    return "
+    network += "nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.3), nn.LayerNorm(8))\n"
+    (tmp_path / "net.py").write_text(network)
+    done = CliRunner().invoke(main, ["diagnose", f"{tmp_path / 'net.py'}:network", "--input-shape", "5"])
+    assert done.exit_code == 0, done.output
+    assert done.output.count("while dropout is off") == 2
 
 
 def test_a_bias_that_is_dead_without_dropout_only_stays() -> None:
