@@ -142,7 +142,7 @@ def diagnose(
         shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits)
         if shown:
             shifts = with_shown(shifts, shown)
-            unexplained = still_unexplained(unexplained, (field, again), shifts, tolerance)
+            unexplained = still_unexplained(unexplained, (field, again), shifts, shown, tolerance)
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,

@@ -90,11 +90,13 @@ def still_unexplained(
     unexplained: Iterable[UnexplainedSymmetry],
     fields: tuple[EulerField, EulerField],
     shifts: Iterable[ShiftSymmetry],
+    shown: Iterable[ShiftSymmetry],
     tolerance: float,
 ) -> tuple[UnexplainedSymmetry, ...]:
-    """What is left of unexplained symmetries when more shifts are known."""
-    scales = [found for found in unexplained if found.kind == "scale"]
-    return (*scales, *unexplained_shifts(fields, shifts, tolerance * _UNSUPPORTED))
+    """What is left of unexplained symmetries now that more shifts are known, those of ``shown``."""
+    names = {name for shift in shown for name in shift.parameters}
+    kept = [found for found in unexplained if found.kind == "scale" or names.isdisjoint(found.parameters)]
+    return (*kept, *unexplained_shifts(fields, shifts, tolerance * _UNSUPPORTED, names))
 
 
 def _unexplained_scales(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,9 +22,15 @@ _MOST_BLOCKS = 64
 
 
 def unexplained_shifts(
-    fields: tuple[EulerField, EulerField], shifts: Iterable[ShiftSymmetry], tolerance: float
+    fields: tuple[EulerField, EulerField],
+    shifts: Iterable[ShiftSymmetry],
+    tolerance: float,
+    only: Container[str] | None = None,
 ) -> list[UnexplainedSymmetry]:
-    """Search for groups of entries whose gradients sum to zero at both points, without what the shifts explain."""
+    """Search for groups of entries whose gradients sum to zero at both points, without what the shifts explain.
+
+    All parameters are searched, or those named in ``only``.
+    """
     known: dict[str, list[ShiftSymmetry]] = {}
     for shift in shifts:
         if len(shift.parameters) == 1 and shift.certificate.verdict == "invariant":
@@ -35,6 +41,8 @@ def unexplained_shifts(
     )
     found: list[UnexplainedSymmetry] = []
     for name in fields[0].gradients:
+        if only is not None and name not in only:
+            continue
         gradients = tuple(euler.gradients[name] for euler in fields)
         if not gradients[0].numel() or not all(bool(g.any()) for g in gradients):
             continue
