@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from optim_cases import LAYOUTS, Layout, Problem, check_path, radii_for, reference_adam, reference_sgd, run
+from torch._inductor import metrics
+from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import manifold_nets as mn
@@ -82,13 +84,17 @@ def steps_of(how, optimizer, options, shape, dtype, scale=1.0, steps=3, radial=0
     return weight.detach().double(), sphere
 
 
+STEPPERS = [(RiemannianSGD, {"lr": 0.3, "momentum": 0.9}), (RiemannianSGD, {"lr": 0.3}), (RiemannianAdam, {"lr": 0.1})]
+
+
 @eager
 @pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize(
-    ("optimizer", "options"),
-    [(RiemannianSGD, {"lr": 0.3, "momentum": 0.9}), (RiemannianSGD, {"lr": 0.3}), (RiemannianAdam, {"lr": 0.1})],
-)
+@pytest.mark.parametrize(("optimizer", "options"), STEPPERS)
 def test_rows_of_every_size_agree_with_float64(how, shape, optimizer, options):
+    check_against_float64(how, shape, optimizer, options)
+
+
+def check_against_float64(how, shape, optimizer, options):
     exact, _ = steps_of({"foreach": False}, optimizer, options, shape, torch.float64)
     for dtype, allowed in ((torch.float64, 64 * torch.finfo(torch.float64).eps), (torch.float32, 64 * EPS)):
         found, sphere = steps_of(how, optimizer, options, shape, dtype)
@@ -101,6 +107,10 @@ def test_rows_of_every_size_agree_with_float64(how, shape, optimizer, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SIZES[::3])
 def test_half_precision_is_rounded_once_in_every_execution(how, dtype, shape):
+    check_half_precision(how, dtype, shape)
+
+
+def check_half_precision(how, dtype, shape):
     for optimizer, options in ((RiemannianSGD, {"lr": 0.3}), (RiemannianAdam, {"lr": 0.1})):
         single, sphere = steps_of({"foreach": False}, optimizer, options, shape, dtype, steps=1)
         found, _ = steps_of(how, optimizer, options, shape, dtype, steps=1)
@@ -184,31 +194,85 @@ def test_sabotage_without_the_rows_left_long_compiled_steps_fail(monkeypatch):
 
 @pytest.mark.slow
 @compiler_warns
-def test_schedules_of_rate_and_momentum_compile_nothing_anew():
-    compiled._kernel.cache_clear()  # whatever other tests have compiled
-    sphere = mn.SphereProduct((20, 30))
-    weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
-    stepper = RiemannianSGD([weight], lr=0.1, momentum=0.9, compile=True)
+@pytest.mark.parametrize(("optimizer", "options"), STEPPERS)
+def test_compiled_rows_of_every_size_agree_with_float64(optimizer, options):
+    for shape in [*SIZES, (1, 30), (1, 9000), (64, 64)]:
+        check_against_float64({"compile": True}, shape, optimizer, options)
+
+
+@pytest.mark.slow
+@compiler_warns
+def test_compiled_steps_of_half_precision_are_rounded_once():
+    for dtype in (torch.bfloat16, torch.float16):
+        check_half_precision({"compile": True}, dtype, SIZES[0])
+
+
+def compiled_step(dtype=torch.float32, shape=(20, 30), momentum=0.9):
+    sphere = mn.SphereProduct(shape, radius=2.0)
+    weight = geoopt.ManifoldParameter(sphere.random().to(dtype), manifold=sphere)
     weight.grad = torch.randn_like(weight)
+    stepper = RiemannianSGD([weight], lr=0.1, momentum=momentum, compile=True)
     stepper.step()
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    return stepper
+
+
+def kernels():
+    return compiled._kernel.cache_info().currsize
+
+
+@pytest.mark.slow
+@compiler_warns
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning")
+@pytest.mark.parametrize("ahead", [True, False])
+def test_schedules_of_rate_and_momentum_and_other_sizes_compile_nothing_anew(ahead):
+    compiled._kernel.cache_clear()  # whatever other tests have compiled
+    # Without its caches torch compiles nothing ahead of time.
+    with (
+        torch.compiler.config.patch(force_disable_caches=not ahead),
+        torch._dynamo.config.patch(error_on_recompile=True),
+    ):
+        stepper = compiled_step()
         for number in range(20):
             stepper.param_groups[0] |= {"lr": 0.1 / (1 + number), "momentum": 0.9 - 0.01 * number}
             stepper.step()
-        other = mn.SphereProduct((7, 11), radius=2.0)
-        twin = geoopt.ManifoldParameter(other.random(), manifold=other)
-        twin.grad = torch.randn_like(twin)
-        RiemannianSGD([twin], lr=0.1, momentum=0.9, compile=True).step()
+        for shape in ((7, 11), (40, 40), (2, 3000)):
+            compiled_step(shape=shape)
+        assert kernels() == 1
         # Sabotage: what the kernel is compiled for does change, and that is noticed.
-        with pytest.raises(torch._dynamo.exc.RecompileError):
-            stepped_in_half_precision()
+        compiled_step(torch.bfloat16)
+        assert kernels() == 2
 
 
-def stepped_in_half_precision():
-    sphere = mn.SphereProduct((20, 30))
-    weight = geoopt.ManifoldParameter(sphere.random().bfloat16(), manifold=sphere)
-    weight.grad = torch.randn_like(weight)
-    RiemannianSGD([weight], lr=0.1, momentum=0.9, compile=True).step()
+@pytest.mark.slow
+@compiler_warns
+@pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled:UserWarning")
+@pytest.mark.parametrize("optimizer", [RiemannianSGD, RiemannianAdam])
+def test_what_torch_does_not_compile_ahead_of_time_takes_the_same_steps(optimizer):
+    compiled._kernel.cache_clear()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        for shape in [(130, 9), (64, 64), (3, 5000), (1, 30)]:
+            check_against_float64({"compile": True}, shape, optimizer, {"lr": 0.1})
+    compiled._kernel.cache_clear()
+
+
+def loops_that_are_one():
+    """Of the kernels that were compiled: how many passes over a row share one loop over the rows."""
+    compiled._kernel.cache_clear()
+    metrics.reset()
+    with fresh_cache():
+        compiled_step()
+    return [count.inner_kernel_number for count in metrics.cpp_outer_loop_fused_inner_counts]
+
+
+@pytest.mark.slow
+@compiler_warns
+def test_a_compiled_kernel_passes_twice_over_a_row_and_once_over_the_rows(monkeypatch):
+    # Its inner products, its coefficients, and writing it: before the next row.
+    assert loops_that_are_one() == [3]
+    # Sabotage: where the compiler may put coefficients of several rows into vectors, it needs loops of their own.
+    monkeypatch.setattr(compiled, "_FLAG", torch.int32)
+    assert loops_that_are_one() == []
+    compiled._kernel.cache_clear()
 
 
 def test_a_difference_of_squares_is_not_exact_near_the_radius(monkeypatch):

@@ -26,7 +26,7 @@ from manifold_nets.optim.executions.rows import (
     second_moments,
     sharpened,
 )
-from manifold_nets.optim.rules.coefficients import adam_factor
+from manifold_nets.optim.rules.coefficients import adam_factor, bias_corrections
 from manifold_nets.optim.rules.members import Rule
 from manifold_nets.optim.rules.products import Scalar, some, tangential_of
 
@@ -107,7 +107,8 @@ class _Step:
         dots = (squares, self.dots(self.w, self.g), self.norms(self.g).square_())
         found = tangential_of(dots, self.radius * self.radius, maximize=rule.maximize)
         found = sharpened(found, self.matrices, maximize=rule.maximize)
-        factor = adam_factor(found, *second, beta1=rule.keep, beta2=rule.beta2, eps=rule.eps, step=step)
+        corrections = bias_corrections(rule.keep, rule.beta2, step)
+        factor = adam_factor(found, *second, beta2=rule.beta2, eps=rule.eps, corrections=corrections)
         keep_second_moments(self.matrices, second)
         return factor
 

@@ -21,6 +21,7 @@ from manifold_nets.optim.executions.pieces import pieces
 from manifold_nets.optim.executions.rows import suits_rows
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
+from manifold_nets.optim.rules.coefficients import bias_corrections
 from manifold_nets.optim.rules.members import Member, Rule
 
 __all__ = ["run", "run_native", "run_single", "suits_native"]
@@ -161,5 +162,5 @@ def _job(rule: Rule, member: Member, gradient: Tensor) -> tuple[float, ...]:
     if second is None:
         return (weight, gradient.data_ptr(), b, 0, 0, *of_layout, 1.0 - member.dampening, 1.0, 1.0)
     step, v_max = float(member.step), 0 if second[1] is None else second[1].data_ptr()
-    corrections = (1 - rule.keep, 1 / (1 - rule.keep**step), 1 / (1 - rule.beta2**step))
+    corrections = (1 - rule.keep, *map(float, bias_corrections(rule.keep, rule.beta2, step)))
     return (weight, gradient.data_ptr(), b, second[0].data_ptr(), v_max, *of_layout, *corrections)

@@ -1,9 +1,11 @@
 """Steps by a kernel that torch compiles for matrices of any size: inner products, coefficients and writing in one.
 
-The coefficients are an output of the kernel: what is written to memory is computed once a row, where the compiler would
-else compute square roots and quotients anew for every few entries. Where the direction is the moment itself, the moment
-``b`` and the gradient enter as ``q = b + c g``, with ``c`` chosen so that the new moment is μ times that: fewer inner
-products then say the same, as the tangential part of a sum is the sum of the tangential parts.
+On a CPU the kernel has one loop over the rows, so that the second pass over a row finds it in cache. For that the
+coefficients of a row must be numbers that the compiler writes down, and no more than one row's at once: they are
+outputs of the kernel, and whether a row was left as it is is an integer of two bytes, which torch's compiler does not
+put into vectors with those of other rows. Where the direction is the moment itself, the moment ``b`` and the gradient
+enter as ``q = b + c g``, with ``c`` chosen so that the new moment is μ times that: fewer inner products then say the
+same, as the tangential part of a sum is the sum of the tangential parts.
 
 Rows for which that is not exact (steps of more than a radian; tangential gradients of which digits were lost) are left
 as they are by the kernel, and stepped by the reference.
@@ -14,28 +16,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.optim.executions.rows import Rows, blocks_of
+from manifold_nets.optim.executions.rows import Rows
+from manifold_nets.optim.rules.coefficients import adam_coefficients, bias_corrections, sgd_coefficients
 from manifold_nets.optim.rules.members import Rule
-from manifold_nets.optim.rules.products import Spheres, is_short, pairs, some, tangential, tangential_of
+from manifold_nets.optim.rules.products import (
+    Spheres,
+    Tangential,
+    is_short,
+    pairs,
+    some,
+    tangential,
+    tangential_of,
+)
 from manifold_nets.optim.rules.updates import write_
 
 __all__ = ["step_compiled"]
 
-# Entries that a call of the kernel takes on a CPU: more stay in no cache between its two passes, fewer cost more calls.
-_BLOCK = 2**20
+# Up to so many entries of a row are added in sequence, lane by lane; that is exact to a few machine epsilons.
+_IN_SEQUENCE = 2**13
+# What kernels are compiled with: sizes that are worth threads, and of which none can be taken for another.
+_SHAPE, _LONG_SHAPE = (1031, 1021), (131, _IN_SEQUENCE + 3)
+# Tensors of more entries are numbered otherwise by kernels on accelerators.
+_WIDE = 2**31 - 1
+# A dtype of flags that torch's compiler puts into no vectors.
+_FLAG = torch.int16
 # A smaller share of the old moment would make the gradient's share of it too large a number.
 _LEAST_KEPT = 2**-6
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """What a kernel is compiled for; all else it gets as tensors.
+    """What a step is compiled for; all else it gets as tensors.
 
     Attributes:
         rule: ``"sgd"`` or ``"adam"``.
@@ -50,32 +67,59 @@ class _Kind:
     mixes: bool
 
 
+class _Form(NamedTuple):
+    """What else of matrices makes another kernel; beyond that, one takes all sizes."""
+
+    dtypes: tuple[torch.dtype | None, ...]
+    compute: torch.dtype
+    device: torch.device
+    one_row: bool
+    one_entry: bool
+    long: bool
+    wide: bool
+    one_radius: bool
+
+
 def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
     """Take one step of all rows, in place, after equally many steps and on one device."""
     first = matrices[0]
+    device, dtype = first.weight.device, accumulation_dtype(first.weight.dtype)
     kind = _Kind(rule.kind, rule.nesterov, rule.maximize, _mixes(rule, first))
-    kernel, dtype = _kernel(kind), accumulation_dtype(first.weight.dtype)
-    values = (rule.lr, rule.keep, dampening, rule.beta2, rule.eps, step)
-    # In float64, as 1 − β₂ has to be exact; but for devices that have none.
-    precise = torch.float32 if first.weight.device.type == "mps" else torch.float64
-    numbers = torch.tensor([float(value) for value in values], dtype=precise, device=first.weight.device)
+    corrections = bias_corrections(rule.keep, rule.beta2, step) if rule.kind == "adam" else (1.0, 1.0)
+    values = (rule.lr, rule.keep, dampening, rule.beta2, rule.eps, *corrections)
+    numbers = torch.tensor([float(value) for value in values], dtype=_precise(device), device=device)
     share = (1 - rule.keep if rule.kind == "adam" else 1 - dampening) / rule.keep if kind.mixes else 1.0
     share = -share if rule.maximize else share
     uniform: dict[float, tuple[Tensor, Tensor]] = {}
-    left = []
+    flags = []
     for rows in matrices:
-        for block in blocks_of(rows, _BLOCK):
-            radius = block.radius
-            if isinstance(radius, Tensor):
-                columns = _radius_and_share(radius.to(dtype), share)
-            elif radius in uniform:
-                columns = uniform[radius]
-            else:
-                columns = uniform[radius] = _radius_and_share(numbers.new_full((1, 1), radius, dtype=dtype), share)
-            left.append((block, kernel(*map(_apart, block[:5]), *columns, numbers)[:, -1]))
-    if some(torch.cat([flags for _, flags in left]) != 0):
-        for block, flags in left:
-            _step_left(kind, replace(rule, lr=float(rule.lr)), block, flags.nonzero().squeeze(1), dampening, step)
+        radius = rows.radius
+        if isinstance(radius, Tensor):
+            columns = _radius_and_share(radius.to(dtype), share)
+        elif radius in uniform:
+            columns = uniform[radius]
+        else:
+            columns = uniform[radius] = _radius_and_share(numbers.new_full((1, 1), radius, dtype=dtype), share)
+        kernel = _kernel(kind, _form_of(rows, dtype, device))
+        # As `.data` they are views of no other tensor: what a view is of would be compiled for as well.
+        flags.append(kernel(*(None if x is None else x.data for x in rows[:5]), *columns, numbers)[-1])
+    if some(torch.cat(flags) != 0):
+        rule = replace(rule, lr=float(rule.lr))
+        for rows, left in zip(matrices, flags, strict=True):
+            _step_left(kind, rule, rows, left.view(-1).nonzero().squeeze(1), dampening, step)
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    """Of options: float64, as 1 − β₂ has to be exact; but for devices that have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _form_of(rows: Rows, compute: torch.dtype, device: torch.device) -> _Form:
+    count, size = rows.weight.shape
+    dtypes = tuple(None if x is None else x.dtype for x in rows[:5])
+    one_radius = not isinstance(rows.radius, Tensor) or len(rows.radius) == 1
+    long, wide = size > _IN_SEQUENCE, count * size > _WIDE
+    return _Form(dtypes, compute, device, count == 1, size == 1, long, wide, one_radius)
 
 
 def _mixes(rule: Rule, rows: Rows) -> bool:
@@ -86,18 +130,41 @@ def _radius_and_share(radius: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return radius, radius * radius * share
 
 
-def _apart(x: Tensor | None) -> Tensor | None:
-    """A tensor on the same memory that is a view of no other: what a view is of would be compiled for as well."""
-    return None if x is None else x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-
-
 @functools.cache
-def _kernel(kind: _Kind) -> Callable[..., Tensor]:
-    # Each kernel counts by itself the variants of dtypes and of single rows that it is compiled for.
+def _kernel(kind: _Kind, form: _Form) -> Callable[..., Sequence[Tensor]]:
+    """Compile a step for matrices of a form.
+
+    The kernel is taken as torch compiles it ahead of time: torch would else ask before every call whether it is still
+    right, for longer than a small weight's step takes. What it asks is what a form says.
+    """
+
+    def step(*arguments: Tensor) -> Sequence[Tensor]:
+        return _step(kind, *arguments)
+
+    compiled: Any = torch.compile(step, fullgraph=True, dynamic=True)
+    try:
+        if not form.wide:
+            ahead = compiled.aot_compile((_examples(form), {}))
+            ahead.disable_guard_check()
+            return cast("Callable[..., Sequence[Tensor]]", ahead)
+    except (AttributeError, RuntimeError, TypeError):
+        pass  # torch cannot, or may keep no compiled code
+    # Each kernel counts by itself the variants of sizes that it is compiled for.
     limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
-    return cast(
-        "Callable[..., Tensor]", torch.compile(functools.partial(_step, kind), fullgraph=True, dynamic=True, **limits)
-    )
+    return torch.compile(step, fullgraph=True, dynamic=True, **limits)
+
+
+def _examples(form: _Form) -> tuple[Tensor | None, ...]:
+    """Return arguments of a step by which a kernel for all matrices of a form is compiled."""
+    rows, size = _LONG_SHAPE if form.long else _SHAPE
+    rows, size = 1 if form.one_row else rows, 1 if form.one_entry else size
+    columns = (size, size, size, 1, 1)
+    matrices = [
+        None if dtype is None else torch.ones(rows, width, dtype=dtype, device=form.device)
+        for width, dtype in zip(columns, form.dtypes, strict=True)
+    ]
+    radius = torch.ones(1 if form.one_radius else rows, 1, dtype=form.compute, device=form.device)
+    return (*matrices, radius, radius.clone(), torch.ones(7, dtype=_precise(form.device), device=form.device))
 
 
 def _step(
@@ -110,8 +177,8 @@ def _step(
     radius: Tensor,
     share: Tensor,
     numbers: Tensor,
-) -> Tensor:
-    """Step the rows, in place, and return the coefficients and, as last column, where a row was left as it is.
+) -> list[Tensor]:
+    """Step the rows, in place, and return the coefficients and, at last, where a row was left as it is.
 
     The share is ± r² times what the gradient counts for beside the moment.
     """
@@ -121,8 +188,8 @@ def _step(
         b = moment.to(dtype)
         b = b + g * share if kind.mixes else b
     states = None if second is None else (second.clone(), None if largest is None else largest.clone())
-    columns = _columns(kind, w, g, b, states, radius, share, numbers)
-    ww, wb, bw, bb, *more = torch.split(columns, 1, 1)
+    *columns, left = _columns(kind, w, g, b, states, radius, share, numbers)
+    ww, wb, bw, bb, *more = columns
     new, turned = w * ww, w * bw
     if b is not None:
         new, turned = new + b * wb, turned + b * bb
@@ -133,8 +200,8 @@ def _step(
         moment.copy_(turned)
     for old, state in zip((second, largest), states or (), strict=False):
         if old is not None and state is not None:
-            old.copy_(torch.where(more[-1] != 0, old, state))
-    return columns
+            old.copy_(torch.where(left != 0, old, state))
+    return [*columns, left]
 
 
 def _columns(
@@ -146,23 +213,38 @@ def _columns(
     radius: Tensor,
     share: Tensor,
     numbers: Tensor,
-) -> Tensor:
+) -> list[Tensor]:
     """Return what each row is multiplied by, and update the second moments; what is left is written as it is."""
-    lr, keep, dampening, *rest, step = numbers.unbind()
-    dots = [(x * y).sum(1, keepdim=True) for x, y in pairs(w, g, b)]
-    if kind.mixes:
-        # The direction has no need of the gradient's products any more; Adam's second moment has of two.
-        zero = torch.zeros_like(dots[0])
-        dots = [dots[0], *(dots[1:3] if states is not None else (zero, zero)), dots[3], zero, dots[5]]
-    found = tangential_of(dots, radius * radius, maximize=kind.maximize)
-    options: Any = (kind.rule, lr, 0.0 if b is None else keep, kind.nesterov, kind.maximize, *rest)
-    move = Rule(*options).coefficients(found, states, dampening=1.0 if kind.mixes else dampening, step=step)
-    left = move.far if states is None else move.far | is_short(found)
+    lr, keep, dampening, beta2, eps, *corrections = numbers.unbind()
+    found = _tangential(kind, w, g, b, radius * radius, adaptive=states is not None)
+    # What a gradient counts for beside the moment is in it already.
+    apart: Any = 1.0 if kind.mixes else dampening
+    if states is None:
+        momentum: Any = 0.0 if b is None else keep
+        move = sgd_coefficients(found, lr=lr, momentum=momentum, dampening=apart, nesterov=kind.nesterov)
+        left = move.far
+    else:
+        options: Any = {"beta1": keep, "beta2": beta2, "eps": eps, "corrections": corrections}
+        move = adam_coefficients(found, *states, lr=lr, dampening=apart, **options)
+        left = move.far | is_short(found)
     # 1 w + 0 b + 0 g, and so on.
     terms = [(move.ww, 1.0), (move.wb, 0.0), (move.bw, 0.0), (move.bb, 1.0)]
     terms += [] if kind.mixes else [(move.wg * share, 0.0), (move.bg * share, 0.0)]
-    kept = [torch.where(left, as_it_is, torch.as_tensor(x)).to(w.dtype) for x, as_it_is in terms]
-    return torch.cat([*kept, left.to(w.dtype)], 1)
+    kept = [torch.where(left, as_it_is, torch.as_tensor(x, device=w.device)).to(w.dtype) for x, as_it_is in terms]
+    return [*kept, left.to(_FLAG)]
+
+
+def _tangential(kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Tensor, *, adaptive: bool) -> Tangential:
+    """Take the inner products that are needed: of a gradient that is in the moment, Adam's second moment's alone."""
+    if not kind.mixes or b is None:
+        dots = [(x * y).sum(1, keepdim=True) for x, y in pairs(w, g, b)]
+        return tangential_of(dots, square, maximize=kind.maximize)
+    products = [(x * y).sum(1, keepdim=True) for x, y in (pairs(w, g, None) if adaptive else ((w, w),))]
+    products += [torch.zeros_like(products[0])] * (3 - len(products))
+    found = tangential_of(products, square, maximize=kind.maximize)
+    wb, total = ((x * b).sum(1, keepdim=True) / square for x in (w, b))
+    slope = wb / found.ww
+    return found._replace(b_slope=slope, bb=total - slope * wb, b_total=total)
 
 
 def _step_left(kind: _Kind, rule: Rule, rows: Rows, which: Tensor, dampening: float, step: float) -> None:

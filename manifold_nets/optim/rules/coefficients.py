@@ -17,7 +17,15 @@ from torch import Tensor
 from manifold_nets.gathered import local_part
 from manifold_nets.optim.rules.products import Scalar, Tangential
 
-__all__ = ["Coefficients", "Moments", "adam_coefficients", "adam_factor", "coefficients", "sgd_coefficients"]
+__all__ = [
+    "Coefficients",
+    "Moments",
+    "adam_coefficients",
+    "adam_factor",
+    "bias_corrections",
+    "coefficients",
+    "sgd_coefficients",
+]
 
 
 class Moments(NamedTuple):
@@ -52,27 +60,36 @@ def coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Coefficient
     ``b' = p − ⟨w', p⟩ w'`` has ``⟨w', p⟩ = −η ⟨d, p⟩/(1 + η² ‖d‖²)^½``. A learning rate of 0 leaves w bit for bit.
     """
     keep, take, follow, ahead = moments
-    d_b, d_g = follow * keep, follow * take + ahead
-    p_w = -(keep * found.b_slope + take * found.g_slope)
-    d_w = -(d_b * found.b_slope + d_g * found.g_slope)
-    length = d_b * d_b * found.bb + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
-    overlap = d_b * keep * found.bb + (d_b * take + d_g * keep) * found.gb + d_g * take * found.gg
+    alone = _is_nothing(take) and _is_nothing(ahead)  # the moment, with whatever is in it, is all there is
+    d_b, d_g = follow * keep, 0.0 if alone else follow * take + ahead
+    p_w, d_w = -keep * found.b_slope, -d_b * found.b_slope
+    length, overlap = d_b * d_b * found.bb, d_b * keep * found.bb
+    if not alone:
+        p_w, d_w = p_w - take * found.g_slope, d_w - d_g * found.g_slope
+        length = length + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
+        overlap = overlap + (d_b * take + d_g * keep) * found.gb + d_g * take * found.gg
     length = length.clamp_min(0)
     # Products out of range would send the group to zero without a word; 0·∞ makes it NaN, as a diverged step should.
     scale = (1.0 + 0.0 * length) / (1.0 + lr * lr * length).sqrt()
     root = found.ww.rsqrt()
     root = torch.where(lr == 0, 1.0, root) if isinstance(lr, Tensor) else root if lr != 0 else torch.ones_like(root)
-    w_w, w_b, w_g = scale * (root - lr * d_w), -lr * scale * d_b, -lr * scale * d_g
-    turn = -lr * scale * overlap
-    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
-    return Coefficients(w_w, w_b, w_g, p_w - turn * w_w, keep - turn * w_b, take - turn * w_g, far)
+    along, turn = -lr * scale, -lr * scale * overlap
+    w_w, w_b, w_g = scale * (root - lr * d_w), along * d_b, 0.0 if alone else along * d_g
+    reach = w_b * w_b * found.b_total
+    far = (reach if alone else reach + w_g * w_g * found.g_total) > 1
+    b_g = 0.0 if alone else take - turn * w_g
+    return Coefficients(w_w, w_b, w_g, p_w - turn * w_w, keep - turn * w_b, b_g, far)
+
+
+def _is_nothing(factor: Scalar) -> bool:
+    return isinstance(factor, float | int) and factor == 0
 
 
 def sgd_coefficients(
     found: Tangential, *, lr: Scalar, momentum: Scalar, dampening: Scalar = 0.0, nesterov: bool = False
 ) -> Coefficients:
     """Return the coefficients of stochastic gradient descent; see `riemannian_sgd_`."""
-    if isinstance(momentum, float | int) and momentum == 0:
+    if _is_nothing(momentum):
         return coefficients(found, Moments(0.0, 0.0, 0.0, 1.0), lr)
     follow, ahead = (momentum, 1.0) if nesterov else (1.0, 0.0)
     return coefficients(found, Moments(momentum, 1.0 - dampening, follow, ahead), lr)
@@ -86,15 +103,15 @@ def adam_coefficients(
     lr: Scalar,
     beta1: Scalar,
     beta2: Scalar,
-    eps: float,
-    step: Scalar,
+    eps: Scalar,
+    corrections: tuple[Scalar, Scalar],
     dampening: float = 0.0,
 ) -> Coefficients:
     """Return the coefficients of Adam, and update the second moments in place; see `riemannian_adam_`.
 
     A share ``dampening`` of the gradient is left out of the first moment.
     """
-    factor = adam_factor(found, exp_avg_sq, max_exp_avg_sq, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    factor = adam_factor(found, exp_avg_sq, max_exp_avg_sq, beta2=beta2, eps=eps, corrections=corrections)
     return coefficients(found, Moments(beta1, (1 - beta1) * (1 - dampening), factor, 0.0), lr)
 
 
@@ -103,15 +120,18 @@ def adam_factor(
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     *,
-    beta1: Scalar,
     beta2: Scalar,
-    eps: float,
-    step: Scalar,
+    eps: Scalar,
+    corrections: tuple[Scalar, Scalar],
 ) -> Tensor:
     """Return by what Adam multiplies the first moment of each group, and update the second moments in place."""
     second = local_part(exp_avg_sq).lerp_(found.gg, 1 - beta2)
     if max_exp_avg_sq is not None:
         largest = local_part(max_exp_avg_sq)
         second = largest.copy_(torch.maximum(largest, second))
-    root = second.sqrt() / (1 - beta2**step) ** 0.5 + eps
-    return (1 / (1 - beta1**step)) / root
+    return corrections[0] / ((second * corrections[1]).sqrt() + eps)
+
+
+def bias_corrections(beta1: Scalar, beta2: Scalar, step: Scalar) -> tuple[Scalar, Scalar]:
+    """Return what Adam multiplies the first and the second moment by, as both started at zero."""
+    return 1 / (1 - beta1**step), 1 / (1 - beta2**step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, sgd_coefficients
+from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, bias_corrections, sgd_coefficients
 from manifold_nets.optim.rules.products import Spheres, Tangential
 from manifold_nets.optim.rules.updates import riemannian_adam_, riemannian_sgd_
 
@@ -83,8 +83,9 @@ class Rule:
         if second is None:
             options = {"momentum": self.keep, "dampening": dampening, "nesterov": self.nesterov}
             return sgd_coefficients(found, lr=self.lr, **options)  # type: ignore[arg-type]
-        options = {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "step": step, "dampening": dampening}
-        return adam_coefficients(found, *second, lr=self.lr, **options)  # type: ignore[arg-type]
+        options = {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "dampening": dampening}
+        corrections = bias_corrections(self.keep, self.beta2, step)
+        return adam_coefficients(found, *second, lr=self.lr, corrections=corrections, **options)  # type: ignore[arg-type]
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from manifold_nets.gathered import local_part
-from manifold_nets.optim.rules.coefficients import Coefficients, Moments
+from manifold_nets.optim.rules.coefficients import Coefficients, Moments, bias_corrections
 from manifold_nets.optim.rules.members import Rule
 from manifold_nets.optim.rules.products import Spheres, Tangential, tangential
 from manifold_nets.optim.rules.updates import write_
@@ -73,7 +73,8 @@ class MethodRule(Rule):
         if second is not None:
             factor = clip_factor(found, self.clip)
             v = local_part(second[0]).lerp_(factor * factor * found.gg, 1 - self.beta2)
-            scale = 1 / (1 - self.keep**step) / (v / (1 - self.beta2**step) + self.eps).sqrt()
+            first, second_moment = bias_corrections(self.keep, self.beta2, step)
+            scale = first / (v * second_moment + self.eps).sqrt()
             moments = Moments(self.keep, (1 - self.keep) * factor, scale, 0.0)
             return geodesic_coefficients(found, moments, self.lr)
         follow, ahead = (self.keep, 1.0) if self.nesterov else (1.0, 0.0)

@@ -15,10 +15,12 @@ the radius and
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, sgd_coefficients
+from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficients, bias_corrections, sgd_coefficients
 from manifold_nets.optim.rules.products import Scalar, Spheres, some, tangential
 
 __all__ = ["combine_", "riemannian_adam_", "riemannian_sgd_", "write_"]
@@ -148,7 +150,9 @@ def riemannian_adam_(
         tensor([[0.7071, 0.7071]])
     """
     found = tangential(weight, gradient, exp_avg, spheres, maximize=maximize, sharp=True)
-    move = adam_coefficients(found, exp_avg_sq, max_exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps, step=step)
+    corrections = bias_corrections(beta1, beta2, step)
+    options: Any = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "corrections": corrections}
+    move = adam_coefficients(found, exp_avg_sq, max_exp_avg_sq, **options)
     write_(weight, gradient, exp_avg, spheres, move, maximize=maximize)
 
 
