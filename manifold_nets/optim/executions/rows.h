@@ -74,20 +74,26 @@ static void NAME(write)(REAL *restrict w, const REAL *restrict g, REAL *restrict
     }
 }
 
-/* The coefficients of one row whose products are known; `gg` is that of the tangential gradient. */
-static Row NAME(turn_into)(const Rule *rule, const Job *job, int64_t row, const Products *p, double gg) {
-    double second = 0;
-    if (rule->kind == ADAM) {
-        REAL *v = (REAL *)job->v + row, *v_max = job->v_max ? (REAL *)job->v_max + row : NULL;
-        double new = *v, most = v_max ? *v_max : 0;
-        second = new_second_moment(rule, &new, v_max ? &most : NULL, gg);
-        *v = (REAL)new;
-        if (v_max) *v_max = (REAL)most;
+/* The second moments of rows from `row` on, updated; nothing for SGD. */
+static void NAME(second_moments)(const Rule *rule, const Job *job, int64_t row, Measured *restrict m, int64_t n) {
+    if (rule->kind != ADAM) return;
+    REAL *restrict v = (REAL *)job->v + row, *restrict v_max = job->v_max ? (REAL *)job->v_max + row : NULL;
+    double share = 1.0 - rule->beta2;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double new = v[i] + share * (m->length[i] - v[i]);
+        v[i] = (REAL)new;
+        m->second[i] = new;
     }
-    return coefficients(rule, job, p, gg, second, square_of(job, row));
+    if (!v_max) return;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double most = v_max[i], new = m->second[i];
+        most = new > most || new != new ? new : most;
+        v_max[i] = (REAL)most;
+        m->second[i] = most;
+    }
 }
-
-static double NAME(tangential_square)(const Products *p) { return positive(p->gg - p->wg / p->ww * p->wg); }
 
 /* Step `n` rows from row `from` on. `space` has room for them three times where they are in half precision. */
 static void NAME(block)(const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space) {
@@ -100,25 +106,30 @@ static void NAME(block)(const Rule *rule, const Job *job, int64_t from, int64_t 
         if (b) widen((float *)space + 2 * entries, b_home, entries, rule->dtype);
         w = space; g = space + entries; b = b ? space + 2 * entries : NULL;
     }
-    Products all[ROWS];
-    Row rows[ROWS];
-    for (int64_t i = 0; i < n; i++) NAME(measure)(w + i * size, g + i * size, b ? b + i * size : NULL, size, all + i);
+    Measured m;
+    Turned turned;
     for (int64_t i = 0; i < n; i++) {
-        double square = square_of(job, from + i);
-        to_unit(all + i, rule, square);
-        double gg = NAME(tangential_square)(all + i);
-        if (brief_gradient(rule, all + i)) {
-            REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(all[i].wg / all[i].ww);
-            gg = NAME(tangential)(w + i * size, g + i * size, size, to_g, slope) / square;
-        }
-        rows[i] = NAME(turn_into)(rule, job, from + i, all + i, gg);
-        if (rows[i].far) {
-            double norm, overlap;
-            NAME(outcome)(w + i * size, g + i * size, b ? b + i * size : NULL, size, rows + i, &norm, &overlap);
-            settle(rows + i, norm / square, overlap / square);
-        }
+        Products p;
+        NAME(measure)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &p);
+        keep_products(&m, i, &p);
     }
-    for (int64_t i = 0; i < n; i++) NAME(write)(w + i * size, g + i * size, b ? b + i * size : NULL, size, rows + i);
+    to_unit(&m, rule, job, from, n);
+    for (int64_t i = 0; i < n; i++) {
+        if (!brief_gradient(rule, &m, i)) continue;
+        REAL to_g = (REAL)(rule->maximize ? -m.square[i] : m.square[i]), slope = (REAL)(m.wg[i] / m.ww[i]);
+        m.length[i] = NAME(tangential)(w + i * size, g + i * size, size, to_g, slope) / m.square[i];
+    }
+    NAME(second_moments)(rule, job, from, &m, n);
+    coefficients(rule, job, &m, n, &turned);
+    for (int64_t i = 0; i < n; i++) {
+        Row row = row_of(&turned, i);
+        if (turned.far[i] > 1.0) {
+            double norm, overlap;
+            NAME(outcome)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &row, &norm, &overlap);
+            settle(&row, norm / m.square[i], overlap / m.square[i]);
+        }
+        NAME(write)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &row);
+    }
     if (space) {
         narrow(w_home, (float *)w, entries, rule->dtype);
         if (b) narrow(b_home, (float *)b, entries, rule->dtype);
@@ -164,25 +175,30 @@ static void NAME(long_rows)(const Rule *rule, const Piece *cut, Products *part, 
             sum.ww += part[k].ww; sum.wg += part[k].wg; sum.gg += part[k].gg;
             sum.wb += part[k].wb; sum.gb += part[k].gb; sum.bb += part[k].bb;
         }
-        double square = square_of(piece->job, piece->row);
-        to_unit(&sum, rule, square);
-        double gg = NAME(tangential_square)(&sum), norm = 0, overlap = 0;
-        if (brief_gradient(rule, &sum)) { /* seldom, and by one thread */
-            REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(sum.wg / sum.ww);
-            gg = 0;
+        Measured m;
+        Turned turned;
+        keep_products(&m, 0, &sum);
+        to_unit(&m, rule, piece->job, piece->row, 1);
+        double square = m.square[0], norm = 0, overlap = 0;
+        if (brief_gradient(rule, &m, 0)) { /* seldom, and by one thread */
+            REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(m.wg[0] / m.ww[0]);
+            m.length[0] = 0;
             for (int64_t k = first[l]; k < first[l + 1]; k++) {
                 NAME(open)(rule, cut + k, space, &w, &g, &b);
-                gg += NAME(tangential)(w, g, cut[k].size, to_g, slope) / square;
+                m.length[0] += NAME(tangential)(w, g, cut[k].size, to_g, slope) / square;
             }
         }
-        rows[l] = NAME(turn_into)(rule, piece->job, piece->row, &sum, gg);
-        for (int64_t k = first[l]; rows[l].far && k < first[l + 1]; k++) {
+        NAME(second_moments)(rule, piece->job, piece->row, &m, 1);
+        coefficients(rule, piece->job, &m, 1, &turned);
+        rows[l] = row_of(&turned, 0);
+        int far = turned.far[0] > 1.0;
+        for (int64_t k = first[l]; far && k < first[l + 1]; k++) {
             double norm_part, overlap_part;
             NAME(open)(rule, cut + k, space, &w, &g, &b);
             NAME(outcome)(w, g, b, cut[k].size, rows + l, &norm_part, &overlap_part);
             norm += norm_part / square; overlap += overlap_part / square;
         }
-        if (rows[l].far) settle(rows + l, norm, overlap);
+        if (far) settle(rows + l, norm, overlap);
     }
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < total; k++) {

@@ -29,51 +29,70 @@ typedef struct {
 } Rule;
 
 typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
-typedef struct { double ww, wb, wg, bw, bb, bg; int far; } Row;
+typedef struct { double ww, wb, wg, bw, bb, bg; } Row;
 
-/* The inner products in the coordinates of the unit sphere; whether the tangential gradient has lost digits. */
-static void to_unit(Products *p, const Rule *rule, double square) {
-    double sign = rule->maximize ? -1.0 : 1.0;
-    p->ww /= square; p->wb /= square; p->bb /= square;
-    p->gg *= square; p->wg *= sign; p->gb *= sign;
-}
-
-static double square_of(const Job *job, int64_t row) { return job->square[job->squares > 1 ? row : 0]; }
+/* Numbers of up to ROWS rows, each kind in a run of memory, so that one instruction takes those of several rows. */
+typedef struct {
+    double ww[ROWS], wg[ROWS], gg[ROWS], wb[ROWS], gb[ROWS], bb[ROWS]; /* inner products */
+    double square[ROWS];  /* squared radii */
+    double length[ROWS];  /* squared norms of the tangential gradients */
+    double second[ROWS];  /* second moments */
+} Measured;
+typedef struct { double ww[ROWS], wb[ROWS], wg[ROWS], bw[ROWS], bb[ROWS], bg[ROWS], far[ROWS]; } Turned;
 
 static double positive(double x) { return x < 0 ? 0.0 : x; } /* keeps NaN */
 
-static int brief_gradient(const Rule *rule, const Products *p) {
-    return rule->kind == ADAM && positive(p->gg - p->wg / p->ww * p->wg) < 0.25 * p->gg;
+static void keep_products(Measured *m, int64_t i, const Products *p) {
+    m->ww[i] = p->ww; m->wg[i] = p->wg; m->gg[i] = p->gg;
+    m->wb[i] = p->wb; m->gb[i] = p->gb; m->bb[i] = p->bb;
 }
 
-static double new_second_moment(const Rule *rule, double *v, double *v_max, double gg) {
-    *v += (1.0 - rule->beta2) * (gg - *v);
-    if (!v_max) return *v;
-    *v_max = *v > *v_max || *v != *v ? *v : *v_max;
-    return *v_max;
+/* The inner products in the coordinates of the unit sphere, of rows from `row` on. */
+static void to_unit(Measured *restrict m, const Rule *rule, const Job *job, int64_t row, int64_t n) {
+    double sign = rule->maximize ? -1.0 : 1.0;
+    for (int64_t i = 0; i < n; i++) m->square[i] = job->square[job->squares > 1 ? row + i : 0];
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double square = m->square[i], inverse = 1.0 / square;
+        m->ww[i] *= inverse; m->wb[i] *= inverse; m->bb[i] *= inverse;
+        m->gg[i] *= square; m->wg[i] *= sign; m->gb[i] *= sign;
+        m->length[i] = positive(m->gg[i] - m->wg[i] / m->ww[i] * m->wg[i]);
+    }
 }
 
-/* See coefficients.py. `gg` is the squared norm of the tangential gradient. */
-static Row coefficients(const Rule *rule, const Job *job, const Products *p, double gg, double second, double square) {
-    double keep = job->b ? rule->keep : 0.0, take = job->b ? job->take : 0.0, follow = 1.0, ahead = 0.0;
-    if (rule->kind == ADAM) follow = job->first / (sqrt(second * job->second) + rule->eps);
-    else if (!job->b) ahead = 1.0;
-    else if (rule->nesterov) follow = keep, ahead = 1.0;
-    double inverse = 1.0 / p->ww, g_slope = p->wg * inverse, b_slope = p->wb * inverse, lr = rule->lr;
-    double bb = p->bb - b_slope * p->wb, gb = p->gb - b_slope * p->wg;
-    double d_b = follow * keep, d_g = follow * take + ahead;
-    double p_w = -(keep * b_slope + take * g_slope), d_w = -(d_b * b_slope + d_g * g_slope);
-    double length = positive(d_b * d_b * bb + 2.0 * d_b * d_g * gb + d_g * d_g * gg);
-    double overlap = d_b * keep * bb + (d_b * take + d_g * keep) * gb + d_g * take * gg;
-    double scale = (1.0 + 0.0 * length) / sqrt(1.0 + lr * lr * length);
-    double root = lr == 0.0 ? 1.0 : sqrt(inverse), turn = -lr * scale * overlap;
-    double to_g = rule->maximize ? -square : square;
-    Row r;
-    r.ww = scale * (root - lr * d_w); r.wb = -lr * scale * d_b; r.wg = -lr * scale * d_g;
-    r.far = r.wb * r.wb * p->bb + r.wg * r.wg * p->gg > 1.0;
-    r.bw = p_w - turn * r.ww; r.bb = keep - turn * r.wb; r.bg = (take - turn * r.wg) * to_g;
-    r.wg *= to_g;
-    return r;
+/* Whether the tangential gradient of a row has lost digits that matter. */
+static int brief_gradient(const Rule *rule, const Measured *m, int64_t i) {
+    return rule->kind == ADAM && m->length[i] < 0.25 * m->gg[i];
+}
+
+/* See coefficients.py. */
+static void coefficients(const Rule *rule, const Job *job, const Measured *restrict m, int64_t n, Turned *restrict r) {
+    double keep = job->b ? rule->keep : 0.0, take = job->b ? job->take : 0.0, ahead = 0.0, along = 1.0;
+    double lr = rule->lr, first = job->first, correction = job->second, eps = rule->eps;
+    double sign = rule->maximize ? -1.0 : 1.0, stays = lr == 0.0;
+    int adam = rule->kind == ADAM;
+    if (!adam && !job->b) ahead = 1.0;
+    else if (!adam && rule->nesterov) along = keep, ahead = 1.0;
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double follow = adam ? first / (sqrt(m->second[i] * correction) + eps) : along;
+        double inverse = 1.0 / m->ww[i], g_slope = m->wg[i] * inverse, b_slope = m->wb[i] * inverse;
+        double bb = m->bb[i] - b_slope * m->wb[i], gb = m->gb[i] - b_slope * m->wg[i], gg = m->length[i];
+        double d_b = follow * keep, d_g = follow * take + ahead;
+        double p_w = -(keep * b_slope + take * g_slope), d_w = -(d_b * b_slope + d_g * g_slope);
+        double length = positive(d_b * d_b * bb + 2.0 * d_b * d_g * gb + d_g * d_g * gg);
+        double overlap = d_b * keep * bb + (d_b * take + d_g * keep) * gb + d_g * take * gg;
+        double scale = (1.0 + 0.0 * length) / sqrt(1.0 + lr * lr * length);
+        double root = stays ? 1.0 : sqrt(inverse), turn = -lr * scale * overlap, to_g = sign * m->square[i];
+        double ww = scale * (root - lr * d_w), wb = -lr * scale * d_b, wg = -lr * scale * d_g;
+        r->ww[i] = ww; r->wb[i] = wb; r->wg[i] = wg * to_g;
+        r->far[i] = wb * wb * m->bb[i] + wg * wg * m->gg[i];
+        r->bw[i] = p_w - turn * ww; r->bb[i] = keep - turn * wb; r->bg[i] = (take - turn * wg) * to_g;
+    }
+}
+
+static Row row_of(const Turned *r, int64_t i) {
+    return (Row){r->ww[i], r->wb[i], r->wg[i], r->bw[i], r->bb[i], r->bg[i]};
 }
 
 /* Put the new point on its sphere and the moment in its tangent space, from ||w'||^2/r^2 and <w', b'>/r^2. */
