@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -127,12 +128,12 @@ class SphereOptimizer(torch.optim.Optimizer):
         moving = in_motion(group["manifolds"], given)
         for index, parameter, manifold in constrained_of(group):
             weight, gradient = given.get(index, (parameter, None))
-            # A sphere of one entry is two points: there is nowhere to go.
-            if isinstance(manifold, JointSphereMember):
-                gradient = torch.zeros_like(weight) if gradient is None and manifold.joint in moving else gradient
-            elif layout_of(manifold).size == 1:
-                continue
             if gradient is None:
+                if not (moving and isinstance(manifold, JointSphereMember) and manifold.joint in moving):
+                    continue
+                gradient = torch.zeros_like(weight)
+            # A sphere of one entry is two points: there is nowhere to go.
+            elif layout_of(manifold).size == 1 and not isinstance(manifold, JointSphereMember):
                 continue
             state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
@@ -140,7 +141,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 point = masters[weight] = self._masters.of(weight, state)
             members.append(self._member(group, state, point, gradient, manifold))
         if members:
-            with joined(members) as together:
+            with joined(members) if moving else nullcontext(members) as together:
                 self._step_members(group, together)
         self._masters.write(masters)
 

@@ -38,9 +38,9 @@ _IN_SEQUENCE = 2**13
 _MANY = 8
 
 
-def follows_moment(rule: Rule, rows: Rows) -> bool:
-    """Whether a step is along the moment, and all that it computes with is at hand in the dtype to compute in."""
-    return rows.is_precise and not rule.nesterov and rule.has_kernel
+def follows_moment(rule: Rule) -> bool:
+    """Whether a step is along the moment; it is taken so where all is at hand in the dtype to compute in."""
+    return not rule.nesterov and rule.has_kernel
 
 
 def step_along_moment(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
@@ -48,6 +48,13 @@ def step_along_moment(rule: Rule, matrices: Sequence[Rows], dampening: float, st
     blocks = (block for rows in matrices for block in blocks_of(rows))
     for portion in portions(blocks):
         _Step(rule, portion).take(dampening, step)
+
+
+class _Column:
+    """A number for each row of all matrices, and the views of those of each matrix."""
+
+    def __init__(self, values: Tensor, sizes: list[int]) -> None:
+        self.values, self.parts = values, values.split_with_sizes(sizes)
 
 
 class _Step:
@@ -58,40 +65,47 @@ class _Step:
         self.w = [rows.weight for rows in matrices]
         self.g = [rows.gradient for rows in matrices]
         self.b = [rows.moment for rows in matrices if rows.moment is not None]
-        self.sizes = [len(w) for w in self.w]
+        self.sizes = [w.shape[0] for w in self.w]
         self.radius = radii(matrices)
 
     def take(self, dampening: float, step: float) -> None:
         w, b, radius, rule = self.w, self.b, self.radius, self.rule
-        norms, take, turn = self.norms(w), 1 - dampening, float(rule.lr) / radius
+        norm, take, turn = self.norms(w), 1 - dampening, float(rule.lr) / radius
+        norms = norm.values
         squares = norms.square()
         second = second_moments(self.matrices)
         if second is not None:
             take, turn = 1 - rule.keep, turn * self.adam_factor(second, squares, step)
         self.take_up((-take if rule.maximize else take) * radius * radius)
-        self.add(b, w, self.dots(w, b).div_(squares), -1)
+        slope = self.dots(w, b)
+        slope.values.div_(squares)
+        self.add(b, w, slope, -1)
         if rule.lr == 0:
             return  # the weights stay as they are, bit for bit
-        lengths = self.norms(b).square_()
-        reach = turn * norms
+        length = self.norms(b)
+        lengths = length.values.square_()
+        reach = norms.mul_(turn)
         moved = (reach * lengths).mul_(reach)  # the sides of a right angle are w and what it moves by
-        self.add(w, b, reach, -1)
+        self.add(w, b, norm, -1)
+        # In the places of numbers that are needed no more: the factor of w, and of w in b.
+        scale, overlap = slope, length
         if some(moved > squares):  # steps of more than a radian, whose ends are measured
             # A norm out of range would send a group to zero without a word; 0·∞ makes it NaN, as it should be.
-            scale = (radius + 0.0 * moved) / self.norms(w)
-            overlap = -self.dots(w, b) * scale
+            scale.values.copy_((radius + 0.0 * moved) / self.norms(w).values)
+            torch.mul(self.dots(w, b).values, scale.values, out=overlap.values).neg_()
         else:
-            scale = radius / moved.add_(squares).sqrt_()
-            overlap = reach.mul_(lengths).mul_(scale)
-        torch._foreach_mul_(w, self.columns(scale))
-        self.add(b, w, overlap.div_(radius * radius), 1)
+            torch.div(radius, moved.add_(squares).sqrt_(), out=scale.values)
+            overlap.values.mul_(reach).mul_(scale.values)
+        torch._foreach_mul_(w, scale.parts)
+        overlap.values.div_(radius * radius)
+        self.add(b, w, overlap, 1)
 
     def take_up(self, share: Scalar) -> None:
         """Let the moment become ``μ b + share g``, in one pass where there is an operation for it."""
         keep = self.rule.keep
         if isinstance(share, Tensor):
             torch._foreach_mul_(self.b, keep)
-            self.add(self.b, self.g, share, 1)
+            self.add(self.b, self.g, _Column(share, self.sizes), 1)
         elif share == 1 - keep:
             torch._foreach_lerp_(self.b, self.g, share)
         elif share == 1 and len(self.b) < _MANY:
@@ -104,7 +118,7 @@ class _Step:
     def adam_factor(self, second: tuple[Tensor, Tensor | None], squares: Tensor, step: float) -> Tensor:
         """Return by what Adam multiplies the moment of each row, and update the second moments."""
         rule = self.rule
-        dots = (squares, self.dots(self.w, self.g), self.norms(self.g).square_())
+        dots = (squares, self.dots(self.w, self.g).values, self.norms(self.g).values.square_())
         found = tangential_of(dots, self.radius * self.radius, maximize=rule.maximize)
         found = sharpened(found, self.matrices, maximize=rule.maximize)
         corrections = bias_corrections(rule.keep, rule.beta2, step)
@@ -112,21 +126,21 @@ class _Step:
         keep_second_moments(self.matrices, second)
         return factor
 
-    def columns(self, values: Tensor) -> list[Tensor]:
-        return list(torch.split(values, self.sizes))
+    def add(self, to: list[Tensor], what: list[Tensor], share: _Column, sign: int) -> None:
+        torch._foreach_addcmul_(to, what, share.parts, value=sign)
 
-    def add(self, to: list[Tensor], what: list[Tensor], share: Tensor, sign: int) -> None:
-        torch._foreach_addcmul_(to, what, self.columns(share), value=sign)
+    def column(self) -> _Column:
+        return _Column(self.w[0].new_empty(sum(self.sizes), 1), self.sizes)
 
-    def dots(self, x: list[Tensor], y: list[Tensor]) -> Tensor:
-        found = x[0].new_empty(sum(self.sizes), 1)
-        for product, out in zip(torch._foreach_mul(x, y), self.columns(found), strict=True):
+    def dots(self, x: list[Tensor], y: list[Tensor]) -> _Column:
+        found = self.column()
+        for product, out in zip(torch._foreach_mul(x, y), found.parts, strict=True):
             torch.sum(product, 1, keepdim=True, out=out)
         return found
 
-    def norms(self, x: list[Tensor]) -> Tensor:
-        found = x[0].new_empty(sum(self.sizes), 1)
-        for each, out in zip(x, self.columns(found), strict=True):
+    def norms(self, x: list[Tensor]) -> _Column:
+        found = self.column()
+        for each, out in zip(x, found.parts, strict=True):
             if each.shape[1] <= _IN_SEQUENCE:
                 torch.linalg.vector_norm(each, dim=1, keepdim=True, out=out)
             else:

@@ -45,8 +45,8 @@ _COPIED = 2**18
 
 def run_batched(rule: Rule, members: Sequence[Member]) -> None:
     """Step weights that `suits_rows` by torch's operations, large ones in blocks and small ones together."""
-    for (dampening, step, *_), batch in _alike(members).items():
-        if follows_moment(rule, batch[0]):
+    for (dampening, step, *_, is_precise), batch in _alike(members).items():
+        if is_precise and follows_moment(rule):
             step_along_moment(rule, batch, dampening, step)
             continue
         with _small_together(batch) as matrices:
@@ -67,9 +67,10 @@ def _alike(members: Sequence[Member]) -> dict[Any, list[Rows]]:
     """Weights whose coefficients are computed together: after equally many steps, on one device."""
     found: dict[Any, list[Rows]] = defaultdict(list)
     for m in members:
-        rows = rows_of(m)
-        kinds = (m.moment is None, m.second is None, accumulation_dtype(m.weight.dtype), m.weight.device)
-        found[m.dampening, float(m.step), *kinds, rows.is_precise].append(rows)
+        rows, compute = rows_of(m), accumulation_dtype(m.weight.dtype)
+        is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
+        kinds = (m.moment is None, m.second is None, compute, m.weight.device)
+        found[m.dampening, float(m.step), *kinds, is_precise].append(rows)
     return found
 
 

@@ -28,6 +28,8 @@ class Layout:
         size: entries of a group.
         squares: squared radii, float64: one, or one a group.
         address: where the squared radii lie.
+        matrix: shape and strides of a weight as a matrix with one group a row.
+        column: shape and strides of one number a group, likewise.
     """
 
     partition: Partition
@@ -36,6 +38,8 @@ class Layout:
     size: int
     squares: np.ndarray
     address: int
+    matrix: tuple[tuple[int, int], tuple[int, int]]
+    column: tuple[tuple[int, int], tuple[int, int]]
     _dense: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     def has_rows(self, stride: tuple[int, ...]) -> bool:
@@ -67,7 +71,9 @@ def layout_of(manifold: SphereProduct) -> Layout:
         extreme = float(radii.min()) < _SMALLEST or float(radii.max()) > _LARGEST
         squares = (radii[:1] if manifold.uniform_radius is not None else radii).square().numpy()
         partition = manifold.partition
-        layout = Layout(*(partition, extreme, partition.n_groups, partition.group_size), squares, squares.ctypes.data)
+        rows, size = partition.n_groups, partition.group_size
+        views = ((rows, size), (size, 1)), ((rows, 1), (1, 1))
+        layout = Layout(partition, extreme, rows, size, squares, squares.ctypes.data, *views)
         _layouts[id(manifold)] = layout
         finalize(manifold, _layouts.pop, id(manifold))
     return layout

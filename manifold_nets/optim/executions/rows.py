@@ -44,12 +44,6 @@ class Rows(NamedTuple):
         """Return some of the rows, as views."""
         return Rows(*(x[start:end] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
-    @property
-    def is_precise(self) -> bool:
-        """Whether all that a step computes with is at hand in the dtype to compute in."""
-        dtype = accumulation_dtype(self.weight.dtype)
-        return self.moment is not None and self.moment.dtype == self.weight.dtype == self.gradient.dtype == dtype
-
 
 def suits_rows(member: Member) -> bool:
     """Whether the groups of a weight are the rows of a matrix that is a view of it."""
@@ -60,24 +54,21 @@ def suits_rows(member: Member) -> bool:
 
 
 def rows_of(member: Member) -> Rows:
-    """Return the matrix of a weight that `suits_rows`, with views of its memory."""
-    layout, weight = layout_of(member.manifold), member.weight.detach()
-    shape = (layout.rows, layout.size)
-
-    def view(x: Tensor | None, columns: int = layout.size) -> Tensor | None:
-        return None if x is None else x.detach().as_strided((layout.rows, columns), (columns, 1))
-
-    gradient = member.gradient.detach()
+    """Return the matrix of a weight that `suits_rows`, with views of its memory; while no gradients are recorded."""
+    layout, weight, gradient, moment = layout_of(member.manifold), member.weight, member.gradient, member.moment
     if gradient.stride() != weight.stride():
-        gradient = torch.empty_like(weight, dtype=gradient.dtype).copy_(gradient)
+        gradient = torch.empty_like(weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
     second, largest = member.second or (None, None)
     radius = member.manifold.radius_for(weight)
     if isinstance(radius, Tensor):
         radius = radius.reshape(-1, 1)
     return Rows(
-        weight.as_strided(shape, (layout.size, 1)),
-        gradient.as_strided(shape, (layout.size, 1)),
-        *(view(member.moment), view(second, 1), view(largest, 1), radius),
+        weight.as_strided(*layout.matrix),
+        gradient.as_strided(*layout.matrix),
+        None if moment is None else moment.as_strided(*layout.matrix),
+        None if second is None else second.as_strided(*layout.column),
+        None if largest is None else largest.as_strided(*layout.column),
+        radius,
     )
 
 
