@@ -91,6 +91,7 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
     share = (1 - rule.keep if rule.kind == "adam" else 1 - dampening) / rule.keep if kind.mixes else 1.0
     share = -share if rule.maximize else share
     uniform: dict[float, tuple[Tensor, Tensor]] = {}
+    kernels: dict[_Form, Callable[..., Sequence[Tensor]]] = {}  # of this kind, which takes longer to look up
     flags = []
     for rows in matrices:
         radius = rows.radius
@@ -100,9 +101,11 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
             columns = uniform[radius]
         else:
             columns = uniform[radius] = _radius_and_share(numbers.new_full((1, 1), radius, dtype=dtype), share)
-        kernel = _kernel(kind, _form_of(rows, dtype, device))
-        # As `.data` they are views of no other tensor: what a view is of would be compiled for as well.
-        flags.append(kernel(*(None if x is None else x.data for x in rows[:5]), *columns, numbers)[-1])
+        form = _form_of(rows, dtype, device)
+        kernel = kernels.get(form)
+        if kernel is None:
+            kernel = kernels[form] = _kernel(kind, form)
+        flags.append(kernel(*rows[:5], *columns, numbers)[-1])
     if some(torch.cat(flags) != 0):
         rule = replace(rule, lr=float(rule.lr))
         for rows, left in zip(matrices, flags, strict=True):
@@ -115,9 +118,16 @@ def _precise(device: torch.device) -> torch.dtype:
 
 
 def _form_of(rows: Rows, compute: torch.dtype, device: torch.device) -> _Form:
-    count, size = rows.weight.shape
-    dtypes = tuple(None if x is None else x.dtype for x in rows[:5])
-    one_radius = not isinstance(rows.radius, Tensor) or len(rows.radius) == 1
+    weight, moment, second, largest = rows.weight, rows.moment, rows.second, rows.largest
+    count, size = weight.shape
+    dtypes = (
+        weight.dtype,
+        rows.gradient.dtype,
+        None if moment is None else moment.dtype,
+        None if second is None else second.dtype,
+        None if largest is None else largest.dtype,
+    )
+    one_radius = not isinstance(rows.radius, Tensor) or rows.radius.shape[0] == 1
     long, wide = size > _IN_SEQUENCE, count * size > _WIDE
     return _Form(dtypes, compute, device, count == 1, size == 1, long, wide, one_radius)
 
@@ -151,7 +161,13 @@ def _kernel(kind: _Kind, form: _Form) -> Callable[..., Sequence[Tensor]]:
         pass  # torch cannot, or may keep no compiled code
     # Each kernel counts by itself the variants of sizes that it is compiled for.
     limits: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}
-    return torch.compile(step, fullgraph=True, dynamic=True, **limits)
+    guarded: Any = torch.compile(step, fullgraph=True, dynamic=True, **limits)
+
+    def on_no_views(*arguments: Tensor | None) -> Sequence[Tensor]:
+        # What a view is of would be compiled for as well; as `.data` a tensor is a view of none.
+        return cast("Sequence[Tensor]", guarded(*(None if x is None else x.data for x in arguments)))
+
+    return on_no_views
 
 
 def _examples(form: _Form) -> tuple[Tensor | None, ...]:
