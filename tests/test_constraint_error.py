@@ -11,7 +11,9 @@ from manifold_nets.optim.rules import coefficients
 pytestmark = pytest.mark.slow
 DTYPES = [(torch.float32, 10_000), (torch.bfloat16, 2_000), (torch.float16, 2_000)]
 # The default of these two takes ten times as many steps in test_optim_executions.
-CASES = [(name, how) for name in ("rsgd", "radam") for how in ({"foreach": True}, {"foreach": False})]
+CASES = [
+    (name, how) for name in ("rsgd", "radam") for how in ({"foreach": True}, {"foreach": False}, {"compile": True})
+]
 CASES += [(name, {}) for name, row in OPTIMIZERS.items() if row.weights == "spheres"]
 
 
@@ -32,6 +34,7 @@ def worst_error(name, how, dtype, steps):
     return worst / torch.finfo(dtype).eps
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
 @pytest.mark.parametrize(("dtype", "steps"), DTYPES)
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_the_constraint_error_is_a_few_roundings(name, how, dtype, steps):

@@ -207,6 +207,17 @@ def test_compiled_steps_of_half_precision_are_rounded_once():
         check_half_precision({"compile": True}, dtype, SIZES[0])
 
 
+def test_rows_that_the_compiled_kernel_leaves_are_looked_for_in_their_matrices_alone():
+    torch.manual_seed(0)
+    for share in (0.0, 0.01, 0.3, 1.0):
+        sizes = torch.randint(1, 40, (30,)).tolist()
+        matrices = [rows.Rows(torch.zeros(size, 2), torch.zeros(size, 2), None, None, None, 1.0) for size in sizes]
+        flags = [(torch.rand(size, 1) < share).to(torch.int16) for size in sizes]
+        found = [(id(matrix), which.tolist()) for matrix, which in compiled._left(matrices, flags)]
+        places = [flag.view(-1).nonzero().view(-1).tolist() for flag in flags]
+        assert found == [(id(m), place) for m, place in zip(matrices, places, strict=True) if place]
+
+
 def compiled_step(dtype=torch.float32, shape=(20, 30), momentum=0.9):
     sphere = mn.SphereProduct(shape, radius=2.0)
     weight = geoopt.ManifoldParameter(sphere.random().to(dtype), manifold=sphere)

@@ -14,7 +14,8 @@ as they are by the kernel, and stepped by the reference.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -30,7 +31,6 @@ from manifold_nets.optim.rules.products import (
     Tangential,
     is_short,
     pairs,
-    some,
     tangential,
     tangential_of,
 )
@@ -106,10 +106,22 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
         if kernel is None:
             kernel = kernels[form] = _kernel(kind, form)
         flags.append(kernel(*rows[:5], *columns, numbers)[-1])
-    if some(torch.cat(flags) != 0):
-        rule = replace(rule, lr=float(rule.lr))
-        for rows, left in zip(matrices, flags, strict=True):
-            _step_left(kind, rule, rows, left.view(-1).nonzero().squeeze(1), dampening, step)
+    # For the reference a rate is a number.
+    rule = replace(rule, lr=float(rule.lr))
+    for rows, which in _left(matrices, flags):
+        _step_left(kind, rule, rows, which, dampening, step)
+
+
+def _left(matrices: Sequence[Rows], flags: Sequence[Tensor]) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield the matrices of which rows were left, and these rows; the host waits for an accelerator once."""
+    left = torch.cat(list(flags)).view(-1).nonzero().squeeze(1).cpu()
+    if len(left) == 0:
+        return
+    ends = torch.tensor(list(itertools.accumulate(map(len, flags))))
+    counts = torch.bincount(torch.searchsorted(ends, left, right=True), minlength=len(flags)).tolist()
+    for rows, flag, end, which in zip(matrices, flags, ends.tolist(), torch.split(left, counts), strict=True):
+        if len(which) > 0:
+            yield rows, (which - (end - len(flag))).to(flag.device)
 
 
 def _precise(device: torch.device) -> torch.dtype:
