@@ -207,6 +207,38 @@ def test_compiled_steps_of_half_precision_are_rounded_once():
         check_half_precision({"compile": True}, dtype, SIZES[0])
 
 
+@pytest.fixture
+def complete(monkeypatch):
+    """The kernel that is for accelerators, on the CPU."""
+    compiled._kernel.cache_clear()
+    monkeypatch.setattr(compiled, "_completes", lambda device: True)
+    yield
+    compiled._kernel.cache_clear()
+
+
+@pytest.mark.slow
+@compiler_warns
+@pytest.mark.parametrize(("optimizer", "options"), [*STEPPERS[::2], (RiemannianAdam, {"lr": 0.1, "amsgrad": True})])
+def test_the_kernel_for_accelerators_steps_all_rows_by_itself(complete, optimizer, options, monkeypatch):
+    monkeypatch.setattr(compiled, "_left", None)  # nothing is asked for
+    for shape in [*SIZES, (1, 30), (64, 64)]:
+        check_against_float64({"compile": True}, shape, optimizer, options)
+    for scale, radial in LONG:
+        check_long_steps({"compile": True}, optimizer, {**options, "lr": 10.0}, scale, radial)
+    if optimizer is RiemannianAdam:
+        check_short_gradients({"compile": True})
+    for dtype in (torch.bfloat16, torch.float16):
+        check_half_precision({"compile": True}, dtype, SIZES[0])
+
+
+@pytest.mark.slow
+@compiler_warns
+def test_sabotage_without_measuring_the_kernel_for_accelerators_leaves_the_spheres(complete, monkeypatch):
+    monkeypatch.setattr(mn.optim.rules.updates, "some", lambda _: False)
+    with pytest.raises(AssertionError, match="constraint error"):
+        check_long_steps({"compile": True}, RiemannianSGD, {"lr": 1.0, "momentum": 0.9}, 10.0, 1e4)
+
+
 def test_rows_that_the_compiled_kernel_leaves_are_looked_for_in_their_matrices_alone():
     torch.manual_seed(0)
     for share in (0.0, 0.01, 0.3, 1.0):

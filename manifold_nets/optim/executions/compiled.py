@@ -8,7 +8,8 @@ enter as ``q = b + c g``, with ``c`` chosen so that the new moment is μ times t
 same, as the tangential part of a sum is the sum of the tangential parts.
 
 Rows for which that is not exact (steps of more than a radian; tangential gradients of which digits were lost) are left
-as they are by the kernel, and stepped by the reference.
+as they are by the kernel, and stepped by the reference. On an accelerator the host would have to wait for the answer
+which these are; there the kernel is the reference itself, and measures in all rows what is otherwise measured in these.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.executions.rows import Rows
-from manifold_nets.optim.rules.coefficients import adam_coefficients, bias_corrections, sgd_coefficients
+from manifold_nets.optim.rules.coefficients import (
+    Coefficients,
+    adam_coefficients,
+    bias_corrections,
+    sgd_coefficients,
+)
 from manifold_nets.optim.rules.members import Rule
 from manifold_nets.optim.rules.products import (
     Spheres,
@@ -59,12 +65,14 @@ class _Kind:
         nesterov: whether to look ahead.
         maximize: whether to ascend.
         mixes: whether the gradient enters with the moment, as one matrix.
+        complete: whether no row is left.
     """
 
     rule: str
     nesterov: bool
     maximize: bool
     mixes: bool
+    complete: bool
 
 
 class _Form(NamedTuple):
@@ -84,7 +92,8 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
     """Take one step of all rows, in place, after equally many steps and on one device."""
     first = matrices[0]
     device, dtype = first.weight.device, accumulation_dtype(first.weight.dtype)
-    kind = _Kind(rule.kind, rule.nesterov, rule.maximize, _mixes(rule, first))
+    complete = _completes(device)
+    kind = _Kind(rule.kind, rule.nesterov, rule.maximize, not complete and _mixes(rule, first), complete)
     corrections = bias_corrections(rule.keep, rule.beta2, step) if rule.kind == "adam" else (1.0, 1.0)
     values = (rule.lr, rule.keep, dampening, rule.beta2, rule.eps, *corrections)
     numbers = torch.tensor([float(value) for value in values], dtype=_precise(device), device=device)
@@ -92,7 +101,7 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
     share = -share if rule.maximize else share
     uniform: dict[float, tuple[Tensor, Tensor]] = {}
     kernels: dict[_Form, Callable[..., Sequence[Tensor]]] = {}  # of this kind, which takes longer to look up
-    flags = []
+    flags: list[Tensor] = []
     for rows in matrices:
         radius = rows.radius
         if isinstance(radius, Tensor):
@@ -105,23 +114,29 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
         kernel = kernels.get(form)
         if kernel is None:
             kernel = kernels[form] = _kernel(kind, form)
-        flags.append(kernel(*rows[:5], *columns, numbers)[-1])
+        flags += kernel(*rows[:5], *columns, numbers)[-1:]
+    if complete:
+        return
     # For the reference a rate is a number.
     rule = replace(rule, lr=float(rule.lr))
     for rows, which in _left(matrices, flags):
         _step_left(kind, rule, rows, which, dampening, step)
 
 
+def _completes(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
 def _left(matrices: Sequence[Rows], flags: Sequence[Tensor]) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield the matrices of which rows were left, and these rows; the host waits for an accelerator once."""
-    left = torch.cat(list(flags)).view(-1).nonzero().squeeze(1).cpu()
+    """Yield the matrices of which rows were left, and these rows."""
+    left = torch.cat(list(flags)).view(-1).nonzero().squeeze(1)
     if len(left) == 0:
         return
     ends = torch.tensor(list(itertools.accumulate(map(len, flags))))
     counts = torch.bincount(torch.searchsorted(ends, left, right=True), minlength=len(flags)).tolist()
     for rows, flag, end, which in zip(matrices, flags, ends.tolist(), torch.split(left, counts), strict=True):
         if len(which) > 0:
-            yield rows, (which - (end - len(flag))).to(flag.device)
+            yield rows, which - (end - len(flag))
 
 
 def _precise(device: torch.device) -> torch.dtype:
@@ -210,6 +225,8 @@ def _step(
 
     The share is ± r² times what the gradient counts for beside the moment.
     """
+    if kind.complete:
+        return _step_completely(kind, weight, gradient, moment, second, largest, radius, numbers)
     dtype = accumulation_dtype(weight.dtype)
     w, g, b = weight.to(dtype), gradient.to(dtype), None
     if moment is not None:
@@ -243,18 +260,9 @@ def _columns(
     numbers: Tensor,
 ) -> list[Tensor]:
     """Return what each row is multiplied by, and update the second moments; what is left is written as it is."""
-    lr, keep, dampening, beta2, eps, *corrections = numbers.unbind()
     found = _tangential(kind, w, g, b, radius * radius, adaptive=states is not None)
-    # What a gradient counts for beside the moment is in it already.
-    apart: Any = 1.0 if kind.mixes else dampening
-    if states is None:
-        momentum: Any = 0.0 if b is None else keep
-        move = sgd_coefficients(found, lr=lr, momentum=momentum, dampening=apart, nesterov=kind.nesterov)
-        left = move.far
-    else:
-        options: Any = {"beta1": keep, "beta2": beta2, "eps": eps, "corrections": corrections}
-        move = adam_coefficients(found, *states, lr=lr, dampening=apart, **options)
-        left = move.far | is_short(found)
+    move = _move(kind, found, states, numbers, remembers=b is not None)
+    left = move.far if states is None else move.far | is_short(found)
     # 1 w + 0 b + 0 g, and so on.
     terms = [(move.ww, 1.0), (move.wb, 0.0), (move.bw, 0.0), (move.bb, 1.0)]
     terms += [] if kind.mixes else [(move.wg * share, 0.0), (move.bg * share, 0.0)]
@@ -273,6 +281,47 @@ def _tangential(kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Ten
     wb, total = ((x * b).sum(1, keepdim=True) / square for x in (w, b))
     slope = wb / found.ww
     return found._replace(b_slope=slope, bb=total - slope * wb, b_total=total)
+
+
+def _move(
+    kind: _Kind,
+    found: Tangential,
+    states: tuple[Tensor, Tensor | None] | None,
+    numbers: Tensor,
+    *,
+    remembers: bool,
+) -> Coefficients:
+    """Return what to write, of options that are tensors, and update the second moments."""
+    lr, keep, dampening, beta2, eps, *corrections = numbers.unbind()
+    # What a gradient counts for beside the moment may be in it already.
+    apart: Any = 1.0 if kind.mixes else dampening
+    if states is None:
+        momentum: Any = keep if remembers else 0.0
+        return sgd_coefficients(found, lr=lr, momentum=momentum, dampening=apart, nesterov=kind.nesterov)
+    options: Any = {"beta1": keep, "beta2": beta2, "eps": eps, "corrections": corrections}
+    return adam_coefficients(found, *states, lr=lr, dampening=apart, **options)
+
+
+def _step_completely(
+    kind: _Kind,
+    weight: Tensor,
+    gradient: Tensor,
+    moment: Tensor | None,
+    second: Tensor | None,
+    largest: Tensor | None,
+    radius: Tensor,
+    numbers: Tensor,
+) -> list[Tensor]:
+    """Step all rows, in place, by the reference, which measures everywhere where a graph cannot ask; return nothing."""
+    dtype, spheres = accumulation_dtype(weight.dtype), Spheres((1,), radius)
+    w, g, b = weight.to(dtype), gradient.to(dtype), None if moment is None else moment.to(dtype)
+    states = None if second is None else (second, largest)
+    found = tangential(w, g, b, spheres, maximize=kind.maximize, sharp=states is not None)
+    write_(w, g, b, spheres, _move(kind, found, states, numbers, remembers=b is not None), maximize=kind.maximize)
+    for old, new in ((weight, w), (moment, b)):
+        if old is not None and new is not None and old is not new:
+            old.copy_(new)
+    return []
 
 
 def _step_left(kind: _Kind, rule: Rule, rows: Rows, which: Tensor, dampening: float, step: float) -> None:
