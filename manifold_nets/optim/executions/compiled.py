@@ -66,6 +66,7 @@ class _Kind:
         maximize: whether to ascend.
         mixes: whether the gradient enters with the moment, as one matrix.
         complete: whether no row is left.
+        threads: whether there are several, for a CPU.
     """
 
     rule: str
@@ -73,6 +74,7 @@ class _Kind:
     maximize: bool
     mixes: bool
     complete: bool
+    threads: bool
 
 
 class _Form(NamedTuple):
@@ -93,7 +95,8 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
     first = matrices[0]
     device, dtype = first.weight.device, accumulation_dtype(first.weight.dtype)
     complete = _completes(device)
-    kind = _Kind(rule.kind, rule.nesterov, rule.maximize, not complete and _mixes(rule, first), complete)
+    mixes = not complete and _mixes(rule, first)
+    kind = _Kind(rule.kind, rule.nesterov, rule.maximize, mixes, complete, torch.get_num_threads() > 1)
     corrections = bias_corrections(rule.keep, rule.beta2, step) if rule.kind == "adam" else (1.0, 1.0)
     values = (rule.lr, rule.keep, dampening, rule.beta2, rule.eps, *corrections)
     numbers = torch.tensor([float(value) for value in values], dtype=_precise(device), device=device)
