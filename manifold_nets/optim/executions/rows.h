@@ -74,6 +74,27 @@ static void NAME(write)(REAL *restrict w, const REAL *restrict g, REAL *restrict
     }
 }
 
+/* Put a point that a step of more than a radian has written on its sphere, and its moment in the tangent space there.
+ * They are measured as they have come out: large coefficients cancel, and what they lose is not known beforehand. */
+static void NAME(put_back)(REAL *restrict w, REAL *restrict b, int64_t n, double square) {
+    double norm = 0, overlap = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL squares = 0, mixed = 0;
+#pragma omp simd reduction(+ : squares, mixed)
+        for (int64_t i = start; i < end; i++) {
+            REAL x = w[i], y = b ? b[i] : 0;
+            squares += x * x; mixed += x * y;
+        }
+        norm += squares; overlap += mixed;
+    }
+    REAL turn = (REAL)(overlap / norm), scale = (REAL)((1.0 + 0.0 * norm) / sqrt(norm / square));
+    for (int64_t i = 0; i < n; i++) {
+        if (b) b[i] -= turn * w[i];
+        w[i] *= scale;
+    }
+}
+
 /* The second moments of rows from `row` on, updated; nothing for SGD. */
 static void NAME(second_moments)(const Rule *rule, const Job *job, int64_t row, Measured *restrict m, int64_t n) {
     if (rule->kind != ADAM) return;
@@ -123,12 +144,8 @@ static void NAME(block)(const Rule *rule, const Job *job, int64_t from, int64_t 
     coefficients(rule, job, &m, n, &turned);
     for (int64_t i = 0; i < n; i++) {
         Row row = row_of(&turned, i);
-        if (turned.far[i] > 1.0) {
-            double norm, overlap;
-            NAME(outcome)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &row, &norm, &overlap);
-            settle(&row, norm / m.square[i], overlap / m.square[i]);
-        }
         NAME(write)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &row);
+        if (turned.far[i] > 1.0) NAME(put_back)(w + i * size, b ? b + i * size : NULL, size, m.square[i]);
     }
     if (space) {
         narrow(w_home, (float *)w, entries, rule->dtype);
