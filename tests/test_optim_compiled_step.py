@@ -8,7 +8,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import manifold_nets as mn
-from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
+from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD, ScaledMetricSGD
 from manifold_nets.optim.executions.traced import step_group_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
@@ -53,6 +53,20 @@ def test_a_compiled_step_is_one_graph_and_takes_the_same_path(name, backend):
     row = SPHERES[name]
     options = {} if row.adaptive else {"momentum": 0.9, "nesterov": True}
     check_compiled(lambda net: row.kind(mn.param_groups(net, weight_decay=1e-2), lr=0.05, **options), backend)
+
+
+@pytest.mark.parametrize("missing", [False, True], ids=["all gradients", "one gradient missing"])
+def test_a_compiled_step_in_the_scaled_metric_takes_the_same_path(missing):
+    """Scaled weights stand among plain ones, and not each has a gradient."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(108, 6), nn.BatchNorm1d(6), nn.Linear(6, 5), nn.Linear(5, 2))
+    net[1].weight.requires_grad_(not missing)
+
+    def make(model):
+        partitions = {f"{n}.weight": mn.Partition.filters(model[n].weight.shape) for n in (1, 3)}
+        return ScaledMetricSGD(mn.optim.scaled_metric_groups(model, partitions), lr=0.05, momentum=0.9)
+
+    check_compiled(make, "eager", net)
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"amsgrad": True}])

@@ -11,7 +11,14 @@ from optim_cases import LAYOUTS, STEPS, Problem, radii_for
 from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.errors import DegenerateGroupError, OptionError, SelectionError, SphereOptionError
+from manifold_nets.errors import (
+    DegenerateGroupError,
+    OptionError,
+    ParameterGroupError,
+    SelectionError,
+    SphereOptionError,
+)
+from manifold_nets.optim.executions import choice, native
 
 LR, MOMENTUM, CLIP, BETAS, EPS = 0.3, 0.8, 0.4, (0.8, 0.95), 1e-6
 
@@ -68,6 +75,7 @@ def optimizer_for(method, parameter, **how):
 
 
 METHODS = ["sgd-g", "adam-g", "angular", "angular-adam", "projected"]
+EXECUTIONS = {"default": {}, "passes": {"fused": True}, "batched": {"foreach": True}, "single": {"foreach": False}}
 
 
 def check_against_reference(method, layout, radii, dtype, planted=None, **how):
@@ -100,27 +108,28 @@ def check_against_reference(method, layout, radii, dtype, planted=None, **how):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("method", METHODS)
 def test_steps_are_those_of_the_formulas(method, layout, kind, dtype):
-    """In batches, which are the default, and one weight after the other."""
-    for foreach in (None, False):
-        check_against_reference(method, layout, radii_for(layout, kind), dtype, foreach=foreach)
+    """In passes of the kernel, in batches, and one weight after the other."""
+    for how in EXECUTIONS.values():
+        check_against_reference(method, layout, radii_for(layout, kind), dtype, **how)
 
 
-BATCHED = ["sgd-g", "adam-g", "angular", "projected"]
+TOGETHER = ["sgd-g", "adam-g", "angular", "projected"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", BATCHED)
-def test_weights_that_are_stepped_together_take_their_own_steps(method, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("how", [EXECUTIONS["passes"], EXECUTIONS["batched"]], ids=["passes", "batched"])
+@pytest.mark.parametrize("method", TOGETHER)
+def test_weights_that_are_stepped_together_take_their_own_steps(method, how, dtype):
     """Small ones are joined, large ones are cut, and coefficients are computed for all at once."""
     paths = []
-    for foreach in (True, False):
+    for options in (how, EXECUTIONS["single"]):
         generator = torch.Generator().manual_seed(0)
         weights = []
-        for shape in ((5, 7), (3, 7), (4, 2, 3, 3), (300, 1024), (2, 7)):
+        for shape in ((5, 7), (3, 7), (4, 2, 3, 3), (300, 1024), (2, 7), (2, 70_001)):
             sphere = mn.SphereProduct(shape, radius=1.5)
             start = sphere.projx(torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
             weights.append(geoopt.ManifoldParameter(start, manifold=sphere))
-        optimizer = optimizer_for(method, weights[0], foreach=foreach)
+        optimizer = optimizer_for(method, weights[0], **options)
         optimizer.param_groups.clear()
         optimizer.add_param_group({"params": weights})
         for _ in range(3):
@@ -141,11 +150,34 @@ def test_sabotage_another_rate_or_clip_is_noticed(method):
     def more(optimizer):
         optimizer.param_groups[0]["lr"] *= 1.001
 
-    for foreach in (None, False):
+    for how in EXECUTIONS.values():
         with pytest.raises(AssertionError):
-            check_against_reference(
-                method, LAYOUTS[0], radii_for(LAYOUTS[0], "unit"), torch.float64, more, foreach=foreach
-            )
+            check_against_reference(method, LAYOUTS[0], radii_for(LAYOUTS[0], "unit"), torch.float64, more, **how)
+
+
+@pytest.mark.parametrize("how", EXECUTIONS.values(), ids=EXECUTIONS)
+@pytest.mark.parametrize("method", TOGETHER)
+def test_long_steps_and_gradients_along_the_radius_end_on_the_spheres(method, how):
+    for shape in ((130, 9), (2, 70_001)):
+        sphere = mn.SphereProduct(shape, radius=1.5)
+        weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+        optimizer = optimizer_for(method, weight, **how)
+        optimizer.param_groups[0].update(lr=20.0, clip=float("inf"))
+        for _ in range(3):
+            weight.grad = 1e3 * weight.detach() + torch.randn(shape)
+            optimizer.step()
+            assert float(sphere.deviations(weight.detach()).max()) <= 8 * torch.finfo(torch.float32).eps
+
+
+def test_the_default_is_passes_of_the_kernel(monkeypatch):
+    if native.available() is not None:
+        pytest.skip(native.available())
+    called = []
+    monkeypatch.setattr(choice, "run_in_passes", lambda rule, members: called.append(len(members)))
+    for options in ({}, {"fused": True}, {"fused": False}, {"foreach": True}, {"foreach": False}):
+        weight = Problem(LAYOUTS[0], radii_for(LAYOUTS[0], "unit")).parameter()
+        moved_by(optimizer_for("sgd-g", weight, **options), weight, torch.ones(weight.shape, dtype=weight.dtype))
+    assert called == [1, 1]
 
 
 def moved_by(optimizer, parameter, gradient):
@@ -287,6 +319,88 @@ def test_without_momentum_the_scaled_metric_is_the_formula_of_the_paper():
     weight.grad = gradient
     optimizer.step()
     torch.testing.assert_close(weight.detach(), expected)
+
+
+def scaled_metric_steps(start, gradients, partition, dtype, **how):
+    """Weights and momentum after these gradients, in float64."""
+    weight = nn.Parameter(start.to(dtype))
+    group = {"params": [weight], "partitions": [partition.to_dict()]}
+    optimizer = mn.optim.ScaledMetricSGD([group], lr=0.1, momentum=0.9, **how)
+    for gradient in gradients:
+        weight.grad = gradient.to(dtype)
+        optimizer.step()
+    return weight.detach().double(), optimizer.state[weight]["momentum_buffer"].double()
+
+
+SCALED = [mn.Partition.filters((40, 9)), mn.Partition((4, 6), (4, 2, 3), (0, 1)), mn.Partition.whole((2, 70_001))]
+
+
+def check_scaled_metric(partition, dtype, nesterov, norms_power=1, **how):
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(partition.shape, generator=generator).double() for _ in range(5))
+    start, *gradients = (x * 1.5 * partition.group_size**-0.5 for x in (start, *gradients))
+    w, b = start.to(dtype).double(), torch.zeros(partition.shape).double()
+    for step, gradient in enumerate(gradients):
+        viewed = w.reshape(partition.view)
+        norm = viewed.square().sum(partition.reduced, keepdim=True).sqrt() ** norms_power
+        norm = norm.expand(partition.view).reshape(partition.shape)
+        b = (0.9 if step else 0.0) * b + (1.0 if step == 0 else 0.75) * norm * gradient.to(dtype).double()
+        w = w - 0.1 * norm * (norm * gradient.to(dtype).double() + 0.9 * b if nesterov else b)
+    how = {"nesterov": True} | how if nesterov else {"dampening": 0.25} | how
+    found = scaled_metric_steps(start, gradients, partition, dtype, **how)
+    for x, y in zip(found, (w, b), strict=True):
+        assert float((x - y).norm()) <= 32 * torch.finfo(dtype).eps * float(y.norm())
+
+
+@pytest.mark.parametrize("how", EXECUTIONS.values(), ids=EXECUTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("partition", SCALED, ids=["filters", "blocks", "whole"])
+def test_every_execution_of_the_scaled_metric_takes_the_steps_of_the_formula(partition, dtype, how):
+    check_scaled_metric(partition, dtype, nesterov=False, **how)
+    with pytest.raises(AssertionError):
+        check_scaled_metric(partition, dtype, nesterov=False, norms_power=0, **how)
+
+
+def test_partitions_that_do_not_fit_are_refused_by_name():
+    weight, partition = nn.Parameter(torch.randn(3, 4)), mn.Partition.filters((4, 3)).to_dict()
+    group = {"params": [("first", weight), ("second", nn.Parameter(torch.randn(4, 3)))]}
+    optimizer = mn.optim.ScaledMetricSGD([("other", nn.Parameter(torch.ones(1)))], lr=0.1)
+    with pytest.raises(ParameterGroupError, match=r"group 1: found 1 partitions for 2 parameters"):
+        optimizer.add_param_group({**group, "partitions": [partition]})
+    with pytest.raises(ParameterGroupError, match=r"first: found shape \(3, 4\).*\(4, 3\)"):
+        optimizer.add_param_group({**group, "partitions": [partition, None]})
+    with pytest.raises(OptionError, match=r"differentiable: found True.*second is scaled"):
+        optimizer.add_param_group({**group, "partitions": [None, partition], "differentiable": True})
+    sphere = mn.SphereProduct((4, 3))
+    with pytest.raises(ParameterGroupError, match="a partition and a manifold"):
+        optimizer.add_param_group(
+            {
+                "params": [("third", geoopt.ManifoldParameter(sphere.random(), manifold=sphere))],
+                "partitions": [partition],
+            }
+        )
+    assert len(optimizer.param_groups) == 1
+
+
+def test_master_weights_keep_what_half_precision_would_lose():
+    generator = torch.Generator().manual_seed(0)
+    start, ones = torch.randn(6, 5, generator=generator).bfloat16(), torch.ones(6, 5)
+    exact = nn.Parameter(start.double())
+    rounded, plain = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = []
+    for weight, options in ((exact, {}), (rounded, {"master_weights": True}), (plain, {})):
+        group = {"params": [weight], "partitions": [mn.Partition.filters((6, 5)).to_dict()]}
+        optimizers.append(mn.optim.ScaledMetricSGD([group], lr=1e-3, **options))
+        for _ in range(50):
+            weight.grad = (0.01 * ones).to(weight.dtype)
+            optimizers[-1].step()
+    gradient_error = abs(float(torch.tensor(0.01).bfloat16()) / 0.01 - 1)
+    moved = float((exact.detach() - start).norm())
+    master = optimizers[1].state[rounded]["master_weight"]
+    assert master.dtype == torch.float32
+    assert float((master - exact.detach()).norm()) <= 2 * gradient_error * moved
+    assert torch.equal(rounded, master.bfloat16())
+    assert float((plain - exact).detach().norm()) > 0.5 * moved
 
 
 def test_bad_options_are_refused_by_name():

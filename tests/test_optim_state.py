@@ -19,6 +19,7 @@ import manifold_nets as mn
 from manifold_nets.constraints import attach
 from manifold_nets.errors import OptimizerStateError
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD
+from manifold_nets.optim.executions import native
 
 KINDS = pytest.mark.parametrize(
     ("kind", "options"),
@@ -301,12 +302,40 @@ def test_master_weights_are_saved_and_go_on_bit_for_bit(kind):
     assert torch.equal(*masters)
 
 
-def test_a_weight_that_was_changed_by_hand_goes_before_its_master():
+@pytest.mark.parametrize("through", ["load_state_dict", "data"])
+def test_a_weight_that_was_changed_by_hand_goes_before_its_master(through):
     net, optimizer = half_network(True)
     train(net, optimizer, 2, seed=1)
     other = network(torch.bfloat16, seed=5)
-    net.load_state_dict(other.state_dict())
+    if through == "data":  # which changes no version
+        for old, new in zip(net.parameters(), other.parameters(), strict=True):
+            old.data.copy_(new.data)
+    else:
+        net.load_state_dict(other.state_dict())
     train(net, optimizer, 1, seed=2)
     fresh = RiemannianSGD(mn.param_groups(other), lr=1e-3, master_weights=True)
     train(other, fresh, 1, seed=2)
     check_same_bits(net, other)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"foreach": True}, {"foreach": False}, {"fused": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [RiemannianSGD, RiemannianAdam])
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
+def test_every_execution_is_resumed_bit_for_bit(kind, dtype, how):
+    if "fused" in how and native.available() is not None:
+        pytest.skip(native.available())
+    options = {"lr": 1e-2, **how, **({"momentum": 0.9} if kind is RiemannianSGD else {})}
+    net = network(dtype)
+    optimizer = kind(mn.param_groups(net), **options)
+    train(net, optimizer, 5, seed=1)
+    resumed = copy.deepcopy(net)
+    loaded = kind(mn.param_groups(resumed), **options)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    for a, b in ((net, optimizer), (resumed, loaded)):
+        train(a, b, 5, seed=2)
+    check_same_bits(net, resumed)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -88,6 +89,55 @@ def test_it_goes_on_bit_for_bit(name, copied):
     ours, theirs = train(net, optimizer, x, y, 5), train(other, resumed, x, y, 5)
     assert torch.equal(ours, theirs)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_rate_of_zero_leaves_every_weight_bit_for_bit(name):
+    """Torch takes such a step where it loads a distributed checkpoint."""
+    net, optimizer, x, y = setup(name)
+    train(net, optimizer, x, y, 5)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for how in ({"foreach": None}, {"foreach": True}, {"foreach": False}):
+        for group in optimizer.param_groups:
+            group.update(how, lr=0.0)
+        before = copy.deepcopy(list(net.parameters()))
+        train(net, optimizer, x, y, 1)
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    train(net, optimizer, x, y, 1)
+    assert not all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_copy_takes_further_groups_with_the_options_of_the_first(name, how):
+    options = {"sgd-g": {"clip": 0.25}, "adam-g": {"clip": 0.25}, "angular": {"per": "weight"}}.get(name, {})
+    optimizer = OPTIMIZERS[name].kind([nn.Parameter(torch.ones(2))], lr=0.1, **options)
+    optimizer = how(optimizer)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    first, second = optimizer.state_dict()["param_groups"]
+    assert {k: v for k, v in first.items() if k not in ("params", "manifolds")} == {
+        k: v for k, v in second.items() if k not in ("params", "manifolds")
+    }
+    assert options.items() <= second.items()
+
+
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.weights == "spheres"])
+def test_weights_that_cannot_move_have_a_state_for_distributed_checkpoints(name):
+    """Filters of one entry are two points each; torch asks for a state of every parameter with a gradient."""
+    saved = []
+    for _ in range(2):
+        net = mn.layers.UnitNormLinear(1, 4)
+        optimizer = OPTIMIZERS[name].kind(mn.param_groups(net), lr=0.1)
+        net.weight.grad, net.bias.grad = torch.ones(4, 1), torch.ones(4)
+        before = net.weight.detach().clone()
+        optimizer.step()
+        assert torch.equal(net.weight, before)
+        if saved:
+            set_optimizer_state_dict(net, optimizer, saved[0])
+        saved.append(get_optimizer_state_dict(net, optimizer))
+    assert saved[0]["state"].keys() == {"weight", "bias"} or not OPTIMIZERS[name].adaptive
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

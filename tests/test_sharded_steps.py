@@ -41,6 +41,7 @@ KINDS = {
     "angular-adam": lambda groups: AngularAdam(groups, lr=0.1),
     "projected": lambda groups: ProjectedSGD(groups, lr=0.1, momentum=0.9),
     "angular": lambda groups: AngularSGD(groups, lr=0.1, momentum=0.9),
+    "angular by weight": lambda groups: AngularSGD(groups, lr=0.1, momentum=0.9, per="weight"),
 }
 pytestmark = pytest.mark.slow
 
@@ -95,7 +96,10 @@ def check_all(rank, world):
     for case, (partition, _, crosses) in CASES.items():
         for kind in KINDS:
             sizes = compare(case, kind, mesh)
-            if not crosses:
+            if not crosses and kind == "angular by weight":
+                # The mean over filters runs over those of all processes.
+                assert sizes == [2] * STEPS
+            elif not crosses:
                 assert sizes == []
             elif kind == "sgd":
                 # One sum for each step: all inner products are taken at once.
@@ -122,6 +126,8 @@ def check_faults(mesh):
             if crosses and case not in HELD_BY_ONE:
                 with pytest.raises(AssertionError):
                     compare(case, "sgd", mesh)
+        with pytest.raises(AssertionError):
+            compare("filters", "angular by weight", mesh)
     finally:
         sharding._adding_up = honest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +17,7 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.choice import run
 from manifold_nets.optim.executions.joint import in_motion, joined
 from manifold_nets.optim.executions.layouts import layout_of
-from manifold_nets.optim.executions.masters import MasterWeights
+from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.executions.traced import register, standing_in, step_group_
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
 from manifold_nets.optim.rules.members import Member, Rule
@@ -43,10 +42,6 @@ class SphereOptimizer(torch.optim.Optimizer):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
-
-    @functools.cached_property
-    def _masters(self) -> MasterWeights:
-        return MasterWeights()
 
     def _before_step(self) -> None:
         """Check what the torch optimizer of the same name checks before a step."""
@@ -132,18 +127,19 @@ class SphereOptimizer(torch.optim.Optimizer):
                 if not (moving and isinstance(manifold, JointSphereMember) and manifold.joint in moving):
                     continue
                 gradient = torch.zeros_like(weight)
-            # A sphere of one entry is two points: there is nowhere to go.
-            elif layout_of(manifold).size == 1 and not isinstance(manifold, JointSphereMember):
-                continue
             state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[parameter]
-                point = masters[weight] = self._masters.of(weight, state)
-            members.append(self._member(group, state, point, gradient, manifold))
+                point = masters[weight] = master_of(weight, state)
+            member = self._member(group, state, point, gradient, manifold)
+            # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask
+            # for one of every parameter.
+            if layout_of(manifold).size > 1 or isinstance(manifold, JointSphereMember):
+                members.append(member)
         if members:
             with joined(members) if moving else nullcontext(members) as together:
                 self._step_members(group, together)
-        self._masters.write(masters)
+        write_masters(masters)
 
     def _refuse_sparse_gradients(self) -> None:
         for number, group in enumerate(self.param_groups):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from manifold_nets.errors import OptionError
@@ -19,7 +20,8 @@ class _MomentumOptimizer(RiemannianSGD):
     """Methods with one moment: a subclass names its rule and the options that it adds to those of torch."""
 
     _kind: str
-    _options: dict[str, Any]
+    # What `__init__` was given; `defaults` keep it, also in a copy.
+    _options: Mapping[str, Any] = {}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, with the options of the method beside those of torch."""
@@ -72,7 +74,7 @@ class SGDG(_MomentumOptimizer):
     _kind = "sgd-g"
 
     def __init__(self, params: Any, lr: float = 0.2, *, clip: float = 0.1, **options: Any) -> None:
-        self._options = {"clip": _positive("clip", clip)}
+        self._options = {"clip": clip}
         super().__init__(params, lr=lr, **options)
 
 
@@ -109,8 +111,6 @@ class AngularSGD(_MomentumOptimizer):
     _kind = "angular"
 
     def __init__(self, params: Any, lr: float = 1e-2, *, per: str = "sphere", **options: Any) -> None:
-        if per not in ("sphere", "weight"):
-            raise OptionError("per", per, "'sphere' or 'weight'")
         self._options = {"per": per}
         super().__init__(params, lr=lr, **options)
 
@@ -147,7 +147,6 @@ class ProjectedSGD(_MomentumOptimizer):
     _kind = "projected"
 
     def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
-        self._options = {}
         super().__init__(params, lr=lr, **options)
 
 
@@ -181,10 +180,12 @@ class AdamG(RiemannianAdam):
         True
     """
 
+    _options: Mapping[str, Any] = {}
+
     def __init__(self, params: Any, lr: float = 0.05, *, clip: float = 0.1, **options: Any) -> None:
         if options.get("amsgrad"):
             raise OptionError("amsgrad", True, "False, as Adam-G has no such variant")
-        self._options = {"clip": _positive("clip", clip)}
+        self._options = {"clip": clip}
         super().__init__(params, lr=lr, **options)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -198,16 +199,25 @@ class AdamG(RiemannianAdam):
         return MethodRule("adam-g", group["lr"], beta1, **options)
 
 
-def _complete(param_group: Group, options: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _complete(param_group: Group, options: Mapping[str, Any], defaults: dict[str, Any]) -> None:
     """Give a group, and the defaults that a state dict shows, the options that torch's optimizer does not know."""
-    for name, value in options.items():
-        defaults.setdefault(name, value)
-        param_group.setdefault(name, value)
-        if name == "clip":
-            _positive(name, param_group[name])
+    defaults.update(options)
+    for name in ("clip", "per"):
+        if name in defaults:
+            param_group.setdefault(name, defaults[name])
+            _CHECKS[name](name, param_group[name])
 
 
 def _positive(name: str, value: float) -> float:
     if not value > 0:
         raise OptionError(name, value, "a positive number, or infinity")
     return value
+
+
+def _sphere_or_weight(name: str, value: str) -> str:
+    if value not in ("sphere", "weight"):
+        raise OptionError(name, value, "'sphere' or 'weight'")
+    return value
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {"clip": _positive, "per": _sphere_or_weight}

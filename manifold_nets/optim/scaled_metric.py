@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.errors import SelectionError
+from manifold_nets.errors import OptionError, ParameterGroupError, SelectionError
 from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate
-from manifold_nets.optim.executions.pieces import cuts
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.executions.choice import run
+from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.membership import Group, name_of
 from manifold_nets.optim.rsgd import RiemannianSGD
+from manifold_nets.optim.rules.members import Rule
+from manifold_nets.optim.rules.methods import MethodRule
 
 __all__ = ["ScaledMetricSGD", "scaled_metric_groups"]
 
@@ -77,6 +81,8 @@ class ScaledMetricSGD(RiemannianSGD):
 
     Raises:
         DegenerateGroupError: a filter is zero or not finite: it could not move.
+        ParameterGroupError: partitions do not fit the parameters.
+        OptionError: ``differentiable`` beside a partition.
 
     References:
         Badrinarayanan, Mishra, Cipolla, *Symmetry-invariant optimization in deep networks*, arXiv:1511.01754.
@@ -95,58 +101,66 @@ class ScaledMetricSGD(RiemannianSGD):
         """Add a group of parameters; ``"partitions"`` says which of them are scaled, and by which groups."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for index, (weight, data) in enumerate(zip(group["params"], _partitions(group), strict=True)):
-            if data is not None and weight.device.type != "meta":
-                norms = Partition.from_dict(data).norms(weight.detach())
-                try:
-                    refuse_degenerate(norms, name_of(group, len(self.param_groups) - 1, index))
-                except Exception:
-                    self.param_groups.pop()
-                    raise
+        try:
+            _require_scalable(group, len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _rule(self, group: Group) -> Rule:
+        return MethodRule("scaled-metric", group["lr"], group["momentum"], group["nesterov"], group["maximize"])
 
     def _step_plain(self, group: Group) -> None:
-        scaled = {id(p): data for p, data in zip(group["params"], _partitions(group), strict=True) if data is not None}
-        rest = [p for p in group["params"] if id(p) not in scaled]
+        """Step scaled weights by their rule, and the others as torch does."""
+        # A compiled graph hands in some of a group's parameters: partitions are found by parameter, not by place.
+        groups_of = {id(p): _groups(*key) for live in self.param_groups for p, key in _scaled(live)}
+        rest = [p for p in group["params"] if id(p) not in groups_of]
         if rest:
             super()._step_plain({**group, "params": rest})
+        members, masters = [], {}
         for weight in group["params"]:
-            if id(weight) in scaled and weight.grad is not None:
-                self._step_scaled(group, weight, weight.grad, Partition.from_dict(scaled[id(weight)]))
-
-    @torch.no_grad()
-    def _step_scaled(self, group: Group, weight: Tensor, gradient: Tensor, partition: Partition) -> None:
-        buffer, fresh = None, False
-        if group["momentum"] != 0:
-            state = self.state[weight]
-            fresh = state.get("momentum_buffer") is None
-            if fresh:
-                state["momentum_buffer"] = torch.zeros_like(weight, requires_grad=False)
-            buffer = state["momentum_buffer"]
-        for rows, _, part in cuts(partition):
-            held = None if buffer is None else buffer[rows]
-            self._step_part(group, weight.detach()[rows], gradient[rows], held, part, fresh=fresh)
-
-    def _step_part(
-        self,
-        group: Group,
-        weight: Tensor,
-        gradient: Tensor,
-        buffer: Tensor | None,
-        partition: Partition,
-        *,
-        fresh: bool,
-    ) -> None:
-        dtype = accumulation_dtype(weight.dtype)
-        w, g = weight.to(dtype), gradient.to(dtype)
-        norms = partition.norms(w)
-        direction = slope = partition.multiply(-g if group["maximize"] else g, norms)
-        if buffer is not None:
-            momentum, dampening = group["momentum"], 0.0 if fresh else group["dampening"]
-            moment = momentum * buffer.to(dtype) + (1 - dampening) * slope
-            buffer.copy_(moment)
-            direction = slope + momentum * moment if group["nesterov"] else moment
-        weight.copy_(w - partition.multiply(direction, norms * float(group["lr"])))
+            groups = groups_of.get(id(weight))
+            if groups is None or weight.grad is None:
+                continue
+            state, point = self.state[weight] if group["momentum"] != 0 else {}, weight
+            if group["master_weights"] and accumulation_dtype(weight.dtype) != weight.dtype:
+                state = self.state[weight]
+                point = masters[weight] = master_of(weight, state)
+            members.append(self._member(group, state, point, weight.grad, groups))
+        if members:
+            options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group["compile"]}
+            with torch.no_grad():
+                run(self._rule(group), members, **options)
+                write_masters(masters)
 
 
-def _partitions(group: Group) -> list[Any]:
-    return group.get("partitions") or [None] * len(group["params"])
+def _scaled(group: Group) -> list[tuple[Tensor, tuple[tuple[int, ...], ...]]]:
+    """Return the scaled weights of a group, with what their partitions are made of."""
+    found = zip(group["params"], group.get("partitions") or (), strict=False)
+    return [(p, tuple(tuple(data[key]) for key in ("shape", "view", "kept"))) for p, data in found if data is not None]
+
+
+@functools.lru_cache(maxsize=4096)
+def _groups(shape: tuple[int, ...], view: tuple[int, ...], kept: tuple[int, ...]) -> SphereProduct:
+    """Return the groups of a scaled weight in the form in which a step takes them; their radii count for nothing."""
+    return SphereProduct(Partition(shape, view, kept))
+
+
+def _require_scalable(group: Group, number: int) -> None:
+    partitions = group.get("partitions")
+    if partitions and len(partitions) != len(group["params"]):
+        found = f"{len(partitions)} partitions for {len(group['params'])} parameters"
+        raise ParameterGroupError(f"group {number}", found, "one for each (None for others), or none at all")
+    for index, (weight, data) in enumerate(zip(group["params"], partitions or (), strict=False)):
+        if data is None:
+            continue
+        name, partition = name_of(group, number, index), Partition.from_dict(data)
+        if group["manifolds"][index] is not None:
+            raise ParameterGroupError(name, "a partition and a manifold", "one of the two")
+        if tuple(weight.shape) != partition.shape:
+            raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the partition's, {partition.shape}")
+        if group["differentiable"]:
+            raise OptionError("differentiable", True, f"False, as {name} is scaled")
+        if weight.device.type != "meta":
+            whole = getattr(weight, "full_tensor", None)
+            refuse_degenerate(partition.norms((whole() if whole is not None else weight).detach()), name)

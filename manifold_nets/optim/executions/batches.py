@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,19 +19,10 @@ from torch import Tensor
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.executions.along_moment import follows_moment, step_along_moment
 from manifold_nets.optim.executions.compiled import step_compiled
-from manifold_nets.optim.executions.rows import (
-    Rows,
-    blocks_of,
-    keep_second_moments,
-    portions,
-    radii,
-    rows_of,
-    second_moments,
-    sharpened,
-)
+from manifold_nets.optim.executions.rows import Rows, blocks_of, portions, rows_of, what_to_write
 from manifold_nets.optim.rules.coefficients import Coefficients
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.rules.products import Spheres, pairs, some, tangential_of
+from manifold_nets.optim.rules.products import Spheres, pairs, some
 from manifold_nets.optim.rules.updates import combine_
 
 __all__ = ["run_batched", "run_compiled"]
@@ -76,23 +66,14 @@ def _alike(members: Sequence[Member]) -> dict[Any, list[Rows]]:
 
 def _step_all(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
     """Take the inner products of all matrices, find the coefficients of all their rows at once, and write."""
-    radius, second = radii(matrices), second_moments(matrices)
     products = torch.cat([_dots(block) for rows in matrices for block in blocks_of(rows, _COPIED)], 1)
-    found = tangential_of(products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize)
-    if rule.needs_lengths:
-        found = sharpened(found, matrices, maximize=rule.maximize)
-    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
-    if second is not None:
-        keep_second_moments(matrices, second)
-    square = (-radius if rule.maximize else radius) * radius
-    *columns, far = move._replace(wg=move.wg * square, bg=move.bg * square)
-    factors = torch.cat([torch.as_tensor(x, dtype=products.dtype).expand_as(far) for x in columns], 1)
+    factors, far, carried = what_to_write(rule, matrices, products, dampening, step)
     is_far, start = some(far), 0
     for rows in matrices:
         for block in blocks_of(rows, _COPIED):
             end = start + len(block.weight)
             beyond = far[start:end] if is_far else None
-            _combine(block, factors[start:end], None if beyond is None or not some(beyond) else beyond)
+            _combine(block, factors[start:end], None if beyond is None or not some(beyond) else beyond, carried=carried)
             start = end
 
 
@@ -103,12 +84,13 @@ def _dots(rows: Rows) -> Tensor:
     return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
 
 
-def _combine(rows: Rows, factors: Tensor, far: Tensor | None) -> None:
+def _combine(rows: Rows, factors: Tensor, far: Tensor | None, *, carried: bool) -> None:
     """Write the linear combinations of each row, computed in float32 or better and rounded once."""
     dtype = accumulation_dtype(rows.weight.dtype)
     w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
     ww, wb, wg, bw, bb, bg = torch.split(factors, 1, 1)
-    move = Coefficients(ww, wb, wg, bw, bb, bg, torch.zeros_like(ww, dtype=torch.bool) if far is None else far)
+    beyond = torch.zeros_like(ww, dtype=torch.bool) if far is None else far
+    move = Coefficients(ww, wb, wg, bw, bb, bg, beyond, carried)
     combine_(w, g, b, Spheres((1,), rows.radius), move, far)  # type: ignore[arg-type]
     if w is not rows.weight:
         rows.weight.copy_(w)  # type: ignore[arg-type]

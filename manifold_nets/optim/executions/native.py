@@ -24,7 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["JOB", "RULE", "UnavailableError", "available", "code_of", "know", "step"]
+__all__ = [
+    "ALONE",
+    "CARRIED",
+    "JOB",
+    "RULE",
+    "UnavailableError",
+    "available",
+    "code_of",
+    "know",
+    "measure",
+    "step",
+    "write",
+]
 
 _SOURCES = ("spheres.c", "rows.h")
 _OPTIONS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
@@ -32,10 +44,14 @@ _OPTIONS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-tr
 _CHOICES = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native", "-fopenmp-simd"), ())
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
+# How spheres.c is told to put a row back on its sphere: with its moment, or without.
+CARRIED, ALONE = 1, 2
+
 # The structs `Job` and `Rule` of spheres.c.
 JOB = np.dtype(
     [(name, np.int64) for name in ("w", "g", "b", "v", "v_max", "square", "rows", "size", "squares")]
     + [(name, np.float64) for name in ("take", "first", "second")]
+    + [(name, np.int64) for name in ("products", "written", "far")]
 )
 RULE = np.dtype(
     [(name, np.int64) for name in ("kind", "dtype", "nesterov", "maximize")]
@@ -84,10 +100,31 @@ def step(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
     Raises:
         MemoryError: there is no memory for the kernel's working space; nothing was changed.
     """
+    _call("spheres_step", rule, jobs, threads)
+
+
+def measure(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
+    """Measure ⟨w, w⟩, ⟨w, g⟩, ⟨g, g⟩, ⟨w, b⟩, ⟨g, b⟩, ⟨b, b⟩ of every row, into memory at each job's ``"products"``.
+
+    Arguments and errors as for `step`.
+    """
+    _call("spheres_measure", rule, jobs, threads)
+
+
+def write(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
+    """Write ``ww w + wb b + wg g`` to w and ``bw w + bb b + bg g`` to b, with the numbers at each job's ``"written"``.
+
+    Rows with a mark at ``"far"`` are put on their spheres afterwards, `CARRIED` ones with their moments. Arguments and
+    errors as for `step`.
+    """
+    _call("spheres_write", rule, jobs, threads)
+
+
+def _call(name: str, rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
     library = _library()
     if isinstance(library, UnavailableError):
         raise library
-    if library.spheres_step(rule.ctypes.data, jobs.ctypes.data, len(jobs), threads):
+    if getattr(library, name)(rule.ctypes.data, jobs.ctypes.data, len(jobs), threads):
         raise MemoryError("the working space of an optimizer step")
 
 
@@ -105,7 +142,8 @@ def _load() -> ctypes.CDLL:
                 continue
         library = ctypes.CDLL(str(path))
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        library.spheres_step.argtypes = [pointer, pointer, number, number]
+        for function in (library.spheres_step, library.spheres_measure, library.spheres_write):
+            function.argtypes = [pointer, pointer, number, number]
         library.spheres_know.argtypes = [number]
         return library
     raise UnavailableError(f"{shlex.join(compiler)} could not compile the kernel: {problems[-1]}")

@@ -74,7 +74,7 @@ static void NAME(write)(REAL *restrict w, const REAL *restrict g, REAL *restrict
     }
 }
 
-/* Put a point that a step of more than a radian has written on its sphere, and its moment in the tangent space there.
+/* Put a point that a step of more than a radian has written on its sphere, and a moment in the tangent space there.
  * They are measured as they have come out: large coefficients cancel, and what they lose is not known beforehand. */
 static void NAME(put_back)(REAL *restrict w, REAL *restrict b, int64_t n, double square) {
     double norm = 0, overlap = 0;
@@ -116,47 +116,9 @@ static void NAME(second_moments)(const Rule *rule, const Job *job, int64_t row, 
     }
 }
 
-/* Step `n` rows from row `from` on. `space` has room for them three times where they are in half precision. */
-static void NAME(block)(const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space) {
-    int64_t size = job->size, offset = from * size, entries = n * size;
-    char *w_home = at(job->w, offset, rule->dtype), *b_home = job->b ? at(job->b, offset, rule->dtype) : NULL;
-    REAL *w = (REAL *)w_home, *b = (REAL *)b_home, *g = (REAL *)at(job->g, offset, rule->dtype);
-    if (space) {
-        widen((float *)space, w_home, entries, rule->dtype);
-        widen((float *)space + entries, g, entries, rule->dtype);
-        if (b) widen((float *)space + 2 * entries, b_home, entries, rule->dtype);
-        w = space; g = space + entries; b = b ? space + 2 * entries : NULL;
-    }
-    Measured m;
-    Turned turned;
-    for (int64_t i = 0; i < n; i++) {
-        Products p;
-        NAME(measure)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &p);
-        keep_products(&m, i, &p);
-    }
-    to_unit(&m, rule, job, from, n);
-    for (int64_t i = 0; i < n; i++) {
-        if (!brief_gradient(rule, &m, i)) continue;
-        REAL to_g = (REAL)(rule->maximize ? -m.square[i] : m.square[i]), slope = (REAL)(m.wg[i] / m.ww[i]);
-        m.length[i] = NAME(tangential)(w + i * size, g + i * size, size, to_g, slope) / m.square[i];
-    }
-    NAME(second_moments)(rule, job, from, &m, n);
-    coefficients(rule, job, &m, n, &turned);
-    for (int64_t i = 0; i < n; i++) {
-        Row row = row_of(&turned, i);
-        NAME(write)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &row);
-        if (turned.far[i] > 1.0) NAME(put_back)(w + i * size, b ? b + i * size : NULL, size, m.square[i]);
-    }
-    if (space) {
-        narrow(w_home, (float *)w, entries, rule->dtype);
-        if (b) narrow(b_home, (float *)b, entries, rule->dtype);
-    }
-}
-
-/* Pointers to a piece of a long row, widened into `space` where it is in half precision. */
-static void NAME(open)(const Rule *rule, const Piece *piece, REAL *space, REAL **w, REAL **g, REAL **b) {
-    const Job *job = piece->job;
-    int64_t offset = piece->row * job->size + piece->start, n = piece->size;
+/* Pointers to `n` entries from `offset` on, widened into `space` where they are in half precision. */
+static void NAME(open)(const Rule *rule, const Job *job, int64_t offset, int64_t n, REAL *space, REAL **w, REAL **g,
+                       REAL **b) {
     *w = (REAL *)at(job->w, offset, rule->dtype);
     *g = (REAL *)at(job->g, offset, rule->dtype);
     *b = job->b ? (REAL *)at(job->b, offset, rule->dtype) : NULL;
@@ -168,60 +130,127 @@ static void NAME(open)(const Rule *rule, const Piece *piece, REAL *space, REAL *
     }
 }
 
-static void NAME(close)(const Rule *rule, const Piece *piece, REAL *w, REAL *b) {
-    int64_t offset = piece->row * piece->job->size + piece->start;
-    narrow(at(piece->job->w, offset, rule->dtype), (float *)w, piece->size, rule->dtype);
-    if (b) narrow(at(piece->job->b, offset, rule->dtype), (float *)b, piece->size, rule->dtype);
+static void NAME(open_piece)(const Rule *rule, const Piece *piece, REAL *space, REAL **w, REAL **g, REAL **b) {
+    NAME(open)(rule, piece->job, piece->row * piece->job->size + piece->start, piece->size, space, w, g, b);
 }
 
-/* Step rows that are cut into pieces; called by all threads of a team. Row l has the pieces first[l] ... first[l+1]. */
-static void NAME(long_rows)(const Rule *rule, const Piece *cut, Products *part, Row *rows, const int64_t *first,
-                            int64_t n_long, REAL *space) {
-    int64_t total = first[n_long];
+/* Put entries that were widened back. */
+static void NAME(close)(const Rule *rule, const Job *job, int64_t offset, int64_t n, const REAL *w, const REAL *b) {
+    narrow(at(job->w, offset, rule->dtype), (const float *)w, n, rule->dtype);
+    if (b) narrow(at(job->b, offset, rule->dtype), (const float *)b, n, rule->dtype);
+}
+
+/* The coefficients of rows that were measured. */
+static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n, const REAL *w, const REAL *g,
+                       Measured *m, Turned *turned) {
+    int64_t size = job->size;
+    to_unit(m, rule, job, from, n);
+    for (int64_t i = 0; i < n; i++) {
+        if (!brief_gradient(rule, m, i)) continue;
+        REAL to_g = (REAL)(rule->maximize ? -m->square[i] : m->square[i]), slope = (REAL)(m->wg[i] / m->ww[i]);
+        m->length[i] = NAME(tangential)(w + i * size, g + i * size, size, to_g, slope) / m->square[i];
+    }
+    NAME(second_moments)(rule, job, from, m, n);
+    coefficients(rule, job, m, n, turned);
+}
+
+/* Step, measure or write `n` rows from row `from` on. `space` has room for them three times where they are in half
+ * precision. */
+static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space) {
+    int64_t size = job->size, offset = from * size, entries = n * size;
     REAL *w, *g, *b;
+    NAME(open)(rule, job, offset, entries, space, &w, &g, &b);
+    Measured m;
+    Turned turned;
+    for (int64_t i = 0; task != WRITE && i < n; i++) {
+        Products p;
+        NAME(measure)(w + i * size, g + i * size, b ? b + i * size : NULL, size, &p);
+        if (task == MEASURE) job->products[from + i] = p; else keep_products(&m, i, &p);
+    }
+    if (task == MEASURE) return;
+    if (task == STEP) NAME(turn)(rule, job, from, n, w, g, &m, &turned);
+    for (int64_t i = 0; i < n; i++) {
+        Row row = task == STEP ? row_of(&turned, i) : job->written[from + i];
+        REAL *moment = b ? b + i * size : NULL;
+        NAME(write)(w + i * size, g + i * size, moment, size, &row);
+        int far = task == STEP ? turned.far[i] > 1.0 ? CARRIED : STAYS : job->far[from + i];
+        if (far) NAME(put_back)(w + i * size, far == CARRIED ? moment : NULL, size, square_of(job, from + i));
+    }
+    if (space) NAME(close)(rule, job, offset, entries, w, b);
+}
+
+/* The coefficients of a long row that was measured. */
+static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const Products *sum, REAL *space, int *far) {
+    const Piece *piece = work->cut + work->first[l];
+    REAL *w, *g, *b;
+    Measured m;
+    Turned turned;
+    keep_products(&m, 0, sum);
+    to_unit(&m, rule, piece->job, piece->row, 1);
+    if (brief_gradient(rule, &m, 0)) { /* seldom, and by one thread */
+        double square = m.square[0];
+        REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(m.wg[0] / m.ww[0]);
+        m.length[0] = 0;
+        for (int64_t k = work->first[l]; k < work->first[l + 1]; k++) {
+            NAME(open_piece)(rule, work->cut + k, space, &w, &g, &b);
+            m.length[0] += NAME(tangential)(w, g, work->cut[k].size, to_g, slope) / square;
+        }
+    }
+    NAME(second_moments)(rule, piece->job, piece->row, &m, 1);
+    coefficients(rule, piece->job, &m, 1, &turned);
+    *far = turned.far[0] > 1.0 ? CARRIED : STAYS;
+    return row_of(&turned, 0);
+}
+
+/* Put the end of a long step on its sphere before it is written. */
+static void NAME(settle_long)(const Rule *rule, const Work *work, int64_t l, Row *row, int far, REAL *space) {
+    double norm = 0, overlap = 0, square = square_of(work->cut[work->first[l]].job, work->cut[work->first[l]].row);
+    REAL *w, *g, *b;
+    for (int64_t k = work->first[l]; k < work->first[l + 1]; k++) {
+        double norm_part, overlap_part;
+        NAME(open_piece)(rule, work->cut + k, space, &w, &g, &b);
+        NAME(outcome)(w, g, b, work->cut[k].size, row, &norm_part, &overlap_part);
+        norm += norm_part / square; overlap += overlap_part / square;
+    }
+    settle(row, norm, overlap, far);
+}
+
+/* Step, measure or write rows that are cut into pieces; called by all threads of a team. Row l has the pieces
+ * first[l] ... first[l+1]. */
+static void NAME(long_rows)(int task, const Rule *rule, const Work *work, REAL *space) {
+    int64_t total = work->first[work->n_long];
+    REAL *w, *g, *b;
+    if (task != WRITE) {
 #pragma omp for schedule(static)
-    for (int64_t k = 0; k < total; k++) {
-        NAME(open)(rule, cut + k, space, &w, &g, &b);
-        NAME(measure)(w, g, b, cut[k].size, part + k);
+        for (int64_t k = 0; k < total; k++) {
+            NAME(open_piece)(rule, work->cut + k, space, &w, &g, &b);
+            NAME(measure)(w, g, b, work->cut[k].size, work->part + k);
+        }
     }
 #pragma omp single
-    for (int64_t l = 0; l < n_long; l++) {
-        const Piece *piece = cut + first[l];
+    for (int64_t l = 0; l < work->n_long; l++) {
+        const Piece *piece = work->cut + work->first[l];
         Products sum = {0, 0, 0, 0, 0, 0};
-        for (int64_t k = first[l]; k < first[l + 1]; k++) {
-            sum.ww += part[k].ww; sum.wg += part[k].wg; sum.gg += part[k].gg;
-            sum.wb += part[k].wb; sum.gb += part[k].gb; sum.bb += part[k].bb;
+        for (int64_t k = work->first[l]; task != WRITE && k < work->first[l + 1]; k++) {
+            const Products *part = work->part + k;
+            sum.ww += part->ww; sum.wg += part->wg; sum.gg += part->gg;
+            sum.wb += part->wb; sum.gb += part->gb; sum.bb += part->bb;
         }
-        Measured m;
-        Turned turned;
-        keep_products(&m, 0, &sum);
-        to_unit(&m, rule, piece->job, piece->row, 1);
-        double square = m.square[0], norm = 0, overlap = 0;
-        if (brief_gradient(rule, &m, 0)) { /* seldom, and by one thread */
-            REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(m.wg[0] / m.ww[0]);
-            m.length[0] = 0;
-            for (int64_t k = first[l]; k < first[l + 1]; k++) {
-                NAME(open)(rule, cut + k, space, &w, &g, &b);
-                m.length[0] += NAME(tangential)(w, g, cut[k].size, to_g, slope) / square;
-            }
+        if (task == MEASURE) {
+            piece->job->products[piece->row] = sum;
+            continue;
         }
-        NAME(second_moments)(rule, piece->job, piece->row, &m, 1);
-        coefficients(rule, piece->job, &m, 1, &turned);
-        rows[l] = row_of(&turned, 0);
-        int far = turned.far[0] > 1.0;
-        for (int64_t k = first[l]; far && k < first[l + 1]; k++) {
-            double norm_part, overlap_part;
-            NAME(open)(rule, cut + k, space, &w, &g, &b);
-            NAME(outcome)(w, g, b, cut[k].size, rows + l, &norm_part, &overlap_part);
-            norm += norm_part / square; overlap += overlap_part / square;
-        }
-        if (far) settle(rows + l, norm, overlap);
+        int far;
+        if (task == STEP) work->row[l] = NAME(turn_long)(rule, work, l, &sum, space, &far);
+        else work->row[l] = piece->job->written[piece->row], far = piece->job->far[piece->row];
+        if (far) NAME(settle_long)(rule, work, l, work->row + l, far, space);
     }
+    if (task == MEASURE) return;
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < total; k++) {
-        int64_t l = owner(first, n_long, k);
-        NAME(open)(rule, cut + k, space, &w, &g, &b);
-        NAME(write)(w, g, b, cut[k].size, rows + l);
-        if (space) NAME(close)(rule, cut + k, w, b);
+        const Piece *piece = work->cut + k;
+        NAME(open_piece)(rule, piece, space, &w, &g, &b);
+        NAME(write)(w, g, b, piece->size, work->row + owner(work->first, work->n_long, k));
+        if (space) NAME(close)(rule, piece->job, piece->row * piece->job->size + piece->start, piece->size, w, b);
     }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.executions.layouts import layout_of
-from manifold_nets.optim.rules.members import Member
-from manifold_nets.optim.rules.products import Spheres, Tangential, is_short, measured, some
+from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.products import Spheres, Tangential, is_short, measured, some, tangential_of
 
 __all__ = [
     "BLOCK",
@@ -24,6 +25,7 @@ __all__ = [
     "second_moments",
     "sharpened",
     "suits_rows",
+    "what_to_write",
 ]
 
 # Entries of a block: a few of them, in float32, fit in the third level of a processor's cache.
@@ -153,3 +155,35 @@ def sharpened(found: Tangential, matrices: Sequence[Rows], *, maximize: bool) ->
             result.append(measured(weight, gradient, known, Spheres((1,), part.radius), maximize))
             start += len(weight)
     return found._replace(gg=torch.where(short, torch.cat(result), found.gg))
+
+
+def what_to_write(
+    rule: Rule, matrices: Sequence[Rows], products: Tensor, dampening: float, step: float
+) -> tuple[Tensor, Tensor, bool]:
+    """Return the coefficients of all rows of all matrices, and update their second moments.
+
+    Args:
+        rule: the rule.
+        matrices: weights, not yet changed.
+        products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
+        dampening: of all of them.
+        step: of all of them.
+
+    Returns:
+        A matrix with the six numbers of `Coefficients` for each row, of w, b and the Euclidean gradient; a column that
+        says which rows step farther than a radian; and whether their moments are carried along.
+    """
+    radius, second, dtype = radii(matrices), second_moments(matrices), products.dtype
+    if isinstance(radius, Tensor):
+        radius = radius.to(dtype)
+    if second is not None:
+        second = second[0].to(dtype), None if second[1] is None else second[1].to(dtype)
+    found = tangential_of(products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize)
+    if rule.needs_lengths:
+        found = sharpened(found, matrices, maximize=rule.maximize)
+    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
+    if second is not None:
+        keep_second_moments(matrices, second)
+    square = (-radius if rule.maximize else radius) * radius
+    *columns, far, carried = move._replace(wg=move.wg * square, bg=move.bg * square)
+    return torch.cat([torch.as_tensor(x, dtype=dtype).expand_as(far) for x in columns], 1), far, carried

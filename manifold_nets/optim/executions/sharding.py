@@ -38,12 +38,14 @@ class Part:
         combine: adds up inner products over the processes; None where each holds whole groups.
         place: where the part stands in zeros of the whole shape; None where it is worked on as it is.
         scalars: placements of one value a sphere.
+        elsewhere: adds up over processes that hold other groups, all of them whole.
     """
 
     manifold: SphereProduct
     combine: Combine | None
     place: tuple[slice, ...] | None
     scalars: tuple[Any, ...]
+    elsewhere: Combine | None = None
 
     def read(self, tensor: Tensor) -> Tensor:
         """Return the local values of a sharded tensor to work on: its own memory, or a copy set into zeros."""
@@ -117,7 +119,7 @@ def _cut(manifold: SphereProduct, mesh: Any, placements: tuple[Any, ...]) -> Par
         return Part(spheres, _adding_up(mesh, cuts), None, (Replicate(),) * len(placements))
     each = partition.n_groups // blocks
     spheres = SphereProduct(local, radius=manifold.radii[first * each : last * each] if radius is None else radius)
-    return Part(spheres, None, None, placements)
+    return Part(spheres, None, None, placements, _adding_up(mesh, cuts))
 
 
 def _set_into_zeros(manifold: SphereProduct, mesh: Any, placements: tuple[Any, ...]) -> Part:

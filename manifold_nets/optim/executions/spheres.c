@@ -2,6 +2,7 @@
  * coefficients.py and updates.py. A weight is a matrix whose rows are its groups. Short rows are stepped in blocks that
  * stay in cache, so that the second pass over them moves no memory; long rows are cut into pieces for all threads, with
  * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double.
+ * Other methods have their coefficients computed elsewhere, between a pass that measures and one that writes.
  *
  * Compiled at first use by manifold_nets.optim.executions.native, once a machine. */
 #include <math.h>
@@ -11,7 +12,11 @@
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { SGD, ADAM };
+enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 2048, BLOCK = 16384, ROWS = 64 };
+
+typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
+typedef struct { double ww, wb, wg, bw, bb, bg; } Row;
 
 typedef struct {
     void *w;            /* the weight, changed */
@@ -21,15 +26,15 @@ typedef struct {
     const double *square; /* squared radii: one, or one a row */
     int64_t rows, size, squares;
     double take, first, second; /* share of the new gradient; bias corrections 1/(1 - beta^t) of Adam */
+    Products *products; /* of each row, in a pass that measures */
+    const Row *written; /* of each row, in a pass that writes */
+    const uint8_t *far; /* and whether it steps farther than a radian: STAYS, CARRIED with its moment, or ALONE */
 } Job;
 
 typedef struct {
     int64_t kind, dtype, nesterov, maximize;
     double lr, keep, beta2, eps; /* keep: momentum, or beta1 */
 } Rule;
-
-typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
-typedef struct { double ww, wb, wg, bw, bb, bg; } Row;
 
 /* Numbers of up to ROWS rows, each kind in a run of memory, so that one instruction takes those of several rows. */
 typedef struct {
@@ -42,6 +47,8 @@ typedef struct { double ww[ROWS], wb[ROWS], wg[ROWS], bw[ROWS], bb[ROWS], bg[ROW
 
 static double positive(double x) { return x < 0 ? 0.0 : x; } /* keeps NaN */
 
+static double square_of(const Job *job, int64_t row) { return job->square[job->squares > 1 ? row : 0]; }
+
 static void keep_products(Measured *m, int64_t i, const Products *p) {
     m->ww[i] = p->ww; m->wg[i] = p->wg; m->gg[i] = p->gg;
     m->wb[i] = p->wb; m->gb[i] = p->gb; m->bb[i] = p->bb;
@@ -50,7 +57,7 @@ static void keep_products(Measured *m, int64_t i, const Products *p) {
 /* The inner products in the coordinates of the unit sphere, of rows from `row` on. */
 static void to_unit(Measured *restrict m, const Rule *rule, const Job *job, int64_t row, int64_t n) {
     double sign = rule->maximize ? -1.0 : 1.0;
-    for (int64_t i = 0; i < n; i++) m->square[i] = job->square[job->squares > 1 ? row + i : 0];
+    for (int64_t i = 0; i < n; i++) m->square[i] = square_of(job, row + i);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         double square = m->square[i], inverse = 1.0 / square;
@@ -95,9 +102,9 @@ static Row row_of(const Turned *r, int64_t i) {
     return (Row){r->ww[i], r->wb[i], r->wg[i], r->bw[i], r->bb[i], r->bg[i]};
 }
 
-/* Put the new point on its sphere and the moment in its tangent space, from ||w'||^2/r^2 and <w', b'>/r^2. */
-static void settle(Row *r, double norm, double overlap) {
-    double turn = overlap / norm, scale = (1.0 + 0.0 * norm) / sqrt(norm);
+/* Put the new point on its sphere and a carried moment in its tangent space, from ||w'||^2/r^2 and <w', b'>/r^2. */
+static void settle(Row *r, double norm, double overlap, int far) {
+    double turn = far == CARRIED ? overlap / norm : 0.0, scale = (1.0 + 0.0 * norm) / sqrt(norm);
     r->bw -= turn * r->ww; r->bb -= turn * r->wb; r->bg -= turn * r->wg;
     r->ww *= scale; r->wb *= scale; r->wg *= scale;
 }
@@ -153,6 +160,62 @@ static int64_t owner(const int64_t *starts, int64_t count, int64_t unit) {
     return low;
 }
 
+static int is_long(const Job *job) { return job->size > 4 * BLOCK; }
+static int64_t rows_at_once(const Job *job) {
+    int64_t rows = BLOCK / job->size;
+    return rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
+}
+static int64_t pieces(const Job *job) { return (job->size + BLOCK - 1) / BLOCK; }
+
+/* The work of a call: blocks of short rows, and pieces of long ones. */
+typedef struct {
+    int64_t *starts; /* number of the first block of each job */
+    int64_t *first;  /* number of the first piece of each long row */
+    Piece *cut;
+    Products *part;  /* of each piece */
+    Row *row;        /* of each long row */
+    int64_t blocks, n_long, scratch;
+} Work;
+
+static void put_away(Work *work) {
+    free(work->starts); free(work->first); free(work->cut); free(work->part); free(work->row);
+}
+
+/* 0, or 1 where there was no memory for it. */
+static int lay_out(Work *work, const Job *jobs, int64_t count) {
+    int64_t n_pieces = 0, k = 0, l = 0;
+    memset(work, 0, sizeof(Work));
+    work->starts = malloc(sizeof(int64_t) * (count + 1));
+    if (!work->starts) return 1;
+    for (int64_t i = 0; i < count; i++) {
+        const Job *job = jobs + i;
+        work->starts[i] = work->blocks;
+        if (is_long(job)) work->n_long += job->rows, n_pieces += job->rows * pieces(job);
+        else {
+            int64_t rows = rows_at_once(job), entries = rows * job->size;
+            work->blocks += (job->rows + rows - 1) / rows;
+            if (entries > work->scratch) work->scratch = entries;
+        }
+    }
+    work->starts[count] = work->blocks;
+    if (n_pieces && work->scratch < BLOCK) work->scratch = BLOCK;
+    work->first = malloc(sizeof(int64_t) * (work->n_long + 1));
+    work->cut = malloc(sizeof(Piece) * (n_pieces + 1));
+    work->part = malloc(sizeof(Products) * (n_pieces + 1));
+    work->row = malloc(sizeof(Row) * (work->n_long + 1));
+    if (!work->first || !work->cut || !work->part || !work->row) return 1;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t r = 0; is_long(jobs + i) && r < jobs[i].rows; r++, l++) {
+            work->first[l] = k;
+            for (int64_t s = 0; s < jobs[i].size; s += BLOCK, k++)
+                work->cut[k] = (Piece){jobs + i, r, s, jobs[i].size - s < BLOCK ? jobs[i].size - s : BLOCK};
+        }
+    work->first[work->n_long] = k;
+    return 0;
+}
+
+enum { STEP, MEASURE, WRITE };
+
 #define REAL float
 #define NAME(x) x##_float
 #include "rows.h"
@@ -162,14 +225,6 @@ static int64_t owner(const int64_t *starts, int64_t count, int64_t unit) {
 #define NAME(x) x##_double
 #include "rows.h"
 
-/* Number of the first unit of work of each job; a unit is a block of short rows or a piece of a long one. */
-static int is_long(const Job *job) { return job->size > 4 * BLOCK; }
-static int64_t rows_at_once(const Job *job) {
-    int64_t rows = BLOCK / job->size;
-    return rows < 1 ? 1 : rows > ROWS ? ROWS : rows;
-}
-static int64_t pieces(const Job *job) { return (job->size + BLOCK - 1) / BLOCK; }
-
 /* Whether this build knows a dtype. */
 int spheres_know(int64_t dtype) {
 #ifndef __FLT16_MAX__
@@ -178,40 +233,13 @@ int spheres_know(int64_t dtype) {
     return dtype >= FLOAT32 && dtype <= FLOAT16;
 }
 
-/* Take the step of every job; 0, or 1 where there was no memory for it. */
-int spheres_step(const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
-    int64_t units = 0, n_long = 0, n_pieces = 0, scratch = 0, failed = 0;
-    int64_t *starts = malloc(sizeof(int64_t) * (count + 1));
-    if (!starts) return 1;
-    for (int64_t i = 0; i < count; i++) {
-        const Job *job = jobs + i;
-        starts[i] = units;
-        if (is_long(job)) n_long += job->rows, n_pieces += job->rows * pieces(job);
-        else {
-            int64_t block = rows_at_once(job) * job->size;
-            units += (job->rows + rows_at_once(job) - 1) / rows_at_once(job);
-            if (block > scratch) scratch = block;
-        }
-    }
-    starts[count] = units;
-    if (n_pieces && scratch < BLOCK) scratch = BLOCK;
-    int half = rule->dtype == BFLOAT16 || rule->dtype == FLOAT16;
-    Piece *cut = malloc(sizeof(Piece) * (n_pieces + 1));
-    Products *part = malloc(sizeof(Products) * (n_pieces + 1));
-    Row *row = malloc(sizeof(Row) * (n_long + 1));
-    int64_t *first = malloc(sizeof(int64_t) * (n_long + 1));
-    if (!cut || !part || !row || !first) failed = 1;
-    int64_t k = 0, l = 0;
-    for (int64_t i = 0; !failed && i < count; i++)
-        for (int64_t r = 0; is_long(jobs + i) && r < jobs[i].rows; r++, l++) {
-            first[l] = k;
-            for (int64_t s = 0; s < jobs[i].size; s += BLOCK, k++)
-                cut[k] = (Piece){jobs + i, r, s, jobs[i].size - s < BLOCK ? jobs[i].size - s : BLOCK};
-        }
-    if (!failed) first[n_long] = k;
+/* Pass over all jobs; 0, or 1 where there was no memory for it. */
+static int pass(int task, const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
+    Work work;
+    int failed = lay_out(&work, jobs, count), half = rule->dtype == BFLOAT16 || rule->dtype == FLOAT16;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        float *space = half ? malloc(sizeof(float) * 3 * scratch + 64) : NULL;
+        float *space = half && !failed ? malloc(sizeof(float) * 3 * work.scratch + 64) : NULL;
         if (half && !space) {
 #pragma omp atomic write
             failed = 1;
@@ -219,22 +247,37 @@ int spheres_step(const Rule *rule, const Job *jobs, int64_t count, int64_t threa
 #pragma omp barrier
         if (!failed) {
 #pragma omp for schedule(dynamic, 4) nowait
-            for (int64_t unit = 0; unit < units; unit++) {
-                int64_t i = owner(starts, count, unit);
-                while (starts[i + 1] == starts[i]) i++; /* long jobs have no units */
+            for (int64_t block = 0; block < work.blocks; block++) {
+                int64_t i = owner(work.starts, count, block);
+                while (work.starts[i + 1] == work.starts[i]) i++; /* long jobs have no blocks */
                 const Job *job = jobs + i;
-                int64_t from = (unit - starts[i]) * rows_at_once(job), n = job->rows - from;
+                int64_t from = (block - work.starts[i]) * rows_at_once(job), n = job->rows - from;
                 if (n > rows_at_once(job)) n = rows_at_once(job);
-                if (rule->dtype == FLOAT64) block_double(rule, job, from, n, NULL);
-                else block_float(rule, job, from, n, space);
+                if (rule->dtype == FLOAT64) block_double(task, rule, job, from, n, NULL);
+                else block_float(task, rule, job, from, n, space);
             }
-            if (n_long) {
-                if (rule->dtype == FLOAT64) long_rows_double(rule, cut, part, row, first, n_long, NULL);
-                else long_rows_float(rule, cut, part, row, first, n_long, space);
+            if (work.n_long) {
+                if (rule->dtype == FLOAT64) long_rows_double(task, rule, &work, NULL);
+                else long_rows_float(task, rule, &work, space);
             }
         }
         free(space);
     }
-    free(starts); free(cut); free(part); free(row); free(first);
-    return (int)failed;
+    put_away(&work);
+    return failed;
+}
+
+/* Take the step of every job. */
+int spheres_step(const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
+    return pass(STEP, rule, jobs, count, threads);
+}
+
+/* Measure the inner products of every row of every job. */
+int spheres_measure(const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
+    return pass(MEASURE, rule, jobs, count, threads);
+}
+
+/* Write the linear combinations of every row of every job. */
+int spheres_write(const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
+    return pass(WRITE, rule, jobs, count, threads);
 }

@@ -52,7 +52,7 @@ class Workspace:
         self._unit = radius if layout.to_unit else None
         self.spheres = Spheres(self.partition.reduced, 1.0 if layout.to_unit else radius)
         if self._part is not None:
-            self.spheres = self.spheres._replace(combine=self._part.combine)
+            self.spheres = self.spheres._replace(combine=self._part.combine, elsewhere=self._part.elsewhere)
         self._read: list[tuple[Tensor, Tensor]] = []
         self._opened: list[tuple[Tensor, Tensor]] = []
 

@@ -25,6 +25,7 @@ __all__ = [
     "bias_corrections",
     "coefficients",
     "sgd_coefficients",
+    "where_moved",
 ]
 
 
@@ -42,6 +43,7 @@ class Coefficients(NamedTuple):
 
     Attributes:
         far: where a part of the step is longer than a radian, so that the norm of w' is to be measured.
+        carried: whether the moment belongs in the tangent space of the new point, wherever that is measured.
     """
 
     ww: Scalar
@@ -51,6 +53,7 @@ class Coefficients(NamedTuple):
     bb: Scalar
     bg: Scalar
     far: Tensor
+    carried: bool = True
 
 
 def coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Coefficients:
@@ -71,14 +74,20 @@ def coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Coefficient
     length = length.clamp_min(0)
     # Products out of range would send the group to zero without a word; 0·∞ makes it NaN, as a diverged step should.
     scale = (1.0 + 0.0 * length) / (1.0 + lr * lr * length).sqrt()
-    root = found.ww.rsqrt()
-    root = torch.where(lr == 0, 1.0, root) if isinstance(lr, Tensor) else root if lr != 0 else torch.ones_like(root)
+    root = where_moved(lr, found.ww.rsqrt())
     along, turn = -lr * scale, -lr * scale * overlap
     w_w, w_b, w_g = scale * (root - lr * d_w), along * d_b, 0.0 if alone else along * d_g
     reach = w_b * w_b * found.b_total
     far = (reach if alone else reach + w_g * w_g * found.g_total) > 1
     b_g = 0.0 if alone else take - turn * w_g
     return Coefficients(w_w, w_b, w_g, p_w - turn * w_w, keep - turn * w_b, b_g, far)
+
+
+def where_moved(lr: Scalar, factor: Tensor) -> Tensor:
+    """Return a factor of the weight, and 1 where the learning rate is 0: there nothing is put back to its norm."""
+    if isinstance(lr, Tensor):
+        return torch.where(lr == 0, 1.0, factor)
+    return factor if lr != 0 else torch.ones_like(factor)
 
 
 def _is_nothing(factor: Scalar) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -12,33 +13,41 @@ from manifold_nets.optim.rules.coefficients import Coefficients, Moments, bias_c
 from manifold_nets.optim.rules.members import Rule
 from manifold_nets.optim.rules.products import Spheres, Tangential, tangential
 from manifold_nets.optim.rules.updates import write_
-from manifold_nets.optim.rules.variants import angular_rate, clip_factor, geodesic_coefficients, projected_coefficients
+from manifold_nets.optim.rules.variants import (
+    angular_rate,
+    clip_factor,
+    geodesic_coefficients,
+    projected_coefficients,
+    scaled_coefficients,
+)
 
 __all__ = ["MethodRule"]
 
 
 @dataclass(frozen=True)
 class MethodRule(Rule):
-    """A rule of `manifold_nets.optim.relatives`.
+    """A rule of `manifold_nets.optim.relatives`, or that of the scaled metric.
 
     Attributes:
-        kind: ``"sgd-g"``, ``"angular"``, ``"projected"`` or ``"adam-g"``.
+        kind: ``"sgd-g"``, ``"angular"``, ``"projected"``, ``"scaled-metric"`` or ``"adam-g"``.
         clip: the largest length of a gradient, for SGD-G and Adam-G.
         per_weight: whether the groups of a weight turn by one angle in the mean, for angular steps.
+        elsewhere: adds up sums over groups of which other processes hold others.
     """
 
     clip: float = math.inf
     per_weight: bool = False
+    elsewhere: Callable[[Tensor], Tensor] | None = None
 
     @property
     def has_kernel(self) -> bool:
-        """No: batches of torch's operations are the fastest execution."""
+        """No: the kernel in C lends its passes, and torch computes the coefficients between them."""
         return False
 
     @property
     def needs_lengths(self) -> bool:
-        """Yes: gradients are clipped, or divided by their lengths."""
-        return True
+        """Where gradients are clipped, divided by their lengths, or cancel the radius."""
+        return self.kind != "scaled-metric"
 
     @property
     def by_groups(self) -> bool:
@@ -57,8 +66,9 @@ class MethodRule(Rule):
         step: float | Tensor,
     ) -> None:
         """Take one step, in place, on tensors in the view of their groups: the single-tensor execution."""
-        found = tangential(weight, gradient, moment, spheres, maximize=self.maximize, sharp=True)
-        move = replace(self, lr=float(self.lr)).coefficients(found, second, dampening=dampening, step=step)
+        found = tangential(weight, gradient, moment, spheres, maximize=self.maximize, sharp=self.needs_lengths)
+        rule = replace(self, lr=float(self.lr), elsewhere=spheres.elsewhere)
+        move = rule.coefficients(found, second, dampening=dampening, step=step)
         write_(weight, gradient, moment, spheres, move, maximize=self.maximize)
 
     def coefficients(
@@ -83,8 +93,10 @@ class MethodRule(Rule):
             moments = Moments(0.0, 0.0, 0.0, 1.0)
         if self.kind == "projected":
             return projected_coefficients(found, moments, self.lr)
+        if self.kind == "scaled-metric":
+            return scaled_coefficients(found, moments, self.lr)
         if self.kind == "angular":
-            rate = angular_rate(found, moments, self.lr, per_weight=self.per_weight)
+            rate = angular_rate(found, moments, self.lr, per_weight=self.per_weight, elsewhere=self.elsewhere)
             return geodesic_coefficients(found, moments, rate)
         factor = clip_factor(found, self.clip)
         clipped = moments._replace(take=moments.take * factor, ahead=moments.ahead * factor)

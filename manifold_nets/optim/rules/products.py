@@ -36,11 +36,13 @@ class Spheres(NamedTuple):
         radius: one radius, or one a group that broadcasts over the view.
         combine: adds up inner products over all parts of a sphere where the tensors of a step are only one of them;
             takes and returns a tensor of shape ``(number of products, *groups, with size 1 along axes)``.
+        elsewhere: adds up sums over groups where these are only some of a weight's groups, each of them whole.
     """
 
     axes: tuple[int, ...]
     radius: float | Tensor
     combine: Callable[[Tensor], Tensor] | None = None
+    elsewhere: Callable[[Tensor], Tensor] | None = None
 
     @property
     def square(self) -> float | Tensor:

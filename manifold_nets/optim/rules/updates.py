@@ -46,10 +46,10 @@ def combine_(
         transported = (moment * move.bb).addcmul_(gradient, _tensor(move.bg, weight))
         transported.addcmul_(weight, _tensor(move.bw, weight))
     if far is not None:
-        pairs = ((new, new),) if transported is None else ((new, new), (new, transported))
-        norm, *overlap = spheres.dots(*pairs)
-        if transported is not None:
-            transported = torch.addcmul(transported, new, torch.where(far, overlap[0] / norm, 0.0), value=-1)
+        carried = transported if move.carried else None
+        norm, *overlap = spheres.dots((new, new), *(() if carried is None else ((new, carried),)))
+        if carried is not None:
+            transported = torch.addcmul(carried, new, torch.where(far, overlap[0] / norm, 0.0), value=-1)
         norm = norm / spheres.square
         new = new * torch.where(far, (1.0 + 0.0 * norm) / norm.sqrt(), 1.0)
     weight.copy_(new)

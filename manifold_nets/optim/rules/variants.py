@@ -4,20 +4,30 @@ A method is told by how it makes a moment p and a direction d of a gradient (`Mo
 how it comes back to the sphere:
 
 - `geodesic_coefficients`: the exponential map, and parallel transport of the moment;
-- `projected_coefficients`: a plain Euclidean step, of which nothing is projected but the result.
+- `projected_coefficients`: a plain Euclidean step, of which nothing is projected but the result;
+- `scaled_coefficients`: not at all; gradients and steps are scaled by the norm of a group.
 
 Clipped gradients, and steps of a given angle, are factors of the moments and of the learning rate, one a group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.rules.coefficients import Coefficients, Moments
+from manifold_nets.optim.rules.coefficients import Coefficients, Moments, where_moved
 from manifold_nets.optim.rules.products import Scalar, Tangential
 
-__all__ = ["angular_rate", "clip_factor", "direction_length", "geodesic_coefficients", "projected_coefficients"]
+__all__ = [
+    "angular_rate",
+    "clip_factor",
+    "direction_length",
+    "geodesic_coefficients",
+    "projected_coefficients",
+    "scaled_coefficients",
+]
 
 
 def direction_length(found: Tangential, moments: Moments) -> Tensor:
@@ -34,14 +44,24 @@ def clip_factor(found: Tangential, limit: float) -> Tensor:
     return torch.where(length > limit, limit / length, 1.0 + 0.0 * length)
 
 
-def angular_rate(found: Tangential, moments: Moments, lr: Scalar, *, per_weight: bool) -> Tensor:
+def angular_rate(
+    found: Tangential,
+    moments: Moments,
+    lr: Scalar,
+    *,
+    per_weight: bool,
+    elsewhere: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return the learning rate at which a step is of ``lr`` radians, for each group or in root mean square over them.
 
-    A direction of length zero has none: its group stays where it is.
+    A direction of length zero has none: its group stays where it is. Where other processes hold other groups of the
+    weight, ``elsewhere`` adds up over them.
     """
     length = direction_length(found, moments)
     if per_weight:
-        length = length.square().mean().sqrt().expand_as(length)
+        sums = torch.stack([length.square().sum(), length.new_tensor(float(length.numel()))])
+        total, count = sums if elsewhere is None else elsewhere(sums)
+        length = (total / count).sqrt().expand_as(length)
     return torch.where(length == 0, 0.0, lr / length)
 
 
@@ -60,7 +80,7 @@ def geodesic_coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Co
     overlap = d_b * keep * found.bb + (d_b * take + d_g * keep) * found.gb + d_g * take * found.gg
     angle = lr * length
     cosine, sine_rate = torch.cos(angle), lr * torch.sinc(angle / torch.pi)
-    root = found.ww.rsqrt()
+    root = where_moved(lr, found.ww.rsqrt())
     # Factors of d in w' and in p', and of w in p'; where d is zero the moment stays as it is.
     inverse = torch.where(length == 0, 0.0, 1.0 / length)
     along, back = overlap * inverse * inverse * (cosine - 1.0), overlap * sine_rate
@@ -82,9 +102,19 @@ def projected_coefficients(found: Tangential, moments: Moments, lr: Scalar) -> C
     length = direction_length(found, moments)
     # w − η d has a part along w and a tangential part; they are orthogonal.
     squared = (1.0 - lr * radial).square() * found.ww + (lr * length).square()
-    scale = (1.0 + 0.0 * squared) / squared.sqrt()
+    scale = where_moved(lr, (1.0 + 0.0 * squared) / squared.sqrt())
+    w_b, w_g = -lr * scale * d_b, -lr * scale * d_g
+    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
+    return Coefficients(scale, w_b, w_g, 0.0, keep, take, far, carried=False)
+
+
+def scaled_coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Coefficients:
+    r"""Return the coefficients of a step in the scaled metric, ``p = keep b + take ‖w‖ g`` and ``w' = w − η ‖w‖ d``."""
+    keep, take, _, _ = moments
+    d_b, d_g = _direction(moments)
+    norm = found.ww.sqrt()
     return Coefficients(
-        scale, -lr * scale * d_b, -lr * scale * d_g, 0.0, keep, take, torch.zeros_like(squared, dtype=torch.bool)
+        1.0, -lr * norm * d_b, -lr * found.ww * d_g, 0.0, keep, take * norm, torch.zeros_like(norm, dtype=torch.bool)
     )
 
 
