@@ -119,8 +119,9 @@ def named(contestant: Contestant, device: str) -> str:
     """Say how an optimizer took its steps; asked when they are taken, as the answer may compile the kernel."""
     if contestant.execution != "default":
         return contestant.execution
-    kernel = device == "cpu" and native.available() is None
-    return "default: native kernel" if kernel else "default: batches of torch's operations"
+    if device != "cpu" or native.available() is not None:
+        return "default: batches of torch's operations"
+    return f"default: {'' if contestant.name.startswith('Riemannian') else 'passes of the '}native kernel"
 
 
 def ratio(times: list[float], base: list[float]) -> tuple[float, float, float]:

@@ -128,10 +128,18 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
         found.append(Contestant(f"torch {name}, {parametrization}", "fused=True", parametrization, fused))
     if relatives:
         for key, row in mn.optim.OPTIMIZERS.items():
-            if row.weights == "spheres" and row.adaptive != sgd and row.kind is not ours:
-                how = "piece by piece" if row.kind is mn.optim.AngularAdam else "in batches"
-                found.append(Contestant(key, how, "spheres", with_options(row.kind, **row.options)))
+            if row.adaptive == sgd or row.kind is ours:
+                continue
+            how = "piece by piece" if row.kind is mn.optim.AngularAdam else "default"
+            make = row.kind if row.weights == "spheres" else in_scaled_metric
+            found.append(Contestant(key, how, row.weights, with_options(make, **row.options)))
     return found
+
+
+def in_scaled_metric(weights: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that scales the filters of every weight."""
+    partitions = [mn.Partition.filters(w.shape).to_dict() if w.ndim > 1 else None for w in weights]
+    return mn.optim.ScaledMetricSGD([{"params": weights, "partitions": partitions}], **options)
 
 
 def _of_other_packages(sgd: bool, name: str, with_options: Callable[..., Any]) -> list[Contestant]:

@@ -43,21 +43,27 @@ def test_every_execution_is_timed_as_what_it_is(method, monkeypatch):
     chosen = [c for c in workloads.contestants(method, relatives=True) if c.weights in ("plain", "spheres", "rows")]
     assert [c.execution for c in chosen[:2]] == ["fused=True", "foreach=True"]
     assert {c.name for c in chosen} >= {n for n, row in OPTIMIZERS.items() if row.adaptive == (method == "adam")} - {
-        *("rsgd", "radam", "sm")
+        *("rsgd", "radam")
     }
     chosen = [c for c in chosen if c.execution != "compile=True"]  # which takes long
     steps = dict(zip(chosen, workloads.steps_over(SMALL, chosen, "cpu"), strict=True))
     for contestant, timed in steps.items():
-        if not contestant.name.startswith("Riemannian"):
+        if contestant.name not in OPTIMIZERS and not contestant.name.startswith("Riemannian"):
             timed.step()
             continue
         called = []
-        for how in ("run_native", "run_batched"):
+        for how in ("run_native", "run_in_passes", "run_batched"):
             monkeypatch.setattr(choice, how, lambda *_, how=how, called=called: called.append(how))
         timed.step()
         monkeypatch.undo()
         name = timing.named(contestant, "cpu")
-        expected = {"foreach=True": ["run_batched"], "foreach=False": [], "default: native kernel": ["run_native"]}
+        expected = {
+            "foreach=True": ["run_batched"],
+            "foreach=False": [],
+            "piece by piece": [],
+            "default: native kernel": ["run_native"],
+            "default: passes of the native kernel": ["run_in_passes"],
+        }
         assert called == expected.get(name, ["run_batched"]), name
 
 
