@@ -130,9 +130,8 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
         for key, row in mn.optim.OPTIMIZERS.items():
             if row.adaptive == sgd or row.kind is ours:
                 continue
-            how = "piece by piece" if row.kind is mn.optim.AngularAdam else "default"
             make = row.kind if row.weights == "spheres" else in_scaled_metric
-            found.append(Contestant(key, how, row.weights, with_options(make, **row.options)))
+            found.append(Contestant(key, "default", row.weights, with_options(make, **row.options)))
     return found
 
 

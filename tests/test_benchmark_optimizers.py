@@ -60,7 +60,6 @@ def test_every_execution_is_timed_as_what_it_is(method, monkeypatch):
         expected = {
             "foreach=True": ["run_batched"],
             "foreach=False": [],
-            "piece by piece": [],
             "default: native kernel": ["run_native"],
             "default: passes of the native kernel": ["run_in_passes"],
         }

@@ -113,12 +113,9 @@ def test_steps_are_those_of_the_formulas(method, layout, kind, dtype):
         check_against_reference(method, layout, radii_for(layout, kind), dtype, **how)
 
 
-TOGETHER = ["sgd-g", "adam-g", "angular", "projected"]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("how", [EXECUTIONS["passes"], EXECUTIONS["batched"]], ids=["passes", "batched"])
-@pytest.mark.parametrize("method", TOGETHER)
+@pytest.mark.parametrize("method", METHODS)
 def test_weights_that_are_stepped_together_take_their_own_steps(method, how, dtype):
     """Small ones are joined, large ones are cut, and coefficients are computed for all at once."""
     paths = []
@@ -140,8 +137,10 @@ def test_weights_that_are_stepped_together_take_their_own_steps(method, how, dty
         for weight in weights:
             assert float(weight.manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(dtype).eps
     for batched, single in zip(*paths, strict=True):
-        # In half precision an entry may be rounded to the neighbour, in each of the three steps.
-        allowed = 64 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
+        # In half precision an entry may be rounded to the neighbour, in each of the three steps. AngularAdam divides
+        # each entry by its own size, which magnifies the rounding of small ones.
+        roundings = 256 if method == "angular-adam" else 64
+        allowed = roundings * torch.finfo(torch.float32).eps if dtype == torch.float32 else 6 * torch.finfo(dtype).eps
         assert float((batched - single).abs().max()) <= allowed * float(single.abs().max())
 
 
@@ -156,27 +155,33 @@ def test_sabotage_another_rate_or_clip_is_noticed(method):
 
 
 @pytest.mark.parametrize("how", EXECUTIONS.values(), ids=EXECUTIONS)
-@pytest.mark.parametrize("method", TOGETHER)
+@pytest.mark.parametrize("method", METHODS)
 def test_long_steps_and_gradients_along_the_radius_end_on_the_spheres(method, how):
     for shape in ((130, 9), (2, 70_001)):
         sphere = mn.SphereProduct(shape, radius=1.5)
         weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
         optimizer = optimizer_for(method, weight, **how)
         optimizer.param_groups[0].update(lr=20.0, clip=float("inf"))
-        for _ in range(3):
+        for step in range(3):
+            if step == 2 and method == "angular-adam":  # so that the direction, entry by entry, is nearly the radius
+                with torch.no_grad():
+                    optimizer.state[weight]["exp_avg"].add_(weight, alpha=1e3)
+                    optimizer.state[weight]["entry_sq"].fill_(1.0)
             weight.grad = 1e3 * weight.detach() + torch.randn(shape)
             optimizer.step()
             assert float(sphere.deviations(weight.detach()).max()) <= 8 * torch.finfo(torch.float32).eps
 
 
-def test_the_default_is_passes_of_the_kernel(monkeypatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_is_the_kernel(method, monkeypatch):
     if native.available() is not None:
         pytest.skip(native.available())
     called = []
     monkeypatch.setattr(choice, "run_in_passes", lambda rule, members: called.append(len(members)))
+    monkeypatch.setattr(choice, "run_native", lambda rule, members: called.append(len(members)))
     for options in ({}, {"fused": True}, {"fused": False}, {"foreach": True}, {"foreach": False}):
         weight = Problem(LAYOUTS[0], radii_for(LAYOUTS[0], "unit")).parameter()
-        moved_by(optimizer_for("sgd-g", weight, **options), weight, torch.ones(weight.shape, dtype=weight.dtype))
+        moved_by(optimizer_for(method, weight, **options), weight, torch.ones(weight.shape, dtype=weight.dtype))
     assert called == [1, 1]
 
 

@@ -15,6 +15,7 @@ from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.executions.choice import run_by_entries
 from manifold_nets.optim.executions.pieces import pieces
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
@@ -44,8 +45,8 @@ class AngularAdam(RiemannianAdam):
     Args:
         params: best the groups of `manifold_nets.param_groups`.
         lr: η, the angle in radians.
-        options: the other options of `RiemannianAdam`; AMSGrad is not defined. ``foreach``, ``fused`` and ``compile``
-            say nothing on spheres.
+        options: the other options of `RiemannianAdam`; AMSGrad is not defined. On spheres the kernel in C takes what it
+            can, by default and with ``fused=True``; else the step is taken piece by piece.
 
     Raises:
         SphereOptionError: a weight shares its sphere with other weights.
@@ -94,8 +95,8 @@ class AngularAdam(RiemannianAdam):
         )
 
     def _step_members(self, group: Group, members: Sequence[Member]) -> None:
-        rule = self._rule(group)
-        for member in members:
+        rule = replace(self._rule(group), kind="angular-adam")
+        for member in run_by_entries(rule, members, foreach=group["foreach"], fused=group["fused"]):
             if member.second is None:
                 continue
             squares = member.second[0]

@@ -12,14 +12,14 @@ from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.optim.executions import native
 from manifold_nets.optim.executions.batches import run_batched, run_compiled
-from manifold_nets.optim.executions.kernel import run_in_passes, run_native, suits_native
+from manifold_nets.optim.executions.kernel import run_in_passes, run_native, suits_by_entries, suits_native
 from manifold_nets.optim.executions.pieces import pieces
 from manifold_nets.optim.executions.rows import suits_rows
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.rules.members import Member, Rule
 
-__all__ = ["run", "run_single"]
+__all__ = ["run", "run_by_entries", "run_single"]
 
 
 def run(
@@ -47,6 +47,17 @@ def run(
     if rule.by_groups and (foreach or (foreach is None and not compiled)):
         remaining = _pass_on(rule, remaining, suits_rows, run_batched)
     run_single(rule, remaining)
+
+
+def run_by_entries(rule: Rule, members: Sequence[Member], *, foreach: bool | None, fused: bool | None) -> list[Member]:
+    """Step weights with a second moment for every entry by the kernel in C, and return those that it does not take.
+
+    Raises:
+        NativeKernelError: ``fused`` is True and there is no kernel.
+    """
+    if _wants_native(fused, foreach, members):
+        return _pass_on(rule, members, suits_by_entries, run_native)
+    return list(members)
 
 
 def _local(member: Member) -> Member:

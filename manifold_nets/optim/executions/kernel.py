@@ -16,7 +16,7 @@ from manifold_nets.optim.executions.rows import rows_of, what_to_write
 from manifold_nets.optim.rules.coefficients import bias_corrections
 from manifold_nets.optim.rules.members import Member, Rule
 
-__all__ = ["run_in_passes", "run_native", "suits_native"]
+__all__ = ["run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
 # Entries that are worth a thread: a quarter of a millisecond's work.
 _PER_THREAD = 2**18
@@ -31,6 +31,17 @@ def suits_native(member: Member) -> bool:
     if not layout.has_rows(stride):
         return False
     return moment is None or (moment.stride() == stride and moment.dtype == weight.dtype)
+
+
+def suits_by_entries(member: Member) -> bool:
+    """Whether the kernel in C can step a weight with a second moment for every entry."""
+    stride, size = member.weight.stride(), layout_of(member.manifold).size
+    return (
+        suits_native(member)
+        and size <= native.SHORT
+        and member.second is not None
+        and (member.second[0].stride() == stride)
+    )
 
 
 def run_native(rule: Rule, members: Sequence[Member]) -> None:
@@ -82,8 +93,8 @@ def _ready(member: Member) -> Member:
 
 
 def _packed(rule: Rule, dtype: torch.dtype) -> np.ndarray:
-    kind = 1 if rule.kind == "adam" else 0
-    options = (kind, native.code_of(dtype), rule.nesterov, rule.maximize)
+    # Passes by themselves do not ask for the rule.
+    options = (native.KINDS.get(rule.kind, 0), native.code_of(dtype), rule.nesterov, rule.maximize)
     return np.array((*options, float(rule.lr), rule.keep, rule.beta2, rule.eps), dtype=native.RULE)
 
 

@@ -28,7 +28,9 @@ __all__ = [
     "ALONE",
     "CARRIED",
     "JOB",
+    "KINDS",
     "RULE",
+    "SHORT",
     "UnavailableError",
     "available",
     "code_of",
@@ -43,6 +45,11 @@ _OPTIONS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-tr
 # Tried in turn: a compiler may lack OpenMP, or know no options for the processor at hand.
 _CHOICES = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native", "-fopenmp-simd"), ())
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+# Entries of the longest rows that are stepped by one thread, without cutting them: ``is_long`` of spheres.c.
+SHORT = 2**16
+# The rules that spheres.c knows.
+KINDS = {"sgd": 0, "adam": 1, "angular-adam": 2}
 
 # How spheres.c is told to put a row back on its sphere: with its moment, or without.
 CARRIED, ALONE = 1, 2

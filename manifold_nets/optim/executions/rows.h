@@ -154,12 +154,75 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
     coefficients(rule, job, m, n, turned);
 }
 
+/* AngularAdam's step of one row: see angular_adam.py. The direction d is made of m and v wherever it is needed. */
+static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, REAL *restrict w, const REAL *restrict g,
+                                REAL *restrict m, REAL *restrict v, int64_t n) {
+    double square = square_of(job, row), radius = sqrt(square), ww = 0, wg = 0, wd = 0, dd = 0, wm = 0, dm = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL squares = 0, mixed = 0;
+#pragma omp simd reduction(+ : squares, mixed)
+        for (int64_t i = start; i < end; i++) squares += w[i] * w[i], mixed += w[i] * g[i];
+        ww += squares; wg += mixed;
+    }
+    REAL slope = (REAL)(-wg / ww), to_unit = (REAL)(rule->maximize ? -radius : radius), eps = (REAL)rule->eps;
+    REAL keep = (REAL)rule->keep, take = (REAL)((1.0 - rule->keep) * radius), correction = (REAL)job->second;
+    REAL keep2 = (REAL)rule->beta2, take2 = (REAL)(1.0 - rule->beta2);
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL wd_part = 0, dd_part = 0, wm_part = 0, dm_part = 0;
+#pragma omp simd reduction(+ : wd_part, dd_part, wm_part, dm_part)
+        for (int64_t i = start; i < end; i++) {
+            REAL x = w[i], xi = to_unit * (g[i] + slope * x), y = keep * m[i] + take * xi;
+            REAL z = keep2 * v[i] + take2 * xi * xi, d = y / (ROOT(z * correction) + eps);
+            m[i] = y; v[i] = z;
+            wd_part += x * d; dd_part += d * d; wm_part += x * y; dm_part += d * y;
+        }
+        wd += wd_part; dd += dd_part; wm += wm_part; dm += dm_part;
+    }
+    double tilt = wd / ww, length = dd - tilt * wd; /* d - tilt w is tangent */
+    if (length < 0.25 * dd) { /* the difference has lost digits */
+        length = 0;
+        for (int64_t start = 0; start < n; start += PIECE) {
+            int64_t end = start + PIECE < n ? start + PIECE : n;
+            REAL part = 0, tilted = (REAL)tilt;
+#pragma omp simd reduction(+ : part)
+            for (int64_t i = start; i < end; i++) {
+                REAL e = m[i] / (ROOT(v[i] * correction) + eps) - tilted * w[i];
+                part += e * e;
+            }
+            length += part;
+        }
+    }
+    double turn = length == 0 ? 0.0 : sin(rule->lr) * radius / sqrt(length), along = cos(rule->lr);
+    double norm = along * along * ww + turn * turn * length, scale = rule->lr == 0 ? 1.0 : radius / sqrt(norm);
+    int far = turn * turn * dd > square; /* large coefficients cancel */
+    along += turn * tilt;
+    double back = far ? 0.0 : (along * wm - turn * dm) / norm;
+    REAL w_w = (REAL)(scale * along), w_d = (REAL)(-scale * turn);
+    REAL m_w = (REAL)(-back * along), m_d = (REAL)(back * turn);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        REAL x = w[i], y = m[i], d = y / (ROOT(v[i] * correction) + eps);
+        w[i] = w_w * x + w_d * d;
+        m[i] = y + m_w * x + m_d * d;
+    }
+    if (far) NAME(put_back)(w, m, n, square);
+}
+
 /* Step, measure or write `n` rows from row `from` on. `space` has room for them three times where they are in half
  * precision. */
 static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space) {
     int64_t size = job->size, offset = from * size, entries = n * size;
     REAL *w, *g, *b;
     NAME(open)(rule, job, offset, entries, space, &w, &g, &b);
+    if (rule->kind == ANGULAR_ADAM) {
+        for (int64_t i = 0; i < n; i++)
+            NAME(turn_by_angle)(rule, job, from + i, w + i * size, g + i * size, b + i * size,
+                                (REAL *)job->v + offset + i * size, size);
+        if (space) NAME(close)(rule, job, offset, entries, w, b);
+        return;
+    }
     Measured m;
     Turned turned;
     for (int64_t i = 0; task != WRITE && i < n; i++) {

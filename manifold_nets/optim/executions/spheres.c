@@ -1,4 +1,4 @@
-/* Steps of RiemannianSGD and RiemannianAdam on the CPU, row by row in cache: the formulas of products.py,
+/* Steps of RiemannianSGD, RiemannianAdam and AngularAdam on the CPU, row by row in cache: the formulas of products.py,
  * coefficients.py and updates.py. A weight is a matrix whose rows are its groups. Short rows are stepped in blocks that
  * stay in cache, so that the second pass over them moves no memory; long rows are cut into pieces for all threads, with
  * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double.
@@ -11,7 +11,7 @@
 #include <string.h>
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum { SGD, ADAM };
+enum { SGD, ADAM, ANGULAR_ADAM };
 enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 2048, BLOCK = 16384, ROWS = 64 };
 
@@ -22,7 +22,8 @@ typedef struct {
     void *w;            /* the weight, changed */
     const void *g;      /* its gradient */
     void *b;            /* its moment, changed; null without one */
-    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad */
+    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad. AngularAdam: v has one
+                           an entry */
     const double *square; /* squared radii: one, or one a row */
     int64_t rows, size, squares;
     double take, first, second; /* share of the new gradient; bias corrections 1/(1 - beta^t) of Adam */
@@ -218,11 +219,14 @@ enum { STEP, MEASURE, WRITE };
 
 #define REAL float
 #define NAME(x) x##_float
+#define ROOT sqrtf
 #include "rows.h"
 #undef REAL
 #undef NAME
+#undef ROOT
 #define REAL double
 #define NAME(x) x##_double
+#define ROOT sqrt
 #include "rows.h"
 
 /* Whether this build knows a dtype. */
