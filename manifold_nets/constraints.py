@@ -8,6 +8,7 @@ neither `state_dict` nor the forward pass, and it follows deep copies and pickle
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from typing import Any
 import geoopt
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.weak import WeakIdKeyDictionary
 
 from manifold_nets.errors import ConstraintError, JointSphereError
 from manifold_nets.errors.base import listed
@@ -29,13 +32,19 @@ __all__ = [
     "constrained_weights",
     "detach",
     "joint_spheres",
+    "last_change",
     "lost_constraints",
     "project",
     "restore",
+    "was_replaced",
 ]
 
 _RECORD = "_manifold_nets_constraints"
 _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
+# Parameters in whose place a constrained one was put, while somebody, as an optimizer, still holds them.
+_replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_changes = itertools.count(1)
+_last_change = 0
 
 
 class _Constraints:
@@ -43,16 +52,34 @@ class _Constraints:
 
     def __init__(self, owner: nn.Module) -> None:
         self.owner = weakref.ref(owner)
+        # A shallow copy shares this record and the parameters, and may outlive the module.
+        self.parameters, self.kind = owner._parameters, type(owner).__name__
         self.manifolds: dict[str, SphereProduct] = {}
         _live_records.add(self)
 
+    def places(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each recorded weight, with the parameter in its place or those that it is now made of."""
+        owner = self.owner()
+        parameters = self.parameters if owner is None else owner._parameters
+        for leaf in self.manifolds:
+            present = parameters.get(leaf)
+            if present is not None:
+                found = [present]
+            else:
+                # So torch's weight_norm, spectral_norm and pruning name what they make a weight of.
+                found = [p for name, p in parameters.items() if p is not None and name.startswith(f"{leaf}_")]
+                if owner is not None and is_parametrized(owner, leaf):
+                    found += owner.parametrizations[leaf].parameters()  # type: ignore[union-attr,index]
+            yield from ((f"{self.kind}.{leaf}", parameter) for parameter in found)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"owner": self.owner(), "manifolds": self.manifolds}
+        held = {"parameters": self.parameters, "kind": self.kind, "manifolds": self.manifolds}
+        return {"owner": self.owner(), **held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         owner = state["owner"]
         self.owner = weakref.ref(owner) if owner is not None else lambda: None  # type: ignore[assignment]
-        self.manifolds = state["manifolds"]
+        self.parameters, self.kind, self.manifolds = state["parameters"], state["kind"], state["manifolds"]
         _live_records.add(self)
 
 
@@ -97,6 +124,7 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
     if point is None:
         new.grad = old.grad
     setattr(module, leaf, new)
+    _note_replaced(old, f"{type(module).__name__}.{leaf}")
     record = module.__dict__.get(_RECORD)
     if record is None or record.owner() is not module:
         fresh = _Constraints(module)
@@ -127,6 +155,30 @@ def detach(module: nn.Module, leaf: str) -> None:
         record.manifolds.pop(leaf, None)
         if not record.manifolds:
             del module.__dict__[_RECORD]
+
+
+def _note_replaced(old: Tensor, name: str) -> None:
+    global _last_change
+    _replaced[old] = name
+    _last_change = next(_changes)
+
+
+def last_change() -> int:
+    """Return a number that grows whenever a weight is constrained."""
+    return _last_change
+
+
+def was_replaced(parameter: Tensor) -> bool:
+    """Whether a constrained weight has taken the place of a parameter, which trains no model any more.
+
+    Example:
+        >>> layer = nn.Linear(4, 3)
+        >>> old, sphere = layer.weight, SphereProduct((3, 4))
+        >>> attach(layer, "weight", sphere, sphere.projx(layer.weight))
+        >>> was_replaced(old), was_replaced(layer.weight)
+        (True, False)
+    """
+    return parameter in _replaced
 
 
 def _weight_of(module: nn.Module, leaf: str) -> nn.Parameter:
@@ -268,6 +320,9 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
     """Return the weights among plain parameters that some living module records as constrained, in their order.
 
+    So are parameters that a constrained weight is made of, as by `torch.nn.utils.weight_norm`, flat ones that hold it,
+    and those in whose place it was put.
+
     Example:
         >>> import manifold_nets as mn
         >>> layer = mn.layers.UnitNormLinear(4, 3)
@@ -275,9 +330,22 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
         >>> lost_constraints(layer.parameters())
         ['UnitNormLinear.weight']
     """
-    names: dict[int, str] = {}
-    for record in list(_live_records):
-        owner = record.owner()
-        if owner is not None:
-            names |= {id(owner._parameters.get(leaf)): f"{type(owner).__name__}.{leaf}" for leaf in record.manifolds}
-    return [names[id(p)] for p in parameters if not isinstance(p, geoopt.ManifoldParameter) and id(p) in names]
+    names = {id(p): name for record in list(_live_records) for name, p in record.places()}
+    found = []
+    for parameter in parameters:
+        if isinstance(parameter, geoopt.ManifoldParameter):
+            continue
+        former: str | None = _replaced.get(parameter)  # type: ignore[no-untyped-call]
+        name = names.get(id(parameter)) or former or _name_in_flat(parameter)
+        if name is not None:
+            found.append(name)
+    return found
+
+
+def _name_in_flat(parameter: Tensor) -> str | None:
+    """Return the first constrained weight in a flat parameter of `FullyShardedDataParallel`, if there is one."""
+    for info in getattr(parameter, "_param_infos", ()):
+        record = info.module.__dict__.get(_RECORD)
+        if record is not None and info.param_name in record.manifolds:
+            return f"{record.kind}.{info.param_name}"
+    return None

@@ -9,6 +9,7 @@ import geoopt
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import manifold_nets as mn
 from manifold_nets.constraints import attach
@@ -122,6 +123,72 @@ def test_a_group_added_later_is_seen():
     optimizer.step()
     optimizer.add_param_group({"params": net[0].parameters()})
     check_refused(net, optimizer)
+
+
+def test_a_parameter_that_takes_anothers_place_is_seen():
+    net = with_gradients(network())
+    optimizer = torch.optim.SGD(net[2].parameters(), lr=0.1)
+    optimizer.step()
+    optimizer.param_groups[0]["params"][0] = net[0].weight
+    check_refused(net, optimizer)
+
+
+@pytest.mark.parametrize("radius", ["keep", "unit"])
+def test_an_optimizer_that_holds_the_weight_from_before_its_conversion_is_stopped(radius):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(8, 4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(2):
+        with_gradients(net)
+        optimizer.step()
+    former = net[0].weight
+    mn.convert(net, x, radius=radius, inplace=True)
+    optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=r"Linear\.weight: .*after SGD was built.*does not train the weight"):
+        optimizer.step()
+    # With a gradient from before, the momentum would move memory that the weight may share.
+    former.grad = torch.zeros_like(former)
+    check_refused(net, optimizer)
+    assert float(net[0].weight.manifold.deviations(net[0].weight.detach()).max()) <= 4 * torch.finfo(torch.float32).eps
+
+
+def test_a_shallow_copy_is_guarded_when_its_original_is_gone():
+    net = network()
+    net[0] = copy.copy(net[0])
+    check_refused(net, torch.optim.SGD(with_gradients(assigned(net)).parameters(), lr=0.1))
+    again = assigned(copy.deepcopy(net))
+    check_refused(again, torch.optim.SGD(with_gradients(again).parameters(), lr=0.1))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
+def test_a_weight_that_was_made_of_others_is_missed():
+    """`weight_norm` makes plain parameters of a weight: neither optimizer trains it as a Euclidean one."""
+    net = network()
+    nn.utils.weight_norm(net[0])
+    with_gradients(net)
+    check_refused(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    with pytest.raises(ConstraintLostError, match=r"^Linear\.weight: .*weight_norm"):
+        RiemannianSGD(mn.param_groups(net), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning", "ignore:.*deprecated:FutureWarning")
+def test_a_weight_in_a_flat_parameter_is_missed(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+        with_gradients(flat)
+        check_refused(flat, torch.optim.SGD(flat.parameters(), lr=0.1))
+        with pytest.raises(ConstraintLostError, match=r"^Linear\.weight: .*use_orig_params=True"):
+            RiemannianSGD(mn.param_groups(flat), lr=0.1)
+        original = FullyShardedDataParallel(network(), device_id=torch.device("cpu"), use_orig_params=True)
+        optimizer = RiemannianSGD(mn.param_groups(original), lr=0.1)
+        sphere = optimizer.param_groups[0]["manifolds"][0]
+        with_gradients(original)
+        optimizer.step()
+        with FullyShardedDataParallel.summon_full_params(original):
+            assert sphere.check_point_on_manifold(original.module[0].weight.detach())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_closure_that_computes_the_gradients_is_stopped():

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 import manifold_nets as mn
 from manifold_nets.constraints import attach
 from manifold_nets.errors import OptimizerStateError
-from manifold_nets.optim import RiemannianAdam, RiemannianSGD
+from manifold_nets.optim import AngularAdam, RiemannianAdam, RiemannianSGD
 from manifold_nets.optim.executions import native
 
 KINDS = pytest.mark.parametrize(
@@ -153,6 +153,27 @@ def check_refused(optimizer, state, message):
     after, same = snapshot(optimizer)
     assert same == manifolds
     assert str(after) == str(before)
+
+
+def stepped(kind, **options):
+    net = network()
+    optimizer = kind(mn.param_groups(net), lr=0.1, **options)
+    train(net, optimizer, 1, seed=1)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("live", "saved", "message"),
+    [
+        ((RiemannianSGD, {"momentum": 0.9}), (RiemannianAdam, {}), "group 0: found no option momentum"),
+        ((RiemannianAdam, {}), (RiemannianSGD, {"momentum": 0.9}), "group 0: found no option betas"),
+        ((AngularAdam, {}), (RiemannianAdam, {}), "found only .*exp_avg_sq; expected the state of AngularAdam"),
+        ((RiemannianAdam, {}), (AngularAdam, {}), "found only .*entry_sq; expected the state of RiemannianAdam"),
+    ],
+)
+def test_states_of_other_kinds_are_refused_and_nothing_changes(live, saved, message):
+    optimizer = stepped(live[0], **live[1])
+    check_refused(optimizer, stepped(saved[0], **saved[1]).state_dict(), message)
 
 
 @KINDS

@@ -32,10 +32,12 @@ class ConstraintLostError(ManifoldNetsError, RuntimeError):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(
-            f"{listed(names)}: constrained to a product of spheres, but the parameter object was "
+            f"{listed(dict.fromkeys(names))}: constrained to a product of spheres, but the parameter object was "
             "replaced by a plain one (load_state_dict(assign=True), to_empty and sharding do "
-            "that), and it would be trained as a Euclidean one. Build the optimizer from "
-            "manifold_nets.param_groups(model), which finds the manifold through the model."
+            "that), or is held in others, and it would be trained as a Euclidean one. Build the optimizer from "
+            "manifold_nets.param_groups(model), which finds the manifold through the model; with "
+            "FullyShardedDataParallel pass use_orig_params=True, and take off weight_norm and the like first, or "
+            "the constraint (manifold_nets.revert)."
         )
         self.names = tuple(names)
 

@@ -66,6 +66,8 @@ class AngularAdam(RiemannianAdam):
         tensor([[ 0., -1.]])
     """
 
+    _moments = ("step", "exp_avg", "entry_sq")
+
     def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
         if options.get("amsgrad"):
             raise OptionError("amsgrad", True, "False, as steps of a given angle have no such variant")

@@ -34,6 +34,9 @@ class SphereOptimizer(torch.optim.Optimizer):
     `geoopt.ManifoldParameter` itself. In `state_dict` the list holds plain data.
     """
 
+    # What the state of a constrained weight holds from its first step on.
+    _moments: tuple[str, ...] = ()
+
     _sphere_defaults: Mapping[str, Any] = {"compile": None, "master_weights": False}
 
     def _prepare(self, **options: Any) -> None:
@@ -202,7 +205,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         final: list[dict[str, Any]] = []
 
         def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            check_loaded(self, loaded)
+            check_loaded(self, loaded, self._moments)
             final.append(loaded)
 
         # Checked after, and completed before, any hook of the user's: they decide what is loaded and see the outcome.

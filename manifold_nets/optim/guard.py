@@ -1,11 +1,12 @@
 """A constrained weight is never trained as a Euclidean one in silence: other optimizers are stopped before they step.
 
 With the first product of spheres in a process, torch gets a hook that looks at every optimizer before its first step,
-and again when its parameter groups have grown. After that a step costs one look-up.
+and again when it holds other parameters or weights were constrained. After that a step costs one look-up.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,8 +16,9 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from manifold_nets.constraints import lost_constraints
+from manifold_nets.constraints import last_change, lost_constraints, was_replaced
 from manifold_nets.errors import ConstraintLostError, EuclideanStepError
+from manifold_nets.errors.base import listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.membership import name_of
@@ -24,7 +26,7 @@ from manifold_nets.optim.membership import name_of
 __all__ = ["allow_euclidean"]
 
 _allowed: WeakSet[torch.optim.Optimizer] = WeakSet()
-# What was found in an optimizer, and how many parameters each of its groups had then.
+# What was found in an optimizer, and which parameters and constraints there were then.
 _inspected: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
 
 
@@ -70,16 +72,29 @@ def _refuse_euclidean_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ..
 def _inspect(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if optimizer in _allowed:
         return
-    sizes = tuple(len(group["params"]) for group in optimizer.param_groups)
+    state = (last_change(), *(id(parameter) for group in optimizer.param_groups for parameter in group["params"]))
     known = _inspected.get(optimizer)
-    if known is None or known[0] != sizes:
-        known = _inspected[optimizer] = (sizes, list(_stepped_off_spheres(optimizer)))
+    if known is None or known[0] != state:
+        known = _inspected[optimizer] = (state, list(_stepped_off_spheres(optimizer)))
+        _warn_of_replaced(optimizer, known[1])
     if known[1]:
         # A closure may yet compute the gradients.
         closure = len(args) > 1 or bool(kwargs)
         due = [p for p in known[1] if p.grad is not None or (closure and p.requires_grad)]
         if due:
             _raise_for(optimizer, due)
+
+
+def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
+    """Say that an optimizer holds parameters that no model has any more; without gradients it leaves them alone."""
+    names = lost_constraints(weight for weight in weights if weight.grad is None and was_replaced(weight))
+    if names:
+        warnings.warn(
+            f"{listed(names)}: constrained to a product of spheres after {type(optimizer).__name__} was built, which "
+            "still holds the former parameter and does not train the weight. Build an optimizer from "
+            "manifold_nets.param_groups(model).",
+            stacklevel=7,
+        )
 
 
 def _stepped_off_spheres(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -39,7 +39,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     decoupled or not, acts on plain parameters only: on a sphere it would pull along the radius, where nothing can
     move, and it costs nothing there.
     Half-precision weights are stepped in float32 and rounded once; their second moments stay in float32. Gradients
-    are never written to. A gradient that is not finite makes its group NaN, as in torch.
+    are never written to. A gradient that is not finite makes its group NaN, as in torch, and so does one whose square
+    is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
     compiled at first use (see `manifold_nets.optim.executions.native`). Other weights, and all without a compiler, are
@@ -82,6 +83,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         >>> optimizer.state[weight]["exp_avg_sq"].shape
         torch.Size([4, 1])
     """
+
+    _moments = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

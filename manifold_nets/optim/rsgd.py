@@ -29,7 +29,8 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     The momentum stays tangent, a learning rate η means the same at every radius, and the norms are measured in each
     step, so that they do not drift. ``weight_decay`` acts on plain parameters only: on a sphere it would pull along the
     radius, where nothing can move, and it costs nothing there. Half-precision weights are stepped in float32 and
-    rounded once. Gradients are never written to. A gradient that is not finite makes its group NaN, as in torch.
+    rounded once. Gradients are never written to. A gradient that is not finite makes its group NaN, as in torch, and so
+    does one whose square is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
     compiled at first use (see `manifold_nets.optim.executions.native`). Other weights, and all without a compiler, are

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import Any
 
@@ -30,22 +30,41 @@ def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
         group["manifolds"] = [manifold and manifold.to_dict() for manifold in group["manifolds"]]
 
 
-def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
-    """Raise `OptimizerStateError` where a state was saved for other spheres than the live parameters lie on."""
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moments: Collection[str]) -> None:
+    """Raise `OptimizerStateError` where a state was saved for other spheres, or by another kind of optimizer.
+
+    Args:
+        optimizer: the live optimizer.
+        state_dict: what is to be loaded.
+        moments: what the state of every constrained weight holds, once it has one.
+    """
+    saved_groups = state_dict["param_groups"]
+    if [len(g["params"]) for g in optimizer.param_groups] != [len(g["params"]) for g in saved_groups]:
         return  # torch refuses this, in its own words
-    for number, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        for index, found in _saved_manifolds(group, saved):
-            live = group["manifolds"][index]
-            if found != (live and live.to_dict()):
-                expected = f"{live}" if live is not None else "no manifold"
-                raise OptimizerStateError(name_of(group, number, index), _summary(found), expected)
+    for number, saved in enumerate(saved_groups):
+        _check_group(optimizer, number, saved)
     for name, weight, manifold, state in _constrained_states(optimizer, state_dict):
+        if not set(moments) <= state.keys():
+            expected = f"the state of {type(optimizer).__name__}: {', '.join(moments)}"
+            raise OptimizerStateError(name, f"only {', '.join(state)}", expected)
         for key, value in state.items():
             wanted = manifold.partition.spread_shape if key in _PER_SPHERE else tuple(weight.shape)
             if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != wanted:
                 raise OptimizerStateError(name, f"{key} of shape {tuple(value.shape)}", f"shape {wanted}")
+
+
+def _check_group(optimizer: torch.optim.Optimizer, number: int, saved: dict[str, Any]) -> None:
+    """Raise where a saved group lacks options of this kind, or was saved for other spheres."""
+    group = optimizer.param_groups[number]
+    missing = [name for name in ("momentum", "betas") if name in group and name not in saved]
+    if missing:
+        expected = f"the options of {type(optimizer).__name__}"
+        raise OptimizerStateError(f"group {number}", f"no option {missing[0]}", expected)
+    for index, found in _saved_manifolds(group, saved):
+        live = group["manifolds"][index]
+        if found != (live and live.to_dict()):
+            expected = f"{live}" if live is not None else "no manifold"
+            raise OptimizerStateError(name_of(group, number, index), _summary(found), expected)
 
 
 def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
