@@ -333,7 +333,8 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
     names = {id(p): name for record in list(_live_records) for name, p in record.places()}
     found = []
     for parameter in parameters:
-        if isinstance(parameter, geoopt.ManifoldParameter):
+        # What is no tensor is left for torch to refuse.
+        if isinstance(parameter, geoopt.ManifoldParameter) or not isinstance(parameter, Tensor):
             continue
         former: str | None = _replaced.get(parameter)  # type: ignore[no-untyped-call]
         name = names.get(id(parameter)) or former or _name_in_flat(parameter)
