@@ -359,6 +359,14 @@ def test_a_damaged_checkpoint_is_named(converted: Path) -> None:
     check_failed(result, "converted.safetensors", converted.parent)
 
 
+def test_a_foreign_file_of_weights_is_named_in_the_document(folder: Path) -> None:
+    (folder / "net.pt").write_bytes(b"a")
+    result = run("convert", "nets.py:Net", *SHAPE, "--weights", "net.pt", "--json")
+    (folder / "net.pt").unlink()
+    check_failed(result, "net.pt: found a damaged torch file", folder)
+    assert "net.pt" in document(result)["failures"][0]
+
+
 # ---- usage -----------------------------------------------------------------------------------------------------------
 
 
