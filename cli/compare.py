@@ -19,6 +19,7 @@ from manifold_nets.comparison.tasks import load_task
 from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.errors import ManifoldNetsError
 
+from .outcome import running_code_of
 from .progress import shown_progress
 from .render import complain
 
@@ -144,27 +145,10 @@ def compare(
     again with the same command, it goes on where it stopped.
     """
     try:
-        if report_only is not None:
-            from manifold_nets.comparison.report import write_report  # what it draws with is an extra
-
-            finished = Comparison.read(report_only)
-            write_report(finished, report_only)
-            _show(finished, report_only, as_json)
-        elif worker is not None:
-            if storage is None:
-                raise click.UsageError("--worker without --storage; give the URL of the shared database.")
-            with shown_progress() as progress:
-                join_comparison(storage, worker, workers=workers, progress=progress)
-        else:
-            if output is None:
-                raise click.UsageError("without --output; give the folder for the runs and the report.")
-            settings = _settings(options)
-            if storage is not None:
-                command = f"manifold-nets compare --worker {study_name(settings)} --storage '{storage}'"
-                click.echo(f"One more worker, on any machine with the same packages: {command}", err=True)
-            with shown_progress() as progress:
-                found = compare_settings(settings, output, workers=workers, storage=storage, progress=progress)
-            _show(found, output, as_json)
+        with running_code_of(worker or f"{options['model']} on {options['task']}"):
+            finished = _carry_out(worker, report_only, output, storage, workers, options)
+        if finished is not None:
+            _show(*finished, as_json)
     except (ManifoldNetsError, OSError) as error:
         if as_json:
             failure = {"command": "compare", "ok": False, "failures": [str(error)], "error": type(error).__name__}
@@ -172,6 +156,38 @@ def compare(
         complain(str(error))
         usage = isinstance(error, (SettingsError, OptimizerNameError, TaskNameError))
         context.exit(2 if usage else 1)
+
+
+def _carry_out(
+    worker: str | None,
+    report_only: Path | None,
+    output: Path | None,
+    storage: str | None,
+    workers: int,
+    options: dict[str, Any],
+) -> tuple[Comparison, Path] | None:
+    """Do what was asked for; return the comparison and its folder, or None for a worker, which has neither."""
+    if report_only is not None:
+        from manifold_nets.comparison.report import write_report  # what it draws with is an extra
+
+        finished = Comparison.read(report_only)
+        write_report(finished, report_only)
+        return finished, report_only
+    if worker is not None:
+        if storage is None:
+            raise click.UsageError("--worker without --storage; give the URL of the shared database.")
+        with shown_progress() as progress:
+            join_comparison(storage, worker, workers=workers, progress=progress)
+        return None
+    if output is None:
+        raise click.UsageError("without --output; give the folder for the runs and the report.")
+    settings = _settings(options)
+    if storage is not None:
+        command = f"manifold-nets compare --worker {study_name(settings)} --storage '{storage}'"
+        click.echo(f"One more worker, on any machine with the same packages: {command}", err=True)
+    with shown_progress() as progress:
+        found = compare_settings(settings, output, workers=workers, storage=storage, progress=progress)
+    return found, output
 
 
 def _settings(options: dict[str, Any]) -> Settings:

@@ -14,7 +14,7 @@ from manifold_nets.conversion.actions import chosen_remedies
 from manifold_nets.conversion.checkpoint import save
 from manifold_nets.errors import OptionError
 
-from .options import OutputFile, Request, model_options
+from .options import Number, OutputFile, Request, model_options
 from .outcome import Outcome, reported
 from .render import plan_table, progress, rows_table
 
@@ -52,14 +52,14 @@ def _remedies(context: click.Context, parameter: click.Parameter, value: str) ->
 )
 @click.option(
     "--train-tolerance",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=1e-4,
     show_default=True,
     help="A layer whose training-mode output eps would change by more keeps its norms.",
 )
 @click.option(
     "--max-train-difference",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=1e-2,
     show_default=True,
     help="Nothing is written where the network's training-mode output changes by more.",

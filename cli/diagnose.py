@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from manifold_nets.symmetry.optimizer_settings import OptimizerSettings
 from manifold_nets.symmetry.page import write_page
 
 from .learning_rates import optimizer_options, shown_rates
-from .options import OutputFile, Request, model_options
+from .options import Number, OutputFile, Request, model_options
 from .outcome import Outcome, reported
 from .render import families_table, progress, report_table, shifts_table, unexplained_table
 
@@ -22,7 +23,12 @@ from .render import families_table, progress, report_table, shifts_table, unexpl
 @click.command()
 @model_options
 @click.option(
-    "--tolerance", type=float, default=1e-8, show_default=True, help="Largest certificate of an invariant group."
+    "--tolerance",
+    type=Number(min=0, min_open=True, max=math.inf, max_open=True),
+    metavar="NUMBER",
+    default=1e-8,
+    show_default=True,
+    help="Largest certificate of an invariant group.",
 )
 @click.option(
     "--loss",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.sources import ModelSpec, load_model
+from manifold_nets.symmetry.diagnose import LARGEST_SEED
 from manifold_nets.weights import load_weights
 
-__all__ = ["OutputFile", "Request", "model_options"]
+__all__ = ["Number", "OutputFile", "Request", "model_options"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -77,6 +79,17 @@ class OutputFile(click.Path):
         return path
 
 
+class Number(click.FloatRange):
+    """A number in a range, which NaN never is, though it compares as neither too small nor too large."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Refuse NaN, and what is out of the range."""
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return float(number)
+
+
 @dataclass(frozen=True)
 class Request:
     """A model and its inputs, as asked for on the command line."""
@@ -130,7 +143,14 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
         "--token-ids", type=click.IntRange(min=2), metavar="N", help="Inputs are integers below N, not normal noise."
     ),
     click.option("--dtype", type=click.Choice(list(DTYPES)), help="Cast the model before its weights are loaded."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Seed of weights and inputs."),
+    click.option(
+        "--seed",
+        type=click.IntRange(0, LARGEST_SEED),
+        metavar="N",
+        default=0,
+        show_default=True,
+        help="Seed of weights and inputs.",
+    ),
 )
 
 

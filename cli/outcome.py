@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
 from rich.console import RenderableType
 
-from manifold_nets.errors import ManifoldNetsError
+from manifold_nets.errors import ManifoldNetsError, ModelExitError
 
 from .options import Request
 from .render import complain, show
 
-__all__ = ["Outcome", "reported"]
+__all__ = ["Outcome", "reported", "running_code_of"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def reported(body: Callable[..., Outcome]) -> Callable[..., None]:
     def callback(request: Request, *, as_json: bool, **options: Any) -> None:
         head = {"command": body.__name__, "model": str(request.spec)}
         try:
-            outcome = body(request, **options)
+            with running_code_of(str(request.spec)):
+                outcome = body(request, **options)
         except (ManifoldNetsError, OSError) as error:
             if as_json:
                 _write({**head, "ok": False, "failures": [str(error)], "error": type(error).__name__})
@@ -59,6 +62,26 @@ def reported(body: Callable[..., Outcome]) -> Callable[..., None]:
             raise click.exceptions.Exit(1)
 
     return callback
+
+
+@contextlib.contextmanager
+def running_code_of(name: str) -> Iterator[None]:
+    """Keep a user's code from speaking for the command, while a block runs it.
+
+    What it prints goes to standard error, since standard output is for the result alone, and where it asks for the end
+    of the program, that is an error of this code, and not the exit status of the command.
+
+    Args:
+        name: what the code belongs to, as written on the command line.
+
+    Raises:
+        ModelExitError: the block raised SystemExit.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        except SystemExit as error:
+            raise ModelExitError(name, error) from error
 
 
 def _write(document: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import geoopt
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import OffManifoldError
+from manifold_nets.errors import OffManifoldError, PartitionError
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.radii import Radii
 
@@ -26,12 +26,31 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
     partition: Partition
     _radii: Radii
 
+    def require_shape(self, *tensors: Tensor) -> None:
+        """Raise `PartitionError` where a point or vector has another shape than the weight, or is not real.
+
+        A tensor of as many entries in another shape would be cut into other groups without a word.
+        """
+        for tensor in tensors:
+            if tensor.shape != self.partition.shape:
+                raise PartitionError(
+                    f"a tensor of shape {tuple(tensor.shape)} for {self.partition}",
+                    f"the natural shape {self.partition.shape} of the weight",
+                    "Pass the whole weight in that shape, one at a time.",
+                )
+            if not tensor.dtype.is_floating_point:
+                raise PartitionError(
+                    f"a tensor of {tensor.dtype}", "a real floating-point dtype", "Cast it, or use real parameters."
+                )
+
     def refuse_degenerate(self, x: Tensor, name: str) -> None:
         """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
+        self.require_shape(x)
         refuse_degenerate(self.partition.norms(x), name)
 
     def deviations(self, x: Tensor) -> Tensor:
         """Relative deviation ``|‖w_G‖/r_G − 1|`` of each group: float64, shape ``(n_groups,)``, on the CPU."""
+        self.require_shape(x)
         return (self._norms(x) / self._radii.tensor() - 1).abs()
 
     def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str) -> None:

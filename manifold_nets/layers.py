@@ -7,6 +7,8 @@ optimizer of `manifold_nets.optim` or of `geoopt.optim`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import geoopt
 from torch import Tensor, nn
 
@@ -30,7 +32,9 @@ __all__ = [
 class _UnitNormFilters(nn.Module):
     """Puts the weight of the torch layer that follows in the class's bases on the unit spheres of its filters."""
 
-    weight: Tensor
+    if TYPE_CHECKING:
+        # torch.jit.script reads the annotations of a class, and cannot resolve one that is a text as in this file.
+        weight: Tensor
 
     def reset_parameters(self) -> None:
         """Draw every filter uniformly from its unit sphere, and the bias as torch draws it.

@@ -117,6 +117,7 @@ class SphereProduct(SphereChecks):
         Raises:
             DegenerateGroupError: a group is zero or not finite.
         """
+        self.require_shape(x)
         norms = self.partition.norms(x)
         refuse_degenerate(norms, "x")
         # A norm below the normal range is short of digits; once more puts right what that leaves.
@@ -125,6 +126,7 @@ class SphereProduct(SphereChecks):
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Orthogonal projection on the tangent space: ``u − ⟨w, u⟩ w/r²`` in each group."""
+        self.require_shape(x, u)
         partition, x_wide, u_wide = self.partition, wide(x), wide(u)
         if self._radii.moderate and partition.group_size > 1:
             coefficient = self._radii.divide_twice(partition.inner(x_wide, u_wide))
@@ -137,6 +139,7 @@ class SphereProduct(SphereChecks):
 
     def group_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Inner product ``⟨u, v⟩/r²`` of each group, in ``partition.spread_shape`` and float32 or better."""
+        self.require_shape(u, u if v is None else v)
         if self._radii.moderate:
             return self._radii.divide_twice(self.partition.inner(u, u if v is None else v))
         first = self._radii.divide(wide(u))
@@ -155,17 +158,20 @@ class SphereProduct(SphereChecks):
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Length of a tangent vector in radians: ``(Σ_G ‖u_G‖²/r_G²)^½``."""
+        self.require_shape(u)
         return self._norm(self._radii.divide(wide(u)), keepdim).to(u.dtype)
 
     # ---- moving ----------------------------------------------------------------------------------------------------
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Metric projection of ``x + u``: ``r (w + u)/‖w + u‖``, a retraction of second order."""
+        self.require_shape(x, u)
         moved = wide(x) + wide(u)
         return self._onto_spheres(moved, self.partition.norms(moved)).to(x.dtype)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Geodesic from ``x``: ``cos(θ) w + (sin θ/θ) u`` with ``θ = ‖u‖/r`` in each group."""
+        self.require_shape(x, u)
         x, u, dtype = wide(x), wide(u), x.dtype
         angle = self.partition.norms(self._radii.divide(u))
         moved = self.partition.multiply(x, angle.cos()) + self.partition.multiply(u, torch.sinc(angle / math.pi))
@@ -177,6 +183,7 @@ class SphereProduct(SphereChecks):
         Exact antipodes have many shortest geodesics: a fixed one is returned. A group of one entry has no tangent
         vectors: zero is returned.
         """
+        self.require_shape(x, y)
         partition, x_unit = self.partition, self._radii.divide(wide(x))
         angle, direction = self._geodesic(wide(x), wide(y))
         tiny = torch.finfo(angle.dtype).tiny
@@ -189,6 +196,7 @@ class SphereProduct(SphereChecks):
 
     def component_dist(self, x: Tensor, y: Tensor) -> Tensor:
         """Angle between the groups of two points, in radians: shape ``(n_groups,)``, float32 or better."""
+        self.require_shape(x, y)
         return self._geodesic(wide(x), wide(y))[0].flatten()
 
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:

@@ -28,6 +28,8 @@ __all__ = ["ModelSpec", "import_torchvision", "load_model", "load_object"]
 _log = logging.getLogger(__name__)
 _VISION = "pip install 'manifold_nets[vision]'"
 _declared_operators: list[torch.library.Library] = []
+# What another's code may raise: where it means to end its own program, it is no part of ours that ends.
+_FAULTS = (Exception, SystemExit)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def load_model(
     Raises:
         ModelSpecError: the specification has none of the forms.
         ModelNotFoundError: a module, a file, an attribute or an architecture does not exist.
-        ModelBuildError: the callable raised, or returned something that is no model.
+        ModelBuildError: the callable or the import raised, SystemExit included, or returned something that is no model.
         WeightsFileError: the file cannot be read.
         StateDictMismatchError: its names or shapes are not the model's.
         CheckpointError: the file of a converted model is damaged, newer, or does not fit.
@@ -122,7 +124,7 @@ def load_object(spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = Non
     Raises:
         ModelSpecError: the specification has neither form.
         ModelNotFoundError: the module, the file or the attribute does not exist.
-        ModelBuildError: the callable raised.
+        ModelBuildError: the callable or the import raised, SystemExit included.
 
     Example:
         >>> load_object("math:gcd.__name__")
@@ -138,7 +140,7 @@ def load_object(spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = Non
         arguments = {name: value for name, value in (kwargs or {}).items() if name in accepted}
         try:
             return found(**arguments)
-        except Exception as error:
+        except _FAULTS as error:
             raise ModelBuildError(str(spec), f"{spec.name} raised {_described(error)}") from error
 
 
@@ -247,7 +249,7 @@ def _import_file(spec: ModelSpec, path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         location.loader.exec_module(module)
-    except Exception as error:
+    except _FAULTS as error:
         del sys.modules[name]
         raise ModelBuildError(str(spec), f"importing {path} raised {_described(error)}") from error
     return module
@@ -261,14 +263,14 @@ def _import_module(spec: ModelSpec) -> ModuleType:
             remedy = "Install the package, run from the folder that holds it, or name a file: path/to/file.py:callable."
             raise ModelNotFoundError(str(spec), f"there is no module {error.name!r}", remedy) from error
         raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
-    except Exception as error:
+    except _FAULTS as error:
         raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
 
 
 def _call(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:
     try:
         model = build(**kwargs)
-    except Exception as error:
+    except _FAULTS as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
         raise ModelBuildError(str(spec), f"{spec.name}({shown}) raised {_described(error)}") from error
     if not isinstance(model, nn.Module):
@@ -302,4 +304,4 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 
 def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -69,8 +69,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if _is_safetensors(path):
         try:
             return safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise WeightsFileError(path, f"a damaged safetensors file ({error})", "Write it again.") from error
+        except Exception as error:
+            raise WeightsFileError(path, f"a damaged safetensors file ({_said(error)})", "Write it again.") from error
     return _from_torch_file(path)
 
 
@@ -90,8 +90,9 @@ def _from_torch_file(path: Path) -> dict[str, Tensor]:
             "objects other than tensors, or no torch file",
             "Only files that load with weights_only=True are read: save model.state_dict(), not the model.",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsFileError(path, f"a damaged torch file ({error})", "Write it again.") from error
+    except Exception as error:
+        # The reader goes by what the file says of itself; in a damaged one that may be anything, and so may the error.
+        raise WeightsFileError(path, f"a damaged torch file ({_said(error)})", "Write it again.") from error
     for name in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -100,7 +101,18 @@ def _from_torch_file(path: Path) -> dict[str, Tensor]:
         raise WeightsFileError(
             path, f"a {type(content).__name__} that is no dictionary of tensors", "Save model.state_dict()."
         )
+    for name, value in content.items():
+        if not isinstance(name, str):
+            raise WeightsFileError(path, f"{name!r} as the name of a tensor", "Save model.state_dict().")
+        if value.is_meta or value.layout != torch.strided:
+            what = "no values (it is on the meta device)" if value.is_meta else f"the layout {value.layout}"
+            raise WeightsFileError(path, f"{name} with {what}", "Save dense tensors that have values.")
     return dict(content)
+
+
+def _said(error: Exception) -> str:
+    """The kind of an error and the first line of its text: torch appends advice about reading with other settings."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _check(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:

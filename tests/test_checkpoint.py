@@ -1,6 +1,7 @@
 """save and load: what is in the file, what comes back, and what save refuses."""
 
 import copy
+import re
 
 import geoopt
 import hypothesis.strategies as st
@@ -206,6 +207,16 @@ def test_save_refuses_a_weight_off_its_sphere_and_accepts_rounding(tmp_path, dty
     # The remedy that the message names.
     mn.project(net)
     save(net, tmp_path / "net.safetensors")
+
+
+def test_a_wider_dtype_shows_by_how_much_a_weight_is_off(tmp_path):
+    net = constrained().double()
+    with pytest.raises(OffManifoldError) as caught:
+        save(net, tmp_path / "net.safetensors")
+    numbers = r"has norm (\S+), off by (\S+) of the radius, but its sphere has radius (\S+)\. "
+    norm, off, radius = map(float, re.search(numbers, str(caught.value)).groups())
+    assert 0 < abs(norm / radius - 1) == pytest.approx(off, rel=0.1)
+    assert off < 4 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])

@@ -359,6 +359,14 @@ def test_a_damaged_checkpoint_is_named(converted: Path) -> None:
     check_failed(result, "converted.safetensors", converted.parent)
 
 
+def test_a_foreign_file_of_weights_is_named_in_the_document(folder: Path) -> None:
+    (folder / "net.pt").write_bytes(b"a")
+    result = run("convert", "nets.py:Net", *SHAPE, "--weights", "net.pt", "--json")
+    (folder / "net.pt").unlink()
+    check_failed(result, "net.pt: found a damaged torch file", folder)
+    assert "net.pt" in document(result)["failures"][0]
+
+
 # ---- usage -----------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +400,24 @@ def test_wrong_usage(folder: Path, arguments: tuple[str, ...]) -> None:
     assert result.stdout == ""
     assert "Error:" in result.stderr
     assert [path.name for path in folder.iterdir() if path.name != "__pycache__"] == ["nets.py"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        ("diagnose", "--tolerance", ["nan", "inf", "0", "-0.5", "small"]),
+        ("diagnose", "--seed", ["-1", str(2**32), str(10**30), "1.5"]),
+        ("convert", "--seed", ["-1", str(2**64)]),
+        ("convert", "--train-tolerance", ["nan", "-1"]),
+        ("convert", "--max-train-difference", ["nan", "-1"]),
+    ],
+)
+def test_numbers_without_a_meaning_are_wrong_usage(folder: Path, command: str, option: str, values: list[str]) -> None:
+    for value in values:
+        result = run(command, "nets.py:Net", *SHAPE, option, value, "--json")
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        assert f"Invalid value for '{option}'" in result.stderr
+        assert value in result.stderr
 
 
 def test_help_and_version() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 import threading
 from typing import Any
 
@@ -17,6 +19,7 @@ from toy_networks import TOYS, Lambda, Toy
 import manifold_nets as mn
 from manifold_nets.errors import AnalysisError, ExampleInputsError
 from manifold_nets.symmetry.certificate import euler as certificate_module
+from manifold_nets.symmetry.diagnose import LARGEST_SEED
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 
 NEGLIGIBLE = 1e-30
@@ -248,3 +251,20 @@ def test_structure_and_certificate_agree_on_random_networks(names: list[str], se
         model, x = nn.Sequential(*layers), torch.randn(4, 3, 11, 11)
     report = mn.diagnose(model, x)
     assert not report.disagreements, str(report)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("tolerance", value) for value in (math.nan, math.inf, 0.0, -1e-8, "1e-8", None)]
+    + [("seed", value) for value in (-1, 2**32, 10**30, 1.5, math.nan, None)],
+)
+def test_an_option_without_a_meaning_is_refused_by_name(option: str, value: object) -> None:
+    with pytest.raises(mn.errors.OptionError, match=f"{option}: found {re.escape(repr(value))}; expected"):
+        mn.diagnose(nn.Linear(2, 2), torch.randn(4, 2), **{option: value})
+
+
+@pytest.mark.parametrize("seed", [0, 3, LARGEST_SEED])
+def test_every_other_seed_is_taken(seed: int) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    report = mn.diagnose(net, torch.randn(8, 4), seed=seed, tolerance=1e-9)
+    assert [weight.status for weight in report.weights] == ["invariant", "not invariant"]

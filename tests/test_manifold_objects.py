@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 
 import geoopt
 import pytest
@@ -11,7 +12,7 @@ from sphere_cases import PARTITIONS, RADII, eps, every_sphere, noise, point, rad
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from manifold_nets import Partition, SphereProduct, errors
+from manifold_nets import Partition, SphereProduct, errors, layers
 
 # ---- refusals and reasons ------------------------------------------------------------------------------------------
 
@@ -35,6 +36,73 @@ def test_checks_name_the_group_and_the_norm() -> None:
     assert "(2, 3, 2)" in reason
     with pytest.raises(ValueError, match="shape"):
         sphere.random(3, 2, 2)
+
+
+@pytest.mark.parametrize("radius", [1.0, 1 / 3, 7.7, 1e-30, 1e30])
+@pytest.mark.parametrize("deviation", [0.5, 1e-3, 6e-8, 2e-12, 4e-15])
+def test_the_numbers_of_a_point_that_has_left_tell_norm_and_radius_apart(radius: float, deviation: float) -> None:
+    said = str(errors.OffManifoldError("weight", 1, radius * (1 + deviation), radius, "Project it."))
+    number = r"([0-9.e+-]+?)"
+    found = re.fullmatch(
+        rf"weight: group 1 has norm {number}, off by {number} of the radius, but its sphere has radius {number}\. "
+        "Project it.", said
+    )  # fmt: skip
+    assert found is not None, said
+    norm, off, expected = map(float, found.groups())
+    assert norm != expected
+    assert norm / expected - 1 == pytest.approx(deviation, rel=0.1, abs=4e-16)
+    assert off == pytest.approx(deviation, rel=0.1)
+    # Sabotage: the eight digits that are enough for float32.
+    if deviation < 1e-9:
+        assert f"{radius * (1 + deviation):.8g}" == f"{radius:.8g}"
+
+
+CALLS = {
+    "projx": lambda s, x, u: s.projx(u),
+    "proju": lambda s, x, u: s.proju(x, u),
+    "egrad2rgrad": lambda s, x, u: s.egrad2rgrad(x, u),
+    "group_inner": lambda s, x, u: s.group_inner(x, u),
+    "component_inner": lambda s, x, u: s.component_inner(x, u),
+    "inner": lambda s, x, u: s.inner(x, x, u),
+    "norm": lambda s, x, u: s.norm(x, u),
+    "retr": lambda s, x, u: s.retr(x, u),
+    "expmap": lambda s, x, u: s.expmap(x, u),
+    "logmap": lambda s, x, u: s.logmap(x, u),
+    "dist": lambda s, x, u: s.dist(x, u),
+    "dist2": lambda s, x, u: s.dist2(u, x),
+    "component_dist": lambda s, x, u: s.component_dist(x, u),
+    "transp": lambda s, x, u: s.transp(x, x, u),
+    "deviations": lambda s, x, u: s.deviations(u),
+    "refuse_degenerate": lambda s, x, u: s.refuse_degenerate(u, "weight"),
+    "require_point": lambda s, x, u: s.require_point(u, "weight", rtol=1.0, remedy=""),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_another_shape_of_as_many_entries_is_refused(name: str) -> None:
+    sphere = SphereProduct((3, 4))
+    x = point(sphere)
+    CALLS[name](sphere, x, x)
+    for shape in ((4, 3), (2, 6), (12,), (1, 3, 4), (5, 3, 4)):
+        found = rf"found a tensor of shape {re.escape(str(shape))} for 3 filters of 4; expected .* shape \(3, 4\)"
+        with pytest.raises(errors.PartitionError, match=found):
+            CALLS[name](sphere, x, torch.ones(shape, dtype=x.dtype))
+
+
+def test_without_the_check_a_transposed_point_is_cut_into_other_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sabotage twin: shapes go unseen, and the filters of the result have norms of their own."""
+    monkeypatch.setattr(SphereProduct, "require_shape", lambda self, *tensors: None)
+    found = SphereProduct((3, 4)).projx(noise((4, 3)))
+    assert found.shape == (4, 3)
+    assert not torch.allclose(found.norm(dim=1), torch.ones(4, dtype=found.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_what_is_no_real_number_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(errors.PartitionError, match=rf"found a tensor of {re.escape(str(dtype))}; expected a real"):
+        SphereProduct((3, 4)).projx(torch.ones(3, 4, dtype=dtype))
+    with pytest.raises(errors.PartitionError, match=r"found a tensor of torch\.complex64; expected a real"):
+        layers.UnitNormLinear(3, 4, dtype=torch.complex64)
 
 
 def test_a_point_that_has_left_is_refused_by_name() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -135,6 +138,83 @@ def test_a_torch_file_without_weights(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "net.pt")
     with pytest.raises(errors.WeightsFileError, match="dictionary of tensors"):
         read_state_dict(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({1: torch.ones(2)}, "found 1 as the name of a tensor"),
+        ({"a": torch.ones(2, device="meta")}, r"a with no values \(it is on the meta device\)"),
+        ({"a": torch.ones(2).to_sparse()}, r"a with the layout torch\.sparse_coo"),
+    ],
+)
+def test_a_torch_file_of_tensors_that_are_no_weights(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(errors.WeightsFileError, match=message):
+        read_state_dict(tmp_path / "net.pt")
+
+
+def damaged(data: bytes, number: int) -> bytes:
+    """Turn one bit of the part of a file that says what it holds: of its first and last kilobyte."""
+    draw = random.Random(number)
+    place = draw.randrange(min(len(data), 1000)) * draw.choice((1, -1))
+    changed = bytearray(data)
+    changed[place] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+def check_damage_is_named(path: Path, numbers: range) -> None:
+    """Each damaged version of a file loads, or is refused by an error of the package that names the file."""
+    data, refusals = path.read_bytes(), []
+    for number in numbers:
+        path.write_bytes(damaged(data, number))
+        try:
+            load_weights(small(2), path)
+        except errors.ManifoldNetsError as error:
+            refusals.append(str(error))
+    path.write_bytes(data)
+    assert len(refusals) > len(numbers) / 10
+    assert all(path.name in said for said in refusals)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "legacy"])
+def test_a_damaged_file_is_named(tmp_path: Path, form: str) -> None:
+    path = tmp_path / ("net.safetensors" if form == "safetensors" else "net.pt")
+    check_damage_is_named(write(path, dict(small(1).state_dict()), form), range(120))
+
+
+def test_the_damage_leads_to_errors_of_many_kinds(tmp_path: Path) -> None:
+    """The sabotage twin: a list of the errors that one might expect of a reader is too short."""
+    data, kinds = write(tmp_path / "net.pt", dict(small(1).state_dict()), "legacy").read_bytes(), set()
+    for number in range(120):
+        try:
+            torch.load(io.BytesIO(damaged(data, number)), weights_only=True)
+        except Exception as error:  # noqa: BLE001
+            kinds.add(type(error))
+    assert any(
+        not issubclass(kind, (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError)) for kind in kinds
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"a",
+        b"not found",
+        b"404: Not Found",
+        b"Entry not found",
+        b"<!DOCTYPE html><html>",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n",
+        b"\x89PNG\r\n\x1a\n",
+        bytes(100),
+        b'{"a": 1}',
+    ],
+)
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_what_a_download_may_leave_is_named(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(errors.WeightsFileError, match=name):
+        load_weights(small(2), tmp_path / name)
 
 
 def test_a_foreign_or_missing_file(tmp_path: Path) -> None:

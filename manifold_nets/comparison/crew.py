@@ -121,7 +121,7 @@ class ThisProcess:
         ticket, key = self._started[0]
         try:
             result = self._member.carry_out(key)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RunFailedError(key, [f"{type(error).__name__}: {error}"]) from error
         self._started.clear()
         return [Done(ticket, key, result)]

@@ -22,7 +22,7 @@ from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import InitialScale, RunKey, Settings
 from manifold_nets.comparison.tasks import Selection, Task, load_task
 from manifold_nets.conversion.algebra import gather, rescaled_variance
-from manifold_nets.conversion.plan import named_tensors
+from manifold_nets.conversion.same_model import named_tensors
 from manifold_nets.errors import ManifoldNetsError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryReport, diagnose

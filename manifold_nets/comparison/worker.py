@@ -30,7 +30,7 @@ def main() -> None:
         try:
             member = member or Member(settings, pickle.loads(subjects), folder)
             answer = member.carry_out(key)
-        except Exception as error:  # noqa: BLE001 (it is raised where the run was asked for)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (it is raised where the run was asked for)
             answer = f"{type(error).__name__}: {error}"
         pickle.dump(answer, answers)
         answers.flush()

@@ -16,9 +16,10 @@ from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.biases import remove_bias
 from manifold_nets.conversion.edited import EditedPlan, edited_plan
 from manifold_nets.conversion.joint import joint_sphere_of
-from manifold_nets.conversion.plan import Selector, named_tensors, staged
+from manifold_nets.conversion.plan import Selector, staged
 from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.rounding import compare_in_float64
+from manifold_nets.conversion.same_model import named_tensors
 from manifold_nets.conversion.spheres import sphere_of
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError

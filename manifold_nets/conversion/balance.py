@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.descent import Descent, descend
 from manifold_nets.conversion.energies import Energies, Exponents
+from manifold_nets.conversion.same_model import require_same_model
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
-from manifold_nets.errors import FunctionChangedError, ReportMismatchError
+from manifold_nets.errors import FunctionChangedError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 from manifold_nets.symmetry.network.twin import duplicate
@@ -99,6 +100,7 @@ def balance(
     """
     given = report_or_example_inputs
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
+    require_same_model(model, report)
     rescalings = rescaling_families(model, report)
     chosen = [family for family, why in rescalings if why is None]
     left = [f"{family}: {why}" for family, why in rescalings if why is not None]
@@ -119,15 +121,7 @@ def balance(
 
 
 def rescaling_families(model: nn.Module, report: SymmetryReport) -> list[tuple[SymmetryFamily, str | None]]:
-    """Return every family of rescalings with the reason why it cannot be balanced, or None where it can.
-
-    Raises:
-        ReportMismatchError: the report is of another model.
-    """
-    parameters = dict(model.named_parameters())
-    unknown = [n for family in report.families for n in family.parameters if n not in parameters]
-    if unknown:
-        raise ReportMismatchError(type(model).__name__, report.model, unknown)
+    """Return every family of rescalings with the reason why it cannot be balanced, or None where it can."""
     constrained = {weight.name for weight in constrained_weights(model)}
     return [(family, _why_left(family, constrained)) for family in report.families if family.kind == "rescaling"]
 

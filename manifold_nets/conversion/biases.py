@@ -50,6 +50,8 @@ def remove_bias(module: nn.Module, leaf: str) -> Callable[[], None]:
 def put_back_bias(module: nn.Module, leaf: str) -> None:
     """Make a removed bias again, of zeros, on the device and in the dtype of the layer's weight.
 
+    A bias that is there again, as that of a module with two names after the first of them, is left as it is.
+
     Example:
         >>> layer = nn.Linear(3, 2)
         >>> _ = remove_bias(layer, "bias")
@@ -57,7 +59,9 @@ def put_back_bias(module: nn.Module, leaf: str) -> None:
         >>> layer.bias.tolist(), list(removed_biases(layer))
         ([0.0, 0.0], [])
     """
-    removed: _Removed = module.__dict__[_RECORD][leaf]
+    removed: _Removed | None = module.__dict__.get(_RECORD, {}).get(leaf)
+    if removed is None:
+        return
     weight = module._parameters.get("weight")
     device, dtype = (None, removed.dtype) if weight is None else (weight.device, weight.dtype)
     zeros = torch.zeros(removed.shape, dtype=dtype, device=device)
@@ -66,10 +70,13 @@ def put_back_bias(module: nn.Module, leaf: str) -> None:
 
 
 def removed_biases(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the modules and attributes of all removed biases, by the names that they had."""
+    """Return the modules and attributes of all removed biases, by the names that they had.
+
+    A module that stands in several places had its bias under as many names, and all of them left the `state_dict`.
+    """
     return {
         f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
-        for prefix, module in model.named_modules()
+        for prefix, module in model.named_modules(remove_duplicate=False)
         for leaf in module.__dict__.get(_RECORD, {})
         if module._parameters.get(leaf) is None
     }

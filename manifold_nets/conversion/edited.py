@@ -16,12 +16,11 @@ from manifold_nets.conversion.actions import ACTION_OF, Action, ConversionPlan
 from manifold_nets.conversion.plan import (
     early_actions,
     late_actions,
-    named_tensors,
     outcome_said,
-    require_same_model,
     staged,
     weight_actions,
 )
+from manifold_nets.conversion.same_model import named_tensors, require_same_model
 from manifold_nets.errors import PlanError
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry import SymmetryReport, diagnose

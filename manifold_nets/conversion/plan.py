@@ -14,18 +14,17 @@ from manifold_nets.conversion.actions import Action, ConversionPlan, chosen_reme
 from manifold_nets.conversion.balance import Rescaling, rescaling_families, smallest_norm
 from manifold_nets.conversion.dead_biases import dead_bias_actions
 from manifold_nets.conversion.joint import joint_actions
+from manifold_nets.conversion.same_model import named_tensors, require_same_model
 from manifold_nets.conversion.spheres import sphere_action
-from manifold_nets.errors import OptionError, ReportMismatchError, SelectionError
+from manifold_nets.errors import OptionError, SelectionError
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 
 __all__ = [
     "Selector",
     "early_actions",
     "late_actions",
-    "named_tensors",
     "outcome_said",
     "plan",
-    "require_same_model",
     "staged",
     "weight_actions",
 ]
@@ -179,14 +178,6 @@ def outcome_said(actions: Sequence[Action], rescaling: Rescaling | None) -> list
     return [replace(a, reason=f"{a.reason}; {rescaling.descent}") if a.action == "balance" else a for a in actions]
 
 
-def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model under all their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
 def _balance_action(number: int, family: SymmetryFamily, why_left: str | None) -> Action:
     reason = why_left or f"{family.count} rescalings go to their smallest norm"
     return Action(
@@ -199,15 +190,6 @@ def _if_selected(action: Action, wanted: set[str]) -> Action:
     if action.action == "leave" or wanted.issuperset(action.parameters):
         return action
     return replace(action, action="leave", reason="not selected")
-
-
-def require_same_model(model: nn.Module, report: SymmetryReport) -> None:
-    """Raise `ReportMismatchError` where a report is of another model."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
-    reported = {w.name: w.shape for w in report.weights}
-    if shapes != reported:
-        different = [name for name in {**shapes, **reported} if shapes.get(name) != reported.get(name)]
-        raise ReportMismatchError(type(model).__name__, report.model, different)
 
 
 def _selected(names: list[str], selector: Selector, option: str, *, default: bool) -> set[str]:

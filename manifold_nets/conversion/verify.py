@@ -86,7 +86,9 @@ def verify(model: nn.Module, other: nn.Module, example_inputs: Any, *, seed: int
         seed: seed of the random numbers that both use, for instance for dropout.
 
     Returns:
-        A `Verification` with the largest relative difference ``max |a − b| / max |a|`` in each mode.
+        A `Verification` with the largest relative difference ``max |a − b| / max |a|`` in each mode, over the outputs
+        that are numbers. Infinities and NaN in the same places are no difference; in one model only, they are an
+        infinite one.
 
     Raises:
         ExampleInputsError: a model refuses the inputs.
@@ -107,9 +109,22 @@ def _largest(before: list[Tensor], after: list[Tensor]) -> float:
     for a, b in zip(before, after, strict=True):
         if a.numel() == 0 or torch.equal(a, b):
             continue
-        size = float(a.double().abs().max())
-        difference = float((a.double() - b.double()).abs().max())
-        relative = difference / size if size > 0 else float("inf")
-        if not relative <= largest:  # NaN counts as infinitely far
-            largest = relative if relative == relative else float("inf")
+        largest = max(largest, _relative(a.double(), b.double()))
     return largest
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    """Largest |a − b| over largest |a|, over the entries that are numbers in both.
+
+    An infinity or NaN that is the same in both, as a mask leaves it in its places, is no change, though ∞ − ∞ is NaN;
+    one that appears, goes away or turns its sign is an infinite change.
+    """
+    same = (a == b) | (a.isnan() & b.isnan())
+    numbers = a.isfinite() & b.isfinite()
+    if not bool((same | numbers).all()):
+        return float("inf")
+    a, b = a[numbers], b[numbers]
+    if a.numel() == 0 or torch.equal(a, b):
+        return 0.0
+    size, difference = float(a.abs().max()), float((a - b).abs().max())
+    return difference / size if size > 0 else float("inf")

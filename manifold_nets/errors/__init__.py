@@ -36,6 +36,7 @@ from manifold_nets.errors.conversion import (
 )
 from manifold_nets.errors.models import (
     ModelBuildError,
+    ModelExitError,
     ModelNotFoundError,
     ModelSpecError,
     StateDictMismatchError,
@@ -70,6 +71,7 @@ __all__ = [
     "ManifoldNetsError",
     "MissingExtraError",
     "ModelBuildError",
+    "ModelExitError",
     "ModelNotFoundError",
     "ModelSpecError",
     "NativeKernelError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from manifold_nets.errors.base import ManifoldNetsError, listed
@@ -32,7 +33,15 @@ class OffManifoldError(ManifoldNetsError, ValueError):
     """A weight that belongs on a product of spheres has left it."""
 
     def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str) -> None:
-        super().__init__(f"{name}: group {group} has norm {norm:.8g}, but its sphere has radius {radius:.8g}. {remedy}")
+        deviation = abs(norm / radius - 1)
+        some = math.isfinite(deviation) and deviation > 0
+        # Two digits of the difference, and no fewer than eight in all; seventeen tell any two numbers apart.
+        digits = min(max(8, 2 - math.floor(math.log10(deviation))), 17) if some else 8
+        off = f", off by {deviation:.2g} of the radius" if some else ""
+        super().__init__(
+            f"{name}: group {group} has norm {norm:.{digits}g}{off}, but its sphere has radius {radius:.{digits}g}. "
+            f"{remedy}"
+        )
 
 
 class JointSphereError(ManifoldNetsError, TypeError):

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from manifold_nets.errors.base import ManifoldNetsError, listed
 
-__all__ = ["ModelBuildError", "ModelNotFoundError", "ModelSpecError", "StateDictMismatchError", "WeightsFileError"]
+__all__ = [
+    "ModelBuildError",
+    "ModelExitError",
+    "ModelNotFoundError",
+    "ModelSpecError",
+    "StateDictMismatchError",
+    "WeightsFileError",
+]
 
 
 class ModelSpecError(ManifoldNetsError, ValueError):
@@ -33,6 +40,17 @@ class ModelBuildError(ManifoldNetsError, RuntimeError):
         super().__init__(
             f"{spec}: {found}; expected a callable that returns a torch.nn.Module. Check that it runs in Python as "
             "written, and pass its arguments as keyword arguments (--kwargs on the command line)."
+        )
+
+
+class ModelExitError(ManifoldNetsError, RuntimeError):
+    """The code of a model, or of what it is trained on, asked for the end of the program while it ran."""
+
+    def __init__(self, spec: str, cause: SystemExit) -> None:
+        said = f": {cause}" if str(cause) else ""
+        super().__init__(
+            f"{spec}: its code raised SystemExit{said} while it ran; expected code that returns or raises an error. "
+            "Take the call of sys.exit, exit or quit out of it."
         )
 
 

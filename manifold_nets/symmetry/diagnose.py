@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -41,7 +43,10 @@ from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
 from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
 
-__all__ = ["diagnose"]
+__all__ = ["LARGEST_SEED", "diagnose"]
+
+# Numpy takes seeds below 2³², and the points of the analysis are drawn from the seed and the two numbers after it.
+LARGEST_SEED = 2**32 - 3
 
 
 def diagnose(
@@ -88,7 +93,8 @@ def diagnose(
         DoublePrecisionError: the model cannot compute in float64.
         AnalysisError: the model cannot be copied.
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
-        OptionError: ``memory`` is neither of both.
+        OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
+            ``memory`` neither of both.
         LossError: the loss is no function and no name of one, or does not accept the outputs.
 
     References:
@@ -101,8 +107,7 @@ def diagnose(
         >>> [(w.name, w.status) for w in report.weights]
         [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
     """
-    if memory not in ("full", "small"):
-        raise OptionError("memory", memory, "'full' or 'small'")
+    _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
         twin = lean_copy(model) if memory == "small" else analysis_copy(model)
@@ -148,6 +153,16 @@ def diagnose(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,
         unexplained,
     )  # fmt: skip
+
+
+def _require_options(tolerance: object, seed: object, memory: object) -> None:
+    """Raise `OptionError` where an option has no meaning."""
+    if not (isinstance(tolerance, numbers.Real) and 0 < float(tolerance) < math.inf):
+        raise OptionError("tolerance", tolerance, "a finite number above 0")
+    if not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):
+        raise OptionError("seed", seed, f"a whole number from 0 to {LARGEST_SEED}")
+    if memory not in ("full", "small"):
+        raise OptionError("memory", memory, "'full' or 'small'")
 
 
 def _fields(

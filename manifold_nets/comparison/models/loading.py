@@ -145,7 +145,7 @@ def _require_fit(model: nn.Module, source: ModelSource, task: Task) -> None:
     modes = [(module, module.training) for module in model.modules()]
     try:
         task.measure(model.eval()(inputs), targets)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found = f"{type(error).__name__}: {error}"
         shape = (*task.input_shape,)
         raise TaskSourceError(
