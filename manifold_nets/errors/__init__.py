@@ -34,6 +34,7 @@ from manifold_nets.errors.conversion import (
     ReportMismatchError,
     SelectionError,
 )
+from manifold_nets.errors.files import OutputFileError
 from manifold_nets.errors.models import (
     ModelBuildError,
     ModelNotFoundError,
@@ -77,6 +78,7 @@ __all__ = [
     "OffManifoldError",
     "OptimizerStateError",
     "OptionError",
+    "OutputFileError",
     "ParameterGroupError",
     "PartitionError",
     "PlanError",
