@@ -240,6 +240,38 @@ def test_a_contestant_that_fails_stops_the_comparison_and_is_named(tmp_path):
     own = Contestant("mine", "plain", "own", "here", broken)
     with pytest.raises(RunFailedError, match=r"mine, learning rate 0\.05, seed 0: found RuntimeError: no such thing"):
         tiny(optimizers=["sgd", own], output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [({"subset": (1000, 10)}, {"subset": (40, 10)}), ({"device": "cdua"}, {}), ({"tune_on": (9, 99, 1)}, {})],
+)
+def test_a_wrong_setting_leaves_nothing_that_the_corrected_one_is_refused_for(tmp_path, wrong, right):
+    small = {"optimizers": ["sgd"], "learning_rates": [0.1], "seeds": 1, "epochs": 1, "output": tmp_path}
+    with pytest.raises(SettingsError, match=f"^{next(iter(wrong))}: found"):
+        tiny(**small, **wrong)
+    assert len(tiny(**small, **right).results) == 1
+
+
+def test_a_study_that_is_there_is_not_checked_again(tmp_path, monkeypatch):
+    """A finished comparison is read without a contestant being made."""
+    found = tiny(seeds=1, epochs=1, output=tmp_path)
+    monkeypatch.setattr(Starts, "model", None)
+    assert tiny(seeds=1, epochs=1, output=tmp_path) == found
+
+
+def test_the_check_of_contestants_serves_the_runs(monkeypatch):
+    """The network is analysed once a comparison."""
+    made, honest = [], Starts.__init__
+
+    def counted(self, *args):
+        made.append(self)
+        honest(self, *args)
+
+    monkeypatch.setattr(Starts, "__init__", counted)
+    tiny(seeds=1, epochs=1)
+    assert len(made) == 1
 
 
 def test_a_contestant_of_ones_own_and_schedules():

@@ -75,10 +75,15 @@ class Member:
         settings: of the comparison.
         subjects: what they name; looked up when left out.
         folder: where final weights are written; nowhere when left out.
+        starts: of these settings and subjects, where they are at hand.
     """
 
-    def __init__(self, settings: Settings, subjects: Subjects | None, folder: Path | None) -> None:
-        self.starts = Starts(Subjects.named(settings) if subjects is None else subjects, settings)
+    def __init__(
+        self, settings: Settings, subjects: Subjects | None, folder: Path | None, starts: Starts | None = None
+    ) -> None:
+        if starts is None or starts.settings != settings:
+            starts = Starts(Subjects.named(settings) if subjects is None else subjects, settings)
+        self.starts = starts
         self.runner = Runner(self.starts, settings)
         self.runner.prepare()
         self._folder = folder

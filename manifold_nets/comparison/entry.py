@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from manifold_nets.comparison.checks import require_contestants, require_device, require_examples
 from manifold_nets.comparison.choosing import choose_all
 from manifold_nets.comparison.contestants import contestant
 from manifold_nets.comparison.crew import Crew, Member, Processes, ThisProcess
@@ -24,7 +25,7 @@ from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Settings
 from manifold_nets.comparison.result import Comparison
-from manifold_nets.comparison.starts import Subjects
+from manifold_nets.comparison.starts import Starts, Subjects
 from manifold_nets.comparison.tasks import Task, load_task
 from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
 
@@ -78,6 +79,7 @@ def compare(
         OptimizerNameError, TaskNameError: a name is that of nothing.
         DifferentCommandError: the folder or the study holds another comparison; every difference is named.
         FolderInUseError: another process works in the folder.
+        ContestantError: an optimizer cannot be made for the model.
         RunFailedError: a run ended without a result, for a reason other than divergence.
         MissingExtraError: Optuna is not installed, or matplotlib for the report.
 
@@ -141,17 +143,22 @@ def compare_settings(
     if workers < 1:
         raise SettingsError("workers", workers, "at least 1")
     subjects = Subjects.named(settings) if subjects is None else subjects
-    # What cannot work fails before anything is written.
-    build_model(subjects.model, subjects.task, seed=0)
     if settings.tune_on is not None and storage is not None:
         raise SettingsError("tune_on", settings.tune_on, "None with a shared database: tuning stays in one folder")
+    # What cannot work fails before anything is written.
+    require_device(settings)
+    require_examples(settings, subjects)
+    build_model(subjects.model, subjects.task, seed=0)
+    # A study that is there has been through this, and may have all its results.
+    begun = storage is None and output is not None and (Path(output) / STUDY_FILE).exists()
+    starts = None if begun else require_contestants(settings, subjects)
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack, output)
-        place = _Place(stack, subjects, named, workers, progress)
+        place = _Place(stack, subjects, named, workers, progress, starts)
         if settings.tune_on is not None:
             settings = _tuned(place, settings, None if output is None else folder / "tuning")
         weights = folder / "weights"
-        own = _IN_MEMORY if output is None else f"sqlite:///{folder / 'study.db'}"
+        own = _IN_MEMORY if output is None else f"sqlite:///{folder / STUDY_FILE}"
         if storage is None:
             queue, member = place.carry_out(settings, own, "comparison", weights)
         else:
@@ -168,6 +175,7 @@ def compare_settings(
 
 
 _IN_MEMORY = "sqlite:///:memory:"
+STUDY_FILE = "study.db"
 
 
 @dataclass
@@ -179,6 +187,7 @@ class _Place:
     named: bool
     workers: int
     progress: Observer | None
+    starts: Starts | None
 
     def carry_out(
         self, settings: Settings, url: str, study: str, weights: Path | None, *, shared: bool = False
@@ -194,7 +203,7 @@ class _Place:
 
         def member() -> Member:
             if not members:
-                members.append(Member(settings, self.subjects, weights))
+                members.append(Member(settings, self.subjects, weights, self.starts))
             return members[0]
 
         if queue.done() < len(list(settings.run_keys())):
@@ -213,7 +222,7 @@ def _tuned(place: _Place, settings: Settings, folder: Path | None) -> Settings:
     small = tuning_settings(settings)
     if folder is not None:
         folder.mkdir(exist_ok=True)
-    url = _IN_MEMORY if folder is None else f"sqlite:///{folder / 'study.db'}"
+    url = _IN_MEMORY if folder is None else f"sqlite:///{folder / STUDY_FILE}"
     queue, _ = place.carry_out(small, url, "comparison", None)
     results = queue.results()
     choices = choose_all(small, results)
@@ -246,6 +255,7 @@ def join_comparison(storage: str, study: str, *, workers: int = 1, progress: Obs
         queue.join()
         settings = queue.settings()
         queue.create(settings, environment())  # refuses other versions
+        require_device(settings)
         Subjects.named(settings)
         with contextlib.closing(Processes(workers, settings, None, None)) as crew:
             work(Workplace(queue, settings, crew, True, None, progress))

@@ -9,6 +9,7 @@ from manifold_nets.errors.base import listed
 
 __all__ = [
     "ComparisonFolderError",
+    "ContestantError",
     "DifferentCommandError",
     "FolderInUseError",
     "OptimizerNameError",
@@ -81,8 +82,21 @@ class RunFailedError(ManifoldNetsError, RuntimeError):
         )
 
 
+class ContestantError(RunFailedError):
+    """A contestant cannot be made for the model of the comparison, so that none of its runs could be carried out."""
+
+    def __init__(self, run: object, name: str, reason: str) -> None:
+        ManifoldNetsError.__init__(
+            self,
+            f"run {run}: found {reason.rstrip('.')}; expected an optimizer that can be made for this model; no run was "
+            f"carried out. Correct the cause, or leave {name} out of the optimizers.",
+        )
+
+
 class StorageError(ManifoldNetsError, RuntimeError):
     """The database of a comparison cannot be opened, or lacks the study."""
 
     def __init__(self, place: str, found: str, expected: str) -> None:
-        super().__init__(f"{place}: found {found}; expected {expected}. Correct --storage or --study.")
+        super().__init__(
+            f"{place}: found {found}; expected {expected}. Correct the URL (--storage) or the name (--worker)."
+        )
