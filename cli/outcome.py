@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from manifold_nets.errors import ManifoldNetsError
 
 from .options import Request
-from .render import complain, show
+from .render import complain, put_out, show
 
 __all__ = ["Outcome", "reported"]
 
@@ -62,7 +62,7 @@ def reported(body: Callable[..., Outcome]) -> Callable[..., None]:
 
 
 def _write(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    put_out(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
