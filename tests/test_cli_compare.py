@@ -41,6 +41,7 @@ def test_a_comparison_its_report_and_a_refusal(tmp_path):
         (["--lr", "1:2", "--output", "x"], "names no learning rates"),
         (["--lr", "-1", "--output", "x"], "learning_rates: found"),
         (["--task", "digitz", "--output", "x"], "digitz"),
+        (["--model", "mpl:8", "--output", "x"], "Near matches: mlp"),
         (["--initial-scales", "huge", "--output", "x"], "initial_scales: found"),
         (["--device", "cdua", "--output", "x"], "device: found 'cdua'; expected a device that torch has"),
         (["--device", "cuda:999", "--output", "x"], "device: found 'cuda:999'"),

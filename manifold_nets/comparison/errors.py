@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from manifold_nets.errors import ManifoldNetsError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors.base import listed, near_matches
 
 __all__ = [
     "ComparisonFolderError",
@@ -41,7 +41,9 @@ class OptimizerNameError(ManifoldNetsError, ValueError):
     """A name is that of no contestant."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        super().__init__(f"optimizers: found {name!r}; expected one of {', '.join(sorted(known))}. Correct the name.")
+        names = sorted(known)
+        remedy = f"{near_matches(name, names)} Correct the name.".strip()
+        super().__init__(f"optimizers: found {name!r}; expected one of {', '.join(names)}. {remedy}")
 
 
 class DifferentCommandError(ManifoldNetsError, ValueError):

@@ -10,9 +10,10 @@ from manifold_nets.errors.analysis import (
     DoublePrecisionError,
     ExampleInputsError,
     LossError,
+    ParameterNameError,
     UnsupportedModelError,
 )
-from manifold_nets.errors.base import ManifoldNetsError, MissingExtraError, OptionError
+from manifold_nets.errors.base import ArgumentTypeError, ManifoldNetsError, MissingExtraError, OptionError
 from manifold_nets.errors.checkpoints import (
     CheckpointError,
     CheckpointFormatError,
@@ -54,6 +55,7 @@ from manifold_nets.errors.optimizers import (
 
 __all__ = [
     "AnalysisError",
+    "ArgumentTypeError",
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
@@ -80,6 +82,7 @@ __all__ = [
     "OptionError",
     "OutputFileError",
     "ParameterGroupError",
+    "ParameterNameError",
     "PartitionError",
     "PlanError",
     "ReportMismatchError",

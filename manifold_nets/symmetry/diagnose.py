@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import AnalysisError, OptionError
+from manifold_nets.errors import AnalysisError, ArgumentTypeError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
@@ -90,6 +90,7 @@ def diagnose(
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
         OptionError: ``memory`` is neither of both.
         LossError: the loss is no function and no name of one, or does not accept the outputs.
+        ArgumentTypeError: the model is none.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, for the symmetries; Euler's theorem on homogeneous functions
@@ -101,6 +102,8 @@ def diagnose(
         >>> [(w.name, w.status) for w in report.weights]
         [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", model, "a torch.nn.Module object", "Make the network first.")
     if memory not in ("full", "small"):
         raise OptionError("memory", memory, "'full' or 'small'")
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
