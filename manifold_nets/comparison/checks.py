@@ -1,16 +1,89 @@
-"""What can be found out before the first run: devices, numbers of examples, whether every contestant can be made."""
+"""What can be found out before the first run: arguments, devices, numbers of examples, contestants that work."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from manifold_nets.comparison.errors import ContestantError, SettingsError
+from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import RunKey, Settings
 from manifold_nets.comparison.starts import Starts, Subjects
+from manifold_nets.comparison.tasks import Task
+from manifold_nets.errors import ArgumentTypeError
 
-__all__ = ["require_contestants", "require_device", "require_examples"]
+__all__ = [
+    "chosen_numbers",
+    "chosen_optimizers",
+    "require_contestants",
+    "require_device",
+    "require_examples",
+    "require_subjects",
+]
+
+Number = TypeVar("Number", int, float)
+
+
+def require_subjects(model: object, task: object) -> None:
+    """Refuse what is neither a name nor makes a network, and what is neither a name nor a task.
+
+    Raises:
+        ArgumentTypeError: one of them is such a thing.
+    """
+    if isinstance(model, nn.Module) or not (isinstance(model, str) or callable(model)):
+        remedy = "Every run starts from fresh weights: pass the class or the function that makes the network."
+        raise ArgumentTypeError("model", model, "a name, or a callable that makes a network", remedy)
+    if not isinstance(task, (str, Task)):
+        raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
+
+
+def chosen_optimizers(optimizers: str | Contestant | Sequence[str | Contestant]) -> tuple[str | Contestant, ...]:
+    """The contestants of an argument that may be one, several, or names separated by commas.
+
+    Raises:
+        ArgumentTypeError: there is something else among them.
+
+    Example:
+        >>> chosen_optimizers("sgd, rsgd")
+        ('sgd', 'rsgd')
+    """
+    if isinstance(optimizers, str):
+        return tuple(name.strip() for name in optimizers.split(","))
+    remedy = "Write them as ['sgd', 'rsgd']."
+    try:
+        found = (optimizers,) if isinstance(optimizers, Contestant) else tuple(optimizers)
+    except TypeError as error:
+        raise ArgumentTypeError("optimizers", optimizers, "names or Contestants", remedy) from error
+    for item in found:
+        if not isinstance(item, (str, Contestant)):
+            raise ArgumentTypeError("optimizers", item, "names or Contestants", remedy)
+    return found
+
+
+def chosen_numbers(
+    argument: str, values: Iterable[Number], kind: Callable[[Number], Number], remedy: str
+) -> tuple[Number, ...]:
+    """The numbers of an argument, converted to one kind.
+
+    Args:
+        argument: its name.
+        values: the numbers.
+        kind: what converts one.
+        remedy: what an error advises.
+
+    Raises:
+        ArgumentTypeError: these are no numbers, or no sequence of them.
+    """
+    try:
+        if not isinstance(values, str):
+            return tuple(kind(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy) from error
+    raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy)
 
 
 def require_device(settings: Settings) -> None:
@@ -24,7 +97,7 @@ def require_device(settings: Settings) -> None:
     Example:
         >>> require_device(Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1, device="cpu"))
     """
-    name = settings.device
+    name: object = settings.device
     if not isinstance(name, str) or not _is_there(name):
         found = ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count())))
         raise SettingsError("device", name, f"a device that torch has on this machine, such as {', '.join(found)}")

@@ -7,12 +7,20 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from manifold_nets.comparison.checks import require_contestants, require_device, require_examples
+from manifold_nets.comparison.checks import (
+    chosen_numbers,
+    chosen_optimizers,
+    require_contestants,
+    require_device,
+    require_examples,
+    require_subjects,
+)
 from manifold_nets.comparison.choosing import choose_all
 from manifold_nets.comparison.contestants import contestant
 from manifold_nets.comparison.crew import Crew, Member, Processes, ThisProcess
@@ -31,12 +39,14 @@ from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
 
 __all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
 
+_SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
+
 
 def compare(
     model: ModelSource = "mlp:100,100",
     *,
     task: str | Task = "digits",
-    optimizers: Sequence[str | Contestant] = ("sgd", "adam", "rsgd", "radam"),
+    optimizers: str | Contestant | Sequence[str | Contestant] = ("sgd", "adam", "rsgd", "radam"),
     learning_rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
     seeds: int | Sequence[int] = 3,
     epochs: int = 20,
@@ -60,7 +70,7 @@ def compare(
             ``"file.py:callable"``, or a callable that makes a plain network with fresh weights.
         task: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"idx"``, ``"camvid"``, ``"file.py:callable"``, or a
             `Task`, such as `task_from_data` makes of data loaders.
-        optimizers: names, or contestants of one's own.
+        optimizers: names, or contestants of one's own; also one of them, or names separated by commas.
         learning_rates: the grid, the same for all.
         seeds: how many, or which.
         epochs: passes over the training data.
@@ -76,6 +86,7 @@ def compare(
 
     Raises:
         SettingsError: a setting has no meaning.
+        ArgumentTypeError: an argument is of another kind.
         OptimizerNameError, TaskNameError: a name is that of nothing.
         DifferentCommandError: the folder or the study holds another comparison; every difference is named.
         FolderInUseError: another process works in the folder.
@@ -91,20 +102,22 @@ def compare(
     unknown = sorted(set(options) - {field.name for field in fields(Settings)})
     if unknown:
         raise SettingsError(unknown[0], options[unknown[0]], "one of the options of Settings")
+    require_subjects(model, task)
     loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
-    contestants = [contestant(item) if isinstance(item, str) else item for item in optimizers]
+    chosen = chosen_optimizers(optimizers)
+    contestants = [contestant(item) if isinstance(item, str) else item for item in chosen]
     options.setdefault("batch_size", loaded.batch_size)
     settings = Settings(
         task=task if isinstance(task, str) else loaded.name,
         model=model if isinstance(model, str) else f"{model.__module__}:{getattr(model, '__qualname__', 'callable')}",
         optimizers=tuple(item.name for item in contestants),
-        learning_rates=tuple(learning_rates),
-        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        learning_rates=chosen_numbers("learning_rates", learning_rates, float, "Write one rate as [0.1]."),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else chosen_numbers("seeds", seeds, index, _SEEDS),
         epochs=epochs,
         **options,
     )
     subjects = Subjects(loaded, model, {item.name: item for item in contestants})
-    named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in optimizers)
+    named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in chosen)
     return compare_settings(
         settings,
         output,
