@@ -98,7 +98,5 @@ class ContestantError(RunFailedError):
 class StorageError(ManifoldNetsError, RuntimeError):
     """The database of a comparison cannot be opened, or lacks the study."""
 
-    def __init__(self, place: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"{place}: found {found}; expected {expected}. Correct the URL (--storage) or the name (--worker)."
-        )
+    def __init__(self, place: str, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{place}: found {found}; expected {expected}. {remedy}")
