@@ -25,7 +25,7 @@ from manifold_nets.comparison import engine
 from manifold_nets.comparison.engine import Progress
 from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.environment import environment
-from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, StorageError
+from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, SettingsError, StorageError
 from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
 from manifold_nets.comparison.report.data import runs_csv
 
@@ -291,6 +291,18 @@ def test_a_worker_joins_through_a_shared_database(tmp_path):
     # The one that started it has no weights of these runs, and carries the chosen ones out again.
     shared = compare_settings(settings, tmp_path / "shared", storage=url, report=False)
     assert reproducible(shared) == reproducible(compare_settings(settings, None))
+
+
+def test_a_worker_without_the_device_of_the_study_is_refused(tmp_path):
+    """The machine that made the study has it; this one does not."""
+    settings = small_settings(device="cuda:999")
+    queue = RunQueue(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
+    queue.create(settings, environment())
+    queue.close()
+    with pytest.raises(
+        SettingsError, match="^device: found 'cuda:999'; expected a device that torch has on this machine"
+    ):
+        join_comparison(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
 
 
 def test_a_database_without_the_study_is_refused(tmp_path):
