@@ -26,7 +26,6 @@ from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.starts import Starts
 from manifold_nets.comparison.tasks import TensorPart
 from manifold_nets.comparison.training import Runner
-from manifold_nets.errors import ArgumentTypeError
 from manifold_nets.groups import Partition
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -76,34 +75,6 @@ def test_names_of_nothing_are_refused():
         mn.compare(lambda: tiny_network(), task=tiny_task(), optimizers=["sgd"], workers=2)
     with pytest.raises(ComparisonFolderError, match=r"comparison\.json"):
         Comparison.read("/nowhere")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("learning_rates", 0.1, r"found 0\.1; expected a sequence of numbers\. Write one rate as \[0\.1\]"),
-        ("learning_rates", "0.1", r"found '0\.1'; expected a sequence of numbers"),
-        ("learning_rates", ["large"], r"found \['large'\]; expected a sequence of numbers"),
-        ("seeds", 0.5, r"found 0\.5; expected a sequence of numbers\. Write 3"),
-        ("seeds", [0.5], r"found \[0\.5\]; expected a sequence of numbers"),
-        ("optimizers", 3, r"found 3; expected names or Contestants\. Write them as \['sgd', 'rsgd'\]"),
-        ("optimizers", ["sgd", torch.optim.SGD], "found the class SGD; expected names or Contestants"),
-        ("task", [1], r"found \[1\]; expected a name or a Task"),
-        ("model", nn.Linear(4, 2), "found an object of type Linear; .*fresh weights: pass the class"),
-        ("model", 8, "found 8; expected a name, or a callable"),
-    ],
-)
-def test_arguments_of_another_kind_are_refused_by_name(name, value, message):
-    with pytest.raises(ArgumentTypeError, match=f"^{name}: {message}"):
-        mn.compare(**{name: value})
-
-
-def test_one_optimizer_need_not_be_in_a_list():
-    assert tiny(optimizers="sgd", seeds=1, epochs=1).settings.optimizers == ("sgd",)
-    own = replace(contestant("sgd"), name="own")
-    assert tiny(optimizers=own, seeds=1, epochs=1).settings.optimizers == ("own",)
-    with pytest.raises(OptimizerNameError, match="found 'rsdg'"):
-        mn.compare(optimizers="sgd, rsdg")
 
 
 # ---- fairness --------------------------------------------------------------------------------------------------------
@@ -270,37 +241,6 @@ def test_a_contestant_that_fails_stops_the_comparison_and_is_named(tmp_path):
     with pytest.raises(RunFailedError, match=r"mine, learning rate 0\.05, seed 0: found RuntimeError: no such thing"):
         tiny(optimizers=["sgd", own], output=tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [({"subset": (1000, 10)}, {"subset": (40, 10)}), ({"device": "cdua"}, {}), ({"tune_on": (9, 99, 1)}, {})],
-)
-def test_a_wrong_setting_leaves_nothing_that_the_corrected_one_is_refused_for(tmp_path, wrong, right):
-    small = {"optimizers": ["sgd"], "learning_rates": [0.1], "seeds": 1, "epochs": 1, "output": tmp_path}
-    with pytest.raises(SettingsError, match=f"^{next(iter(wrong))}: found"):
-        tiny(**small, **wrong)
-    assert len(tiny(**small, **right).results) == 1
-
-
-def test_a_study_that_is_there_is_not_checked_again(tmp_path, monkeypatch):
-    """A finished comparison is read without a contestant being made."""
-    found = tiny(seeds=1, epochs=1, output=tmp_path)
-    monkeypatch.setattr(Starts, "model", None)
-    assert tiny(seeds=1, epochs=1, output=tmp_path) == found
-
-
-def test_the_check_of_contestants_serves_the_runs(monkeypatch):
-    """The network is analysed once a comparison."""
-    made, honest = [], Starts.__init__
-
-    def counted(self, *args):
-        made.append(self)
-        honest(self, *args)
-
-    monkeypatch.setattr(Starts, "__init__", counted)
-    tiny(seeds=1, epochs=1)
-    assert len(made) == 1
 
 
 def test_a_contestant_of_ones_own_and_schedules():

@@ -299,9 +299,7 @@ def test_a_worker_without_the_device_of_the_study_is_refused(tmp_path):
     queue = RunQueue(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
     queue.create(settings, environment())
     queue.close()
-    with pytest.raises(
-        SettingsError, match="^device: found 'cuda:999'; expected a device that torch has on this machine"
-    ):
+    with pytest.raises(SettingsError, match=r"^device: found 'cuda:999'; expected a device that torch has"):
         join_comparison(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
 
 
