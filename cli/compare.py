@@ -21,7 +21,7 @@ from manifold_nets.errors import ManifoldNetsError
 
 from .outcome import running_code_of
 from .progress import shown_progress
-from .render import complain
+from .render import complain, put_out
 
 __all__ = ["compare"]
 
@@ -152,7 +152,7 @@ def compare(
     except (ManifoldNetsError, OSError) as error:
         if as_json:
             failure = {"command": "compare", "ok": False, "failures": [str(error)], "error": type(error).__name__}
-            click.echo(json.dumps(failure, indent=2, ensure_ascii=False))
+            put_out(json.dumps(failure, indent=2, ensure_ascii=False))
         complain(str(error))
         usage = isinstance(error, (SettingsError, OptimizerNameError, TaskNameError))
         context.exit(2 if usage else 1)
@@ -206,7 +206,6 @@ def _show(comparison: Comparison, folder: Path, as_json: bool) -> None:
     report = folder / "report.html"
     if as_json:
         document = {"command": "compare", "ok": True, "failures": [], "report": str(report), **comparison.to_dict()}
-        click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        put_out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    click.echo(str(comparison))
-    click.echo(f"Report: {report}")
+    put_out(f"{comparison}\nReport: {report}")

@@ -110,11 +110,11 @@ def convert(
     found, in_float64 = record.verification, record.verification.float64_eval_difference
     if write_plan is not None:
         write_plan_file(record.plan, write_plan)
-    failures = []
+    failures, nothing = [], "nothing" if write_plan is None else f"nothing but the plan, {write_plan},"
     if not found.train_difference <= max_train_difference:
         failures.append(
             f"{request.spec}: its output in training mode would change by {found.train_difference:.3g}, relative, more "
-            f"than {max_train_difference:.3g}; nothing was written. Lower --train-tolerance, or use --radius keep."
+            f"than {max_train_difference:.3g}; {nothing} was written. Lower --train-tolerance, or use --radius keep."
         )
     elif output is not None:
         save(converted, output)
@@ -126,6 +126,7 @@ def convert(
         **({} if in_float64 is None else {"the same of float64 copies": in_float64}),
         "largest relative difference, training mode": found.train_difference,
         "written": written or "nothing",
+        **({} if write_plan is None else {"plan written": write_plan}),
     }
     document = {"output": None if written is None else str(written), **record.to_dict()}
     return Outcome(document, (plan_table(record.plan), rows_table("Result", rows)), tuple(failures))

@@ -14,6 +14,8 @@ import click
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.errors import OutputFileError
+from manifold_nets.files import is_stream
 from manifold_nets.sources import ModelSpec, load_model
 from manifold_nets.symmetry.diagnose import LARGEST_SEED
 from manifold_nets.weights import load_weights
@@ -76,6 +78,10 @@ class OutputFile(click.Path):
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
         if not path.absolute().parent.is_dir():
             self.fail(f"the folder {path.parent} does not exist", param, ctx)
+        try:
+            is_stream(path)
+        except OutputFileError as error:
+            self.fail(str(error), param, ctx)
         return path
 
 

@@ -17,7 +17,7 @@ from rich.console import RenderableType
 from manifold_nets.errors import ManifoldNetsError, ModelExitError
 
 from .options import Request
-from .render import complain, show
+from .render import complain, put_out, show
 
 __all__ = ["Outcome", "reported", "running_code_of"]
 
@@ -85,7 +85,7 @@ def running_code_of(name: str) -> Iterator[None]:
 
 
 def _write(document: dict[str, Any]) -> None:
-    click.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+    put_out(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _finite(value: Any) -> Any:

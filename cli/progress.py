@@ -25,7 +25,9 @@ def shown_progress() -> Iterator[Callable[[Progress], None]]:
     if not console.is_terminal:
         yield _Lines()
         return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[best]}"))
+    # Names are shown as they are, also where they look like rich's markup.
+    texts = (TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("left", "best"))
+    columns = (BarColumn(), MofNCompleteColumn(), *texts)
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("runs", total=None, left="", best="")
 

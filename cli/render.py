@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from rich.console import Console, RenderableType
@@ -21,6 +24,7 @@ __all__ = [
     "note",
     "plan_table",
     "progress",
+    "put_out",
     "report_table",
     "rows_table",
     "shifts_table",
@@ -28,8 +32,8 @@ __all__ = [
     "unexplained_table",
 ]
 
-# Where output goes to a file there is no window to fit into, and a line should stay a line.
-_FILE_WIDTH = 180
+# Where output goes to a file there is no window to fit into, and a line should stay a line, however long.
+_FILE_WIDTH = 100_000
 
 _STYLES = {
     "invariant": "green",
@@ -48,9 +52,10 @@ _STYLES = {
 
 
 def _console(*, stderr: bool = False) -> Console:
-    console = Console(stderr=stderr, highlight=False)
+    # Names and paths are shown as they are, also where they look like rich's markup or like the name of an emoji.
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(stderr=stderr, highlight=False, width=_FILE_WIDTH)
+        console.width = _FILE_WIDTH
     return console
 
 
@@ -63,7 +68,20 @@ def show(*parts: RenderableType) -> None:
     with console.capture() as captured:
         console.print(*parts, sep="\n")
     # Tables fill their lines with blanks, which a file need not keep.
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    put_out("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def put_out(text: str) -> None:
+    """Write to standard output; where it takes no more, say so and end the command with status 1."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # whoever read it has seen enough, which click knows
+    except OSError as error:
+        # What is left in the buffer would be tried again, and complained about, when Python ends.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        complain(f"standard output: {error.strerror or error}; the result is not complete. Make room, or redirect it.")
+        raise click.exceptions.Exit(1) from error
 
 
 def note(text: str) -> None:

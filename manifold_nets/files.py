@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_file"]
+from manifold_nets.errors.files import OutputFileError
+
+__all__ = ["atomic_file", "is_stream"]
+
+_STREAMS = (stat.S_ISFIFO, stat.S_ISCHR)
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a block device", stat.S_IFSOCK: "a socket"}
 
 
 @contextmanager
@@ -17,10 +25,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The file is flushed to the disk before it is renamed, so that a reader finds the old file or the whole new one.
     When the block raises, ``path`` is as it was and the temporary file is gone. A symbolic link is followed, and a
-    file that is replaced hands on its permissions.
+    file that is replaced hands on its permissions. A named pipe, a character device and an open descriptor such as
+    ``/dev/stdout`` stay what they are: they receive the whole content at the end of the block.
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OutputFileError: the path is that of a folder, a block device or a socket.
 
     Example:
         >>> import tempfile
@@ -30,6 +40,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['notes.txt']
     """
+    if is_stream(path):
+        with _sent(Path(path)) as temporary:
+            yield temporary
+        return
     final = Path(path).resolve()
     if not final.parent.is_dir():
         raise FileNotFoundError(f"{final}: its folder does not exist. Make it first, or choose another path.")
@@ -46,6 +60,57 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _flush(final.parent)
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Tell whether what is at a path can only be written into, and not be replaced by a file.
+
+    Raises:
+        OutputFileError: it is a folder, a block device or a socket, so that neither can be done.
+
+    Example:
+        >>> is_stream("a file that does not exist")
+        False
+    """
+    if _descriptor(Path(path)) is not None:
+        return True
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError:
+        return False
+    if any(is_kind(mode) for is_kind in _STREAMS):
+        return True
+    if not stat.S_ISREG(mode):
+        raise OutputFileError(path, _KINDS.get(stat.S_IFMT(mode), "something that is no file"))
+    return False
+
+
+@contextmanager
+def _sent(path: Path) -> Iterator[Path]:
+    """Give a temporary file whose content goes into a stream when the block ends without an error."""
+    with tempfile.TemporaryDirectory(prefix="manifold-nets-") as folder:
+        temporary = Path(folder) / "content.tmp"
+        temporary.touch()
+        yield temporary
+        number = _descriptor(path)
+        # A duplicate goes on where the descriptor is; opened anew, a file would be written from its start.
+        target = path.open("wb") if number is None else os.fdopen(os.dup(number), "wb")
+        with temporary.open("rb") as source, target:
+            shutil.copyfileobj(source, target)
+
+
+def _descriptor(path: Path) -> int | None:
+    """The open descriptor of this process that a path names, as ``/dev/stdout`` and ``/dev/fd/3`` do."""
+    seen: set[Path] = set()
+    while path not in seen:
+        seen.add(path)
+        folder = path.absolute().parent.resolve()
+        if str(folder) in (f"/proc/{os.getpid()}/fd", "/dev/fd") and path.name.isdecimal():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
+    return None
 
 
 def _flush(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError
+from manifold_nets.errors.base import near_matches
 from manifold_nets.weights import load_weights
 
 __all__ = ["ModelSpec", "import_torchvision", "load_model", "load_object"]
@@ -261,6 +261,7 @@ def _import_module(spec: ModelSpec) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{spec.place}.".startswith(f"{error.name}."):
             remedy = "Install the package, run from the folder that holds it, or name a file: path/to/file.py:callable."
+            remedy = f"{near_matches(spec.place, ('torchvision', 'timm'))} {remedy}".strip()
             raise ModelNotFoundError(str(spec), f"there is no module {error.name!r}", remedy) from error
         raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
     except _FAULTS as error:
@@ -297,9 +298,9 @@ def _not_installed(spec: ModelSpec, error: ModuleNotFoundError) -> ModelNotFound
 
 def _near(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    near = near_matches(name, names)
     if near:
-        return f"Near matches: {', '.join(near)}."
+        return near
     return f"It has {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}." if names else "It has none."
 
 

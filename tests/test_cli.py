@@ -236,6 +236,16 @@ def test_a_training_difference_above_the_limit_writes_nothing(folder: Path) -> N
     assert data["verification"]["train_difference"] > 1e-3
 
 
+def test_a_failure_says_that_the_plan_was_written(folder: Path) -> None:
+    arguments = ("--kwargs", '{"eps": 0.1}', "--train-tolerance", "10", "--max-train-difference", "1e-3")
+    files = ("--output", "net.safetensors", "--write-plan", "plan.json")
+    result = run("convert", "nets.py:Net", *SHAPE, *arguments, *files)
+    assert "nothing but the plan, plan.json, was written" in result.stderr
+    assert "plan written" in result.stdout
+    (folder / "plan.json").unlink()
+    check_failed(result, "training mode", folder)
+
+
 def test_a_failure_leaves_the_file_that_was_there(folder: Path) -> None:
     (folder / "net.safetensors").write_bytes(b"precious")
     arguments = ("--kwargs", '{"eps": 0.1}', "--train-tolerance", "10", "--max-train-difference", "1e-3")

@@ -41,7 +41,13 @@ def test_a_comparison_its_report_and_a_refusal(tmp_path):
         (["--lr", "1:2", "--output", "x"], "names no learning rates"),
         (["--lr", "-1", "--output", "x"], "learning_rates: found"),
         (["--task", "digitz", "--output", "x"], "digitz"),
+        (["--model", "mpl:8", "--output", "x"], "Near matches: mlp"),
         (["--initial-scales", "huge", "--output", "x"], "initial_scales: found"),
+        (["--device", "cdua", "--output", "x"], "device: found 'cdua'; expected a device that torch has"),
+        (["--device", "cuda:999", "--output", "x"], "device: found 'cuda:999'"),
+        (["--device", "meta", "--output", "x"], "device: found 'meta'"),
+        (["--subset", "100000,10", "--output", "x"], "subset: found (100000, 10); expected at most"),
+        (["--tune-on", "10,100000,1", "--output", "x"], "tune_on: found (10, 100000); expected at most"),
         ([], "without --output"),
         (["--worker", "study"], "--worker without --storage"),
     ],
@@ -51,6 +57,18 @@ def test_wrong_usage_exits_with_2_and_writes_nothing(arguments, said, tmp_path, 
     done = run(*arguments)
     assert (done.exit_code, list(tmp_path.iterdir())) == (2, [])
     assert said in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_contestant_that_cannot_be_made_is_named_and_nothing_written(workers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", "mlp-plain:16", "--optimizers", "sgd,rsgd", "--lr", "0.1", "--seeds", "1", "--epochs", "1"]
+    done = run(*small, "--output", "x", "--workers", workers)
+    assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: run rsgd, learning rate 0.1, seed 0: found NothingToConvertError: ")
+    assert line.endswith("no run was carried out. Correct the cause, or leave rsgd out of the optimizers.")
 
 
 def test_a_folder_without_a_comparison_exits_with_1(tmp_path):

@@ -314,7 +314,7 @@ def test_an_optimizer_that_has_finished_takes_no_more_steps() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(OptimizerNameError, match=r"found 'rsdg'; expected one of .*rsgd"):
+    with pytest.raises(OptimizerNameError, match=r"found 'rsdg'; expected one of .*Near matches: rsgd"):
         contestant("rsdg")
 
 

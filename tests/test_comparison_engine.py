@@ -240,6 +240,7 @@ def test_a_contestant_that_fails_stops_the_comparison_and_is_named(tmp_path):
     own = Contestant("mine", "plain", "own", "here", broken)
     with pytest.raises(RunFailedError, match=r"mine, learning rate 0\.05, seed 0: found RuntimeError: no such thing"):
         tiny(optimizers=["sgd", own], output=tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_contestant_of_ones_own_and_schedules():

@@ -13,7 +13,7 @@ import manifold_nets as mn
 from manifold_nets.comparison.models import build_model, converted_form
 from manifold_nets.comparison.tasks import Task, evaluate, load_task, task_from_data
 from manifold_nets.comparison.tasks.errors import TaskNameError, TaskSourceError
-from manifold_nets.errors import FunctionChangedError
+from manifold_nets.errors import FunctionChangedError, ModelNotFoundError
 
 pytest.importorskip("sklearn")
 
@@ -113,6 +113,8 @@ def test_callables_of_any_signature() -> None:
     ("name", "error", "message"),
     [
         ("mlpp", TaskNameError, "Choose one of these"),
+        ("mpl:8", TaskNameError, r"'mpl:8'; expected mlp:WIDTHS, .*Near matches: mlp"),
+        ("torchvison:resnet18", ModelNotFoundError, "no module 'torchvison'. Near matches: torchvision"),
         ("mlp:10,x", TaskNameError, "positive whole numbers with commas"),
         ("mlp:", TaskNameError, "positive whole numbers with commas"),
         ("resnet:9", TaskNameError, "depth: found 9; expected 6n"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import random
 import signal
 import sqlite3
@@ -19,11 +20,12 @@ import pytest
 from comparison_runs import reproducible, small_settings, tiny
 from sqlalchemy import event
 
+from manifold_nets.cli.compare import compare as command_line
 from manifold_nets.comparison import engine
 from manifold_nets.comparison.engine import Progress
 from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.environment import environment
-from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, StorageError
+from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, SettingsError, StorageError
 from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
 from manifold_nets.comparison.report.data import runs_csv
 
@@ -110,10 +112,15 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 COMMAND = ["--model", "mlp:10", "--optimizers", "sgd,rsgd", "--lr", "0.1,1e8", "--seeds", "2", "--epochs", "2"]
 
 
-def started(folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", "from manifold_nets.cli import main; main()", "compare", *COMMAND]
+def started(folder: Path, *more: str, group: int | None = None) -> subprocess.Popen[bytes]:
+    # Where the tests themselves run in the background of a shell, Ctrl-C is ignored unless asked for.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{program}; from manifold_nets.cli import main; main()", "compare", *COMMAND]
     return subprocess.Popen(
-        [*command, "--output", str(folder), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*command, "--output", str(folder), *more],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=group,
     )
 
 
@@ -155,6 +162,23 @@ def test_a_kill_in_the_middle_of_a_run_loses_only_that_run(tmp_path, whole):
     assert (seen[0].done, seen[-1].done) == (3, 8)
     assert sum(progress.last is not None for progress in seen) == 5
     assert runs_csv(resumed) == runs_csv(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path, workers):
+    """A terminal sends it to the whole group of processes, here while workers start and while they work."""
+    for seconds in (0.5, 8.0):
+        folder = tmp_path / f"{seconds}"
+        process = started(folder, "--workers", workers, "--epochs", "2000", group=0)
+        while not (folder / "study.db").exists() and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 1
+        assert b"Traceback" not in errors
+        assert errors.splitlines()[-1] == b"Aborted!"
 
 
 @pytest.mark.slow
@@ -269,9 +293,21 @@ def test_a_worker_joins_through_a_shared_database(tmp_path):
     assert reproducible(shared) == reproducible(compare_settings(settings, None))
 
 
+def test_a_worker_without_the_device_of_the_study_is_refused(tmp_path):
+    """The machine that made the study has it; this one does not."""
+    settings = small_settings(device="cuda:999")
+    queue = RunQueue(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
+    queue.create(settings, environment())
+    queue.close()
+    with pytest.raises(SettingsError, match=r"^device: found 'cuda:999'; expected a device that torch has"):
+        join_comparison(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
+
+
 def test_a_database_without_the_study_is_refused(tmp_path):
-    with pytest.raises(StorageError, match=r"study nothing in sqlite.*no such study"):
+    with pytest.raises(StorageError, match=r"study nothing in sqlite.*no such study.*name \(--worker"):
         join_comparison(f"sqlite:///{tmp_path / 'x.db'}", "nothing")
     with pytest.raises(StorageError) as caught:
         RunQueue("postgresql+nothing://me:secret@host/db", "x")
     assert "secret" not in str(caught.value)
+    assert str(caught.value).endswith("Correct the URL (--storage).")
+    assert {"--storage", "--worker"} <= {flag for option in command_line.params for flag in option.opts}

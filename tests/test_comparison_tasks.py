@@ -293,6 +293,8 @@ def test_tasks_and_networks_from_a_file(tmp_path: Path) -> None:
     ("spec", "message"),
     [
         ("nothing", "expected digits, mnist"),
+        ("digit", "Near matches: digits"),
+        ("minst:100", "expected digits, mnist.*Near matches: mnist"),
         ("digits:3", "digits without settings"),
         ("mnist:1,2,3", "mnist:TRAIN,VALIDATION"),
         ("mnist:0", "positive whole numbers"),

@@ -300,6 +300,7 @@ def test_selection(options: dict[str, Any], expected: set[str]) -> None:
 
 REFUSALS: list[tuple[dict[str, Any], type[ManifoldNetsError], str]] = [
     ({"include": "layer9.*"}, SelectionError, r"layer9.*0\.weight"),
+    ({"include": "0.weigth"}, SelectionError, r"Near matches: 0\.weight"),
     ({"exclude": lambda name: False}, SelectionError, "predicate"),
     ({"radius": "half"}, OptionError, "radius: found 'half'"),
     ({"train_tolerance": -1.0}, OptionError, "train_tolerance"),
@@ -337,6 +338,18 @@ def test_nothing_to_convert_is_a_clear_answer() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(NothingToConvertError, match=r"0\.weight .*output"):
         mn.convert(model, torch.randn(4, 3))
+
+
+def test_nothing_to_convert_names_the_remedies_of_other_symmetries() -> None:
+    rescaled = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    report = mn.diagnose(rescaled, torch.randn(4, 3))
+    with pytest.raises(NothingToConvertError, match=r"pass remedies='balance' \(--remedies .*or train this model"):
+        mn.convert(rescaled, report)
+    # Nor is it named where it was left by hand, or where there is nothing.
+    with pytest.raises(NothingToConvertError, match="normalization; train this model as it is"):
+        mn.convert(rescaled, report, plan={"actions": []})
+    with pytest.raises(NothingToConvertError, match="normalization; train this model as it is"):
+        mn.convert(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3))
 
 
 class Tied(nn.Module):

@@ -62,6 +62,12 @@ REFUSED: list[tuple[Any, str]] = [
     ([{"name": "0.weight", "action": "sphere", "radius": "half"}], "radius 'half'"),
     ([{"name": "0.weight", "action": "balance"}], "action 'balance'"),
     ([{"name": "0.weight", "action": "already"}], "action 'already'"),
+    ([{"name": "0.weight", "action": "sphere", "radus": "keep"}], "key 'radus' in the .* '0.weight'.*matches: radius"),
+    (
+        [{"name": "0.weight", "action": "leave"}, {"name": "0.weight", "action": "sphere", "radius": "keep"}],
+        "two actions of spheres for '0.weight'; expected one",
+    ),
+    ([{"name": "0.bias", "remedy": "dead-biases"}], "found None for 0.bias; expected 'remove'"),
     ("no list", "no list of actions"),
     ([3], "no list of actions"),
 ]

@@ -14,6 +14,7 @@ from manifold_nets.errors import (
     DegenerateGroupError,
     ManifoldNetsError,
     OffManifoldError,
+    OptionError,
     ParameterGroupError,
     SphereOptionError,
     UnsupportedManifoldError,
@@ -247,3 +248,14 @@ def test_only_optimizers_without_constraints_leave_unscaling_to_torchs_fused_ste
     assert optimizer._step_supports_amp_scaling
     optimizer.add_param_group({"params": [on_sphere()]})
     assert not optimizer._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf"), "fast"])
+def test_rates_without_meaning_are_refused_by_name(rate):
+    layer = mn.layers.UnitNormLinear(4, 3)
+    for option in ("weight_decay", "sphere_lr"):
+        with pytest.raises(OptionError, match=rf"^{option}: found .*; expected a finite number"):
+            mn.param_groups(layer, **{option: rate})
+    with pytest.raises(OptionError, match=r"^sphere_lr\['weight'\]: found"):
+        mn.param_groups(layer, sphere_lr={"weight": rate})
+    assert mn.param_groups(layer, sphere_lr=torch.tensor(0.1))[0]["lr"] == torch.tensor(0.1)

@@ -232,12 +232,33 @@ def test_impossible_edits_are_refused(entry: dict[str, Any], message: str) -> No
         mn.convert(conv_net(), report(), plan={"actions": [entry]})
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_bias_behind_a_spectral_norm_is_a_constant(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """Its power iteration gives another weight at every pass in training mode."""
+    net = nn.Sequential(norm(nn.Linear(4, 6)), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).double()
+    x = torch.randn(16, 4, dtype=torch.float64)
+    assert mn.plan(net, x, remedies="dead-biases")["0.bias"].reason.endswith("1.running_mean takes it up")
+    before, mean = copy.deepcopy(net), net[1].running_mean - net[0].bias
+    converted = mn.convert(net, x, remedies="dead-biases")
+    assert converted[0].bias is None
+    torch.testing.assert_close(converted[1].running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(converted.eval()(x), before.eval()(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(converted.train()(x), before.train()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_plan_names_what_it_has() -> None:
+    with pytest.raises(KeyError, match=r"^plan\['0\.wieght'\]: .* Near matches: 0\.weight"):
+        mn.plan(conv_net(), report())["0.wieght"]
+
+
 def test_selection_of_remedies() -> None:
     assert chosen_remedies("all") == tuple(mn.conversion.REMEDIES)
     assert chosen_remedies(["spheres", "dead-biases"]) == ("dead-biases", "spheres")
     for wrong in ("", "sphere", [], ["balance", "all"]):
         with pytest.raises(OptionError, match="remedies"):
             chosen_remedies(wrong)
+    with pytest.raises(OptionError, match=r"found 'sphere,balance'; .*Near matches: spheres, joint-spheres"):
+        chosen_remedies("sphere,balance")
     with pytest.raises(OptionError, match="remedies"):
         mn.plan(conv_net(), report(), remedies="wonder")
     plan = mn.plan(conv_net(), report(), remedies="all", include=["0.*", "3.bias"])

@@ -103,6 +103,7 @@ def test_a_callable_of_a_module_in_the_working_directory(folder: Path, monkeypat
         ("{}/needs.py:Net", errors.ModelBuildError, "No module named 'not_installed'"),
         ("{}/syntax.py:Net", errors.ModelBuildError, "SyntaxError"),
         ("not_installed.net:Net", errors.ModelNotFoundError, "no module 'not_installed'"),
+        ("torchvison:resnet18", errors.ModelNotFoundError, "no module 'torchvison'. Near matches: torchvision"),
         ("torch.not_there:Net", errors.ModelNotFoundError, "no module 'torch.not_there'"),
         ("torch.nn:Linaer", errors.ModelNotFoundError, "Near matches: Linear"),
         ("torch.nn:Linear", errors.ModelBuildError, "missing 2 required positional arguments"),

@@ -23,6 +23,12 @@ from manifold_nets.comparison.weights import keep_weights
 __all__ = ["Crew", "Done", "Member", "Processes", "ThisProcess"]
 
 ATTEMPTS = 3
+# Ctrl-C reaches all processes of a terminal. Workers leave it to the one that started them, which ends them, and do so
+# before they import anything, which takes seconds.
+_WORKER = (
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "from manifold_nets.comparison.worker import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,15 @@ class Member:
         settings: of the comparison.
         subjects: what they name; looked up when left out.
         folder: where final weights are written; nowhere when left out.
+        starts: of these settings and subjects, where they are at hand.
     """
 
-    def __init__(self, settings: Settings, subjects: Subjects | None, folder: Path | None) -> None:
-        self.starts = Starts(Subjects.named(settings) if subjects is None else subjects, settings)
+    def __init__(
+        self, settings: Settings, subjects: Subjects | None, folder: Path | None, starts: Starts | None = None
+    ) -> None:
+        if starts is None or starts.settings != settings:
+            starts = Starts(Subjects.named(settings) if subjects is None else subjects, settings)
+        self.starts = starts
         self.runner = Runner(self.starts, settings)
         self.runner.prepare()
         self._folder = folder
@@ -220,7 +231,7 @@ class _Process:
     """A worker: runs go to its standard input, results come from its standard output."""
 
     def __init__(self, order: bytes, threads: int, answers: queue.Queue[tuple[_Process, Any]]) -> None:
-        command = [sys.executable, "-m", "manifold_nets.comparison.worker"]
+        command = [sys.executable, "-c", _WORKER]
         variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
         self._listener = threading.Thread(target=self._listen, args=(answers,), daemon=True)

@@ -7,11 +7,20 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from manifold_nets.comparison.checks import (
+    chosen_numbers,
+    chosen_optimizers,
+    require_contestants,
+    require_device,
+    require_examples,
+    require_subjects,
+)
 from manifold_nets.comparison.choosing import choose_all
 from manifold_nets.comparison.contestants import contestant
 from manifold_nets.comparison.crew import Crew, Member, Processes, ThisProcess
@@ -24,18 +33,20 @@ from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Settings
 from manifold_nets.comparison.result import Comparison
-from manifold_nets.comparison.starts import Subjects
+from manifold_nets.comparison.starts import Starts, Subjects
 from manifold_nets.comparison.tasks import Task, load_task
 from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
 
 __all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
+
+_SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
 
 
 def compare(
     model: ModelSource = "mlp:100,100",
     *,
     task: str | Task = "digits",
-    optimizers: Sequence[str | Contestant] = ("sgd", "adam", "rsgd", "radam"),
+    optimizers: str | Contestant | Sequence[str | Contestant] = ("sgd", "adam", "rsgd", "radam"),
     learning_rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
     seeds: int | Sequence[int] = 3,
     epochs: int = 20,
@@ -59,7 +70,7 @@ def compare(
             ``"file.py:callable"``, or a callable that makes a plain network with fresh weights.
         task: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"idx"``, ``"camvid"``, ``"file.py:callable"``, or a
             `Task`, such as `task_from_data` makes of data loaders.
-        optimizers: names, or contestants of one's own.
+        optimizers: names, or contestants of one's own; also one of them, or names separated by commas.
         learning_rates: the grid, the same for all.
         seeds: how many, or which.
         epochs: passes over the training data.
@@ -75,9 +86,11 @@ def compare(
 
     Raises:
         SettingsError: a setting has no meaning.
+        ArgumentTypeError: an argument is of another kind.
         OptimizerNameError, TaskNameError: a name is that of nothing.
         DifferentCommandError: the folder or the study holds another comparison; every difference is named.
         FolderInUseError: another process works in the folder.
+        ContestantError: an optimizer cannot be made for the model.
         RunFailedError: a run ended without a result, for a reason other than divergence.
         MissingExtraError: Optuna is not installed, or matplotlib for the report.
 
@@ -89,20 +102,22 @@ def compare(
     unknown = sorted(set(options) - {field.name for field in fields(Settings)})
     if unknown:
         raise SettingsError(unknown[0], options[unknown[0]], "one of the options of Settings")
+    require_subjects(model, task)
     loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
-    contestants = [contestant(item) if isinstance(item, str) else item for item in optimizers]
+    chosen = chosen_optimizers(optimizers)
+    contestants = [contestant(item) if isinstance(item, str) else item for item in chosen]
     options.setdefault("batch_size", loaded.batch_size)
     settings = Settings(
         task=task if isinstance(task, str) else loaded.name,
         model=model if isinstance(model, str) else f"{model.__module__}:{getattr(model, '__qualname__', 'callable')}",
         optimizers=tuple(item.name for item in contestants),
-        learning_rates=tuple(learning_rates),
-        seeds=tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds),
+        learning_rates=chosen_numbers("learning_rates", learning_rates, float, "Write one rate as [0.1]."),
+        seeds=tuple(range(seeds)) if isinstance(seeds, int) else chosen_numbers("seeds", seeds, index, _SEEDS),
         epochs=epochs,
         **options,
     )
     subjects = Subjects(loaded, model, {item.name: item for item in contestants})
-    named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in optimizers)
+    named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in chosen)
     return compare_settings(
         settings,
         output,
@@ -141,17 +156,22 @@ def compare_settings(
     if workers < 1:
         raise SettingsError("workers", workers, "at least 1")
     subjects = Subjects.named(settings) if subjects is None else subjects
-    # What cannot work fails before anything is written.
-    build_model(subjects.model, subjects.task, seed=0)
     if settings.tune_on is not None and storage is not None:
         raise SettingsError("tune_on", settings.tune_on, "None with a shared database: tuning stays in one folder")
+    # What cannot work fails before anything is written.
+    require_device(settings)
+    require_examples(settings, subjects)
+    build_model(subjects.model, subjects.task, seed=0)
+    # A study that is there has been through this, and may have all its results.
+    begun = storage is None and output is not None and (Path(output) / STUDY_FILE).exists()
+    starts = None if begun else require_contestants(settings, subjects)
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack, output)
-        place = _Place(stack, subjects, named, workers, progress)
+        place = _Place(stack, subjects, named, workers, progress, starts)
         if settings.tune_on is not None:
             settings = _tuned(place, settings, None if output is None else folder / "tuning")
         weights = folder / "weights"
-        own = _IN_MEMORY if output is None else f"sqlite:///{folder / 'study.db'}"
+        own = _IN_MEMORY if output is None else f"sqlite:///{folder / STUDY_FILE}"
         if storage is None:
             queue, member = place.carry_out(settings, own, "comparison", weights)
         else:
@@ -168,6 +188,7 @@ def compare_settings(
 
 
 _IN_MEMORY = "sqlite:///:memory:"
+STUDY_FILE = "study.db"
 
 
 @dataclass
@@ -179,6 +200,7 @@ class _Place:
     named: bool
     workers: int
     progress: Observer | None
+    starts: Starts | None
 
     def carry_out(
         self, settings: Settings, url: str, study: str, weights: Path | None, *, shared: bool = False
@@ -194,7 +216,7 @@ class _Place:
 
         def member() -> Member:
             if not members:
-                members.append(Member(settings, self.subjects, weights))
+                members.append(Member(settings, self.subjects, weights, self.starts))
             return members[0]
 
         if queue.done() < len(list(settings.run_keys())):
@@ -213,7 +235,7 @@ def _tuned(place: _Place, settings: Settings, folder: Path | None) -> Settings:
     small = tuning_settings(settings)
     if folder is not None:
         folder.mkdir(exist_ok=True)
-    url = _IN_MEMORY if folder is None else f"sqlite:///{folder / 'study.db'}"
+    url = _IN_MEMORY if folder is None else f"sqlite:///{folder / STUDY_FILE}"
     queue, _ = place.carry_out(small, url, "comparison", None)
     results = queue.results()
     choices = choose_all(small, results)
@@ -246,6 +268,7 @@ def join_comparison(storage: str, study: str, *, workers: int = 1, progress: Obs
         queue.join()
         settings = queue.settings()
         queue.create(settings, environment())  # refuses other versions
+        require_device(settings)
         Subjects.named(settings)
         with contextlib.closing(Processes(workers, settings, None, None)) as crew:
             work(Workplace(queue, settings, crew, True, None, progress))

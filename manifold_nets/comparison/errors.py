@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from manifold_nets.errors import ManifoldNetsError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors.base import listed, near_matches
 
 __all__ = [
     "ComparisonFolderError",
+    "ContestantError",
     "DifferentCommandError",
     "FolderInUseError",
     "OptimizerNameError",
@@ -40,7 +41,9 @@ class OptimizerNameError(ManifoldNetsError, ValueError):
     """A name is that of no contestant."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        super().__init__(f"optimizers: found {name!r}; expected one of {', '.join(sorted(known))}. Correct the name.")
+        names = sorted(known)
+        remedy = f"{near_matches(name, names)} Correct the name.".strip()
+        super().__init__(f"optimizers: found {name!r}; expected one of {', '.join(names)}. {remedy}")
 
 
 class DifferentCommandError(ManifoldNetsError, ValueError):
@@ -81,8 +84,19 @@ class RunFailedError(ManifoldNetsError, RuntimeError):
         )
 
 
+class ContestantError(RunFailedError):
+    """A contestant cannot be made for the model of the comparison, so that none of its runs could be carried out."""
+
+    def __init__(self, run: object, name: str, reason: str) -> None:
+        ManifoldNetsError.__init__(
+            self,
+            f"run {run}: found {reason.rstrip('.')}; expected an optimizer that can be made for this model; no run was "
+            f"carried out. Correct the cause, or leave {name} out of the optimizers.",
+        )
+
+
 class StorageError(ManifoldNetsError, RuntimeError):
     """The database of a comparison cannot be opened, or lacks the study."""
 
-    def __init__(self, place: str, found: str, expected: str) -> None:
-        super().__init__(f"{place}: found {found}; expected {expected}. Correct --storage or --study.")
+    def __init__(self, place: str, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{place}: found {found}; expected {expected}. {remedy}")

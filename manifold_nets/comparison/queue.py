@@ -92,7 +92,8 @@ class RunQueue:
             self._study = self._storage.get_study_id_from_name(self.study)
             self.settings()
         except KeyError as error:
-            raise StorageError(self._place(), "no such study", "one that a comparison has made") from error
+            remedy = "Correct the name (--worker), or the URL (--storage)."
+            raise StorageError(self._place(), "no such study", "one that a comparison has made", remedy) from error
 
     def settings(self) -> Settings:
         """The settings of the study."""
@@ -283,9 +284,10 @@ def _open(url: str) -> RDBStorage:
             storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}} if in_file else None)
     except (SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError) as error:
         # Drivers quote the URL with its password.
-        found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else str(error)
+        said = next(iter(str(error).splitlines()), "")
+        found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else said
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
-        raise StorageError(_without_password(url), found, expected) from error
+        raise StorageError(_without_password(url), found, expected, "Correct the URL (--storage).") from error
     if in_file:
         event.listen(storage.engine, "checkout", _set_durability)
     return storage

@@ -68,8 +68,12 @@ class Subjects:
         found = {name: contestant(name) for name in settings.optimizers}
         return cls(load_task(settings.task, data=settings.data), settings.model, found)
 
-    def reduced(self, subset: tuple[int, int] | None) -> Subjects:
+    def reduced(self, subset: tuple[int, int] | None, *, setting: str = "subset") -> Subjects:
         """The same with fewer training and validation examples, drawn once and for all; of tests none is taken away.
+
+        Args:
+            subset: how many; all when None.
+            setting: what an error names.
 
         Raises:
             SettingsError: there are not that many.
@@ -79,7 +83,7 @@ class Subjects:
         parts = dict(self.task.parts)
         for name, count in zip(("train", "validation"), subset, strict=True):
             if count > len(parts[name]):
-                raise SettingsError("subset", subset, f"at most {len(parts[name])} {name} examples")
+                raise SettingsError(setting, subset, f"at most {len(parts[name])} {name} examples")
             order = torch.Generator().manual_seed(derived_seed(0, "subset", name))
             parts[name] = Selection(parts[name], torch.randperm(len(parts[name]), generator=order)[:count])
         return replace(self, task=replace(self.task, parts=parts))

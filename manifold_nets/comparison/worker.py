@@ -1,4 +1,4 @@
-"""The process of a worker: ``python -m manifold_nets.comparison.worker``, started by `crew.Processes`."""
+"""The process of a worker, started by `crew.Processes`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,3 @@ def _receive(source: BinaryIO, asked: queue.Queue[RunKey]) -> None:
     except (EOFError, OSError, pickle.UnpicklingError):
         # Whoever asked is gone, perhaps in the middle of a run: nobody wants its result.
         os._exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from manifold_nets.conversion.balance import Rescaling
-from manifold_nets.errors import OptionError
+from manifold_nets.errors import OptionError, ParameterNameError
+from manifold_nets.errors.base import near_matches
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
@@ -120,7 +121,7 @@ class ConversionPlan:
         for action in self.actions:
             if action.name == name:
                 return action
-        raise KeyError(name)
+        raise ParameterNameError("plan", name, [action.name for action in self.actions])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -150,6 +151,8 @@ def chosen_remedies(remedies: str | Iterable[str]) -> tuple[Remedy, ...]:
     names = [name.strip() for name in remedies.split(",")] if isinstance(remedies, str) else list(remedies)
     if names == ["all"]:
         return REMEDIES
-    if not names or any(name not in REMEDIES for name in names):
-        raise OptionError("remedies", remedies, f"'all', or some of {', '.join(map(repr, REMEDIES))}")
+    unknown = [name for name in names if name not in REMEDIES]
+    if not names or unknown:
+        near = near_matches(str(unknown[0]), REMEDIES) if unknown else ""
+        raise OptionError("remedies", remedies, f"'all', or some of {', '.join(map(repr, REMEDIES))}", near)
     return tuple(remedy for remedy in REMEDIES if remedy in names)

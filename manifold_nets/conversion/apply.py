@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import attach, detach
-from manifold_nets.conversion.actions import Action, ConversionPlan
+from manifold_nets.conversion.actions import REMEDIES, Action, ConversionPlan, Remedy
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.biases import remove_bias
 from manifold_nets.conversion.edited import EditedPlan, edited_plan
 from manifold_nets.conversion.joint import joint_sphere_of
-from manifold_nets.conversion.plan import Selector, staged
+from manifold_nets.conversion.plan import Selector, early_actions, late_actions, staged
 from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.rounding import compare_in_float64
 from manifold_nets.conversion.same_model import named_tensors
@@ -24,7 +24,7 @@ from manifold_nets.conversion.spheres import sphere_of
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.symmetry import SymmetryFamily
+from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 from manifold_nets.symmetry.findings.report import Absorber
 from manifold_nets.symmetry.network.twin import duplicate
 
@@ -121,7 +121,8 @@ def convert(
         edited=plan,
     )
     if not chosen.effective:
-        raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions])
+        remedies_left = [] if plan is not None else _effective_remedies(model, report_or_example_inputs)
+        raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions], remedies_left)
     before = both_modes(model, chosen.example_inputs)
     target = model if inplace else duplicate(model)
     undo = _carry_out(target, chosen)
@@ -161,6 +162,15 @@ def _chosen(
     if changed:
         raise OptionError(changed[0], options[changed[0]], "its default beside a plan, which says all")
     return edited_plan(model, report_or_example_inputs, edited)
+
+
+def _effective_remedies(model: nn.Module, report_or_example_inputs: Any) -> list[Remedy]:
+    """Names of the remedies that would do something beside spheres."""
+    given = report_or_example_inputs
+    report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
+    actions = early_actions(model, report, REMEDIES) + late_actions(model, report, named_tensors(model), (), REMEDIES)
+    useful = {action.remedy for action in actions if action.action != "leave"}
+    return [remedy for remedy in REMEDIES if remedy in useful]
 
 
 def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:

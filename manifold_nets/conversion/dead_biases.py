@@ -125,7 +125,11 @@ def _inputs_without(
 
 
 def _inputs_of(twin: nn.Module, means: set[str], inputs: Any) -> dict[str, list[Tensor]]:
-    """Inputs of the modules that own some running means, one for each call, in training mode."""
+    """Inputs of the modules that own some running means, one for each call, in training mode.
+
+    The pass leaves the buffers as they were: another one, which is compared with it, has to begin where it did. A
+    spectral norm computes its weight from vectors that it improves at every pass.
+    """
     seen: dict[str, list[Tensor]] = {mean: [] for mean in means}
     handles = []
     for mean in means:
@@ -136,12 +140,20 @@ def _inputs_of(twin: nn.Module, means: set[str], inputs: Any) -> dict[str, list[
 
         handles.append(module.register_forward_pre_hook(look))
     args, kwargs = inputs
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in twin.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         with torch.no_grad(), random_numbers(0):
             twin(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer.copy_(value)
     return seen
 
 

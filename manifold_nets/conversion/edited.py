@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,14 @@ from manifold_nets.conversion.plan import (
 )
 from manifold_nets.conversion.same_model import named_tensors, require_same_model
 from manifold_nets.errors import PlanError
+from manifold_nets.errors.base import near_matches
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry import SymmetryReport, diagnose
 
 __all__ = ["EditedPlan", "edited_plan", "write_plan"]
+
+# What `Action.to_dict` writes.
+_KEYS = ("name", "remedy", "action", "reason", "partition", "radius", "train_deviation", "members")
 
 EditedPlan = ConversionPlan | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -59,7 +63,8 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
         edited: a plan, its `to_dict`, or the file that `write_plan` wrote.
 
     Raises:
-        PlanError: the plan is no JSON of a plan, names a weight that is not there, or asks for what is impossible.
+        PlanError: the plan is no JSON of a plan, has a key that means nothing, names a weight that is not there or one
+            twice, or asks for what is impossible.
     """
     given = report_or_example_inputs
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
@@ -67,7 +72,7 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     source, entries = _read(edited)
     asked = {_remedy_of(source, entry) for entry in entries if entry.get("action") not in ("leave", "already")}
     asked.discard("spheres")
-    wanted = {(entry.get("name"), _remedy_of(source, entry)): entry for entry in entries}
+    wanted = _wanted(source, entries)
     early = [_decided(source, a, wanted) for a in early_actions(model, report, [r for r in ACTION_OF if r in asked])]
     start = edited.rescaling if isinstance(edited, ConversionPlan) else None
     state, rescaling = staged(named_tensors(model), early, start)
@@ -86,6 +91,21 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
 
 
 Wanted = Mapping[tuple[Any, str], Mapping[str, Any]]
+
+
+def _wanted(source: str, entries: Sequence[Mapping[str, Any]]) -> Wanted:
+    """The entries by name and remedy; of two about the same, neither would be known to be meant."""
+    wanted: dict[tuple[Any, str], Mapping[str, Any]] = {}
+    for entry in entries:
+        for key in entry:
+            if key not in _KEYS:
+                expected = f"keys among {', '.join(_KEYS)}. {near_matches(str(key), _KEYS)}".strip(". ")
+                raise PlanError(source, f"key {key!r} in the action of {entry.get('name')!r}", expected)
+        which = entry.get("name"), _remedy_of(source, entry)
+        if which in wanted:
+            raise PlanError(source, f"two actions of {which[1]} for {which[0]!r}", "one")
+        wanted[which] = entry
+    return wanted
 
 
 def _require_known(source: str, wanted: Wanted, known: Mapping[str, set[str]]) -> None:
@@ -114,10 +134,10 @@ def _remedy_of(source: str, entry: Mapping[str, Any]) -> str:
 def _decided(source: str, action: Action, wanted: Wanted) -> Action:
     """Carry an action out where the plan asks for it, and leave it otherwise."""
     entry = wanted.get((action.name, action.remedy), {"action": "leave"})
-    if entry["action"] == "leave":
+    if entry.get("action") == "leave":
         return action if action.action == "leave" else replace(action, action="leave", reason="left by the plan")
-    if entry["action"] != action.action:
-        raise PlanError(source, f"{entry['action']!r} for {action.name}", f"{action.action!r}: {action.reason}")
+    if entry.get("action") != action.action:
+        raise PlanError(source, f"{entry.get('action')!r} for {action.name}", f"{action.action!r}: {action.reason}")
     members = entry.get("members")
     if members is not None and list(members) != list(action.members):
         raise PlanError(source, f"members {members} of {action.name}", f"those of the network: {list(action.members)}")

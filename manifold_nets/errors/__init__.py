@@ -10,9 +10,10 @@ from manifold_nets.errors.analysis import (
     DoublePrecisionError,
     ExampleInputsError,
     LossError,
+    ParameterNameError,
     UnsupportedModelError,
 )
-from manifold_nets.errors.base import ManifoldNetsError, MissingExtraError, OptionError
+from manifold_nets.errors.base import ArgumentTypeError, ManifoldNetsError, MissingExtraError, OptionError
 from manifold_nets.errors.checkpoints import (
     CheckpointError,
     CheckpointFormatError,
@@ -34,6 +35,7 @@ from manifold_nets.errors.conversion import (
     ReportMismatchError,
     SelectionError,
 )
+from manifold_nets.errors.files import OutputFileError
 from manifold_nets.errors.models import (
     ModelBuildError,
     ModelExitError,
@@ -54,6 +56,7 @@ from manifold_nets.errors.optimizers import (
 
 __all__ = [
     "AnalysisError",
+    "ArgumentTypeError",
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
@@ -79,7 +82,9 @@ __all__ = [
     "OffManifoldError",
     "OptimizerStateError",
     "OptionError",
+    "OutputFileError",
     "ParameterGroupError",
+    "ParameterNameError",
     "PartitionError",
     "PlanError",
     "ReportMismatchError",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from manifold_nets.errors.base import ManifoldNetsError
+from collections.abc import Sequence
 
-__all__ = ["AnalysisError", "ExampleInputsError", "LossError", "UnsupportedModelError"]
+from manifold_nets.errors.base import ManifoldNetsError, listed, near_matches
+
+__all__ = ["AnalysisError", "ExampleInputsError", "LossError", "ParameterNameError", "UnsupportedModelError"]
 
 
 class ExampleInputsError(ManifoldNetsError, ValueError):
@@ -68,3 +70,15 @@ class LossError(ManifoldNetsError, ValueError):
             f"loss: found {found}; expected 'cross_entropy', 'softmax', or a function of what the model returns whose "
             "result is one number. Leave it out to analyse the outputs themselves."
         )
+
+
+class ParameterNameError(ManifoldNetsError, KeyError):
+    """A report or a plan was asked for a name that it does not have."""
+
+    def __init__(self, source: str, name: object, names: Sequence[str]) -> None:
+        remedy = f"{near_matches(str(name), names)} Name one of these.".strip()
+        expected = f"one of {listed(names, 40)}. {remedy}" if names else "no name, as there is none."
+        super().__init__(f"{source}[{name!r}]: found no such name; expected {expected}")
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError shows its argument in quotes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from manifold_nets.errors.base import ManifoldNetsError, listed
+from manifold_nets.errors.base import ManifoldNetsError, listed, near_matches
 
 __all__ = [
     "ExportError",
@@ -20,20 +20,26 @@ class SelectionError(ManifoldNetsError, ValueError):
     """A selection of weights matched nothing."""
 
     def __init__(self, option: str, pattern: str, names: Sequence[str]) -> None:
+        near = near_matches(pattern, names)
         super().__init__(
             f"{option}={pattern!r} matches no weight; expected a pattern or predicate on these names: "
-            f"{listed(names, 40)}. Patterns are those of a shell: 'layer1.*', '*.conv?.weight'."
+            f"{listed(names, 40)}. {near}{' ' if near else ''}Patterns are those of a shell: 'layer1.*', "
+            "'*.conv?.weight'."
         )
 
 
 class NothingToConvertError(ManifoldNetsError, ValueError):
     """No weight of a model has a scale symmetry that conversion could remove."""
 
-    def __init__(self, model: str, reasons: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, model: str, reasons: Sequence[tuple[str, str]], remedies: Sequence[str] = ()) -> None:
+        also = ""
+        if remedies:
+            names = ",".join(remedies)
+            also = f"pass remedies={names!r} (--remedies on the command line) for its other symmetries, or "
         told = listed((f"{name} ({why})" for name, why in reasons), 12)
         super().__init__(
             f"{model}: nothing to convert: no selected weight is scale-invariant. Left: {told or 'no weights'}. "
-            "Scale-invariant weights stand in front of a normalization; train this model as it is."
+            f"Scale-invariant weights stand in front of a normalization; {also}train this model as it is."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,8 @@ def param_groups(
         Groups with ``"params"``, ``"param_names"`` and ``"weight_decay"``; constrained ones with ``"manifolds"``.
 
     Raises:
-        OptionError: ``sphere_lr`` names no parameter of the model.
+        OptionError: ``sphere_lr`` names no parameter of the model, or a rate or the weight decay is negative or not
+            finite.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -55,6 +57,10 @@ def param_groups(
         0.0005 ['2.weight']
         0.0 ['0.bias', '1.weight', '1.bias', '2.bias']
     """
+    _require_rate("weight_decay", weight_decay)
+    for name, rate in sphere_lr.items() if isinstance(sphere_lr, Mapping) else [("", sphere_lr)]:
+        if rate is not None:
+            _require_rate(f"sphere_lr[{name!r}]" if name else "sphere_lr", rate)
     manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(model)}
     normalization = {
         id(parameter)
@@ -92,6 +98,15 @@ def param_groups(
         if name not in names:
             raise OptionError("sphere_lr", name, f"names of parameters of {type(model).__name__}")
     return [part for group in groups for part in (_apart(group, sphere_lr) if "manifolds" in group else [group])]
+
+
+def _require_rate(option: str, rate: Any) -> None:
+    try:
+        holds = 0 <= float(rate) < math.inf
+    except (TypeError, ValueError):
+        holds = False
+    if not holds:
+        raise OptionError(option, rate, "a finite number ≥ 0")
 
 
 def _apart(group: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import AnalysisError, OptionError
+from manifold_nets.errors import AnalysisError, ArgumentTypeError, OptionError
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
@@ -96,6 +96,7 @@ def diagnose(
         OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
             ``memory`` neither of both.
         LossError: the loss is no function and no name of one, or does not accept the outputs.
+        ArgumentTypeError: the model is none.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, for the symmetries; Euler's theorem on homogeneous functions
@@ -107,6 +108,8 @@ def diagnose(
         >>> [(w.name, w.status) for w in report.weights]
         [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", model, "a torch.nn.Module object", "Make the network first.")
     _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):

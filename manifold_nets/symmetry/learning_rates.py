@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.errors import OptionError, ReportMismatchError
+from manifold_nets.errors import ArgumentTypeError, OptionError, ParameterNameError, ReportMismatchError
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.optimizer_settings import DEFAULT_BETAS, OptimizerSettings
@@ -100,7 +100,7 @@ class LearningRates:
         for weight in self.weights:
             if weight.name == name:
                 return weight
-        raise KeyError(name)
+        raise ParameterNameError("learning_rates", name, [weight.name for weight in self.weights])
 
     def by_weight(self, *, long_run: bool = False) -> dict[str, float]:
         """The median rate of each weight by name, for ``param_groups(model, sphere_lr=…)``.
@@ -202,6 +202,7 @@ def matched_learning_rates(
     Raises:
         OptionError: an option has no meaning, or the optimizer does not have it; gradients do not fit the weights, or
             these have no values.
+        ArgumentTypeError: the report is none.
         ReportMismatchError: the report is of another model.
         DegenerateGroupError: a group is zero or not finite.
 
@@ -217,6 +218,10 @@ def matched_learning_rates(
         >>> round(rates["0.weight"].next_step.median, 6)
         0.4
     """
+    if not isinstance(report, SymmetryReport):
+        raise ArgumentTypeError(
+            "report", report, "what manifold_nets.diagnose returned for this model", "Pass diagnose(model, inputs)."
+        )
     settings = OptimizerSettings(optimizer, lr, momentum, betas, weight_decay)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     found = [(finding, finding.partition) for finding in report.invariant if finding.partition is not None]

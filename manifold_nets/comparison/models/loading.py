@@ -18,6 +18,8 @@ from manifold_nets.comparison.models.towers import TwoTowers
 from manifold_nets.comparison.models.transformer import CharacterTransformer
 from manifold_nets.comparison.tasks.errors import TaskNameError, TaskSourceError
 from manifold_nets.comparison.tasks.task import Task
+from manifold_nets.errors import ModelSpecError
+from manifold_nets.errors.base import near_matches
 from manifold_nets.sources import ModelSpec, load_model, load_object
 
 __all__ = ["MODEL_NAMES", "build_model"]
@@ -80,9 +82,11 @@ def _named(source: str, task: Task) -> nn.Module:
             return _own(name, task, numbers)
         except (ValueError, IndexError) as error:
             raise TaskNameError("model", source, _KNOWN, str(error)) from error
-    if ":" not in source:
-        raise TaskNameError("model", source, _KNOWN, "Choose one of these.")
-    spec = ModelSpec.parse(source)
+    try:
+        spec = ModelSpec.parse(source)
+    except ModelSpecError as error:
+        remedy = f"{near_matches(name, MODEL_NAMES)} Choose one of these.".strip()
+        raise TaskNameError("model", source, _KNOWN, remedy) from error
     if spec.kind == "torchvision":
         return load_model(spec, kwargs={"num_classes": task.outputs})
     if spec.kind == "timm":

@@ -14,6 +14,8 @@ from manifold_nets.comparison.tasks.series import SERIES, time_series
 from manifold_nets.comparison.tasks.streets import camvid
 from manifold_nets.comparison.tasks.task import Task
 from manifold_nets.comparison.tasks.text import python_manual
+from manifold_nets.errors import ModelSpecError
+from manifold_nets.errors.base import near_matches
 from manifold_nets.sources import ModelSpec, load_object
 
 __all__ = ["DATA_VARIABLE", "TASK_NAMES", "load_task"]
@@ -98,9 +100,11 @@ def _folder(name: str, data: str | Path | None) -> Path:
 
 
 def _from_python(spec: str) -> Task:
-    if ":" not in spec:
-        raise TaskNameError("task", spec, _KNOWN, "Choose one of these.")
-    task = load_object(ModelSpec.parse(spec))
+    near = near_matches(spec.partition(":")[0], TASK_NAMES)
+    try:
+        task = load_object(ModelSpec.parse(spec))
+    except ModelSpecError as error:
+        raise TaskNameError("task", spec, _KNOWN, f"{near} Choose one of these.".strip()) from error
     if not isinstance(task, Task):
         raise TaskSourceError(spec, f"an object of type {type(task).__name__}", "a manifold_nets.comparison Task")
     return task

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from manifold_nets.errors import ParameterNameError
 from manifold_nets.symmetry.findings.families import FamilyMember, SymmetryFamily, joined
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.findings.weights import Absorber, Certificate, ScaledAlong, WeightFinding
@@ -86,7 +87,7 @@ class SymmetryReport:
         for finding in self.weights:
             if finding.name == name:
                 return finding
-        raise KeyError(name)
+        raise ParameterNameError("report", name, [weight.name for weight in self.weights])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""

@@ -1,0 +1,136 @@
+"""What files are written to: ordinary ones are replaced, streams stay what they are, anything else is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import manifold_nets as mn
+from manifold_nets.cli import main
+from manifold_nets.conversion import write_plan
+from manifold_nets.errors import OutputFileError
+from manifold_nets.files import atomic_file, is_stream
+
+TEXT = "all or nothing\n" * 20_000  # more than a pipe holds
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are those of POSIX")
+
+
+class Reader:
+    """Reads a named pipe to its end, in a thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = b""
+        self._path, self._thread = path, threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        self.data = self._path.read_bytes()
+
+    def text(self) -> str:
+        self._thread.join(timeout=60)
+        return self.data.decode()
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def write(path: Path, text: str = TEXT) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def test_a_named_pipe_receives_the_content_and_stays_one(pipe: Path) -> None:
+    link = pipe.with_name("link")
+    link.symlink_to(pipe.name)
+    for path in (pipe, link):
+        reader = Reader(pipe)
+        write(path)
+        assert reader.text() == TEXT
+        assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(path.name for path in pipe.parent.iterdir()) == ["link", "pipe"]
+
+
+def test_a_block_that_fails_writes_nothing_into_a_pipe(pipe: Path) -> None:
+    with pytest.raises(TypeError), atomic_file(pipe) as temporary:
+        temporary.write_bytes([TEXT])  # type: ignore[arg-type]
+    # Opening the pipe would have waited for a reader.
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_character_device_stays_one(tmp_path: Path) -> None:
+    device = tmp_path / "device"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # discards what is written
+        device.open("wb").close()
+    except OSError as error:
+        pytest.skip(f"devices cannot be made here: {error}")
+    write(device)
+    assert stat.S_ISCHR(device.stat().st_mode)
+
+
+def test_a_descriptor_is_written_where_it_is(tmp_path: Path) -> None:
+    if not Path(f"/proc/{os.getpid()}/fd").is_dir():
+        pytest.skip("open descriptors have no paths here")
+    file, link = tmp_path / "file", tmp_path / "link"
+    with file.open("wb", buffering=0) as stream:
+        stream.write(b"before ")
+        link.symlink_to(f"/proc/self/fd/{stream.fileno()}")
+        write(Path(f"/proc/self/fd/{stream.fileno()}"), "written ")
+        write(link, "twice ")
+        stream.write(b"after")
+    assert file.read_text() == "before written twice after"
+
+
+def test_what_is_neither_file_nor_stream_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket is short
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket")
+        for name, found in (("folder", "a folder"), ("socket", "a socket")):
+            with pytest.raises(OutputFileError, match=f"{name}: found {found}; expected a file"):
+                write(tmp_path / name)
+            with pytest.raises(OutputFileError, match=f"{name}: found {found}"):
+                is_stream(tmp_path / name)
+        assert stat.S_ISSOCK((tmp_path / "socket").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "socket"]
+
+
+def test_a_missing_file_and_a_link_to_one_are_no_streams(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    (tmp_path / "to-none").symlink_to("none")
+    assert not any(is_stream(tmp_path / name) for name in ("none", "link", "to-none"))
+
+
+def test_a_plan_and_a_model_go_into_pipes_and_not_into_folders(pipe: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), torch.randn(8, 4)
+    plan, reader = mn.plan(net, x), Reader(pipe)
+    write_plan(plan, pipe)
+    assert json.loads(reader.text()) == plan.to_dict()
+    for write_to in (lambda path: write_plan(plan, path), lambda path: mn.save(mn.convert(net, x), path)):
+        with pytest.raises(OutputFileError, match="found a folder"):
+            write_to(pipe.parent)
+
+
+def test_the_command_line_refuses_a_socket_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("net.safetensors")
+        for options in (("convert", "--output"), ("diagnose", "--html")):
+            arguments = [options[0], "gone.py:Net", "--input-shape", "4", options[1], "net.safetensors"]
+            done = CliRunner().invoke(main, arguments)
+            assert done.exit_code == 2
+            assert "net.safetensors: found a socket" in " ".join(done.stderr.split())
