@@ -16,7 +16,7 @@ from toy_networks import TOYS, Lambda, Toy
 
 import manifold_nets as mn
 from manifold_nets.errors import AnalysisError, ExampleInputsError
-from manifold_nets.symmetry.certificate import euler as certificate_module
+from manifold_nets.symmetry.certificate import sharp as certificate_module
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 
 NEGLIGIBLE = 1e-30
