@@ -152,7 +152,9 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
     sizes: dict[tuple[str, Part], list[float]] = {}
     for name, part, partition, _, _ in joint.parts():
         own = euler.sums(name, partition)
-        sums[name, part], sizes[name, part] = own.products.tolist(), (own.weights * own.gradients).sqrt().tolist()
+        most = 0.0 if euler.silent else euler.size(name)
+        sums[name, part] = own.products.tolist()
+        sizes[name, part] = (own.weights.sqrt() * own.gradients.sqrt()).clamp_max(most).tolist()
     floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
     families: dict[Any, _Tally] = {}
     symmetries = joint.symmetries()

@@ -143,7 +143,8 @@ class Judge(Certifier):
         if partition.group_size == 1 and not structure.companions:
             # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
             return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
-        return self.verdict(sums, weight.sqrt(), gradient.sqrt())
+        most = sum(self.field.size(part) for part in (name, *structure.companions))
+        return self.verdict(sums, weight.sqrt(), gradient.sqrt(), most)
 
     def _certificate_inside(
         self, inside: EulerField, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]

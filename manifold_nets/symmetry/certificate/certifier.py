@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,15 @@ class Certifier:
         if self.field.silent:
             return Certificate(None, "no evidence", 0, 0, partition.n_groups)
         sums = self.field.sums(name, partition)
-        return self.verdict(sums.products, sums.weights.sqrt(), sums.gradients.sqrt())
+        return self.verdict(sums.products, sums.weights.sqrt(), sums.gradients.sqrt(), self.field.size(name))
 
-    def verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor) -> Certificate:
-        """Certificate from the sum of each group and the norms of its weights and gradients."""
-        size = weight * gradient
+    def verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor, most: float = math.inf) -> Certificate:
+        """Certificate from the sum of each group and the norms of its weights and gradients.
+
+        Where filters of different scales make a group, the product of its norms may be far above what any sum of it
+        could be, and would hide that this one is not zero: ``most``, the size of the parameters, is what it is at most.
+        """
+        size = (weight * gradient).clamp_max(most)
         evidence = size > self.floor
         evidence &= ~((sums.abs() > self.tolerance * size) & (sums.abs() <= ROUNDED * self.floor))
         values = torch.where(evidence, sums.abs() / size, torch.zeros_like(size))

@@ -88,9 +88,14 @@ class EulerField:
         return known[partition]
 
     def size(self, name: str) -> float:
-        """``‖w‖ ‖∂L/∂w‖`` of a whole parameter."""
-        whole = self.sums(name, Partition.whole(self.shapes[name]))
-        return float((whole.weights * whole.gradients).sqrt())
+        """``Σ_g ‖w_g‖ ‖∂L/∂w_g‖`` over the groups of a parameter, of the partition in which it is smallest.
+
+        No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
+        alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
+        """
+        partitions = self.wanted.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
+        groups = (self.sums(name, partition) for partition in partitions)
+        return min(float((sums.weights.sqrt() * sums.gradients.sqrt()).sum()) for sums in groups)
 
     def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
         """The sums of a partition, and of those that will be asked for."""

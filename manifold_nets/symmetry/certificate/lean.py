@@ -286,5 +286,10 @@ def _pass(
         return _pass(twin, inputs, seed, state, {}, logits=logits)
 
     return LeanField(
-        _Widened(passes.weights), _Widened(gradients), _sums=passes.sums, again=again, largest=passes.largest
+        _Widened(passes.weights),
+        _Widened(gradients),
+        wanted=wanted,
+        _sums=passes.sums,
+        again=again,
+        largest=passes.largest,
     )
