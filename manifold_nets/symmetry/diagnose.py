@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, OptionError
+from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
@@ -133,13 +134,14 @@ def diagnose(
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance), local, constrained)
-    families = certified_families(joint, field, tolerance)
-    shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
+    blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
+    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, blunt), local, constrained)
+    families = certified_families(joint, field, tolerance, blunt)
+    shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits, blunt=blunt)
     if again and local:
         again = replace(again, passes=again.passes + local.passes)
         unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther)
-        shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits)
+        shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits, blunt=blunt)
         if shown:
             shifts = with_shown(shifts, shown)
             unexplained = still_unexplained(unexplained, (field, again), shifts, shown, tolerance)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.certifier import Certifier
+from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
+from manifold_nets.symmetry.certificate.certifier import Certifier, Excused
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
@@ -28,6 +29,7 @@ _REMEDIES = {
     "disagreement": "leave it and report it: structure and certificate contradict each other",
 }
 
+_BLUNT = "leave it: what it reaches does not vary on these inputs; try other inputs"
 _WITHOUT_INFLUENCE = "; no output depends on it: training does not move it"
 
 
@@ -46,9 +48,10 @@ class Judge(Certifier):
         field: EulerField,
         variances: dict[Any, Tensor],
         tolerance: float,
+        blunt: BluntChannels | None = None,
     ) -> None:
         super().__init__(field, tolerance)
-        self.twin, self.graph, self.variances = twin, graph, variances
+        self.twin, self.graph, self.variances, self.blunt = twin, graph, variances, blunt
 
     def lacks_gradient(self, structure: Structure) -> bool:
         """Whether the outputs tell nothing of a weight that structure calls invariant: it has no gradient at all."""
@@ -87,7 +90,9 @@ class Judge(Certifier):
             ),
             certificate=certificate,
             broken_by=None,
-            remedy=_REMEDIES[status] + (_WITHOUT_INFLUENCE if certificate.taken_at else ""),
+            remedy=_BLUNT
+            if status == "no evidence" and certificate.because
+            else _REMEDIES[status] + (_WITHOUT_INFLUENCE if certificate.taken_at else ""),
             finer_groups=structure.count if structure.count > partition.n_groups else 0,
         )
 
@@ -144,7 +149,23 @@ class Judge(Certifier):
             # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
             return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
         most = sum(self.field.size(part) for part in (name, *structure.companions))
-        return self.verdict(sums, weight.sqrt(), gradient.sqrt(), most)
+        excused = self._excused(structure, groups) if self.blunt is not None else None
+        return self.verdict(sums, weight.sqrt(), gradient.sqrt(), most, excused)
+
+    def _excused(self, structure: Structure, groups: np.ndarray[Any, Any]) -> Excused:
+        """Which groups are absorbed by a statistic that the pass could tell nothing of."""
+
+        def excused(asked: Tensor) -> tuple[Tensor, str]:
+            found = self.blunt.scales(structure.scales, structure.absorptions) if self.blunt is not None else {}
+            places: dict[int, list[Places]] = {}
+            for scale, where in found.items():
+                if scale < len(groups) and bool(asked[int(groups[scale])]):
+                    places.setdefault(int(groups[scale]), []).append(where)
+            without = torch.zeros_like(asked)
+            without[list(places)] = True
+            return without, told(where for several in places.values() for where in several)
+
+        return excused
 
     def _certificate_inside(
         self, inside: EulerField, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]

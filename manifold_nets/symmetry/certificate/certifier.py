@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ __all__ = ["ROUNDED", "Certifier"]
 # A sum this small against the evidence floor, some 45 roundings of the largest product of the network, refutes nothing:
 # where gradients nearly cancel, as those of a channel with one active entry do, it is what rounding leaves.
 ROUNDED = 1e-3
+# Of some groups, which ones the pass could tell nothing of, and why.
+Excused = Callable[[Tensor], tuple[Tensor, str]]
 
 
 class Certifier:
@@ -39,11 +42,14 @@ class Certifier:
         sums = self.field.sums(name, partition)
         return self.verdict(sums.products, sums.weights.sqrt(), sums.gradients.sqrt(), self.field.size(name))
 
-    def verdict(self, sums: Tensor, weight: Tensor, gradient: Tensor, most: float = math.inf) -> Certificate:
+    def verdict(
+        self, sums: Tensor, weight: Tensor, gradient: Tensor, most: float = math.inf, excused: Excused | None = None
+    ) -> Certificate:
         """Certificate from the sum of each group and the norms of its weights and gradients.
 
         Where filters of different scales make a group, the product of its norms may be far above what any sum of it
         could be, and would hide that this one is not zero: ``most``, the size of the parameters, is what it is at most.
+        Where groups are refuted, ``excused`` is asked which of them the pass could tell nothing of, and why.
         """
         size = (weight * gradient).clamp_max(most)
         evidence = size > self.floor
@@ -51,12 +57,17 @@ class Certifier:
         values = torch.where(evidence, sums.abs() / size, torch.zeros_like(size))
         # A sum that is not a number is no evidence of invariance.
         refuted = (evidence & ~(values <= self.tolerance)) | ~sums.isfinite()
+        because = ""
+        if excused is not None and bool(refuted.any()):
+            without, because = excused(refuted | ~evidence)
+            refuted, evidence = refuted & ~without, evidence & ~without
         n_refuted, n_evidence = int(refuted.sum()), int((evidence | refuted).sum())
         verdict = "not invariant" if n_refuted else "invariant" if n_evidence else "no evidence"
         return Certificate(
-            value=float(values.max()) if n_evidence else None,
+            value=float(values[evidence | refuted].max()) if n_evidence else None,
             verdict=verdict,
             groups_certified=n_evidence - n_refuted,
             groups_refuted=n_refuted,
             groups_without_evidence=len(sums) - n_evidence,
+            because=because,
         )

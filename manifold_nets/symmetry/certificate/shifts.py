@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import LossError
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate.blunt import BluntChannels, told
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
@@ -66,10 +67,13 @@ class ShiftJudge:
         euler: weights and gradients of one float64 pass.
         tolerance: largest value of a symmetry.
         drops_samples: whether the network drops branches at random, which leaves no trace in its graph.
+        blunt: tells, of shifts that are refuted, whether what absorbs them has no variance.
     """
 
-    def __init__(self, euler: EulerField, tolerance: float, drops_samples: bool) -> None:
-        self.euler, self.tolerance, self.drops_samples = euler, tolerance, drops_samples
+    def __init__(
+        self, euler: EulerField, tolerance: float, drops_samples: bool, blunt: BluntChannels | None = None
+    ) -> None:
+        self.euler, self.tolerance, self.drops_samples, self.blunt = euler, tolerance, drops_samples, blunt
         self.largest = euler.largest_slope
 
     def added(self, directions: list[Direction], absorptions: list[Absorption], rank: int) -> ShiftSymmetry:
@@ -117,9 +121,15 @@ class ShiftJudge:
     ) -> ShiftSymmetry:
         known = [value for value in values if value is not None]
         refuted = sum(not value <= self.tolerance for value in known)
+        because = ""
+        if refuted and self.blunt is not None:
+            because = told([self.blunt.places(absorptions)])
+            # Which of them are absorbed there is not asked: then nothing is known of any.
+            known, refuted = ([], 0) if because else (known, refuted)
         verdict = "not invariant" if refuted else "invariant" if known else "no evidence"
         certificate = Certificate(
-            max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known)
+            max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known),
+            because=because,
         )  # fmt: skip
         once = list({a.node: a for a in absorptions}.values())
         absorbers = tuple(Absorber(a.op, a.module, a.kind, running_mean=a.running_mean) for a in once)
