@@ -10,12 +10,15 @@ Source: the symmetries of Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, sec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
@@ -24,6 +27,7 @@ from manifold_nets.symmetry.certificate.certifier import ROUNDED
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Certificate, FamilyMember, SymmetryFamily
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.network.not_finite import groups_not_finite
 from manifold_nets.symmetry.structure.find import propagate
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
 from manifold_nets.symmetry.structure.rules import Absorption
@@ -150,12 +154,17 @@ def _column_partition(graph: TracedGraph, name: str) -> Partition:
 
 
 def certified_families(
-    joint: JointStructure, euler: EulerField, tolerance: float, blunt: BluntChannels | None = None
+    joint: JointStructure,
+    euler: EulerField,
+    tolerance: float,
+    blunt: BluntChannels | None = None,
+    not_finite: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[SymmetryFamily, ...]:
     """Sort the symmetries into families of the same make-up, each with the certificate of all its members.
 
     For a symmetry with exponents c the certificate is ``|Σ c_i Σ_i w ⊙ ∂L/∂w|`` over ``Σ |c_i| ‖w_i‖ ‖∂L/∂w_i‖``.
-    Where some are refuted, ``blunt`` is asked of which of them the pass could tell nothing.
+    Where some are refuted, ``blunt`` is asked of which of them the pass could tell nothing. Those that move entries
+    which are ``not_finite`` in the model have no evidence.
     """
     # Plain lists: there is one symmetry a channel, and each reads a few numbers.
     sums: dict[tuple[str, Part], list[float]] = {}
@@ -164,8 +173,13 @@ def certified_families(
         own = euler.sums(name, partition)
         most = 0.0 if euler.silent else euler.size(name)
         sums[name, part] = own.products.tolist()
+        most = most if math.isfinite(most) else math.inf
         sizes[name, part] = (own.weights.sqrt() * own.gradients.sqrt()).clamp_max(most).tolist()
-    floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
+        # What was drawn anew is not what the model has there.
+        for index in groups_not_finite(not_finite[name], partition) if name in not_finite else ():
+            sizes[name, part][index] = math.nan
+    finite = (size for each in sizes.values() for size in each if math.isfinite(size))
+    floor = EVIDENCE_FLOOR * max(finite, default=0.0)
     families: dict[Any, _Tally] = {}
     symmetries = joint.symmetries()
     for scale, members in symmetries.items():
@@ -209,6 +223,10 @@ class _Tally:
 
     def add(self, scale: int, total: float, size: float, floor: float, tolerance: float) -> None:
         self.scales.append(scale)
+        if not math.isfinite(size):
+            self.silent += 1
+            self.because = "entries or gradients are not finite"
+            return
         if (not size > floor and total <= floor) or tolerance * size < total <= ROUNDED * floor:
             self.silent += 1
             return
@@ -223,7 +241,7 @@ class _Tally:
         self.refuted = [scale for scale in self.refuted if not places.get(scale)]
         self.values = {scale: value for scale, value in self.values.items() if scale not in without}
         self.silent += len(without)
-        self.because = told(places[scale] for scale in without)
+        self.because = "; ".join(filter(None, (self.because, told(places[scale] for scale in without))))
 
     def family(
         self,

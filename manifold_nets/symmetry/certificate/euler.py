@@ -12,6 +12,7 @@ vanishes, and says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -74,7 +75,8 @@ class EulerField:
     @cached_property
     def largest_slope(self) -> float:
         """The largest modulus of an entry of a gradient."""
-        return max((float(g.abs().max()) for g in self.gradients.values() if g.numel()), default=0.0)
+        largest = (float(g.abs().max()) for g in self.gradients.values() if g.numel())
+        return max(filter(math.isfinite, largest), default=0.0)
 
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""

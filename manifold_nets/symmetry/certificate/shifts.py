@@ -113,8 +113,8 @@ class ShiftJudge:
         return self._symmetry("row shift", (name,), values, absorptions, partition=partition, groups=tuple(numbers))
 
     def _value(self, total: float, size: float) -> float | None:
-        """Value of the certificate; None where the gradient vanishes."""
-        return total / size if size > EVIDENCE_FLOOR * self.largest or not np.isfinite(total) else None
+        """Value of the certificate; None where the gradient vanishes, or is not finite."""
+        return total / size if size > EVIDENCE_FLOOR * self.largest and np.isfinite(total) else None
 
     def _symmetry(
         self, kind: str, names: tuple[str, ...], values: list[float | None], absorptions: list[Absorption], **more: Any
