@@ -153,6 +153,23 @@ class TracedGraph:
         """The placeholders that hold a parameter."""
         return [node for node, name in self.parameters.items() if name == parameter]
 
+    def is_used(self, parameter: str) -> bool:
+        """Whether some output depends on a parameter."""
+        return not self._used.isdisjoint(self.placeholders_of(parameter))
+
+    @functools.cached_property
+    def _used(self) -> frozenset[Node]:
+        """The nodes that the outputs depend on; what is written into one of them is one."""
+        found: set[Node] = set()
+        before = -1
+        while len(found) > before:
+            before = len(found)
+            for node in reversed(self.order):
+                writes = is_in_place(node) and node.all_input_nodes[0] in found
+                if node.op == "output" or writes or not found.isdisjoint(node.users):
+                    found.add(node)
+        return frozenset(found)
+
     def uses_of_buffer(self, buffer: str | None) -> int:
         """How many operations read a buffer; 1 where there is none."""
         return sum(len(node.users) for node, name in self.buffers.items() if name == buffer) or 1
