@@ -236,7 +236,7 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
         torch.manual_seed(seed)
         try:
             graph.interpret(twin, inputs, visit)
-        except RuntimeError:
+        except Exception:  # an index of a token that is out of range, for instance
             run(twin, inputs)  # the model's own code says better where it fails
             raise
     return found

@@ -17,6 +17,7 @@ from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.running import called
 from manifold_nets.symmetry.structure.rules import Absorption
 
 __all__ = ["Direction", "Loss", "ShiftJudge", "sees_no_shift"]
@@ -35,6 +36,7 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
 
     Raises:
         LossError: an unknown name, or a function that does not accept the outputs.
+        ExampleInputsError: the model refuses the inputs.
     """
     if loss is None:
         return False
@@ -42,7 +44,6 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
         if loss not in LOSSES:
             raise LossError(f"the name {loss!r}")
         return True
-    args, kwargs = inputs
     generator = torch.Generator().manual_seed(0)
 
     def shifted(leaf: Any) -> Any:
@@ -52,7 +53,7 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
         return leaf + constants.to(leaf.device)
 
     with torch.no_grad(), torch.random.fork_rng():
-        outputs = model(*args, **kwargs)
+        outputs = called(model, inputs)
         try:
             before, after = float(loss(outputs)), float(loss(pytree.tree_map(shifted, outputs)))
         except Exception as error:
