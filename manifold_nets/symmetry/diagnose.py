@@ -46,6 +46,7 @@ from manifold_nets.symmetry.untraced import finding_without_graph, integer_findi
 __all__ = ["diagnose"]
 
 
+@torch.inference_mode(False)  # gradients are needed
 def diagnose(
     model: nn.Module,
     example_inputs: Any,

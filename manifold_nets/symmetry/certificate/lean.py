@@ -61,7 +61,9 @@ def lean_copy(model: nn.Module) -> nn.Module:
         AnalysisError: the model cannot be copied.
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
     """
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if p.ndim >= 2}
+    # A parameter that was made in inference mode cannot have a gradient: its copy can.
+    own = {id(p): p.detach().clone() if p.is_inference() else p.detach() for p in model.parameters() if p.ndim >= 2}
+    shared = {key: nn.Parameter(values, requires_grad=False) for key, values in own.items()}
     return analysis_copy(model, shared)
 
 

@@ -50,6 +50,7 @@ def split_inputs(example_inputs: Any) -> Inputs:
         >>> split_inputs((torch.zeros(1),))
         ((tensor([0.]),), {})
     """
+    example_inputs = pytree.tree_map_only(Tensor, _outside_inference_mode, example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -59,6 +60,11 @@ def split_inputs(example_inputs: Any) -> Inputs:
             return example_inputs[0], dict(example_inputs[1])
         return tuple(example_inputs), {}
     raise ExampleInputsError(f"{type(example_inputs).__name__}")
+
+
+def _outside_inference_mode(leaf: Tensor) -> Tensor:
+    """The tensor, or its copy where it was made in inference mode, in which case no gradient may depend on it."""
+    return leaf.clone() if leaf.is_inference() else leaf
 
 
 def to_float64(tree: Any, device: torch.device | None = None) -> Any:
