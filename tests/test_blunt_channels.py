@@ -83,6 +83,20 @@ def test_a_filter_whose_variance_is_lost_in_eps_has_no_evidence(scale: float) ->
     assert mn.plan(model, report)["0.weight"].action == "sphere"
 
 
+def test_the_biases_of_other_channels_stay_certified() -> None:
+    """Of the bias in front of a normalization, the entry of a channel without variance alone has no evidence."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        model[3].weight[2] *= 1e-12
+    report = mn.diagnose(model, torch.randn(8, 3, 7, 7))
+    (found,) = [shift.certificate for shift in report.shifts if shift.parameters == ("3.bias",)]
+    assert (found.groups_certified, found.groups_without_evidence) == (3, 1)
+    assert "channel 2 has hardly any variance in front of 4 (batch_norm)" in found.because
+    assert not contradictions(report)
+    assert not report.unexplained
+
+
 def test_rounding_and_eps_are_what_would_refute(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the tests above: nobody asks for the variances."""
     monkeypatch.setattr(BluntChannels, "_masks", {})

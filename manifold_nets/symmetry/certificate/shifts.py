@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import LossError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.blunt import BluntChannels, told
+from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
@@ -117,6 +117,21 @@ class ShiftJudge:
         """Value of the certificate; None where the gradient vanishes, or is not finite."""
         return total / size if size > EVIDENCE_FLOOR * self.largest and np.isfinite(total) else None
 
+    def _excused(
+        self, values: list[float | None], places: Places, directions: Sequence[Direction]
+    ) -> tuple[list[float | None], str]:
+        """The values without those that are refuted where there is no variance; without all where that is not known."""
+        if not places:
+            return values, ""
+        channels = set().union(*places.values()) if all(places.values()) else set()
+        entries = [[*part] for direction in directions for part in direction.values()]
+        if not channels or len(entries) != len(values) or any(len(part) > 1 for part in entries):
+            return [None] * len(values), told([places])
+        refuted = [value is not None and not value <= self.tolerance for value in values]
+        without = [bad and entry in channels for bad, (entry,) in zip(refuted, entries, strict=True)]
+        kept = [None if out else value for value, out in zip(values, without, strict=True)]
+        return kept, told([places]) if any(without) else ""
+
     def _symmetry(
         self, kind: str, names: tuple[str, ...], values: list[float | None], absorptions: list[Absorption], **more: Any
     ) -> ShiftSymmetry:
@@ -124,9 +139,9 @@ class ShiftJudge:
         refuted = sum(not value <= self.tolerance for value in known)
         because = ""
         if refuted and self.blunt is not None:
-            because = told([self.blunt.places(absorptions)])
-            # Which of them are absorbed there is not asked: then nothing is known of any.
-            known, refuted = ([], 0) if because else (known, refuted)
+            values, because = self._excused(values, self.blunt.places(absorptions), more.get("directions", ()))
+            known = [value for value in values if value is not None]
+            refuted = sum(not value <= self.tolerance for value in known)
         verdict = "not invariant" if refuted else "invariant" if known else "no evidence"
         certificate = Certificate(
             max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known),
