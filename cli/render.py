@@ -206,4 +206,6 @@ def _why(weight: WeightFinding) -> str:
     modules = dict.fromkeys(absorber.module or "model" for absorber in weight.absorbers)
     operations = dict.fromkeys(absorber.op for absorber in weight.absorbers)
     found = f"{listed(modules, limit=2)} ({', '.join(operations)})"
+    if weight.certificate.because:
+        found += f"; {weight.certificate.because}"
     return f"{found}; certificate{weight.certificate.place.removeprefix(',')}" if weight.certificate.taken_at else found

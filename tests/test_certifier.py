@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 import pytest
 import torch
+from torch import nn
 
+import manifold_nets as mn
+from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.certifier import ROUNDED, Certifier
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 
@@ -51,3 +57,65 @@ def test_without_the_allowance_rounding_would_refute(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("manifold_nets.symmetry.certificate.certifier.ROUNDED", 0.0)
     with pytest.raises(AssertionError):
         assert verdict_of_second_row(8 * EPS, 1e-9) == "no evidence"
+
+
+# ---- scales of filters ----------------------------------------------------------------------------------------------
+
+
+def field_of(scale: float) -> EulerField:
+    """Four invariant rows beside one that is not, and the first of them multiplied by a scale, its gradient divided."""
+    weight = torch.tensor([[1.0, 0.0]] * 5, dtype=torch.float64)
+    gradient = torch.tensor([[0.0, 1.0]] * 4 + [[1.0, 1.0]], dtype=torch.float64)
+    factors = torch.tensor([scale, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    return EulerField({"w": weight * factors}, {"w": gradient / factors})
+
+
+SCALES = [1.0, 1e-6, 1e-14, 1e-40, 1e30]
+ROWS = Partition.filters((5, 2))
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_scale_of_a_filter_takes_no_evidence_from_the_others(scale: float) -> None:
+    certifier = Certifier(field_of(scale), TOLERANCE)
+    found = certifier.alone("w", ROWS)
+    assert (found.groups_certified, found.groups_refuted, found.groups_without_evidence) == (4, 1, 0)
+    assert certifier.floor == pytest.approx(Certifier(field_of(1.0), TOLERANCE).floor, rel=8 * EPS)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_scale_of_a_filter_does_not_make_the_whole_look_invariant(scale: float) -> None:
+    assert Certifier(field_of(scale), TOLERANCE).alone("w", Partition.whole((5, 2))).verdict == "not invariant"
+
+
+def test_the_norms_of_whole_tensors_depend_on_the_scale_of_a_filter() -> None:
+    """The sabotage twin of both: a floor from the product of the norms."""
+    norms = {"w": (Partition.whole((5, 2)),)}
+    certifier = Certifier(replace(field_of(1e-14), wanted=norms), TOLERANCE)
+    assert certifier.alone("w", ROWS).verdict == "no evidence"
+    assert certifier.alone("w", Partition.whole((5, 2))).verdict == "invariant"
+
+
+def test_a_group_without_a_gradient_has_no_evidence_whatever_the_scales() -> None:
+    for scale in SCALES:
+        field = field_of(scale)
+        gradient = field.gradients["w"].clone()
+        gradient[1] = 1e-3 * EVIDENCE_FLOOR * torch.ones(2, dtype=torch.float64)
+        found = Certifier(EulerField(field.weights, {"w": gradient}), TOLERANCE).alone("w", ROWS)
+        assert (found.groups_certified, found.groups_refuted, found.groups_without_evidence) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+def test_a_very_small_filter_takes_no_evidence_from_a_network(memory: Literal["full", "small"]) -> None:
+    """Neither from its layer nor from the others; and the search the other way finds nothing that is not there."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[3].weight[2] *= 2.0**-33
+    report = mn.diagnose(model, torch.randn(8, 3, 7, 7), memory=memory)
+    certificates = [w.certificate for w in report.weights]
+    assert [c.groups_certified for c in certificates] == [4, 4, 0]
+    assert [c.groups_without_evidence for c in certificates] == [0, 0, 0]
+    assert not report.disagreements
+    assert not report.refuted_families
+    assert not report.unexplained

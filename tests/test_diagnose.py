@@ -7,6 +7,7 @@ import json
 import math
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from toy_networks import TOYS, Lambda, Toy
 
 import manifold_nets as mn
 from manifold_nets.errors import AnalysisError, ExampleInputsError
-from manifold_nets.symmetry.certificate import euler as certificate_module
+from manifold_nets.symmetry.certificate import sharp as certificate_module
 from manifold_nets.symmetry.diagnose import LARGEST_SEED
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 
@@ -139,6 +140,31 @@ def test_break_names_the_operation_and_the_module() -> None:
     assert broken_by is not None
     assert "tanh" in broken_by
     assert " 1:" in broken_by
+
+
+def ending(function: Callable[[Tensor], Tensor]) -> Lambda:
+    """A linear map, a function of its result, and another linear map."""
+    first, last = nn.Linear(5, 6, bias=False), nn.Linear(6, 2)
+    return Lambda(lambda m, x: m.o(m.end(m.a(x))), a=first, end=Lambda(lambda m, y: function(y)), o=last)
+
+
+ENDS = {
+    "sign in end: does not see its scale": ending(torch.sign),
+    "gt in end: does not see its scale": ending(lambda y: (y > 0).to(y.dtype)),
+    "scale: reaches neither": ending(torch.zeros_like),
+    "unused: reaches neither": Lambda(lambda m, x: (m.a(x), m.o(x))[1], a=nn.Linear(5, 6), o=nn.Linear(5, 2)),
+}
+
+
+@pytest.mark.parametrize("where", ENDS)
+def test_a_weight_without_a_gradient_is_called_unused_just_where_no_output_depends_on_it(where: str) -> None:
+    model, x = ENDS[where], torch.randn(7, 5)
+    finding = mn.diagnose(model, x)["a.weight"]
+    other = copy.deepcopy(model)
+    nn.init.normal_(other.a.weight)
+    assert finding.status in ("no evidence", "not invariant")
+    assert str(finding.broken_by).startswith(where)
+    assert torch.equal(model(x), other(x)) == ("reaches neither" in where)
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:

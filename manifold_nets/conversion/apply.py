@@ -22,7 +22,7 @@ from manifold_nets.conversion.rounding import compare_in_float64
 from manifold_nets.conversion.same_model import named_tensors
 from manifold_nets.conversion.spheres import sphere_of
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
-from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError
+from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
 from manifold_nets.symmetry.findings.report import Absorber
@@ -56,6 +56,7 @@ def conversion_record(model: nn.Module) -> ConversionRecord | None:
     return record if isinstance(record, ConversionRecord) else None
 
 
+@torch.inference_mode(False)  # gradients are needed, and tensors that can be trained
 def convert(
     model: nn.Module,
     report_or_example_inputs: Any,
@@ -97,6 +98,7 @@ def convert(
         NothingToConvertError: no selected weight is scale-invariant.
         DegenerateGroupError: a weight to convert has a zero or non-finite filter.
         FunctionChangedError: the output in evaluation mode would change by more than rounding.
+        UnsupportedModelError: ``inplace``, and the model was made in inference mode.
         PlanError: the edited plan cannot be read or carried out.
         SelectionError, OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
         In every case the model is left as it was.
@@ -123,6 +125,10 @@ def convert(
     if not chosen.effective:
         remedies_left = [] if plan is not None else _effective_remedies(model, report_or_example_inputs)
         raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions], remedies_left)
+    if inplace and any(tensor.is_inference() for tensor in named_tensors(model).values()):
+        found = "its weights were made in inference mode, where nothing can be trained"
+        remedy = "Leave inplace out, and take the copy; or make the model outside of torch.inference_mode()."
+        raise UnsupportedModelError(chosen.model, found, remedy)
     before = both_modes(model, chosen.example_inputs)
     target = model if inplace else duplicate(model)
     undo = _carry_out(target, chosen)

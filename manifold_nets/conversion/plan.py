@@ -32,6 +32,7 @@ __all__ = [
 Selector = str | Sequence[str] | Callable[[str], bool] | None
 
 
+@torch.inference_mode(False)  # gradients are needed
 def plan(
     model: nn.Module,
     report_or_example_inputs: Any,

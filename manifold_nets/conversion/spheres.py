@@ -11,6 +11,7 @@ from torch import Tensor
 from manifold_nets.conversion.actions import Action
 from manifold_nets.conversion.algebra import cancellation, gather, train_mode_deviation
 from manifold_nets.errors import OptionError
+from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry import Absorber, WeightFinding
 
@@ -33,10 +34,21 @@ def sphere_action(
     """
     if finding.status == "constrained":
         return Action(finding.name, "already", "it is on its spheres", finding.partition, finding=finding)
+    if finding.status == "no evidence" and finding.partition is not None:
+        _refuse_not_finite(finding.name, finding.partition, state[finding.name])
     if finding.status != "invariant":
         why = finding.broken_by or f"{finding.status}: certificate {finding.certificate}"
         return Action(finding.name, "leave", why, finding=finding)
     return _invariant(finding, state, radius, tolerance)
+
+
+def _refuse_not_finite(name: str, partition: Partition, weight: Tensor) -> None:
+    """Raise where groups have no direction, and the certificate no evidence for that reason."""
+    if weight.is_meta or weight.is_complex():
+        return
+    norms = partition.norms(weight.detach()).flatten()
+    if not bool(norms.isfinite().all()):
+        refuse_degenerate(norms, name)
 
 
 def sphere_of(action: Action, weight: Tensor) -> tuple[SphereProduct, Tensor]:

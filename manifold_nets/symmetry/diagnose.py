@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, ArgumentTypeError, OptionError
+from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
@@ -35,6 +36,7 @@ from manifold_nets.symmetry.network.graph import (
     trace,
 )
 from manifold_nets.symmetry.network.modules import module_graph
+from manifold_nets.symmetry.network.not_finite import draw_not_finite
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
@@ -49,6 +51,7 @@ __all__ = ["LARGEST_SEED", "diagnose"]
 LARGEST_SEED = 2**32 - 3
 
 
+@torch.inference_mode(False)  # gradients are needed
 def diagnose(
     model: nn.Module,
     example_inputs: Any,
@@ -64,8 +67,9 @@ def diagnose(
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
     float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). A contradiction between the two is
     reported as a disagreement. Of a weight that provably no output depends on, the certificate is taken at the output
-    of the normalization that absorbs it, and its ``taken_at`` says so (with full memory only). The model, its mode,
-    buffers, gradients and the random state are left as they were.
+    of the normalization that absorbs it, and its ``taken_at`` says so (with full memory only). Entries that are not
+    finite are drawn anew for the certificate, and the groups that they are in are named. The model, its mode, buffers,
+    gradients and the random state are left as they were.
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
@@ -114,7 +118,7 @@ def diagnose(
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
         twin = lean_copy(model) if memory == "small" else analysis_copy(model)
-        meta = is_meta(twin)
+        meta, not_finite = is_meta(twin), draw_not_finite(twin)
         inputs = split_inputs(example_inputs)
         if memory == "full" or meta:
             inputs = to_float64(inputs, torch.device("meta") if meta else None)
@@ -135,19 +139,22 @@ def diagnose(
 
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if isinstance(graph, AnalysisError):
-        report = _by_certificate(model, twin, field, graph, tolerance, example_inputs)
+        report = _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
         if again:
             unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther)
+            unexplained = _of_the_model(unexplained, not_finite)
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance), local, constrained)
-    families = certified_families(joint, field, tolerance)
-    shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits)
+    blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
+    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, blunt, not_finite), local, constrained)
+    families = certified_families(joint, field, tolerance, blunt, not_finite)
+    shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits, blunt=blunt)
     if again and local:
         again = replace(again, passes=again.passes + local.passes)
         unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther)
-        shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits)
+        unexplained = _of_the_model(unexplained, not_finite)
+        shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits, blunt=blunt)
         if shown:
             shifts = with_shown(shifts, shown)
             unexplained = still_unexplained(unexplained, (field, again), shifts, shown, tolerance)
@@ -201,17 +208,23 @@ def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: se
 
 
 def _by_certificate(
-    model: nn.Module, twin: nn.Module, field: EulerField, refusal: AnalysisError, tolerance: float, example_inputs: Any
+    model: nn.Module, twin: nn.Module, certifier: Certifier, refusal: AnalysisError, example_inputs: Any
 ) -> SymmetryReport:
     """Report what the certificate says where there is no graph."""
-    certify = Certifier(field, tolerance).alone
     findings = [
-        finding_without_graph(name, parameter, owner_of(twin, name), certify, refusal.why)
+        finding_without_graph(name, parameter, owner_of(twin, name), certifier.alone, refusal.why)
         if is_continuous(parameter)
         else integer_finding(name, parameter, owner_of(twin, name))
         for name, parameter in _weights(twin)
     ]
-    return SymmetryReport(type(model).__name__, tuple(findings), tolerance, example_inputs)
+    return SymmetryReport(type(model).__name__, tuple(findings), certifier.tolerance, example_inputs)
+
+
+def _of_the_model(
+    found: tuple[UnexplainedSymmetry, ...], not_finite: Mapping[str, Tensor]
+) -> tuple[UnexplainedSymmetry, ...]:
+    """Without what was found of parameters of which some entries are not those of the model."""
+    return tuple(one for one in found if not_finite.keys().isdisjoint(one.parameters))
 
 
 def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -242,7 +255,7 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
         torch.manual_seed(seed)
         try:
             graph.interpret(twin, inputs, visit)
-        except RuntimeError:
+        except Exception:  # an index of a token that is out of range, for instance
             run(twin, inputs)  # the model's own code says better where it fails
             raise
     return found

@@ -10,20 +10,27 @@ Source: the symmetries of Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, sec
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.certifier import ROUNDED
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Certificate, FamilyMember, SymmetryFamily
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.network.not_finite import groups_not_finite
 from manifold_nets.symmetry.structure.find import propagate
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
+from manifold_nets.symmetry.structure.rules import Absorption
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 
 __all__ = ["JointStructure", "certified_families", "solve_jointly"]
@@ -51,14 +58,20 @@ class JointStructure:
         seeds: the scales of each parameter, by name.
         columns: for each weight the form that its columns undo, one for each input channel.
         partitions: for each of these weights the partition into columns.
-        absorbed: the free scales that some normalization absorbs.
+        absorptions: the normalizations that absorb some of them.
     """
 
     scales: Scales
     seeds: dict[str, _Seed]
     columns: dict[str, Ids]
     partitions: dict[str, Partition]
-    absorbed: frozenset[int]
+    absorptions: list[Absorption]
+
+    @cached_property
+    def absorbed(self) -> frozenset[int]:
+        """The free scales that some normalization absorbs."""
+        numbers = {n for a in self.absorptions for n in np.unique(self.scales.roots(a.ids)).tolist()}
+        return frozenset(scale for n in numbers for scale in self.scales.form(n))
 
     def parts(self) -> Iterator[tuple[str, Part, Partition, Ids, float]]:
         """Yield every part of every parameter with its partition, the forms of its indices, and their sign."""
@@ -97,10 +110,8 @@ def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStr
         labels.update({node: Label(ids[label]) for node in sources})
     columns: dict[str, Ids] = {}
     absorptions, _ = propagate(graph, labels, scales, columns)
-    numbers = {n for a in absorptions for n in np.unique(scales.roots(a.ids)).tolist()}
-    absorbed = frozenset(scale for n in numbers for scale in scales.form(n))
     partitions = {name: _column_partition(graph, name) for name in columns}
-    return JointStructure(scales, seeds, columns, partitions, absorbed)
+    return JointStructure(scales, seeds, columns, partitions, absorptions)
 
 
 def _seed(sources: list[Node]) -> tuple[Part, Partition, Ids]:
@@ -142,18 +153,33 @@ def _column_partition(graph: TracedGraph, name: str) -> Partition:
     return Partition(shape, (groups, shape[0] // groups, *shape[1:]), (0, 2))
 
 
-def certified_families(joint: JointStructure, euler: EulerField, tolerance: float) -> tuple[SymmetryFamily, ...]:
+def certified_families(
+    joint: JointStructure,
+    euler: EulerField,
+    tolerance: float,
+    blunt: BluntChannels | None = None,
+    not_finite: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[SymmetryFamily, ...]:
     """Sort the symmetries into families of the same make-up, each with the certificate of all its members.
 
     For a symmetry with exponents c the certificate is ``|Σ c_i Σ_i w ⊙ ∂L/∂w|`` over ``Σ |c_i| ‖w_i‖ ‖∂L/∂w_i‖``.
+    Where some are refuted, ``blunt`` is asked of which of them the pass could tell nothing. Those that move entries
+    which are ``not_finite`` in the model have no evidence.
     """
     # Plain lists: there is one symmetry a channel, and each reads a few numbers.
     sums: dict[tuple[str, Part], list[float]] = {}
     sizes: dict[tuple[str, Part], list[float]] = {}
     for name, part, partition, _, _ in joint.parts():
         own = euler.sums(name, partition)
-        sums[name, part], sizes[name, part] = own.products.tolist(), (own.weights * own.gradients).sqrt().tolist()
-    floor = EVIDENCE_FLOOR * max((max(size) for size in sizes.values()), default=0.0)
+        most = 0.0 if euler.silent else euler.size(name)
+        sums[name, part] = own.products.tolist()
+        most = most if math.isfinite(most) else math.inf
+        sizes[name, part] = (own.weights.sqrt() * own.gradients.sqrt()).clamp_max(most).tolist()
+        # What was drawn anew is not what the model has there.
+        for index in groups_not_finite(not_finite[name], partition) if name in not_finite else ():
+            sizes[name, part][index] = math.nan
+    finite = (size for each in sizes.values() for size in each if math.isfinite(size))
+    floor = EVIDENCE_FLOOR * max(finite, default=0.0)
     families: dict[Any, _Tally] = {}
     symmetries = joint.symmetries()
     for scale, members in symmetries.items():
@@ -162,6 +188,13 @@ def certified_families(joint: JointStructure, euler: EulerField, tolerance: floa
         total = sum(c * sums[place][index] for place, index, c in moved)
         reach = sum(abs(c) * sizes[place][index] for place, index, c in moved)
         families.setdefault(key, _Tally()).add(scale, abs(total), reach, floor, tolerance)
+    if blunt is not None and any(tally.refuted for tally in families.values()):
+        places = blunt.scales(joint.scales, joint.absorptions)
+        for tally in families.values():
+            for scale in tally.refuted:
+                for (name, _), exponents in symmetries[scale].items():
+                    places.setdefault(scale, {}).update(blunt.behind(name, exponents))
+            tally.excuse(places)
     partitions = {(name, part): partition for name, part, partition, _, _ in joint.parts()}
     return tuple(
         tally.family(
@@ -183,18 +216,32 @@ def _common(exponents: dict[int, float]) -> float | None:
 @dataclass
 class _Tally:
     scales: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    refuted: int = 0
+    values: dict[int, float] = field(default_factory=dict)
+    refuted: list[int] = field(default_factory=list)
     silent: int = 0
+    because: str = ""
 
     def add(self, scale: int, total: float, size: float, floor: float, tolerance: float) -> None:
         self.scales.append(scale)
+        if not math.isfinite(size):
+            self.silent += 1
+            self.because = "entries or gradients are not finite"
+            return
         if (not size > floor and total <= floor) or tolerance * size < total <= ROUNDED * floor:
             self.silent += 1
             return
         value = total / size
-        self.values.append(value)
-        self.refuted += not value <= tolerance
+        self.values[scale] = value
+        if not value <= tolerance:
+            self.refuted.append(scale)
+
+    def excuse(self, places: Mapping[int, Places]) -> None:
+        """Take what was refuted at these scales for no evidence."""
+        without = [scale for scale in self.refuted if places.get(scale)]
+        self.refuted = [scale for scale in self.refuted if not places.get(scale)]
+        self.values = {scale: value for scale, value in self.values.items() if scale not in without}
+        self.silent += len(without)
+        self.because = "; ".join(filter(None, (self.because, told(places[scale] for scale in without))))
 
     def family(
         self,
@@ -209,11 +256,12 @@ class _Tally:
             "scale" if all(e is not None and e > 0 for e in exponents) else "rescaling"
         )
         certificate = Certificate(
-            value=max(self.values) if self.values else None,
+            value=max(self.values.values()) if self.values else None,
             verdict="not invariant" if self.refuted else "invariant" if self.values else "no evidence",
-            groups_certified=len(self.values) - self.refuted,
-            groups_refuted=self.refuted,
+            groups_certified=len(self.values) - len(self.refuted),
+            groups_refuted=len(self.refuted),
             groups_without_evidence=self.silent,
+            because=self.because,
         )
         remedy = _remedy(kind, members, certificate, absorbed=absorbed)
         return SymmetryFamily(

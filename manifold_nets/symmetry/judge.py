@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.certifier import Certifier
+from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
+from manifold_nets.symmetry.certificate.certifier import Certifier, Excused
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
@@ -28,6 +31,7 @@ _REMEDIES = {
     "disagreement": "leave it and report it: structure and certificate contradict each other",
 }
 
+_NOT_FINITE = "re-initialize or prune what is not finite: it has no direction, and the network computes NaN"
 _WITHOUT_INFLUENCE = "; no output depends on it: training does not move it"
 
 
@@ -46,9 +50,11 @@ class Judge(Certifier):
         field: EulerField,
         variances: dict[Any, Tensor],
         tolerance: float,
+        blunt: BluntChannels | None = None,
+        not_finite: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        super().__init__(field, tolerance)
-        self.twin, self.graph, self.variances = twin, graph, variances
+        super().__init__(field, tolerance, not_finite)
+        self.twin, self.graph, self.variances, self.blunt = twin, graph, variances, blunt
 
     def lacks_gradient(self, structure: Structure) -> bool:
         """Whether the outputs tell nothing of a weight that structure calls invariant: it has no gradient at all."""
@@ -87,9 +93,16 @@ class Judge(Certifier):
             ),
             certificate=certificate,
             broken_by=None,
-            remedy=_REMEDIES[status] + (_WITHOUT_INFLUENCE if certificate.taken_at else ""),
+            remedy=self._remedy(name, status, certificate),
             finer_groups=structure.count if structure.count > partition.n_groups else 0,
         )
+
+    def _remedy(self, name: str, status: str, certificate: Certificate) -> str:
+        if name in self.not_finite:
+            return _NOT_FINITE
+        if status == "no evidence" and certificate.because:
+            return f"leave it: {certificate.because}; try other inputs"
+        return _REMEDIES[status] + (_WITHOUT_INFLUENCE if certificate.taken_at else "")
 
     def _without_zero_groups(self, name: str, partition: Partition) -> Partition:
         """The whole table in place of looked-up rows where one is zero and has no direction, as a padding token's."""
@@ -119,7 +132,8 @@ class Judge(Certifier):
         elif certificate.verdict == "no evidence":
             status = "no evidence"
         return WeightFinding(
-            name, shape, layer, status, None, 0, (), (), certificate, reason, _REMEDIES[status], free_filters=free
+            name, shape, layer, status, None, 0, (), (), certificate, reason, self._remedy(name, status, certificate),
+            free_filters=free,
         )  # fmt: skip
 
     def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
@@ -129,11 +143,14 @@ class Judge(Certifier):
             return self.alone(name, partition)
         own = self.field.sums(name, partition)
         sums, weight, gradient = own.products.clone(), own.weights.clone(), own.gradients.clone()
+        lost = set(self.lost(name, partition))
         for bias, ids in structure.companions.items():
             entries = torch.tensor(structure.groups_of_forms(ids, groups), device=sums.device)
             kept = entries >= 0
             shape = self.field.shapes[bias]
-            single = self.field.sums(bias, Partition(shape, shape, tuple(range(len(shape)))))
+            single_entries = Partition(shape, shape, tuple(range(len(shape))))
+            single = self.field.sums(bias, single_entries)
+            lost |= {int(entries[entry]) for entry in self.lost(bias, single_entries)} - {-1, -2}
             for total, values in (
                 (sums, single.products),
                 (weight, single.weights),
@@ -143,13 +160,30 @@ class Judge(Certifier):
         if partition.group_size == 1 and not structure.companions:
             # A group of one entry is invariant just where its gradient vanishes: compare it with the others.
             return self.verdict(sums, torch.full_like(weight, self.largest), torch.ones_like(weight))
-        return self.verdict(sums, weight.sqrt(), gradient.sqrt())
+        most = sum(self.field.size(part) for part in (name, *structure.companions))
+        excused = self._excused(structure, groups) if self.blunt is not None else None
+        return self.verdict(sums, weight.sqrt(), gradient.sqrt(), most, excused=excused, lost=sorted(lost))
+
+    def _excused(self, structure: Structure, groups: np.ndarray[Any, Any]) -> Excused:
+        """Which groups are absorbed by a statistic that the pass could tell nothing of."""
+
+        def excused(asked: Tensor) -> tuple[Tensor, str]:
+            found = self.blunt.scales(structure.scales, structure.absorptions) if self.blunt is not None else {}
+            places: dict[int, list[Places]] = {}
+            for scale, where in found.items():
+                if scale < len(groups) and bool(asked[int(groups[scale])]):
+                    places.setdefault(int(groups[scale]), []).append(where)
+            without = torch.zeros_like(asked)
+            without[list(places)] = True
+            return without, told(where for several in places.values() for where in several)
+
+        return excused
 
     def _certificate_inside(
         self, inside: EulerField, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]
     ) -> Certificate:
         """Certificate at the normalizations that absorb a weight without influence on the output."""
-        judge = Judge(self.twin, self.graph, inside, self.variances, self.tolerance)
+        judge = Judge(self.twin, self.graph, inside, self.variances, self.tolerance, None, self.not_finite)
         places = dict.fromkeys(f"{a.module or 'model'} ({a.op})" for a in structure.absorptions)
         return replace(judge._certificate(structure, partition, groups), taken_at=", ".join(places))
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.shifts import Direction, ShiftJudge
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
@@ -75,6 +76,7 @@ def shift_symmetries(
     tolerance: float,
     *,
     loss: bool = False,
+    blunt: BluntChannels | None = None,
 ) -> tuple[ShiftSymmetry, ...]:
     """Find the shift symmetries of a network, each with its certificate.
 
@@ -85,11 +87,12 @@ def shift_symmetries(
         euler: gradients of the network for cotangents that sum to zero along axis 1 where ``loss`` is given.
         tolerance: largest certificate value of a symmetry.
         loss: whether the outputs are logits of a loss that compares them along axis 1.
+        blunt: tells, of what is refuted, whether what absorbs it has no variance.
 
     Returns:
         The symmetries of single parameters and of several, parameter by parameter.
     """
-    judge = ShiftJudge(euler, tolerance, drops_samples(model))
+    judge = ShiftJudge(euler, tolerance, drops_samples(model), blunt)
     found = _added_parameters(graph, judge, inactive_modules(model), loss)
     found += [judge.rows(row.name, row.partition, row.free, row.absorptions) for row in rows]
     return tuple(found)

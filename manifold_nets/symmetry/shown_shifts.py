@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
+from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.shifts import ShiftJudge
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
@@ -44,6 +45,7 @@ def shown_shifts(
     tolerance: float,
     *,
     loss: bool = False,
+    blunt: BluntChannels | None = None,
 ) -> tuple[ShiftSymmetry, ...]:
     """What the structure says of shifts that the numbers show, each with its certificate.
 
@@ -54,11 +56,12 @@ def shown_shifts(
         euler: gradients of the network.
         tolerance: largest certificate value of a symmetry.
         loss: whether the outputs are logits of a loss that compares them along axis 1.
+        blunt: tells, of what is refuted, whether what absorbs it has no variance.
 
     Returns:
         The symmetries that structure explains, parameter by parameter.
     """
-    judge = ShiftJudge(euler, tolerance, drops_samples(model))
+    judge = ShiftJudge(euler, tolerance, drops_samples(model), blunt)
     groups: dict[str, list[UnexplainedSymmetry]] = {}
     for one in shown:
         if one.kind == "shift" and len(one.parameters) == 1:

@@ -12,29 +12,26 @@ vanishes, and says so.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import get_gradient_edge
 
 from manifold_nets.errors import ExampleInputsError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
+from manifold_nets.symmetry.certificate.sharp import sharp_conditions
 from manifold_nets.symmetry.network.absent import absent
 from manifold_nets.symmetry.network.graph import Inputs
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import is_continuous
-from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
 __all__ = [
     "MOST_PASSES",
-    "NEGLIGIBLE_EPS",
     "EulerField",
     "euler_field",
     "is_vector",
@@ -44,87 +41,10 @@ __all__ = [
     "silent_field",
 ]
 
-# torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
-NEGLIGIBLE_EPS = 1e-30
 # A gradient this much smaller than the largest one of the network is rounding and proves nothing.
 EVIDENCE_FLOOR = 1e-11
 # Passes forward and backward that an analysis takes at most.
 MOST_PASSES = 4
-# Position of the eps argument. Both storeys are listed: what a functional calls inside is not intercepted again.
-_EPS_POSITION = {
-    torch.batch_norm: 7,
-    torch.instance_norm: 7,
-    torch.group_norm: 4,
-    torch.layer_norm: 4,
-    torch.rms_norm: 3,
-    F.batch_norm: 7,
-    F.instance_norm: 7,
-    F.group_norm: 4,
-    F.layer_norm: 4,
-    F.rms_norm: 3,
-    F.normalize: 3,
-}
-_EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "norm_eps", "layer_norm_eps")
-_DROPOUTS = (
-    torch.dropout,
-    torch.feature_dropout,
-    torch.alpha_dropout,
-    torch.feature_alpha_dropout,
-    torch.dropout_,
-    torch.feature_dropout_,
-    torch.alpha_dropout_,
-    torch.feature_alpha_dropout_,
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-)
-# Casts that normalizations and softmaxes write out; below float64 they would blunt the certificate.
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_LOWER_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
-_ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
-_LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
-
-
-class _SharpConditions(TorchFunctionMode):
-    """Makes every eps negligible, dropout inactive and casts harmless, also where no module attribute says so."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {k: _at_least_float64(v) for k, v in (kwargs or {}).items()}
-        if func in _CASTS and args[0].dtype == torch.float64:
-            return args[0]
-        if func is Tensor.to:
-            args = tuple(_at_least_float64(argument) for argument in args)
-        position = _EPS_POSITION.get(func)
-        if position is not None:
-            args, kwargs = _replaced(args, kwargs, position, "eps", NEGLIGIBLE_EPS)
-        elif func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        elif func is F.scaled_dot_product_attention:
-            args, kwargs = _replaced(args, kwargs, 4, "dropout_p", 0.0)
-        elif func in _ADDITIONS and len(args) == 2 and _is_eps(args[1]):
-            args = (args[0], NEGLIGIBLE_EPS)
-        elif func in _LOWER_BOUNDS and len(args) == 2 and _is_eps(args[1]):
-            args = (args[0], NEGLIGIBLE_EPS)
-        elif func in _LOWER_BOUNDS and _is_eps(kwargs.get("min")):
-            kwargs["min"] = NEGLIGIBLE_EPS
-        return func(*args, **kwargs)
-
-
-def _at_least_float64(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in _LOWER_PRECISIONS else argument
-
-
-def _is_eps(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value <= LARGEST_EPS
-
-
-def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value: float) -> tuple[Any, dict[str, Any]]:
-    if len(args) > position:
-        return (*args[:position], value, *args[position + 1 :]), kwargs
-    return args, {**kwargs, name: value}
 
 
 @dataclass(frozen=True)
@@ -155,7 +75,8 @@ class EulerField:
     @cached_property
     def largest_slope(self) -> float:
         """The largest modulus of an entry of a gradient."""
-        return max((float(g.abs().max()) for g in self.gradients.values() if g.numel()), default=0.0)
+        largest = (float(g.abs().max()) for g in self.gradients.values() if g.numel())
+        return max(filter(math.isfinite, largest), default=0.0)
 
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
@@ -169,9 +90,14 @@ class EulerField:
         return known[partition]
 
     def size(self, name: str) -> float:
-        """``‖w‖ ‖∂L/∂w‖`` of a whole parameter."""
-        whole = self.sums(name, Partition.whole(self.shapes[name]))
-        return float((whole.weights * whole.gradients).sqrt())
+        """``Σ_g ‖w_g‖ ‖∂L/∂w_g‖`` over the groups of a parameter, of the partition in which it is smallest.
+
+        No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
+        alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
+        """
+        partitions = self.wanted.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
+        groups = (self.sums(name, partition) for partition in partitions)
+        return min(float((sums.weights.sqrt() * sums.gradients.sqrt()).sum()) for sums in groups)
 
     def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
         """The sums of a partition, and of those that will be asked for."""
@@ -215,12 +141,12 @@ def euler_field(
     move_vectors(parameters.values(), generator)
     if only is not None:
         parameters = {name: parameter for name, parameter in parameters.items() if name in only}
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), torch.enable_grad(), sharp_conditions(twin):
         torch.manual_seed(seed)
-        outputs = sharp_outputs(twin, inputs)
-        loss = random_projection(outputs, generator, logits=logits)
+        loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
+        edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
         gradients: Sequence[Tensor | None] = (
-            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) if parameters else ()
+            torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
         )
     weights = _zeros(twin) if only is None else {}
     slopes = dict(weights)
@@ -246,10 +172,16 @@ def is_vector(parameter: Tensor) -> bool:
     return parameter.numel() == max(parameter.shape, default=1)
 
 
-def sharp_outputs(twin: nn.Module, inputs: Inputs, mode: TorchFunctionMode | None = None) -> list[Tensor]:
-    """Outputs of a copy under the conditions that make the certificate sharp, and under a further mode if given."""
-    with _negligible_eps(twin), _SharpConditions(), mode or contextlib.nullcontext():
-        return _outputs_with_gradient(twin, inputs)
+def sharp_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Outputs of a copy that depend on a weight; see `sharp_conditions`, under which it is asked for them.
+
+    Raises:
+        ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
+    """
+    outputs = [leaf for leaf in run(twin, inputs) if leaf.requires_grad]
+    if not outputs and any(True for _ in twin.parameters()):
+        raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
+    return outputs
 
 
 def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, logits: bool) -> Tensor:
@@ -283,27 +215,3 @@ def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor
     modulus = weight.abs()
     radial = (weight.conj() * gradient).real
     return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
-
-
-def _outputs_with_gradient(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
-    outputs = [leaf for leaf in run(twin, inputs) if leaf.requires_grad]
-    if not outputs and any(True for _ in twin.parameters()):
-        raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
-    return outputs
-
-
-@contextlib.contextmanager
-def _negligible_eps(model: nn.Module) -> Iterator[None]:
-    """Set the eps attributes of all modules to a negligible value and back."""
-    saved: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        for attribute in _EPS_NAMES:
-            value = module.__dict__.get(attribute)
-            if isinstance(value, float):
-                saved.append((module, attribute, value))
-                setattr(module, attribute, NEGLIGIBLE_EPS)
-    try:
-        yield
-    finally:
-        for module, attribute, value in saved:
-            setattr(module, attribute, value)

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.euler import EulerField, move_vectors, random_projection, sharp_outputs
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
+from manifold_nets.symmetry.certificate.sharp import sharp_conditions
 from manifold_nets.symmetry.network.graph import Inputs
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous
 
@@ -60,7 +61,9 @@ def lean_copy(model: nn.Module) -> nn.Module:
         AnalysisError: the model cannot be copied.
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
     """
-    shared = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters() if p.ndim >= 2}
+    # A parameter that was made in inference mode cannot have a gradient: its copy can.
+    own = {id(p): p.detach().clone() if p.is_inference() else p.detach() for p in model.parameters() if p.ndim >= 2}
+    shared = {key: nn.Parameter(values, requires_grad=False) for key, values in own.items()}
     return analysis_copy(model, shared)
 
 
@@ -270,8 +273,9 @@ def _pass(
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)
-        outputs = sharp_outputs(twin, inputs, _Widening(passes))
-        random_projection(outputs, generator, logits=logits).backward()  # type: ignore[no-untyped-call]
+        with sharp_conditions(twin, _Widening(passes)):
+            loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
+            torch.autograd.backward([get_gradient_edge(loss)])
     passes.finish()
     passes.freed.add(passes.freed.limit + 1)
     gradients = dict(passes.gradients)
@@ -284,5 +288,10 @@ def _pass(
         return _pass(twin, inputs, seed, state, {}, logits=logits)
 
     return LeanField(
-        _Widened(passes.weights), _Widened(gradients), _sums=passes.sums, again=again, largest=passes.largest
+        _Widened(passes.weights),
+        _Widened(gradients),
+        wanted=wanted,
+        _sums=passes.sums,
+        again=again,
+        largest=passes.largest,
     )

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from manifold_nets.symmetry.certificate.euler import MOST_PASSES, NEGLIGIBLE_EPS, EulerField, random_projection
+from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, random_projection
+from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.network.graph import (
     Inputs,
     TracedGraph,

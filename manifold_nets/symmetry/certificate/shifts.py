@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import LossError
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.running import called
 from manifold_nets.symmetry.structure.rules import Absorption
 
 __all__ = ["Direction", "Loss", "ShiftJudge", "sees_no_shift"]
@@ -34,6 +36,7 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
 
     Raises:
         LossError: an unknown name, or a function that does not accept the outputs.
+        ExampleInputsError: the model refuses the inputs.
     """
     if loss is None:
         return False
@@ -41,7 +44,6 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
         if loss not in LOSSES:
             raise LossError(f"the name {loss!r}")
         return True
-    args, kwargs = inputs
     generator = torch.Generator().manual_seed(0)
 
     def shifted(leaf: Any) -> Any:
@@ -51,7 +53,7 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
         return leaf + constants.to(leaf.device)
 
     with torch.no_grad(), torch.random.fork_rng():
-        outputs = model(*args, **kwargs)
+        outputs = called(model, inputs)
         try:
             before, after = float(loss(outputs)), float(loss(pytree.tree_map(shifted, outputs)))
         except Exception as error:
@@ -66,10 +68,13 @@ class ShiftJudge:
         euler: weights and gradients of one float64 pass.
         tolerance: largest value of a symmetry.
         drops_samples: whether the network drops branches at random, which leaves no trace in its graph.
+        blunt: tells, of shifts that are refuted, whether what absorbs them has no variance.
     """
 
-    def __init__(self, euler: EulerField, tolerance: float, drops_samples: bool) -> None:
-        self.euler, self.tolerance, self.drops_samples = euler, tolerance, drops_samples
+    def __init__(
+        self, euler: EulerField, tolerance: float, drops_samples: bool, blunt: BluntChannels | None = None
+    ) -> None:
+        self.euler, self.tolerance, self.drops_samples, self.blunt = euler, tolerance, drops_samples, blunt
         self.largest = euler.largest_slope
 
     def added(self, directions: list[Direction], absorptions: list[Absorption], rank: int) -> ShiftSymmetry:
@@ -109,17 +114,38 @@ class ShiftJudge:
         return self._symmetry("row shift", (name,), values, absorptions, partition=partition, groups=tuple(numbers))
 
     def _value(self, total: float, size: float) -> float | None:
-        """Value of the certificate; None where the gradient vanishes."""
-        return total / size if size > EVIDENCE_FLOOR * self.largest or not np.isfinite(total) else None
+        """Value of the certificate; None where the gradient vanishes, or is not finite."""
+        return total / size if size > EVIDENCE_FLOOR * self.largest and np.isfinite(total) else None
+
+    def _excused(
+        self, values: list[float | None], places: Places, directions: Sequence[Direction]
+    ) -> tuple[list[float | None], str]:
+        """The values without those that are refuted where there is no variance; without all where that is not known."""
+        if not places:
+            return values, ""
+        channels = set().union(*places.values()) if all(places.values()) else set()
+        entries = [[*part] for direction in directions for part in direction.values()]
+        if not channels or len(entries) != len(values) or any(len(part) > 1 for part in entries):
+            return [None] * len(values), told([places])
+        refuted = [value is not None and not value <= self.tolerance for value in values]
+        without = [bad and entry in channels for bad, (entry,) in zip(refuted, entries, strict=True)]
+        kept = [None if out else value for value, out in zip(values, without, strict=True)]
+        return kept, told([places]) if any(without) else ""
 
     def _symmetry(
         self, kind: str, names: tuple[str, ...], values: list[float | None], absorptions: list[Absorption], **more: Any
     ) -> ShiftSymmetry:
         known = [value for value in values if value is not None]
         refuted = sum(not value <= self.tolerance for value in known)
+        because = ""
+        if refuted and self.blunt is not None:
+            values, because = self._excused(values, self.blunt.places(absorptions), more.get("directions", ()))
+            known = [value for value in values if value is not None]
+            refuted = sum(not value <= self.tolerance for value in known)
         verdict = "not invariant" if refuted else "invariant" if known else "no evidence"
         certificate = Certificate(
-            max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known)
+            max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known),
+            because=because,
         )  # fmt: skip
         once = list({a.node: a for a in absorptions}.values())
         absorbers = tuple(Absorber(a.op, a.module, a.kind, running_mean=a.running_mean) for a in once)

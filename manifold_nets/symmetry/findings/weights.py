@@ -24,6 +24,7 @@ class Certificate:
         groups_without_evidence: groups whose weight or gradient is (nearly) zero.
         taken_at: the normalization at whose output it was taken, as the network's output provably does not depend on
             the weight; empty where it was taken at the network's output.
+        because: why groups are without evidence, where it is not only that their gradient vanishes; else empty.
     """
 
     value: float | None
@@ -32,6 +33,7 @@ class Certificate:
     groups_refuted: int
     groups_without_evidence: int
     taken_at: str = ""
+    because: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -39,12 +41,18 @@ class Certificate:
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" ({self.value:.1e})"
-        return f"{self.verdict}{value}{self.place}"
+        return f"{self.verdict}{value}{self.place}{self.reason}"
 
     @property
     def place(self) -> str:
         """Where it was taken and why, where that is not the network's output; else empty."""
         return f", taken at {self.taken_at}: {_NO_INFLUENCE}" if self.taken_at else ""
+
+    @property
+    def reason(self) -> str:
+        """How many groups are without evidence and why, where that is known; else empty."""
+        count = f", {self.groups_without_evidence} without evidence" if self.verdict != "no evidence" else ""
+        return f"{count}: {self.because}" if self.because else ""
 
 
 @dataclass(frozen=True)

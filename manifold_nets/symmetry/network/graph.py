@@ -50,6 +50,7 @@ def split_inputs(example_inputs: Any) -> Inputs:
         >>> split_inputs((torch.zeros(1),))
         ((tensor([0.]),), {})
     """
+    example_inputs = pytree.tree_map_only(Tensor, _outside_inference_mode, example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -59,6 +60,11 @@ def split_inputs(example_inputs: Any) -> Inputs:
             return example_inputs[0], dict(example_inputs[1])
         return tuple(example_inputs), {}
     raise ExampleInputsError(f"{type(example_inputs).__name__}")
+
+
+def _outside_inference_mode(leaf: Tensor) -> Tensor:
+    """The tensor, or its copy where it was made in inference mode, in which case no gradient may depend on it."""
+    return leaf.clone() if leaf.is_inference() else leaf
 
 
 def to_float64(tree: Any, device: torch.device | None = None) -> Any:
@@ -152,6 +158,23 @@ class TracedGraph:
     def placeholders_of(self, parameter: str) -> list[Node]:
         """The placeholders that hold a parameter."""
         return [node for node, name in self.parameters.items() if name == parameter]
+
+    def is_used(self, parameter: str) -> bool:
+        """Whether some output depends on a parameter."""
+        return not self._used.isdisjoint(self.placeholders_of(parameter))
+
+    @functools.cached_property
+    def _used(self) -> frozenset[Node]:
+        """The nodes that the outputs depend on; what is written into one of them is one."""
+        found: set[Node] = set()
+        before = -1
+        while len(found) > before:
+            before = len(found)
+            for node in reversed(self.order):
+                writes = is_in_place(node) and node.all_input_nodes[0] in found
+                if node.op == "output" or writes or not found.isdisjoint(node.users):
+                    found.add(node)
+        return frozenset(found)
 
     def uses_of_buffer(self, buffer: str | None) -> int:
         """How many operations read a buffer; 1 where there is none."""

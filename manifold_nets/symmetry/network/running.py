@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,14 @@ from torch.utils import _pytree as pytree
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
 from manifold_nets.symmetry.network.graph import Inputs, output_tensors
 
-__all__ = ["run"]
+__all__ = ["called", "run"]
 
 # How torch names float64 where an operator lacks a kernel for it, or where it meets another dtype.
 _DOUBLE = ("Double", "double", "float64")
 
 
-def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Floating-point outputs of a model.
+def called(model: nn.Module, inputs: Inputs) -> Any:
+    """What a model returns.
 
     Raises:
         ExampleInputsError: the model refuses the inputs.
@@ -27,12 +28,17 @@ def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """
     args, kwargs = inputs
     try:
-        result = model(*args, **kwargs)
+        return model(*args, **kwargs)
     except Exception as error:
         if any(word in str(error) for word in _DOUBLE):
             raise DoublePrecisionError(type(model).__name__, error, _place(error)) from error
         shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         raise ExampleInputsError(f"tensors of shapes {shapes}", error) from error
+
+
+def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Floating-point outputs of a model; it raises what `called` does."""
+    result = called(model, inputs)
     tensors = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in output_tensors(result)]
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 

@@ -115,4 +115,5 @@ def certificate_text(certificate: Certificate) -> str:
         (certificate.groups_without_evidence, "without evidence"),
     )
     said = ", ".join(f"{plural(count, 'group')} {what}" for count, what in counts if count)
-    return f"{certificate.verdict}{value}" + (f" ({said})" if said else "") + certificate.place
+    because = f"; {certificate.because}" if certificate.because else ""
+    return f"{certificate.verdict}{value}" + (f" ({said})" if said else "") + certificate.place + because

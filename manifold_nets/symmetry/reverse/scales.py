@@ -142,8 +142,7 @@ def _factors(searches: Iterable[_Search], parts: int) -> list[dict[str, Tensor]]
 
 
 def _largest(euler: EulerField) -> float:
-    sizes = (float(w.norm() * euler.gradients[name].norm()) for name, w in euler.weights.items() if w.ndim >= 2)
-    return max(sizes, default=0.0)
+    return max((euler.size(name) for name, w in euler.weights.items() if w.ndim >= 2 and w.numel()), default=0.0)
 
 
 def _companions(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int) -> list[str]:
@@ -206,6 +205,8 @@ class _Search:
     def __post_init__(self) -> None:
         self.slices = Partition(self.shape, self.shape, (self.axis,))
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
+        # No sum can be larger; the product of the norms can where the scales of the entries differ.
+        self.most = [sum(euler.size(name) for name in self.names) for euler in self.sums.fields]
         self.left: list[NDArray[np.int64]] = []
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
         self.asked = np.ones((len(self.units), self.shape[self.axis]), dtype=bool)
@@ -263,8 +264,10 @@ class _Search:
         self, partition: Partition, members: NDArray[np.int64]
     ) -> tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]:
         worst = np.zeros(len(members))
-        for (products, weights, gradients), floor, asked in zip(self.units, self.floors, self.asked, strict=True):
-            size = np.sqrt(weights[members].sum(1) * gradients[members].sum(1))
+        for (products, weights, gradients), floor, asked, most in zip(
+            self.units, self.floors, self.asked, self.most, strict=True
+        ):
+            size = np.minimum(np.sqrt(weights[members].sum(1)) * np.sqrt(gradients[members].sum(1)), most)
             total = np.abs(products[members].sum(1))
             # A far point needs no evidence of what was not moved there: something behind may be cut off.
             value = np.where(asked[members].any(1), np.inf, 0.0)

@@ -77,6 +77,7 @@ class Scales:
         self._solved: dict[int, Form] = {}
         self._reasons: dict[int, tuple[Break, tuple[int, ...]]] = {}
         self._reduced: dict[int, int] = {}
+        self._ends: dict[int, Break] = {}
         self.add(count)
 
     def add(self, count: int) -> Ids:
@@ -137,6 +138,11 @@ class Scales:
         """Require that nothing is scaled here."""
         self.join(ids, np.zeros_like(ids), because)
 
+    def end(self, ids: Ids, because: Break) -> None:
+        """Note that an operation whose result does not depend on these scales reads what they multiply."""
+        for number in np.unique(self.roots(ids)).tolist():
+            self._ends.setdefault(number, because)
+
     # ---- what is left ----------------------------------------------------------------------------------------------
 
     @property
@@ -163,6 +169,13 @@ class Scales:
             if found is not None:
                 return found
         return because
+
+    def end_of(self, number: int) -> Break | None:
+        """The first operation that a form ends at, if any."""
+        form = self.form(number)
+        return next(
+            (because for end, because in self._ends.items() if not form.keys().isdisjoint(self.form(end))), None
+        )
 
     def classes(self, first: int | None = None) -> dict[int, list[int]]:
         """Scales, or the first ones of them, that have to be equal, by the number of their common form."""

@@ -41,6 +41,10 @@ INVARIANT = (
 ).split()
 
 
+# Of these, what depends on the values all the same.
+_READ = frozenset("sign argmax argmin gt ge lt le eq ne isnan isinf".split())
+
+
 def homogeneous(use: Use) -> Result:
     """Pass the label of the first tensor; one label over each window of pooling and interpolation."""
     first, *options = use.args
@@ -71,6 +75,10 @@ def not_homogeneous(use: Use) -> Result:
 
 def invariant(use: Use) -> Result:
     """Drop the label: the result does not depend on a positive scale."""
+    for node in use.node.all_input_nodes if use.op in _READ else ():
+        label = use.label_of(node)
+        if label is not None:
+            use.scales.end(label.ids, use.why("does not see its scale, and hands on no gradient"))
     return None
 
 
