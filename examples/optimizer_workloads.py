@@ -163,7 +163,8 @@ def _of_other_packages(sgd: bool, name: str, with_options: Callable[..., Any]) -
 def steps_over(shapes: list[Shape], chosen: list[Contestant], device: str) -> list[Timed]:
     """Return a step of each optimizer; all share the memory of weights and gradients, which they change very little."""
     points = [mn.SphereProduct(s).random_uniform(device=device).as_subclass(Tensor) for s in shapes]
-    gradients = [0.1 * torch.randn(s, device=device) for s in shapes]
+    # Long ones would turn the weights along them within a few dozen steps, as the gradients are always the same.
+    gradients = [1e-4 * torch.randn(s, device=device) for s in shapes]
     size = sum(point.nbytes for point in points)
     steps = []
     for contestant in chosen:
