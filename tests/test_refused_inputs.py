@@ -45,3 +45,18 @@ def test_a_token_out_of_range_is_said_of_the_inputs(token: int) -> None:
         mn.diagnose(model, torch.full((4, 7), token))
     assert isinstance(caught.value.__cause__, IndexError)
     assert mn.diagnose(model, torch.full((4, 7), 9)).weights
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+def test_integers_for_a_model_of_real_numbers_are_said_of_the_inputs(memory: Any) -> None:
+    """The model refuses them in float32 as well: nothing is said of float64."""
+    with pytest.raises(
+        ExampleInputsError, match=r"shapes \[\(8, 10\)\] and dtypes \['int64'\].*The model said: RuntimeError"
+    ):
+        mn.diagnose(nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), torch.randint(0, 3, (8, 10)), memory=memory)
+
+
+def test_empty_batches_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8))
+    with pytest.raises(ExampleInputsError, match=r"nothing but empty tensors, of shapes \[\(0, 10\)\]"):
+        mn.diagnose(model, torch.randn(0, 10))

@@ -16,8 +16,8 @@ class ExampleInputsError(ManifoldNetsError, ValueError):
         why = f" The model said: {type(cause).__name__}: {cause}." if cause is not None else ""
         super().__init__(
             f"example_inputs: found {found}; expected a tensor, a tuple of positional inputs, a dict of keyword "
-            f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass a "
-            "batch of at least two examples that are not constant."
+            f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass what "
+            "its forward takes, as a batch of at least two examples that are not constant."
         )
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import AnalysisError, ArgumentTypeError, OptionError
+from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputsError, OptionError
 from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
@@ -119,7 +120,7 @@ def diagnose(
     with random_numbers(seed):
         twin = lean_copy(model) if memory == "small" else analysis_copy(model)
         meta, not_finite = is_meta(twin), draw_not_finite(twin)
-        inputs = split_inputs(example_inputs)
+        inputs = _not_empty(split_inputs(example_inputs))
         if memory == "full" or meta:
             inputs = to_float64(inputs, torch.device("meta") if meta else None)
         graph = _trace(twin, inputs, meta)
@@ -163,6 +164,13 @@ def diagnose(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,
         unexplained,
     )  # fmt: skip
+
+
+def _not_empty(inputs: Inputs) -> Inputs:
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    if shapes and all(0 in shape for shape in shapes):
+        raise ExampleInputsError(f"nothing but empty tensors, of shapes {shapes}")
+    return inputs
 
 
 def _require_options(tolerance: object, seed: object, memory: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,32 @@ def called(model: nn.Module, inputs: Inputs) -> Any:
     try:
         return model(*args, **kwargs)
     except Exception as error:
+        refused: Exception | None = error
         if any(word in str(error) for word in _DOUBLE):
+            refused = _in_single_precision(model, inputs)
+        if refused is None:
             raise DoublePrecisionError(type(model).__name__, error, _place(error)) from error
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        raise ExampleInputsError(f"tensors of shapes {shapes}", error) from error
+        raise ExampleInputsError(_told(inputs, refused), refused) from refused
+
+
+def _in_single_precision(model: nn.Module, inputs: Inputs) -> Exception | None:
+    """What a model says of the same inputs in float32; None where it takes them, and float64 is what it refuses."""
+    # The casts are meant, also where the conditions of the certificate take them out.
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        try:
+            args, kwargs = pytree.tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
+            copy.deepcopy(model).float()(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 (it is the answer)
+            return error
+    return None
+
+
+def _told(inputs: Inputs, error: Exception) -> str:
+    tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    shapes = f"tensors of shapes {[tuple(tensor.shape) for tensor in tensors]}"
+    if "dtype" not in str(error):
+        return shapes
+    return f"{shapes} and dtypes {[str(tensor.dtype).removeprefix('torch.') for tensor in tensors]}"
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
