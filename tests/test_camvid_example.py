@@ -66,6 +66,7 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_arm_is_stored_and_reported(finished):
     results = finished / "results"
     assert {path.name for path in results.iterdir()} == {
@@ -90,6 +91,7 @@ def test_every_arm_is_stored_and_reported(finished):
         assert f"\n## {heading}\n" in text
 
 
+@pytest.mark.slow
 def test_the_report_is_made_again_from_what_is_stored(finished):
     results = finished / "results"
     before = {name: (results / f"camvid{name}").read_bytes() for name in MADE}
@@ -109,10 +111,12 @@ def check_scores(stored, score):
         assert score(counted) == pytest.approx(100 * (1 - found.test_error), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_stored_scores_are_those_of_the_comparison(finished):
     check_scores(scores_of.read_stored(finished / "results"), lambda found: found.mean_iou)
 
 
+@pytest.mark.slow
 def test_sabotage_another_score_is_noticed(finished):
     with pytest.raises(AssertionError):
         check_scores(scores_of.read_stored(finished / "results"), lambda found: found.class_average)
@@ -219,6 +223,7 @@ def test_what_cannot_work_is_refused(words, message, monkeypatch, tmp_path):
         run(*words)
 
 
+@pytest.mark.slow
 def test_an_arm_of_no_name_is_refused(finished, tmp_path):
     with pytest.raises(SystemExit, match=r"--arms tractor: no such arm; there are: SGD, Adam, .*larger images"):
         run("--data", finished / "data", "--size", "8x6", "--write", tmp_path, "--arms", "tractor")

@@ -212,6 +212,7 @@ def test_one_weight_with_influence_does_not_hide_those_without(
     assert backward + (forward - 1) / 3 <= MOST_PASSES
 
 
+@pytest.mark.slow
 def test_what_cannot_be_settled_in_the_passes_there_are_has_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     report, backward, forward = passes_of(chain(*[cut_off, class_token] * 8), monkeypatch)
     certified = {w.name for w in report.weights if w.certificate.taken_at}

@@ -266,12 +266,14 @@ def check_drift(optimizer, options, steps, allowed):
     assert worst <= allowed * torch.finfo(torch.float32).eps, f"constraint error of {worst}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lr", [1.0, 1e-3])
 @pytest.mark.parametrize(("optimizer", "options"), [(RiemannianSGD, {"momentum": 0.9}), (RiemannianAdam, {})])
 def test_norms_do_not_drift_in_20000_steps(optimizer, options, lr):
     check_drift(optimizer, {**options, "lr": lr}, steps=20_000, allowed=4)
 
 
+@pytest.mark.slow
 def test_a_norm_that_is_taken_for_granted_drifts(monkeypatch):
     measured = mn.optim.rules.updates.tangential
 

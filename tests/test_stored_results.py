@@ -25,6 +25,7 @@ def made_again(script, folder, monkeypatch):
     return module, (folder / f"{module.NAME}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", EXPERIMENTS)
 def test_a_stored_report_is_that_of_the_stored_runs(script, monkeypatch, tmp_path, capsys):
     module, text = made_again(script, tmp_path, monkeypatch)
@@ -45,6 +46,7 @@ def check_summary(folder):
     assert all(f"(examples/results/{name})" in summary for name in ("mnist_paper.md", "camvid.md", "limits.md"))
 
 
+@pytest.mark.slow
 def test_the_summary_in_the_readme_is_that_of_the_stored_runs(tmp_path):
     check_summary(RESULTS)
     # Sabotage: test errors ten times as large, and differences with them.

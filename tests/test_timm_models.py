@@ -81,6 +81,7 @@ def test_a_wrong_rule_is_a_contradiction(networks: Any, monkeypatch: pytest.Monk
         assert contradictions(mn.diagnose(model, images)) == []
 
 
+@pytest.mark.slow
 def test_a_rule_that_is_missing_leaves_groups_unexplained(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the share that is explained."""
     from manifold_nets.symmetry.structure.rules import RULES
