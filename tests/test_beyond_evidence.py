@@ -59,6 +59,7 @@ KEPT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_writes_what_report_only_writes_again(script, monkeypatch, tmp_path, capsys):
     if script == "beyond_vision":

@@ -96,6 +96,7 @@ def test_intervals_of_means_hold_what_they_promise(n: int) -> None:
         check_coverage(coverage(n, normal, 2000), 0.95, 2000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "promised"), [(3, 0.73), (5, 0.84), (10, 0.90)])
 def test_bootstrap_intervals_hold_what_the_documentation_says(n: int, promised: float) -> None:
     def ours(row: np.ndarray) -> tuple[float, float]:
@@ -206,6 +207,7 @@ def _p_values(draw: np.ndarray) -> np.ndarray:
     return np.array([stats.ttest_rel(a, b).pvalue for a, b in itertools.combinations(draw, 2)])
 
 
+@pytest.mark.slow
 def test_equal_contestants_are_told_apart_as_rarely_as_promised() -> None:
     assert false_alarms(holm) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
     assert false_alarms(lambda p: p) > 0.15  # Sabotage: no correction.

@@ -79,6 +79,7 @@ def check_promises(printed, promises):
     assert not missing, f"{missing} not in:\n{printed}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMISES)
 def test_example_runs_and_shows_what_it_promises(name, tmp_path):
     for package in NEEDED.get(name, ()):
