@@ -65,11 +65,8 @@ def check_same_bits(net, other):
         assert torch.equal(value, expected), f"{name} differs"
 
 
-@KINDS
-@DTYPES
-def test_training_goes_on_bit_for_bit_after_a_round_trip(kind, options, dtype):
-    net = network(dtype)
-    optimizer = kind(mn.param_groups(net, weight_decay=0.01), **options)
+def check_resumed(net, optimizer, kind, options):
+    """Train, and go on from a saved state as without a break; return the network and optimizer that were loaded."""
     train(net, optimizer, 5, seed=1)
     resumed = copy.deepcopy(net)
     loaded = kind(mn.param_groups(resumed), **options)
@@ -77,6 +74,15 @@ def test_training_goes_on_bit_for_bit_after_a_round_trip(kind, options, dtype):
     for a, b in ((net, optimizer), (resumed, loaded)):
         train(a, b, 5, seed=2)
     check_same_bits(net, resumed)
+    return resumed, loaded
+
+
+@KINDS
+@DTYPES
+def test_training_goes_on_bit_for_bit_after_a_round_trip(kind, options, dtype):
+    net = network(dtype)
+    optimizer = kind(mn.param_groups(net, weight_decay=0.01), **options)
+    resumed, loaded = check_resumed(net, optimizer, kind, options)
     assert [g["manifolds"] for g in loaded.param_groups] == [
         [w.manifold for w in mn.constraints.constrained_weights(resumed)],
         [None] * 4,
@@ -353,10 +359,4 @@ def test_every_execution_is_resumed_bit_for_bit(kind, dtype, how):
     options = {"lr": 1e-2, **how, **({"momentum": 0.9} if kind is RiemannianSGD else {})}
     net = network(dtype)
     optimizer = kind(mn.param_groups(net), **options)
-    train(net, optimizer, 5, seed=1)
-    resumed = copy.deepcopy(net)
-    loaded = kind(mn.param_groups(resumed), **options)
-    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
-    for a, b in ((net, optimizer), (resumed, loaded)):
-        train(a, b, 5, seed=2)
-    check_same_bits(net, resumed)
+    check_resumed(net, optimizer, kind, options)
