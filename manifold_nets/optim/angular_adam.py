@@ -22,6 +22,7 @@ from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.membership import Group, constrained_of, name_of
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.products import pairs, radial_share, rounding_of, some, without_radial_part
 
 __all__ = ["AngularAdam"]
 
@@ -106,6 +107,10 @@ class AngularAdam(RiemannianAdam):
                 _turn(rule, piece, squares if rows is None else squares[rows])
 
 
+# Machine epsilons of a direction, relative to d, of which entries are rounded a few times: below it there is none.
+_UNKNOWN = 8.0
+
+
 def _turn(rule: Rule, member: Member, squares: Tensor) -> None:
     """Take one step of whole groups, in place."""
     space = Workspace(member.manifold, member.weight)
@@ -116,19 +121,27 @@ def _turn(rule: Rule, member: Member, squares: Tensor) -> None:
     part = part_of(member.manifold, member.weight) if is_sharded(member.weight) else None
     held = squares.detach() if part is None else part.read(squares)
     v = held.reshape(w.shape)
-    ww, wg = spheres.dots((w, w), (w, g))
+    dots: Sequence[Tensor] = spheres.dots(*pairs(w, g, None))
+    taken = radial_share(dots)
+    if some(taken != 0):
+        rounding = rounding_of(member.gradient.dtype)
+        g, dots = without_radial_part(w, g, taken, dots[2], rounding, lambda part: spheres.dots(*pairs(w, part, None)))
+    ww, wg, _ = dots
     # One temporary as large as the piece serves in turn as ξ, as d and as the new point: memory is what limits pieces.
-    slope = (w * (-wg / ww)).add_(g).mul_(-spheres.radius if rule.maximize else spheres.radius)
+    xi = torch.addcmul(g, w, -wg / ww)
+    xi.mul_(-spheres.radius if rule.maximize else spheres.radius)
     del g
-    m.mul_(rule.keep).add_(slope * spheres.radius, alpha=1 - rule.keep)
-    v.mul_(rule.beta2).addcmul_(slope, slope, value=1 - rule.beta2)
-    direction = torch.div(v, 1 - rule.beta2**member.step, out=slope).sqrt_().add_(rule.eps)
+    m.mul_(rule.keep).add_(xi * spheres.radius, alpha=1 - rule.keep)
+    v.mul_(rule.beta2).addcmul_(xi, xi, value=1 - rule.beta2)
+    direction = torch.div(v, 1 - rule.beta2**member.step, out=xi).sqrt_().add_(rule.eps)
     torch.div(m, direction, out=direction)
     (wd,) = spheres.dots((w, direction))
     direction.addcmul_(w, -wd / ww)
     (length,) = spheres.dots((direction, direction))
-    angle = float(rule.lr)
-    turn = torch.where(length == 0, 0.0, math.sin(angle) * (spheres.square / length).sqrt())
+    angle, least = float(rule.lr), _UNKNOWN * torch.finfo(w.dtype).eps
+    # With its radial part d was of squared length wd²/ww + length.
+    is_noise = length <= least * least * (wd * wd / ww + length)
+    turn = torch.where(is_noise, 0.0, math.sin(angle) * (spheres.square / length).sqrt())
     new = direction.mul_(-turn).add_(w, alpha=math.cos(angle))
     norm, overlap = spheres.dots((new, new), (new, m))
     m.addcmul_(new, -overlap / norm)

@@ -24,11 +24,17 @@ from manifold_nets.optim.executions.rows import (
     portions,
     radii,
     second_moments,
-    sharpened,
 )
 from manifold_nets.optim.rules.coefficients import adam_factor, bias_corrections
 from manifold_nets.optim.rules.members import Rule
-from manifold_nets.optim.rules.products import Scalar, some, tangential_of
+from manifold_nets.optim.rules.products import (
+    Scalar,
+    noise_in,
+    radial_share,
+    rounding_of,
+    some,
+    tangential_of,
+)
 
 __all__ = ["follows_moment", "step_along_moment"]
 
@@ -86,10 +92,12 @@ class _Step:
         lengths = length.values.square_()
         reach = norms.mul_(turn)
         moved = (reach * lengths).mul_(reach)  # the sides of a right angle are w and what it moves by
+        # What was taken off the moment has left its rounding in it.
+        whole = (slope.values * reach).square_().mul_(squares).add_(moved)
         self.add(w, b, norm, -1)
         # In the places of numbers that are needed no more: the factor of w, and of w in b.
         scale, overlap = slope, length
-        if some(moved > squares):  # steps of more than a radian, whose ends are measured
+        if some(whole > squares):  # steps with a part of more than a radian, whose ends are measured
             # A norm out of range would send a group to zero without a word; 0·∞ makes it NaN, as it should be.
             scale.values.copy_((radius + 0.0 * moved) / self.norms(w).values)
             torch.mul(self.dots(w, b).values, scale.values, out=overlap.values).neg_()
@@ -118,13 +126,29 @@ class _Step:
     def adam_factor(self, second: tuple[Tensor, Tensor | None], squares: Tensor, step: float) -> Tensor:
         """Return by what Adam multiplies the moment of each row, and update the second moments."""
         rule = self.rule
-        dots = (squares, self.dots(self.w, self.g).values, self.norms(self.g).values.square_())
+        dots = self.without_radial_parts([squares, *self.products_of(self.g)])
         found = tangential_of(dots, self.radius * self.radius, maximize=rule.maximize)
-        found = sharpened(found, self.matrices, maximize=rule.maximize)
         corrections = bias_corrections(rule.keep, rule.beta2, step)
         factor = adam_factor(found, *second, beta2=rule.beta2, eps=rule.eps, corrections=corrections)
         keep_second_moments(self.matrices, second)
         return factor
+
+    def products_of(self, g: list[Tensor]) -> list[Tensor]:
+        """Return ⟨w, g⟩ and ⟨g, g⟩ of each row."""
+        return [self.dots(self.w, g).values, self.norms(g).values.square_()]
+
+    def without_radial_parts(self, dots: list[Tensor]) -> Sequence[Tensor]:
+        """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`."""
+        taken = radial_share(dots)
+        if not some(taken != 0):
+            return dots
+        rounding = rounding_of(self.g[0].dtype)
+        parts = torch._foreach_addcmul(self.g, self.w, _Column(taken, self.sizes).parts, value=-1)
+        found = [dots[0], *self.products_of(parts)]
+        is_noise = noise_in(found, taken, dots[2], rounding)
+        torch._foreach_mul_(parts, _Column((~is_noise).to(taken.dtype), self.sizes).parts)
+        self.g = parts
+        return [dots[0], *(x.masked_fill_(is_noise, 0) for x in found[1:])]
 
     def add(self, to: list[Tensor], what: list[Tensor], share: _Column, sign: int) -> None:
         torch._foreach_addcmul_(to, what, share.parts, value=sign)

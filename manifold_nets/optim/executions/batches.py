@@ -19,10 +19,18 @@ from torch import Tensor
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.executions.along_moment import follows_moment, step_along_moment
 from manifold_nets.optim.executions.compiled import step_compiled
-from manifold_nets.optim.executions.rows import Rows, blocks_of, portions, rows_of, what_to_write
+from manifold_nets.optim.executions.rows import (
+    Rows,
+    blocks_of,
+    dots_of,
+    portions,
+    rows_of,
+    what_to_write,
+    without_radial_parts,
+)
 from manifold_nets.optim.rules.coefficients import Coefficients
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.rules.products import Spheres, pairs, some
+from manifold_nets.optim.rules.products import Scalar, Spheres, some
 from manifold_nets.optim.rules.updates import combine_
 
 __all__ = ["run_batched", "run_compiled"]
@@ -66,8 +74,11 @@ def _alike(members: Sequence[Member]) -> dict[Any, list[Rows]]:
 
 def _step_all(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
     """Take the inner products of all matrices, find the coefficients of all their rows at once, and write."""
-    products = torch.cat([_dots(block) for rows in matrices for block in blocks_of(rows, _COPIED)], 1)
-    factors, far, carried = what_to_write(rule, matrices, products, dampening, step)
+    taken: Scalar = 0.0
+    products = torch.cat([dots_of(block) for rows in matrices for block in blocks_of(rows, _COPIED)], 1)
+    if rule.needs_lengths:
+        matrices, products, taken = without_radial_parts(matrices, products)
+    factors, far, carried = what_to_write(rule, matrices, products, taken, dampening, step)
     is_far, start = some(far), 0
     for rows in matrices:
         for block in blocks_of(rows, _COPIED):
@@ -75,13 +86,6 @@ def _step_all(rule: Rule, matrices: Sequence[Rows], dampening: float, step: floa
             beyond = far[start:end] if is_far else None
             _combine(block, factors[start:end], None if beyond is None or not some(beyond) else beyond, carried=carried)
             start = end
-
-
-def _dots(rows: Rows) -> Tensor:
-    """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
-    dtype = accumulation_dtype(rows.weight.dtype)
-    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
-    return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
 
 
 def _combine(rows: Rows, factors: Tensor, far: Tensor | None, *, carried: bool) -> None:

@@ -18,6 +18,7 @@ from manifold_nets.optim.executions.rows import suits_rows
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.products import rounding_of
 
 __all__ = ["run", "run_by_entries", "run_single"]
 
@@ -119,5 +120,6 @@ def run_single(rule: Rule, members: Sequence[Member]) -> None:
             space.spheres,
             dampening=member.dampening,
             step=member.step,
+            rounding=rounding_of(member.gradient.dtype),
         )
         space.close()

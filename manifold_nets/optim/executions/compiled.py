@@ -37,6 +37,7 @@ from manifold_nets.optim.rules.products import (
     Tangential,
     is_short,
     pairs,
+    rounding_of,
     tangential,
     tangential_of,
 )
@@ -123,7 +124,7 @@ def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: 
     # For the reference a rate is a number.
     rule = replace(rule, lr=float(rule.lr))
     for rows, which in _left(matrices, flags):
-        _step_left(kind, rule, rows, which, dampening, step)
+        _step_left(rule, rows, which, dampening, step)
 
 
 def _completes(device: torch.device) -> bool:
@@ -231,18 +232,14 @@ def _step(
     if kind.complete:
         return _step_completely(kind, weight, gradient, moment, second, largest, radius, numbers)
     dtype = accumulation_dtype(weight.dtype)
-    w, g, b = weight.to(dtype), gradient.to(dtype), None
-    if moment is not None:
-        b = moment.to(dtype)
-        b = b + g * share if kind.mixes else b
+    w, g, b = weight.to(dtype), gradient.to(dtype), None if moment is None else moment.to(dtype)
+    q = b + g * share if b is not None and kind.mixes else b
     states = None if second is None else (second.clone(), None if largest is None else largest.clone())
-    *columns, left = _columns(kind, w, g, b, states, radius, share, numbers)
-    ww, wb, bw, bb, *more = columns
-    new, turned = w * ww, w * bw
+    *columns, left = _columns(kind, w, g, q, states, radius, share, numbers)
+    ww, wb, wg, bw, bb, bg = columns
+    new, turned = w * ww + g * wg, w * bw + g * bg
     if b is not None:
         new, turned = new + b * wb, turned + b * bb
-    if not kind.mixes:
-        new, turned = new + g * more[0], turned + g * more[1]
     weight.copy_(new)
     if moment is not None:
         moment.copy_(turned)
@@ -266,9 +263,10 @@ def _columns(
     found = _tangential(kind, w, g, b, radius * radius, adaptive=states is not None)
     move = _move(kind, found, states, numbers, remembers=b is not None)
     left = move.far if states is None else move.far | is_short(found)
+    # A gradient that is in the moment is written with it.
+    wg, bg = (move.wb, move.bb) if kind.mixes else (move.wg, move.bg)
     # 1 w + 0 b + 0 g, and so on.
-    terms = [(move.ww, 1.0), (move.wb, 0.0), (move.bw, 0.0), (move.bb, 1.0)]
-    terms += [] if kind.mixes else [(move.wg * share, 0.0), (move.bg * share, 0.0)]
+    terms = [(move.ww, 1.0), (move.wb, 0.0), (wg * share, 0.0), (move.bw, 0.0), (move.bb, 1.0), (bg * share, 0.0)]
     kept = [torch.where(left, as_it_is, torch.as_tensor(x, device=w.device)).to(w.dtype) for x, as_it_is in terms]
     return [*kept, left.to(_FLAG)]
 
@@ -319,7 +317,8 @@ def _step_completely(
     dtype, spheres = accumulation_dtype(weight.dtype), Spheres((1,), radius)
     w, g, b = weight.to(dtype), gradient.to(dtype), None if moment is None else moment.to(dtype)
     states = None if second is None else (second, largest)
-    found = tangential(w, g, b, spheres, maximize=kind.maximize, sharp=states is not None)
+    options: Any = {"sharp": states is not None, "rounding": rounding_of(gradient.dtype)}
+    found, g = tangential(w, g, b, spheres, maximize=kind.maximize, **options)
     write_(w, g, b, spheres, _move(kind, found, states, numbers, remembers=b is not None), maximize=kind.maximize)
     for old, new in ((weight, w), (moment, b)):
         if old is not None and new is not None and old is not new:
@@ -327,16 +326,17 @@ def _step_completely(
     return []
 
 
-def _step_left(kind: _Kind, rule: Rule, rows: Rows, which: Tensor, dampening: float, step: float) -> None:
-    """Step rows that the kernel has left, by the reference; with their moments, where that was so, mixed already."""
+def _step_left(rule: Rule, rows: Rows, which: Tensor, dampening: float, step: float) -> None:
+    """Step rows that the kernel has left as they were, by the reference."""
     dtype = accumulation_dtype(rows.weight.dtype)
     radius = rows.radius[which] if isinstance(rows.radius, Tensor) else rows.radius
     spheres = Spheres((1,), radius)
     w, g = rows.weight[which].to(dtype), rows.gradient[which].to(dtype)
     b, second, largest = (None if x is None else x[which].to(dtype) for x in rows[2:5])
     states = None if second is None else (second, largest)
-    found = tangential(w, g, b, spheres, maximize=rule.maximize, sharp=states is not None)
-    move = rule.coefficients(found, states, dampening=1.0 if kind.mixes else dampening, step=step)
+    options: Any = {"sharp": states is not None, "rounding": rounding_of(rows.gradient.dtype)}
+    found, g = tangential(w, g, b, spheres, maximize=rule.maximize, **options)
+    move = rule.coefficients(found, states, dampening=dampening, step=step)
     write_(w, g, b, spheres, move, maximize=rule.maximize)
     for old, new in zip((rows.weight, *rows[2:5]), (w, b, second, largest), strict=True):
         if old is not None and new is not None:

@@ -86,7 +86,7 @@ def _whole(joint: JointSphere, members: Sequence[Member]) -> Member:
         second = (_column(first.second[0]), None if first.second[1] is None else _column(first.second[1]))
     return Member(
         joint.join([member.weight.detach() for member in members]),
-        joint.join([member.gradient.detach().to(member.weight.dtype) for member in members]),
+        joint.join([member.gradient.detach() for member in members]),
         joint.sphere,
         joint.join(moments) if moments else None,
         second,

@@ -12,9 +12,10 @@ import torch
 
 from manifold_nets.optim.executions import native
 from manifold_nets.optim.executions.layouts import layout_of
-from manifold_nets.optim.executions.rows import rows_of, what_to_write
+from manifold_nets.optim.executions.rows import Rows, rows_of, what_to_write, without_radial_parts
 from manifold_nets.optim.rules.coefficients import bias_corrections
 from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.products import rounding_of
 
 __all__ = ["run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
@@ -47,8 +48,10 @@ def suits_by_entries(member: Member) -> bool:
 def run_native(rule: Rule, members: Sequence[Member]) -> None:
     """Step all weights by one call of the kernel for each dtype among them."""
     for dtype in {member.weight.dtype for member in members}:
-        chosen = [_ready(member) for member in members if member.weight.dtype == dtype]
-        jobs = np.array([_job(rule, member) for member in chosen], dtype=native.JOB)
+        chosen = [member for member in members if member.weight.dtype == dtype]
+        ready = [_ready(member) for member in chosen]
+        jobs = np.array([_job(rule, member) for member in ready], dtype=native.JOB)
+        jobs["rounding"] = [rounding_of(member.gradient.dtype) for member in chosen]
         native.step(_packed(rule, dtype), jobs, _threads(jobs))
     _changed(members)
 
@@ -60,16 +63,23 @@ def run_in_passes(rule: Rule, members: Sequence[Member]) -> None:
     """
     alike: dict[Any, list[Member]] = defaultdict(list)
     for m in members:
-        alike[m.dampening, float(m.step), m.moment is None, m.second is None, m.weight.dtype].append(_ready(m))
+        alike[m.dampening, float(m.step), m.moment is None, m.second is None, m.weight.dtype].append(m)
     for (dampening, step, *_, dtype), chosen in alike.items():
-        matrices = [rows_of(member) for member in chosen]
-        jobs = np.array([_job(rule, member) for member in chosen], dtype=native.JOB)
-        products = torch.empty(int(jobs["rows"].sum()), 6, dtype=torch.float64)
+        matrices: Sequence[Rows] = [rows_of(member) for member in chosen]
+        ready = [_ready(member) for member in chosen]
+        jobs = np.array([_job(rule, member) for member in ready], dtype=native.JOB)
+        measured = torch.empty(int(jobs["rows"].sum()), 6, dtype=torch.float64)
         first = np.cumsum(jobs["rows"]) - jobs["rows"]
         packed, threads = _packed(rule, dtype), _threads(jobs)
-        jobs["products"] = products.data_ptr() + first * products[0].nbytes
+        jobs["products"] = measured.data_ptr() + first * measured[0].nbytes
         native.measure(packed, jobs, threads)
-        factors, far, carried = what_to_write(rule, matrices, products.t(), dampening, step)
+        products, taken = measured.t(), 0.0
+        if rule.needs_lengths:
+            former, (matrices, products, taken) = matrices, without_radial_parts(matrices, products)
+            for job, old, new in zip(jobs, former, matrices, strict=True):
+                if new is not old:
+                    job["g"] = new.gradient.data_ptr()
+        factors, far, carried = what_to_write(rule, matrices, products, taken, dampening, step)
         marks = far.to(torch.uint8) * (native.CARRIED if carried else native.ALONE)
         jobs["written"] = factors.data_ptr() + first * factors[0].nbytes
         jobs["far"] = marks.data_ptr() + first
@@ -105,10 +115,11 @@ def _threads(jobs: np.ndarray) -> int:
 def _job(rule: Rule, member: Member) -> tuple[float, ...]:
     layout, moment, second = layout_of(member.manifold), member.moment, member.second
     weight = member.weight.data_ptr()
+    unused = (0.0, 0, 0, 0)
     of_layout = (layout.address, layout.rows, layout.size, len(layout.squares))
     b = 0 if moment is None else moment.data_ptr()
     if second is None:
-        return (weight, member.gradient.data_ptr(), b, 0, 0, *of_layout, 1.0 - member.dampening, 1.0, 1.0, 0, 0, 0)
+        return (weight, member.gradient.data_ptr(), b, 0, 0, *of_layout, 1.0 - member.dampening, 1.0, 1.0, *unused)
     step, v_max = float(member.step), 0 if second[1] is None else second[1].data_ptr()
     corrections = (1 - rule.keep, *map(float, bias_corrections(rule.keep, rule.beta2, step)))
-    return (weight, member.gradient.data_ptr(), b, second[0].data_ptr(), v_max, *of_layout, *corrections, 0, 0, 0)
+    return (weight, member.gradient.data_ptr(), b, second[0].data_ptr(), v_max, *of_layout, *corrections, *unused)

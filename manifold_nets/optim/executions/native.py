@@ -57,7 +57,7 @@ CARRIED, ALONE = 1, 2
 # The structs `Job` and `Rule` of spheres.c.
 JOB = np.dtype(
     [(name, np.int64) for name in ("w", "g", "b", "v", "v_max", "square", "rows", "size", "squares")]
-    + [(name, np.float64) for name in ("take", "first", "second")]
+    + [(name, np.float64) for name in ("take", "first", "second", "rounding")]
     + [(name, np.int64) for name in ("products", "written", "far")]
 )
 RULE = np.dtype(

@@ -26,20 +26,11 @@ static void NAME(measure)(const REAL *restrict w, const REAL *restrict g, const 
     *out = sum;
 }
 
-/* Squared norm of the tangential gradient g - slope w, with g in unit coordinates up to one factor of the radius. */
-static double NAME(tangential)(const REAL *w, const REAL *g, int64_t n, REAL to_g, REAL slope) {
-    double sum = 0;
-    for (int64_t start = 0; start < n; start += PIECE) {
-        int64_t end = start + PIECE < n ? start + PIECE : n;
-        REAL part = 0;
-#pragma omp simd reduction(+ : part)
-        for (int64_t i = start; i < end; i++) {
-            REAL x = to_g * g[i] - slope * w[i];
-            part += x * x;
-        }
-        sum += part;
-    }
-    return sum;
+/* A gradient without its radial part. One function, so that every pass finds the same entries. */
+static __attribute__((noinline)) void NAME(subtract)(const REAL *restrict w, const REAL *restrict g, int64_t n,
+                                                     REAL taken, REAL *restrict rest) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) rest[i] = g[i] - taken * w[i];
 }
 
 /* ||w'||^2 and <w', b'> of what is about to be written. */
@@ -130,8 +121,14 @@ static void NAME(open)(const Rule *rule, const Job *job, int64_t offset, int64_t
     }
 }
 
-static void NAME(open_piece)(const Rule *rule, const Piece *piece, REAL *space, REAL **w, REAL **g, REAL **b) {
+/* A piece of long row l, with what counts of its gradient. */
+static void NAME(open_piece)(const Rule *rule, const Work *work, int64_t l, int64_t k, REAL *space, REAL *rest,
+                             REAL **w, REAL **g, REAL **b) {
+    const Piece *piece = work->cut + k;
     NAME(open)(rule, piece->job, piece->row * piece->job->size + piece->start, piece->size, space, w, g, b);
+    if (work->taken[l] == 0) return;
+    NAME(subtract)(*w, *g, piece->size, (REAL)work->taken[l], rest);
+    *g = rest;
 }
 
 /* Put entries that were widened back. */
@@ -142,30 +139,36 @@ static void NAME(close)(const Rule *rule, const Job *job, int64_t offset, int64_
 
 /* The coefficients of rows that were measured. */
 static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n, const REAL *w, const REAL *g,
-                       Measured *m, Turned *turned) {
+                       const REAL *b, REAL *rest, Measured *m, Turned *turned) {
     int64_t size = job->size;
-    to_unit(m, rule, job, from, n);
     for (int64_t i = 0; i < n; i++) {
         if (!brief_gradient(rule, m, i)) continue;
-        REAL to_g = (REAL)(rule->maximize ? -m->square[i] : m->square[i]), slope = (REAL)(m->wg[i] / m->ww[i]);
-        m->length[i] = NAME(tangential)(w + i * size, g + i * size, size, to_g, slope) / m->square[i];
+        Products p;
+        double taken = m->wg[i] / m->ww[i];
+        NAME(subtract)(w + i * size, g + i * size, size, (REAL)taken, rest + i * size);
+        NAME(measure)(w + i * size, rest + i * size, b ? b + i * size : NULL, size, &p);
+        keep_remainder(m, i, &p, taken, job->rounding);
     }
+    to_unit(m, rule, job, from, n);
     NAME(second_moments)(rule, job, from, m, n);
     coefficients(rule, job, m, n, turned);
 }
 
 /* AngularAdam's step of one row: see angular_adam.py. The direction d is made of m and v wherever it is needed. */
 static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, REAL *restrict w, const REAL *restrict g,
-                                REAL *restrict m, REAL *restrict v, int64_t n) {
-    double square = square_of(job, row), radius = sqrt(square), ww = 0, wg = 0, wd = 0, dd = 0, wm = 0, dm = 0;
-    for (int64_t start = 0; start < n; start += PIECE) {
-        int64_t end = start + PIECE < n ? start + PIECE : n;
-        REAL squares = 0, mixed = 0;
-#pragma omp simd reduction(+ : squares, mixed)
-        for (int64_t i = start; i < end; i++) squares += w[i] * w[i], mixed += w[i] * g[i];
-        ww += squares; wg += mixed;
+                                REAL *restrict m, REAL *restrict v, int64_t n, REAL *restrict rest) {
+    double square = square_of(job, row), radius = sqrt(square), wd = 0, dd = 0, wm = 0, dm = 0;
+    Products p, again;
+    NAME(measure)(w, g, NULL, n, &p);
+    if (is_short(p.ww, p.wg, p.gg)) {
+        NAME(subtract)(w, g, n, (REAL)(p.wg / p.ww), rest);
+        NAME(measure)(w, rest, NULL, n, &again);
+        int is_noise = again.gg - again.wg / again.ww * again.wg <= job->rounding * job->rounding * p.gg;
+        if (is_noise) memset(rest, 0, sizeof(REAL) * n), again.wg = 0;
+        g = rest; p = again;
     }
-    REAL slope = (REAL)(-wg / ww), to_unit = (REAL)(rule->maximize ? -radius : radius), eps = (REAL)rule->eps;
+    double ww = p.ww;
+    REAL slope = (REAL)(-p.wg / ww), to_unit = (REAL)(rule->maximize ? -radius : radius), eps = (REAL)rule->eps;
     REAL keep = (REAL)rule->keep, take = (REAL)((1.0 - rule->keep) * radius), correction = (REAL)job->second;
     REAL keep2 = (REAL)rule->beta2, take2 = (REAL)(1.0 - rule->beta2);
     for (int64_t start = 0; start < n; start += PIECE) {
@@ -194,7 +197,9 @@ static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, R
             length += part;
         }
     }
-    double turn = length == 0 ? 0.0 : sin(rule->lr) * radius / sqrt(length), along = cos(rule->lr);
+    /* Entries of d are rounded a few times: what is shorter than that has no direction. */
+    double least = UNKNOWN * (sizeof(REAL) == 8 ? 0x1p-52 : 0x1p-23);
+    double turn = length <= least * least * dd ? 0.0 : sin(rule->lr) * radius / sqrt(length), along = cos(rule->lr);
     double norm = along * along * ww + turn * turn * length, scale = rule->lr == 0 ? 1.0 : radius / sqrt(norm);
     int far = turn * turn * dd > square; /* large coefficients cancel */
     along += turn * tilt;
@@ -211,15 +216,15 @@ static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, R
 }
 
 /* Step, measure or write `n` rows from row `from` on. `space` has room for them three times where they are in half
- * precision. */
-static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space) {
+ * precision, `rest` for their gradients in the compute type. */
+static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space, REAL *rest) {
     int64_t size = job->size, offset = from * size, entries = n * size;
     REAL *w, *g, *b;
     NAME(open)(rule, job, offset, entries, space, &w, &g, &b);
     if (rule->kind == ANGULAR_ADAM) {
         for (int64_t i = 0; i < n; i++)
             NAME(turn_by_angle)(rule, job, from + i, w + i * size, g + i * size, b + i * size,
-                                (REAL *)job->v + offset + i * size, size);
+                                (REAL *)job->v + offset + i * size, size, rest);
         if (space) NAME(close)(rule, job, offset, entries, w, b);
         return;
     }
@@ -231,11 +236,12 @@ static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from
         if (task == MEASURE) job->products[from + i] = p; else keep_products(&m, i, &p);
     }
     if (task == MEASURE) return;
-    if (task == STEP) NAME(turn)(rule, job, from, n, w, g, &m, &turned);
+    if (task == STEP) NAME(turn)(rule, job, from, n, w, g, b, rest, &m, &turned);
     for (int64_t i = 0; i < n; i++) {
         Row row = task == STEP ? row_of(&turned, i) : job->written[from + i];
         REAL *moment = b ? b + i * size : NULL;
-        NAME(write)(w + i * size, g + i * size, moment, size, &row);
+        const REAL *gradient = task == STEP && m.taken[i] != 0 ? rest : g;
+        NAME(write)(w + i * size, gradient + i * size, moment, size, &row);
         int far = task == STEP ? turned.far[i] > 1.0 ? CARRIED : STAYS : job->far[from + i];
         if (far) NAME(put_back)(w + i * size, far == CARRIED ? moment : NULL, size, square_of(job, from + i));
     }
@@ -243,22 +249,24 @@ static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from
 }
 
 /* The coefficients of a long row that was measured. */
-static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const Products *sum, REAL *space, int *far) {
+static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const Products *sum, REAL *space, REAL *rest,
+                           int *far) {
     const Piece *piece = work->cut + work->first[l];
     REAL *w, *g, *b;
     Measured m;
     Turned turned;
     keep_products(&m, 0, sum);
-    to_unit(&m, rule, piece->job, piece->row, 1);
     if (brief_gradient(rule, &m, 0)) { /* seldom, and by one thread */
-        double square = m.square[0];
-        REAL to_g = (REAL)(rule->maximize ? -square : square), slope = (REAL)(m.wg[0] / m.ww[0]);
-        m.length[0] = 0;
+        Products part, again = {0, 0, 0, 0, 0, 0};
+        work->taken[l] = sum->wg / sum->ww;
         for (int64_t k = work->first[l]; k < work->first[l + 1]; k++) {
-            NAME(open_piece)(rule, work->cut + k, space, &w, &g, &b);
-            m.length[0] += NAME(tangential)(w, g, work->cut[k].size, to_g, slope) / square;
+            NAME(open_piece)(rule, work, l, k, space, rest, &w, &g, &b);
+            NAME(measure)(w, g, b, work->cut[k].size, &part);
+            add_products(&again, &part);
         }
+        keep_remainder(&m, 0, &again, work->taken[l], piece->job->rounding);
     }
+    to_unit(&m, rule, piece->job, piece->row, 1);
     NAME(second_moments)(rule, piece->job, piece->row, &m, 1);
     coefficients(rule, piece->job, &m, 1, &turned);
     *far = turned.far[0] > 1.0 ? CARRIED : STAYS;
@@ -266,12 +274,13 @@ static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const 
 }
 
 /* Put the end of a long step on its sphere before it is written. */
-static void NAME(settle_long)(const Rule *rule, const Work *work, int64_t l, Row *row, int far, REAL *space) {
+static void NAME(settle_long)(const Rule *rule, const Work *work, int64_t l, Row *row, int far, REAL *space,
+                              REAL *rest) {
     double norm = 0, overlap = 0, square = square_of(work->cut[work->first[l]].job, work->cut[work->first[l]].row);
     REAL *w, *g, *b;
     for (int64_t k = work->first[l]; k < work->first[l + 1]; k++) {
         double norm_part, overlap_part;
-        NAME(open_piece)(rule, work->cut + k, space, &w, &g, &b);
+        NAME(open_piece)(rule, work, l, k, space, rest, &w, &g, &b);
         NAME(outcome)(w, g, b, work->cut[k].size, row, &norm_part, &overlap_part);
         norm += norm_part / square; overlap += overlap_part / square;
     }
@@ -280,13 +289,13 @@ static void NAME(settle_long)(const Rule *rule, const Work *work, int64_t l, Row
 
 /* Step, measure or write rows that are cut into pieces; called by all threads of a team. Row l has the pieces
  * first[l] ... first[l+1]. */
-static void NAME(long_rows)(int task, const Rule *rule, const Work *work, REAL *space) {
+static void NAME(long_rows)(int task, const Rule *rule, const Work *work, REAL *space, REAL *rest) {
     int64_t total = work->first[work->n_long];
     REAL *w, *g, *b;
     if (task != WRITE) {
 #pragma omp for schedule(static)
         for (int64_t k = 0; k < total; k++) {
-            NAME(open_piece)(rule, work->cut + k, space, &w, &g, &b);
+            NAME(open_piece)(rule, work, owner(work->first, work->n_long, k), k, space, rest, &w, &g, &b);
             NAME(measure)(w, g, b, work->cut[k].size, work->part + k);
         }
     }
@@ -294,26 +303,24 @@ static void NAME(long_rows)(int task, const Rule *rule, const Work *work, REAL *
     for (int64_t l = 0; l < work->n_long; l++) {
         const Piece *piece = work->cut + work->first[l];
         Products sum = {0, 0, 0, 0, 0, 0};
-        for (int64_t k = work->first[l]; task != WRITE && k < work->first[l + 1]; k++) {
-            const Products *part = work->part + k;
-            sum.ww += part->ww; sum.wg += part->wg; sum.gg += part->gg;
-            sum.wb += part->wb; sum.gb += part->gb; sum.bb += part->bb;
-        }
+        for (int64_t k = work->first[l]; task != WRITE && k < work->first[l + 1]; k++)
+            add_products(&sum, work->part + k);
         if (task == MEASURE) {
             piece->job->products[piece->row] = sum;
             continue;
         }
         int far;
-        if (task == STEP) work->row[l] = NAME(turn_long)(rule, work, l, &sum, space, &far);
+        if (task == STEP) work->row[l] = NAME(turn_long)(rule, work, l, &sum, space, rest, &far);
         else work->row[l] = piece->job->written[piece->row], far = piece->job->far[piece->row];
-        if (far) NAME(settle_long)(rule, work, l, work->row + l, far, space);
+        if (far) NAME(settle_long)(rule, work, l, work->row + l, far, space, rest);
     }
     if (task == MEASURE) return;
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < total; k++) {
         const Piece *piece = work->cut + k;
-        NAME(open_piece)(rule, piece, space, &w, &g, &b);
-        NAME(write)(w, g, b, piece->size, work->row + owner(work->first, work->n_long, k));
+        int64_t l = owner(work->first, work->n_long, k);
+        NAME(open_piece)(rule, work, l, k, space, rest, &w, &g, &b);
+        NAME(write)(w, g, b, piece->size, work->row + l);
         if (space) NAME(close)(rule, piece->job, piece->row * piece->job->size + piece->start, piece->size, w, b);
     }
 }

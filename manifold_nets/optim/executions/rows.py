@@ -12,20 +12,29 @@ from torch import Tensor
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.rules.products import Spheres, Tangential, is_short, measured, some, tangential_of
+from manifold_nets.optim.rules.products import (
+    Scalar,
+    pairs,
+    radial_share,
+    rounding_of,
+    some,
+    tangential_of,
+    without_radial_part,
+)
 
 __all__ = [
     "BLOCK",
     "Rows",
     "blocks_of",
+    "dots_of",
     "keep_second_moments",
     "portions",
     "radii",
     "rows_of",
     "second_moments",
-    "sharpened",
     "suits_rows",
     "what_to_write",
+    "without_radial_parts",
 ]
 
 # Entries of a block: a few of them, in float32, fit in the third level of a processor's cache.
@@ -135,30 +144,57 @@ def keep_second_moments(matrices: Sequence[Rows], second: tuple[Tensor, Tensor |
             torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
 
 
-def sharpened(found: Tangential, matrices: Sequence[Rows], *, maximize: bool) -> Tangential:
-    """Return what was found with the squared norms of tangential gradients measured where digits were lost."""
-    short = is_short(found)
-    if not some(short):
-        return found
-    sizes = [len(rows.weight) for rows in matrices]
-    result = []
-    for rows, lost, slope, gg in zip(
-        matrices, *(torch.split(x, sizes) for x in (short, found.g_slope, found.gg)), strict=True
-    ):
-        if not some(lost):
-            result.append(gg)
+def dots_of(rows: Rows) -> Tensor:
+    """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
+    dtype = accumulation_dtype(rows.weight.dtype)
+    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
+    return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
+
+
+def without_radial_parts(matrices: Sequence[Rows], products: Tensor) -> tuple[list[Rows], Tensor, Scalar]:
+    """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`.
+
+    Args:
+        matrices: weights, not yet changed.
+        products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
+
+    Returns:
+        The matrices with gradients of which nothing is written to, their products, and what was taken off.
+    """
+    taken = radial_share(products.unbind())
+    if not some(taken != 0):
+        return list(matrices), products, 0.0
+    sizes, result, columns = [len(rows.weight) for rows in matrices], [], []
+    for rows, slope, known in zip(matrices, torch.split(taken, sizes), torch.split(products, sizes, 1), strict=True):
+        if not some(slope != 0):
+            result.append(rows)
+            columns.append(known)
             continue
-        start = 0
-        for part in blocks_of(rows):
-            weight, gradient = (x.to(gg.dtype) for x in (part.weight, part.gradient))
-            known = found._replace(g_slope=slope[start : start + len(weight)])
-            result.append(measured(weight, gradient, known, Spheres((1,), part.radius), maximize))
-            start += len(weight)
-    return found._replace(gg=torch.where(short, torch.cat(result), found.gg))
+        gradient, start = torch.empty_like(rows.weight), 0
+        for block in blocks_of(rows):
+            end = start + len(block.weight)
+            gradient[start:end], found = _without_radial_part(block, slope[start:end], known[2, start:end])
+            columns.append(found.to(products.dtype))
+            start = end
+        result.append(rows._replace(gradient=gradient))
+    return result, torch.cat(columns, 1), taken
+
+
+def _without_radial_part(rows: Rows, slope: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(part: Tensor) -> list[Tensor]:
+        return list(dots_of(rows._replace(gradient=part)).unsqueeze(-1).unbind())
+
+    dtype, slope, total = accumulation_dtype(rows.weight.dtype), slope.unsqueeze(-1), total.unsqueeze(-1)
+    rounding, wide = rounding_of(rows.gradient.dtype), (x.to(dtype) for x in (rows.weight, rows.gradient))
+    part, found = without_radial_part(*wide, slope, total, rounding, measure)
+    if dtype != rows.weight.dtype:  # what is written is of the rounded one
+        part = part.to(rows.weight.dtype)
+        found = measure(part)
+    return part, torch.stack(found).squeeze(-1)
 
 
 def what_to_write(
-    rule: Rule, matrices: Sequence[Rows], products: Tensor, dampening: float, step: float
+    rule: Rule, matrices: Sequence[Rows], products: Tensor, taken: Scalar, dampening: float, step: float
 ) -> tuple[Tensor, Tensor, bool]:
     """Return the coefficients of all rows of all matrices, and update their second moments.
 
@@ -166,6 +202,7 @@ def what_to_write(
         rule: the rule.
         matrices: weights, not yet changed.
         products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
+        taken: what `without_radial_parts` has taken off their gradients.
         dampening: of all of them.
         step: of all of them.
 
@@ -178,9 +215,11 @@ def what_to_write(
         radius = radius.to(dtype)
     if second is not None:
         second = second[0].to(dtype), None if second[1] is None else second[1].to(dtype)
-    found = tangential_of(products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize)
-    if rule.needs_lengths:
-        found = sharpened(found, matrices, maximize=rule.maximize)
+    taken = taken.unsqueeze(-1) if isinstance(taken, Tensor) else taken
+    eps = torch.finfo(accumulation_dtype(matrices[0].weight.dtype)).eps
+    found = tangential_of(
+        products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize, taken=taken, eps=eps
+    )
     move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
     if second is not None:
         keep_second_moments(matrices, second)

@@ -14,6 +14,7 @@ enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { SGD, ADAM, ANGULAR_ADAM };
 enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 2048, BLOCK = 16384, ROWS = 64 };
+enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see angular_adam.py */
 
 typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
 typedef struct { double ww, wb, wg, bw, bb, bg; } Row;
@@ -27,6 +28,7 @@ typedef struct {
     const double *square; /* squared radii: one, or one a row */
     int64_t rows, size, squares;
     double take, first, second; /* share of the new gradient; bias corrections 1/(1 - beta^t) of Adam */
+    double rounding;    /* how long a tangential part, relative to its gradient, is nothing but rounding */
     Products *products; /* of each row, in a pass that measures */
     const Row *written; /* of each row, in a pass that writes */
     const uint8_t *far; /* and whether it steps farther than a radian: STAYS, CARRIED with its moment, or ALONE */
@@ -43,16 +45,36 @@ typedef struct {
     double square[ROWS];  /* squared radii */
     double length[ROWS];  /* squared norms of the tangential gradients */
     double second[ROWS];  /* second moments */
+    double taken[ROWS];   /* what was taken off the gradients, as multiples of the weight; mostly 0 */
+    double counts[ROWS];  /* 1, or 0 where a gradient is nothing but rounding */
 } Measured;
 typedef struct { double ww[ROWS], wb[ROWS], wg[ROWS], bw[ROWS], bb[ROWS], bg[ROWS], far[ROWS]; } Turned;
 
 static double positive(double x) { return x < 0 ? 0.0 : x; } /* keeps NaN */
+
+static void add_products(Products *sum, const Products *part) {
+    sum->ww += part->ww; sum->wg += part->wg; sum->gg += part->gg;
+    sum->wb += part->wb; sum->gb += part->gb; sum->bb += part->bb;
+}
 
 static double square_of(const Job *job, int64_t row) { return job->square[job->squares > 1 ? row : 0]; }
 
 static void keep_products(Measured *m, int64_t i, const Products *p) {
     m->ww[i] = p->ww; m->wg[i] = p->wg; m->gg[i] = p->gg;
     m->wb[i] = p->wb; m->gb[i] = p->gb; m->bb[i] = p->bb;
+    m->taken[i] = 0; m->counts[i] = 1;
+}
+
+/* Whether a gradient is mostly radial, so that its tangential part has lost digits in the difference of squares. */
+static int is_short(double ww, double wg, double gg) { return positive(gg - wg / ww * wg) < 0.25 * gg; }
+
+/* Keep the products of what remains of a gradient without its radial part: zeros where that is nothing but rounding.
+ * See products.py. */
+static void keep_remainder(Measured *m, int64_t i, const Products *p, double taken, double rounding) {
+    double remains = p->gg - p->wg / p->ww * p->wg;
+    int counts = !(remains <= rounding * rounding * m->gg[i]);
+    m->wg[i] = counts ? p->wg : 0.0; m->gg[i] = counts ? p->gg : 0.0; m->gb[i] = counts ? p->gb : 0.0;
+    m->taken[i] = taken; m->counts[i] = counts;
 }
 
 /* The inner products in the coordinates of the unit sphere, of rows from `row` on. */
@@ -70,7 +92,7 @@ static void to_unit(Measured *restrict m, const Rule *rule, const Job *job, int6
 
 /* Whether the tangential gradient of a row has lost digits that matter. */
 static int brief_gradient(const Rule *rule, const Measured *m, int64_t i) {
-    return rule->kind == ADAM && m->length[i] < 0.25 * m->gg[i];
+    return rule->kind == ADAM && is_short(m->ww[i], m->wg[i], m->gg[i]);
 }
 
 /* See coefficients.py. */
@@ -86,16 +108,16 @@ static void coefficients(const Rule *rule, const Job *job, const Measured *restr
         double follow = adam ? first / (sqrt(m->second[i] * correction) + eps) : along;
         double inverse = 1.0 / m->ww[i], g_slope = m->wg[i] * inverse, b_slope = m->wb[i] * inverse;
         double bb = m->bb[i] - b_slope * m->wb[i], gb = m->gb[i] - b_slope * m->wg[i], gg = m->length[i];
-        double d_b = follow * keep, d_g = follow * take + ahead;
-        double p_w = -(keep * b_slope + take * g_slope), d_w = -(d_b * b_slope + d_g * g_slope);
+        double taken = take * m->counts[i], d_b = follow * keep, d_g = follow * taken + ahead;
+        double p_w = -(keep * b_slope + taken * g_slope), d_w = -(d_b * b_slope + d_g * g_slope);
         double length = positive(d_b * d_b * bb + 2.0 * d_b * d_g * gb + d_g * d_g * gg);
-        double overlap = d_b * keep * bb + (d_b * take + d_g * keep) * gb + d_g * take * gg;
+        double overlap = d_b * keep * bb + (d_b * taken + d_g * keep) * gb + d_g * taken * gg;
         double scale = (1.0 + 0.0 * length) / sqrt(1.0 + lr * lr * length);
         double root = stays ? 1.0 : sqrt(inverse), turn = -lr * scale * overlap, to_g = sign * m->square[i];
         double ww = scale * (root - lr * d_w), wb = -lr * scale * d_b, wg = -lr * scale * d_g;
         r->ww[i] = ww; r->wb[i] = wb; r->wg[i] = wg * to_g;
         r->far[i] = wb * wb * m->bb[i] + wg * wg * m->gg[i];
-        r->bw[i] = p_w - turn * ww; r->bb[i] = keep - turn * wb; r->bg[i] = (take - turn * wg) * to_g;
+        r->bw[i] = p_w - turn * ww; r->bb[i] = keep - turn * wb; r->bg[i] = (taken - turn * wg) * to_g;
     }
 }
 
@@ -175,11 +197,13 @@ typedef struct {
     Piece *cut;
     Products *part;  /* of each piece */
     Row *row;        /* of each long row */
+    double *taken;   /* off the gradient of each long row, as a multiple of the weight; mostly 0 */
     int64_t blocks, n_long, scratch;
 } Work;
 
 static void put_away(Work *work) {
     free(work->starts); free(work->first); free(work->cut); free(work->part); free(work->row);
+    free(work->taken);
 }
 
 /* 0, or 1 where there was no memory for it. */
@@ -204,7 +228,8 @@ static int lay_out(Work *work, const Job *jobs, int64_t count) {
     work->cut = malloc(sizeof(Piece) * (n_pieces + 1));
     work->part = malloc(sizeof(Products) * (n_pieces + 1));
     work->row = malloc(sizeof(Row) * (work->n_long + 1));
-    if (!work->first || !work->cut || !work->part || !work->row) return 1;
+    work->taken = calloc(work->n_long + 1, sizeof(double));
+    if (!work->first || !work->cut || !work->part || !work->row || !work->taken) return 1;
     for (int64_t i = 0; i < count; i++)
         for (int64_t r = 0; is_long(jobs + i) && r < jobs[i].rows; r++, l++) {
             work->first[l] = k;
@@ -241,10 +266,12 @@ int spheres_know(int64_t dtype) {
 static int pass(int task, const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
     Work work;
     int failed = lay_out(&work, jobs, count), half = rule->dtype == BFLOAT16 || rule->dtype == FLOAT16;
+    int rests = task == STEP && rule->kind != SGD; /* gradients may need room without their radial parts */
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         float *space = half && !failed ? malloc(sizeof(float) * 3 * work.scratch + 64) : NULL;
-        if (half && !space) {
+        void *rest = rests && !failed ? malloc((rule->dtype == FLOAT64 ? 8 : 4) * work.scratch + 64) : NULL;
+        if ((half && !space) || (rests && !rest)) {
 #pragma omp atomic write
             failed = 1;
         }
@@ -257,15 +284,16 @@ static int pass(int task, const Rule *rule, const Job *jobs, int64_t count, int6
                 const Job *job = jobs + i;
                 int64_t from = (block - work.starts[i]) * rows_at_once(job), n = job->rows - from;
                 if (n > rows_at_once(job)) n = rows_at_once(job);
-                if (rule->dtype == FLOAT64) block_double(task, rule, job, from, n, NULL);
-                else block_float(task, rule, job, from, n, space);
+                if (rule->dtype == FLOAT64) block_double(task, rule, job, from, n, NULL, rest);
+                else block_float(task, rule, job, from, n, space, rest);
             }
             if (work.n_long) {
-                if (rule->dtype == FLOAT64) long_rows_double(task, rule, &work, NULL);
-                else long_rows_float(task, rule, &work, space);
+                if (rule->dtype == FLOAT64) long_rows_double(task, rule, &work, NULL, rest);
+                else long_rows_float(task, rule, &work, space, rest);
             }
         }
         free(space);
+        free(rest);
     }
     put_away(&work);
     return failed;

@@ -61,6 +61,7 @@ class Rule:
         *,
         dampening: float | Tensor,
         step: float | Tensor,
+        rounding: float,
     ) -> None:
         """Take one step, in place, on tensors in the view of their groups: the single-tensor execution."""
         options = {"lr": self.lr, "maximize": self.maximize}
@@ -68,7 +69,7 @@ class Rule:
             options |= {"momentum": self.keep, "dampening": dampening, "nesterov": self.nesterov}
             riemannian_sgd_(weight, gradient, moment, spheres, **options)  # type: ignore[arg-type]
         else:
-            options |= {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "step": step}
+            options |= {"beta1": self.keep, "beta2": self.beta2, "eps": self.eps, "step": step, "rounding": rounding}
             riemannian_adam_(weight, gradient, moment, *second, spheres, **options)  # type: ignore[arg-type]
 
     def coefficients(

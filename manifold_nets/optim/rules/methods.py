@@ -64,9 +64,18 @@ class MethodRule(Rule):
         *,
         dampening: float | Tensor,
         step: float | Tensor,
+        rounding: float,
     ) -> None:
         """Take one step, in place, on tensors in the view of their groups: the single-tensor execution."""
-        found = tangential(weight, gradient, moment, spheres, maximize=self.maximize, sharp=self.needs_lengths)
+        found, gradient = tangential(
+            weight,
+            gradient,
+            moment,
+            spheres,
+            maximize=self.maximize,
+            sharp=self.needs_lengths,
+            rounding=rounding,
+        )
         rule = replace(self, lr=float(self.lr), elsewhere=spheres.elsewhere)
         move = rule.coefficients(found, second, dampening=dampening, step=step)
         write_(weight, gradient, moment, spheres, move, maximize=self.maximize)

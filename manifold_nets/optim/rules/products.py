@@ -8,24 +8,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_nets.groups import has_values
+from manifold_nets.groups import accumulation_dtype, has_values
 
 __all__ = [
     "Scalar",
     "Spheres",
     "Tangential",
     "is_short",
-    "measured",
+    "noise_in",
     "pairs",
+    "radial_share",
+    "rounding_of",
     "some",
     "tangential",
     "tangential_of",
+    "without_radial_part",
 ]
 
 Scalar = float | Tensor
 
 # Where the tangential part of a gradient is shorter than half of it, the difference of squares loses digits.
 _SHORT = 0.25
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Return how long, relative to a gradient of a dtype, a tangential part may be that is nothing but rounding.
+
+    Half a machine epsilon each is lost where the weight is stored at which the gradient is taken, where the gradient is
+    stored, and where its radial part is subtracted in float32 or better. Each of them is relative to the entry, so
+    that the sum holds for the norm of a group of any size.
+
+    Example:
+        >>> rounding_of(torch.float64) / torch.finfo(torch.float64).eps
+        1.5
+    """
+    return torch.finfo(dtype).eps + torch.finfo(accumulation_dtype(dtype)).eps / 2
 
 
 class Spheres(NamedTuple):
@@ -73,6 +90,8 @@ class Tangential(NamedTuple):
         bb: squared norm of the tangential part of b.
         g_total: squared norm of g.
         b_total: squared norm of b.
+        g_taken: what `radial_share` has taken off the gradient beforehand, as a multiple of w; 0 mostly.
+        eps: machine epsilon of the arithmetic in which the products were taken.
     """
 
     ww: Tensor
@@ -83,6 +102,8 @@ class Tangential(NamedTuple):
     bb: Tensor
     g_total: Tensor
     b_total: Tensor
+    g_taken: Scalar
+    eps: float
 
 
 def pairs(weight: Tensor, gradient: Tensor, moment: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -91,8 +112,18 @@ def pairs(weight: Tensor, gradient: Tensor, moment: Tensor | None) -> tuple[tupl
     return first if moment is None else (*first, (weight, moment), (gradient, moment), (moment, moment))
 
 
-def tangential_of(dots: Sequence[Tensor], square: Scalar, *, maximize: bool) -> Tangential:
-    """Return what the inner products of `pairs` say, three without a moment and six with one."""
+def tangential_of(
+    dots: Sequence[Tensor], square: Scalar, *, maximize: bool, taken: Scalar = 0.0, eps: float | None = None
+) -> Tangential:
+    """Return what the inner products of `pairs` say, three without a moment and six with one.
+
+    Args:
+        dots: the inner products.
+        square: squared radii.
+        maximize: whether to ascend.
+        taken: what was taken off the gradient before, as `radial_share` gives it.
+        eps: machine epsilon of the arithmetic of the products, where it is not that of their dtype.
+    """
     sign = -1.0 if maximize else 1.0
     ww, wg, g_total = dots[:3]
     if len(dots) == 3:
@@ -103,12 +134,20 @@ def tangential_of(dots: Sequence[Tensor], square: Scalar, *, maximize: bool) -> 
     g_slope, b_slope = wg / ww, wb / ww
     gg = (g_total - g_slope * wg).clamp_min(0)
     bb = b_total - b_slope * wb
-    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total)
+    eps = torch.finfo(ww.dtype).eps if eps is None else eps
+    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total, sign * square * taken, eps)
 
 
 def tangential(
-    weight: Tensor, gradient: Tensor, moment: Tensor | None, spheres: Spheres, *, maximize: bool, sharp: bool
-) -> Tangential:
+    weight: Tensor,
+    gradient: Tensor,
+    moment: Tensor | None,
+    spheres: Spheres,
+    *,
+    maximize: bool,
+    sharp: bool,
+    rounding: float | None = None,
+) -> tuple[Tangential, Tensor]:
     """Take all inner products of a step, before anything is written.
 
     Args:
@@ -118,13 +157,24 @@ def tangential(
         spheres: the groups and their radii.
         maximize: whether to ascend.
         sharp: whether the length of the tangential gradient matters by itself. Where it is less than half of the whole,
-            the difference of squares has lost digits, and it is measured.
+            the difference of squares has lost digits, and the tangential part takes the place of the gradient.
+        rounding: what `rounding_of` gives for the dtype in which the gradient was stored; by default for its own.
+
+    Returns:
+        The products, and the gradient that they and the step are of.
     """
-    found = tangential_of(spheres.dots(*pairs(weight, gradient, moment)), spheres.square, maximize=maximize)
-    short = is_short(found)
-    if sharp and some(short):
-        found = found._replace(gg=torch.where(short, measured(weight, gradient, found, spheres, maximize), found.gg))
-    return found
+    dots = spheres.dots(*pairs(weight, gradient, moment))
+    found = tangential_of(dots, spheres.square, maximize=maximize)
+    taken = radial_share(dots)
+    if not sharp or not some(taken != 0):
+        return found, gradient
+    rounding = rounding_of(gradient.dtype) if rounding is None else rounding
+
+    def measure(part: Tensor) -> Sequence[Tensor]:
+        return spheres.dots(*pairs(weight, part, moment))
+
+    gradient, again = without_radial_part(weight, gradient, taken, dots[2], rounding, measure)
+    return tangential_of(again, spheres.square, maximize=maximize, taken=taken), gradient
 
 
 def is_short(found: Tangential) -> Tensor:
@@ -132,11 +182,50 @@ def is_short(found: Tangential) -> Tensor:
     return found.gg < _SHORT * found.g_total
 
 
-def measured(weight: Tensor, gradient: Tensor, found: Tangential, spheres: Spheres, maximize: bool) -> Tensor:
-    """Return the squared norm of the tangential gradient from its entries."""
-    square = -spheres.square if maximize else spheres.square
-    part = gradient * square - weight * found.g_slope
-    return spheres.dots((part, part))[0] / spheres.square
+def radial_share(dots: Sequence[Tensor]) -> Tensor:
+    """Return the multiple of the weight to take off each gradient: its radial part where that is most of it, else 0."""
+    ww, wg, gg = dots[:3]
+    slope = wg / ww
+    return torch.where((gg - slope * wg).clamp_min(0) < _SHORT * gg, slope, 0.0)
+
+
+def without_radial_part(
+    weight: Tensor,
+    gradient: Tensor,
+    taken: Tensor,
+    total: Tensor,
+    rounding: float,
+    measure: Callable[[Tensor], Sequence[Tensor]],
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Subtract radial parts entry by entry, and leave nothing of gradients of which only rounding remains.
+
+    The entries of what remains are rounded at its own size, and so are its products; the rules project it once more.
+
+    Args:
+        weight: the point.
+        gradient: the gradient; only read.
+        taken: multiples of the weight.
+        total: ⟨g, g⟩ of the whole gradient.
+        rounding: see `rounding_of`.
+        measure: takes the inner products of `pairs` for another gradient.
+
+    Returns:
+        The new gradient and its products.
+    """
+    part = torch.addcmul(gradient, weight, taken.to(weight.dtype), value=-1)
+    found = list(measure(part))
+    is_noise = noise_in(found, taken, total, rounding)
+    part.masked_fill_(is_noise, 0)
+    for place in (1, 2, 4):  # of the gradient
+        if place < len(found):
+            found[place] = found[place].masked_fill(is_noise, 0)
+    return part, found
+
+
+def noise_in(dots: Sequence[Tensor], taken: Tensor, total: Tensor, rounding: float) -> Tensor:
+    """Where nothing but rounding remains of a gradient; arguments as for `without_radial_part`."""
+    ww, wg, gg = dots[:3]
+    return (taken != 0) & (gg - wg / ww * wg <= rounding * rounding * total)
 
 
 def some(condition: Tensor) -> bool:

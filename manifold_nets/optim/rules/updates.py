@@ -96,7 +96,7 @@ def riemannian_sgd_(
         >>> w
         tensor([[0.7071, 0.7071]])
     """
-    found = tangential(weight, gradient, buffer, spheres, maximize=maximize, sharp=False)
+    found, _ = tangential(weight, gradient, buffer, spheres, maximize=maximize, sharp=False)
     move = sgd_coefficients(found, lr=lr, momentum=momentum, dampening=dampening, nesterov=nesterov)
     write_(weight, gradient, buffer, spheres, move, maximize=maximize)
 
@@ -115,6 +115,7 @@ def riemannian_adam_(
     eps: float = 1e-8,
     step: Scalar = 1,
     maximize: bool = False,
+    rounding: float | None = None,
 ) -> None:
     r"""Take one step of Adam, or of AMSGrad, on a product of spheres: one second moment a sphere.
 
@@ -124,7 +125,8 @@ def riemannian_adam_(
               d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \\
               w' = r (w - η d)/‖w - η d‖, \quad m' = m - ⟨w', m⟩ w'/r^2 ,
 
-    with the largest v so far in its place for AMSGrad. Where the gradients agree a step is of about η radians.
+    with the largest v so far in its place for AMSGrad. Where the gradients agree a step is of about η radians; see
+    `manifold_nets.optim.RiemannianAdam` for the longest.
 
     Args:
         weight: the point ``w``, in the view of its partition; changed in place.
@@ -139,6 +141,8 @@ def riemannian_adam_(
         eps: added to the root of the second moment.
         step: number of this step, counted from 1.
         maximize: whether to ascend.
+        rounding: how long a tangential part, relative to the gradient, counts as zero; by default
+            `manifold_nets.optim.rules.products.rounding_of` the gradient's dtype.
 
     References:
         Bécigneul, Ganea, *Riemannian adaptive optimization methods*, ICLR 2019, arXiv:1810.00760.
@@ -149,7 +153,7 @@ def riemannian_adam_(
         >>> w
         tensor([[0.7071, 0.7071]])
     """
-    found = tangential(weight, gradient, exp_avg, spheres, maximize=maximize, sharp=True)
+    found, gradient = tangential(weight, gradient, exp_avg, spheres, maximize=maximize, sharp=True, rounding=rounding)
     corrections = bias_corrections(beta1, beta2, step)
     options: Any = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "corrections": corrections}
     move = adam_coefficients(found, exp_avg_sq, max_exp_avg_sq, **options)

@@ -30,6 +30,10 @@ __all__ = [
 ]
 
 
+# How often the machine epsilon of the products of b and g the squared norm of their sum has to be, so as to be known.
+_KNOWN = 16.0
+
+
 def direction_length(found: Tangential, moments: Moments) -> Tensor:
     """Return ‖d‖ of each group, in radians per unit of learning rate."""
     d_b, d_g = _direction(moments)
@@ -54,10 +58,13 @@ def angular_rate(
 ) -> Tensor:
     """Return the learning rate at which a step is of ``lr`` radians, for each group or in root mean square over them.
 
-    A direction of length zero has none: its group stays where it is. Where other processes hold other groups of the
-    weight, ``elsewhere`` adds up over them.
+    A direction of length zero has none: its group stays where it is. So does one where momentum and gradient cancel up
+    to the rounding of their products. Where other processes hold other groups of the weight, ``elsewhere`` adds up
+    over them.
     """
-    length = direction_length(found, moments)
+    length, (d_b, d_g) = direction_length(found, moments), _direction(moments)
+    total = d_b * d_b * found.b_total + d_g * d_g * found.g_total
+    length = torch.where(length.square() <= _KNOWN * found.eps * total, 0.0, length)
     if per_weight:
         sums = torch.stack([length.square().sum(), length.new_tensor(float(length.numel()))])
         total, count = sums if elsewhere is None else elsewhere(sums)
@@ -79,10 +86,11 @@ def geodesic_coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Co
     length = direction_length(found, moments)
     overlap = d_b * keep * found.bb + (d_b * take + d_g * keep) * found.gb + d_g * take * found.gg
     angle = lr * length
-    cosine, sine_rate = torch.cos(angle), lr * torch.sinc(angle / torch.pi)
+    inverse = torch.where(length == 0, 0.0, 1.0 / length)
+    # Of one angle, so that their squares add up to 1: torch.sinc would round it once more.
+    cosine, sine_rate = torch.cos(angle), torch.where(length == 0, lr, torch.sin(angle) * inverse)
     root = where_moved(lr, found.ww.rsqrt())
     # Factors of d in w' and in p', and of w in p'; where d is zero the moment stays as it is.
-    inverse = torch.where(length == 0, 0.0, 1.0 / length)
     along, back = overlap * inverse * inverse * (cosine - 1.0), overlap * sine_rate
     d_w = -(d_b * found.b_slope + d_g * found.g_slope)
     p_w = -(keep * found.b_slope + take * found.g_slope)
@@ -98,14 +106,17 @@ def projected_coefficients(found: Tangential, moments: Moments, lr: Scalar) -> C
     """
     keep, take, _, _ = moments
     d_b, d_g = _direction(moments)
-    radial = d_b * found.b_slope + d_g * found.g_slope  # of d, as a multiple of w
+    taken = d_g * found.g_taken
+    radial = d_b * found.b_slope + d_g * found.g_slope + taken  # of d, as a multiple of w
     length = direction_length(found, moments)
     # w − η d has a part along w and a tangential part; they are orthogonal.
     squared = (1.0 - lr * radial).square() * found.ww + (lr * length).square()
+    # Of a step that cancels the weight itself only rounding remains: the group stays where it is.
+    lr = lr * torch.ones_like(squared).masked_fill(squared <= (4.0 * found.eps) ** 2, 0.0)
     scale = where_moved(lr, (1.0 + 0.0 * squared) / squared.sqrt())
-    w_b, w_g = -lr * scale * d_b, -lr * scale * d_g
+    w_w, w_b, w_g = scale * (1.0 - lr * taken), -lr * scale * d_b, -lr * scale * d_g
     far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
-    return Coefficients(scale, w_b, w_g, 0.0, keep, take, far, carried=False)
+    return Coefficients(w_w, w_b, w_g, take * found.g_taken, keep, take, far, carried=False)
 
 
 def scaled_coefficients(found: Tangential, moments: Moments, lr: Scalar) -> Coefficients:
