@@ -43,7 +43,7 @@ def run(
     if compiled:
         remaining = _pass_on(rule, remaining, suits_rows, run_compiled)
     elif rule.by_groups and _wants_native(fused, foreach, members):
-        remaining = _pass_on(rule, remaining, suits_native, run_native if rule.has_kernel else run_in_passes)
+        remaining = _pass_on(rule, remaining, suits_native, _run_by_kernel)
     if rule.by_groups and (foreach or (foreach is None and not compiled)):
         remaining = _pass_on(rule, remaining, suits_rows, run_batched)
     run_single(rule, remaining)
@@ -90,18 +90,22 @@ def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[Me
     return problem is None
 
 
+def _run_by_kernel(rule: Rule, members: Sequence[Member]) -> None:
+    """Let the kernel in C step weights, and take those that share memory one after the other."""
+    run_single(rule, (run_native if rule.has_kernel else run_in_passes)(rule, members) or ())
+
+
 def _pass_on(
     rule: Rule,
     members: Sequence[Member],
     suits: Callable[[Member], bool],
-    execute: Callable[[Rule, Sequence[Member]], None],
+    execute: Callable[[Rule, Sequence[Member]], list[Member] | None],
 ) -> list[Member]:
-    """Step the weights that suit an execution, and return the others."""
+    """Step the weights that suit an execution, and return the others, with those that it gives back."""
     suited = [suits(member) for member in members]
     taken = [member for member, fits in zip(members, suited, strict=True) if fits]
-    if taken:
-        execute(rule, taken)
-    return [member for member, fits in zip(members, suited, strict=True) if not fits]
+    given_back = (execute(rule, taken) if taken else None) or []
+    return [member for member, fits in zip(members, suited, strict=True) if not fits] + given_back
 
 
 def run_single(rule: Rule, members: Sequence[Member]) -> None:
