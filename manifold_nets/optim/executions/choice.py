@@ -5,6 +5,8 @@ All take the same step, to rounding. `choose` picks one, as torch's optimizers d
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -85,9 +87,35 @@ def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[Me
     if not wanted or not any(member.weight.is_cpu for member in members):
         return False
     problem = native.available()
-    if problem is not None and fused:
-        raise NativeKernelError(problem)
+    if problem is not None:
+        if fused:
+            raise NativeKernelError(problem)
+        _warn_of_slow_steps(problem)
     return problem is None
+
+
+_has_warned = False
+
+
+def _warn_of_slow_steps(problem: str) -> None:
+    """Warn once per process that steps which the kernel would take are taken by torch's operations."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"The compiled kernel for steps on spheres is not available ({problem}). Optimizer steps on the CPU use "
+            "torch's operations instead and take several times longer. Install gcc or clang, or set CC to a C "
+            "compiler; with foreach=True the optimizer uses torch's operations without this warning.",
+            stacklevel=_depth(),
+        )
+
+
+def _depth() -> int:
+    """Return how many callers up the code is that called the optimizer, for a warning in the function that asks."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("manifold_nets", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
 
 
 def _run_by_kernel(rule: Rule, members: Sequence[Member]) -> None:
