@@ -51,6 +51,7 @@ from manifold_nets.errors.optimizers import (
     OptimizerStateError,
     ParameterGroupError,
     SphereOptionError,
+    StepInputError,
     UnsupportedManifoldError,
 )
 
@@ -91,6 +92,7 @@ __all__ = [
     "SelectionError",
     "SphereOptionError",
     "StateDictMismatchError",
+    "StepInputError",
     "UnsupportedManifoldError",
     "UnsupportedModelError",
     "WeightsFileError",

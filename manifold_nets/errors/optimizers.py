@@ -13,6 +13,7 @@ __all__ = [
     "OptimizerStateError",
     "ParameterGroupError",
     "SphereOptionError",
+    "StepInputError",
     "UnsupportedManifoldError",
 ]
 
@@ -63,6 +64,13 @@ class SphereOptionError(ManifoldNetsError, TypeError):
             f"{name} lies on a product of spheres: found {found}; expected {expected}. Change it, or train this weight "
             "without the constraint (manifold_nets.revert)."
         )
+
+
+class StepInputError(ManifoldNetsError, RuntimeError):
+    """A weight, its gradient or its optimizer state cannot be read or written by a step."""
+
+    def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{name}: found {found}; expected {expected}; nothing was changed. {remedy}")
 
 
 class ParameterGroupError(ManifoldNetsError, ValueError):

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.errors import OptionError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.choice import run
+from manifold_nets.optim.executions.inputs import check
 from manifold_nets.optim.executions.joint import in_motion, joined
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.masters import master_of, write_masters
@@ -24,6 +26,8 @@ from manifold_nets.optim.rules.members import Member, Rule
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
 
 __all__ = ["SphereOptimizer"]
+
+_NOTHING: dict[str, Any] = {}
 
 
 class SphereOptimizer(torch.optim.Optimizer):
@@ -79,6 +83,8 @@ class SphereOptimizer(torch.optim.Optimizer):
 
         Raises:
             SphereOptionError: a constrained weight has a sparse gradient; nothing was changed.
+            StepInputError: a constrained weight, its gradient or its state has another shape than the spheres, or no
+                memory; nothing was changed.
         """
         if torch.compiler.is_compiling():
             # torch's wrapper breaks the graph, twice.
@@ -96,9 +102,12 @@ class SphereOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_sparse_gradients()
+        every = []
         for number, group in enumerate(self.param_groups):
-            given = {place: (p, p.grad) for place, p in enumerate(group["params"]) if p.grad is not None}
+            pairs = ((place, p, p.grad) for place, p in enumerate(group["params"]))
+            every.append({place: (p, gradient) for place, p, gradient in pairs if gradient is not None})
+            self._check_inputs(number, every[-1])
+        for number, (group, given) in enumerate(zip(self.param_groups, every, strict=True)):
             if not torch.compiler.is_compiling():
                 plain = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is None]
                 if plain:
@@ -112,6 +121,7 @@ class SphereOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Step parameters in some places of a group, whose values and gradients a compiled graph hands in."""
+        self._check_inputs(number, given)
         group = self.param_groups[number]
         plain = {group["params"][place]: pair for place, pair in given.items() if group["manifolds"][place] is None}
         with standing_in(plain):
@@ -144,12 +154,22 @@ class SphereOptimizer(torch.optim.Optimizer):
                 self._step_members(group, together)
         write_masters(masters)
 
-    def _refuse_sparse_gradients(self) -> None:
-        for number, group in enumerate(self.param_groups):
-            for index, weight, _ in constrained_of(group):
-                if weight.grad is not None and weight.grad.layout != torch.strided:
-                    found = f"a gradient of layout {weight.grad.layout}"
-                    raise SphereOptionError(name_of(group, number, index), found, "a dense gradient (sparse=False)")
+    def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
+        """Yield position, weight and groups of all weights that no step of torch's moves."""
+        return constrained_of(group)
+
+    def _check_inputs(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Check what a step of a group reads and writes; in a compiled graph, when it runs."""
+        if torch.compiler.is_compiling():
+            return
+        group = self.param_groups[number]
+        # The checks look at what a weight is, for which its class need not be asked every time.
+        with torch._C.DisableTorchFunctionSubclass():
+            for index, parameter, manifold in self._spheres_of(group):
+                weight, gradient = given.get(index, (parameter, None))
+                if gradient is not None or isinstance(manifold, JointSphereMember):
+                    state = self.state.get(parameter, _NOTHING)
+                    check(weight, gradient, manifold.partition, state, partial(name_of, group, number, index))
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.

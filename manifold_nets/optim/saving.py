@@ -12,16 +12,12 @@ from torch import Tensor
 from manifold_nets.errors import OptimizerStateError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.executions.inputs import PER_SPHERE, WIDE
 from manifold_nets.optim.membership import constrained_of, name_of
 
 __all__ = ["check_loaded", "describe_manifolds", "keep_precision"]
 
 StateDict = dict[str, Any]
-
-# Moments of one value a sphere; every other tensor in a weight's state but the step count has the weight's shape.
-_PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
-# Moments that stay in float32 beside half-precision weights.
-_WIDE = (*_PER_SPHERE, "entry_sq")
 
 
 def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
@@ -48,7 +44,7 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
             expected = f"the state of {type(optimizer).__name__}: {', '.join(moments)}"
             raise OptimizerStateError(name, f"only {', '.join(state)}", expected)
         for key, value in state.items():
-            wanted = manifold.partition.spread_shape if key in _PER_SPHERE else tuple(weight.shape)
+            wanted = manifold.partition.spread_shape if key in PER_SPHERE else tuple(weight.shape)
             if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != wanted:
                 raise OptimizerStateError(name, f"{key} of shape {tuple(value.shape)}", f"shape {wanted}")
 
@@ -80,7 +76,7 @@ def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> N
             if key == "step":
                 live[key] = value.detach().to("cpu", copy=True)
             else:
-                wide = key in _WIDE or "master_weight" in state
+                wide = key in WIDE or "master_weight" in state
                 dtype = accumulation_dtype(weight.dtype) if wide else weight.dtype
                 live[key] = value.detach().to(device=weight.device, dtype=dtype, copy=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,12 @@ class ScaledMetricSGD(RiemannianSGD):
 
     def _rule(self, group: Group) -> Rule:
         return MethodRule("scaled-metric", group["lr"], group["momentum"], group["nesterov"], group["maximize"])
+
+    def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
+        """Yield position, weight and groups of all weights that no step of torch's moves."""
+        yield from super()._spheres_of(group)
+        places = {id(parameter): index for index, parameter in enumerate(group["params"])}
+        yield from ((places[id(parameter)], parameter, _groups(*key)) for parameter, key in _scaled(group))
 
     def _step_plain(self, group: Group) -> None:
         """Step scaled weights by their rule, and the others as torch does."""

@@ -5,6 +5,8 @@ All take the same step, to rounding. `choose` picks one, as torch's optimizers d
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -44,7 +46,7 @@ def run(
     if compiled:
         remaining = _pass_on(rule, remaining, suits_rows, run_compiled)
     elif rule.by_groups and _wants_native(fused, foreach, members):
-        remaining = _pass_on(rule, remaining, suits_native, run_native if rule.has_kernel else run_in_passes)
+        remaining = _pass_on(rule, remaining, suits_native, _run_by_kernel)
     if rule.by_groups and (foreach or (foreach is None and not compiled)):
         remaining = _pass_on(rule, remaining, suits_rows, run_batched)
     run_single(rule, remaining)
@@ -86,23 +88,53 @@ def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[Me
     if not wanted or not any(member.weight.is_cpu for member in members):
         return False
     problem = native.available()
-    if problem is not None and fused:
-        raise NativeKernelError(problem)
+    if problem is not None:
+        if fused:
+            raise NativeKernelError(problem)
+        _warn_of_slow_steps(problem)
     return problem is None
+
+
+_has_warned = False
+
+
+def _warn_of_slow_steps(problem: str) -> None:
+    """Warn once per process that steps which the kernel would take are taken by torch's operations."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"The compiled kernel for steps on spheres is not available ({problem}). Optimizer steps on the CPU use "
+            "torch's operations instead and take several times longer. Install gcc or clang, or set CC to a C "
+            "compiler; with foreach=True the optimizer uses torch's operations without this warning.",
+            stacklevel=_depth(),
+        )
+
+
+def _depth() -> int:
+    """Return how many callers up the code is that called the optimizer, for a warning in the function that asks."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("manifold_nets", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _run_by_kernel(rule: Rule, members: Sequence[Member]) -> None:
+    """Let the kernel in C step weights, and take those that share memory one after the other."""
+    run_single(rule, (run_native if rule.has_kernel else run_in_passes)(rule, members) or ())
 
 
 def _pass_on(
     rule: Rule,
     members: Sequence[Member],
     suits: Callable[[Member], bool],
-    execute: Callable[[Rule, Sequence[Member]], None],
+    execute: Callable[[Rule, Sequence[Member]], list[Member] | None],
 ) -> list[Member]:
-    """Step the weights that suit an execution, and return the others."""
+    """Step the weights that suit an execution, and return the others, with those that it gives back."""
     suited = [suits(member) for member in members]
     taken = [member for member, fits in zip(members, suited, strict=True) if fits]
-    if taken:
-        execute(rule, taken)
-    return [member for member, fits in zip(members, suited, strict=True) if not fits]
+    given_back = (execute(rule, taken) if taken else None) or []
+    return [member for member, fits in zip(members, suited, strict=True) if not fits] + given_back
 
 
 def run_single(rule: Rule, members: Sequence[Member]) -> None:

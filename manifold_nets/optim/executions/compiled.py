@@ -136,7 +136,7 @@ def _left(matrices: Sequence[Rows], flags: Sequence[Tensor]) -> Iterator[tuple[R
     left = torch.cat(list(flags)).view(-1).nonzero().squeeze(1)
     if len(left) == 0:
         return
-    ends = torch.tensor(list(itertools.accumulate(map(len, flags))))
+    ends = torch.tensor(list(itertools.accumulate(map(len, flags))), device=left.device)
     counts = torch.bincount(torch.searchsorted(ends, left, right=True), minlength=len(flags)).tolist()
     for rows, flag, end, which in zip(matrices, flags, ends.tolist(), torch.split(left, counts), strict=True):
         if len(which) > 0:

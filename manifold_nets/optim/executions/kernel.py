@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.executions import native
 from manifold_nets.optim.executions.layouts import layout_of
-from manifold_nets.optim.executions.rows import Rows, rows_of, what_to_write, without_radial_parts
+from manifold_nets.optim.executions.rows import rows_of, what_to_write, without_radial_parts
 from manifold_nets.optim.rules.coefficients import bias_corrections
 from manifold_nets.optim.rules.members import Member, Rule
 from manifold_nets.optim.rules.products import rounding_of
@@ -24,51 +26,68 @@ _PER_THREAD = 2**18
 
 
 def suits_native(member: Member) -> bool:
-    """Whether the kernel in C can step a weight: on the CPU, with groups that are runs of memory."""
-    weight, moment, layout = member.weight, member.moment, layout_of(member.manifold)
-    if not weight.is_cpu or layout.to_unit or not native.know(weight.dtype) or hasattr(weight, "__tensor_flatten__"):
-        return False
-    stride = weight.stride()
-    if not layout.has_rows(stride):
-        return False
-    return moment is None or (moment.stride() == stride and moment.dtype == weight.dtype)
+    """Whether the kernel in C can step a weight: on the CPU, with groups that are runs of memory.
+
+    Shapes, and that there is memory for all entries, have been checked by `manifold_nets.optim.executions.inputs`.
+    """
+    weight, layout = member.weight, layout_of(member.manifold)
+    with _as_tensors():
+        if layout.to_unit or not _is_plain(weight) or not native.know(weight.dtype):
+            return False
+        stride, dtype = weight.stride(), weight.dtype
+        if not layout.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
+            return False
+        wide = accumulation_dtype(dtype)
+        return all(x is None or (_is_plain(x) and x.dtype == wide) for x in member.second or ())
 
 
 def suits_by_entries(member: Member) -> bool:
     """Whether the kernel in C can step a weight with a second moment for every entry."""
-    stride, size = member.weight.stride(), layout_of(member.manifold).size
     return (
-        suits_native(member)
-        and size <= native.SHORT
+        layout_of(member.manifold).size <= native.SHORT
         and member.second is not None
-        and (member.second[0].stride() == stride)
+        and suits_native(member)
+        and member.second[0].stride() == member.weight.stride()
     )
 
 
-def run_native(rule: Rule, members: Sequence[Member]) -> None:
-    """Step all weights by one call of the kernel for each dtype among them."""
-    for dtype in {member.weight.dtype for member in members}:
-        chosen = [member for member in members if member.weight.dtype == dtype]
-        ready = [_ready(member) for member in chosen]
-        jobs = np.array([_job(rule, member) for member in ready], dtype=native.JOB)
-        jobs["rounding"] = [rounding_of(member.gradient.dtype) for member in chosen]
+# Without it every look at a weight asks its class first.
+_as_tensors = torch._C.DisableTorchFunctionSubclass
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether the values of a tensor are what lies in its memory."""
+    dispatch = type(tensor).__torch_dispatch__
+    return dispatch is Tensor.__torch_dispatch__ and tensor.is_cpu and not tensor.is_neg() and tensor.data_ptr() != 0
+
+
+def _lies(tensor: Tensor, dtype: torch.dtype, stride: tuple[int, ...]) -> bool:
+    return tensor.dtype == dtype and tensor.stride() == stride and _is_plain(tensor)
+
+
+def run_native(rule: Rule, members: Sequence[Member]) -> list[Member]:
+    """Step weights by one call of the kernel for each dtype among them; return those that share memory with others."""
+    shared: list[Member] = []
+    for dtype, (_, jobs) in _jobs(rule, members, lambda member: member.weight.dtype, shared).items():
         native.step(_packed(rule, dtype), jobs, _threads(jobs))
     _changed(members)
+    return shared
 
 
-def run_in_passes(rule: Rule, members: Sequence[Member]) -> None:
-    """Step all weights in two passes of the kernel, one that measures and one that writes what torch has computed.
+def run_in_passes(rule: Rule, members: Sequence[Member]) -> list[Member]:
+    """Step weights in two passes of the kernel, one that measures and one that writes what torch has computed.
 
-    The coefficients of all rows are computed together, in float64.
+    The coefficients of all rows are computed together, in float64. Weights that share memory with others are returned.
     """
-    alike: dict[Any, list[Member]] = defaultdict(list)
-    for m in members:
-        alike[m.dampening, float(m.step), m.moment is None, m.second is None, m.weight.dtype].append(m)
-    for (dampening, step, *_, dtype), chosen in alike.items():
-        matrices: Sequence[Rows] = [rows_of(member) for member in chosen]
-        ready = [_ready(member) for member in chosen]
-        jobs = np.array([_job(rule, member) for member in ready], dtype=native.JOB)
-        measured = torch.empty(int(jobs["rows"].sum()), 6, dtype=torch.float64)
+
+    def alike(m: Member) -> Any:
+        return m.dampening, float(m.step), m.moment is None, m.second is None, m.weight.dtype
+
+    shared: list[Member] = []
+    for (dampening, step, *_, dtype), (chosen, jobs) in _jobs(rule, members, alike, shared).items():
+        matrices = [rows_of(member) for member, _ in chosen]
+        # On the CPU whatever torch's default device is: the kernel writes there.
+        measured = torch.empty(int(jobs["rows"].sum()), 6, dtype=torch.float64, device="cpu")
         first = np.cumsum(jobs["rows"]) - jobs["rows"]
         packed, threads = _packed(rule, dtype), _threads(jobs)
         jobs["products"] = measured.data_ptr() + first * measured[0].nbytes
@@ -85,6 +104,54 @@ def run_in_passes(rule: Rule, members: Sequence[Member]) -> None:
         jobs["far"] = marks.data_ptr() + first
         native.write(packed, jobs, threads)
     _changed(members)
+    return shared
+
+
+def _jobs(
+    rule: Rule, members: Sequence[Member], key: Callable[[Member], Any], shared: list[Member]
+) -> dict[Any, tuple[list[tuple[Member, Member]], np.ndarray]]:
+    """Return what the kernel is called with, for members that are alike; others than those that share memory.
+
+    Each member comes with the one whose gradient the kernel reads, which has to live as long as its job.
+    """
+    alike: dict[Any, list[tuple[Member, Member]]] = defaultdict(list)
+    with _as_tensors():
+        for member in members:
+            alike[key(member)].append((member, _ready(member)))
+        found = {}
+        for kind, chosen in alike.items():
+            jobs = np.array([_job(rule, ready) for _, ready in chosen], dtype=native.JOB)
+            jobs["rounding"] = [rounding_of(member.gradient.dtype) for member, _ in chosen]
+            apart = _apart(jobs, chosen[0][0])
+            if not apart.all():
+                # A gradient by itself, as it is only read; weights and moments are left to whoever can take them.
+                shared += [
+                    replace(m, gradient=m.gradient.clone())
+                    for (m, _), own in zip(chosen, apart, strict=True)
+                    if not own
+                ]
+                chosen, jobs = [pair for pair, own in zip(chosen, apart, strict=True) if own], jobs[apart]
+            if chosen:
+                found[kind] = chosen, jobs
+    return found
+
+
+def _apart(jobs: np.ndarray, first: Member) -> np.ndarray:
+    """Return for each job whether nothing that it reads or writes overlaps with anything else in the jobs."""
+    width, wide = first.weight.itemsize, max(4, first.weight.itemsize)
+    entries = jobs["rows"] * jobs["size"]
+    squares = (entries if first.second is not None and first.second[0].numel() == entries[0] else jobs["rows"]) * wide
+    starts = np.concatenate([jobs[name] for name in ("w", "g", "b", "v", "v_max")])
+    lengths = np.concatenate([entries * width] * 3 + [squares] * 2)
+    order = np.argsort(starts, kind="stable")
+    order = order[np.searchsorted(starts[order], 1) :]  # null where there is no moment
+    starts, ends = starts[order], np.maximum.accumulate(starts[order] + lengths[order])
+    meets = starts[1:] < ends[:-1]
+    apart = np.ones(len(jobs), dtype=bool)
+    if meets.any():
+        runs = np.concatenate([[0], np.cumsum(~meets)])
+        apart[order[np.bincount(runs)[runs] > 1] % len(jobs)] = False
+    return apart
 
 
 def _changed(members: Sequence[Member]) -> None:
@@ -95,9 +162,9 @@ def _changed(members: Sequence[Member]) -> None:
 
 
 def _ready(member: Member) -> Member:
-    """Return a weight whose gradient has its dtype and order in memory: itself where that is so."""
+    """Return a weight whose gradient lies in memory as it does: itself where that is so."""
     weight, gradient = member.weight, member.gradient
-    if gradient.dtype == weight.dtype and gradient.stride() == weight.stride():
+    if _lies(gradient, weight.dtype, weight.stride()):
         return member
     return replace(member, gradient=torch.empty_like(weight, requires_grad=False).copy_(gradient.detach()))
 

@@ -1,28 +1,25 @@
 """Steps on the CPU by a small kernel in C, compiled at first use: for all weights of a parameter group in one call.
 
-The source lies beside this file (``spheres.c``, ``rows.h``). It is compiled once a machine, in about a second, with the
-compiler that the environment variable ``CC`` names, else ``cc``, ``gcc`` or ``clang``, for the processor at hand, and
-kept in the user's cache folder under a name that says which source, compiler, options and processor it is for. Where
-there is no compiler, or it fails, `available` says why, and the optimizers take their steps by torch's operations.
+The source lies beside this file (``spheres.c``, ``rows.h``). It is compiled once per machine, in about a second, with
+the compiler that the environment variable ``CC`` names, else ``cc``, ``gcc`` or ``clang``, for the processor at hand,
+and kept in the user's cache folder (`manifold_nets.optim.executions.build`). Where there is no compiler, or it fails,
+`available` says why, and the optimizers take their steps by torch's operations.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
 import shlex
 import shutil
 import subprocess
-import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from manifold_nets.optim.executions import build
+from manifold_nets.optim.executions.build import UnavailableError
 
 __all__ = [
     "ALONE",
@@ -40,10 +37,6 @@ __all__ = [
     "write",
 ]
 
-_SOURCES = ("spheres.c", "rows.h")
-_OPTIONS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
-# Tried in turn: a compiler may lack OpenMP, or know no options for the processor at hand.
-_CHOICES = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native", "-fopenmp-simd"), ())
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # Entries of the longest rows that are stepped by one thread, without cutting them: ``is_long`` of spheres.c.
@@ -64,10 +57,6 @@ RULE = np.dtype(
     [(name, np.int64) for name in ("kind", "dtype", "nesterov", "maximize")]
     + [(name, np.float64) for name in ("lr", "keep", "beta2", "eps")]
 )
-
-
-class UnavailableError(Exception):
-    """Why there is no kernel here."""
 
 
 @functools.cache
@@ -136,82 +125,32 @@ def _call(name: str, rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
 
 
 def _load() -> ctypes.CDLL:
-    compiler = _compiler()
-    folder = _cache_folder()
+    command = build.compiler()
+    folder, is_new = build.cache_folder()
     problems = []
-    for options in _CHOICES:
-        path = folder / f"spheres-{_fingerprint(compiler, options)}.so"
-        if not path.exists():
-            try:
-                _compile([*compiler, *_OPTIONS, *options], path)
-            except (OSError, subprocess.SubprocessError) as error:
-                problems.append(_words(error))
-                continue
-        library = ctypes.CDLL(str(path))
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        for function in (library.spheres_step, library.spheres_measure, library.spheres_write):
-            function.argtypes = [pointer, pointer, number, number]
-        library.spheres_know.argtypes = [number]
-        return library
-    raise UnavailableError(f"{shlex.join(compiler)} could not compile the kernel: {problems[-1]}")
-
-
-def _compiler() -> list[str]:
-    named = shlex.split(os.environ.get("CC", ""))
-    for command in [named] if named else [["cc"], ["gcc"], ["clang"]]:
-        if shutil.which(command[0]):
-            return command
-    found = f"CC={shlex.join(named)} names no program" if named else "found none of cc, gcc, clang; set CC"
-    raise UnavailableError(f"no C compiler: {found}")
-
-
-def _cache_folder() -> Path:
-    """Return a folder of the user's own for compiled kernels."""
-    base = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = (Path(base) if base else Path.home() / ".cache") / "manifold_nets"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except (OSError, RuntimeError):
-        pass
-    return Path(tempfile.mkdtemp(prefix="manifold_nets-"))
-
-
-def _fingerprint(compiler: Sequence[str], options: Sequence[str]) -> str:
-    """Return a hash of everything that the compiled file depends on."""
-    parts: list[bytes] = [(Path(__file__).parent / name).read_bytes() for name in _SOURCES]
-    words = [*compiler, shutil.which(compiler[0]) or "", *_OPTIONS, *options, platform.machine(), sys.platform]
-    parts += [word.encode() for word in (*words, _processor())]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
-def _processor() -> str:
-    """Return what tells processors apart that share a home folder."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU "))}))
-
-
-def _compile(command: Sequence[str], path: Path) -> None:
-    """Compile to a file of another name and move it into place, so that nobody loads half of it."""
-    handle, name = tempfile.mkstemp(suffix=".so", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    source = Path(__file__).parent / _SOURCES[0]
-    try:
-        subprocess.run(
-            [*command, str(source), "-o", name, "-lm"], check=True, capture_output=True, text=True, timeout=300
-        )
-        temporary.chmod(0o700)
-        temporary.replace(path)
+        for options in build.CHOICES:
+            path = folder / build.file_name(command, options)
+            # What was found is built anew where it cannot be loaded either.
+            for is_found in (True, False):
+                if is_found and not build.is_sound(path):
+                    continue
+                try:
+                    if not is_found:
+                        build.compile_to(path, command, options)
+                    return _opened(path)
+                except (OSError, AttributeError, subprocess.SubprocessError) as error:
+                    problems.append(build.words(error))
     finally:
-        temporary.unlink(missing_ok=True)
+        if is_new:  # what is loaded stays
+            shutil.rmtree(folder, ignore_errors=True)
+    raise UnavailableError(f"{shlex.join(command)} could not compile the kernel: {problems[-1]}")
 
 
-def _words(error: Exception) -> str:
-    output = getattr(error, "stderr", None)
-    lines = [line for line in str(output or error).splitlines() if "error" in line] or [str(error)]
-    return lines[0]
+def _opened(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for function in (library.spheres_step, library.spheres_measure, library.spheres_write):
+        function.argtypes = [pointer, pointer, number, number]
+    library.spheres_know.argtypes = [number]
+    return library

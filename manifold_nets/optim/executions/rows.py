@@ -61,6 +61,9 @@ def suits_rows(member: Member) -> bool:
     layout, stride = layout_of(member.manifold), member.weight.stride()
     if hasattr(member.weight, "__tensor_flatten__") or layout.to_unit or not layout.has_rows(stride):
         return False
+    # torch writes to several tensors at once only where none of them is lazily negated.
+    if member.weight.is_neg() or (member.moment is not None and member.moment.is_neg()):
+        return False
     return member.moment is None or member.moment.stride() == stride
 
 
@@ -225,4 +228,8 @@ def what_to_write(
         keep_second_moments(matrices, second)
     square = (-radius if rule.maximize else radius) * radius
     *columns, far, carried = move._replace(wg=move.wg * square, bg=move.bg * square)
-    return torch.cat([torch.as_tensor(x, dtype=dtype).expand_as(far) for x in columns], 1), far, carried
+    return (
+        torch.cat([torch.as_tensor(x, dtype=dtype, device=far.device).expand_as(far) for x in columns], 1),
+        far,
+        carried,
+    )

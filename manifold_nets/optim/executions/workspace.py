@@ -63,7 +63,7 @@ class Workspace:
         if self._part is not None:
             original = self._part.read(tensor)
             self._read.append((tensor, original))
-        viewed, copied = original, self._natural_dtype != self.dtype or self._unit is not None
+        viewed, copied = original, original.dtype != self.dtype or self._unit is not None
         if self.partition.view != self.partition.shape:
             # In another memory format there is no such view, and `reshape` makes a contiguous copy.
             viewed, copied = original.reshape(self.partition.view), copied or not original.is_contiguous()

@@ -1,0 +1,155 @@
+"""What a step reads and writes, checked before anything is changed: a kernel believes every pointer that it gets.
+
+`check` covers what every backend needs: shapes, memory, layout, and the dtype and device of the state. The rest of what
+the kernel in C needs (strides, lazy negation, weights that share memory) is in `manifold_nets.optim.executions.kernel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from manifold_nets.errors import SphereOptionError, StepInputError
+from manifold_nets.gathered import is_sharded
+from manifold_nets.groups import Partition, accumulation_dtype
+
+__all__ = ["PER_SPHERE", "WIDE", "check"]
+
+# Moments of one value per sphere; every other tensor in a weight's state but the step count has the weight's shape.
+PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
+# Tensors that stay in float32 beside half-precision weights.
+WIDE = (*PER_SPHERE, "entry_sq", "master_weight")
+_MOMENTS = ("momentum_buffer", "exp_avg")
+# Half precision cannot count beyond a few hundred steps.
+_COUNTS = (torch.float32, torch.float64)
+
+_RENEW = "Compute the gradient again with backward(), or set it to None."
+_REFILL = "Give the parameter memory again, for instance with `parameter.data = values.clone()`, before the step."
+_RESTART = "Load a state that fits, or drop it with `optimizer.state.pop(parameter)` and start without it."
+_RESHAPED = (
+    "A weight of another shape lies on other spheres: make it a geoopt.ManifoldParameter on a SphereProduct of its "
+    "shape, and build a new optimizer."
+)
+
+
+def check(
+    weight: Tensor, gradient: Tensor | None, partition: Partition, state: dict[str, Any], name: Callable[[], str]
+) -> None:
+    """Raise where a step would read or write memory that is not there; bring the state to its dtype and device.
+
+    Args:
+        weight: the parameter.
+        gradient: its gradient; None where only the others of a joint sphere have one.
+        partition: the groups of the weight.
+        state: the state of the weight, empty before the first step. Tensors of another dtype or device than the step
+            needs, or whose entries share memory, are replaced by copies.
+        name: returns the name of the parameter, for messages.
+
+    Raises:
+        SphereOptionError: the gradient is sparse.
+        StepInputError: a shape is not that of the spheres, or a tensor has no memory for its entries.
+    """
+    shape = partition.shape
+    if weight.shape != shape:
+        raise StepInputError(name(), f"shape {tuple(weight.shape)}", f"the shape of its spheres, {shape}", _RESHAPED)
+    sharded = is_sharded(weight)
+    fault = "" if sharded else _fault(weight, written=True)
+    if fault:
+        if _is_abstract(weight):
+            return
+        raise StepInputError(name(), fault, "memory for every entry", _REFILL)
+    if gradient is not None:
+        _check_gradient(weight, gradient, sharded, name)
+    if state:
+        _check_state(weight, partition, state, name)
+
+
+def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], name: Callable[[], str]) -> None:
+    sharded, wide = is_sharded(weight), accumulation_dtype(weight.dtype)
+    dtype = wide if "master_weight" in state else weight.dtype
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if key in _MOMENTS or key in WIDE:
+            wanted = partition.spread_shape if key in PER_SPHERE else partition.shape
+            if value.shape != wanted:
+                raise StepInputError(name(), f"{key} of shape {tuple(value.shape)}", f"{wanted}", _RESTART)
+            right = wide if key in WIDE else dtype
+            if value.dtype != right or value.is_cpu != weight.is_cpu or (not sharded and _fault(value, written=True)):
+                state[key] = _repaired(key, value, weight, right, name)
+        elif key == "step" and value.dtype not in _COUNTS:
+            state[key] = value.to(_COUNTS[0])
+        if key == "step" and value.is_meta:
+            raise StepInputError(name(), "a step count on the meta device", "the number of steps so far", _RESTART)
+
+
+def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Callable[[], str]) -> None:
+    if gradient.layout != torch.strided:
+        raise SphereOptionError(name(), f"a gradient of layout {gradient.layout}", "a dense gradient (sparse=False)")
+    found = None
+    if gradient.shape != weight.shape:
+        found = f"a gradient of shape {tuple(gradient.shape)}"
+    elif gradient.dtype.is_complex:
+        found = f"a gradient of dtype {gradient.dtype}"
+    elif not sharded:
+        lacking = _fault(gradient, written=False)
+        found = f"a gradient with {lacking}" if lacking else None
+    if found:
+        raise StepInputError(name(), found, f"real numbers of shape {tuple(weight.shape)}", _RENEW)
+
+
+def _fault(tensor: Tensor, *, written: bool) -> str:
+    """Return what is wrong with the memory of a tensor, in words; nothing where all entries are in it.
+
+    A tensor that is written needs a place in memory for every entry by itself.
+    """
+    try:
+        held = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # inside vmap and other transforms
+        return "no memory of its own"
+    if tensor.is_contiguous():
+        enough = held >= tensor.storage_offset() * tensor.itemsize + tensor.nbytes
+        if enough and type(tensor) in _ORDINARY and (tensor.data_ptr() != 0 or not written):
+            return ""
+        sizes = [(tensor.numel(), 1)]
+    else:
+        sizes = sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1])
+    if _is_abstract(tensor):
+        return "no values (a meta or fake tensor)"
+    if tensor._is_zerotensor():  # zeros without memory; what reads them finds zeros
+        return "no memory" if written else ""
+    end = tensor.storage_offset() + 1 + sum((size - 1) * step for size, step in sizes)
+    if held < end * tensor.itemsize:
+        return f"memory of {held} bytes instead of {end * tensor.itemsize}"
+    reach = 0
+    for size, step in sizes if written else ():
+        if size > 1 and step <= reach:
+            return "entries that share memory"
+        reach += (size - 1) * step
+    return ""
+
+
+# Their memory is what they say; of other classes more is asked.
+_ORDINARY = (Tensor, geoopt.ManifoldParameter, torch.nn.Parameter)
+
+
+def _is_abstract(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _repaired(key: str, value: Tensor, weight: Tensor, dtype: torch.dtype, name: Callable[[], str]) -> Tensor:
+    """Return a tensor of the state with the same values in memory of its own, in another dtype or on another device."""
+    lacking = "" if is_sharded(value) else _fault(value, written=False)
+    if lacking:
+        raise StepInputError(name(), f"{key} with {lacking}", "the numbers of the last step", _RESTART)
+    if is_sharded(value):
+        return value.to(dtype)
+    if value.shape == weight.shape:
+        return torch.empty_like(weight, dtype=dtype, requires_grad=False).copy_(value)
+    return torch.empty(value.shape, dtype=dtype, device=weight.device).copy_(value)
