@@ -26,6 +26,8 @@ from manifold_nets.errors.constraints import (
     JointSphereError,
     OffManifoldError,
     PartitionError,
+    PlainStateError,
+    ProjectionError,
 )
 from manifold_nets.errors.conversion import (
     ExportError,
@@ -86,7 +88,9 @@ __all__ = [
     "ParameterGroupError",
     "ParameterNameError",
     "PartitionError",
+    "PlainStateError",
     "PlanError",
+    "ProjectionError",
     "ReportMismatchError",
     "SelectionError",
     "SphereOptionError",

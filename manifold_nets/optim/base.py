@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from manifold_nets.constraints import holds_manifolds
 from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -45,6 +47,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
+        holds_manifolds(self)
 
     def _before_step(self) -> None:
         """Check what the torch optimizer of the same name checks before a step."""
@@ -222,6 +225,21 @@ class SphereOptimizer(torch.optim.Optimizer):
         live = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self._number = register(self)
+        holds_manifolds(self)
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
                 group["manifolds"] = old["manifolds"]
+
+    def _change_manifolds(self, new: Mapping[int, SphereProduct]) -> None:
+        """Take other manifolds of the same groups, by the `id` of the present ones; directions of moments stay."""
+        for group in self.param_groups:
+            for index, weight, manifold in constrained_of(group):
+                other = new.get(id(manifold))
+                if other is None:
+                    continue
+                group["manifolds"][index] = other
+                ratio = other.partition.spread((other.radii / manifold.radii).to(weight.device))
+                for key in ("momentum_buffer", "exp_avg"):
+                    moment = self.state.get(weight, {}).get(key)
+                    if moment is not None:
+                        write_whole_(moment, other.partition.multiply(whole(moment), ratio.to(moment.dtype)))
