@@ -78,11 +78,11 @@ class ParameterGroupError(ManifoldNetsError, ValueError):
 class OptimizerStateError(ManifoldNetsError, ValueError):
     """The saved state of an optimizer does not fit the spheres of a live weight."""
 
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"state of {name}: found {found}; expected {expected}; nothing was loaded. Load the state of the same kind "
-            "of optimizer for a model converted in the same way, or start without it."
+    def __init__(self, name: str, found: str, expected: str, remedy: str = "") -> None:
+        remedy = remedy or (
+            "Load the state of the same kind of optimizer for a model converted in the same way, or start without it."
         )
+        super().__init__(f"state of {name}: found {found}; expected {expected}; nothing was loaded. {remedy}")
 
 
 class NativeKernelError(ManifoldNetsError, RuntimeError):

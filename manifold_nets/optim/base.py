@@ -23,7 +23,7 @@ from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.executions.traced import register, standing_in, step_group_
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
+from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision, ordered_by_name
 
 __all__ = ["SphereOptimizer"]
 
@@ -199,17 +199,22 @@ class SphereOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the manifolds stay those of the live parameters, and the saved ones have to agree.
 
+        Where both sides have the names of all parameters, as `manifold_nets.param_groups` gives them, groups and
+        parameters are matched by name, in whatever order they were saved; else by order, as torch does.
+
         Second moments of half-precision weights stay in float32, where torch rounds a state to its parameter's dtype.
 
         Raises:
-            OptimizerStateError: the state was saved for other spheres or by another kind of optimizer; nothing was
-                changed.
+            OptimizerStateError: the state was saved for other parameters or spheres, or by another kind of optimizer;
+                nothing was changed.
         """
         final: list[dict[str, Any]] = []
 
-        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            check_loaded(self, loaded, self._moments)
-            final.append(loaded)
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            ordered = ordered_by_name(self, loaded)
+            check_loaded(self, ordered, self._moments)
+            final.append(ordered)
+            return ordered
 
         # Checked after, and completed before, any hook of the user's: they decide what is loaded and see the outcome.
         first = self.register_load_state_dict_pre_hook(check)
