@@ -49,6 +49,7 @@ from manifold_nets.errors.models import (
 from manifold_nets.errors.optimizers import (
     ConstraintLostError,
     EuclideanStepError,
+    LearningRateWarning,
     NativeKernelError,
     OptimizerStateError,
     ParameterGroupError,
@@ -72,6 +73,7 @@ __all__ = [
     "ExportError",
     "FunctionChangedError",
     "JointSphereError",
+    "LearningRateWarning",
     "LossError",
     "ManifoldNetsError",
     "MissingExtraError",

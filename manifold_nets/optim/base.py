@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.constraints import holds_manifolds
-from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.constraints import converted_norms, holds_manifolds
+from manifold_nets.errors import LearningRateWarning, OptionError, SphereOptionError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
@@ -41,6 +43,9 @@ class SphereOptimizer(torch.optim.Optimizer):
 
     _sphere_defaults: Mapping[str, Any] = {"compile": None, "master_weights": False}
 
+    # Numbers of the groups that were given a learning rate of their own.
+    _own_rate: tuple[int, ...] = ()
+
     def _prepare(self, **options: Any) -> None:
         """Take the options that torch's optimizer does not have, before it makes the groups."""
         if options["compile"] and (options["fused"] or options["foreach"]):
@@ -48,6 +53,30 @@ class SphereOptimizer(torch.optim.Optimizer):
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
         holds_manifolds(self)
+
+    def _warn_of_plain_rates(self, ratio: Callable[[float, int], float], formula: str) -> None:
+        """Warn where converted weights were given no learning rate of their own beside the plain parameters.
+
+        Args:
+            ratio: gives, for a norm and a number of entries, the matched rate on spheres over the plain rate.
+            formula: the same in words.
+        """
+        plain = {float(g["lr"]) for g in self.param_groups if None in g["manifolds"]}
+        shared = [
+            (name_of(group, number, index), weight, manifold, float(group["lr"]))
+            for number, group in enumerate(self.param_groups)
+            if number not in self._own_rate and float(group["lr"]) in plain
+            for index, weight, manifold in constrained_of(group)
+        ]
+        norms = converted_norms(weight for _, weight, _, _ in shared)
+        found = [
+            (name, ratio(norms[id(w)], m.partition.group_size), rate) for name, w, m, rate in shared if id(w) in norms
+        ]
+        # Half or twice the rate is nothing to speak of.
+        if found and not 0.5 <= (middle := statistics.median(r for _, r, _ in found)) <= 2:
+            rate = found[0][2]
+            warning = LearningRateWarning([name for name, _, _ in found], rate, rate * middle, formula)
+            warnings.warn(warning, stacklevel=3)  # who makes the optimizer
 
     def _before_step(self) -> None:
         """Check what the torch optimizer of the same name checks before a step."""
@@ -169,6 +198,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             manifolds = resolve_manifolds({**self.defaults, **param_group}, len(self.param_groups))
             param_group["manifolds"] = manifolds
+            if "lr" in param_group:
+                self._own_rate = (*self._own_rate, len(self.param_groups))
             for name, default in self._sphere_defaults.items():
                 param_group.setdefault(name, self.defaults.setdefault(name, default))
         super().add_param_group(param_group)
