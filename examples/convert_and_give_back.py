@@ -45,10 +45,14 @@ def main() -> None:
     train(model, torch.optim.SGD(model.parameters(), lr=0.05), steps=30)
     x = torch.randn(8, 3, 8, 8)
 
-    converted = mn.convert(model, x)
+    report = mn.diagnose(model, x)
+    converted = mn.convert(model, report)
     print(mn.conversion_record(converted))
 
-    loss = train(converted, mn.optim.RiemannianSGD(mn.param_groups(converted), lr=0.05, momentum=0.9), steps=30)
+    # A learning rate means something else on spheres: these rates match the next step of SGD.
+    rates = mn.matched_learning_rates(model, report, lr=0.05, momentum=0.9).by_weight()
+    groups = mn.param_groups(converted, sphere_lr=rates)
+    loss = train(converted, mn.optim.RiemannianSGD(groups, lr=0.05, momentum=0.9), steps=30)
     print(f"\nloss after 30 steps on spheres: {loss:.3f}")
 
     with tempfile.TemporaryDirectory() as folder:

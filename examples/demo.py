@@ -61,7 +61,8 @@ def train_first(data: dict[str, Images], seed: int) -> nn.Module:
 def go_on(start: nn.Module, optimizer_name: str, rate: float, data: dict[str, Images], seed: int, epochs: int) -> Run:
     """Go on from a copy of a checkpoint; the order of the images depends on the seed alone."""
     model = copy.deepcopy(start)
-    groups = mn.param_groups(model, weight_decay=5e-4)
+    # Each optimizer's rate is chosen for it: on spheres it is not the one of SGD.
+    groups = mn.param_groups(model, weight_decay=5e-4, sphere_lr=rate)
     optimizer = OPTIMIZERS[optimizer_name](groups, lr=rate, momentum=0.9)
     schedule = CosineAnnealingLR(optimizer, epochs)
     order = torch.Generator().manual_seed(1000 + seed)

@@ -85,7 +85,7 @@ def _torch_adam(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _riemannian_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return mn.optim.RiemannianSGD(mn.param_groups(model), lr=0.05, momentum=0.9)
+    return mn.optim.RiemannianSGD(mn.param_groups(model, sphere_lr=0.05), lr=0.05, momentum=0.9)
 
 
 def _riemannian_adam(model: nn.Module) -> torch.optim.Optimizer:

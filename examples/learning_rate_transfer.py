@@ -60,7 +60,7 @@ def runs_from(
         else:
             model = mn.convert(plain, report)
             unmatched = name == UNMATCHED
-            own = None if unmatched else rates.by_weight()
+            own = LR if unmatched else rates.by_weight()
             groups = mn.param_groups(model, weight_decay=WEIGHT_DECAY, sphere_lr=own)
             optimizer = mn.optim.RiemannianSGD(groups, lr=LR, momentum=MOMENTUM)
             if name != EMPTY:

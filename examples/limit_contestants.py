@@ -38,7 +38,7 @@ def on_sphere(layer: nn.Linear, radius: float | None = None) -> None:
 
 def rsgd(model: nn.Module, rate: float, settings: Settings, **options: Any) -> TorchStepper:
     """Riemannian SGD with the momentum of the settings."""
-    groups = mn.param_groups(model, weight_decay=settings.weight_decay, **options)
+    groups = mn.param_groups(model, weight_decay=settings.weight_decay, **{"sphere_lr": rate, **options})
     return TorchStepper(mn.optim.RiemannianSGD(groups, lr=rate, momentum=settings.momentum))
 
 
@@ -85,7 +85,7 @@ def forced(radius: float | None) -> Make:
 
 def decayed_gains(model: nn.Module, rate: float, settings: Settings) -> TorchStepper:
     """Riemannian SGD whose weight decay acts on all that is not on spheres, the gains of normalizations too."""
-    groups = mn.param_groups(model, weight_decay=settings.weight_decay)
+    groups = mn.param_groups(model, weight_decay=settings.weight_decay, sphere_lr=rate)
     for group in groups:
         if "manifolds" not in group:
             group["weight_decay"] = settings.weight_decay

@@ -23,7 +23,8 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
 
 def make(model: nn.Module) -> tuple[torch.optim.Optimizer, CosineAnnealingLR]:
     """The optimizer over `param_groups`, which keeps weight decay off the spheres, and any torch scheduler."""
-    optimizer = mn.optim.RiemannianAdam(mn.param_groups(model, weight_decay=5e-4), lr=0.01)
+    # Steps on spheres are angles, and have a learning rate of their own.
+    optimizer = mn.optim.RiemannianAdam(mn.param_groups(model, weight_decay=5e-4, sphere_lr=0.01), lr=0.01)
     return optimizer, CosineAnnealingLR(optimizer, T_max=EPOCHS * 1000 // 50)
 
 

@@ -26,7 +26,9 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
 
 def make(model: nn.Module) -> tuple[torch.optim.Optimizer, CosineAnnealingLR]:
     """The optimizer over `param_groups`, which keeps weight decay off the spheres, and any torch scheduler."""
-    optimizer = mn.optim.RiemannianSGD(mn.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
+    # Steps on spheres are angles, and have a learning rate of their own.
+    groups = mn.param_groups(model, weight_decay=5e-4, sphere_lr=0.05)
+    optimizer = mn.optim.RiemannianSGD(groups, lr=0.05, momentum=0.9)
     return optimizer, CosineAnnealingLR(optimizer, T_max=EPOCHS)
 
 

@@ -51,7 +51,9 @@ def convert(model: nn.Module) -> nn.Module:
 
 def make(model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over `param_groups`, which keeps weight decay off the spheres."""
-    return mn.optim.RiemannianAdam(mn.param_groups(model, weight_decay=0.01), lr=5e-3, decoupled_weight_decay=True)
+    # Steps on spheres are angles, and have a learning rate of their own.
+    groups = mn.param_groups(model, weight_decay=0.01, sphere_lr=5e-3)
+    return mn.optim.RiemannianAdam(groups, lr=5e-3, decoupled_weight_decay=True)
 
 
 def train_with_the_trainer(model: nn.Module, folder: str, **how: Any) -> float:

@@ -10,8 +10,8 @@ with warnings.catch_warnings():
 
 from manifold_nets import comparison, errors, layers, optim, sources
 from manifold_nets.comparison import Comparison, compare
-from manifold_nets.constraints import joint_spheres, project, restore
-from manifold_nets.conversion import balance, conversion_record, convert, load, plan, revert, save, verify
+from manifold_nets.constraints import joint_spheres, restore
+from manifold_nets.conversion import balance, conversion_record, convert, load, plan, project, revert, save, verify
 from manifold_nets.groups import Partition
 from manifold_nets.joint_sphere import JointSphere
 from manifold_nets.manifold import SphereProduct

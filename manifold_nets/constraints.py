@@ -2,45 +2,62 @@
 
 `geoopt.ManifoldParameter` carries its manifold, but the parameter object itself is replaced by
 ``load_state_dict(assign=True)``, ``to("meta")`` with ``to_empty``, and sharding, and the manifold is lost with it. So
-each module also records the manifolds of its own weights. The record is no parameter, buffer or hook: it changes
-neither `state_dict` nor the forward pass, and it follows deep copies and pickles of the module.
+each module also records the manifolds of its own weights. The record is no parameter or buffer: it changes neither
+`state_dict` nor the forward pass, and it follows deep copies and pickles of the module. A hook of `load_state_dict`
+refuses values that are on no sphere of theirs: the next optimizer step would put them there, and nothing else along.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import geoopt
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
 from manifold_nets.errors import ConstraintError, JointSphereError
 from manifold_nets.errors.base import listed
-from manifold_nets.gathered import whole, write_whole_
+from manifold_nets.gathered import whole
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
 
 __all__ = [
+    "NEAR",
     "ConstrainedWeight",
     "attach",
+    "change_manifolds",
     "constrained_weights",
+    "converted_norms",
+    "copy_attributes",
     "detach",
+    "has_norms",
+    "holds_manifolds",
+    "is_converted",
     "joint_spheres",
     "last_change",
     "lost_constraints",
-    "project",
+    "note_converted",
+    "remove_load_hook",
     "restore",
     "was_replaced",
 ]
 
+# A weight that has been through half precision counts as on its spheres: the first step puts it back exactly. One
+# that was made for other spheres, or for none, is farther off than this.
+NEAR = torch.finfo(torch.bfloat16).eps
+
 _RECORD = "_manifold_nets_constraints"
 _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
+# Optimizers, whose parameter groups list manifolds too.
+_holders: weakref.WeakSet[Any] = weakref.WeakSet()
 # Parameters in whose place a constrained one was put, while somebody, as an optimizer, still holds them.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _changes = itertools.count(1)
@@ -55,6 +72,8 @@ class _Constraints:
         # A shallow copy shares this record and the parameters, and may outlive the module.
         self.parameters, self.kind = owner._parameters, type(owner).__name__
         self.manifolds: dict[str, SphereProduct] = {}
+        # Weights that a conversion put on their spheres, and the median norm of their groups before, where known.
+        self.converted: dict[str, float | None] = {}
         _live_records.add(self)
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
@@ -72,14 +91,26 @@ class _Constraints:
                     found += owner.parametrizations[leaf].parameters()  # type: ignore[union-attr,index]
             yield from ((f"{self.kind}.{leaf}", parameter) for parameter in found)
 
+    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before `load_state_dict`: raise where the values for a constrained weight are off its spheres.
+
+        A joint sphere is seen from the model only.
+        """
+        for leaf, manifold in self.manifolds.items():
+            value = state_dict.get(prefix + leaf)
+            if has_norms(value, manifold) and not isinstance(manifold, JointSphereMember):
+                remedy = _remedy(prefix + leaf, converted=leaf in self.converted)
+                manifold.require_point(whole(value), prefix + leaf, rtol=NEAR, remedy=remedy)
+
     def __getstate__(self) -> dict[str, Any]:
         held = {"parameters": self.parameters, "kind": self.kind, "manifolds": self.manifolds}
-        return {"owner": self.owner(), **held}
+        return {"owner": self.owner(), "converted": self.converted, **held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         owner = state["owner"]
         self.owner = weakref.ref(owner) if owner is not None else lambda: None  # type: ignore[assignment]
         self.parameters, self.kind, self.manifolds = state["parameters"], state["kind"], state["manifolds"]
+        self.converted = state.get("converted", {})
         _live_records.add(self)
 
 
@@ -100,6 +131,8 @@ class ConstrainedWeight:
 
 def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor | None = None) -> None:
     """Put the weight ``module.<leaf>`` on a manifold: a `geoopt.ManifoldParameter` plus a record on the module.
+
+    Attributes and hooks of the parameter go over to the new object.
 
     Args:
         module: owner of the weight.
@@ -123,12 +156,18 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
     new = geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=old.requires_grad)
     if point is None:
         new.grad = old.grad
+    copy_attributes(old, new)
     setattr(module, leaf, new)
     _note_replaced(old, f"{type(module).__name__}.{leaf}")
     record = module.__dict__.get(_RECORD)
     if record is None or record.owner() is not module:
         fresh = _Constraints(module)
+        # The hooks of a shallow copy are those of its original.
+        others = {n: h for n, h in module._load_state_dict_pre_hooks.items() if not _is_hook(h, _Constraints)}
+        module._load_state_dict_pre_hooks = OrderedDict(others)
+        module._register_load_state_dict_pre_hook(fresh)  # type: ignore[no-untyped-call]
         fresh.manifolds.update(record.manifolds if record is not None else {})
+        fresh.converted.update(record.converted if record is not None else {})
         module.__dict__[_RECORD] = record = fresh
     record.manifolds[leaf] = manifold
 
@@ -149,18 +188,126 @@ def detach(module: nn.Module, leaf: str) -> None:
     old = _weight_of(module, leaf)
     new = nn.Parameter(old.detach(), requires_grad=old.requires_grad)
     new.grad = old.grad
+    copy_attributes(old, new)
     setattr(module, leaf, new)
     record = module.__dict__.get(_RECORD)
     if record is not None:
         record.manifolds.pop(leaf, None)
+        record.converted.pop(leaf, None)
         if not record.manifolds:
             del module.__dict__[_RECORD]
+            remove_load_hook(module, _Constraints)
+
+
+def copy_attributes(old: Tensor, new: Tensor, *, share: bool = True) -> None:
+    """Give a parameter the attributes and the hooks of the one whose place it takes.
+
+    Args:
+        old: the parameter that had them.
+        new: the parameter that gets them.
+        share: whether the handle of a hook removes it from both; False for copies.
+
+    Example:
+        >>> old, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+        >>> old._no_weight_decay = True
+        >>> handle = old.register_hook(lambda gradient: 2 * gradient)
+        >>> copy_attributes(old, new)
+        >>> new.sum().backward()
+        >>> new.grad, new._no_weight_decay
+        (tensor([2., 2.]), True)
+    """
+    new.__dict__.update({name: value for name, value in old.__dict__.items() if name != "manifold"})
+    for kind in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        hooks = getattr(old, kind, None)
+        if hooks:
+            setattr(new, kind, hooks if share else OrderedDict(hooks))
+
+
+def _is_hook(held: Any, kind: type) -> bool:
+    """Whether a hook is of a kind; torch wraps it."""
+    return isinstance(getattr(held, "hook", held), kind)
+
+
+def remove_load_hook(module: nn.Module, kind: type) -> None:
+    """Take the hooks of one kind that run before loading off a module; handles do not survive pickling."""
+    for number in [n for n, held in module._load_state_dict_pre_hooks.items() if _is_hook(held, kind)]:
+        del module._load_state_dict_pre_hooks[number]
+
+
+def has_norms(value: Any, manifold: SphereProduct) -> TypeGuard[Tensor]:
+    """Whether something is a tensor with values in a manifold's shape; the rest is left for torch to refuse."""
+    return (
+        isinstance(value, Tensor)
+        and not value.is_meta
+        and not is_lazy(value)
+        and value.is_floating_point()
+        and tuple(value.shape) == manifold.partition.shape
+    )
+
+
+def _remedy(name: str, *, converted: bool) -> str:
+    if converted:
+        return (
+            "The state is that of a plain network. Load the whole of it into the model that manifold_nets.convert "
+            "returned, which scales biases and running statistics along; or load it into the plain network, and "
+            "convert that."
+        )
+    return (
+        "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
+        "manifold_nets.convert(plain, example_inputs), which keeps the function. If only its directions are wanted, "
+        f"put the value on its spheres first: state[{name!r}] = manifold.projx(value)."
+    )
 
 
 def _note_replaced(old: Tensor, name: str) -> None:
     global _last_change
     _replaced[old] = name
     _last_change = next(_changes)
+
+
+def note_converted(module: nn.Module, leaf: str, norm: float | None) -> None:
+    """Record that a conversion put a weight on its spheres, and the median norm that its groups had before."""
+    module.__dict__[_RECORD].converted[leaf] = norm
+
+
+def is_converted(weight: ConstrainedWeight) -> bool:
+    """Whether a weight came onto its spheres by a conversion, which moved biases and statistics along."""
+    record = weight.module.__dict__.get(_RECORD)
+    return record is not None and weight.leaf in record.converted
+
+
+def converted_norms(parameters: Iterable[Tensor]) -> dict[int, float]:
+    """Return the median group norm that converted weights had before, by the `id` of the parameter."""
+    places = {
+        id(record.parameters.get(leaf)): norm
+        for record in list(_live_records)
+        for leaf, norm in record.converted.items()
+        if norm is not None
+    }
+    return {id(p): places[id(p)] for p in parameters if id(p) in places}
+
+
+def holds_manifolds(optimizer: Any) -> None:
+    """Note an optimizer whose parameter groups list manifolds, so that `change_manifolds` reaches them."""
+    _holders.add(optimizer)
+
+
+def change_manifolds(model: nn.Module, new: Mapping[int, SphereProduct]) -> None:
+    """Put other manifolds of the same groups in the place of present ones, in a model and in its optimizers.
+
+    Args:
+        model: the model.
+        new: the new manifolds by the `id` of the present ones.
+    """
+    for module in model.modules():
+        record = module.__dict__.get(_RECORD)
+        if record is not None:
+            record.manifolds.update({leaf: new.get(id(m), m) for leaf, m in record.manifolds.items()})
+        for parameter in module._parameters.values():
+            if isinstance(parameter, geoopt.ManifoldParameter):
+                parameter.manifold = new.get(id(parameter.manifold), parameter.manifold)
+    for optimizer in list(_holders):
+        optimizer._change_manifolds(new)
 
 
 def last_change() -> int:
@@ -228,7 +375,7 @@ def restore(model: nn.Module) -> list[str]:
     Example:
         >>> import manifold_nets as mn
         >>> layer = mn.layers.UnitNormLinear(4, 3)
-        >>> _ = layer.load_state_dict(nn.Linear(4, 3).state_dict(), assign=True)
+        >>> _ = layer.load_state_dict(mn.layers.UnitNormLinear(4, 3).state_dict(), assign=True)
         >>> mn.restore(layer)
         ['weight']
     """
@@ -246,47 +393,6 @@ def restore(model: nn.Module) -> list[str]:
             if id(tied) in renewed:
                 setattr(module, leaf, renewed[id(tied)])
     return [weight.name for weight in lost]
-
-
-@torch.no_grad()
-def project(model: nn.Module) -> dict[str, float]:
-    """Put every constrained weight at the nearest point of its spheres, in place.
-
-    For weights that other code has moved off them: averages of models, merged or rounded checkpoints, plain steps.
-    Each group is scaled by a positive number, which a weight of meaningless scale does not feel.
-
-    Returns:
-        Name of each constrained weight, and the largest relative deviation ``|‖w_G‖/r_G − 1|`` of its groups before.
-
-    Raises:
-        DegenerateGroupError: a group is zero or not finite; the model is untouched.
-
-    Example:
-        >>> import manifold_nets as mn
-        >>> layer = mn.layers.UnitNormLinear(4, 3)
-        >>> _ = layer.weight.detach().mul_(1.5)
-        >>> {name: round(off, 6) for name, off in mn.project(layer).items()}
-        {'weight': 0.5}
-        >>> max(mn.project(layer).values()) < 1e-6
-        True
-    """
-    points: list[tuple[Tensor, Tensor]] = []
-    deviations: dict[str, float] = {}
-    for weight in constrained_weights(model):
-        if isinstance(weight.manifold, JointSphereMember):
-            continue
-        found = whole(weight.parameter)
-        weight.manifold.refuse_degenerate(found, weight.name)
-        deviations[weight.name] = float(weight.manifold.deviations(found).max())
-        points.append((weight.parameter, weight.manifold.projx(found)))
-    for joint, members in joint_spheres(model):
-        parameters = [member.parameter for member in members]
-        joint.refuse_degenerate(parameters)
-        deviations |= dict.fromkeys((member.name for member in members), float(joint.deviations(parameters).max()))
-        points += zip(parameters, joint.projx(parameters), strict=True)
-    for parameter, point in points:
-        write_whole_(parameter, point)
-    return deviations
 
 
 def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[ConstrainedWeight, ...]]]:
@@ -326,7 +432,7 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
     Example:
         >>> import manifold_nets as mn
         >>> layer = mn.layers.UnitNormLinear(4, 3)
-        >>> _ = layer.load_state_dict(nn.Linear(4, 3).state_dict(), assign=True)
+        >>> _ = layer.load_state_dict(mn.layers.UnitNormLinear(4, 3).state_dict(), assign=True)
         >>> lost_constraints(layer.parameters())
         ['UnitNormLinear.weight']
     """

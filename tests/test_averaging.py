@@ -286,6 +286,8 @@ def test_project_names_a_group_without_direction_and_changes_nothing():
 
 def test_project_reaches_weights_whose_parameter_object_was_replaced():
     layer = mn.layers.UnitNormLinear(4, 3)
-    layer.load_state_dict(nn.Linear(4, 3).state_dict(), assign=True)
+    layer.load_state_dict(mn.layers.UnitNormLinear(4, 3).state_dict(), assign=True)
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
     assert mn.project(layer)["weight"] > 0.01
     assert torch.allclose(layer.weight.norm(dim=1), torch.ones(3))

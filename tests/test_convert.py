@@ -21,6 +21,7 @@ from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 from manifold_nets.conversion import apply as apply_module
+from manifold_nets.conversion import moves as moves_module
 from manifold_nets.conversion.algebra import rescaled_variance, train_mode_deviation
 from manifold_nets.errors import (
     DegenerateGroupError,
@@ -98,7 +99,7 @@ def test_evaluation_mode_is_preserved_and_radius_keep_changes_nothing(name: str,
 
 def test_forgetting_eps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: running variances v/n² instead of (v + eps)/n² − eps."""
-    monkeypatch.setattr(apply_module, "rescaled_variance", lambda variance, eps, factor: variance * factor**2)
+    monkeypatch.setattr(moves_module, "rescaled_variance", lambda variance, eps, factor: variance * factor**2)
     model, x = conv_net(), images()
     with pytest.raises(FunctionChangedError, match="evaluation"):
         mn.convert(model, x)
@@ -106,10 +107,10 @@ def test_forgetting_eps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("forgotten", ["running_mean", "bias"])
 def test_forgetting_what_moves_along_is_noticed(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = apply_module._scaled_along
+    original = apply_module.rescaled_along
     monkeypatch.setattr(
         apply_module,
-        "_scaled_along",
+        "rescaled_along",
         lambda *args: {k: v for k, v in original(*args).items() if not k.endswith(forgotten)},
     )
     with pytest.raises(FunctionChangedError):
@@ -117,7 +118,7 @@ def test_forgetting_what_moves_along_is_noticed(forgotten: str, monkeypatch: pyt
 
 
 def test_failed_verification_in_place_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apply_module, "rescaled_variance", lambda variance, eps, factor: variance * factor**2)
+    monkeypatch.setattr(moves_module, "rescaled_variance", lambda variance, eps, factor: variance * factor**2)
     model = conv_net()
     before = snapshot(model)
     with pytest.raises(FunctionChangedError):

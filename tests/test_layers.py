@@ -190,7 +190,7 @@ def test_resetting_renews_a_parameter_that_was_lost(plain: type[nn.Module], way:
     else:
         layer = small(plain, device="meta" if way == "made on meta" else None)
     if way == "assign":
-        layer.load_state_dict(plain(*sizes).state_dict(), assign=True)
+        layer.load_state_dict(PAIRS[plain](*sizes).state_dict(), assign=True)
     elif way != "skip_init":
         layer = layer.to("meta").to_empty(device="cpu")
     assert not isinstance(layer.weight, geoopt.ManifoldParameter)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import pickle
+import warnings
 from dataclasses import dataclass
 
 import geoopt
@@ -10,6 +12,9 @@ import torch
 from torch import nn
 
 import manifold_nets as mn
+from manifold_nets.comparison.contestants.builders import from_table
+from manifold_nets.comparison.records import Settings
+from manifold_nets.errors import LearningRateWarning
 
 EPS = torch.finfo(torch.float64).eps
 TINY = 1e-30  # an eps that does nothing in float64
@@ -286,3 +291,70 @@ def test_rotation_of_the_long_run_is_matched(name):
 def test_sabotage_a_wrong_rate_of_the_long_run_is_noticed(name):
     with pytest.raises(AssertionError):
         check_long_run(name, 1.1)
+
+
+# ---- the plain network's rate on spheres ---------------------------------------------------------------------------
+
+
+def with_norms(norm):
+    """Filters of 4 entries with one norm in front of a normalization, and an example."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[0].weight.mul_(norm / net[0].weight.norm(dim=1, keepdim=True))
+    return net, torch.randn(16, 4)
+
+
+def warned(make):
+    """Return the warnings about learning rates of a function."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make()
+    assert all(w.category is LearningRateWarning and w.filename == __file__ for w in caught)
+    return [w.message for w in caught]
+
+
+@pytest.mark.parametrize("radius", ["unit", "keep"])
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [(mn.optim.RiemannianSGD, "sgd", 0.1 / 0.2**2), (mn.optim.RiemannianAdam, "adam", 0.1 * 2 / 0.2)],
+)
+def test_the_plain_rate_for_both_warns_once_and_names_the_matched_one(kind, name, expected, radius):
+    net, x = with_norms(0.2)
+    model = mn.convert(net, x, radius=radius)
+    rates = mn.matched_learning_rates(net, mn.diagnose(net, x), optimizer=name, lr=0.1)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for params in (mn.param_groups(each), each.parameters(), each.named_parameters()):
+            (message,) = warned(lambda params=params: kind(params, lr=0.1))
+            assert message.matched == pytest.approx(expected, rel=1e-5)
+            assert message.matched == pytest.approx(rates["0.weight"].next_step.median, rel=1e-5)
+            assert f"sphere_lr={expected:.3g}" in str(message)
+    # Every remedy of the message.
+    for own in (message.matched, rates.by_weight(), 0.1):
+        assert warned(lambda own=own: kind(mn.param_groups(model, sphere_lr=own), lr=0.1)) == []
+
+
+def test_other_optimizers_and_models_do_not_warn():
+    net, x = with_norms(0.2)
+    model = mn.convert(net, x)
+    sgd, adam = mn.optim.RiemannianSGD, mn.optim.RiemannianAdam
+    defined = nn.Sequential(mn.layers.UnitNormLinear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    near, _ = with_norms(0.9)
+    spheres = [group for group in mn.param_groups(model) if "manifolds" in group]
+    apart = mn.param_groups(model)
+    for group in apart[1:]:
+        group["lr"] = 0.01
+    for make in (
+        lambda: sgd(mn.param_groups(defined), lr=0.1),
+        lambda: adam(mn.param_groups(defined), lr=0.1),
+        lambda: sgd(mn.param_groups(mn.convert(near, x)), lr=0.1),
+        lambda: sgd(spheres, lr=0.1),
+        lambda: sgd(apart, lr=0.1),
+        lambda: mn.optim.AngularAdam(mn.param_groups(model), lr=0.1),
+        lambda: sgd(mn.param_groups(mn.revert(model)), lr=0.1),
+    ):
+        assert warned(make) == []
+    settings = Settings(("rsgd",), (0.1,), (0,), 1)
+    for name in mn.optim.OPTIMIZERS:
+        if mn.optim.OPTIMIZERS[name].weights == "spheres":
+            assert warned(lambda name=name: from_table(name)(copy.deepcopy(model), 0.1, settings)) == []

@@ -56,7 +56,7 @@ def test_sabotage_a_wrong_readme_is_noticed(tmp_path, monkeypatch):
 def test_before_and_after_both_train(capsys):
     (diff,) = blocks(README, "diff")
     lines = diff.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 8
     for removed, kind in (("-", mn.optim.RiemannianSGD), ("+", torch.optim.SGD)):
         torch.manual_seed(0)
         trained = []

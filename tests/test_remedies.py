@@ -98,7 +98,7 @@ def test_running_means_that_do_not_follow_are_noticed(
     original = dead_biases_module._shifts_of
 
     def wrong(*args: Any) -> Any:
-        return {mean: tuple(0.5 * v for v in values) for mean, values in original(*args).items()}
+        return {mean: 0.5 * values for mean, values in original(*args).items()}
 
     monkeypatch.setattr(dead_biases_module, "_shifts_of", wrong)
     model = build()

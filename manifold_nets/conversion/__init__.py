@@ -6,6 +6,7 @@ from manifold_nets.conversion.balance import BalanceRecord, balance
 from manifold_nets.conversion.checkpoint import load, save
 from manifold_nets.conversion.edited import EditedPlan, edited_plan, write_plan
 from manifold_nets.conversion.plan import plan
+from manifold_nets.conversion.projection import project
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, verify
 
@@ -23,6 +24,7 @@ __all__ = [
     "edited_plan",
     "load",
     "plan",
+    "project",
     "revert",
     "save",
     "verify",

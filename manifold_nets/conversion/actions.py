@@ -45,6 +45,7 @@ class Action:
         members: the parts of parameters that take part, where there are several.
         symmetry: what `diagnose` says of a bias or of several parameters.
         shifts: for the removal of a bias, what is subtracted from each running mean behind it, channel by channel.
+        direct: whether each of these is the bias itself, whatever its values are.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Action:
     members: tuple[str, ...] = ()
     symmetry: SymmetryFamily | ShiftSymmetry | None = field(default=None, repr=False, compare=False)
     shifts: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
+    direct: bool = field(default=False, repr=False, compare=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,12 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import attach, detach
-from manifold_nets.conversion.actions import REMEDIES, Action, ConversionPlan, Remedy
-from manifold_nets.conversion.algebra import gather, rescaled_variance
+from manifold_nets.constraints import attach, copy_attributes, detach, note_converted
+from manifold_nets.conversion.actions import REMEDIES, ConversionPlan, Remedy
 from manifold_nets.conversion.biases import remove_bias
 from manifold_nets.conversion.edited import EditedPlan, edited_plan
 from manifold_nets.conversion.joint import joint_sphere_of
+from manifold_nets.conversion.loading import convert_when_loaded
+from manifold_nets.conversion.moves import ConvertedWeight, record_moves, rescaled_along
 from manifold_nets.conversion.plan import Selector, early_actions, late_actions, staged
 from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.rounding import compare_in_float64
@@ -25,7 +27,6 @@ from manifold_nets.conversion.verify import Verification, both_modes, compare_ou
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
-from manifold_nets.symmetry.findings.report import Absorber
 from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["ConversionRecord", "conversion_record", "convert"]
@@ -131,6 +132,9 @@ def convert(
         raise UnsupportedModelError(chosen.model, found, remedy)
     before = both_modes(model, chosen.example_inputs)
     target = model if inplace else duplicate(model)
+    if not inplace:
+        for old, new in zip(model.parameters(), target.parameters(), strict=True):
+            copy_attributes(old, new, share=False)
     undo = _carry_out(target, chosen)
     try:
         verification = compare_outputs(before, both_modes(target, chosen.example_inputs))
@@ -140,6 +144,8 @@ def convert(
     if not verification.eval_difference <= eval_limit(_dtype(target)):
         verification = _confirmed_in_float64(model, target, chosen, verification, undo)
     target.__dict__[_RECORD] = record = ConversionRecord(_without_inputs(chosen), verification)
+    record_moves(target, chosen, math.inf if plan is not None else train_tolerance)
+    convert_when_loaded(target)
     _log.info("%s", record)
     return target
 
@@ -211,7 +217,8 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
     holders = {name: _holders(model, state[name]) for name in manifolds}
     originals = {name: state[name] for name in manifolds}
     for name, manifold in manifolds.items():
-        _attach_everywhere(holders[name], manifold, points[name])
+        norm = float(manifold.partition.norms(originals[name].detach()).median())
+        _attach_everywhere(holders[name], manifold, points[name], norm)
     put_back = [remove_bias(*place) for name in removed for place in _holders(model, state[name])]
 
     def undo() -> None:
@@ -242,7 +249,8 @@ def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[
         if action.radius == "unit":
             spread = manifold.partition.spread(factors)
             changed[action.name] = manifold.partition.multiply(current(action.name), spread)
-            changed.update(_scaled_along(action, factors, current))
+            if action.finding is not None:
+                changed.update(rescaled_along(ConvertedWeight.of(action.finding, None), factors, current))
     for action in chosen.of("joint sphere"):
         if isinstance(action.symmetry, SymmetryFamily):
             joint = joint_sphere_of(action.symmetry, state)
@@ -254,39 +262,14 @@ def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]
     return [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter]
 
 
-def _attach_everywhere(places: list[tuple[nn.Module, str]], manifold: SphereProduct, point: Tensor) -> None:
+def _attach_everywhere(
+    places: list[tuple[nn.Module, str]], manifold: SphereProduct, point: Tensor, norm: float
+) -> None:
     """Put a weight on its manifold in every module that holds it; tied weights stay one object."""
     (first, first_leaf), *others = places
     attach(first, first_leaf, manifold, point)
     for module, leaf in others:
         attach(module, leaf, manifold)
         setattr(module, leaf, first.get_parameter(first_leaf))
-
-
-def _scaled_along(action: Action, factors: Tensor, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """New float64 values of the biases and running statistics that change with a weight."""
-    finding = action.finding
-    changed: dict[str, Tensor] = {}
-    if finding is None:
-        return changed
-    for bias in finding.scaled_along:
-        old = current(bias.name)
-        changed[bias.name] = old * gather(factors, bias.groups).reshape(old.shape)
-    seen: set[str] = set()
-    for absorber in finding.absorbers:
-        if absorber.running_mean is None or absorber.running_var is None or absorber.running_var in seen:
-            continue
-        seen.add(absorber.running_var)
-        changed.update(_rescaled_statistics(absorber, factors, current))
-    return changed
-
-
-def _rescaled_statistics(absorber: Absorber, factors: Tensor, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    mean, variance = str(absorber.running_mean), str(absorber.running_var)
-    factor = gather(factors, absorber.groups)
-    reached = torch.tensor(absorber.groups, device=factor.device) >= 0
-    new_variance = rescaled_variance(current(variance), absorber.eps or 0.0, factor)
-    return {
-        mean: current(mean) * factor,
-        variance: torch.where(reached, new_variance, current(variance)),
-    }
+    for module, leaf in places:
+        note_converted(module, leaf, norm)

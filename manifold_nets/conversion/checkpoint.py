@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import geoopt
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manifold_nets.constraints import ConstrainedWeight, attach, constrained_weights, detach, joint_spheres
 from manifold_nets.conversion import storage
 from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
+from manifold_nets.conversion.projection import way_back
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.errors import (
     CheckpointFormatError,
@@ -26,10 +27,7 @@ from manifold_nets.manifold import SphereProduct
 
 __all__ = ["load", "save"]
 
-_PROJECT = (
-    "It was trained by an optimizer that ignores the manifold, cast to another dtype, or edited. To put it back: call "
-    "manifold_nets.project(model). Train with manifold_nets.optim to keep it there."
-)
+_WHY = "It was trained by an optimizer that ignores the manifold, averaged, cast to another dtype, or edited."
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -70,7 +68,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise CheckpointTensorError(path, weight.name, found, "Remove the hook that renames or drops it.")
         manifolds[stored] = weight.manifold
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
-    _require_points(tensors, manifolds, _PROJECT)
+    _require_points(tensors, manifolds, lambda name: f"{_WHY} {way_back(model, name)}")
     storage.write(path, storage.Contents(tensors, manifolds, aliases, tuple(removed_biases(model))))
 
 
@@ -107,12 +105,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if differences:
         raise CheckpointMismatchError(path, type(model).__name__, differences)
     try:
-        _require_points(contents.tensors, contents.manifolds, remedy="")
+        _require_points(contents.tensors, contents.manifolds, lambda _: "")
     except OffManifoldError as error:
         raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     _set_biases(model, contents)
-    model.load_state_dict(contents.expanded())
+    # Before the values, which are looked at when they are loaded.
     _set_manifolds(model, contents)
+    model.load_state_dict(contents.expanded())
     return model
 
 
@@ -173,17 +172,23 @@ def _place(tensor: Tensor) -> tuple[object, ...] | None:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
-def _require_points(tensors: Mapping[str, Tensor], manifolds: Mapping[str, SphereProduct], remedy: str) -> None:
+def _require_points(
+    tensors: Mapping[str, Tensor], manifolds: Mapping[str, SphereProduct], remedy: Callable[[str], str]
+) -> None:
     """Raise `OffManifoldError` where a norm is off by more than rounding explains."""
-    joints: dict[JointSphere, dict[int, Tensor]] = {}
+    joints: dict[JointSphere, dict[int, str]] = {}
     for name, manifold in manifolds.items():
         if isinstance(manifold, JointSphereMember):
-            joints.setdefault(manifold.joint, {})[manifold.place] = tensors[name]
+            joints.setdefault(manifold.joint, {})[manifold.place] = name
         else:
-            manifold.require_point(tensors[name], name, rtol=_rounding(tensors[name], manifold), remedy=remedy)
+            rtol = _rounding(tensors[name], manifold)
+            if not float(manifold.deviations(tensors[name]).max()) <= rtol:
+                manifold.require_point(tensors[name], name, rtol=rtol, remedy=remedy(name))
     for joint, members in joints.items():
-        points = [members[place] for place in sorted(members)]
-        joint.require_point(points, rtol=_rounding(points[0], joint.sphere), remedy=remedy)
+        points = [tensors[members[place]] for place in sorted(members)]
+        rtol = _rounding(points[0], joint.sphere)
+        if not float(joint.deviations(points).max()) <= rtol:
+            joint.require_point(points, rtol=rtol, remedy=remedy(members[0]))
 
 
 def _rounding(stored: Tensor, manifold: SphereProduct) -> float:

@@ -9,6 +9,7 @@ general it is measured, as the difference of the normalization's input with and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,20 +44,29 @@ def dead_bias_actions(model: nn.Module, report: SymmetryReport) -> list[Action]:
     shifts = _measured(model, possible, report.example_inputs)
     actions = []
     for shift in dead:
-        found = reasons.get(id(shift), shifts.get(id(shift)))
+        why = reasons.get(id(shift))
+        found = shifts.get(id(shift), _Shifts()) if why is None else why
         if isinstance(found, str):
-            actions.append(_action(shift, "leave", found))
+            actions.append(_action(shift, "leave", found, _Shifts()))
         else:
-            means = ", ".join(found or {})
+            means = ", ".join(found.of)
             follows = f"; {means} takes it up" if means else ""
             reason = f"it does nothing: its key leaves the state_dict{follows}"
-            actions.append(_action(shift, "remove", reason, found or {}))
+            actions.append(_action(shift, "remove", reason, found))
     return actions
 
 
-def _action(shift: ShiftSymmetry, what: Any, reason: str, shifts: dict[str, tuple[float, ...]] | None = None) -> Action:
+@dataclass(frozen=True)
+class _Shifts:
+    """What a bias adds to running means, and whether that is the bias itself, whatever its values are."""
+
+    of: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    direct: bool = True
+
+
+def _action(shift: ShiftSymmetry, what: Any, reason: str, found: _Shifts) -> Action:
     return Action(
-        shift.parameters[0], what, reason, remedy="dead-biases", symmetry=shift, shifts=shifts or {}
+        shift.parameters[0], what, reason, remedy="dead-biases", symmetry=shift, shifts=found.of, direct=found.direct
     )  # fmt: skip
 
 
@@ -82,41 +92,63 @@ def _why_left(
     return None
 
 
-def _measured(
-    model: nn.Module, shifts: Sequence[ShiftSymmetry], example_inputs: Any
-) -> dict[int, dict[str, tuple[float, ...]] | str]:
+def _measured(model: nn.Module, shifts: Sequence[ShiftSymmetry], example_inputs: Any) -> dict[int, _Shifts | str]:
     """For each bias its shift of every running mean behind it, or why there is none."""
-    found: dict[int, dict[str, tuple[float, ...]] | str] = {id(shift): {} for shift in shifts}
+    found: dict[int, _Shifts | str] = {id(shift): _Shifts() for shift in shifts}
     waiting = [shift for shift in shifts if _means(shift)]
     if not waiting:
         return found
     twin, inputs = analysis_copy(model), to_float64(split_inputs(example_inputs))
     reference = _inputs_of(twin, {mean for shift in waiting for mean in _means(shift)}, inputs)
-    while waiting:
-        # Biases without a running mean in common are measured in one pass.
-        together: list[ShiftSymmetry] = []
-        for shift in waiting:
-            if all(_means(shift).isdisjoint(_means(other)) for other in together):
-                together.append(shift)
-        waiting = [shift for shift in waiting if not any(shift is other for other in together)]
-        without = _inputs_without([shift.parameters[0] for shift in together], twin, together, inputs)
-        for shift in together:
-            found[id(shift)] = _shifts_of(twin, shift, reference, without)
+    biases = {shift.parameters[0]: twin.get_parameter(shift.parameters[0]).detach().clone() for shift in waiting}
+    # A change that is like no other shows what arrives as it is, also where the bias itself is zero; what arrives as
+    # something else is measured with the bias.
+    for changes, probing in ((_probes(biases), True), ({name: -bias for name, bias in biases.items()}, False)):
+        waiting, left = [], waiting
+        while left:
+            # Biases without a running mean in common are measured in one pass.
+            together: list[ShiftSymmetry] = []
+            for shift in left:
+                if all(_means(shift).isdisjoint(_means(other)) for other in together):
+                    together.append(shift)
+            left = [shift for shift in left if not any(shift is other for other in together)]
+            names = [shift.parameters[0] for shift in together]
+            moved = _inputs_changed({name: changes[name] for name in names}, twin, together, inputs)
+            for name, shift in zip(names, together, strict=True):
+                measured = _shifts_of(twin, shift, reference, moved, changes[name])
+                if isinstance(measured, str):
+                    found[id(shift)] = measured
+                elif not probing:
+                    found[id(shift)] = _Shifts({m: tuple((-v).tolist()) for m, v in measured.items()}, direct=False)
+                elif all(torch.equal(by_channel, changes[name]) for by_channel in measured.values()):
+                    found[id(shift)] = _Shifts(dict.fromkeys(measured, tuple(biases[name].tolist())))
+                else:
+                    waiting.append(shift)
     return found
+
+
+def _probes(biases: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A change of each bias with entries of its size, no two alike."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (0.5 + torch.rand(bias.shape, generator=generator, dtype=torch.float64)).to(bias.device)
+        * max(float(bias.abs().max()), 1.0)
+        for name, bias in biases.items()
+    }
 
 
 def _means(shift: ShiftSymmetry) -> set[str]:
     return {absorber.running_mean for absorber in shift.absorbers if absorber.running_mean is not None}
 
 
-def _inputs_without(
-    names: Sequence[str], twin: nn.Module, shifts: Sequence[ShiftSymmetry], inputs: Any
+def _inputs_changed(
+    changes: dict[str, Tensor], twin: nn.Module, shifts: Sequence[ShiftSymmetry], inputs: Any
 ) -> dict[str, list[Tensor]]:
     parameters = dict(twin.named_parameters(remove_duplicate=False))
-    saved = {name: parameters[name].detach().clone() for name in names}
+    saved = {name: parameters[name].detach().clone() for name in changes}
     with torch.no_grad():
-        for name in names:
-            parameters[name].zero_()
+        for name, change in changes.items():
+            parameters[name].add_(change)
         try:
             return _inputs_of(twin, {mean for shift in shifts for mean in _means(shift)}, inputs)
         finally:
@@ -158,20 +190,24 @@ def _inputs_of(twin: nn.Module, means: set[str], inputs: Any) -> dict[str, list[
 
 
 def _shifts_of(
-    twin: nn.Module, shift: ShiftSymmetry, reference: dict[str, list[Tensor]], without: dict[str, list[Tensor]]
-) -> dict[str, tuple[float, ...]] | str:
-    bias = twin.get_parameter(shift.parameters[0]).detach()
+    twin: nn.Module,
+    shift: ShiftSymmetry,
+    reference: dict[str, list[Tensor]],
+    moved: dict[str, list[Tensor]],
+    change: Tensor,
+) -> dict[str, Tensor] | str:
+    """What a change of a bias adds to each running mean, or why there is no such constant."""
     found = {}
     for mean in sorted(_means(shift)):
         channels = twin.get_buffer(mean).numel()
-        if len(reference[mean]) != 1 or len(without[mean]) != 1 or reference[mean][0].shape[1] != channels:
+        if len(reference[mean]) != 1 or len(moved[mean]) != 1 or reference[mean][0].shape[1] != channels:
             return f"{mean} is not the running mean of one normalization that is called once"
-        difference = (reference[mean][0] - without[mean][0]).transpose(0, 1).flatten(1)
+        difference = (moved[mean][0] - reference[mean][0]).transpose(0, 1).flatten(1)
         by_channel = difference.mean(1)
-        limit = _CONSTANT * max(float(bias.abs().max()), float(by_channel.abs().max()))
+        limit = _CONSTANT * max(float(change.abs().max()), float(by_channel.abs().max()))
         if not float((difference - by_channel[:, None]).abs().max()) <= limit:
             return f"it is not a constant in front of {mean}"
         # Where the bias itself arrives, no rounding need come in between.
-        same = by_channel.shape == bias.shape and float((by_channel - bias).abs().max()) <= limit
-        found[mean] = tuple((bias if same else by_channel).tolist())
+        same = by_channel.shape == change.shape and float((by_channel - change).abs().max()) <= limit
+        found[mean] = change if same else by_channel
     return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from manifold_nets.constraints import constrained_weights, detach
+from manifold_nets.constraints import constrained_weights, copy_attributes, detach
 from manifold_nets.conversion.apply import _RECORD
 from manifold_nets.conversion.biases import put_back_bias, removed_biases
+from manifold_nets.conversion.loading import leave_as_loaded
+from manifold_nets.conversion.moves import forget_moves
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.symmetry.network.twin import duplicate
@@ -22,11 +24,11 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Every weight on a `SphereProduct` becomes a `torch.nn.Parameter`, and the ``UnitNorm*`` layers become the torch
     layers of the same name. Biases that conversion removed come back as zeros, so that the keys are those of the
     architecture. Nothing is computed: a weight that drifted off its sphere is given back as it is. Tied
-    weights, ``requires_grad``, gradients, the training mode, buffers, and the hooks of modules are kept.
+    weights, ``requires_grad``, gradients, the training mode, buffers, attributes of parameters, and the hooks of
+    modules and parameters are kept.
 
     Parameters on other manifolds of geoopt are left alone, and so are classes that were derived from a ``UnitNorm*``
-    layer. Hooks on a replaced parameter object, and optimizers that hold it, stay with that object: build optimizers
-    after reverting.
+    layer. Optimizers that hold a replaced parameter object stay with it: build optimizers after reverting.
 
     Args:
         model: a converted model, or one with ``UnitNorm*`` layers; one with nothing constrained is merely copied.
@@ -52,6 +54,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     replace_everywhere(plain, replaced)
     for module in plain.modules():
         module.__dict__.pop(_RECORD, None)
+        forget_moves(module)
+        leave_as_loaded(module)
         if type(module) in _PLAIN_LAYERS:
             # The same object with another class: whatever else refers to the layer, or hooks on it, goes on working.
             module.__class__ = _PLAIN_LAYERS[type(module)]
@@ -59,9 +63,10 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    """Deep copy, with the gradients, which copying a parameter drops."""
+    """Deep copy, with the gradients, attributes and hooks of parameters, which copying drops."""
     copied = duplicate(model)
     for old, new in zip(model.parameters(), copied.parameters(), strict=True):
+        copy_attributes(old, new, share=False)
         if old.grad is not None:
             new.grad = old.grad.detach().clone()
     return copied

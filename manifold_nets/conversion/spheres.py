@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry import Absorber, WeightFinding
 
-__all__ = ["sphere_action", "sphere_of"]
+__all__ = ["sphere_action", "sphere_of", "why_norms_stay"]
 
 # A running variance whose rounding is magnified by more than this is not exact in evaluation mode any more.
 LARGEST_CANCELLATION = 8.0
@@ -75,15 +76,9 @@ def _invariant(
     partition = finding.partition
     unit = Action(finding.name, "sphere", "", partition, "unit", finding=finding)
     _, factors = sphere_of(unit, weight)
-    why_keep = "asked for" if radius == "keep" else _obstacle(finding, weight, state, factors)
-    deviation = None
-    if why_keep is None:
-        deviation = max((_deviation(a, state, factors) for a in finding.absorbers), default=0.0)
-        if not deviation <= tolerance:
-            why_keep = (
-                f"unit radius would change its training-mode output by {deviation:.1e} through eps, more than "
-                f"train_tolerance={tolerance:g}"
-            )
+    why_keep, deviation = "asked for", None
+    if radius == "unit":
+        why_keep, deviation = why_norms_stay(finding.absorbers, weight.dtype, state, factors, tolerance)
     if why_keep is not None:
         reason = f"keeps its norms as radii: {why_keep}"
         return Action(finding.name, "sphere", reason, partition, "keep", 0.0, finding)
@@ -91,18 +86,44 @@ def _invariant(
     return Action(finding.name, "sphere", reason, partition, "unit", deviation, finding)
 
 
-def _obstacle(finding: WeightFinding, weight: Tensor, state: dict[str, Tensor], factors: Tensor) -> str | None:
+def why_norms_stay(
+    absorbers: Sequence[Absorber], dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor, tolerance: float
+) -> tuple[str | None, float | None]:
+    """Return why a weight cannot be rescaled to unit radius, or None, and what that changes in training mode.
+
+    Args:
+        absorbers: the normalizations behind the weight.
+        dtype: that of the weight.
+        state: parameters and buffers by name.
+        factors: the factor of each group.
+        tolerance: largest relative change of a layer's normalized training output.
+    """
+    why = _obstacle(absorbers, dtype, state, factors)
+    if why is not None:
+        return why, None
+    deviation = max((_deviation(a, state, factors) for a in absorbers), default=0.0)
+    if not deviation <= tolerance:
+        why = (
+            f"unit radius would change its training-mode output by {deviation:.1e} through eps, more than "
+            f"train_tolerance={tolerance:g}"
+        )
+    return why, deviation
+
+
+def _obstacle(
+    absorbers: Sequence[Absorber], dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor
+) -> str | None:
     """Why the rescaling to unit radius could not be exact in evaluation mode, or None."""
-    if weight.dtype in (torch.float16, torch.bfloat16):
+    if dtype in (torch.float16, torch.bfloat16):
         return "rescaling half-precision weights would round every entry"
-    for absorber in finding.absorbers:
+    for absorber in absorbers:
         if absorber.kind != "batch" or absorber.running_var is None or absorber.running_mean is None:
             return f"{absorber} has no running statistics that could take up its eps"
         if -2 in absorber.groups:
             return f"{absorber} absorbs a product of scales"
         if len(absorber.variances) != len(absorber.groups):
             return f"the batch variances in front of {absorber} are not known"
-        same = [a for a in finding.absorbers if a.running_var == absorber.running_var]
+        same = [a for a in absorbers if a.running_var == absorber.running_var]
         if any(a.groups != absorber.groups for a in same) or len(same) != absorber.calls:
             return f"the running statistics of {absorber} are shared with another tensor"
         factor = gather(factors, absorber.groups)
@@ -111,7 +132,7 @@ def _obstacle(finding: WeightFinding, weight: Tensor, state: dict[str, Tensor], 
     return None
 
 
-def _deviation(absorber: Absorber, state: dict[str, Tensor], factors: Tensor) -> float:
+def _deviation(absorber: Absorber, state: Mapping[str, Tensor], factors: Tensor) -> float:
     """Relative change of the training-mode output over the channels that this weight scales."""
     factor = gather(factors, absorber.groups)
     reached = torch.tensor(absorber.groups, device=factor.device) >= 0

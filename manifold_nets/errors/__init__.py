@@ -26,6 +26,8 @@ from manifold_nets.errors.constraints import (
     JointSphereError,
     OffManifoldError,
     PartitionError,
+    PlainStateError,
+    ProjectionError,
 )
 from manifold_nets.errors.conversion import (
     ExportError,
@@ -47,6 +49,7 @@ from manifold_nets.errors.models import (
 from manifold_nets.errors.optimizers import (
     ConstraintLostError,
     EuclideanStepError,
+    LearningRateWarning,
     NativeKernelError,
     OptimizerStateError,
     ParameterGroupError,
@@ -71,6 +74,7 @@ __all__ = [
     "ExportError",
     "FunctionChangedError",
     "JointSphereError",
+    "LearningRateWarning",
     "LossError",
     "ManifoldNetsError",
     "MissingExtraError",
@@ -87,7 +91,9 @@ __all__ = [
     "ParameterGroupError",
     "ParameterNameError",
     "PartitionError",
+    "PlainStateError",
     "PlanError",
+    "ProjectionError",
     "ReportMismatchError",
     "SelectionError",
     "SphereOptionError",

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 from manifold_nets.errors.base import ManifoldNetsError, listed
 
-__all__ = ["ConstraintError", "DegenerateGroupError", "JointSphereError", "OffManifoldError", "PartitionError"]
+__all__ = [
+    "ConstraintError",
+    "DegenerateGroupError",
+    "JointSphereError",
+    "OffManifoldError",
+    "PartitionError",
+    "PlainStateError",
+    "ProjectionError",
+]
 
 
 class PartitionError(ManifoldNetsError, ValueError):
@@ -61,3 +69,22 @@ class ConstraintError(ManifoldNetsError, ValueError):
 
     def __init__(self, name: str, found: str, expected: str) -> None:
         super().__init__(f"{name}: found {found}; expected {expected}. Name a weight of the module that fits.")
+
+
+class PlainStateError(ManifoldNetsError, ValueError):
+    """A state of a plain network cannot be converted while it is loaded into a converted model."""
+
+    def __init__(self, name: str, found: str, remedy: str) -> None:
+        super().__init__(f"{name}: {found}. {remedy}")
+        self.name = name
+
+
+class ProjectionError(ManifoldNetsError, ValueError):
+    """Putting a weight on its spheres would change what its model computes."""
+
+    def __init__(self, name: str, why: str, remedy: str) -> None:
+        super().__init__(
+            f"{name}: putting it on its spheres would change what the model computes: {why}; nothing was changed. "
+            f"{remedy}"
+        )
+        self.name = name

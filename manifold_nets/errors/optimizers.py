@@ -9,6 +9,7 @@ from manifold_nets.errors.base import ManifoldNetsError, listed
 __all__ = [
     "ConstraintLostError",
     "EuclideanStepError",
+    "LearningRateWarning",
     "NativeKernelError",
     "OptimizerStateError",
     "ParameterGroupError",
@@ -86,11 +87,11 @@ class ParameterGroupError(ManifoldNetsError, ValueError):
 class OptimizerStateError(ManifoldNetsError, ValueError):
     """The saved state of an optimizer does not fit the spheres of a live weight."""
 
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"state of {name}: found {found}; expected {expected}; nothing was loaded. Load the state of the same kind "
-            "of optimizer for a model converted in the same way, or start without it."
+    def __init__(self, name: str, found: str, expected: str, remedy: str = "") -> None:
+        remedy = remedy or (
+            "Load the state of the same kind of optimizer for a model converted in the same way, or start without it."
         )
+        super().__init__(f"state of {name}: found {found}; expected {expected}; nothing was loaded. {remedy}")
 
 
 class NativeKernelError(ManifoldNetsError, RuntimeError):
@@ -101,3 +102,24 @@ class NativeKernelError(ManifoldNetsError, RuntimeError):
             f"fused=True: found {reason}; expected the compiled kernel for weights on spheres; nothing was changed. "
             "Install a C compiler, or leave fused out: without the kernel, steps are taken by torch's operations."
         )
+
+
+class LearningRateWarning(UserWarning):
+    """Converted weights would be trained at the learning rate of the plain network, which means something else there.
+
+    Args:
+        names: the weights.
+        rate: their rate.
+        matched: the rate on spheres that matches it, the median over the weights.
+        formula: where that comes from.
+    """
+
+    def __init__(self, names: Sequence[str], rate: float, matched: float, formula: str) -> None:
+        super().__init__(
+            f"{listed(names, 3)}: converted weights get the learning rate {rate:g} of the plain parameters, but a rate "
+            f"on spheres means something else. In the median {matched:.3g} matches the plain network's next step "
+            f"({formula}). Pass manifold_nets.param_groups(model, sphere_lr={matched:.3g}), or the rates of all "
+            "weights, from manifold_nets.matched_learning_rates(…).by_weight(); "
+            f"sphere_lr={rate:g} keeps the rate as it is."
+        )
+        self.names, self.rate, self.matched = tuple(names), rate, matched

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.errors import OptionError
+from manifold_nets.constraints import converted_norms, holds_manifolds
+from manifold_nets.errors import LearningRateWarning, OptionError
+from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -23,7 +27,7 @@ from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.executions.traced import register, standing_in, step_group_
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
+from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision, ordered_by_name
 
 __all__ = ["SphereOptimizer"]
 
@@ -43,12 +47,40 @@ class SphereOptimizer(torch.optim.Optimizer):
 
     _sphere_defaults: Mapping[str, Any] = {"compile": None, "master_weights": False}
 
+    # Numbers of the groups that were given a learning rate of their own.
+    _own_rate: tuple[int, ...] = ()
+
     def _prepare(self, **options: Any) -> None:
         """Take the options that torch's optimizer does not have, before it makes the groups."""
         if options["compile"] and (options["fused"] or options["foreach"]):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
+        holds_manifolds(self)
+
+    def _warn_of_plain_rates(self, ratio: Callable[[float, int], float], formula: str) -> None:
+        """Warn where converted weights were given no learning rate of their own beside the plain parameters.
+
+        Args:
+            ratio: gives, for a norm and a number of entries, the matched rate on spheres over the plain rate.
+            formula: the same in words.
+        """
+        plain = {float(g["lr"]) for g in self.param_groups if None in g["manifolds"]}
+        shared = [
+            (name_of(group, number, index), weight, manifold, float(group["lr"]))
+            for number, group in enumerate(self.param_groups)
+            if number not in self._own_rate and float(group["lr"]) in plain
+            for index, weight, manifold in constrained_of(group)
+        ]
+        norms = converted_norms(weight for _, weight, _, _ in shared)
+        found = [
+            (name, ratio(norms[id(w)], m.partition.group_size), rate) for name, w, m, rate in shared if id(w) in norms
+        ]
+        # Half or twice the rate is nothing to speak of.
+        if found and not 0.5 <= (middle := statistics.median(r for _, r, _ in found)) <= 2:
+            rate = found[0][2]
+            warning = LearningRateWarning([name for name, _, _ in found], rate, rate * middle, formula)
+            warnings.warn(warning, stacklevel=3)  # who makes the optimizer
 
     def _before_step(self) -> None:
         """Check what the torch optimizer of the same name checks before a step."""
@@ -186,6 +218,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
             manifolds = resolve_manifolds({**self.defaults, **param_group}, len(self.param_groups))
             param_group["manifolds"] = manifolds
+            if "lr" in param_group:
+                self._own_rate = (*self._own_rate, len(self.param_groups))
             for name, default in self._sphere_defaults.items():
                 param_group.setdefault(name, self.defaults.setdefault(name, default))
         super().add_param_group(param_group)
@@ -216,17 +250,22 @@ class SphereOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; the manifolds stay those of the live parameters, and the saved ones have to agree.
 
+        Where both sides have the names of all parameters, as `manifold_nets.param_groups` gives them, groups and
+        parameters are matched by name, in whatever order they were saved; else by order, as torch does.
+
         Second moments of half-precision weights stay in float32, where torch rounds a state to its parameter's dtype.
 
         Raises:
-            OptimizerStateError: the state was saved for other spheres or by another kind of optimizer; nothing was
-                changed.
+            OptimizerStateError: the state was saved for other parameters or spheres, or by another kind of optimizer;
+                nothing was changed.
         """
         final: list[dict[str, Any]] = []
 
-        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
-            check_loaded(self, loaded, self._moments)
-            final.append(loaded)
+        def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            ordered = ordered_by_name(self, loaded)
+            check_loaded(self, ordered, self._moments)
+            final.append(ordered)
+            return ordered
 
         # Checked after, and completed before, any hook of the user's: they decide what is loaded and see the outcome.
         first = self.register_load_state_dict_pre_hook(check)
@@ -242,6 +281,21 @@ class SphereOptimizer(torch.optim.Optimizer):
         live = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self._number = register(self)
+        holds_manifolds(self)
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
                 group["manifolds"] = old["manifolds"]
+
+    def _change_manifolds(self, new: Mapping[int, SphereProduct]) -> None:
+        """Take other manifolds of the same groups, by the `id` of the present ones; directions of moments stay."""
+        for group in self.param_groups:
+            for index, weight, manifold in constrained_of(group):
+                other = new.get(id(manifold))
+                if other is None:
+                    continue
+                group["manifolds"][index] = other
+                ratio = other.partition.spread((other.radii / manifold.radii).to(weight.device))
+                for key in ("momentum_buffer", "exp_avg"):
+                    moment = self.state.get(weight, {}).get(key)
+                    if moment is not None:
+                        write_whole_(moment, other.partition.multiply(whole(moment), ratio.to(moment.dtype)))

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import geoopt
-import torch
 from torch import Tensor
 
-from manifold_nets.constraints import lost_constraints
+from manifold_nets.constraints import NEAR, lost_constraints
 from manifold_nets.errors import (
     ConstraintLostError,
     ParameterGroupError,
@@ -25,9 +24,11 @@ __all__ = ["constrained_of", "name_of", "resolve_manifolds"]
 
 Group = dict[str, Any]
 
-# A weight that has been through half precision counts as on its spheres: the first step puts it back exactly. One
-# that was made for other spheres, or for none, is farther off than this.
-_RTOL = torch.finfo(torch.bfloat16).eps
+_PUT_BACK = (
+    "Put it back first: manifold_nets.project(model) scales what was converted with it along, so that the output "
+    "stays, or says why it cannot; `weight.copy_(manifold.projx(weight))` under torch.no_grad() scales the weight "
+    "alone."
+)
 
 
 def constrained_of(group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
@@ -79,7 +80,7 @@ def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
     for weight, manifold, name in zip(tensors, manifolds, names, strict=True):
         if manifold is not None:
             _require_trainable(weight, manifold, name, group)
-    require_together(tensors, manifolds, rtol=_RTOL, remedy="Put it back first: manifold_nets.project(model).")
+    require_together(tensors, manifolds, rtol=NEAR, remedy="Put it back first: manifold_nets.project(model).")
     return manifolds
 
 
@@ -114,9 +115,4 @@ def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group
     whole = getattr(weight, "full_tensor", None)
     point = (whole() if whole is not None else weight).detach()
     refuse_degenerate(manifold.partition.norms(point), name)
-    manifold.require_point(
-        point,
-        name,
-        rtol=_RTOL,
-        remedy="Put it back: `weight.copy_(manifold.projx(weight))` under torch.no_grad() first.",
-    )
+    manifold.require_point(point, name, rtol=NEAR, remedy=_PUT_BACK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -120,6 +121,9 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+        if type(self) is RiemannianAdam:
+            formula = "η√d/n for filters of d entries and norm n before the conversion"
+            self._warn_of_plain_rates(lambda norm, size: math.sqrt(size) / norm, formula)
 
     def _before_step(self) -> None:
         self._accelerator_graph_capture_health_check()

@@ -103,6 +103,8 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        if type(self) is RiemannianSGD:
+            self._warn_of_plain_rates(lambda norm, _: 1 / norm**2, "η/n² for filters of norm n before the conversion")
 
     def _step_plain(self, group: Group) -> None:
         params: list[Tensor] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from manifold_nets.errors import OptimizerStateError
+from manifold_nets.errors.base import listed
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.inputs import PER_SPHERE, WIDE
 from manifold_nets.optim.membership import constrained_of, name_of
 
-__all__ = ["check_loaded", "describe_manifolds", "keep_precision"]
+__all__ = ["check_loaded", "describe_manifolds", "keep_precision", "ordered_by_name"]
 
 StateDict = dict[str, Any]
 
@@ -24,6 +26,62 @@ def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
     """Replace the manifolds in a state dict by what `SphereProduct.to_dict` says, which every tool can store."""
     for group in state_dict["param_groups"]:
         group["manifolds"] = [manifold and manifold.to_dict() for manifold in group["manifolds"]]
+
+
+# What wrappers put into the names of parameters.
+_WRAPPERS = re.compile(r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def _names(group: dict[str, Any]) -> list[str] | None:
+    """The names of a group's parameters, None where they are not known.
+
+    Tools that reshard a state put names in the place of parameters, perhaps in another order than ``"param_names"``.
+    """
+    params = group["params"]
+    names = params if params and all(isinstance(p, str) for p in params) else group.get("param_names")
+    return None if names is None or len(names) != len(params) else [_WRAPPERS.sub("", str(name)) for name in names]
+
+
+def ordered_by_name(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
+    """Return a state with groups and parameters in the order of the optimizer's, where both sides have all names.
+
+    torch goes by the order alone, and gives each weight the state of another one where it differs.
+
+    Raises:
+        OptimizerStateError: the names differ, or stand in other groups.
+    """
+    groups = state_dict["param_groups"]
+    live, saved = [_names(g) for g in optimizer.param_groups], [_names(g) for g in groups]
+    known = [names for names in live if names is not None], [names for names in saved if names is not None]
+    if len(known[0]) < len(live) or len(known[1]) < len(saved) or known[0] == known[1]:
+        return state_dict
+    first, second = (list(chain.from_iterable(names)) for names in known)
+    if len(set(first)) < len(first) or len(set(second)) < len(second):
+        return state_dict
+    missing, extra = [n for n in first if n not in set(second)], [n for n in second if n not in set(first)]
+    if missing or extra:
+        found = f"{listed(extra)}, which this optimizer does not have" if extra else "no such parameters"
+        raise OptimizerStateError(listed(missing or extra), found, "the names of the optimizer's parameters")
+    by_members = {frozenset(names): group for names, group in zip(known[1], groups, strict=True)}
+    ordered = []
+    for number, names in enumerate(known[0]):
+        source = by_members.get(frozenset(names))
+        if source is None:
+            together = next(other for other in known[1] if names[0] in other)
+            raise OptimizerStateError(f"group {number}", f"{names[0]} in a group of {listed(together)}", listed(names))
+        ordered.append(_reordered(source, names))
+    return {**state_dict, "param_groups": ordered}
+
+
+def _reordered(group: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A saved group with its parameters in the order of some names."""
+    new, places = dict(group), {name: place for place, name in enumerate(_names(group) or ())}
+    new["params"] = [group["params"][places[name]] for name in names]
+    own = [_WRAPPERS.sub("", str(name)) for name in group.get("param_names", ())]
+    for key in ("param_names", "manifolds"):
+        if sorted(own) == sorted(names) and len(group.get(key, ())) == len(own):
+            new[key] = [group[key][own.index(name)] for name in names]
+    return new
 
 
 def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moments: Collection[str]) -> None:
@@ -35,8 +93,7 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
         moments: what the state of every constrained weight holds, once it has one.
     """
     saved_groups = state_dict["param_groups"]
-    if [len(g["params"]) for g in optimizer.param_groups] != [len(g["params"]) for g in saved_groups]:
-        return  # torch refuses this, in its own words
+    _check_sizes(optimizer, saved_groups)
     for number, saved in enumerate(saved_groups):
         _check_group(optimizer, number, saved)
     for name, weight, manifold, state in _constrained_states(optimizer, state_dict):
@@ -47,6 +104,25 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
             wanted = manifold.partition.spread_shape if key in PER_SPHERE else tuple(weight.shape)
             if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != wanted:
                 raise OptimizerStateError(name, f"{key} of shape {tuple(value.shape)}", f"shape {wanted}")
+
+
+def _check_sizes(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]]) -> None:
+    """Raise where the groups of a state are others, as those of a plain optimizer are."""
+    live, saved = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved_groups))
+    if live == saved:
+        return
+    remedy = ""
+    if not any("manifolds" in group for group in saved_groups):
+        remedy = (
+            "This is the state of a plain optimizer: load it into one, for the plain network, and carry its moments "
+            "over with manifold_nets.optim.carry_momentum(plain, its_optimizer, model, optimizer)."
+        )
+    raise OptimizerStateError("the parameter groups", f"{_sizes(saved)}", f"{_sizes(live)}", remedy)
+
+
+def _sizes(counts: list[int]) -> str:
+    groups = "1 group" if len(counts) == 1 else f"{len(counts)} groups"
+    return f"{groups} of {listed(counts)} parameters"
 
 
 def _check_group(optimizer: torch.optim.Optimizer, number: int, saved: dict[str, Any]) -> None:

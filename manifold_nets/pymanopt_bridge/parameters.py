@@ -13,6 +13,7 @@ from pymanopt.manifolds import Euclidean, Product
 from torch import nn
 
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.conversion.projection import way_back
 from manifold_nets.errors import UnsupportedManifoldError
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -109,7 +110,7 @@ def point_of(model: nn.Module) -> Point:
         if name in spheres:
             sphere = spheres[name]
             sphere.refuse_degenerate(value, name)
-            remedy = "Put it back: `weight.copy_(manifold.projx(weight))` under torch.no_grad() first."
+            remedy = way_back(model, name)
             sphere.require_point(value, name, rtol=_DECIMALS_LEFT, remedy=remedy)
             value = sphere.projx(value)
         point.append(value.numpy().reshape(value.shape or (1,)))

@@ -70,7 +70,8 @@ def from_table(name: str) -> Make:
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         if row.weights == "spheres":
-            groups = param_groups(model, weight_decay=settings.weight_decay)
+            # The rate is the one that is tuned, for spheres and all else.
+            groups = param_groups(model, weight_decay=settings.weight_decay, sphere_lr=rate)
         else:
             groups = scaled_metric_groups(model, _filters(model), weight_decay=settings.weight_decay)
         options = dict(row.options) if row.adaptive else {"momentum": settings.momentum, **row.options}
