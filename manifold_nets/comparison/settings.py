@@ -118,6 +118,10 @@ class Settings(PlainRecord):
     def _require_meaning(self) -> None:
         rates, finite = self.learning_rates, math.isfinite
         self._require("learning_rates", all(finite(r) and r > 0 for r in rates), "positive finite numbers")
+        for name in ("task", "model", "optimizers"):
+            texts = getattr(self, name)
+            shown = all(text and text.isprintable() for text in ((texts,) if isinstance(texts, str) else texts))
+            self._require(name, shown, "names without control characters")
         self._require("seeds", all(0 <= s < 2**31 for s in self.seeds), "integers from 0")
         self._require("epochs", self.epochs >= 1, "at least 1")
         self._require("batch_size", self.batch_size >= 1, "at least 1")
