@@ -202,14 +202,14 @@ def _compared(summary: Summary, best: ContestantSummary, tied: Sequence[str]) ->
     unknown = [name for name, found in pairs.items() if any(math.isnan(d.adjusted_p) for d in found)]
     apart = [name for name, found in pairs.items() if all(d.differs(SIGNIFICANCE) for d in found)]
     rest = [name for name in pairs if name not in (*unknown, *apart)]
-    subject, one = _and(tied), len(tied) == 1
+    subject, single = _and(tied), len(tied) == 1
     corrected = sum(not math.isnan(d.adjusted_p) for d in summary.differences)
     level = f"(5 % level{f', corrected for {corrected} pairs' if corrected > 1 else ''})"
     told = []
     if apart:
-        told.append(f"{subject} {'differs' if one else 'differ'} significantly from {_and(apart)} {level}.")
+        told.append(f"{subject} {'differs' if single else 'differ'} significantly from {_and(apart)} {level}.")
     if rest:
-        told.append(f"{subject} {'does' if one else 'do'} not differ significantly from {_and(rest, 'or')} {level}.")
+        told.append(f"{subject} {'does' if single else 'do'} not differ significantly from {_and(rest, 'or')} {level}.")
     if unknown:
         told.append(f"Too few runs of {_and(unknown)} have a test error for a test of the difference.")
     return told
