@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import shlex
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from manifold_nets.comparison import Comparison, Settings
-from manifold_nets.comparison.contestants import CONTESTANTS
-from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
+from manifold_nets.comparison.entry import compare_settings
 from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
+from manifold_nets.comparison.joining import join_comparison, study_name
 from manifold_nets.comparison.records import Schedule
+from manifold_nets.comparison.starts import foreign_code
+from manifold_nets.comparison.storage import PASSWORD_VARIABLE, needs_password, redacted
 from manifold_nets.comparison.tasks import load_task
 from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.errors import ManifoldNetsError
 
 from .outcome import running_code_of
-from .progress import shown_progress
 from .render import complain, put_out
 
 __all__ = ["compare"]
@@ -88,7 +91,13 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
     "--task", default="digits", show_default=True, help="digits, mnist, fashion-mnist, idx, camvid, or F.py:F."
 )
 @click.option("--model", default="mlp:100,100", show_default=True, help="mlp:…, resnet:…, segnet-basic, or any MODEL.")
-@click.option("--optimizers", type=_Names(), default="sgd,adam,rsgd,radam", show_default=True, help="The contestants.")
+@click.option(
+    "--optimizers",
+    type=_Names(),
+    default="sgd,adam,rsgd,radam",
+    show_default=True,
+    help="Names, or F.py:CLASS of yours.",
+)
 @click.option("--lr", "learning_rates", type=_Rates(), default="1e-3:1:7", show_default=True, help="Or A,B,…")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
 @click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the data.")
@@ -122,8 +131,13 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads of a run.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that do runs.")
 @click.option("--output", type=_FOLDER, metavar="DIR", help="Folder of the runs and the report.")
-@click.option("--storage", metavar="URL", help="Shared PostgreSQL or MySQL database, for several machines.")
+@click.option(
+    "--storage",
+    metavar="URL",
+    help=f"Shared PostgreSQL or MySQL database, for several machines; password in {PASSWORD_VARIABLE}[_FILE].",
+)
 @click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
+@click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; once for each.")
 @click.option("--report-only", type=_FOLDER, metavar="DIR", help="Write the report of a finished comparison anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 @click.pass_context
@@ -136,6 +150,7 @@ def compare(
     output: Path | None,
     storage: str | None,
     workers: int,
+    allow: tuple[str, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -146,7 +161,7 @@ def compare(
     """
     try:
         with running_code_of(worker or f"{options['model']} on {options['task']}"):
-            finished = _carry_out(worker, report_only, output, storage, workers, options)
+            finished = _carry_out(worker, report_only, output, storage, workers, allow, options)
         if finished is not None:
             _show(*finished, as_json)
     except (ManifoldNetsError, OSError) as error:
@@ -164,6 +179,7 @@ def _carry_out(
     output: Path | None,
     storage: str | None,
     workers: int,
+    allow: tuple[str, ...],
     options: dict[str, Any],
 ) -> tuple[Comparison, Path] | None:
     """Do what was asked for; return the comparison and its folder, or None for a worker, which has neither."""
@@ -176,24 +192,29 @@ def _carry_out(
     if worker is not None:
         if storage is None:
             raise click.UsageError("--worker without --storage; give the URL of the shared database.")
-        with shown_progress() as progress:
-            join_comparison(storage, worker, workers=workers, progress=progress)
+        allowed = {*allow, options["task"], options["model"], *options["optimizers"]}
+        join_comparison(storage, worker, workers=workers, progress=True, allow=allowed)
         return None
     if output is None:
         raise click.UsageError("without --output; give the folder for the runs and the report.")
     settings = _settings(options)
     if storage is not None:
-        command = f"manifold-nets compare --worker {study_name(settings)} --storage '{storage}'"
-        click.echo(f"One more worker, on any machine with the same packages: {command}", err=True)
-    with shown_progress() as progress:
-        found = compare_settings(settings, output, workers=workers, storage=storage, progress=progress)
-    return found, output
+        click.echo(f"One more worker, on any machine with {_worker(settings, storage, output)}", err=True)
+    return compare_settings(settings, output, workers=workers, storage=storage, progress=True), output
+
+
+def _worker(settings: Settings, storage: str, output: Path) -> str:
+    """What a machine needs to help, and the command, which has no password in it."""
+    shown = redacted(storage)
+    words = ["manifold-nets", "compare", "--worker", study_name(settings, output), "--storage", shown]
+    for spec in foreign_code(settings):
+        words += ["--allow", spec]
+    secret = shown != storage or (needs_password(storage) and PASSWORD_VARIABLE in os.environ)
+    needed = f"the same packages{f' and the password in {PASSWORD_VARIABLE}' if secret else ''}"
+    return f"{needed}: {shlex.join(words)}"
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    for name in options["optimizers"]:
-        if name not in CONTESTANTS:
-            raise OptimizerNameError(name, CONTESTANTS)
     if options["batch_size"] is None:
         options["batch_size"] = load_task(options["task"], data=options["data"]).batch_size
     seeds, decays = tuple(range(options.pop("seeds"))), options.pop("weight_decay")

@@ -23,7 +23,7 @@ from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecE
 from manifold_nets.errors.base import near_matches
 from manifold_nets.weights import load_weights
 
-__all__ = ["ModelSpec", "import_torchvision", "load_model", "load_object"]
+__all__ = ["ModelSpec", "import_torchvision", "load_attribute", "load_model", "load_object"]
 
 _log = logging.getLogger(__name__)
 _VISION = "pip install 'manifold_nets[vision]'"
@@ -142,6 +142,21 @@ def load_object(spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = Non
             return found(**arguments)
         except _FAULTS as error:
             raise ModelBuildError(str(spec), f"{spec.name} raised {_described(error)}") from error
+
+
+def load_attribute(spec: ModelSpec) -> Any:
+    """Return what a specification of a Python file or module names, without calling it.
+
+    Raises:
+        ModelNotFoundError: the module, the file or the attribute does not exist.
+        ModelBuildError: the import raised, SystemExit included.
+
+    Example:
+        >>> load_attribute(ModelSpec.parse("math:pi"))
+        3.141592653589793
+    """
+    with _attribute(spec) as found:
+        return found
 
 
 def import_torchvision() -> ModuleType:

@@ -16,8 +16,8 @@ from rich.console import Console
 from test_cli import NETS, SHAPE
 
 from manifold_nets.cli import main, render
-from manifold_nets.cli import progress as shown
 from manifold_nets.comparison import Progress, RunKey
+from manifold_nets.comparison import progress as shown
 from manifold_nets.comparison.records import EpochRecord, RunResult
 
 NAMED = """
@@ -65,10 +65,10 @@ def test_names_are_shown_as_they_are(folder: Path) -> None:
 
 def test_the_bar_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
-    monkeypatch.setattr(shown, "Console", lambda **_: Console(file=file, force_terminal=True, width=200))
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(file=file, force_terminal=True, width=200))
     epoch = EpochRecord(1, 1, 1.0, 0.1, 0.1, 0.25, 1.0, ())
     best = RunResult(RunKey("my[/red]own", 0.1, 0), "finished", (), (epoch,), 1, None, None, 0.0, "")
-    with shown.shown_progress() as show:
+    with shown.shown_progress(True) as show:
         show(Progress(1, 2, (), 60.0, best, best))
     assert "25.00 % (my[/red]own, learning rate 0.1, seed 0)" in file.getvalue()
 

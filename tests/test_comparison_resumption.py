@@ -23,9 +23,10 @@ from sqlalchemy import event
 from manifold_nets.cli.compare import compare as command_line
 from manifold_nets.comparison import engine
 from manifold_nets.comparison.engine import Progress
-from manifold_nets.comparison.entry import compare_settings, join_comparison, study_name
+from manifold_nets.comparison.entry import compare_settings
 from manifold_nets.comparison.environment import environment
 from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, SettingsError, StorageError
+from manifold_nets.comparison.joining import join_comparison, study_name
 from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
 from manifold_nets.comparison.report.data import runs_csv
 

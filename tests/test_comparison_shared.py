@@ -16,8 +16,9 @@ import pytest
 from comparison_runs import small_settings
 
 from manifold_nets.comparison import Settings
-from manifold_nets.comparison.entry import compare_settings, study_name
+from manifold_nets.comparison.entry import compare_settings
 from manifold_nets.comparison.environment import environment
+from manifold_nets.comparison.joining import study_name
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.report.data import runs_csv
 
@@ -38,7 +39,7 @@ main()
 
 KILLED = """
 import os, signal, sys
-from manifold_nets.comparison.entry import join_comparison
+from manifold_nets.comparison.joining import join_comparison
 
 def die(progress):
     if progress.done == 2 and progress.running:

@@ -166,13 +166,18 @@ def test_pairs_with_a_diverged_run_are_counted() -> None:
 
 def test_differences_without_spread() -> None:
     same = paired_difference([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert (same.value, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+    assert (same.value, same.p_value, same.is_constant) == (0, 1, True)
     # 0.15 − 0.10 and 0.25 − 0.20 differ by rounding; that is no evidence.
     shifted = paired_difference([0.15, 0.25, 0.35], [0.1, 0.2, 0.3])
     assert shifted.p_value == 0.25
-    assert shifted.low == shifted.high == pytest.approx(0.05)
+    assert shifted.value == pytest.approx(0.05)
+    # One number seen several times says nothing of how far the next one may be.
+    assert np.isnan([ends for d in (same, shifted) for ends in (d.low, d.high, d.t_low, d.t_high)]).all()
+    assert str(shifted) == "first − second: +0.05, p = 0.25 (n = 3)"
     one = paired_difference([0.1], [0.2])
     assert np.isnan([one.low, one.high, one.p_value]).all()
+    assert not one.is_constant
+    assert not paired_difference(FIRST, SECOND).is_constant
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from manifold_nets.comparison.report import Summary, markdown_report, page_html,
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, times_csv
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
 from manifold_nets.comparison.report.figures.style import look
-from manifold_nets.comparison.report.tables import conclusions, result_table
+from manifold_nets.comparison.report.tables import conclusions, explanation, result_table
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.errors import MissingExtraError
 from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
@@ -75,10 +75,10 @@ def test_diverged_runs_rank_last_and_are_named() -> None:
     names = [contestant.name for contestant in found.contestants]
     assert found.friedman.mean_ranks[names.index("adam")] == 3.0
     told = " ".join(conclusions(found))
-    assert "No run of adam came through" in told
-    assert "12 of all 36 runs diverged" in told
+    assert "Runs of adam diverged at every learning rate" in told
+    assert "12 of 36 runs diverged" in told
     partial = summarise(TROUBLES["half of the chosen lost"])
-    assert "runs of sgd and adam diverged" in " ".join(conclusions(partial))
+    assert "Runs of sgd and adam diverged even at the chosen" in " ".join(conclusions(partial))
     cells = {row[0]: row for row in result_table(partial).rows}
     assert "(survivors, 2 of 3)" in cells["sgd"][2]
     assert "survivors" not in cells["rsgd"][2]
@@ -90,12 +90,114 @@ def test_passes_over_the_data_are_counted_as_they_were_made() -> None:
     assert found["pymanopt-cg"].passes == (3, 6, 9, 12, 15, 18)
 
 
-def test_what_cannot_be_told_apart_is_not() -> None:
-    told = " ".join(conclusions(summarise(TROUBLES["no errors"])))
-    assert "sgd, adam and rsgd have the lowest" in told
-    assert "cannot be told apart" not in told  # from each other: they are equal
-    assert conclusions(summarise(TROUBLES["one optimizer"]))[1:] == []
-    assert "too few pairs" in " ".join(conclusions(summarise(TROUBLES["one seed"])))
+def with_tests(errors: dict[str, tuple[float, ...]], losses: float = 0.1) -> Comparison:
+    """One learning rate, and these test errors, seed by seed."""
+    seeds = tuple(range(len(next(iter(errors.values())))))
+    of = comparison(tuple(errors), rates=(0.1,), seeds=seeds, epochs=1, scales=("plain",))
+    runs = tuple(run.with_test(errors[run.key.optimizer][run.key.seed], losses) for run in of.results)
+    return dataclasses.replace(of, results=runs)
+
+
+SENTENCES = {
+    "a tie of all": (
+        {"sgd": (0.02, 0.04), "radam": (0.04, 0.02)},
+        "sgd and radam share the lowest mean test error: 3.00 %.",
+    ),
+    "a tie and a third": (
+        {"sgd": (0.02, 0.04, 0.03), "radam": (0.02, 0.04, 0.03), "pbwn": (0.05, 0.05, 0.04)},
+        (
+            "sgd and radam share the lowest mean test error: 3.00 %. "
+            "sgd and radam do not differ significantly from pbwn (5 % level, corrected for 3 pairs)."
+        ),
+    ),
+    "one seed": (
+        {"sgd": (0.02,), "radam": (0.03,)},
+        "sgd has the lowest test error: 2.00 %. With one seed, no difference can be tested.",
+    ),
+    "alone": ({"sgd": (0.02, 0.02)}, "The mean test error of sgd is 2.00 %, all equal."),
+    "apart": (
+        {"sgd": (0.020, 0.021, 0.022, 0.023), "adam": (0.50, 0.51, 0.52, 0.54), "rsgd": (0.6, 0.61, 0.62, 0.64)},
+        (
+            "sgd has the lowest mean test error: 2.15 ± 0.21 %. "
+            "sgd differs significantly from adam and rsgd (5 % level, corrected for 3 pairs)."
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_conclusions_in_words(name: str) -> None:
+    errors, expected = SENTENCES[name]
+    assert " ".join(conclusions(summarise(with_tests(errors)))) == expected
+
+
+def test_a_difference_without_spread_has_no_interval_and_no_t_test() -> None:
+    found = summarise(with_tests({"sgd": (0.0200, 0.0300), "radam": (0.0344, 0.0444), "rsgd": (0.01, 0.05)}))
+    cells = {row[0]: row for row in result_table(found).rows}
+    assert cells["radam"][4:6] == ("+1.44, all equal", "1.000 (sign test)")
+    assert cells["rsgd"][5] == "1.000"
+    assert "the p-value is of the sign test" in explanation(found)
+    alone = summarise(with_tests({"sgd": (0.02,), "radam": (0.0344,)}))
+    assert result_table(alone).rows[1][4:6] == ("+1.44 (one seed: no test)", "–")
+    assert explanation(alone) == "One seed: there are no confidence intervals and no tests."
+    assert not re.search(r"\[|t-test", markdown_report(alone))
+
+
+def test_choices_at_the_edge_of_the_grid_are_flagged(tmp_path: Path) -> None:
+    of = TROUBLES["no errors"]  # where the smallest rate is chosen
+    assert {choice.learning_rate for choice in of.choices} == {min(RATES)}
+    note = "at the edge of the grid: extend it."
+    assert note in str(of)
+    assert "adam (0.001)" in str(of)
+    assert "sgd (rescaled, 0.001)" in str(of)
+    summary = summarise(of)
+    assert {row[1] for row in result_table(summary).rows} == {"0.001 (edge of the grid)"}
+    assert note in Page(page_html(summary, {})).text
+    # Nothing was chosen from a grid of one rate, and what lies inside is no edge.
+    for name in ("one learning rate", "three"):
+        assert "edge" not in str(TROUBLES[name]) + markdown_report(summarise(TROUBLES[name]))
+    with pytest.raises(AssertionError):  # Sabotage: the grid goes on below.
+        assert note in str(
+            dataclasses.replace(of, settings=dataclasses.replace(of.settings, learning_rates=(1e-4, *RATES[1:], 1e-3)))
+        )
+
+
+def test_adamw_without_weight_decay_is_said_to_be_adam() -> None:
+    note = "adamw with weight decay 0 is adam"
+    of = with_tests({"adam": (0.1, 0.2), "adamw": (0.1, 0.2)})
+    assert note in str(of)
+    assert note in markdown_report(summarise(of))
+    assert note in Page(page_html(summarise(of), {})).text
+    decayed = dataclasses.replace(of, settings=dataclasses.replace(of.settings, weight_decay=0.01))
+    assert note not in str(decayed)
+    assert note not in str(with_tests({"adam": (0.1, 0.2)}))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_test_values_that_are_not_finite_are_recorded_and_rank_last(bad: float, tmp_path: Path) -> None:
+    of = with_tests({"sgd": (bad, bad), "rsgd": (0.2, 0.3), "pbwn": (0.1, bad)}, losses=bad)
+    of.write(tmp_path)
+    text = (tmp_path / "comparison.json").read_text(encoding="utf-8")
+    document = json.loads(text, parse_constant=lambda name: pytest.fail(f"no JSON: {name}"))
+    assert document["results"][0]["test_error"] == str(bad)
+    back = Comparison.read(tmp_path)
+    assert repr(back) == repr(of)  # NaN equals nothing, itself included
+    summary = summarise(back)
+    ranks = dict(zip(("sgd", "rsgd", "pbwn"), summary.friedman.mean_ranks, strict=True))
+    assert ranks == {"sgd": 2.75, "rsgd": 1.5, "pbwn": 1.75}
+    cells = {row[0]: row[2:4] for row in result_table(summary).rows}
+    assert cells["sgd"] == ("not finite", "0 of 2")
+    assert cells["pbwn"] == ("10.00 (survivors, 1 of 2)", "0 of 2")
+    told = " ".join(conclusions(summary))
+    assert told.startswith("Of the optimizers with a test error on every seed, rsgd has the lowest mean test error")
+    assert "The test error of sgd is not finite in 2 of 2 runs" in told
+    assert "The test error of pbwn is not finite in 1 of 2 runs" in told
+    assert "The test loss of rsgd is not finite in 2 of 2 runs" in told
+    assert "diverged" not in told
+    assert "not finite" in str(of)
+    assert rows(runs_csv(of))[0]["test_error"] == str(bad)
+    write_report(of, tmp_path)
+    json.loads((tmp_path / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
 def test_errors_that_are_no_shares_are_shown_as_they_are() -> None:
@@ -103,7 +205,7 @@ def test_errors_that_are_no_shares_are_shown_as_they_are() -> None:
     other = summarise(comparison(level=1.5))
     assert other.unit.sign == ""
     told = markdown_report(other)
-    assert "1.5 ± 0" in told
+    assert "1.5, all equal" in told
     assert "error (%)" not in told
 
 
@@ -191,7 +293,7 @@ def check_folder(folder: Path, of: Comparison) -> None:
     assert drawn == {a["id"] for a in page.having("section") if a["id"] in PLOTS}
     assert {file.stem for file in (folder / "plots").iterdir()} == drawn
     assert {file.suffix for file in (folder / "plots").iterdir()} == {".png", ".svg"}
-    names = {"report.html", "plots", "runs.csv", "epochs.csv", "times.csv", "summary.json", "tables.md"}
+    names = {"report.html", "plots", "runs.csv", "epochs.csv", "times.csv", "summary.json", "tables.md", "tables.tex"}
     assert {file.name for file in folder.iterdir()} == names
     assert "NaN" not in (folder / "summary.json").read_text(encoding="utf-8")
     assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["title"] == summary.title

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from manifold_nets.comparison.contestants import AnyOptimizer
 from manifold_nets.comparison.errors import ContestantError, SettingsError
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import RunKey, Settings
@@ -41,7 +42,7 @@ def require_subjects(model: object, task: object) -> None:
         raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
 
 
-def chosen_optimizers(optimizers: str | Contestant | Sequence[str | Contestant]) -> tuple[str | Contestant, ...]:
+def chosen_optimizers(optimizers: AnyOptimizer | Sequence[AnyOptimizer]) -> tuple[AnyOptimizer, ...]:
     """The contestants of an argument that may be one, several, or names separated by commas.
 
     Raises:
@@ -53,14 +54,15 @@ def chosen_optimizers(optimizers: str | Contestant | Sequence[str | Contestant])
     """
     if isinstance(optimizers, str):
         return tuple(name.strip() for name in optimizers.split(","))
-    remedy = "Write them as ['sgd', 'rsgd']."
+    remedy, expected = "Write them as ['sgd', 'rsgd'].", "names, optimizer classes or Contestants"
     try:
-        found = (optimizers,) if isinstance(optimizers, Contestant) else tuple(optimizers)
+        one = isinstance(optimizers, Contestant) or callable(optimizers)
+        found: tuple[Any, ...] = (optimizers,) if one else tuple(cast(Iterable[Any], optimizers))
     except TypeError as error:
-        raise ArgumentTypeError("optimizers", optimizers, "names or Contestants", remedy) from error
+        raise ArgumentTypeError("optimizers", optimizers, expected, remedy) from error
     for item in found:
-        if not isinstance(item, (str, Contestant)):
-            raise ArgumentTypeError("optimizers", item, "names or Contestants", remedy)
+        if not (isinstance(item, (str, Contestant)) or callable(item)):
+            raise ArgumentTypeError("optimizers", item, expected, remedy)
     return found
 
 

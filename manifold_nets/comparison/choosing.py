@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from manifold_nets.comparison.records import Choice, InitialScale, RunKey, RunResult, Settings, Trial
+from manifold_nets.page.markup import plural
 
 __all__ = ["choose", "choose_all"]
 
@@ -79,7 +80,8 @@ def _reason(
     best: Trial, errors: Mapping[Trial, float], losses: Mapping[Trial, float], lost: Mapping[Trial, int], seeds: int
 ) -> str:
     among = _among(best, len(errors))
-    reason = f"smallest mean validation error at the end of training, {errors[best]:.4g}, {among} and {seeds} seeds"
+    reason = f"smallest mean validation error at the end of training, {errors[best]:.4g}, {among}"
+    reason += f" and {plural(seeds, 'seed')}"
     rivals = [trial for trial in errors if (lost[trial], errors[trial]) == (lost[best], errors[best]) and trial != best]
     if rivals:
         equal = ", ".join(map(_told, rivals))
@@ -87,7 +89,8 @@ def _reason(
         smaller = "smaller rate" if best[1] is None else "smaller rate, then the smaller weight decay"
         reason += f"; equal at {equal}, decided by the {'mean validation loss' if by_loss else smaller}"
     if lost[best]:
-        reason += f"; {lost[best]} of its runs diverged, and at no rate fewer"
+        fewest = ", and at no other rate fewer" if len(errors) > 1 else ""
+        reason += f"; {lost[best]} of its {plural(seeds, 'run')} diverged{fewest}"
     elif any(lost.values()):
         reason += f"; rates with diverged runs ({', '.join(_told(trial) for trial in lost if lost[trial])}) come last"
     return reason

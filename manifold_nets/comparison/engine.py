@@ -74,14 +74,15 @@ def work(place: Workplace) -> None:
         RunFailedError: a run has no result, for a reason other than divergence.
     """
     keys = tuple(place.settings.run_keys())
-    place.results = place.queue.results()
+    known = frozenset(keys)
+    _refresh(place, keys)
     clock = _Clock(place, len(keys))
     clock.tell(None)
     beaten, ended = time.monotonic(), list[Done]()
     try:
         while True:
             # Whoever has ended a run gets the next one before the result is stored: nobody waits for the disk.
-            _start(place, clock)
+            _start(place, clock, known)
             for done in ended:
                 _store(place, done)
                 clock.tell(done.result)
@@ -93,7 +94,7 @@ def work(place: Workplace) -> None:
             if place.shared and time.monotonic() - beaten > BEAT_SECONDS:
                 place.queue.beat(place.crew.running())
                 place.queue.give_up_stale()
-                place.results.update(place.queue.results())  # those of others too
+                _refresh(place, keys)  # those of others too
                 clock.tell(None)
                 beaten = time.monotonic()
     except BaseException:
@@ -103,8 +104,17 @@ def work(place: Workplace) -> None:
         raise
 
 
-def _start(place: Workplace, clock: _Clock) -> None:
-    while place.crew.idle() > 0 and (claimed := place.queue.claim(alone=not place.shared)) is not None:
+def _refresh(place: Workplace, keys: tuple[RunKey, ...]) -> None:
+    """Read the results of the study, which may also have runs of earlier or later settings."""
+    stored = place.queue.results()
+    place.results.update((key, stored[key]) for key in keys if key in stored)
+
+
+def _start(place: Workplace, clock: _Clock, known: frozenset[RunKey]) -> None:
+    while place.crew.idle() > 0:
+        claimed = place.queue.claim(alone=not place.shared, among=known)
+        if claimed is None:
+            return
         place.crew.start(*claimed)
         place.queue.beat([claimed[0]] if place.shared else [])
         clock.tell(None)
@@ -119,7 +129,7 @@ def _store(place: Workplace, done: Done) -> None:
 
 def _others_are_done(place: Workplace, keys: tuple[RunKey, ...]) -> bool:
     place.queue.give_up_stale()
-    if place.queue.done() >= len(keys):
+    if place.queue.done(keys) >= len(keys):
         return True
     place.queue.fill(keys)
     return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import index
 from pathlib import Path
@@ -22,13 +22,15 @@ from manifold_nets.comparison.checks import (
     require_subjects,
 )
 from manifold_nets.comparison.choosing import choose_all
-from manifold_nets.comparison.contestants import contestant
+from manifold_nets.comparison.contestants import AnyOptimizer, contestant, own_contestant
 from manifold_nets.comparison.crew import Crew, Member, Processes, ThisProcess
 from manifold_nets.comparison.engine import Observer, Workplace, conclude, work
 from manifold_nets.comparison.environment import environment
 from manifold_nets.comparison.errors import FolderInUseError, SettingsError
+from manifold_nets.comparison.joining import STUDY_NAME_FILE, study_name
 from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.models.loading import ModelSource
+from manifold_nets.comparison.progress import shown_progress
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Settings
@@ -36,8 +38,9 @@ from manifold_nets.comparison.result import Comparison
 from manifold_nets.comparison.starts import Starts, Subjects
 from manifold_nets.comparison.tasks import Task, load_task
 from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
+from manifold_nets.files import atomic_file
 
-__all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
+__all__ = ["compare", "compare_settings"]
 
 _SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
 
@@ -46,14 +49,14 @@ def compare(
     model: ModelSource = "mlp:100,100",
     *,
     task: str | Task = "digits",
-    optimizers: str | Contestant | Sequence[str | Contestant] = ("sgd", "adam", "rsgd", "radam"),
+    optimizers: AnyOptimizer | Sequence[AnyOptimizer] = ("sgd", "adam", "rsgd", "radam"),
     learning_rates: Sequence[float] = (1e-3, 1e-2, 1e-1),
     seeds: int | Sequence[int] = 3,
     epochs: int = 20,
     output: str | os.PathLike[str] | None = None,
     workers: int = 1,
     storage: str | None = None,
-    progress: Observer | None = None,
+    progress: Observer | bool | None = None,
     report: bool = True,
     **options: Any,
 ) -> Comparison:
@@ -63,14 +66,18 @@ def compare(
     the data in the same order. Each gets the same grid of learning rates; its own is chosen by the mean validation
     error at the end of training, and only then the test data are read, once for each chosen run. Runs that diverge are
     counted as worse than all others. Killed at any moment and called again with the same arguments, it repeats at most
-    the runs that were in flight, and gives the same numbers.
+    the runs that were in flight, and gives the same numbers. Called again with more seeds, learning rates or optimizers
+    for the same ``output``, it carries out the runs that are new, and those of a newly chosen rate whose weights are no
+    longer there.
 
     Args:
         model: a name such as ``"mlp:100,100"``, ``"resnet:8,16"``, ``"segnet-basic"``, ``"torchvision:resnet18"`` or
             ``"file.py:callable"``, or a callable that makes a plain network with fresh weights.
         task: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"idx"``, ``"camvid"``, ``"file.py:callable"``, or a
             `Task`, such as `task_from_data` makes of data loaders.
-        optimizers: names, or contestants of one's own; also one of them, or names separated by commas.
+        optimizers: names; ``"file.py:NAME"`` of an optimizer class, or of a function of ``params`` and ``lr`` that
+            returns an optimizer; such classes and functions themselves; or `Contestant` objects. Also one of them, or
+            names separated by commas.
         learning_rates: the grid, the same for all.
         seeds: how many, or which.
         epochs: passes over the training data.
@@ -78,7 +85,10 @@ def compare(
             (``report.html``, plots, tables); nothing is kept when left out.
         workers: processes that carry out runs.
         storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
-        progress: called with a `Progress` when a run has started or ended.
+            Its password may be left out, and be in the environment variable ``MANIFOLD_NETS_STORAGE_PASSWORD``, or in
+            the file that ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE`` names.
+        progress: a bar on standard error where that is a terminal, when left out; True for lines elsewhere too, False
+            for nothing; or what is called with a `Progress` when a run has started or ended.
         report: whether to write the report; ``comparison.json`` is written in any case.
         options: other fields of `Settings`: ``batch_size`` (the task's own when left out), ``weight_decay``,
             ``weight_decays``, ``momentum``, ``schedule``, ``initialization``, ``early_stop``, ``subset``, ``tune_on``,
@@ -87,7 +97,7 @@ def compare(
     Raises:
         SettingsError: a setting has no meaning.
         ArgumentTypeError: an argument is of another kind.
-        OptimizerNameError, TaskNameError: a name is that of nothing.
+        OptimizerNameError, TaskNameError: a name is unknown.
         DifferentCommandError: the folder or the study holds another comparison; every difference is named.
         FolderInUseError: another process works in the folder.
         ContestantError: an optimizer cannot be made for the model.
@@ -105,7 +115,7 @@ def compare(
     require_subjects(model, task)
     loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
     chosen = chosen_optimizers(optimizers)
-    contestants = [contestant(item) if isinstance(item, str) else item for item in chosen]
+    contestants = [_contestant(item) for item in chosen]
     options.setdefault("batch_size", loaded.batch_size)
     settings = Settings(
         task=task if isinstance(task, str) else loaded.name,
@@ -117,7 +127,9 @@ def compare(
         **options,
     )
     subjects = Subjects(loaded, model, {item.name: item for item in contestants})
-    named = isinstance(task, str) and isinstance(model, str) and all(isinstance(item, str) for item in chosen)
+    own: dict[str, Any] = {} if isinstance(task, str) else {"task": loaded}
+    own |= {} if isinstance(model, str) else {"model": model}
+    own |= {f"optimizer {c.name}": c for item, c in zip(chosen, contestants, strict=True) if not isinstance(item, str)}
     return compare_settings(
         settings,
         output,
@@ -126,8 +138,14 @@ def compare(
         progress=progress,
         report=report,
         subjects=subjects,
-        named=named,
+        own=own,
     )
+
+
+def _contestant(item: AnyOptimizer) -> Contestant:
+    if isinstance(item, str):
+        return contestant(item)
+    return item if isinstance(item, Contestant) else own_contestant(item)
 
 
 def compare_settings(
@@ -136,10 +154,10 @@ def compare_settings(
     *,
     workers: int = 1,
     storage: str | None = None,
-    progress: Observer | None = None,
+    progress: Observer | bool | None = None,
     report: bool = True,
     subjects: Subjects | None = None,
-    named: bool = True,
+    own: Mapping[str, Any] | None = None,
 ) -> Comparison:
     """The same as `compare`, for settings that are at hand.
 
@@ -151,11 +169,12 @@ def compare_settings(
         progress: as in `compare`.
         report: as in `compare`.
         subjects: what the settings name; looked up when left out.
-        named: whether other processes can look them up.
+        own: those of them that other processes cannot look up; see `Subjects.named`.
     """
     if workers < 1:
         raise SettingsError("workers", workers, "at least 1")
-    subjects = Subjects.named(settings) if subjects is None else subjects
+    own = own or {}
+    subjects = Subjects.named(settings, own) if subjects is None else subjects
     if settings.tune_on is not None and storage is not None:
         raise SettingsError("tune_on", settings.tune_on, "None with a shared database: tuning stays in one folder")
     # What cannot work fails before anything is written.
@@ -167,15 +186,20 @@ def compare_settings(
     starts = None if begun else require_contestants(settings, subjects)
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack, output)
-        place = _Place(stack, subjects, named, workers, progress, starts)
+        observer = stack.enter_context(shown_progress(progress))
+        place = _Place(stack, subjects, own, workers, observer, starts)
         if settings.tune_on is not None:
             settings = _tuned(place, settings, None if output is None else folder / "tuning")
         weights = folder / "weights"
-        own = _IN_MEMORY if output is None else f"sqlite:///{folder / STUDY_FILE}"
+        url = _IN_MEMORY if output is None else f"sqlite:///{folder / STUDY_FILE}"
         if storage is None:
-            queue, member = place.carry_out(settings, own, "comparison", weights)
+            queue, member = place.carry_out(settings, url, "comparison", weights)
         else:
-            queue, member = place.carry_out(settings, storage, study_name(settings), weights, shared=True)
+            name = study_name(settings, output)
+            if output is not None:
+                with atomic_file(folder / STUDY_NAME_FILE) as temporary:
+                    temporary.write_text(name, encoding="utf-8")
+            queue, member = place.carry_out(settings, storage, name, weights, shared=True)
         comparison = conclude(queue, settings, weights, member)
         if output is not None:
             comparison.write(folder)
@@ -197,7 +221,7 @@ class _Place:
 
     stack: contextlib.ExitStack
     subjects: Subjects
-    named: bool
+    own: Mapping[str, Any]
     workers: int
     progress: Observer | None
     starts: Starts | None
@@ -208,10 +232,14 @@ class _Place:
         """Carry out the runs that have no result; return the study, and who can repeat one of its runs."""
         queue = RunQueue(url, study)
         self.stack.callback(queue.close)
-        queue.create(settings, environment())
+        if queue.create(settings, environment()) != settings:
+            if self.starts is None:
+                self.starts = require_contestants(settings, self.subjects)
+            queue.extend(settings)
         if not shared:
             queue.give_up_all()
-        queue.fill(settings.run_keys())
+        keys = tuple(settings.run_keys())
+        queue.fill(keys)
         members: list[Member] = []
 
         def member() -> Member:
@@ -219,12 +247,12 @@ class _Place:
                 members.append(Member(settings, self.subjects, weights, self.starts))
             return members[0]
 
-        if queue.done() < len(list(settings.run_keys())):
+        if queue.done(keys) < len(keys):
             crew: Crew
             if self.workers == 1 and not shared:
                 crew = ThisProcess(member())
             else:
-                crew = Processes(self.workers, settings, None if self.named else self.subjects, weights)
+                crew = Processes(self.workers, settings, self.own, weights)
             with contextlib.closing(crew):
                 work(Workplace(queue, settings, crew, shared, weights, self.progress))
         return queue, member
@@ -243,47 +271,6 @@ def _tuned(place: _Place, settings: Settings, folder: Path | None) -> Settings:
         runs = tuple(results[key] for key in small.run_keys())
         Comparison(small, runs, choices, queue.environment()).write(folder)
     return tuned_settings(settings, choices)
-
-
-def join_comparison(storage: str, study: str, *, workers: int = 1, progress: Observer | None = None) -> Settings:
-    """Carry out runs of a comparison that another process started, until every run has a result.
-
-    Args:
-        storage: URL of the shared database.
-        study: name of the study, as the other process shows it.
-        workers: processes that carry out runs.
-        progress: called with a `Progress` when a run has started or ended.
-
-    Returns:
-        The settings of the comparison.
-
-    Raises:
-        StorageError: the database cannot be opened or has no such study.
-        ManifoldNetsError: what the study names cannot be found on this machine.
-    """
-    if workers < 1:
-        raise SettingsError("workers", workers, "at least 1")
-    queue = RunQueue(storage, study)
-    with contextlib.closing(queue):
-        queue.join()
-        settings = queue.settings()
-        queue.create(settings, environment())  # refuses other versions
-        require_device(settings)
-        Subjects.named(settings)
-        with contextlib.closing(Processes(workers, settings, None, None)) as crew:
-            work(Workplace(queue, settings, crew, True, None, progress))
-    return settings
-
-
-def study_name(settings: Settings) -> str:
-    """The name of the study of a command in a shared database.
-
-    Example:
-        >>> settings = Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1)
-        >>> study_name(settings) == f"manifold-nets-{settings.hash()[:12]}"
-        True
-    """
-    return f"manifold-nets-{settings.hash()[:12]}"
 
 
 def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | None) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from manifold_nets.errors import ManifoldNetsError
 from manifold_nets.errors.base import listed, near_matches
 
 __all__ = [
+    "CodeNotAllowedError",
     "ComparisonFolderError",
     "ContestantError",
     "DifferentCommandError",
@@ -43,7 +45,10 @@ class OptimizerNameError(ManifoldNetsError, ValueError):
     def __init__(self, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
         remedy = f"{near_matches(name, names)} Correct the name.".strip()
-        super().__init__(f"optimizers: found {name!r}; expected one of {', '.join(names)}. {remedy}")
+        super().__init__(
+            f"optimizers: found {name!r}; expected one of {', '.join(names)}, or file.py:NAME of an optimizer class. "
+            f"{remedy}"
+        )
 
 
 class DifferentCommandError(ManifoldNetsError, ValueError):
@@ -52,7 +57,8 @@ class DifferentCommandError(ManifoldNetsError, ValueError):
     def __init__(self, place: object, differences: Sequence[str]) -> None:
         super().__init__(
             f"{place}: it holds a comparison with other settings: {'; '.join(differences)}. "
-            "Start it with the same settings to continue it, or choose another folder."
+            "Start it with the same settings to continue it, with more optimizers, learning rates or seeds to extend "
+            "it, or choose another folder."
         )
         self.differences = tuple(differences)
 
@@ -92,6 +98,18 @@ class ContestantError(RunFailedError):
             self,
             f"run {run}: found {reason.rstrip('.')}; expected an optimizer that can be made for this model; no run was "
             f"carried out. Correct the cause, or leave {name} out of the optimizers.",
+        )
+
+
+class CodeNotAllowedError(ManifoldNetsError, RuntimeError):
+    """The study in a shared database names code that the worker was not allowed to run."""
+
+    def __init__(self, study: str, refused: Sequence[str]) -> None:
+        flags = " ".join(f"--allow {shlex.quote(spec)}" for spec in refused)
+        super().__init__(
+            f"study {study}: found {listed(refused)}, code of this machine that the worker was not allowed to run; "
+            f"expected built-in tasks, models and optimizers. If you trust it, start the worker with {flags} "
+            f"(in Python allow={list(refused)!r})."
         )
 
 

@@ -62,6 +62,8 @@ class Sensitivity:
     def __str__(self) -> str:
         if math.isnan(self.best_rate):
             return "none: runs diverged at every rate"
+        if len(self.rates) == 1:
+            return "one rate tried"
         return f"{'≥ ' if self.is_lower_bound else ''}{self.width:.2f} decades"
 
 

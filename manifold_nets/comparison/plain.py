@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -12,12 +13,15 @@ from manifold_nets.comparison.errors import RecordError
 
 __all__ = ["PlainRecord"]
 
+# JSON has no numbers for these; records write and read them as texts.
+_NOT_FINITE = ("nan", "inf", "-inf")
+
 
 class PlainRecord:
     """Base of frozen data classes whose fields are numbers, texts, tuples, records, or None."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON: tuples become lists, records become objects."""
+        """Return plain data for JSON: tuples become lists, records objects, and floats that are not finite texts."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @classmethod
@@ -43,6 +47,8 @@ class PlainRecord:
 def _plain(value: Any) -> Any:
     if isinstance(value, PlainRecord):
         return value.to_dict()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -66,7 +72,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return tuple(_read(kind, item, where) for kind, item in zip(kinds, value, strict=True))
     if isinstance(hint, type) and issubclass(hint, PlainRecord):
         return hint.from_dict(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and (value in _NOT_FINITE or (isinstance(value, int) and not isinstance(value, bool))):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise RecordError(where, repr(value), f"a {hint.__name__}")

@@ -15,12 +15,13 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from manifold_nets.comparison.errors import DifferentCommandError, StorageError
 from manifold_nets.comparison.records import Environment, RunKey, RunResult, Settings
+from manifold_nets.comparison.storage import completed, redacted, without_secrets
 from manifold_nets.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ class RunQueue:
         self._beats: dict[int, tuple[Any, float]] = {}
         self._study = -1
 
-    def create(self, settings: Settings, environment: Environment) -> None:
+    def create(self, settings: Settings, environment: Environment) -> Settings:
         """Make the study, or go on with the one that is there.
+
+        Returns:
+            Its settings: these, or some of which these are an extension; see `extend`.
 
         Raises:
             DifferentCommandError: it is that of another command, or of other versions.
@@ -72,15 +76,21 @@ class RunQueue:
         attributes = self._storage.get_study_user_attrs(self._study)
         if "settings" not in attributes:
             self._storage.set_study_user_attr(self._study, "environment", json.dumps(environment.to_dict()))
-            self._storage.set_study_user_attr(self._study, "settings", settings.canonical_json())
-            return
+            self.extend(settings)
+            return settings
         there, here = dict(self.environment().versions), dict(environment.versions)
+        stored = self.settings()
         differences = [
-            *settings.differences(self.settings()),
+            *settings.differences(stored),
             *(f"{n} is {there.get(n)} there and {here.get(n)} here" for n in _SAME_VERSIONS if there.get(n) != here[n]),
         ]
         if differences:
             raise DifferentCommandError(self._place(), differences)
+        return stored
+
+    def extend(self, settings: Settings) -> None:
+        """Let the study have these settings, which have at least its runs."""
+        self._storage.set_study_user_attr(self._study, "settings", settings.canonical_json())
 
     def join(self) -> None:
         """Take part in a study that another process made.
@@ -105,28 +115,29 @@ class RunQueue:
 
     def fill(self, keys: Iterable[RunKey]) -> None:
         """Add a waiting trial for every run that has none, nor a running or complete one."""
-        from optuna.trial import TrialState
+        from optuna.trial import TrialState, create_trial
 
         live = {_key_text(trial) for trial in self._trials() if trial.state is not TrialState.FAIL}
-        wanted = tuple(keys)
-        # The parameters of all trials of a study must have the same choices, also of those that are added again.
-        choices = {name: sorted({getattr(key, name) for key in wanted}) for name in wanted[0].to_dict()}
-        for key in wanted:
+        for key in keys:
             if _text(key) not in live:
-                self._storage.create_new_trial(self._study, _template(key, choices))
+                # Without parameters, whose choices no study can extend.
+                template = create_trial(state=TrialState.WAITING, user_attrs={"key": _text(key)})
+                self._storage.create_new_trial(self._study, template)
 
-    def claim(self, *, alone: bool = False) -> tuple[int, RunKey] | None:
+    def claim(self, *, alone: bool = False, among: Collection[RunKey] | None = None) -> tuple[int, RunKey] | None:
         """Take the next waiting run, if there is one that no other process takes first.
 
         Args:
             alone: no other process works on the study: the database need not know which runs are in flight.
+            among: take no others, such as those that an extended study has.
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         if not self._waiting:
             waiting = self._trials((TrialState.WAITING,))
-            self._waiting.extend((t._trial_id, _read_key(t)) for t in waiting if t._trial_id not in self._taken)
+            found = ((t._trial_id, _read_key(t)) for t in waiting if t._trial_id not in self._taken)
+            self._waiting.extend((ticket, key) for ticket, key in found if among is None or key in among)
         while self._waiting:
             ticket, key = self._waiting.popleft()
             try:
@@ -207,11 +218,12 @@ class RunQueue:
             found.setdefault(result.key, result)
         return found
 
-    def done(self) -> int:
-        """How many runs have a result."""
+    def done(self, among: Iterable[RunKey] | None = None) -> int:
+        """How many runs have a result: of some, or of all."""
         from optuna.trial import TrialState
 
-        return len({_key_text(trial) for trial in self._trials((TrialState.COMPLETE,))})
+        found = {_key_text(trial) for trial in self._trials((TrialState.COMPLETE,))}
+        return len(found if among is None else found.intersection(map(_text, among)))
 
     def record_test(self, key: RunKey, error: float, loss: float) -> None:
         """Store what a chosen run has found on the test data."""
@@ -230,7 +242,7 @@ class RunQueue:
         self._storage.engine.dispose()
 
     def _place(self) -> str:
-        return f"study {self.study} in {_without_password(self.url)}"
+        return f"study {self.study} in {redacted(self.url)}"
 
     def _running(self) -> dict[int, Any]:
         from optuna.trial import TrialState
@@ -253,19 +265,6 @@ def _read_key(trial: FrozenTrial) -> RunKey:
     return RunKey.from_dict(json.loads(_key_text(trial)))
 
 
-def _template(key: RunKey, choices: Mapping[str, Sequence[Any]]) -> FrozenTrial:
-    from optuna.distributions import BaseDistribution, CategoricalDistribution
-    from optuna.trial import TrialState, create_trial
-
-    distributions: dict[str, BaseDistribution] = {
-        name: CategoricalDistribution(values) for name, values in choices.items()
-    }
-    attributes = {"key": _text(key)}
-    return create_trial(
-        state=TrialState.WAITING, params=key.to_dict(), distributions=distributions, user_attrs=attributes
-    )
-
-
 def _open(url: str) -> RDBStorage:
     try:
         from optuna.storages import RDBStorage
@@ -273,6 +272,7 @@ def _open(url: str) -> RDBStorage:
         from sqlalchemy.exc import SQLAlchemyError
     except ModuleNotFoundError as error:
         raise MissingExtraError("Optuna", "comparisons", "compare") from error
+    whole = completed(url)
     try:
         file = make_url(url).database if url.startswith("sqlite") else None
         in_file = file not in (None, "", ":memory:")
@@ -281,13 +281,12 @@ def _open(url: str) -> RDBStorage:
             with contextlib.closing(sqlite3.connect(str(file))) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
         with _quiet():
-            storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}} if in_file else None)
+            storage = RDBStorage(whole, engine_kwargs={"connect_args": {"timeout": 120}} if in_file else None)
     except (SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError) as error:
-        # Drivers quote the URL with its password.
-        said = next(iter(str(error).splitlines()), "")
-        found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else said
+        # Drivers quote the URL with its password, and so does what they raised.
+        said = without_secrets(next(iter(str(error).splitlines()), type(error).__name__), whole)
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
-        raise StorageError(_without_password(url), found, expected, "Correct the URL (--storage).") from error
+        raise StorageError(redacted(url), said, expected, "Correct the URL (--storage).") from None
     if in_file:
         event.listen(storage.engine, "checkout", _set_durability)
     return storage
@@ -324,9 +323,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    account, at, place = rest.rpartition("@")
-    return f"{scheme}{separator}{account.partition(':')[0]}{at}{place}"

@@ -79,7 +79,9 @@ class EpochRecord(PlainRecord):
 
 @dataclass(frozen=True)
 class RunResult(PlainRecord):
-    """What a run found. A run diverges when a loss or a weight is no longer finite; its epochs end before that.
+    """What a run found.
+
+    A run diverges when a loss, a weight or the validation error is no longer finite; its epochs end before that.
 
     Args:
         key: which run.
@@ -92,7 +94,8 @@ class RunResult(PlainRecord):
             cannot be measured.
         harness_seconds: time in which the run neither trained nor validated: building, converting, measuring.
         machine: name of the machine in words.
-        test_error: on the test data; None for all runs but the chosen ones, and for diverged ones.
+        test_error: on the test data; None for all runs but the chosen ones, and for diverged ones. NaN or infinite
+            where the test data, or the outputs for them, are.
         test_loss: likewise.
         validation_seconds: time in which the run was judged on the validation data.
     """
@@ -158,6 +161,9 @@ class Choice(PlainRecord):
     diverged: tuple[int, ...]
     reason: str
     weight_decay: float | None = None
+
+    def __str__(self) -> str:
+        return self.optimizer if self.initial_scale == "plain" else f"{self.optimizer}, {self.initial_scale}"
 
     @property
     def trial(self) -> Trial | None:

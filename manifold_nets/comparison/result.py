@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from manifold_nets.comparison.errors import ComparisonFolderError
 from manifold_nets.comparison.plain import PlainRecord
 from manifold_nets.comparison.records import Choice, Environment, InitialScale, RunKey, RunResult, Settings
 from manifold_nets.files import atomic_file
+from manifold_nets.page.markup import plural
 
 __all__ = ["Comparison"]
 
@@ -64,24 +66,66 @@ class Comparison(PlainRecord):
         keys = [RunKey(optimizer, learning_rate, seed, initial_scale, weight_decay) for seed in seeds]
         return tuple(found[key] for key in keys)
 
+    def is_at_edge(self, choice: Choice) -> bool:
+        """Whether a chosen learning rate is the smallest or the largest of several: a better one may lie beyond."""
+        rates = self.settings.learning_rates
+        return len(rates) > 1 and choice.learning_rate in (min(rates), max(rates))
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the tables has to know, in sentences: choices at the edge of the grid, equal optimizers, and
+        test values that are not finite.
+        """
+        notes = []
+        edge = [
+            f"{choice.optimizer} ({'' if choice.initial_scale == 'plain' else 'rescaled, '}{choice.learning_rate:.3g})"
+            for choice in self.choices
+            if self.is_at_edge(choice)
+        ]
+        if edge:
+            rates = "learning rate" if len(edge) == 1 else "learning rates"
+            verb = "is" if len(edge) == 1 else "are"
+            notes.append(f"The {rates} chosen for {', '.join(edge)} {verb} at the edge of the grid: extend it.")
+        if any(choice.optimizer == "adamw" and self._decay(choice) == 0 for choice in self.choices):
+            notes.append("adamw with weight decay 0 is adam: the two make the same steps.")
+        return (*notes, *filter(None, map(self._not_finite, self.choices)))
+
+    def _not_finite(self, choice: Choice) -> str:
+        runs = self.chosen_runs(choice.optimizer, choice.initial_scale)
+        for name, values in (("error", [run.test_error for run in runs]), ("loss", [run.test_loss for run in runs])):
+            bad = sum(value is not None and not math.isfinite(value) for value in values)
+            if bad:
+                return (
+                    f"The test {name} of {choice} is not finite in {bad} of {len(runs)} runs: the test data, or the "
+                    f"outputs of the network for them, hold NaN or infinite values."
+                    f"{' Such runs rank last.' if name == 'error' else ''}"
+                )
+        return ""
+
+    def _decay(self, choice: Choice) -> float:
+        return self.settings.weight_decay if choice.weight_decay is None else choice.weight_decay
+
     def _by_key(self) -> dict[RunKey, RunResult]:
         return {result.key: result for result in self.results}
 
     def __str__(self) -> str:
         heading = "rate, weight decay" if self.settings.weight_decays else "rate"
-        head = f"{self.settings.task}, {self.settings.model}: {len(self.settings.seeds)} seeds"
-        lines = [head, f"{'optimizer':<18}{'initial':<10}{heading:>9}  test error (%)        diverged"]
+        head = f"{self.settings.task}, {self.settings.model}: {plural(len(self.settings.seeds), 'seed')}"
+        wide = max(18, *(len(name) + 2 for name in self.settings.optimizers))
+        lines = [head, f"{'optimizer':<{wide}}{'initial':<10}{heading:>9}  test error (%)        diverged"]
         for choice in self.choices:
             runs = self.chosen_runs(choice.optimizer, choice.initial_scale)
-            errors = [100 * run.test_error for run in runs if run.test_error is not None]
+            tested = [100 * run.test_error for run in runs if run.test_error is not None]
+            errors = [error for error in tested if math.isfinite(error)]
             rate = "none" if choice.learning_rate is None else f"{choice.learning_rate:.3g}"
             rate += "" if choice.weight_decay is None else f", {choice.weight_decay:.3g}"
-            mean = f"{sum(errors) / len(errors):.2f} ({min(errors):.2f} … {max(errors):.2f})" if errors else "none"
+            mean = "not finite" if tested else "none"
+            if errors:
+                mean = f"{sum(errors) / len(errors):.2f} ({min(errors):.2f} … {max(errors):.2f})"
             lost = f"{sum(choice.diverged)} of {len(choice.diverged) * len(self.settings.seeds)}"
             lines.append(
-                f"{choice.optimizer:<18}{choice.initial_scale:<10}{rate:>{max(9, len(heading))}}  {mean:<22}{lost}"
+                f"{choice.optimizer:<{wide}}{choice.initial_scale:<10}{rate:>{max(9, len(heading))}}  {mean:<22}{lost}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes()])
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write the comparison into a folder, which is made if it does not exist; return the JSON file.

@@ -118,6 +118,10 @@ class Settings(PlainRecord):
     def _require_meaning(self) -> None:
         rates, finite = self.learning_rates, math.isfinite
         self._require("learning_rates", all(finite(r) and r > 0 for r in rates), "positive finite numbers")
+        for name in ("task", "model", "optimizers"):
+            texts = getattr(self, name)
+            shown = all(text and text.isprintable() for text in ((texts,) if isinstance(texts, str) else texts))
+            self._require(name, shown, "names without control characters")
         self._require("seeds", all(0 <= s < 2**31 for s in self.seeds), "integers from 0")
         self._require("epochs", self.epochs >= 1, "at least 1")
         self._require("batch_size", self.batch_size >= 1, "at least 1")
@@ -174,12 +178,23 @@ class Settings(PlainRecord):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def differences(self, other: Settings) -> tuple[str, ...]:
-        """Name every setting in which another command differs, with both values."""
+        """Name every setting in which another command differs, with both values.
+
+        More optimizers, learning rates or seeds than there are no difference: the runs of the other command are runs of
+        this one too. Of the seeds the first must stay, whose weights the analysis is made of. What was tuned follows
+        from the other settings.
+        """
         return tuple(
             f"{field.name} is {getattr(other, field.name)!r} there and {getattr(self, field.name)!r} here"
             for field in fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
+            if field.name != "tuned" and not self._extends(other, field.name)
         )
+
+    def _extends(self, other: Settings, name: str) -> bool:
+        here, there = getattr(self, name), getattr(other, name)
+        if name not in ("optimizers", "learning_rates", "seeds"):
+            return bool(here == there)
+        return set(here) >= set(there) and (name != "seeds" or here[0] == there[0])
 
 
 def _are_counts(values: tuple[int, ...] | None, count: int) -> bool:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.comparison.contestants import contestant
+from manifold_nets.comparison.contestants import CONTESTANTS, contestant
 from manifold_nets.comparison.errors import SettingsError
 from manifold_nets.comparison.initialization import balance_weights
 from manifold_nets.comparison.models import build_model, converted_form
 from manifold_nets.comparison.models.forms import Form, constrained_form
-from manifold_nets.comparison.models.loading import ModelSource
+from manifold_nets.comparison.models.loading import ModelSource, is_built_in
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import InitialScale, RunKey, Settings
-from manifold_nets.comparison.tasks import Selection, Task, load_task
+from manifold_nets.comparison.tasks import TASK_NAMES, Selection, Task, load_task
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.same_model import named_tensors
 from manifold_nets.errors import ManifoldNetsError
@@ -28,7 +28,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.findings.report import WeightFinding
 
-__all__ = ["Starts", "Subjects", "derived_seed", "rescaled_filters"]
+__all__ = ["Starts", "Subjects", "derived_seed", "foreign_code", "rescaled_filters"]
 
 KEPT_MODELS = 12
 
@@ -42,6 +42,18 @@ def derived_seed(seed: int, *purpose: object) -> int:
     """
     text = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def foreign_code(settings: Settings) -> tuple[str, ...]:
+    """What of the settings names code outside of this package: a task, a model or optimizers.
+
+    Example:
+        >>> foreign_code(Settings(("sgd", "mine.py:Lion"), (0.1,), (0,), 1, model="net.py:net"))
+        ('net.py:net', 'mine.py:Lion')
+    """
+    task = () if settings.task.partition(":")[0] in TASK_NAMES else (settings.task,)
+    model = () if is_built_in(settings.model) else (settings.model,)
+    return (*task, *model, *(name for name in settings.optimizers if name not in CONTESTANTS))
 
 
 @dataclass(frozen=True)
@@ -59,14 +71,20 @@ class Subjects:
     contestants: Mapping[str, Contestant]
 
     @classmethod
-    def named(cls, settings: Settings) -> Subjects:
+    def named(cls, settings: Settings, own: Mapping[str, Any] | None = None) -> Subjects:
         """Look everything up by name.
+
+        Args:
+            settings: with the names.
+            own: what has no name that can be looked up: ``"task"``, ``"model"``, and ``"optimizer NAME"``.
 
         Raises:
             ManifoldNetsError: a name is that of nothing, or the data are not there.
         """
-        found = {name: contestant(name) for name in settings.optimizers}
-        return cls(load_task(settings.task, data=settings.data), settings.model, found)
+        own = own or {}
+        task = own["task"] if "task" in own else load_task(settings.task, data=settings.data)
+        found = {name: own.get(f"optimizer {name}") or contestant(name) for name in settings.optimizers}
+        return cls(task, own.get("model", settings.model), found)
 
     def reduced(self, subset: tuple[int, int] | None, *, setting: str = "subset") -> Subjects:
         """The same with fewer training and validation examples, drawn once and for all; of tests none is taken away.

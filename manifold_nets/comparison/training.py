@@ -207,7 +207,7 @@ class Runner:
         model.eval()
         scores = scores_of(model, self._task, "validation", self._validation)
         progress.validating += time.perf_counter() - start
-        if not math.isfinite(scores["loss"]):
+        if not (math.isfinite(scores["loss"]) and math.isfinite(scores["error"])):
             raise _DivergedError
         progress.epochs.append(
             EpochRecord(

@@ -9,8 +9,9 @@ import sys
 import threading
 from typing import BinaryIO
 
-from manifold_nets.comparison.crew import Member
+from manifold_nets.comparison.crew import Member, unpacked
 from manifold_nets.comparison.records import RunKey
+from manifold_nets.comparison.starts import Subjects
 
 __all__ = ["main"]
 
@@ -19,7 +20,7 @@ def main() -> None:
     """Carry out the runs that come in on standard input until the process that sends them ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task or a model prints does not get between the answers
-    path, settings, subjects, folder = pickle.load(sys.stdin.buffer)
+    path, settings, own, folder = pickle.load(sys.stdin.buffer)
     sys.path[:] = path
     asked: queue.Queue[RunKey] = queue.Queue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, asked), daemon=True).start()
@@ -28,7 +29,7 @@ def main() -> None:
         key = asked.get()
         answer: object
         try:
-            member = member or Member(settings, pickle.loads(subjects), folder)
+            member = member or Member(settings, Subjects.named(settings, unpacked(own)), folder)
             answer = member.carry_out(key)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (it is raised where the run was asked for)
             answer = f"{type(error).__name__}: {error}"

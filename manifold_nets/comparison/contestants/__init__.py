@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from manifold_nets.comparison.contestants.loading import AnyOptimizer, contestant, own_contestant
 from manifold_nets.comparison.contestants.steppers import TorchStepper
-from manifold_nets.comparison.contestants.table import CONTESTANTS, contestant
+from manifold_nets.comparison.contestants.table import CONTESTANTS
 
-__all__ = ["CONTESTANTS", "TorchStepper", "contestant"]
+__all__ = ["CONTESTANTS", "AnyOptimizer", "TorchStepper", "contestant", "own_contestant"]

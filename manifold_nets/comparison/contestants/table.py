@@ -14,12 +14,11 @@ from manifold_nets.comparison.contestants.builders import (
     with_weight_norm,
 )
 from manifold_nets.comparison.contestants.protocol import constrained, scaled_metric_by_columns
-from manifold_nets.comparison.errors import OptimizerNameError
 from manifold_nets.comparison.models.forms import Form
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
 
-__all__ = ["CONTESTANTS", "contestant"]
+__all__ = ["CONTESTANTS"]
 
 _OURS = {
     "rsgd": "Riemannian SGD: projected gradient, retraction, momentum kept tangent",
@@ -123,18 +122,3 @@ def _named(name: str, family: str, library: str, make: Make, description: str, f
 CONTESTANTS: dict[str, Contestant] = {
     found.name: found for found in (*_torch(), *_ours(), *_of_the_protocol(), *_of_other_libraries(), *_of_pymanopt())
 }
-
-
-def contestant(name: str) -> Contestant:
-    """Return the contestant of a name.
-
-    Raises:
-        OptimizerNameError: there is none.
-
-    Example:
-        >>> contestant("rsgd").form
-        'converted'
-    """
-    if name not in CONTESTANTS:
-        raise OptimizerNameError(name, CONTESTANTS)
-    return CONTESTANTS[name]

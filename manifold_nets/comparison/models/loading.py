@@ -22,7 +22,7 @@ from manifold_nets.errors import ModelSpecError
 from manifold_nets.errors.base import near_matches
 from manifold_nets.sources import ModelSpec, load_model, load_object
 
-__all__ = ["MODEL_NAMES", "build_model"]
+__all__ = ["MODEL_NAMES", "build_model", "is_built_in"]
 
 MODEL_NAMES = ("mlp", "mlp-plain", "resnet", "segnet-basic", "conv1d", "transformer", "towers")
 _KNOWN = (
@@ -72,6 +72,21 @@ def build_model(source: ModelSource, task: Task, *, seed: int) -> nn.Module:
         model = _named(source, task) if isinstance(source, str) else _called(source, task)
         _require_fit(model, source, task)
     return model
+
+
+def is_built_in(source: str) -> bool:
+    """Whether a name is that of a network of this package, of torchvision or of timm: `build_model` runs no other code.
+
+    Example:
+        >>> is_built_in("mlp:8"), is_built_in("timm:resnet18"), is_built_in("net.py:net"), is_built_in("timm:x.py:net")
+        (True, True, False, False)
+    """
+    if source.partition(":")[0] in MODEL_NAMES:
+        return True
+    try:
+        return ModelSpec.parse(source).kind in ("torchvision", "timm")
+    except ModelSpecError:
+        return False
 
 
 def _named(source: str, task: Task) -> nn.Module:

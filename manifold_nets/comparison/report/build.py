@@ -9,7 +9,7 @@ from dataclasses import fields
 import numpy as np
 
 from manifold_nets.comparison.measures import cost_ratio, learning_rate_sensitivity, reach
-from manifold_nets.comparison.records import Choice, InitialScale, RunResult, Settings
+from manifold_nets.comparison.records import InitialScale, RunResult, Settings
 from manifold_nets.comparison.report.summary import ContestantSummary, LayerTrace, RescaledStart, Summary
 from manifold_nets.comparison.report.unit import unit_of
 from manifold_nets.comparison.result import Comparison
@@ -53,6 +53,8 @@ def summarise(comparison: Comparison) -> Summary:
                 seeds=settings.seeds,
                 test_errors=tests,
                 test=mean_interval(tests),
+                not_finite=sum(run.test_error is not None and not math.isfinite(run.test_error) for run in runs),
+                at_edge=comparison.is_at_edge(comparison.choice(name, scale)),
                 losses=_padded(runs, settings, "train_loss"),
                 errors=errors,
                 passes=passes,
@@ -88,8 +90,9 @@ def _compared(comparison: Comparison, contestants: Sequence[ContestantSummary]) 
         cliques=joined,
         unit=unit_of(_every_error(comparison)),
         target=settings.target_error,
-        choices=tuple((_choice_name(choice), choice.reason) for choice in comparison.choices),
+        choices=tuple((str(choice), choice.reason) for choice in comparison.choices),
         settings=_told(comparison),
+        notes=comparison.notes(),
     )
 
 
@@ -175,10 +178,6 @@ def _every_error(comparison: Comparison) -> Iterator[float]:
     for run in comparison.results:
         yield from (epoch.validation_error for epoch in run.epochs)
         yield _or_infinite(run.test_error)
-
-
-def _choice_name(choice: Choice) -> str:
-    return choice.optimizer if choice.initial_scale == "plain" else f"{choice.optimizer}, {choice.initial_scale}"
 
 
 def _told(comparison: Comparison) -> tuple[tuple[str, str], ...]:

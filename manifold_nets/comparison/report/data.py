@@ -23,7 +23,7 @@ def runs_csv(comparison: Comparison) -> str:
     """One row a run, without anything that is measured on a machine: the same command gives the same text.
 
     Empty cells are values that a run does not have: it diverged, or it is not one of those that the test data were read
-    for.
+    for. Texts that a spreadsheet would take for a formula begin with an apostrophe.
     """
     head = (
         *_KEY,
@@ -153,7 +153,12 @@ def _key(run: RunResult, settings: Settings) -> tuple[object, ...]:
 def _csv(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    # repr gives the shortest text from which a float is read back bit for bit.
-    writer.writerows([repr(cell) if isinstance(cell, float) else cell for cell in row] for row in rows)
+    writer.writerow(map(_cell, head))
+    writer.writerows(map(_cell, row) for row in rows)
     return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return repr(value)  # the shortest text from which it is read back bit for bit
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

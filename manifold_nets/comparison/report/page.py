@@ -13,6 +13,7 @@ from manifold_nets.comparison.report.tables import (
     Table,
     conclusions,
     difference_table,
+    explanation,
     mean_text,
     rescaled_table,
     result_table,
@@ -78,9 +79,7 @@ def _opening(summary: Summary) -> str:
     robustness = robustness_table(summary)
     said = " ".join(escape(sentence) for sentence in conclusions(summary))
     return (
-        f'<p class="lead">{said}</p><p>Means over the seeds with half of Student\'s 95 % interval; differences seed by '
-        "seed, with 95 % bootstrap intervals, which are too narrow for few seeds; p-values of "
-        "the paired t-test, corrected for all pairs by Holm's method.</p>"
+        f'<p class="lead">{said}</p><p>{escape(explanation(summary))}</p>'
         f"{_table(result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
     )
 
@@ -102,8 +101,8 @@ def _unbroken(text: str) -> str:
 
 def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> str:
     titles = {
-        f"series-{i}": f"{contestant.name}: test error {summary.unit.behind(mean_text(contestant.test, summary.unit))}"
-        for i, contestant in enumerate(summary.contestants)
+        f"series-{i}": f"{c.name}: test error {mean_text(c.test, summary.unit, c.not_finite, sign=True)}"
+        for i, c in enumerate(summary.contestants)
     }
     told = drawing.told(summary)
     drawn = []

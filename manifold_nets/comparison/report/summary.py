@@ -54,6 +54,8 @@ class ContestantSummary:
         seeds: of its runs.
         test_errors: one a seed; infinite for a run that diverged.
         test: their mean.
+        not_finite: how many of the runs have not diverged, and a test error that is NaN or infinite.
+        at_edge: whether the chosen rate is the smallest or the largest of several.
         losses: training loss, runs × epochs, infinite from where a run diverged.
         errors: validation error, likewise.
         passes: passes over the training data to the end of each epoch.
@@ -74,6 +76,8 @@ class ContestantSummary:
     seeds: tuple[int, ...]
     test_errors: tuple[float, ...]
     test: MeanInterval
+    not_finite: int
+    at_edge: bool
     losses: tuple[tuple[float, ...], ...]
     errors: tuple[tuple[float, ...], ...]
     passes: tuple[float, ...]
@@ -104,6 +108,7 @@ class Summary:
         target: the validation error of the time-to-target table.
         choices: how each learning rate was chosen, contestant and reason.
         settings: what was run, name and value.
+        notes: what else a reader has to know, in sentences; see `Comparison.notes`.
     """
 
     title: str
@@ -117,3 +122,4 @@ class Summary:
     target: float
     choices: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The tables of a report as plain text, which the page, the Markdown file and the terminal show alike."""
+"""The tables and sentences of a report as plain text, which the page, Markdown and LaTeX show alike."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from manifold_nets.comparison.report.summary import ContestantSummary, Summary
 from manifold_nets.comparison.report.unit import Unit
 from manifold_nets.comparison.statistics import MeanInterval, PairedDifference
+from manifold_nets.page.markup import plural
 
-__all__ = ["Table", "conclusions", "difference_table", "markdown", "rescaled_table", "result_table", "robustness_table"]
+__all__ = [
+    "Table",
+    "conclusions",
+    "difference_table",
+    "explanation",
+    "rescaled_table",
+    "result_table",
+    "robustness_table",
+]
 
 SIGNIFICANCE = 0.05
 
@@ -48,11 +57,11 @@ def result_table(summary: Summary) -> Table:
         rows.append(
             (
                 contestant.name,
-                _or_none(contestant.learning_rate, "{:.3g}"),
-                mean_text(contestant.test, summary.unit),
-                f"{contestant.test.lost} of {len(contestant.seeds)}",
-                "reference" if found is None else difference_text(found, summary.unit),
-                "" if found is None else _p(found.adjusted_p),
+                _or_none(contestant.learning_rate, "{:.3g}") + (" (edge of the grid)" if contestant.at_edge else ""),
+                mean_text(contestant.test, summary.unit, contestant.not_finite),
+                f"{contestant.test.lost - contestant.not_finite} of {len(contestant.seeds)}",
+                difference_text(found, summary.unit) if found is not None else "reference",
+                _p(found.adjusted_p, found) if found is not None else "",
                 _or_none(rank, "{:.2f}"),
             )
         )
@@ -125,99 +134,131 @@ def difference_table(summary: Summary) -> Table:
             difference_text(d, summary.unit),
             _interval(d.t_low, d.t_high, summary.unit),
             f"{d.count}" + (f", lost {d.lost_first} and {d.lost_second}" if d.lost_first or d.lost_second else ""),
-            _p(d.p_value),
-            _p(d.adjusted_p),
+            _p(d.p_value, d),
+            _p(d.adjusted_p, d),
         )
         for d in summary.differences
     )
     return Table(summary.unit.label("Differences of test errors seed by seed"), head, rows)
 
 
+def explanation(summary: Summary) -> str:
+    """How the means, intervals and p-values of `result_table` are to be read."""
+    seeds = len(summary.contestants[0].seeds)
+    if seeds == 1:
+        return "One seed: there are no confidence intervals and no tests."
+    said = f"Means over {seeds} seeds ± half of Student's 95 % interval."
+    if len(summary.contestants) > 1:
+        said += (
+            " Differences are taken seed by seed, with 95 % bootstrap intervals, which are too narrow for few seeds; "
+            "p-values are of the paired t-test, corrected for all pairs by Holm's method. Where all differences of a "
+            "pair are equal there is no interval, and the p-value is of the sign test."
+        )
+    return said
+
+
 def conclusions(summary: Summary) -> list[str]:
-    """What the numbers say, in sentences: who is best, who cannot be told apart from it, and what diverged."""
+    """What the numbers say, in sentences: who is best, what differs from it, what diverged, and notes on choices."""
     told = []
     whole = [c for c in summary.contestants if c.test.count and not c.test.lost]
     if whole:
         best = min(whole, key=lambda c: c.test.value)
-        tied = [c.name for c in whole if c is not best and c.test.value == best.test.value]
-        have = "have" if tied else "has"
-        lowest = summary.unit.behind(mean_text(best.test, summary.unit))
-        told.append(f"{_and([best.name, *tied])} {have} the lowest mean test error: {lowest}.")
+        tied = [c.name for c in whole if c.test.value == best.test.value]
+        value = mean_text(best.test, summary.unit, sign=True)
+        error = "mean test error" if len(best.seeds) > 1 else "test error"
+        among = "" if len(whole) == len(summary.contestants) else "Of the optimizers with a test error on every seed, "
+        if len(tied) > 1:
+            value = summary.unit.behind(summary.unit.number(best.test.value))
+            told.append(f"{among}{_and(tied)} share the lowest {error}: {value}.")
+        elif len(summary.contestants) > 1:
+            told.append(f"{among}{best.name} has the lowest {error}: {value}.")
+        else:
+            told.append(f"The {error} of {best.name} is {value}.")
         told.extend(_compared(summary, best, tied))
     lost = sum(c.failed for c in summary.contestants)
     runs = sum(c.runs for c in summary.contestants)
     if lost:
-        told.append(f"{lost} of all {runs} runs diverged.")
-    hopeless = [c.name for c in summary.contestants if not c.test.count]
+        told.append(f"All {runs} runs diverged." if lost == runs > 1 else f"{lost} of {plural(runs, 'run')} diverged.")
+    hopeless = [c.name for c in summary.contestants if c.failed and not c.test.count and not c.not_finite]
     if hopeless and len(hopeless) < len(summary.contestants):
-        told.append(f"No run of {_and(hopeless)} came through at any learning rate.")
-    partial = [c.name for c in summary.contestants if c.test.lost and c.test.count]
+        told.append(f"Runs of {_and(hopeless)} diverged at every learning rate, so that there is no test error.")
+    partial = [c.name for c in summary.contestants if c.test.lost > c.not_finite and c.test.count]
     if partial:
-        told.append(f"Even at the chosen learning rate runs of {_and(partial)} diverged: a mean is that of survivors.")
-    return told
+        told.append(
+            f"Runs of {_and(partial)} diverged even at the chosen learning rate: a mean is over the runs that did not."
+        )
+    return [*told, *summary.notes]
 
 
 def _compared(summary: Summary, best: ContestantSummary, tied: Sequence[str]) -> list[str]:
-    pairs = [
-        d
-        for d in summary.differences
-        if best.name in (d.first, d.second) and not {d.first, d.second}.intersection(tied)
-    ]
-    other = {d: d.second if d.first == best.name else d.first for d in pairs}
-    apart = [other[d] for d in pairs if d.differs(SIGNIFICANCE)]
-    unknown = [other[d] for d in pairs if math.isnan(d.adjusted_p)]
-    together = [other[d] for d in pairs if other[d] not in apart and other[d] not in unknown]
+    """What the tests say of the differences of all others from the best, of which there may be several."""
+    if len(best.seeds) == 1:
+        return ["With one seed, no difference can be tested."] if summary.differences else []
+    pairs: dict[str, list[PairedDifference]] = {}
+    for d in summary.differences:
+        for one, other in ((d.first, d.second), (d.second, d.first)):
+            if one in tied and other not in tied:
+                pairs.setdefault(other, []).append(d)
+    unknown = [name for name, found in pairs.items() if any(math.isnan(d.adjusted_p) for d in found)]
+    apart = [name for name, found in pairs.items() if all(d.differs(SIGNIFICANCE) for d in found)]
+    rest = [name for name in pairs if name not in (*unknown, *apart)]
+    subject, single = _and(tied), len(tied) == 1
+    corrected = sum(not math.isnan(d.adjusted_p) for d in summary.differences)
+    level = f"(5 % level{f', corrected for {corrected} pairs' if corrected > 1 else ''})"
     told = []
-    if together:
-        told.append(f"It cannot be told apart from {_and(together)}.")
     if apart:
-        told.append(f"It differs from {_and(apart)} at the 5 % level, corrected for {len(summary.differences)} pairs.")
+        told.append(f"{subject} {'differs' if single else 'differ'} significantly from {_and(apart)} {level}.")
+    if rest:
+        told.append(f"{subject} {'does' if single else 'do'} not differ significantly from {_and(rest, 'or')} {level}.")
     if unknown:
-        told.append(f"There are too few pairs of runs to compare it with {_and(unknown)}.")
+        told.append(f"Too few runs of {_and(unknown)} have a test error for a test of the difference.")
     return told
-
-
-def markdown(table: Table) -> str:
-    r"""The table in Markdown.
-
-    Example:
-        >>> print(markdown(Table("", ("optimizer", "error"), (("sgd", "2 | 3"),))))
-        | optimizer | error |
-        |---|---|
-        | sgd | 2 \| 3 |
-    """
-    lines = [table.head, *table.rows]
-    text = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "---|" * len(table.head), *text[1:]])
 
 
 # ---- cells -----------------------------------------------------------------------------------------------------------
 
 
-def mean_text(found: MeanInterval, unit: Unit) -> str:
-    """A mean error and half the length of its interval; a mean over survivors says so."""
+def mean_text(found: MeanInterval, unit: Unit, not_finite: int = 0, *, sign: bool = False) -> str:
+    """A mean error and half the length of its interval; a mean over survivors says so.
+
+    Args:
+        found: the mean.
+        unit: of the errors.
+        not_finite: how many of the runs that are lost to it have not diverged.
+        sign: whether the unit stands behind it.
+    """
     if not found.count:
-        return "all diverged"
-    spread = f" ± {unit.number(found.half_width)}" if found.count > 1 else ""
+        return "not finite" if not_finite else "all diverged"
+    spread = f" ± {unit.number(found.half_width)}" if found.count > 1 and found.deviation else ""
     total = found.count + found.lost
-    return f"{unit.number(found.value)}{spread}" + (f" (survivors, {found.count} of {total})" if found.lost else "")
+    said = f"{unit.number(found.value)}{spread}"
+    said = unit.behind(said) if sign else said
+    if found.count > 1 and not found.deviation:  # which says nothing of how well the mean is known
+        said += ", all equal"
+    return said + (f" (survivors, {found.count} of {total})" if found.lost else "")
 
 
 def difference_text(found: PairedDifference, unit: Unit) -> str:
-    """A difference and its bootstrap interval."""
+    """A difference and its bootstrap interval, or why there is none."""
     if not found.count:
         return "no pair"
-    return f"{unit.signed(found.value)} {_interval(found.low, found.high, unit)}".rstrip()
+    if found.is_constant:
+        return f"{unit.signed(found.value)}, all equal"
+    if found.count == 1:
+        what = "pair" if found.lost_first or found.lost_second else "seed"
+        return f"{unit.signed(found.value)} (one {what}: no test)"
+    return f"{unit.signed(found.value)} {_interval(found.low, found.high, unit)}"
 
 
 def _interval(low: float, high: float, unit: Unit) -> str:
-    return f"[{unit.signed(low)}, {unit.signed(high)}]" if math.isfinite(low) else ""
+    return f"[{unit.signed(low)}, {unit.signed(high)}]" if math.isfinite(low) else "–"
 
 
-def _p(value: float) -> str:
+def _p(value: float, of: PairedDifference) -> str:
     if math.isnan(value):
         return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+    text = "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return f"{text} (sign test)" if of.is_constant else text
 
 
 def _or_none(value: float, form: str) -> str:
@@ -252,5 +293,5 @@ def _from_reference(summary: Summary, name: str) -> PairedDifference | None:
     return None
 
 
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+def _and(names: Sequence[str], word: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"

@@ -8,14 +8,22 @@ from pathlib import Path
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.comparison.report.figures import FIGURES, WIDE
+from manifold_nets.comparison.report.formats import latex, markdown, markdown_text
 from manifold_nets.comparison.report.page import draw_figures, page_html
 from manifold_nets.comparison.report.summary import Summary
-from manifold_nets.comparison.report.tables import conclusions, markdown, rescaled_table, result_table, robustness_table
+from manifold_nets.comparison.report.tables import (
+    conclusions,
+    difference_table,
+    explanation,
+    rescaled_table,
+    result_table,
+    robustness_table,
+)
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.files import atomic_file
 from manifold_nets.page.plots import plot_settings, save_figure
 
-__all__ = ["PAGE_NAME", "markdown_report", "write_report"]
+__all__ = ["PAGE_NAME", "latex_report", "markdown_report", "write_report"]
 
 PAGE_NAME = "report.html"
 
@@ -23,9 +31,10 @@ PAGE_NAME = "report.html"
 def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path:
     """Write the page, the plots, the tables and the data of a comparison into a folder; return the page.
 
-    ``report.html`` needs no other file. ``plots/`` has each figure as PNG and SVG, ``tables.md`` the tables in
-    Markdown, ``summary.json`` the numbers behind tables and figures, ``runs.csv`` and ``epochs.csv`` one row a run and
-    one row a run and epoch, ``times.csv`` what was measured on the machine. Each file is replaced as a whole.
+    ``report.html`` needs no other file. ``plots/`` has each figure as PNG and SVG, ``tables.md`` and
+    ``tables.tex`` the tables in Markdown and in LaTeX, ``summary.json`` the numbers behind tables and figures,
+    ``runs.csv`` and ``epochs.csv`` one row a run and one row a run and epoch, ``times.csv`` what was measured on the
+    machine. Each file is replaced as a whole.
 
     Args:
         comparison: a finished comparison, of any number of contestants, learning rates and seeds.
@@ -46,6 +55,7 @@ def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path
         ("times.csv", times_csv(comparison)),
         ("summary.json", summary_json(summary)),
         ("tables.md", markdown_report(summary)),
+        ("tables.tex", latex_report(summary)),
         (PAGE_NAME, page_html(summary, figures)),
     ):
         _write(place / name, text)
@@ -69,18 +79,25 @@ def markdown_report(summary: Summary) -> str:
     """Conclusions and tables in Markdown, for a paper or a README."""
     result, robustness, rescaled = result_table(summary), robustness_table(summary), rescaled_table(summary)
     settings = "; ".join(f"{name}: {value}" for name, value in summary.settings)
-    told = (
-        f"{result.caption}: mean over the seeds and half of Student's 95 % interval; differences seed by seed, "
-        "with 95 % bootstrap intervals; p-values of the paired t-test, corrected for all pairs "
-        "(Holm)."
-    )
     parts = [
-        " ".join(conclusions(summary)) or "No run came through.",
+        markdown_text(" ".join(conclusions(summary))),
         markdown(result),
-        told,
+        markdown_text(f"{result.caption}. {explanation(summary)}"),
         markdown(robustness),
-        f"{robustness.caption}.",
+        markdown_text(f"{robustness.caption}."),
         *((markdown(rescaled), f"{rescaled.caption}.") if rescaled.rows else ()),
-        f"{settings[:1].upper()}{settings[1:]}.",
+        markdown_text(f"{settings[:1].upper()}{settings[1:]}."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def latex_report(summary: Summary) -> str:
+    """The tables in LaTeX, for the packages ``booktabs`` and ``graphicx``."""
+    tables = {
+        "results": result_table(summary),
+        "robustness": robustness_table(summary),
+        "rescaled": rescaled_table(summary),
+        "differences": difference_table(summary),
+    }
+    head = "% \\usepackage{booktabs,graphicx}"
+    return "\n\n".join([head, *(latex(table, name) for name, table in tables.items() if table.rows)]) + "\n"

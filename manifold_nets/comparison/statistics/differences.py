@@ -26,15 +26,17 @@ class PairedDifference:
         first: name of the one contestant.
         second: name of the other.
         value: mean difference; NaN without a pair.
-        low: lower end of the bootstrap interval (BCa); NaN with fewer than two pairs.
+        low: lower end of the bootstrap interval (BCa); NaN with fewer than two pairs, and where all differences are
+            equal: nothing then says how well the mean is known.
         high: its upper end.
-        t_low: lower end of Student's interval; NaN with fewer than two pairs.
+        t_low: lower end of Student's interval; NaN likewise.
         t_high: its upper end.
         confidence: that of both intervals, each by itself.
         count: pairs that the difference is over.
         lost_first: seeds at which the first diverged.
         lost_second: seeds at which the second diverged.
-        p_value: two-sided, of the paired t-test; NaN with fewer than two pairs.
+        p_value: two-sided, of the paired t-test; of the sign test where all differences are equal; NaN with fewer than
+            two pairs.
         adjusted_p: the same, corrected for the number of comparisons (Holm); equal to it for a single one.
     """
 
@@ -52,16 +54,20 @@ class PairedDifference:
     p_value: float
     adjusted_p: float
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether there are several pairs, all of the same difference."""
+        return self.count > 1 and bool(np.isnan(self.low))
+
     def differs(self, significance: float = 0.05) -> bool:
         """Whether the two can be told apart after the correction."""
         return bool(self.adjusted_p <= significance)
 
     def __str__(self) -> str:
         lost = f", {self.lost_first} and {self.lost_second} diverged" if self.lost_first or self.lost_second else ""
-        return (
-            f"{self.first} − {self.second}: {self.value:+.3g} [{self.low:+.3g}, {self.high:+.3g}], "
-            f"p = {self.adjusted_p:.2g} (n = {self.count}{lost})"
-        )
+        interval = f" [{self.low:+.3g}, {self.high:+.3g}]" if np.isfinite(self.low) else ""
+        p = f", p = {self.adjusted_p:.2g}" if self.count > 1 else ""
+        return f"{self.first} − {self.second}: {self.value:+.3g}{interval}{p} (n = {self.count}{lost})"
 
 
 def paired_difference(
@@ -75,10 +81,10 @@ def paired_difference(
 ) -> PairedDifference:
     """Mean of dᵢ = firstᵢ − secondᵢ with a bootstrap interval (BCa), Student's interval, and the paired t-test.
 
-    Equal differences leave the t-test no spread to judge by; the p-value is then that of the sign test, 2¹⁻ⁿ. Pairs of
-    which one run diverged cannot enter a mean; they are counted for either side. With few seeds, bootstrap
-    intervals are too narrow: for normal differences, 95 % intervals from 3, 5 and 10 pairs hold the true mean in about
-    73, 84 and 90 of 100 cases. Student's interval holds it in 95, and the p-value goes with that one.
+    Equal differences leave the t-test no spread to judge by: there is then no interval, and the p-value is that of the
+    sign test, 2¹⁻ⁿ. Pairs of which one run diverged cannot enter a mean; they are counted for either side. With few
+    seeds, bootstrap intervals are too narrow: for normal differences, 95 % intervals from 3, 5 and 10 pairs hold the
+    true mean in about 73, 84 and 90 of 100 cases. Student's interval holds it in 95, and the p-value goes with it.
 
     Args:
         first: one number a seed; NaN or infinite for a run that diverged.
@@ -106,14 +112,15 @@ def paired_difference(
     differences = _without_rounding(a[both], b[both])
     mean = mean_interval(differences, confidence)
     low, high = _bca(differences, confidence, resamples, seed)
+    t_low, t_high = (mean.low, mean.high) if np.isfinite(low) else (low, high)
     p = _paired_t(differences)
     return PairedDifference(
         *names,
         value=mean.value,
         low=low,
         high=high,
-        t_low=mean.low,
-        t_high=mean.high,
+        t_low=t_low,
+        t_high=t_high,
         confidence=confidence,
         count=len(differences),
         lost_first=int((~finite_a).sum()),
@@ -135,10 +142,8 @@ def _without_rounding(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray
 
 
 def _bca(differences: NDArray[np.float64], confidence: float, resamples: int, seed: int) -> tuple[float, float]:
-    if len(differences) < 2:
+    if len(differences) < 2 or np.ptp(differences) == 0:  # every sample of equal numbers has the same mean
         return float("nan"), float("nan")
-    if np.ptp(differences) == 0:  # every sample of equal numbers has the same mean
-        return float(differences[0]), float(differences[0])
     from scipy import stats
 
     with warnings.catch_warnings():

@@ -101,7 +101,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
     mean = float(kept.mean())
     if count == 1:
         return MeanInterval(mean, nan, nan, nan, confidence, 1, lost)
-    deviation = float(kept.std(ddof=1))
+    deviation = float(kept.std(ddof=1)) if np.ptp(kept) else 0.0  # not the rounding of the mean of equal numbers
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * deviation / float(np.sqrt(count))
     return MeanInterval(mean, mean - half, mean + half, deviation, confidence, count, lost)
 

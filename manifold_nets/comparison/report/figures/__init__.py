@@ -63,8 +63,8 @@ def _ranks_told(summary: Summary) -> str:
         return ""
     return (
         f"Mean ranks of the test errors over {summary.friedman.blocks} seeds, the best at the left; diverged runs rank "
-        "last. Contestants joined by a bar cannot be told apart at the 5 % level (Nemenyi). Friedman's test of any "
-        f"difference: p = {summary.friedman.p_value:.2g}. Ranks over seeds of one task say nothing about other tasks."
+        "last. The ranks of optimizers joined by a bar do not differ at the 5 % level (Nemenyi). Friedman's test of "
+        f"any difference: p = {summary.friedman.p_value:.2g}. Ranks over seeds of one task say nothing of other tasks."
     )
 
 
@@ -75,7 +75,7 @@ FIGURES = (
         draw_test_errors,
         lambda _: (
             "Each stroke is a seed. The mark is the mean, its line Student's 95 % interval. Where runs diverged, the "
-            "mean is over the survivors and the row says how many are missing."
+            "mean is over the other runs, and the row shows how many are missing."
         ),
     ),
     Drawing(

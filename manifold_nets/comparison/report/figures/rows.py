@@ -53,7 +53,8 @@ def draw_test_errors(summary: Summary, size: Size) -> Figure:
         (mean,) = axes.plot([test.value], [i - 0.1], color=style.colour, marker=style.marker, markersize=8)
         mean.set_gid(f"series-{i}")
         if test.lost:
-            _beside(axes, i, f"✕ {test.lost} of {len(contestant.seeds)} diverged")
+            why = "not finite" if contestant.not_finite else "diverged"
+            _beside(axes, i, f"✕ {test.lost} of {len(contestant.seeds)} {why}")
     name_rows(axes, names)
     axes.set_xlabel(summary.unit.label("test error"))
     return figure

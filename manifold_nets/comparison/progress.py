@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
-
-from manifold_nets.comparison import Progress
+from manifold_nets.comparison.engine import Observer, Progress
 
 __all__ = ["shown_progress"]
 
@@ -19,11 +15,24 @@ LINE_SECONDS = 30.0
 
 
 @contextmanager
-def shown_progress() -> Iterator[Callable[[Progress], None]]:
-    """Give an observer of a comparison that shows a bar on a terminal, and elsewhere a line twice a minute."""
+def shown_progress(progress: Observer | bool | None) -> Iterator[Observer | None]:
+    """Give the observer of a comparison.
+
+    Args:
+        progress: the observer itself; True for a bar on a terminal, and elsewhere a line twice a minute; None for the
+            bar alone; False for nothing.
+    """
+    if progress is False or callable(progress):
+        yield progress or None
+        return
+    # Imported where it is used: the package itself needs no terminal.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines()
+        yield _Lines() if progress else None
         return
     # Names are shown as they are, also where they look like rich's markup.
     texts = (TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("left", "best"))
@@ -31,8 +40,8 @@ def shown_progress() -> Iterator[Callable[[Progress], None]]:
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task("runs", total=None, left="", best="")
 
-        def show(progress: Progress) -> None:
-            bar.update(task, total=progress.total, completed=progress.done, left=_left(progress), best=_best(progress))
+        def show(told: Progress) -> None:
+            bar.update(task, total=told.total, completed=told.done, left=_left(told), best=_best(told))
 
         yield show
 
@@ -45,7 +54,8 @@ class _Lines:
         now = time.monotonic()
         if progress.last is not None and (now - self._last >= LINE_SECONDS or progress.done == progress.total):
             self._last = now
-            click.echo(f"{progress.done} of {progress.total} runs; {_left(progress)}; {_best(progress)}", err=True)
+            sys.stderr.write(f"{progress.done} of {progress.total} runs; {_left(progress)}; {_best(progress)}\n")
+            sys.stderr.flush()
 
 
 def _left(progress: Progress) -> str:

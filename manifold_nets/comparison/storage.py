@@ -1,0 +1,107 @@
+"""URLs of databases: what of them may be shown, and where their password comes from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, quote_plus
+
+from manifold_nets.comparison.errors import StorageError
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+__all__ = ["PASSWORD_VARIABLE", "completed", "needs_password", "redacted", "without_secrets"]
+
+PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
+_FILE_VARIABLE = f"{PASSWORD_VARIABLE}_FILE"
+# Options of drivers that hold a secret; `passfile` is a path.
+_SECRET = re.compile(r"pass(?!file)|pwd|secret|token|odbc_connect", re.IGNORECASE)
+
+
+def redacted(url: str) -> str:
+    """The URL without its passwords, for messages and commands; where it cannot be read, only how it begins.
+
+    Example:
+        >>> redacted("postgresql+psycopg://me:abc@host/db?connect_timeout=9&password=abc")
+        'postgresql+psycopg://me@host/db?connect_timeout=9'
+        >>> redacted("sqlite:///runs.db")
+        'sqlite:///runs.db'
+    """
+    found = _parsed(url)
+    if found is None:
+        scheme = re.match(r"[\w+]+(?=://)", url)
+        return f"{scheme[0] if scheme else ''}://…"
+    hidden = [name for name in found.query if _SECRET.search(name)]
+    if not hidden and found.password is None:
+        return url
+    bare = type(found).create(
+        found.drivername, found.username, None, found.host, found.port, found.database, found.query
+    )
+    return bare.difference_update_query(hidden).render_as_string(hide_password=False)
+
+
+def without_secrets(text: str, url: str) -> str:
+    """A message of a driver, which may quote the URL or parts of it."""
+    found = _parsed(url)
+    if found is None:
+        return text.replace(url, redacted(url))
+    values = [found.password, *(value for name, value in found.query.items() if _SECRET.search(name))]
+    secrets = {secret for value in values for secret in ((value,) if isinstance(value, str) else value or ())}
+    for secret in sorted({form(s) for s in secrets for form in (str, quote, quote_plus)} - {""}, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return text
+
+
+def completed(url: str) -> str:
+    """The URL with the password of the environment where it has none of its own.
+
+    The password is that of the variable ``MANIFOLD_NETS_STORAGE_PASSWORD``, or the first line of the file that
+    ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE`` names.
+
+    Raises:
+        StorageError: that file cannot be read.
+    """
+    found = _parsed(url)
+    if found is None or not needs_password(url):
+        return url
+    password = os.environ.get(PASSWORD_VARIABLE)
+    file = os.environ.get(_FILE_VARIABLE)
+    if password is None and file:
+        try:
+            password = Path(file).read_text(encoding="utf-8").partition("\n")[0].removesuffix("\r")
+        except (OSError, ValueError) as error:
+            expected = "a file whose first line is the password"
+            raise StorageError(_FILE_VARIABLE, str(error), expected, "Correct the variable or the file.") from error
+    return url if password is None else found.set(password=password).render_as_string(hide_password=False)
+
+
+def needs_password(url: str) -> bool:
+    """Whether a database behind the URL, without its passwords, may ask for one.
+
+    Example:
+        >>> needs_password("mysql+pymysql://me@host/db"), needs_password("sqlite:///runs.db")
+        (True, False)
+    """
+    found = _parsed(url)
+    if found is None or found.get_backend_name() == "sqlite":
+        return False
+    return found.password is None and {"password", "passwd"}.isdisjoint(found.query)
+
+
+def _parsed(url: str) -> URL | None:
+    """The parts of the URL; None where they cannot be told apart for certain, as of a password with an @ in it."""
+    try:
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import ArgumentError
+    except ModuleNotFoundError:  # whoever opens the database says what to install
+        return None
+    try:
+        found = make_url(url)
+    except (ArgumentError, ValueError):
+        return None
+    if found.get_backend_name() == "sqlite":
+        return found
+    return None if "@" in f"{found.host}{found.database}" else found
