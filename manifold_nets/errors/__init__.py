@@ -50,6 +50,7 @@ from manifold_nets.errors.optimizers import (
     NativeKernelError,
     OptimizerStateError,
     ParameterGroupError,
+    SparseGradientError,
     SphereOptionError,
     UnsupportedManifoldError,
 )
@@ -89,6 +90,7 @@ __all__ = [
     "PlanError",
     "ReportMismatchError",
     "SelectionError",
+    "SparseGradientError",
     "SphereOptionError",
     "StateDictMismatchError",
     "UnsupportedManifoldError",

@@ -12,6 +12,7 @@ __all__ = [
     "NativeKernelError",
     "OptimizerStateError",
     "ParameterGroupError",
+    "SparseGradientError",
     "SphereOptionError",
     "UnsupportedManifoldError",
 ]
@@ -62,6 +63,17 @@ class SphereOptionError(ManifoldNetsError, TypeError):
         super().__init__(
             f"{name} lies on a product of spheres: found {found}; expected {expected}. Change it, or train this weight "
             "without the constraint (manifold_nets.revert)."
+        )
+
+
+class SparseGradientError(SphereOptionError):
+    """A weight has a sparse gradient where only dense ones can be stepped."""
+
+    def __init__(self, name: str, layout: object, optimizer: str) -> None:
+        super(SphereOptionError, self).__init__(
+            f"{name}: found a gradient of layout {layout}; {optimizer} steps this weight with dense gradients only; "
+            "nothing was changed. Build its layer with sparse=False, or make the gradient dense before the step "
+            "(weight.grad = weight.grad.to_dense())."
         )
 
 

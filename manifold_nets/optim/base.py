@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.errors import OptionError, SparseGradientError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -78,7 +78,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            SphereOptionError: a constrained weight has a sparse gradient; nothing was changed.
+            SparseGradientError: a weight that torch does not step has a sparse gradient; nothing was changed.
         """
         if torch.compiler.is_compiling():
             # torch's wrapper breaks the graph, twice.
@@ -144,12 +144,16 @@ class SphereOptimizer(torch.optim.Optimizer):
                 self._step_members(group, together)
         write_masters(masters)
 
+    def _stepped_by_rules(self, group: Group) -> Iterator[tuple[int, Tensor]]:
+        """Yield position and weight where a rule of this package takes the step: not the plain ones, left to torch."""
+        for index, weight, _ in constrained_of(group):
+            yield index, weight
+
     def _refuse_sparse_gradients(self) -> None:
         for number, group in enumerate(self.param_groups):
-            for index, weight, _ in constrained_of(group):
+            for index, weight in self._stepped_by_rules(group):
                 if weight.grad is not None and weight.grad.layout != torch.strided:
-                    found = f"a gradient of layout {weight.grad.layout}"
-                    raise SphereOptionError(name_of(group, number, index), found, "a dense gradient (sparse=False)")
+                    raise SparseGradientError(name_of(group, number, index), weight.grad.layout, type(self).__name__)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.
@@ -174,10 +178,11 @@ class SphereOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `torch.amp.GradScaler` may leave unscaling to the step, as it does to torch's fused ones.
 
-        The rules on spheres do not unscale.
+        The rules of this package do not unscale, and neither do torch's steps without ``fused``.
         """
-        constrained = any(manifold is not None for group in self.param_groups for manifold in group["manifolds"])
-        return self._fused_unscales and not constrained
+        return self._fused_unscales and all(
+            group.get("fused") and next(self._stepped_by_rules(group), None) is None for group in self.param_groups
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
