@@ -13,6 +13,7 @@ __all__ = [
     "NativeKernelError",
     "OptimizerStateError",
     "ParameterGroupError",
+    "SparseGradientError",
     "SphereOptionError",
     "StepInputError",
     "UnsupportedManifoldError",
@@ -72,6 +73,17 @@ class StepInputError(ManifoldNetsError, RuntimeError):
 
     def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{name}: found {found}; expected {expected}; nothing was changed. {remedy}")
+
+
+class SparseGradientError(SphereOptionError):
+    """A weight has a sparse gradient where only dense ones can be stepped."""
+
+    def __init__(self, name: str, layout: object) -> None:
+        super(SphereOptionError, self).__init__(
+            f"{name}: found a gradient of layout {layout}; this weight is stepped with dense gradients only; "
+            "nothing was changed. Build its layer with sparse=False, or make the gradient dense before the step "
+            "(weight.grad = weight.grad.to_dense())."
+        )
 
 
 class ParameterGroupError(ManifoldNetsError, ValueError):

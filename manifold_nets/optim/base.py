@@ -114,7 +114,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            SphereOptionError: a constrained weight has a sparse gradient; nothing was changed.
+            SparseGradientError: a weight that torch does not step has a sparse gradient; nothing was changed.
             StepInputError: a constrained weight, its gradient or its state has another shape than the spheres, or no
                 memory; nothing was changed.
         """
@@ -228,10 +228,11 @@ class SphereOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Whether `torch.amp.GradScaler` may leave unscaling to the step, as it does to torch's fused ones.
 
-        The rules on spheres do not unscale.
+        The rules of this package do not unscale, and neither do torch's steps without ``fused``.
         """
-        constrained = any(manifold is not None for group in self.param_groups for manifold in group["manifolds"])
-        return self._fused_unscales and not constrained
+        return self._fused_unscales and all(
+            group.get("fused") and next(self._spheres_of(group), None) is None for group in self.param_groups
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:

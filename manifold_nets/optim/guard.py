@@ -62,9 +62,9 @@ on_first_instance(_install)
 
 
 def _refuse_euclidean_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise before a step of a Euclidean optimizer on a constrained weight that has, or may get, a gradient."""
+    """Raise before a Euclidean step on a constrained weight that has, or may get, a gradient."""
     # Asked in the graph where a step is compiled: only a look at other optimizers breaks it.
-    if not isinstance(optimizer, SphereOptimizer):
+    if not (isinstance(optimizer, SphereOptimizer) and torch.compiler.is_compiling()):
         _inspect(optimizer, args, kwargs)
 
 
@@ -99,7 +99,11 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -
 
 def _stepped_off_spheres(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Yield the constrained weights that an optimizer takes for Euclidean ones."""
+    # Those of this package know which of their weights lie on spheres.
+    manifolds = [m for group in optimizer.param_groups for m in group.get("manifolds", [None] * len(group["params"]))]
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, SphereOptimizer):
+        params = [p for p, manifold in zip(params, manifolds, strict=True) if manifold is None]
     some_lost = bool(lost_constraints(params))
     steps_on_manifolds = isinstance(optimizer, OptimMixin)  # geoopt's
     for parameter in params:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.errors import OptionError, ParameterGroupError, SelectionError
+from manifold_nets.errors import OptionError, ParameterGroupError, SelectionError, SphereOptionError
 from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.choice import run
 from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.grouping import param_groups
-from manifold_nets.optim.membership import Group, name_of
+from manifold_nets.optim.membership import Group, constrained_of, name_of
 from manifold_nets.optim.rsgd import RiemannianSGD
 from manifold_nets.optim.rules.members import Rule
 from manifold_nets.optim.rules.methods import MethodRule
@@ -80,6 +80,7 @@ class ScaledMetricSGD(RiemannianSGD):
         options: the other options of `RiemannianSGD`; weight decay acts on the other parameters only.
 
     Raises:
+        SphereOptionError: a weight lies on spheres.
         DegenerateGroupError: a filter is zero or not finite: it could not move.
         ParameterGroupError: partitions do not fit the parameters.
         OptionError: ``differentiable`` beside a partition.
@@ -112,7 +113,6 @@ class ScaledMetricSGD(RiemannianSGD):
 
     def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
         """Yield position, weight and groups of all weights that no step of torch's moves."""
-        yield from super()._spheres_of(group)
         places = {id(parameter): index for index, parameter in enumerate(group["params"])}
         yield from ((places[id(parameter)], parameter, _groups(*key)) for parameter, key in _scaled(group))
 
@@ -153,6 +153,10 @@ def _groups(shape: tuple[int, ...], view: tuple[int, ...], kept: tuple[int, ...]
 
 
 def _require_scalable(group: Group, number: int) -> None:
+    for index, _, _ in constrained_of(group):
+        found = "ScaledMetricSGD, which would move it off them"
+        expected = "an optimizer that steps on spheres, such as manifold_nets.optim.RiemannianSGD"
+        raise SphereOptionError(name_of(group, number, index), found, expected)
     partitions = group.get("partitions")
     if partitions and len(partitions) != len(group["params"]):
         found = f"{len(partitions)} partitions for {len(group['params'])} parameters"
@@ -161,8 +165,6 @@ def _require_scalable(group: Group, number: int) -> None:
         if data is None:
             continue
         name, partition = name_of(group, number, index), Partition.from_dict(data)
-        if group["manifolds"][index] is not None:
-            raise ParameterGroupError(name, "a partition and a manifold", "one of the two")
         if tuple(weight.shape) != partition.shape:
             raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the partition's, {partition.shape}")
         if group["differentiable"]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from manifold_nets.errors import SphereOptionError, StepInputError
+from manifold_nets.errors import SparseGradientError, StepInputError
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, accumulation_dtype
 
@@ -51,7 +51,7 @@ def check(
         name: returns the name of the parameter, for messages.
 
     Raises:
-        SphereOptionError: the gradient is sparse.
+        SparseGradientError: the gradient is sparse.
         StepInputError: a shape is not that of the spheres, or a tensor has no memory for its entries.
     """
     shape = partition.shape
@@ -90,7 +90,7 @@ def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], na
 
 def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Callable[[], str]) -> None:
     if gradient.layout != torch.strided:
-        raise SphereOptionError(name(), f"a gradient of layout {gradient.layout}", "a dense gradient (sparse=False)")
+        raise SparseGradientError(name(), gradient.layout)
     found = None
     if gradient.shape != weight.shape:
         found = f"a gradient of shape {tuple(gradient.shape)}"

@@ -142,12 +142,12 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
                        const REAL *b, REAL *rest, Measured *m, Turned *turned) {
     int64_t size = job->size;
     for (int64_t i = 0; i < n; i++) {
-        if (!brief_gradient(rule, m, i)) continue;
+        if (!brief_gradient(rule, job, m, i, from + i)) continue;
         Products p;
         double taken = m->wg[i] / m->ww[i];
         NAME(subtract)(w + i * size, g + i * size, size, (REAL)taken, rest + i * size);
         NAME(measure)(w + i * size, rest + i * size, b ? b + i * size : NULL, size, &p);
-        keep_remainder(m, i, &p, taken, job->rounding);
+        keep_remainder(rule, job, m, i, &p, taken);
     }
     to_unit(m, rule, job, from, n);
     NAME(second_moments)(rule, job, from, m, n);
@@ -256,7 +256,7 @@ static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const 
     Measured m;
     Turned turned;
     keep_products(&m, 0, sum);
-    if (brief_gradient(rule, &m, 0)) { /* seldom, and by one thread */
+    if (brief_gradient(rule, piece->job, &m, 0, piece->row)) { /* seldom, and by one thread */
         Products part, again = {0, 0, 0, 0, 0, 0};
         work->taken[l] = sum->wg / sum->ww;
         for (int64_t k = work->first[l]; k < work->first[l + 1]; k++) {
@@ -264,7 +264,7 @@ static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const 
             NAME(measure)(w, g, b, work->cut[k].size, &part);
             add_products(&again, &part);
         }
-        keep_remainder(&m, 0, &again, work->taken[l], piece->job->rounding);
+        keep_remainder(rule, piece->job, &m, 0, &again, work->taken[l]);
     }
     to_unit(&m, rule, piece->job, piece->row, 1);
     NAME(second_moments)(rule, piece->job, piece->row, &m, 1);

@@ -70,7 +70,8 @@ static int is_short(double ww, double wg, double gg) { return positive(gg - wg /
 
 /* Keep the products of what remains of a gradient without its radial part: zeros where that is nothing but rounding.
  * See products.py. */
-static void keep_remainder(Measured *m, int64_t i, const Products *p, double taken, double rounding) {
+static void keep_remainder(const Rule *rule, const Job *job, Measured *m, int64_t i, const Products *p, double taken) {
+    double rounding = rule->kind == ADAM ? job->rounding : 0; /* SGD does not magnify it */
     double remains = p->gg - p->wg / p->ww * p->wg;
     int counts = !(remains <= rounding * rounding * m->gg[i]);
     m->wg[i] = counts ? p->wg : 0.0; m->gg[i] = counts ? p->gg : 0.0; m->gb[i] = counts ? p->gb : 0.0;
@@ -90,9 +91,11 @@ static void to_unit(Measured *restrict m, const Rule *rule, const Job *job, int6
     }
 }
 
-/* Whether the tangential gradient of a row has lost digits that matter. */
-static int brief_gradient(const Rule *rule, const Measured *m, int64_t i) {
-    return rule->kind == ADAM && is_short(m->ww[i], m->wg[i], m->gg[i]);
+/* Whether the tangential gradient of a row has lost digits that matter: for SGD where the step is long, as coefficients
+ * of a long row that cancel cannot be mended once they are rounded. */
+static int brief_gradient(const Rule *rule, const Job *job, const Measured *m, int64_t i, int64_t row) {
+    if (!is_short(m->ww[i], m->wg[i], m->gg[i])) return 0;
+    return rule->kind == ADAM || rule->lr * rule->lr * m->gg[i] * square_of(job, row) > 1;
 }
 
 /* See coefficients.py. */
@@ -266,7 +269,7 @@ int spheres_know(int64_t dtype) {
 static int pass(int task, const Rule *rule, const Job *jobs, int64_t count, int64_t threads) {
     Work work;
     int failed = lay_out(&work, jobs, count), half = rule->dtype == BFLOAT16 || rule->dtype == FLOAT16;
-    int rests = task == STEP && rule->kind != SGD; /* gradients may need room without their radial parts */
+    int rests = task == STEP; /* gradients may need room without their radial parts */
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
         float *space = half && !failed ? malloc(sizeof(float) * 3 * work.scratch + 64) : NULL;
