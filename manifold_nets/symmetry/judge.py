@@ -31,6 +31,8 @@ _REMEDIES = {
     "disagreement": "leave it and report it: structure and certificate contradict each other",
 }
 
+# What a weight is that the certificate calls invariant, by the strongest of the reasons against it.
+_CONTRADICTED: dict[str, str] = {"smooth": "disagreement", "cautious": "unknown", "jump": "not invariant"}
 _NOT_FINITE = "re-initialize or prune what is not finite: it has no direction, and the network computes NaN"
 _WITHOUT_INFLUENCE = "; no output depends on it: training does not move it"
 
@@ -114,7 +116,11 @@ class Judge(Certifier):
     def _without_groups(
         self, name: str, shape: tuple[int, ...], layer: str, structure: Structure | None
     ) -> WeightFinding:
-        """Judge a weight for which structure claims no groups: the certificate must not find any either."""
+        """Judge a weight for which structure claims no groups: the certificate must not find any either.
+
+        Where it does, that contradicts only what a derivative would have shown. A jump is invisible to it, and a rule
+        that covers sufficient conditions only leaves the weight unknown.
+        """
         seed = structure.seed if structure is not None else Partition.filters(shape)
         tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
         certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
@@ -128,7 +134,8 @@ class Judge(Certifier):
                 reason = f"{free} of {structure.seed.n_groups} filters are free, the others are not: {reason}"
         status = "unknown" if unknown else "not invariant"
         if certificate.verdict == "invariant" and not unknown:
-            status = "disagreement"
+            certainties = {because.certainty for because in structure.breaks} if structure is not None else {"smooth"}
+            status = _CONTRADICTED[min(certainties, key=list(_CONTRADICTED).index)]
         elif certificate.verdict == "no evidence":
             status = "no evidence"
         return WeightFinding(
