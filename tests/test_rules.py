@@ -224,10 +224,10 @@ def test_a_rule_that_refuses_scales(name: str, monkeypatch: pytest.MonkeyPatch) 
     ("name", "op", "wrong"),
     [
         ("sigmoid", "sigmoid", elementwise.homogeneous),
-        ("transpose", "transpose", elementwise.homogeneous),
+        ("transpose", "transpose.int", elementwise.homogeneous),
         ("roll", "roll", elementwise.homogeneous),
-        ("sum of two channels", "add", lambda use: use.label("self")),
-        ("pow", "pow", elementwise.homogeneous),
+        ("sum of two channels", "add.Tensor", lambda use: use.label("self")),
+        ("pow", "pow.Tensor_Scalar", elementwise.homogeneous),
         ("channel shuffle", "channel_shuffle", elementwise.homogeneous),
         ("reflect channels", "pad", elementwise.homogeneous),
         ("pad with a constant", "pad", elementwise.homogeneous),

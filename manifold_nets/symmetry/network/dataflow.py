@@ -103,7 +103,8 @@ class DataFlow:
         if isinstance(source, Node) and source in self._results:
             picked = self._results[source][node.args[1]]  # type: ignore[index]
             self._needs[node] = [picked] if isinstance(picked, Node) else []
-            self._looks_at.update({node: result for result in self._needs[node]})
+            if isinstance(picked, Node):
+                self._looks_at[node] = picked
             return
         self._needs.setdefault(node, list(node.all_input_nodes))
         if isinstance(source, Node):
@@ -144,7 +145,9 @@ class DataFlow:
                     self._looks_at[region] = node.args[0]
                 self._needs[region] = [result for result in results if isinstance(result, Node)]
             for target in self.written(node):
-                outside = next((a for a in arguments if isinstance(a, Node) and self.root(a) is self.root(target)), None)
+                outside = next(
+                    (a for a in arguments if isinstance(a, Node) and self.root(a) is self.root(target)), None
+                )
                 if outside is not None:
                     self._written.setdefault(region, []).append(outside)
 

@@ -36,7 +36,7 @@ __all__ = [
 # What they say of a model that cannot be traced is in the exception as well.
 _TALKATIVE = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
-# Operations that make tensors of zeros, or of one number, and those of which all entries are zero where the input's are.
+# Operations that make tensors of zeros, or of one number, and those that make zeros of zeros.
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 _FILLED = ("full", "full_like", "new_full", "scalar_tensor")
 _KEEPS_ZEROS = frozenset(

@@ -58,7 +58,11 @@ class _Folding:
         self.graph = graph
         self.found: dict[str, GraphNode] = {}
         self.source: dict[Node, str | None] = {}
-        stacks = [list(node.meta.get("nn_module_stack") or {}) for node in graph.program.graph.nodes if node.op == "call_function"]
+        stacks = [
+            list(node.meta.get("nn_module_stack") or {})
+            for node in graph.program.graph.nodes
+            if node.op == "call_function"
+        ]
         # The model itself is unfolded even where it calls no modules.
         self.containers = {key for stack in stacks for key in (*stack[:1], *stack[:-1])}
 

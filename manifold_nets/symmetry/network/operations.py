@@ -12,7 +12,13 @@ __all__ = ["bound_arguments", "is_in_place", "is_region", "op_name", "operation_
 
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 # The in-place forms whose overload is not called like that of the form which returns a new tensor.
-_FUNCTIONAL = {"pow_.Scalar": "pow.Tensor_Scalar", "pow_.Tensor": "pow.Tensor_Tensor", "bernoulli_.float": "bernoulli.p"}
+_FUNCTIONAL = {
+    "pow_.Scalar": "pow.Tensor_Scalar",
+    "pow_.Tensor": "pow.Tensor_Tensor",
+    "bernoulli_.float": "bernoulli.p",
+    "transpose_": "transpose.int",
+    "floor_divide_.Tensor": "floor_divide",
+}
 
 
 def op_name(node: Node) -> str:

@@ -73,9 +73,13 @@ def _kept_in_buffers(graph: TracedGraph, seeds: dict[Node, Label], scales: Scale
     strict, ids = Scales(count), np.arange(1, count + 1, dtype=np.int64)
     propagate(graph, seeds, strict)
     kept = ids[[strict.is_pinned(n) and not scales.is_pinned(n) for n in ids.tolist()]]
-    names = sorted(graph.buffers[node] for node in graph.stored)
-    writer = graph.flow.writers(next(iter(graph.stored)))[0]
-    return [Absorption(writer, "buffer", ", ".join(names), "", kept)] if len(kept) else []
+    if not len(kept):
+        return []
+    found = []
+    for node in sorted(graph.stored, key=lambda node: graph.order[node]):
+        module, _, leaf = graph.buffers[node].rpartition(".")
+        found.append(Absorption(graph.flow.writers(node)[0], "buffer", f"buffer {leaf}", module, kept))
+    return found
 
 
 def _along_other_axes(graph: TracedGraph, name: str, sources: list[Node], found: Structure) -> list[Structure]:

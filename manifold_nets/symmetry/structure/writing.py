@@ -46,13 +46,13 @@ def write_back(use: Use, target: Node, result: Result) -> None:
         return
     try:
         _scatter(use, root, [target, *later], new)
-    except (_NotFollowed, RuntimeError, TypeError, ValueError) as error:
+    except (_NotFollowedError, RuntimeError, TypeError, ValueError) as error:
         given = [label for node in (root, *views) if isinstance(label := use.labels.get(node), Label)]
         use.pin(f"writes into a view of another tensor ({error})", new, *given, unknown=True)
         use.labels.update(dict.fromkeys([root, *views]))
 
 
-class _NotFollowed(Exception):
+class _NotFollowedError(Exception):
     """A view of which the places are not known."""
 
 
@@ -72,7 +72,7 @@ def _scatter(use: Use, root: Node, views: list[Node], written: Label | None) -> 
     """Write the label of the first view into that of its root, then read the labels of the others."""
     shape = shape_of(root)
     if math.prod(shape) > _LARGEST:
-        raise _NotFollowed("it is too large to follow")
+        raise _NotFollowedError("it is too large to follow")
     label = use.labels.get(root)
     if isinstance(label, Label):
         ids: Ids = np.broadcast_to(label.ids, shape).copy()
@@ -95,12 +95,12 @@ def _places(graph: TracedGraph, view: Node, known: dict[Node, Any]) -> Any:
     if view not in known:
         source = graph.flow.source(view)
         if source is None or view.op not in ("call_function", "placeholder"):
-            raise _NotFollowed(f"{view.name} is not followed")
+            raise _NotFollowedError(f"{view.name} is not followed")
         behind = _places(graph, source, known)
         if view.op == "placeholder" or view.args[0] is not source or is_in_place(view):
             known[view] = behind
         elif op_name(view) in VIEWS - _MAY_COPY or view.target is operator.getitem:
             known[view] = view.target(behind, *view.args[1:], **view.kwargs)  # type: ignore[operator]
         else:
-            raise _NotFollowed(f"{op_name(view)} may be a view or a copy")
+            raise _NotFollowedError(f"{op_name(view)} may be a view or a copy")
     return known[view]

@@ -46,7 +46,7 @@ NOT_HOMOGENEOUS = (
 JUMPS = (
     "hardswish hardsigmoid hardtanh relu6 elu selu celu threshold hardshrink softshrink round round.decimals floor "
     "ceil trunc fix frac bernoulli bernoulli.p bernoulli.Tensor alpha_dropout feature_alpha_dropout floor_divide "
-    "floor_divide.Scalar remainder.Tensor remainder.Scalar fmod.Tensor fmod.Scalar isclose"
+    "floor_divide.Scalar remainder.Tensor remainder.Scalar remainder.Scalar_Tensor fmod.Tensor fmod.Scalar isclose"
 ).split()
 
 # Results that depend on the shape and the dtype only.
@@ -55,7 +55,10 @@ SHAPE_ONLY = (
     "randn_like randn_like.generator sym_size sym_size.int sym_numel _assert_tensor_metadata"
 ).split()
 # Results that a positive scale of each entry does not change.
-SIGNS = "sign sgn signbit isnan isinf isfinite logical_not logical_and logical_or logical_xor count_nonzero".split()
+SIGNS = (
+    "sign sgn signbit isnan isinf isfinite logical_not logical_and logical_or logical_xor count_nonzero "
+    "count_nonzero.dim_IntList"
+).split()
 COMPARISONS = [
     f"{name}.{overload}"
     for name in "gt ge lt le eq ne greater greater_equal less less_equal not_equal".split()

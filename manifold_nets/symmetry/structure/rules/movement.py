@@ -257,7 +257,8 @@ def index(use: Use) -> Result:
         if any(use.label_of(i) for i in use.args["indices"]):
             use.pin("indexes with a scaled tensor")
         return None
-    indexed, inserted, axis = [], 0, 0
+    indexed: list[int] = []
+    inserted = axis = 0
     for i in use.args["indices"]:
         # A mask takes as many axes as it has, and puts one in their place.
         mask = i is not None and i.meta["val"].dtype == torch.bool

@@ -121,5 +121,6 @@ def gathered(use: Use) -> Result:
         return Label.compressed(use.merge(label.ids, range(rank), _MIXED).reshape((1,) * len(use.out_shape)))
     ids = use.merge(label.ids, [dim], "picks entries that have different scales")
     if isinstance(index, Node) and use.op == "gather":
-        ids = ids[tuple(slice(n) if have > 1 else slice(None) for n, have in zip(shape_of(index), ids.shape, strict=True))]
+        sizes = zip(shape_of(index), ids.shape, strict=True)
+        ids = ids[tuple(slice(n) if have > 1 else slice(None) for n, have in sizes)]
     return Label.compressed(ids)

@@ -26,7 +26,6 @@ _PASSED = (
 ).split()
 
 
-
 @shift_rule(*_PASSED)
 def passed(use: ShiftUse) -> Result:
     """Copies and casts."""

@@ -100,9 +100,7 @@ class Use:
             return self.graph.is_zero(value, self.node)
         return isinstance(value, (int, float)) and value == 0
 
-    def pin(
-        self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious"
-    ) -> None:
+    def pin(self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious") -> None:
         """Refuse the scales of these labels (of all arguments when none is given)."""
         given: Sequence[Label | None] = labels or [
             label for node in self.node.all_input_nodes for label in as_list(self.labels.get(node))
@@ -168,6 +166,8 @@ class Use:
         return True
 
 
+# What a rule raises that meets arguments which it does not foresee.
+_UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 Rule = Callable[[Use], Result]
 RULES: dict[str, Rule] = {}
 
@@ -190,7 +190,7 @@ def guarded(function: Rule) -> Rule:
     def careful(use: Use) -> Result:
         try:
             return function(use)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        except _UNFORESEEN as error:
             use.pin(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
             return None
 
