@@ -6,19 +6,21 @@ import contextlib
 import functools
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import AnalysisError, ExampleInputsError
 from manifold_nets.symmetry.network.dataflow import DataFlow
-from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, op_name, operation_key
+from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, is_region, op_name, operation_key
 
 __all__ = [
     "Inputs",
@@ -33,6 +35,8 @@ __all__ = [
     "trace",
 ]
 
+# What torch.export says of `torch.vmap` that moves axes, which it can trace through Dynamo only.
+_BY_DYNAMO = "fake tensor in the exported program constant's list"
 # What they say of a model that cannot be traced is in the exception as well.
 _TALKATIVE = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
@@ -248,13 +252,20 @@ def _without_dead_ends(graph: TracedGraph) -> DataFlow:
 
     What depends on parameters that are used nowhere else stays: a normalization may absorb their scale all the same.
     """
-    unused = [node for node in graph.parameters if node not in graph.live]
-    kept = graph.live_or_stored | graph.flow.needed(graph.flow.behind(unused))
     nodes = graph.program.graph
+    unused = [node for node in graph.parameters if node not in graph.live]
+    # Functions of Python may act without a result, as those do that enter and leave `torch.vmap`.
+    acting = [node for node in nodes.nodes if node.op == "call_function" and not _is_pure(node)]
+    kept = graph.live_or_stored | graph.flow.needed([*acting, *graph.flow.behind(unused)])
     for node in reversed(nodes.nodes):
         if node.op == "call_function" and node not in kept:
             nodes.erase_node(node)
     return DataFlow(nodes)
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an operation does nothing but to return a result, and to write into arguments that are known."""
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or is_region(node)
 
 
 def _stored_buffers(graph: TracedGraph, model: nn.Module, inputs: Inputs) -> frozenset[Node]:
@@ -292,7 +303,12 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         silent = contextlib.redirect_stderr(io.StringIO())
         with warnings.catch_warnings(), silent, _returning_tensors(model):
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, kwargs, strict=False)
+            try:
+                program = torch.export.export(model, args, kwargs, strict=False)
+            except RuntimeError as error:
+                if _BY_DYNAMO not in str(error):
+                    raise
+                program = torch.export.export(model, args, kwargs, strict=True)
     except Exception as error:
         raise AnalysisError(type(model).__name__, error) from error
     finally:
@@ -316,12 +332,16 @@ def zero_nodes(program: torch.export.ExportedProgram) -> frozenset[Node]:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             value = program.constants.get(held.get(node.name, ""))
-            zero = isinstance(value, Tensor) and not value.is_meta and not bool(value.any())
+            zero = _has_values(value) and not bool(value.any())
         else:
             zero = node.op == "call_function" and (op_name(node) in _ZEROS or _is_filled_with_zeros(node))
         if zero:
             found.add(node)
     return frozenset(found)
+
+
+def _has_values(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
 
 
 def _is_filled_with_zeros(node: Node) -> bool:

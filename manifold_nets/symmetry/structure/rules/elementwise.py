@@ -44,7 +44,7 @@ NOT_HOMOGENEOUS = (
 
 # Functions made of pieces, and jumps: between them the derivative may be that of a homogeneous function.
 JUMPS = (
-    "hardswish hardsigmoid hardtanh relu6 elu selu celu threshold hardshrink softshrink round round.decimals floor "
+    "hardswish hardsigmoid hardtanh relu6 elu selu celu hardshrink softshrink round round.decimals floor "
     "ceil trunc fix frac bernoulli bernoulli.p bernoulli.Tensor alpha_dropout feature_alpha_dropout floor_divide "
     "floor_divide.Scalar remainder.Tensor remainder.Scalar remainder.Scalar_Tensor fmod.Tensor fmod.Scalar isclose"
 ).split()
@@ -194,6 +194,12 @@ def clamp(use: Use) -> Result:
         use, use.args["self"], *bounds,
         otherwise="bounds it by something that is not scaled with it", certainty="jump",
     )  # fmt: skip
+
+
+@rule("threshold")
+def threshold(use: Use) -> Result:
+    """Zero below zero is a ReLU; other thresholds are not homogeneous."""
+    return use.label("self") if use.args["threshold"] == use.args["value"] == 0 else jumps(use)
 
 
 @rule("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")

@@ -187,6 +187,26 @@ def split(use: Use) -> Result:
     return [Label.compressed(ids) for ids in np.split(label.ids, cuts, dim)]
 
 
+_VMAP = "torch._functorch.predispatch."
+
+
+@rule(_VMAP + "_add_batch_dim")
+def into_vmap(use: Use) -> Result:
+    """Inside of `torch.vmap` a tensor lacks the axis that is mapped over: one scale along it."""
+    label = use.label("0")
+    if label is None:
+        return None
+    axis = use.args["1"] % label.ids.ndim
+    return Label.compressed(use.merge(label.ids, [axis], "maps over entries that have different scales").squeeze(axis))
+
+
+@rule(_VMAP + "_remove_batch_dim")
+def out_of_vmap(use: Use) -> Result:
+    """The axis that was mapped over is put back."""
+    label = use.label("0")
+    return None if label is None else Label(np.expand_dims(label.ids, use.args["3"] % (label.ids.ndim + 1)))
+
+
 @rule("operator.getitem")
 def getitem(use: Use) -> Result:
     """Take one of several results."""
