@@ -16,7 +16,8 @@ from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.certifier import Certifier, Excused
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.network.operations import is_region
 from manifold_nets.symmetry.structure.find import Structure
 from manifold_nets.symmetry.structure.rules import Absorption
 
@@ -118,8 +119,8 @@ class Judge(Certifier):
     ) -> WeightFinding:
         """Judge a weight for which structure claims no groups: the certificate must not find any either.
 
-        Where it does, that contradicts only what a derivative would have shown. A jump is invisible to it, and a rule
-        that covers sufficient conditions only leaves the weight unknown.
+        Where it does, that contradicts only what a derivative would have shown. Jumps and what is detached are
+        invisible to it, and a rule that covers sufficient conditions only leaves the weight unknown.
         """
         seed = structure.seed if structure is not None else Partition.filters(shape)
         tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
@@ -134,14 +135,23 @@ class Judge(Certifier):
                 reason = f"{free} of {structure.seed.n_groups} filters are free, the others are not: {reason}"
         status = "unknown" if unknown else "not invariant"
         if certificate.verdict == "invariant" and not unknown:
-            certainties = {because.certainty for because in structure.breaks} if structure is not None else {"smooth"}
-            status = _CONTRADICTED[min(certainties, key=list(_CONTRADICTED).index)]
+            status = self._contradicted(structure)
         elif certificate.verdict == "no evidence":
             status = "no evidence"
         return WeightFinding(
             name, shape, layer, status, None, 0, (), (), certificate, reason, self._remedy(name, status, certificate),
             free_filters=free,
         )  # fmt: skip
+
+    def _contradicted(self, structure: Structure | None) -> str:
+        """The status of a weight that structure refuses and the certificate calls invariant."""
+        if structure is None:
+            return "disagreement"
+        certainties = {because.certainty for because in structure.breaks}
+        behind = self.graph.flow.behind(self.graph.placeholders_of(structure.name))
+        if any(op_name(node) == "detach" or is_region(node) for node in behind):
+            certainties = {"jump" if certainty == "smooth" else certainty for certainty in certainties}
+        return _CONTRADICTED[min(certainties, key=list(_CONTRADICTED).index)]
 
     def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
         """Certificate of each group together with the biases that are scaled along."""
