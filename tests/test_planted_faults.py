@@ -6,6 +6,7 @@ a disagreement for a weight, a refuted family, a refuted shift. Each fault is pr
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,107 @@ MADE = {
 }
 
 
+class JumpReLU(nn.Module):
+    """A sparse autoencoder with one threshold a feature, which is a parameter, or follows from one."""
+
+    def __init__(self, *, logarithm: bool) -> None:
+        super().__init__()
+        self.enc, self.dec = nn.Linear(8, 24), nn.Linear(24, 8)
+        self.threshold, self.logarithm = nn.Parameter(torch.full((24,), -0.9 if logarithm else 0.4)), logarithm
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enc(x)
+        return self.dec(torch.relu(h) * (h > (self.threshold.exp() if self.logarithm else self.threshold)))
+
+
+def before_normalization(cut: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A layer, an operation on its result, and a normalization."""
+    return Lambda(
+        lambda m, x: m.out(m.norm(cut(m.fc(x)))),
+        fc=nn.Linear(6, 8, bias=False), norm=nn.BatchNorm1d(8), out=nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+# None of these sees a small change of scale on the example inputs: only a move that is finite shows the difference.
+JUMPS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "a comparison with a constant": (lambda h: h * (h.abs() < 4), "lt.Scalar"),
+    "a comparison with a tensor": (lambda h: h * (h < torch.full_like(h, 4.0)), "lt.Tensor"),
+    "the smaller of two": (lambda h: torch.min(torch.relu(h), torch.tensor(4.0, dtype=h.dtype)), "min.other"),
+    "integers": (lambda h: h * (1 + h.long()), "to.dtype"),
+    "a sign": (lambda h: h * torch.sign(h - 4), "sub.Tensor"),
+    "a bound": (lambda h: h.clamp(0, 4), "clamp"),
+    "order across channels": (lambda h: h * (h >= h.amax(1, keepdim=True) - 2), "sub.Tensor"),
+}
+
+
+def far_change(model: nn.Module, x: Tensor, groups: int) -> float:
+    """Relative change of the output in training mode as the filters move by random factors, on inputs farther out."""
+    model, x = copy.deepcopy(model).double().train(), 3 * x.double()
+    generator = torch.Generator().manual_seed(2)
+    factors = 10 ** (4 * torch.rand(groups, 1, generator=generator, dtype=torch.float64) - 2)
+    model.norm.eps = 1e-30
+    with torch.no_grad():
+        before = model(x)
+        model.fc.weight *= factors
+        return float((model(x) - before).abs().max() / before.abs().max())
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_a_jump_is_not_called_invariant(name: str) -> None:
+    cut, _ = JUMPS[name]
+    torch.manual_seed(0)
+    model, x = before_normalization(cut), torch.randn(32, 6)
+    report = mn.diagnose(model, x)
+    weight = report["fc.weight"]
+    assert weight.status in ("not invariant", "unknown")
+    assert not report.disagreements
+    assert far_change(model, x, 8) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["a comparison with a constant", "the smaller of two", "a bound"])
+def test_a_jump_that_the_rules_overlook_changes_the_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage: the claim that a rule without its condition makes is not true far from the weights."""
+    cut, key = JUMPS[name]
+    torch.manual_seed(0)
+    model, x = before_normalization(cut), torch.randn(32, 6)
+    monkeypatch.setitem(RULES, key, elementwise.sign if key == "lt.Scalar" else elementwise.homogeneous)
+    assert mn.diagnose(model, x)["fc.weight"].partition is not None
+    with pytest.raises(AssertionError):
+        assert far_change(model, x, 8) <= BRUTE_FORCE_TOLERANCE
+
+
+def test_the_threshold_of_a_jump_moves_along() -> None:
+    torch.manual_seed(0)
+    model, x = JumpReLU(logarithm=False), torch.randn(64, 8)
+    (family,) = mn.diagnose(model, x).families
+    assert set(family.parameters) == {"enc.weight", "enc.bias", "threshold", "dec.weight"}
+    converted = mn.convert(model, x, remedies="balance")
+    assert mn.verify(model, converted, 5 * x).eval_difference <= 1e-5
+
+
+def test_a_threshold_that_cannot_move_along_allows_no_rescaling() -> None:
+    """The sabotage twin of the test above."""
+    torch.manual_seed(0)
+    model, x = JumpReLU(logarithm=True), torch.randn(64, 8)
+    assert not [family for family in mn.diagnose(model, x).families if "enc.weight" in family.parameters]
+
+
+def test_a_cautious_rule_leaves_a_weight_unknown_and_says_why() -> None:
+    torch.manual_seed(0)
+    cautious = before_normalization(lambda h: torch.where(h > 1e9, torch.ones_like(h), h))
+    found = mn.diagnose(cautious, torch.randn(32, 6))["fc.weight"]
+    assert found.certificate.verdict == "invariant"
+    assert found.status == "not invariant"  # the comparison jumps for certain
+    assert "compares with the constant" in str(found.broken_by)
+    cautious = before_normalization(lambda h: torch.where(torch.zeros_like(h) > 0, torch.ones_like(h), h))
+    found = mn.diagnose(cautious, torch.randn(32, 6))["fc.weight"]
+    assert found.certificate.verdict == "invariant"
+    assert found.status == "unknown"
+    assert "chooses between it and something that is not scaled with it" in str(found.broken_by)
+    smooth = before_normalization(lambda h: torch.where(torch.zeros_like(h) > 0, torch.sigmoid(h), h))
+    assert mn.diagnose(smooth, torch.randn(32, 6))["fc.weight"].status == "disagreement"
+
+
 def toy(name: str) -> Toy:
     return MADE[name] if name in MADE else TOYS[name]
 
@@ -99,12 +201,12 @@ PLANTED: dict[str, tuple[str, str, Rule]] = {
     "a scale leaking through a sigmoid gate": ("squeeze-excite", "sigmoid", lambda use: None),
     "a scale leaking through a gate behind the normalization": ("leaking gate", "sigmoid", lambda use: None),
     "a frozen normalization taken for a live one": ("frozen bn", "batch_norm", always_absorbs),
-    "a running scale taken for a statistic": ("running scale", "div", absorbs_in_a_quotient),
-    "a learned scale taken for a statistic": ("learned scale", "div", absorbs_in_a_quotient),
+    "a running scale taken for a statistic": ("running scale", "div.Tensor", absorbs_in_a_quotient),
+    "a learned scale taken for a statistic": ("learned scale", "div.Tensor", absorbs_in_a_quotient),
     "an output that bypasses the normalization": ("dense with a bypass", "cat", lambda use: None),
     "a residual sum whose other branch is forgotten": (
         "pre-activation residual",
-        "add",
+        "add.Tensor",
         lambda use: use.label("other"),
     ),
     "a normalization taken for one that does not exist": ("conv2d-bn", "batch_norm", lambda use: use.label("input")),

@@ -102,7 +102,7 @@ def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStr
     labels: dict[Node, Label] = {}
     for name in dict.fromkeys(graph.parameters.values()):
         sources = [node for node in graph.placeholders_of(name) if node.users]
-        if not sources or name in without or not tuple(sources[0].meta["val"].shape):
+        if not sources or name in without or not graph.is_used(name) or not tuple(sources[0].meta["val"].shape):
             continue
         part, partition, label = _seed(sources)
         ids = scales.add(partition.n_groups)

@@ -16,7 +16,8 @@ from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.certifier import Certifier, Excused
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.network.operations import is_region
 from manifold_nets.symmetry.structure.find import Structure
 from manifold_nets.symmetry.structure.rules import Absorption
 
@@ -31,6 +32,8 @@ _REMEDIES = {
     "disagreement": "leave it and report it: structure and certificate contradict each other",
 }
 
+# What a weight is that the certificate calls invariant, by the strongest of the reasons against it.
+_CONTRADICTED: dict[str, str] = {"smooth": "disagreement", "cautious": "unknown", "jump": "not invariant"}
 _NOT_FINITE = "re-initialize or prune what is not finite: it has no direction, and the network computes NaN"
 _WITHOUT_INFLUENCE = "; no output depends on it: training does not move it"
 
@@ -114,7 +117,11 @@ class Judge(Certifier):
     def _without_groups(
         self, name: str, shape: tuple[int, ...], layer: str, structure: Structure | None
     ) -> WeightFinding:
-        """Judge a weight for which structure claims no groups: the certificate must not find any either."""
+        """Judge a weight for which structure claims no groups: the certificate must not find any either.
+
+        Where it does, that contradicts only what a derivative would have shown. Jumps and what is detached are
+        invisible to it, and a rule that covers sufficient conditions only leaves the weight unknown.
+        """
         seed = structure.seed if structure is not None else Partition.filters(shape)
         tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
         certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
@@ -128,13 +135,23 @@ class Judge(Certifier):
                 reason = f"{free} of {structure.seed.n_groups} filters are free, the others are not: {reason}"
         status = "unknown" if unknown else "not invariant"
         if certificate.verdict == "invariant" and not unknown:
-            status = "disagreement"
+            status = self._contradicted(structure)
         elif certificate.verdict == "no evidence":
             status = "no evidence"
         return WeightFinding(
             name, shape, layer, status, None, 0, (), (), certificate, reason, self._remedy(name, status, certificate),
             free_filters=free,
         )  # fmt: skip
+
+    def _contradicted(self, structure: Structure | None) -> str:
+        """The status of a weight that structure refuses and the certificate calls invariant."""
+        if structure is None:
+            return "disagreement"
+        certainties = {because.certainty for because in structure.breaks}
+        behind = self.graph.flow.behind(self.graph.placeholders_of(structure.name))
+        if any(op_name(node) == "detach" or is_region(node) for node in behind):
+            certainties = {"jump" if certainty == "smooth" else certainty for certainty in certainties}
+        return _CONTRADICTED[min(certainties, key=list(_CONTRADICTED).index)]
 
     def _certificate(self, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]) -> Certificate:
         """Certificate of each group together with the biases that are scaled along."""

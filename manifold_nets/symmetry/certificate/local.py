@@ -51,8 +51,8 @@ _SWALLOWING = frozenset(
     "argsort bucketize copysign fmax fmin heaviside histc kthvalue mode msort nan_to_num nanmean nanmedian nanquantile "
     "nansum searchsorted sgn sign sort topk".split()
 )
-# What may lie behind the weight; copies have no rule, as scales are followed through the tensor that they write into.
-_HANDING_ON = (RULES.keys() | {"copy"}) - _SWALLOWING
+# What may lie behind the weight.
+_HANDING_ON = {key.partition(".")[0] for key in RULES} - _SWALLOWING
 # Forward passes with NaN in the place of weights: of all, and of each half.
 _MOST_RUNS = 3
 

@@ -75,7 +75,8 @@ class Absorber:
     Args:
         op: the aten operation.
         module: qualified name of the module that runs it.
-        kind: ``"batch"``, ``"instance"``, ``"group"``, ``"layer"``, ``"rms"``, ``"weight"`` or ``"quotient"``.
+        kind: ``"batch"``, ``"instance"``, ``"group"``, ``"layer"``, ``"rms"``, ``"weight"``, ``"quotient"``, or
+            ``"buffer"``: statistics kept by hand for evaluation, which follow the scale only as training goes on.
         eps: the eps of the operation, None where it has none of its own.
         weight: the parameter that holds its affine scale, if any.
         bias: the parameter that holds its affine shift, if any.

@@ -6,33 +6,48 @@ import contextlib
 import functools
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import AnalysisError, ExampleInputsError
+from manifold_nets.symmetry.network.dataflow import DataFlow
+from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, is_region, op_name, operation_key
 
 __all__ = [
     "Inputs",
     "TracedGraph",
     "bound_arguments",
+    "is_in_place",
     "op_name",
+    "operation_key",
     "output_tensors",
     "split_inputs",
     "to_float64",
     "trace",
 ]
 
+# What torch.export says of `torch.vmap` that moves axes, which it can trace through Dynamo only.
+_BY_DYNAMO = "fake tensor in the exported program constant's list"
 # What they say of a model that cannot be traced is in the exception as well.
 _TALKATIVE = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
+# Operations that make tensors of zeros, or of one number, and those that make zeros of zeros.
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
+_FILLED = ("full", "full_like", "new_full", "scalar_tensor")
+_KEEPS_ZEROS = frozenset(
+    "lift_fresh_copy clone detach alias contiguous _to_copy to.dtype to.device to.other to.dtype_layout type_as view "
+    "reshape expand expand_as squeeze squeeze.dim squeeze.dims unsqueeze permute transpose.int slice.Tensor select.int "
+    "neg relu abs".split()
+)
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -100,37 +115,6 @@ def output_tensors(result: Any) -> list[Tensor]:
     return leaves
 
 
-def op_name(node: Node) -> str:
-    """Name of the operation without its overload and without the underscore of the in-place form."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name.split("::")[-1]
-        return name.rstrip("_") if not name.startswith("_") else name
-    return str(getattr(node.target, "__name__", node.target))
-
-
-def is_in_place(node: Node) -> bool:
-    """Whether the operation writes into its first argument."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    first = node.target._schema.arguments[:1]
-    return bool(first and first[0].alias_info is not None and first[0].alias_info.is_write)
-
-
-def bound_arguments(node: Node) -> dict[str, Any]:
-    """Arguments of an operation by their schema names, defaults filled in."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {str(i): argument for i, argument in enumerate(node.args)}
-    bound: dict[str, Any] = {}
-    for position, argument in enumerate(node.target._schema.arguments):
-        if position < len(node.args) and not argument.kwarg_only:
-            bound[argument.name] = node.args[position]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return bound
-
-
 @dataclass(frozen=True)
 class TracedGraph:
     """The aten graph of a model in training mode.
@@ -139,15 +123,21 @@ class TracedGraph:
         program: what `torch.export` returned.
         parameters: the name of the parameter behind each placeholder; tied names are the first one of the model.
         buffers: the name of the buffer behind each placeholder.
-        order: the position of each node.
-        zeros: nodes whose entries are all zero, whatever the inputs: constants, and what operations fill with zeros.
+        order: the position of each node, those inside of regions included.
+        flow: what depends on what.
+        zeros: nodes whose entries are all zero when they are made, whatever the inputs: constants, and what operations
+            fill with zeros.
+        stored: the placeholders of buffers that no output in training mode depends on, but those in evaluation mode do,
+            and into which training mode writes something that depends on a parameter: hand-written running statistics.
     """
 
     program: torch.export.ExportedProgram
     parameters: dict[Node, str]
     buffers: dict[Node, str]
     order: dict[Node, int]
+    flow: DataFlow
     zeros: frozenset[Node] = frozenset()
+    stored: frozenset[Node] = frozenset()
 
     def module_of(self, node: Node) -> str:
         """Qualified name of the innermost module that runs the operation; empty for the model itself."""
@@ -161,20 +151,28 @@ class TracedGraph:
 
     def is_used(self, parameter: str) -> bool:
         """Whether some output depends on a parameter."""
-        return not self._used.isdisjoint(self.placeholders_of(parameter))
+        return not self.live.isdisjoint(self.placeholders_of(parameter))
 
     @functools.cached_property
-    def _used(self) -> frozenset[Node]:
-        """The nodes that the outputs depend on; what is written into one of them is one."""
-        found: set[Node] = set()
-        before = -1
-        while len(found) > before:
-            before = len(found)
-            for node in reversed(self.order):
-                writes = is_in_place(node) and node.all_input_nodes[0] in found
-                if node.op == "output" or writes or not found.isdisjoint(node.users):
-                    found.add(node)
-        return frozenset(found)
+    def live(self) -> frozenset[Node]:
+        """The nodes that the outputs in training mode depend on, in this step or, through buffers, in a later one."""
+        return self.flow.live()
+
+    @functools.cached_property
+    def live_or_stored(self) -> frozenset[Node]:
+        """The same with all that is written into the buffers in ``stored``."""
+        return self.flow.live(self.stored)
+
+    def is_zero(self, node: Node, at: Node) -> bool:
+        """Whether all entries of a tensor are zero when an operation reads it."""
+        if any(self.order[writer] < self.order[at] for writer in self.flow.writers(node)):
+            return False
+        if node in self.zeros:
+            return True
+        if operation_key(node) not in _KEEPS_ZEROS and self.flow.source(node) is None:
+            return False
+        source = self.flow.source(node) or node.all_input_nodes[0]
+        return self.is_zero(source, node)
 
     def uses_of_buffer(self, buffer: str | None) -> int:
         """How many operations read a buffer; 1 where there is none."""
@@ -227,22 +225,7 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
     Raises:
         AnalysisError: `torch.export` refuses the model.
     """
-    args, kwargs = inputs
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
-        silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent, _returning_tensors(model):
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:
-        raise AnalysisError(type(model).__name__, error) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    program = _export(model, inputs)
     first_name = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     by_name = dict(model.named_parameters(remove_duplicate=False))
     signature = program.graph_signature
@@ -257,15 +240,88 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
         for node in nodes
         if node.op == "placeholder" and node.name in signature.inputs_to_buffers
     }
-    order = {node: i for i, node in enumerate(nodes)}
-    return TracedGraph(program, parameters, buffers, order, zero_nodes(program))
+    flow = DataFlow(program.graph)
+    graph = TracedGraph(program, parameters, buffers, flow.order, flow, zero_nodes(program))
+    graph = replace(graph, stored=_stored_buffers(graph, model, inputs))
+    flow = _without_dead_ends(graph)
+    return replace(graph, order=flow.order, flow=flow)
+
+
+def _without_dead_ends(graph: TracedGraph) -> DataFlow:
+    """Erase the operations that no output depends on, as statistics for a plot, and return what depends on what then.
+
+    What depends on parameters that are used nowhere else stays: a normalization may absorb their scale all the same.
+    """
+    nodes = graph.program.graph
+    unused = [node for node in graph.parameters if node not in graph.live]
+    # Functions of Python may act without a result, as those do that enter and leave `torch.vmap`.
+    acting = [node for node in nodes.nodes if node.op == "call_function" and not _is_pure(node)]
+    kept = graph.live_or_stored | graph.flow.needed([*acting, *graph.flow.behind(unused)])
+    for node in reversed(nodes.nodes):
+        if node.op == "call_function" and node not in kept:
+            nodes.erase_node(node)
+    return DataFlow(nodes)
+
+
+def _is_pure(node: Node) -> bool:
+    """Whether an operation does nothing but to return a result, and to write into arguments that are known."""
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or is_region(node)
+
+
+def _stored_buffers(graph: TracedGraph, model: nn.Module, inputs: Inputs) -> frozenset[Node]:
+    """The buffers that only evaluation reads; see `TracedGraph`. The graph in evaluation mode is made where needed."""
+    parameters = graph.parameters.keys()
+    written = {
+        node: name
+        for node, name in graph.buffers.items()
+        if node not in graph.live and not parameters.isdisjoint(graph.flow.needed(graph.flow.writers(node)))
+    }
+    if not written:
+        return frozenset()
+    training = [module for module in model.modules() if module.training]
+    try:
+        program = _export(model.eval(), inputs)
+    except AnalysisError:
+        return frozenset(written)
+    finally:
+        for module in training:
+            module.training = True
+    live = {node.name for node in DataFlow(program.graph).live()}
+    read = {name for node, name in program.graph_signature.inputs_to_buffers.items() if node in live}
+    return frozenset(node for node, name in written.items() if name in read)
+
+
+def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """Export a model in the mode that it is in."""
+    args, kwargs = inputs
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
+        silent = contextlib.redirect_stderr(io.StringIO())
+        with warnings.catch_warnings(), silent, _returning_tensors(model):
+            warnings.simplefilter("ignore")
+            try:
+                program = torch.export.export(model, args, kwargs, strict=False)
+            except RuntimeError as error:
+                if _BY_DYNAMO not in str(error):
+                    raise
+                program = torch.export.export(model, args, kwargs, strict=True)
+    except Exception as error:
+        raise AnalysisError(type(model).__name__, error) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return program
 
 
 def zero_nodes(program: torch.export.ExportedProgram) -> frozenset[Node]:
-    """The nodes of a graph whose entries are all zero, whatever the inputs.
+    """The nodes of a graph whose entries are all zero when they are made, whatever the inputs.
 
     Constants and buffers that no checkpoint holds, such as the bias of keys in attention, and results that are filled
-    with zeros; none of them where something is written into it.
+    with zeros.
     """
     signature = program.graph_signature
     held = {
@@ -276,19 +332,24 @@ def zero_nodes(program: torch.export.ExportedProgram) -> frozenset[Node]:
     for node in program.graph.nodes:
         if node.op == "placeholder":
             value = program.constants.get(held.get(node.name, ""))
-            zero = isinstance(value, Tensor) and not value.is_meta and not bool(value.any())
+            zero = _has_values(value) and not bool(value.any())
         else:
-            zero = node.op == "call_function" and op_name(node) in _ZEROS
-        if zero and not any(_may_write(user) for user in node.users):
+            zero = node.op == "call_function" and (op_name(node) in _ZEROS or _is_filled_with_zeros(node))
+        if zero:
             found.add(node)
     return frozenset(found)
 
 
-def _may_write(user: Node) -> bool:
-    """Whether an operation writes into its first argument, or hands on a view of it that others may write into."""
-    if user.op == "output" or not isinstance(user.target, torch._ops.OpOverload):
+def _has_values(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
+
+
+def _is_filled_with_zeros(node: Node) -> bool:
+    if op_name(node) not in _FILLED:
         return False
-    return any(argument.alias_info is not None for argument in user.target._schema.arguments[:1])
+    arguments = bound_arguments(node)
+    value = arguments.get("fill_value", arguments.get("s"))
+    return isinstance(value, (int, float)) and value == 0
 
 
 @contextlib.contextmanager

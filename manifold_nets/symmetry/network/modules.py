@@ -58,12 +58,16 @@ class _Folding:
         self.graph = graph
         self.found: dict[str, GraphNode] = {}
         self.source: dict[Node, str | None] = {}
-        stacks = [list(node.meta.get("nn_module_stack") or {}) for node in graph.order if node.op == "call_function"]
+        stacks = [
+            list(node.meta.get("nn_module_stack") or {})
+            for node in graph.program.graph.nodes
+            if node.op == "call_function"
+        ]
         # The model itself is unfolded even where it calls no modules.
         self.containers = {key for stack in stacks for key in (*stack[:1], *stack[:-1])}
 
     def nodes(self) -> tuple[GraphNode, ...]:
-        for (op, key), run in groupby(self.graph.order, key=_call):
+        for (op, key), run in groupby(list(self.graph.program.graph.nodes), key=_call):
             run_nodes = list(run)
             if op == "call_function" and key and key not in self.containers:
                 self._add_call(run_nodes)

@@ -36,7 +36,8 @@ class Structure:
     absorbed: set[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        numbers = {n for a in self.absorptions for n in np.unique(self.scales.roots(a.ids)).tolist()}
+        removed = (a for a in self.absorptions if a.kind != "buffer")
+        numbers = {n for a in removed for n in np.unique(self.scales.roots(a.ids)).tolist()}
         self.absorbed = {scale for n in numbers for scale in self.scales.form(n)}
 
     @property

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, is_in_place, op_name
+from manifold_nets.symmetry.network.dataflow import region_graph
+from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place
+from manifold_nets.symmetry.network.operations import is_region
 from manifold_nets.symmetry.structure.claims import Structure
 from manifold_nets.symmetry.structure.partitions import (
     is_linear_map,
@@ -18,12 +21,12 @@ from manifold_nets.symmetry.structure.partitions import (
     seed_label,
     seed_partition,
 )
-from manifold_nets.symmetry.structure.rules import RULES, VIEWS, Absorption, Adoption, Result, Use, as_list
+from manifold_nets.symmetry.structure.rules import RULES, Absorption, Adoption, Result, Use, as_list, of_real_numbers
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
+from manifold_nets.symmetry.structure.writing import write_back
 
 __all__ = ["Structure", "follow_weight", "propagate"]
 
-_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 # Up to this many scales are followed one by one.
 _MOST_SCALES = 8192
 
@@ -52,14 +55,31 @@ def _follow_groups(graph: TracedGraph, name: str, sources: list[Node], seed: Par
     companions: dict[str, Ids] = {}
     while True:
         scales = Scales(seed.n_groups)  # the form of scale k has the number k + 1
-        absorptions, adoptions = propagate(graph, seeds, scales)
+        absorptions, adoptions = propagate(graph, seeds, scales, stored=False)
         fresh = [adoption for adoption in adoptions if adoption.parameter not in companions]
         if not fresh or scales.all_pinned:
             break
         for adoption in fresh:
             companions[adoption.parameter] = adoption.ids
             seeds.update({node: Label(adoption.ids) for node in graph.placeholders_of(adoption.parameter)})
+    absorptions += _kept_in_buffers(graph, seeds, scales, seed.n_groups)
     return Structure(name, seed, scales, absorptions, companions, used=graph.is_used(name))
+
+
+def _kept_in_buffers(graph: TracedGraph, seeds: dict[Node, Label], scales: Scales, count: int) -> list[Absorption]:
+    """The buffers that keep statistics of what is scaled, by hand, for evaluation: they do not move along with it."""
+    if not graph.stored or graph.flow.needed(graph.stored).isdisjoint(seeds):
+        return []
+    strict, ids = Scales(count), np.arange(1, count + 1, dtype=np.int64)
+    propagate(graph, seeds, strict)
+    kept = ids[[strict.is_pinned(n) and not scales.is_pinned(n) for n in ids.tolist()]]
+    if not len(kept):
+        return []
+    found = []
+    for node in sorted(graph.stored, key=lambda node: graph.order[node]):
+        module, _, leaf = graph.buffers[node].rpartition(".")
+        found.append(Absorption(graph.flow.writers(node)[0], "buffer", f"buffer {leaf}", module, kept))
+    return found
 
 
 def _along_other_axes(graph: TracedGraph, name: str, sources: list[Node], found: Structure) -> list[Structure]:
@@ -103,108 +123,100 @@ def _follow_rows(graph: TracedGraph, name: str, sources: list[Node]) -> Structur
 
 
 def propagate(
-    graph: TracedGraph, seeds: dict[Node, Label], scales: Scales, columns: dict[str, Ids] | None = None
+    graph: TracedGraph,
+    seeds: dict[Node, Label],
+    scales: Scales,
+    columns: dict[str, Ids] | None = None,
+    *,
+    stored: bool = True,
 ) -> tuple[list[Absorption], list[Adoption]]:
-    """Follow the labels of some placeholders through the graph, in its order.
+    """Follow the labels of some placeholders through the graph, in its order, as far as outputs depend on them.
 
     Args:
         graph: the graph.
         seeds: labels to start from.
         scales: takes the conditions that the operations put on the scales.
         columns: where given, weights may undo the scales of their inputs; see `Use`.
+        stored: whether the buffers count as outputs that training mode writes and only evaluation reads.
 
     Returns:
         The normalizations that absorb scales, and the biases that have to be scaled along.
     """
-    labels: dict[Node, Result] = dict(seeds)
-    absorptions: list[Absorption] = []
-    adoptions: list[Adoption] = []
-    queue: list[tuple[int, Node]] = []
-    queued: set[Node] = set()
+    live = graph.live_or_stored if stored else graph.live
+    if live.isdisjoint(seeds):
+        live = frozenset(graph.order)  # no output depends on them: what does depend on them is asked
+    walk = _Walk(graph, scales, dict(seeds), columns, live)
+    walk.run(seeds)
+    return walk.absorptions, walk.adoptions
 
-    def visit_users(node: Node, after: int) -> None:
-        for user in node.users:
-            if graph.order[user] > after and user not in queued:
-                queued.add(user)
-                heapq.heappush(queue, (graph.order[user], user))
 
-    for node in seeds:
-        visit_users(node, -1)
-    while queue and not scales.all_pinned:
-        _, node = heapq.heappop(queue)
-        use = Use(node, graph, scales, labels, absorptions, adoptions, columns)
-        result = _apply(use)
-        labels[node] = result
-        if is_in_place(node):
-            _write_back(use, result)
-            visit_users(node.all_input_nodes[0], graph.order[node])
-        if any(label is not None for label in as_list(result)):
+@dataclass
+class _Walk:
+    """Labels on their way through a graph."""
+
+    graph: TracedGraph
+    scales: Scales
+    labels: dict[Node, Result]
+    columns: dict[str, Ids] | None
+    live: frozenset[Node]
+    absorptions: list[Absorption] = field(default_factory=list)
+    adoptions: list[Adoption] = field(default_factory=list)
+
+    def run(self, seeds: Iterable[Node]) -> None:
+        """Visit everything that a label reaches, in the order of the graph."""
+        order = self.graph.order
+        queue: list[tuple[int, Node]] = []
+        queued: set[Node] = set()
+
+        def visit_users(node: Node, after: int) -> None:
+            for user in node.users:
+                if order[user] > after and user not in queued and user in self.live:
+                    queued.add(user)
+                    heapq.heappush(queue, (order[user], user))
+
+        for node in seeds:
             visit_users(node, -1)
-    return absorptions, adoptions
+        while queue and not self.scales.all_pinned:
+            _, node = heapq.heappop(queue)
+            result = self._visit(node)
+            for target in self.graph.flow.written(node):
+                for view in (self.graph.flow.root(target), *self.graph.flow.views(target)):
+                    if any(label is not None for label in as_list(self.labels.get(view))):
+                        visit_users(view, order[node])
+            if any(label is not None for label in as_list(result)):
+                visit_users(node, -1)
+
+    def _visit(self, node: Node) -> Result:
+        use = Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
+        result = self.labels[node] = self._enter(use) if is_region(node) else _apply(use)
+        if is_in_place(node):
+            write_back(use, self.graph.flow.written(node)[0], result)
+        return result
+
+    def _enter(self, use: Use) -> Result:
+        """Follow the labels through the graph of a region that runs under autocast or in another gradient mode."""
+        inner, arguments = region_graph(use.node)
+        given = iter(arguments)
+        for node in inner.nodes:
+            if node.op == "placeholder":
+                argument = next(given)
+                self.labels[node] = self.labels.get(argument) if isinstance(argument, Node) else None
+            elif node.op == "output":
+                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+                return [found if isinstance(found := self.labels.get(r), Label) else None for r in results]
+            elif node in self.live:
+                self._visit(node)
+        return None
 
 
 def _apply(use: Use) -> Result:
     if use.node.op == "output":
-        use.pin("is reached without a normalization")
+        use.pin("is reached without a normalization", certainty="smooth")
         return None
     if not any(label is not None for node in use.node.all_input_nodes for label in as_list(use.labels.get(node))):
         return None
-    if use.op in _REGIONS:
-        return _enter_region(use)
-    known = RULES.get(use.op)
+    known = RULES.get(use.key)
     if known is None:
         use.pin("has no rule: what it does to a scale is unknown", unknown=True)
         return None
-    return known(use)
-
-
-def _enter_region(use: Use) -> Result:
-    """Follow the labels through the graph of a region that is executed under autocast or another gradient mode."""
-    region = next(a for a in use.node.args if isinstance(a, Node) and a.op == "get_attr")
-    given = use.node.args[use.node.args.index(region) + 1 :]
-    module = use.node.graph.owning_module
-    inner = getattr(module, str(region.target)).graph
-    labels: dict[Node, Result] = {}
-    outer = iter(given)
-    for node in inner.nodes:
-        if node.op == "placeholder":
-            argument = next(outer)
-            labels[node] = use.labels.get(argument) if isinstance(argument, Node) else None
-        elif node.op == "output":
-            results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-            return [found if isinstance(found := labels.get(r), Label) else None for r in results]
-        else:
-            inside = Use(node, use.graph, use.scales, labels, use.absorptions, use.adoptions, use.columns)
-            labels[node] = _apply(inside)
-            if is_in_place(node):
-                _write_back(inside, labels[node])
-    return None
-
-
-def _write_slice(labels: dict[Node, Result], part: Node, result: Result) -> bool:
-    """Give a slice of a tensor another label; False where the tensor has no label of its own, or is a view itself."""
-    arguments = bound_arguments(part)
-    whole = arguments["self"]
-    label = labels.get(whole)
-    if not isinstance(label, Label) or not isinstance(result, Label):
-        return False
-    if whole.op == "call_function" and op_name(whole) in VIEWS:
-        return False
-    shape = tuple(int(n) for n in whole.meta["val"].shape)
-    dim = (arguments["dim"] or 0) % len(shape)
-    ids = label.along(shape, range(len(shape))).copy()
-    cut = slice(arguments["start"], arguments["end"], arguments["step"])
-    ids[(slice(None),) * dim + (cut,)] = result.ids
-    labels[whole], labels[part] = Label.compressed(ids), result
-    return True
-
-
-def _write_back(use: Use, result: Result) -> None:
-    """An in-place operation changes the tensor that it reads; later readers of that tensor see the result."""
-    target = use.node.all_input_nodes[0]
-    if use.op == "zero" and op_name(target) == "slice" and _write_slice(use.labels, target, result):
-        return
-    if op_name(target) in VIEWS and target.op == "call_function":
-        use.pin("writes into a view of another tensor", *as_list(result))
-        use.pin("writes into a view of another tensor")
-    use.labels[target] = result
+    return of_real_numbers(use, known(use))

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["UNSCALED", "Break", "Form", "Ids", "Label", "Scales"]
+__all__ = ["UNSCALED", "Break", "Certainty", "Form", "Ids", "Label", "Scales"]
 
 Ids = NDArray[np.int64]
 Form = dict[int, float]
+Certainty = Literal["smooth", "jump", "cautious"]
 UNSCALED = 0
 # Exponents are small rationals; what is left of one by cancellation is rounding.
 _NOTHING = 1e-9
@@ -52,12 +54,23 @@ class Label:
 
 @dataclass(frozen=True)
 class Break:
-    """Why a scale is not free: the operation that refuses it and the module that runs it."""
+    """Why a scale is not free: the operation that refuses it and the module that runs it.
+
+    Args:
+        op: the operation.
+        module: the module that runs it.
+        reason: what it does to the scale.
+        unknown: whether nothing is known about the operation.
+        certainty: ``"smooth"``: the function certainly changes, and its derivative shows it. ``"jump"``: it certainly
+            changes, but on some inputs the derivative does not show it, as at a comparison with a constant.
+            ``"cautious"``: the rule covers sufficient conditions only.
+    """
 
     op: str
     module: str
     reason: str
     unknown: bool = False
+    certainty: Certainty = "cautious"
 
     def __str__(self) -> str:
         where = f" in {self.module}" if self.module else ""

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
-from manifold_nets.symmetry.structure.rules import VIEWS, Absorption, Result, as_list, shift_absorbing, shifting
+from manifold_nets.symmetry.network.dataflow import region_graph
+from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place
+from manifold_nets.symmetry.network.operations import is_region
+from manifold_nets.symmetry.structure.rules import Absorption, Result, as_list, shift_absorbing, shifting
 from manifold_nets.symmetry.structure.rules.shift_use import Link, ShiftUse, apply_rule
-from manifold_nets.symmetry.structure.rules.use import aligned, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
+from manifold_nets.symmetry.structure.writing import write_back
 
 __all__ = ["follow_shifts"]
 
@@ -40,12 +42,12 @@ class _Walk:
         """Follow the labels of some placeholders in the order of the graph, then drop what is not free."""
         self.first_link = self.scales.count
         self.labels.update(seeds)
-        order, queued = self.graph.order, set(seeds)
+        order, live, queued = self.graph.order, self.graph.live_or_stored, set(seeds)
         queue: list[tuple[int, Node]] = []
 
         def visit_users(node: Node, after: int) -> None:
             for user in node.users:
-                if order[user] > after and user not in queued:
+                if order[user] > after and user not in queued and user in live:
                     queued.add(user)
                     heapq.heappush(queue, (order[user], user))
 
@@ -53,14 +55,17 @@ class _Walk:
             visit_users(node, -1)
         while queue and not self.scales.all_pinned:
             _, node = heapq.heappop(queue)
-            result = self._visit(node, self.labels)
-            if is_in_place(node):
-                visit_users(node.all_input_nodes[0], order[node])
+            result = self._visit(node)
+            for target in self.graph.flow.written(node):
+                for view in (self.graph.flow.root(target), *self.graph.flow.views(target)):
+                    if any(label is not None for label in as_list(self.labels.get(view))):
+                        visit_users(view, order[node])
             if any(label is not None for label in as_list(result)):
                 visit_users(node, -1)
         self._settle()
 
-    def _visit(self, node: Node, labels: dict[Node, Result]) -> Result:
+    def _visit(self, node: Node) -> Result:
+        labels = self.labels
         use = ShiftUse(
             node, self.graph, self.scales, labels, self.absorptions, links=self.links, rows=self.rows,
             inactive=self.inactive, first_link=self.first_link,
@@ -71,31 +76,14 @@ class _Walk:
         if node.op == "output":
             self._leave(use)
         elif any(label is not None for source in node.all_input_nodes for label in as_list(labels.get(source))):
-            result = self._region(use) if use.op.startswith("wrap_with_") else apply_rule(use)
+            result = self._region(use) if is_region(node) else apply_rule(use)
         labels[node] = result
-        if node.op == "call_function" and is_in_place(node):
-            target = node.all_input_nodes[0]
-            if _is_view(target) and self._is_read_later(target, node):
-                # The tensor behind a view keeps its shift, so the view has to keep its own.
-                rank = len(use.out_shape)
-                written, kept = (
-                    aligned(label, rank) if isinstance(label, Label) else unscaled(rank)
-                    for label in (result, labels.get(target))
-                )
-                self.scales.join(written, kept, use.why("writes into a view of another tensor"))
-                return result
-            labels[target] = result
-            self.alive.pop(target, None)
+        if is_in_place(node):
+            target = self.graph.flow.written(node)[0]
+            write_back(use, target, result)
+            for view in (self.graph.flow.root(target), *self.graph.flow.views(target)):
+                self.alive.pop(view, None)
         return result
-
-    def _is_read_later(self, view: Node, writer: Node) -> bool:
-        """Whether what is written into a view is read through the tensor behind it, or through another view of it."""
-        behind, order = view, self.graph.order
-        while _is_view(behind):
-            behind, inner = behind.all_input_nodes[0], behind
-            if any(user is not inner and _reads(user, order[writer], order) for user in behind.users):
-                return True
-        return behind.op == "placeholder"
 
     def _drop_refused(self, node: Node, labels: dict[Node, Result]) -> None:
         """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
@@ -122,18 +110,17 @@ class _Walk:
 
     def _region(self, use: ShiftUse) -> Result:
         """Follow the shifts through the graph of a region under autocast or another gradient mode."""
-        region = next(a for a in use.node.args if isinstance(a, Node) and a.op == "get_attr")
-        given = iter(use.node.args[use.node.args.index(region) + 1 :])
-        labels: dict[Node, Result] = {}
-        for node in getattr(use.node.graph.owning_module, str(region.target)).graph.nodes:
+        inner, arguments = region_graph(use.node)
+        given = iter(arguments)
+        for node in inner.nodes:
             if node.op == "placeholder":
                 argument = next(given)
-                labels[node] = use.labels.get(argument) if isinstance(argument, Node) else None
+                self.labels[node] = self.labels.get(argument) if isinstance(argument, Node) else None
             elif node.op == "output":
                 results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                return [found if isinstance(found := labels.get(r), Label) else None for r in results]
-            else:
-                self._visit(node, labels)
+                return [found if isinstance(found := self.labels.get(r), Label) else None for r in results]
+            elif node in self.graph.live_or_stored:
+                self._visit(node)
         return None
 
     def _settle(self) -> None:
@@ -172,15 +159,6 @@ class _Walk:
             for k in sources(absorption.ids):
                 result.setdefault(k, []).append(absorption)
         return result
-
-
-def _is_view(node: Node) -> bool:
-    return node.op == "call_function" and op_name(node) in VIEWS
-
-
-def _reads(node: Node, after: int, order: dict[Node, int]) -> bool:
-    """Whether an operation comes later than another one, or is a view that is read later."""
-    return order[node] > after or (_is_view(node) and any(_reads(user, after, order) for user in node.users))
 
 
 def follow_shifts(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, rule, unscaled
+from manifold_nets.symmetry.structure.rules.elementwise import add_to
+from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, rule, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
-__all__: list[str] = []
+__all__ = ["einsum_indices"]
 
 _WINDOW = "sums over a window whose entries have different scales"
 _CHANNELS = "sums input channels that have different scales"
@@ -87,7 +89,8 @@ def _with_bias(use: Use, channel_axis: int, ids: Ids) -> Result:
     return Label.compressed(use.scales.roots(ids))
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@rule("conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "convolution",
+      "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input")  # fmt: skip
 def convolution(use: Use) -> Result:
     """Convolutions, plain and transposed, grouped and depthwise."""
     groups = int(use.args["groups"])
@@ -103,44 +106,44 @@ def linear(use: Use) -> Result:
     return _linear_map(use, len(use.out_shape) - 1, 1, _row_forms(use, 1))
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", "addbmm", "addmv")
 def addmm(use: Use) -> Result:
-    """``b + x W``: a matrix product to which a bias is added, scaled along where it is a parameter."""
-    first, second = ("mat1", "mat2") if use.op == "addmm" else ("batch1", "batch2")
+    """``β b + α x W``: a matrix product to which a tensor is added, scaled along where it is a parameter."""
+    first, second = {"addmm": ("mat1", "mat2"), "addmv": ("mat", "vec")}.get(use.op, ("batch1", "batch2"))
     rank = len(use.out_shape)
-    if any(float(use.args.get(factor, 1)) != 1 for factor in ("alpha", "beta")):
-        use.pin("is followed for factors of 1 only", unknown=True)
-        return None
-    product = _matrix_product(use, use.label(first), use.label(second), rank)
-    bias = use.label("self")
-    if bias is None and (product == UNSCALED).all():
-        return None
-    if len(use.shape("self")) > 1:
-        ids = unscaled(rank) if bias is None else aligned(bias, rank)
-        use.scales.join(product, ids, use.why("adds tensors that have different scales"))
-        return Label.compressed(use.scales.roots(product))
-    use.args["bias"] = use.args["self"]
-    return _with_bias(use, rank - 1, product)
+    alpha, beta = (float(use.args.get(factor, 1)) for factor in ("alpha", "beta"))
+    product = _product(use, first, second) if alpha else unscaled(rank)
+    if use.op == "addbmm":
+        product = use.merge(product, [0]).squeeze(0)
+    start = use.label("self")
+    if not beta:
+        return Label.compressed(product)
+    if not alpha:
+        return start
+    return add_to(use, product, unscaled(rank) if start is None else aligned(start, rank))
 
 
-@rule("mv", "dot", "vdot")
-def vector_product(use: Use) -> Result:
-    """Products with a vector: the products of the entries that are summed need one scale."""
-    left, right = list(use.args.values())[:2]
-    labels = [use.label_of(value) for value in (left, right)]
-    rank = 2 if use.op == "mv" else 1
-    a, b = (unscaled(n) if label is None else label.ids for label, n in zip(labels, (rank, 1), strict=True))
-    return Label.compressed(use.merge(use.scales.sum(a, b), [-1]).squeeze(-1))
-
-
-@rule("matmul", "mm", "bmm")
+@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")
 def matmul(use: Use) -> Result:
-    """Matrix products: the products of the entries that are summed need one scale."""
-    first, second = ("self", "mat2") if "mat2" in use.args else ("self", "other")
-    if len(use.shape(first)) < 2 or len(use.shape(second)) < 2:
-        use.pin("is followed for matrices only", unknown=True)
+    """Products of matrices and vectors: the products of the entries that are summed need one scale."""
+    first, second = list(use.args)[:2]
+    if use.op == "inner" and len(use.shape(second)) > 1:
+        use.pin("is followed for vectors only", unknown=True)
         return None
-    return Label.compressed(_matrix_product(use, use.label(first), use.label(second), len(use.out_shape)))
+    return Label.compressed(_product(use, first, second))
+
+
+def _product(use: Use, first: str, second: str) -> Ids:
+    """Ids of the product of two arguments, of which each may be a vector."""
+    left, right = use.label(first), use.label(second)
+    vectors = [len(use.shape(name)) == 1 for name in (first, second)]
+    rank = max(2, len(use.shape(first)), len(use.shape(second)))
+    if left is not None and vectors[0]:
+        left = Label(left.ids[None])
+    if right is not None and vectors[1]:
+        right = Label(right.ids[:, None])
+    product = _matrix_product(use, left, right, rank)
+    return product.squeeze(tuple(axis for axis, vector in zip((-2, -1), vectors, strict=True) if vector))
 
 
 def _matrix_product(use: Use, left: Label | None, right: Label | None, rank: int) -> Ids:
@@ -155,24 +158,66 @@ def _matrix_product(use: Use, left: Label | None, right: Label | None, rank: int
 
 @rule("einsum")
 def einsum(use: Use) -> Result:
-    """Einstein sums in which one factor is scaled: one scale along the indices that are summed over."""
-    terms, _, result = str(use.args["equation"]).replace(" ", "").partition("->")
-    indices = terms.split(",")
+    """Einstein sums: the products of the entries that are summed need one scale."""
+    ranks = [len(shape_of(tensor)) for tensor in use.args["tensors"]]
+    indices, result = einsum_indices(str(use.args["equation"]), ranks)
+    if any(len(set(names)) < len(names) for names in indices):
+        use.pin("is followed for equations without repeated indices only", unknown=True)
+        return None
     labels = [use.label_of(tensor) for tensor in use.args["tensors"]]
-    scaled = [(names, label) for names, label in zip(indices, labels, strict=True) if label is not None]
-    if len(scaled) > 1:
-        use.pin("multiplies scaled tensors")
+    factors = [(names, label.ids) for names, label in zip(indices, labels, strict=True) if label is not None]
+    every = list(dict.fromkeys(name for names, _ in factors for name in names))
+    summed = [name for name in every if name not in result]
+    spread = [_spread(ids, names, every) for names, ids in factors]
+    if np.prod(np.broadcast_shapes(*(ids.shape for ids in spread))) > _LARGEST_PRODUCT:
+        spread = [use.merge(ids, [every.index(name) for name in summed]) for ids in spread]
+    total = unscaled(len(every))
+    for ids in spread:
+        total = use.scales.sum(total, ids)
+    kept = use.merge(total, [every.index(name) for name in summed])
+    kept = kept.squeeze(tuple(every.index(name) for name in summed))
+    return Label.compressed(_spread(kept, [name for name in every if name in result], result))
+
+
+def _spread(ids: Ids, names: Sequence[str], every: Sequence[str]) -> Ids:
+    """Ids with one axis for each index of a list, of size 1 where the tensor does not have it."""
+    order = sorted(range(len(names)), key=lambda axis: every.index(names[axis]))
+    sizes = {names[axis]: ids.shape[axis] for axis in order}
+    return ids.transpose(order).reshape([sizes.get(name, 1) for name in every])
+
+
+def einsum_indices(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """The indices of the factors and of the result of an equation, those of an ellipsis numbered from the last.
+
+    Example:
+        >>> einsum_indices("...i,ij", [2, 2])
+        ([['-1', 'i'], ['i', 'j']], ['-1', 'j'])
+    """
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    factors = []
+    for term, rank in zip(terms.split(","), ranks, strict=True):
+        before, dots, after = term.partition("...")
+        more = rank - len(before) - len(after) if dots else 0
+        factors.append([*before, *(str(-n) for n in range(more, 0, -1)), *after])
+    most = max((names for names in factors), key=lambda names: sum(name[0] == "-" for name in names))
+    dotted = [name for name in most if name[0] == "-"]
+    if not arrow:
+        letters = terms.replace(",", "").replace("...", "")
+        return factors, dotted + sorted(letter for letter in set(letters) if letters.count(letter) == 1)
+    before, dots, after = result.partition("...")
+    return factors, [*before, *(dotted if dots else []), *after]
+
+
+@rule("embedding_bag", "embedding_bag.padding_idx")
+def embedding_bag(use: Use) -> Result:
+    """Sums, means or maxima of rows: any row may be picked, so all rows need one scale."""
+    weight, factors = use.label("weight"), use.label("per_sample_weights")
+    if factors is not None:
+        use.pin("multiplies rows by what is scaled", factors, unknown=True)
+    if weight is None:
         return None
-    (names, label), explicit = scaled[0], "->" in use.args["equation"]
-    if "." in terms or not explicit or len(set(names)) < len(names):
-        use.pin("is followed for explicit equations without repeated indices only", unknown=True)
-        return None
-    ids = use.merge(label.ids, [axis for axis, name in enumerate(names) if name not in result])
-    kept = [name for name in names if name in result]
-    ids = ids.reshape([n for n, name in zip(ids.shape, names, strict=True) if name in result])
-    order = sorted(range(len(kept)), key=lambda axis: result.index(kept[axis]))
-    sizes = dict(zip([kept[axis] for axis in order], ids.transpose(order).shape, strict=True))
-    return Label.compressed(ids.transpose(order).reshape([sizes.get(name, 1) for name in result]))
+    ids = use.merge(weight.ids, [0], "looks up rows that have different scales")
+    return [Label.compressed(ids), *[None] * (len(use.node.meta["val"]) - 1)]
 
 
 @rule("embedding")
@@ -195,7 +240,7 @@ def attention(use: Use) -> Result:
     if query is not None or key is not None:
         swapped = None if key is None else Label(aligned(key, rank).swapaxes(-1, -2))
         scores = _matrix_product(use, query, swapped, rank)
-        use.pin("feeds products of queries and keys to a softmax", Label(scores))
+        use.pin("feeds products of queries and keys to a softmax", Label(scores), certainty="smooth")
     if value is None:
         return None
     return Label.compressed(use.merge(value.ids, [-2], "averages values that have different scales"))

@@ -49,7 +49,7 @@ def reshape_ids(ids: Ids, before: Sequence[int], after: Sequence[int]) -> Ids:
     return np.broadcast_to(ids, expand).reshape(result)
 
 
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "view_as", "reshape_as")
+@rule("view", "reshape", "_unsafe_view", "flatten.using_ints", "unflatten.int", "view_as", "reshape_as")
 def reshape(use: Use) -> Result:
     """Reshapes of every name."""
     label = use.label("self")
@@ -58,7 +58,8 @@ def reshape(use: Use) -> Result:
     return Label.compressed(reshape_ids(label.ids, use.shape("self"), use.out_shape))
 
 
-@rule("permute", "transpose", "swapaxes", "t", "movedim", "numpy_T", "matrix_H", "mT", "mH", "adjoint")
+@rule("permute", "transpose.int", "swapaxes", "swapdims", "t", "movedim.int", "movedim.intlist", "moveaxis.int",
+      "moveaxis.intlist", "numpy_T", "matrix_H", "mT", "mH", "adjoint")  # fmt: skip
 def permute(use: Use) -> Result:
     """Permutations of the axes."""
     label = use.label("self")
@@ -79,7 +80,7 @@ def permute(use: Use) -> Result:
     return Label(moved)
 
 
-@rule("squeeze")
+@rule("squeeze", "squeeze.dim", "squeeze.dims")
 def squeeze(use: Use) -> Result:
     """Remove axes of size 1 of the tensor, not of its compressed label."""
     label = use.label("self")
@@ -99,7 +100,7 @@ def unsqueeze(use: Use) -> Result:
     return Label(np.expand_dims(label.ids, use.args["dim"] % (label.ids.ndim + 1)))
 
 
-@rule("expand", "expand_as")
+@rule("expand", "expand_as", "broadcast_to")
 def expand(use: Use) -> Result:
     """Repeat along axes of size 1: the label, which broadcasts, stays."""
     label = use.label("self")
@@ -118,7 +119,7 @@ def repeat(use: Use) -> Result:
     return Label(np.tile(ids, [c if n > 1 else 1 for n, c in zip(ids.shape, counts, strict=True)]))
 
 
-@rule("repeat_interleave")
+@rule("repeat_interleave.self_int", "repeat_interleave.self_Tensor")
 def repeat_interleave(use: Use) -> Result:
     """Repeat every entry along an axis, or along all axes made one."""
     label, count, dim = use.label("self"), use.args.get("repeats"), use.args.get("dim")
@@ -132,7 +133,7 @@ def repeat_interleave(use: Use) -> Result:
     return Label(ids if ids.shape[axis] == 1 else np.repeat(ids, count, axis))
 
 
-@rule("slice", "narrow", "select", "flip", "roll")
+@rule("slice.Tensor", "narrow", "select.int", "flip", "roll")
 def pick(use: Use) -> Result:
     """Keep or reorder entries along one axis; nothing to do along an axis on which the label does not vary."""
     label = use.label("self")
@@ -168,7 +169,8 @@ def _rolled(use: Use, label: Label, dims: Sequence[int]) -> Ids:
     return np.roll(label.ids, [s % label.ids.shape[d] for s, d in zip(shifts, dims, strict=True)], dims)
 
 
-@rule("chunk", "split", "split_with_sizes", "unbind", "tensor_split")
+@rule("chunk", "split", "split.Tensor", "split.sizes", "split_with_sizes", "unbind.int", "tensor_split.sections",
+      "tensor_split.indices")  # fmt: skip
 def split(use: Use) -> Result:
     """Cut a tensor into parts along one axis."""
     label = use.label("self")
@@ -185,7 +187,27 @@ def split(use: Use) -> Result:
     return [Label.compressed(ids) for ids in np.split(label.ids, cuts, dim)]
 
 
-@rule("getitem")
+_VMAP = "torch._functorch.predispatch."
+
+
+@rule(_VMAP + "_add_batch_dim")
+def into_vmap(use: Use) -> Result:
+    """Inside of `torch.vmap` a tensor lacks the axis that is mapped over: one scale along it."""
+    label = use.label("0")
+    if label is None:
+        return None
+    axis = use.args["1"] % label.ids.ndim
+    return Label.compressed(use.merge(label.ids, [axis], "maps over entries that have different scales").squeeze(axis))
+
+
+@rule(_VMAP + "_remove_batch_dim")
+def out_of_vmap(use: Use) -> Result:
+    """The axis that was mapped over is put back."""
+    label = use.label("0")
+    return None if label is None else Label(np.expand_dims(label.ids, use.args["3"] % (label.ids.ndim + 1)))
+
+
+@rule("operator.getitem")
 def getitem(use: Use) -> Result:
     """Take one of several results."""
     source, index = use.args["0"], use.args["1"]
@@ -203,7 +225,7 @@ def cat(use: Use) -> Result:
     parts = []
     for node, label in zip(nodes, labels, strict=True):
         shape = shape_of(node)
-        zeros = use.any_scale(shape) if label is None and node in use.graph.zeros else None
+        zeros = use.any_scale(shape) if label is None and use.is_zero(node) else None
         ids = unscaled(len(shape)) if label is None else label.ids
         ids = ids if zeros is None else zeros
         if use.op == "stack":
@@ -247,7 +269,7 @@ def pad(use: Use) -> Result:
     return Label(np.pad(ids, widths, mode=_PADDED.get(use.args.get("mode") or use.op.partition("_pad")[0], "edge")))  # type: ignore[call-overload]
 
 
-@rule("index")
+@rule("index.Tensor")
 def index(use: Use) -> Result:
     """Advanced indexing along axes on which the label does not vary."""
     label = use.label("self")
@@ -255,30 +277,23 @@ def index(use: Use) -> Result:
         if any(use.label_of(i) for i in use.args["indices"]):
             use.pin("indexes with a scaled tensor")
         return None
-    indexed = [axis for axis, i in enumerate(use.args["indices"]) if i is not None]
+    indexed: list[int] = []
+    inserted = axis = 0
+    for i in use.args["indices"]:
+        # A mask takes as many axes as it has, and puts one in their place.
+        mask = i is not None and i.meta["val"].dtype == torch.bool
+        count = i.meta["val"].ndim if mask else 1
+        if i is not None:
+            indexed += range(axis, axis + count)
+            inserted = max(inserted, 1 if mask else i.meta["val"].ndim)
+        axis += count
     if any(label.ids.shape[axis] > 1 for axis in indexed):
         merged = use.merge(label.ids, indexed, "picks entries that have different scales")
         label = Label(merged)
-    inserted = max(len(shape_of(i)) for i in use.args["indices"] if i is not None)
     contiguous = indexed == list(range(indexed[0], indexed[-1] + 1))
     at = indexed[0] if contiguous else 0
     rest = np.squeeze(label.ids, tuple(indexed))
     return Label(np.expand_dims(rest, tuple(range(at, at + inserted))))
-
-
-@rule("zero")
-def zero(use: Use) -> Result:
-    """Zeros are written over a tensor: what it held is lost, and any scale leaves zeros alone."""
-    use.pin("is overwritten by zeros")
-    ids = use.any_scale(use.out_shape)
-    return None if ids is None else Label(ids)
-
-
-@rule("index_put", "index_fill", "masked_scatter", "scatter", "index_copy")
-def overwrite(use: Use) -> Result:
-    """Some entries are replaced by values that have to be scaled with the others."""
-    use.pin("replaces entries by others that are not scaled with them")
-    return None
 
 
 @rule("unfold", "im2col")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from manifold_nets.symmetry.structure.rules.contraction import einsum_indices
 from manifold_nets.symmetry.structure.rules.shift_use import (
     LARGEST_LINK,
     ShiftUse,
@@ -17,7 +18,7 @@ from manifold_nets.symmetry.structure.rules.shift_use import (
     reduced_axes,
     shift_rule,
 )
-from manifold_nets.symmetry.structure.rules.use import Result, aligned, unscaled
+from manifold_nets.symmetry.structure.rules.use import Result, aligned, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 __all__: list[str] = []
@@ -25,7 +26,7 @@ __all__: list[str] = []
 _SHARED = "takes one mean over entries that are shifted differently"
 
 
-@shift_rule("var", "std")
+@shift_rule("var", "var.dim", "var.correction", "std", "std.dim", "std.correction")
 def spread(use: ShiftUse) -> Result:
     """Variances do not see a shift of everything that they run over."""
     label = first_label(use)
@@ -34,7 +35,18 @@ def spread(use: ShiftUse) -> Result:
     return None
 
 
-@shift_rule("softmax", "log_softmax", "_softmax", "_log_softmax")
+@shift_rule("var_mean", "var_mean.dim", "var_mean.correction", "std_mean", "std_mean.dim", "std_mean.correction")
+def spread_and_mean(use: ShiftUse) -> Result:
+    """The mean moves with a shift of everything that it runs over, the variance does not see it."""
+    label = first_label(use)
+    if label is None:
+        return None
+    axes = reduced_axes(use, label.ids.ndim)
+    ids = use.merge(label.ids, axes, _SHARED)
+    return [None, Label.compressed(ids if use.args.get("keepdim") else np.squeeze(ids, tuple(axes)))]
+
+
+@shift_rule("softmax.int", "log_softmax.int", "_softmax", "_log_softmax")
 def softmax(use: ShiftUse) -> Result:
     """A softmax does not see a shift that is constant along its axis."""
     label = first_label(use)
@@ -104,8 +116,8 @@ def rms_norm(use: ShiftUse) -> Result:
 # ---- linear maps -------------------------------------------------------------------------------------------------
 
 
-@shift_rule("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-            "linear")  # fmt: skip
+@shift_rule("conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "convolution",
+            "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "linear")  # fmt: skip
 def linear_map(use: ShiftUse) -> Result:
     """Convolutions and linear layers: the bias shifts its channel; a shift of the input or of the rows is linked."""
     rank = len(use.out_shape)
@@ -199,17 +211,16 @@ def matmul(use: ShiftUse) -> Result:
 @shift_rule("einsum")
 def einsum(use: ShiftUse) -> Result:
     """Einstein sums: a shift stays constant along the indices that only its own factor has."""
-    terms, arrow, result = str(use.args["equation"]).replace(" ", "").partition("->")
-    indices = terms.split(",")
+    indices, result = einsum_indices(str(use.args["equation"]), [len(shape_of(t)) for t in use.args["tensors"]])
     labels = [use.label_of(tensor) for tensor in use.args["tensors"]]
-    if "." in terms or not arrow or any(len(set(names)) < len(names) for names in indices):
-        use.pin("is followed for explicit equations without repeated indices only", unknown=True)
+    if any(len(set(names)) < len(names) for names in indices):
+        use.pin("is followed for equations without repeated indices only", unknown=True)
         return None
     rank, total = len(result), unscaled(len(result))
     for place, (names, label) in enumerate(zip(indices, labels, strict=True)):
         if label is None:
             continue
-        others = "".join(indices[:place] + indices[place + 1 :])
+        others = [name for factor in (indices[:place] + indices[place + 1 :]) for name in factor]
         have = dict(zip(names, label.ids.shape, strict=True))
         shape = [
             have[name] if name in have and name not in others else n

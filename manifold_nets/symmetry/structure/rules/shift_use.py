@@ -3,7 +3,8 @@
 The labels are those of `manifold_nets.symmetry.structure.scales`, read additively: each entry is shifted by its form
 ``Σ c_k s_k``. What a linear map makes of a shift depends on data or on other weights; each of its results gets a new
 unknown, and a `Link` that says where it comes from. An unknown that the network does not leave free refuses its
-sources. The table `SHIFT_RULES` maps the name of an operation to its rule; what is in no table is reported as unknown.
+sources. The table `SHIFT_RULES` maps the exact overload of an operation to its rule; what is in no table is reported as
+unknown.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.structure.rules.use import RULES, Result, Use
+from manifold_nets.symmetry.structure.rules.use import RULES, Result, Use, of_real_numbers
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label
 
 __all__ = [
@@ -96,22 +97,24 @@ class ShiftUse(Use):
 Rule = Callable[[ShiftUse], Result]
 SHIFT_RULES: dict[str, Rule] = {}
 _MOVEMENTS = (
-    "view reshape _unsafe_view flatten unflatten view_as reshape_as permute transpose swapaxes t movedim numpy_T mT mH "
-    "matrix_H adjoint squeeze unsqueeze expand expand_as repeat tile repeat_interleave slice narrow select flip roll "
-    "chunk split split_with_sizes unbind tensor_split getitem cat concat concatenate stack index unfold pixel_shuffle "
-    "pixel_unshuffle channel_shuffle"
+    "view reshape _unsafe_view flatten.using_ints unflatten.int view_as reshape_as permute transpose.int swapaxes "
+    "swapdims t movedim.int movedim.intlist moveaxis.int moveaxis.intlist numpy_T mT mH matrix_H adjoint squeeze "
+    "squeeze.dim squeeze.dims unsqueeze expand expand_as broadcast_to repeat tile repeat_interleave.self_int "
+    "repeat_interleave.self_Tensor slice.Tensor narrow select.int flip roll chunk split split.Tensor split.sizes "
+    "split_with_sizes unbind.int tensor_split.sections tensor_split.indices operator.getitem cat concat concatenate "
+    "stack index.Tensor index_select gather take_along_dim unfold pixel_shuffle pixel_unshuffle channel_shuffle"
 ).split()
 
 
-def _moved(op: str) -> Rule:
-    return lambda use: RULES[op](use)
+def _moved(key: str) -> Rule:
+    return lambda use: RULES[key](use)
 
 
-SHIFT_RULES.update({op: _moved(op) for op in _MOVEMENTS if op in RULES})
+SHIFT_RULES.update({key: _moved(key) for key in _MOVEMENTS})
 
 
 def shift_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under the names of the aten operations that it describes."""
+    """Register a rule under the exact overloads of the aten operations that it describes."""
 
     def register(function: Rule) -> Rule:
         SHIFT_RULES.update(dict.fromkeys(names, function))
@@ -122,10 +125,10 @@ def shift_rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply_rule(use: ShiftUse) -> Result:
     """Label of the result of an operation at which a shift arrives; refuses it where no rule lets it pass."""
-    known = SHIFT_RULES.get(use.op)
+    known = SHIFT_RULES.get(use.key)
     if known is not None:
-        return known(use)
-    if use.op in RULES:
+        return of_real_numbers(use, known(use))
+    if use.key in RULES:
         use.pin("does not let a shift pass")
     else:
         use.pin("has no rule: what it does to a shift is unknown", unknown=True)

@@ -11,6 +11,7 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.symmetry.network.graph import bound_arguments, op_name
+from manifold_nets.symmetry.structure.rules.elementwise import LARGER_OF_TWO, SHAPE_ONLY
 from manifold_nets.symmetry.structure.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
 from manifold_nets.symmetry.structure.rules.use import Result, aligned, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Label
@@ -20,11 +21,8 @@ __all__: list[str] = []
 # What is filled in below this vanishes in a softmax, shifted or not.
 _MASKED = -1e30
 _PASSED = (
-    "alias clone contiguous detach lift_fresh_copy to _to_copy type_as float double half bfloat16 identity positive"
-).split()
-_SHAPES_ONLY = (
-    "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like new_full rand_like randn_like sym_size "
-    "_assert_tensor_metadata"
+    "alias clone contiguous detach lift_fresh_copy _to_copy to.device to.dtype to.other to.dtype_layout to.prim_Device "
+    "to.prim_dtype to.prim_other type_as positive"
 ).split()
 
 
@@ -34,16 +32,16 @@ def passed(use: ShiftUse) -> Result:
     return first_label(use)
 
 
-@shift_rule("copy")
+@shift_rule("copy", "fill.Tensor")
 def written(use: ShiftUse) -> Result:
     """What is written over a tensor brings its own shift."""
-    label = use.label("src")
+    label = use.label("src" if use.op == "copy" else "value")
     return None if label is None else Label(aligned(label, len(use.out_shape)))
 
 
-@shift_rule(*_SHAPES_ONLY)
+@shift_rule(*SHAPE_ONLY, "zero", "fill.Scalar")
 def shape_only(use: ShiftUse) -> Result:
-    """Results that do not depend on the entries."""
+    """Results that do not depend on the entries, and numbers that are written over them."""
     return None
 
 
@@ -56,14 +54,15 @@ def dropout(use: ShiftUse) -> Result:
     return None
 
 
-@shift_rule("neg")
+@shift_rule("neg", "negative")
 def negate(use: ShiftUse) -> Result:
     """The opposite."""
     label = first_label(use)
     return None if label is None else Label(use.scales.times(label.ids, -1.0))
 
 
-@shift_rule("add", "sub", "rsub")
+@shift_rule("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Tensor", "rsub.Scalar", "subtract.Tensor",
+            "subtract.Scalar")  # fmt: skip
 def add(use: ShiftUse) -> Result:
     """Sums and differences: shifts add; what cancels is absorbed."""
     rank = len(use.out_shape)
@@ -81,11 +80,13 @@ def add(use: ShiftUse) -> Result:
     return Label.compressed(total)
 
 
-@shift_rule("mul", "div")
+@shift_rule("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar", "div.Tensor", "div.Scalar",
+            "div.Tensor_mode", "div.Scalar_mode", "divide.Tensor", "divide.Scalar", "divide.Tensor_mode",
+            "divide.Scalar_mode", "true_divide.Tensor", "true_divide.Scalar")  # fmt: skip
 def multiply(use: ShiftUse) -> Result:
     """Products with a number multiply the shift; products with a tensor make something unknown of it."""
     left, right = use.label("self"), use.label("other")
-    if (left is not None and right is not None) or use.args.get("rounding_mode") or (use.op == "div" and left is None):
+    if (left is not None and right is not None) or use.args.get("rounding_mode") or ("div" in use.op and left is None):
         use.pin("multiplies or divides shifted tensors")
         return None
     label = left if left is not None else right
@@ -93,7 +94,7 @@ def multiply(use: ShiftUse) -> Result:
         return None
     other = use.args["other" if left is not None else "self"]
     if isinstance(other, (int, float)):
-        factor = float(other) if use.op == "mul" else 1.0 / float(other)
+        factor = 1.0 / float(other) if "div" in use.op else float(other)
         return Label.compressed(use.scales.times(label.ids, factor)) if factor else None
     rank = len(use.out_shape)
     ids, shape = aligned(label, rank), shape_of(other)
@@ -101,7 +102,7 @@ def multiply(use: ShiftUse) -> Result:
     return use.fresh(ids, np.broadcast_shapes(ids.shape, padded), "multiplies with a tensor", ids)
 
 
-@shift_rule("masked_fill")
+@shift_rule("masked_fill.Scalar", "masked_fill.Tensor")
 def masked(use: ShiftUse) -> Result:
     """Masks in front of a softmax; other values are not shifted with the rest."""
     if _is_mask(use.args.get("value")):
@@ -110,7 +111,7 @@ def masked(use: ShiftUse) -> Result:
     return None
 
 
-@shift_rule("where")
+@shift_rule("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
 def chosen(use: ShiftUse) -> Result:
     """One tensor where a condition holds and another elsewhere: both shifted alike, or one of them a mask."""
     rank = len(use.out_shape)
@@ -176,7 +177,10 @@ def max_pool(use: ShiftUse) -> Result:
 @shift_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
             "adaptive_avg_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
             "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d",
-            "_upsample_nearest_exact1d", "_upsample_nearest_exact2d")  # fmt: skip
+            "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "upsample_nearest1d.vec",
+            "upsample_nearest2d.vec", "upsample_nearest3d.vec", "upsample_linear1d.vec", "upsample_bilinear2d.vec",
+            "upsample_trilinear3d.vec", "upsample_bicubic2d.vec", "_upsample_nearest_exact1d.vec",
+            "_upsample_nearest_exact2d.vec")  # fmt: skip
 def average(use: ShiftUse) -> Result:
     """Weighted means pass what is constant over the window; zeros of the padding are not shifted."""
     label, axes = _window(use)
@@ -192,7 +196,7 @@ def average(use: ShiftUse) -> Result:
     return use.fresh(label.ids, shape, "averages entries that are shifted differently", mask)
 
 
-@shift_rule("mean", "sum")
+@shift_rule("mean", "mean.dim", "sum", "sum.dim_IntList")
 def mean(use: ShiftUse) -> Result:
     """Means and sums."""
     label = first_label(use)
@@ -213,14 +217,23 @@ def mean(use: ShiftUse) -> Result:
     return Label.compressed(ids if use.args.get("keepdim") else np.squeeze(ids, tuple(axes)))
 
 
-@shift_rule("amax", "amin", "logsumexp", "max", "min")
+@shift_rule("amax", "amin", "logsumexp", "max", "max.dim", "min", "min.dim", "median", "median.dim")
 def extremum(use: ShiftUse) -> Result:
     """Extrema and log-sum-exp move with a shift that is constant over their axes."""
     label = first_label(use)
-    if label is None or "other" in use.args:
-        use.pin("compares shifted entries with others")
+    if label is None:
         return None
     axes = reduced_axes(use, label.ids.ndim)
     ids = use.merge(label.ids, axes, "compares entries that are shifted differently")
     result = Label.compressed(ids if use.args.get("keepdim") else np.squeeze(ids, tuple(axes)))
     return [result, None] if isinstance(use.node.meta.get("val"), (tuple, list)) else result
+
+
+@shift_rule(*LARGER_OF_TWO)
+def larger_of_two(use: ShiftUse) -> Result:
+    """The larger or smaller of two entries moves with both, where they are shifted alike."""
+    rank = len(use.out_shape)
+    left, right = (unscaled(rank) if (x := use.label(name)) is None else aligned(x, rank) for name in ("self", "other"))
+    left, right = np.broadcast_arrays(left, right)
+    use.scales.join(left, right, use.why("compares entries that are shifted differently"))
+    return Label.compressed(use.scales.roots(left))

@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label, Scales
+from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name, operation_key
+from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Certainty, Ids, Label, Scales
 
-__all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "rule"]
+__all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "of_real_numbers", "rule"]
 
 # Up to this many zeros get a scale each.
 _MOST_ZEROS = 16_384
@@ -65,7 +65,7 @@ class Use:
 
     def __post_init__(self) -> None:
         self.args = bound_arguments(self.node)
-        self.op = op_name(self.node)
+        self.op, self.key = op_name(self.node), operation_key(self.node)
 
     def label(self, name: str) -> Label | None:
         """Label of an argument; None where it is not scaled."""
@@ -90,18 +90,24 @@ class Use:
         """Shape of the (first) result."""
         return shape_of(self.node)
 
-    def why(self, reason: str, *, unknown: bool = False) -> Break:
+    def why(self, reason: str, *, unknown: bool = False, certainty: Certainty = "cautious") -> Break:
         """Build the reason for a condition that this operation puts on the scales."""
-        return Break(self.op, self.graph.module_of(self.node), reason, unknown)
+        return Break(self.op, self.graph.module_of(self.node), reason, unknown, certainty)
 
-    def pin(self, reason: str, *labels: Label | None, unknown: bool = False) -> None:
+    def is_zero(self, value: Any) -> bool:
+        """Whether an argument is the number zero, or a tensor of zeros."""
+        if isinstance(value, Node):
+            return self.graph.is_zero(value, self.node)
+        return isinstance(value, (int, float)) and value == 0
+
+    def pin(self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious") -> None:
         """Refuse the scales of these labels (of all arguments when none is given)."""
         given: Sequence[Label | None] = labels or [
             label for node in self.node.all_input_nodes for label in as_list(self.labels.get(node))
         ]
         for label in given:
             if label is not None:
-                self.scales.pin(label.ids, self.why(reason, unknown=unknown))
+                self.scales.pin(label.ids, self.why(reason, unknown=unknown, certainty=certainty))
 
     def merge(self, ids: Ids, axes: Sequence[int], reason: str = "sums entries that have different scales") -> Ids:
         """Demand one scale along the axes; return the ids with these axes reduced to 1."""
@@ -160,12 +166,14 @@ class Use:
         return True
 
 
+# What a rule raises that meets arguments which it does not foresee.
+_UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 Rule = Callable[[Use], Result]
 RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under the names of the aten operations that it describes."""
+    """Register a rule under the exact overloads of the aten operations that it describes."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -182,7 +190,7 @@ def guarded(function: Rule) -> Rule:
     def careful(use: Use) -> Result:
         try:
             return function(use)
-        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        except _UNFORESEEN as error:
             use.pin(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
             return None
 
@@ -192,6 +200,17 @@ def guarded(function: Rule) -> Rule:
 def as_list(result: Result) -> list[Label | None]:
     """Return the labels of one result or of several."""
     return result if isinstance(result, list) else [result]
+
+
+def of_real_numbers(use: Use, result: Result) -> Result:
+    """Refuse the label of a result that is no real or complex number: it was rounded."""
+    values = use.node.meta.get("val")
+    several = values if isinstance(values, (tuple, list)) else [values]
+    for label, value in zip(as_list(result), several, strict=False):
+        if label is not None and isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+            use.pin("rounds to integers", label, certainty="jump")
+            return None
+    return result
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
