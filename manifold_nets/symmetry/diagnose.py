@@ -17,6 +17,7 @@ from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputs
 from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
+from manifold_nets.symmetry.certificate.finite_move import FiniteMove
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.certificate.local import LocalCertificates
 from manifold_nets.symmetry.certificate.points import farther_field, second_field
@@ -27,6 +28,7 @@ from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
 from manifold_nets.symmetry.mixed import with_mixed_weights
+from manifold_nets.symmetry.moves import has_written_eps, moved_claims, moved_numbers
 from manifold_nets.symmetry.network.graph import (
     Inputs,
     TracedGraph,
@@ -138,17 +140,22 @@ def diagnose(
         with random_numbers(seed + 2):
             return farther_field(twin, inputs, seed + 2, factors, logits=logits)
 
+    def mover() -> FiniteMove:
+        outward = isinstance(graph, TracedGraph) and has_written_eps(graph)
+        return FiniteMove(twin, inputs, field, seed + 2, tolerance, logits=logits, outward=outward)
+
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
         if again:
             unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther)
-            unexplained = _of_the_model(unexplained, not_finite)
+            _, unexplained = moved_numbers(mover(), (), _of_the_model(unexplained, not_finite), {})
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
     blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, blunt, not_finite), local, constrained)
+    judge = Judge(twin, graph, field, variances, tolerance, blunt, not_finite)
+    findings = _by_structure(judge, local, constrained)
     families = certified_families(joint, field, tolerance, blunt, not_finite)
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits, blunt=blunt)
     if again and local:
@@ -159,6 +166,11 @@ def diagnose(
         if shown:
             shifts = with_shown(shifts, shown)
             unexplained = still_unexplained(unexplained, (field, again), shifts, shown, tolerance)
+    if not meta:
+        again = local = None  # their memory is what the copy takes that is moved
+        move = mover()
+        findings, families, shifts = moved_claims(move, findings, families, shifts)
+        findings, unexplained = moved_numbers(move, findings, unexplained, judge.alone_invariant)
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,

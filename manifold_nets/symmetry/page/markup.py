@@ -116,4 +116,10 @@ def certificate_text(certificate: Certificate) -> str:
     )
     said = ", ".join(f"{plural(count, 'group')} {what}" for count, what in counts if count)
     because = f"; {certificate.because}" if certificate.because else ""
-    return f"{certificate.verdict}{value}" + (f" ({said})" if said else "") + certificate.place + because
+    return (
+        f"{certificate.verdict}{value}"
+        + certificate.contradiction
+        + (f" ({said})" if said else "")
+        + certificate.place
+        + because
+    )
