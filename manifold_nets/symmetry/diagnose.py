@@ -20,7 +20,7 @@ from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, eu
 from manifold_nets.symmetry.certificate.finite_move import FiniteMove
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.certificate.local import LocalCertificates
-from manifold_nets.symmetry.certificate.points import farther_field, second_field
+from manifold_nets.symmetry.certificate.points import replace_zeros, second_field
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
@@ -136,10 +136,6 @@ def diagnose(
             wanted = natural_demands(twin)
         field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory)
 
-    def farther(factors: Mapping[str, Tensor]) -> EulerField | None:
-        with random_numbers(seed + 2):
-            return farther_field(twin, inputs, seed + 2, factors, logits=logits)
-
     def mover() -> FiniteMove:
         outward = isinstance(graph, TracedGraph) and has_written_eps(graph)
         return FiniteMove(twin, inputs, field, seed + 2, tolerance, logits=logits, outward=outward)
@@ -148,7 +144,7 @@ def diagnose(
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
         if again:
-            unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther)
+            unexplained = search_unexplained((field, again), (), (), (), tolerance)
             _, unexplained = moved_numbers(mover(), (), _of_the_model(unexplained, not_finite), {})
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
@@ -160,7 +156,7 @@ def diagnose(
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits, blunt=blunt)
     if again and local:
         again = replace(again, passes=again.passes + local.passes)
-        unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther)
+        unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph)
         unexplained = _of_the_model(unexplained, not_finite)
         shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits, blunt=blunt)
         if shown:
@@ -204,9 +200,9 @@ def _fields(
     if memory == "small":
         widen_vectors(twin)
         return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
-    return replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted), second_field(
-        twin, inputs, seed, logits=logits
-    )
+    replace_zeros(twin, seed)
+    first = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
+    return first, second_field(twin, inputs, seed, logits=logits)
 
 
 def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:

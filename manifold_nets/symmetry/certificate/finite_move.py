@@ -22,6 +22,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,7 @@ __all__ = ["MOST_RUNS", "Claim", "FiniteMove", "Outcome", "Part"]
 
 # Decades by which groups are multiplied and shifts differ from 1, up and down.
 _DECADES = 2.0
-# Everything is moved twice: on the inputs as they are, and on real inputs this much larger.
-_POINTS = 2
+# Everything is moved twice, by other factors: on the inputs as they are, and on real inputs this much larger.
 _INPUT_FACTOR = 10.0
 # The relative change of all parameters and inputs by which the conditioning is measured, and how far above counts.
 _JITTER = 2.0**-42
@@ -148,14 +148,7 @@ class FiniteMove:
         """Move all claims at once, and find those that fail."""
         found = [Outcome() for _ in claims]
         most = self.runs + MOST_RUNS
-        inputs, before = self.inputs, self._outputs(self.inputs, {}) if claims else None
-        for number in range(_POINTS):
-            larger = _multiplied(self.inputs, _INPUT_FACTOR) if number else None
-            there = self._outputs(larger, {}) if larger is not None else None
-            if larger is not None and there is not None:
-                inputs, before = larger, there
-            if before is None:
-                continue
+        for number, (inputs, before) in enumerate(self._points if claims else ()):
             point = _Point(inputs, before, [_draws(claim, self.seed, number) for claim in claims])
             alive = [index for index, outcome in enumerate(found) if not outcome.refuted]
             if not self._settled(point, claims, alive, found):
@@ -164,6 +157,17 @@ class FiniteMove:
                     if part:
                         self._search(point, claims, part, found, most)
         return found
+
+    @cached_property
+    def _points(self) -> list[tuple[Inputs, list[Tensor]]]:
+        """The inputs at which claims are moved, with the outputs: as they are, and larger ones where these work."""
+        first = self._outputs(self.inputs, {})
+        if first is None:
+            return []
+        larger = _multiplied(self.inputs, _INPUT_FACTOR)
+        outputs = self._outputs(larger, {}) if larger is not None else None
+        there = (self.inputs, first) if larger is None or outputs is None else (larger, outputs)
+        return [(self.inputs, first), there]
 
     def _settled(self, point: _Point, claims: Sequence[Claim], alive: list[int], found: list[Outcome]) -> bool:
         """Whether the outputs stay the same when all claims are moved, as far as the tolerance tells."""
