@@ -43,17 +43,17 @@ def moved_claims(
     families: Sequence[SymmetryFamily],
     shifts: Sequence[ShiftSymmetry],
 ) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
-    """Move all that structure claims and the certificate does not refute; what fails is a contradiction."""
+    """Move all that structure claims and the certificate confirms; what fails is a contradiction."""
     shapes = {name: tuple(parameter.shape) for name, parameter in move.twin.named_parameters()}
     claims: dict[tuple[str, int], Claim] = {}
     for number, finding in enumerate(findings):
-        if finding.partition is not None and finding.certificate.verdict != "not invariant":
+        if finding.partition is not None and finding.certificate.verdict == "invariant":
             claims["weight", number] = _of_weight(finding, finding.partition, shapes)
     for number, family in enumerate(families):
-        if family.certificate.verdict != "not invariant":
+        if family.certificate.verdict == "invariant":
             claims["family", number] = _of_family(family)
     for number, shift in enumerate(shifts):
-        if shift.certificate.verdict != "not invariant":
+        if shift.certificate.verdict == "invariant":
             claims["shift", number] = _of_shift(shift, shapes)
     outcomes = dict(zip(claims, move.outcomes(list(claims.values())), strict=True))
 

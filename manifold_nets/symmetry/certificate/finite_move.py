@@ -8,9 +8,9 @@ sign between 10⁻² and 10². In training mode the outputs must stay what they 
 Factors are powers of two, by which nothing is rounded: a symmetry leaves the outputs alone bit for bit, in any dtype,
 up to the eps of the normalizations (1e-30 here) and to kernels that add in another order. Shifts are added before the
 factors and do round, and so may a network amplify what is left. So a change counts only where it exceeds the
-tolerance of the certificate, and also ten times what a relative change of 2⁻⁴² of every parameter and input does at the
-moved point: some thousand roundings, which is more than those of a product of matrices. A network whose outputs that
-changes in the first digit, as one that remembers its last call, is no witness.
+tolerance of the certificate, and also ten times what a relative change of 2⁻⁴² of every parameter and input does,
+before or after the move: some thousand roundings, more than those of a product of matrices. A network whose outputs
+that changes in the first digit, as one that remembers its last call, is no witness.
 
 Where the outputs change, claims are added one after the other, by bisection: the first whose addition changes them
 contradicts itself, as it left them alone in the claims before it.
@@ -49,7 +49,8 @@ _INPUT_FACTOR = 10.0
 # The relative change of all parameters and inputs by which the conditioning is measured, and how far above counts.
 _JITTER = 2.0**-42
 _MARGIN = 10.0
-# Forward passes that a search for the claims that fail takes at most; a search that succeeds takes four.
+# Forward passes after which a search for the claims that fail ends, and takes all that are not cleared to fail; where
+# none does it takes four.
 MOST_RUNS = 40
 
 
@@ -187,7 +188,8 @@ class FiniteMove:
         if self._settled(point, claims, alive, found):
             return
         if self.outward and not claims[alive[0]].adds:
-            point.draws = [np.abs(draws) for draws in point.draws]
+            for index in alive:
+                point.draws[index] = np.abs(point.draws[index])
             if self._settled(point, claims, alive, found):
                 return
         point.limits = self._limits(point, claims, alive)
@@ -211,12 +213,19 @@ class FiniteMove:
         return max(beyond) if beyond else None
 
     def _limits(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> list[float]:
-        """How much each output may change: the tolerance, or what rounding may do to it at the moved point."""
-        exact = self._outputs(point.inputs, self._moves(point, claims, moved))
-        jittered = self._outputs(point.inputs, self._moves(point, claims, moved), _JITTER)
-        if exact is None or jittered is None or len(exact) != len(point.before):
-            return [math.inf] * len(point.before)
-        return [max(self.tolerance, _MARGIN * self._change(a, b)) for a, b in zip(exact, jittered, strict=True)]
+        """How much each output may change: the tolerance, or what rounding may do to it before or after the move."""
+        limits = [self.tolerance] * len(point.before)
+        for moves in ({}, self._moves(point, claims, moved)):
+            exact = self._outputs(point.inputs, moves) if moves else point.before
+            jittered = self._outputs(point.inputs, moves, _JITTER)
+            if exact is None or jittered is None or not len(exact) == len(jittered) == len(limits):
+                continue
+            both = zip(point.before, exact, jittered, strict=True)
+            changes = [_change(one, other, before) for before, one, other in both]
+            # A move into what is not finite excuses nothing.
+            noise = [change if math.isfinite(change) else 0.0 for change in changes]
+            limits = [max(limit, _MARGIN * change) for limit, change in zip(limits, noise, strict=True)]
+        return limits
 
     def _changes(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> list[float] | None:
         """The relative change of each output when some claims are moved; None where the network refuses."""
@@ -227,16 +236,7 @@ class FiniteMove:
             return None
         if len(after) != len(point.before):
             return [math.inf] * len(point.before)
-        return [self._change(a, b) for a, b in zip(point.before, after, strict=True)]
-
-    def _change(self, before: Tensor, after: Tensor) -> float:
-        if before.shape != after.shape:
-            return math.inf
-        known = before.isfinite()
-        if not bool(known.any()):
-            return 0.0
-        size, change = float(before[known].abs().max()), float((after - before)[known].abs().max())
-        return 0.0 if change == 0 else change / size if size > 0 and math.isfinite(change) else math.inf
+        return [_change(a, b, a) for a, b in zip(point.before, after, strict=True)]
 
     def _moves(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> dict[str, _Movement]:
         """What happens to each parameter."""
@@ -265,6 +265,17 @@ class FiniteMove:
                 self._state.restore()
             return [o - o.mean(1, keepdim=True) if self.logits and o.ndim >= 2 else o for o in outputs]
         return None
+
+
+def _change(one: Tensor, other: Tensor, before: Tensor) -> float:
+    """The largest difference of two outputs, relative to the largest entry of the output that nothing has moved."""
+    if not one.shape == other.shape == before.shape:
+        return math.inf
+    known = before.isfinite()
+    if not bool(known.any()):
+        return 0.0
+    size, change = float(before[known].abs().max()), float((one - other)[known].abs().max())
+    return 0.0 if change == 0 else change / size if size > 0 and math.isfinite(change) else math.inf
 
 
 def _survive(found: list[Outcome], alive: Sequence[int], change: float) -> None:
