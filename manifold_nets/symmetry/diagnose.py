@@ -1,4 +1,4 @@
-"""`diagnose`: structure from the graph, proof from the Euler certificate, and what they say together."""
+"""`diagnose`: structure from the graph, the Euler certificate, and finite moves, and what they say together."""
 
 from __future__ import annotations
 
@@ -68,11 +68,13 @@ def diagnose(
 
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
-    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). A contradiction between the two is
-    reported as a disagreement. Of a weight that provably no output depends on, the certificate is taken at the output
-    of the normalization that absorbs it, and its ``taken_at`` says so (with full memory only). Entries that are not
-    finite are drawn anew for the certificate, and the groups that they are in are named. The model, its mode, buffers,
-    gradients and the random state are left as they were.
+    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). What both confirm is carried out by
+    finite amounts, all at once, on the inputs and on ten times these, and the outputs must not change (see
+    `manifold_nets.symmetry.certificate.finite_move`). A contradiction is reported as a disagreement. Of a weight that
+    provably no output depends on, the certificate is taken at the output of the normalization that absorbs it, and its
+    ``taken_at`` says so (with full memory only). Entries that are not finite are drawn anew for the certificate, and
+    the groups that they are in are named. The model, its mode, buffers, gradients and the random state are left as they
+    were.
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
