@@ -260,6 +260,20 @@ def test_half_of_a_claim_fails() -> None:
         assert move.outcomes([wrong])[0].refuted
 
 
+def test_what_holds_for_equal_factors_only_fails() -> None:
+    """A residual stream of two matrices that a normalization absorbs together, claimed one by one."""
+    model = Lambda(
+        lambda m, x: m.n(m.a(x) + m.b(x.flip(0))),
+        a=nn.Linear(5, 6, bias=False), b=nn.Linear(5, 6, bias=False), n=nn.LayerNorm(6),
+    )  # fmt: skip
+    twin, inputs = analysis_copy(model), to_float64(split_inputs(torch.randn(9, 5)))
+    whole, one = Partition.whole((6, 5)), (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(1))
+    a, b = (Part(f"{name}.weight", whole, *one) for name in "ab")
+    for claims, expected in (([Claim((a, b), 1)], [False]), ([Claim((a,), 1), Claim((b,), 1)], [True, True])):
+        move = FiniteMove(twin, inputs, euler_field(twin, inputs, 0), 1, 1e-8)
+        assert [outcome.refuted for outcome in move.outcomes(claims)] == expected
+
+
 def test_what_is_not_cleared_when_the_search_ends_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     move, claims = three()
     monkeypatch.setattr(finite_move, "MOST_RUNS", 3)

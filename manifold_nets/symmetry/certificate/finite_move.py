@@ -150,7 +150,7 @@ class FiniteMove:
         found = [Outcome() for _ in claims]
         most = self.runs + MOST_RUNS
         for number, (inputs, before) in enumerate(self._points if claims else ()):
-            point = _Point(inputs, before, [_draws(claim, self.seed, number) for claim in claims])
+            point = _Point(inputs, before, [_draws(c, (self.seed, k), number) for k, c in enumerate(claims)])
             alive = [index for index, outcome in enumerate(found) if not outcome.refuted]
             if not self._settled(point, claims, alive, found):
                 for adds in (False, True):
@@ -283,16 +283,14 @@ def _survive(found: list[Outcome], alive: Sequence[int], change: float) -> None:
         found[index] = Outcome(False, max(change, found[index].change or 0.0))
 
 
-def _draws(claim: Claim, seed: int, number: int) -> NDArray[np.float64]:
+def _draws(claim: Claim, seed: tuple[int, int], number: int) -> NDArray[np.float64]:
     """The binary logarithms of the factors of a claim, whole numbers, or its constants."""
-    generator = np.random.default_rng(seed)
-    signs = generator.choice([-1.0, 1.0], claim.count) * (-1.0) ** number  # the other way at the second point
-    decades = np.full(claim.count, _DECADES)
-    if not claim.far:
-        decades = np.random.default_rng((seed, number)).uniform(-_DECADES, _DECADES, claim.count)
+    # What goes as far as it can goes the other way at the second point.
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], claim.count) * (-1.0) ** number
+    decades = np.random.default_rng((*seed, number)).uniform(-_DECADES, _DECADES, claim.count)
     if claim.adds:
-        return np.asarray(signs * 10.0**decades)
-    return np.asarray(np.round((signs if claim.far else 1.0) * decades * math.log2(10.0)))
+        return np.asarray(signs * 10.0 ** (_DECADES if claim.far else decades))
+    return np.asarray(np.round((_DECADES * signs if claim.far else decades) * math.log2(10.0)))
 
 
 def _multiplied(inputs: Inputs, factor: float) -> Inputs | None:
