@@ -57,7 +57,7 @@ STATUSES = {
     "disagreement": Status(
         "disagreement",
         '<path d="M-4-4 4 4M4-4-4 4" class="hollow"/>',
-        "Structure and certificate contradict each other.",
+        "Structure, certificate and finite moves contradict each other.",
     ),
 }
 
