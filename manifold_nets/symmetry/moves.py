@@ -126,8 +126,8 @@ def _of_family(family: SymmetryFamily) -> Claim:
             moved.setdefault(place, []).extend((index, number, c) for index, c in exponents.items())
     parts = []
     for place, entries in moved.items():
-        groups, numbers, exponents = zip(*entries, strict=True)
-        parts.append(_part(place[0], family.partitions[place], groups, numbers, exponents))
+        groups, numbers, powers = zip(*entries, strict=True)
+        parts.append(_part(place[0], family.partitions[place], groups, numbers, powers))
     return Claim(tuple(parts), len(family.symmetries))
 
 

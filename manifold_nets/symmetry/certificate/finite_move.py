@@ -354,8 +354,8 @@ def _moved(twin: nn.Module, moves: Mapping[str, _Movement], jitter: _Jitter) -> 
                 parameter.data = moved(name, parameter.data)
         yield _Reading(narrow, moved) if narrow else None
     finally:
-        for parameter, values in saved:
-            parameter.data = values
+        for moving, values in saved:
+            moving.data = values
 
 
 class _Reading(TorchFunctionMode):

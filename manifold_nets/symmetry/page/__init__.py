@@ -122,7 +122,7 @@ def _summary(report: SymmetryReport) -> str:
     if report.disagreements:
         names = ", ".join(escape(w.name) for w in report.disagreements)
         said.append(
-            f"<strong>Structure, certificate and finite moves contradict each other for {names}: leave these alone.</strong>"
+            f"<strong>Structure, certificate and finite moves contradict each other for {names}: leave them.</strong>"
         )
     rows = []
     for status, n in sorted(counts.items(), key=lambda item: _rank(item[0])):
