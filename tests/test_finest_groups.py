@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
 from test_diagnose import HAND_WRITTEN_EPS, build, sharp
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
+from manifold_nets.symmetry.structure import find
 from manifold_nets.symmetry.structure.partitions import joined_partition
 
 # Between the rounding of float64 and the values of groups that are not invariant.
@@ -120,3 +122,64 @@ def test_channels_of_grouped_transposed_convolutions() -> None:
     seed = mn.Partition.transposed_filters((4, 6, 3), groups=2)
     found = joined_partition(seed, [[k, k + 3] for k in (0, 1, 2, 6, 7, 8)])
     assert found == mn.Partition((4, 6, 3), (2, 2, 2, 3, 3), (0, 3))
+
+
+class Modulated(nn.Module):
+    """A convolution whose weight an example's style scales by input channel, normalized again by output channel."""
+
+    def __init__(self, channels_in: int, channels_out: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, channels_out, channels_in, size, size))
+        self.style, self.pad = nn.Linear(6, channels_in), size // 2
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        count, channels, *image = x.shape
+        weight = self.weight * self.style(style).reshape(count, 1, channels, 1, 1)
+        weight = weight * torch.rsqrt(weight.square().sum((2, 3, 4), keepdim=True) + 1e-8)
+        y = F.conv2d(x.reshape(1, -1, *image), weight.flatten(0, 1), padding=self.pad, groups=count)
+        return y.reshape(count, -1, *image)
+
+
+class Generator(nn.Module):
+    """Two of them, from a picture that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.picture = nn.Parameter(torch.randn(1, 4, 5, 5))
+        self.a, self.b = Modulated(4, 8, 3), Modulated(8, 3, 1)
+
+    def forward(self, style: Tensor) -> Tensor:
+        x = self.picture.expand(len(style), -1, -1, -1)
+        return self.b(F.leaky_relu(self.a(x, style), 0.2), style)
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+def test_a_leading_axis_of_size_one_hides_no_groups(memory: Any) -> None:
+    model, style = Generator(), torch.randn(5, 6)
+    report = mn.diagnose(model, style, memory=memory)
+    for name, filters in (("a.weight", 8), ("b.weight", 3)):
+        shape = report[name].shape
+        assert report[name].status == "invariant"
+        assert report[name].partition == mn.Partition(shape, shape, (1,))
+        assert report[name].partition.n_groups == filters
+    assert report.unexplained_groups == 0
+    converted = mn.convert(model, report)
+    assert mn.verify(model, converted, style).train_difference <= 1e2 * torch.finfo(torch.float32).eps
+
+
+def test_without_its_graph_the_certificate_finds_them_as_well() -> None:
+    class Branching(Generator):
+        def forward(self, style: Tensor) -> Tensor:
+            return super().forward(style if float(style.sum()) < torch.inf else -style)
+
+    finding = mn.diagnose(Branching(), torch.randn(5, 6))["a.weight"]
+    assert finding.status == "unknown"
+    assert "8 groups" in str(finding.broken_by)
+
+
+def test_along_its_first_axis_alone_there_is_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage twin."""
+    monkeypatch.setattr(find, "_along_other_axes", lambda *args: [])
+    partition = mn.diagnose(Generator(), torch.randn(5, 6))["a.weight"].partition
+    assert partition is not None
+    assert partition.n_groups == 1

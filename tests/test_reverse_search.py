@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -172,3 +173,86 @@ def test_a_span_has_the_rank_of_its_directions(directions: list[dict[int, float]
             matrix[row, column] = value
         rank += span.add(direction)
         assert rank == int(torch.linalg.matrix_rank(matrix))
+
+
+# ---- weights with zeros ----------------------------------------------------------------------------------------------
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(288, 4),
+    )  # fmt: skip
+
+
+def matrices() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16),
+        nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+class Residual(nn.Module):
+    """A branch whose last scale starts at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.a, self.b = nn.Linear(10, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.n, self.m, self.last = nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return self.last(torch.relu(x + self.m(self.b(torch.relu(self.n(self.a(x)))))))
+
+
+def half(weight: Tensor) -> None:
+    weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5] = 0.0
+
+
+def every_other(axis: int) -> Callable[[Tensor], None]:
+    def zeroed(weight: Tensor) -> None:
+        weight.movedim(axis, 0)[::2] = 0.0
+
+    return zeroed
+
+
+WITH_ZEROS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
+    "Dirac": (convolutions, lambda m: [nn.init.dirac_(c.weight) for c in m if isinstance(c, nn.Conv2d)]),
+    "identity": (matrices, lambda m: [nn.init.eye_(c.weight) for c in m if isinstance(c, nn.Linear)]),
+    "pruned": (matrices, lambda m: [half(c.weight) for c in m if isinstance(c, nn.Linear)]),
+    "filters pruned": (convolutions, lambda m: [every_other(0)(c.weight) for c in m if isinstance(c, nn.Conv2d)]),
+    "channels pruned": (matrices, lambda m: [every_other(1)(c.weight) for c in m if isinstance(c, nn.Linear)]),
+    "last layer": (matrices, lambda m: nn.init.zeros_(m[-1].weight)),
+    "half of the last layer": (matrices, lambda m: every_other(0)(m[-1].weight)),
+    "last scale of a branch": (Residual, lambda m: nn.init.zeros_(m.m.weight)),
+}  # fmt: skip
+
+
+def with_zeros(name: str) -> tuple[nn.Module, Tensor]:
+    make, put = WITH_ZEROS[name]
+    model = make()
+    with torch.no_grad():
+        put(model)
+    return model, torch.randn(4, 3, 6, 6) if make is convolutions else torch.randn(24, 10)
+
+
+@pytest.mark.parametrize("name", WITH_ZEROS)
+def test_zeros_in_weights_free_nothing_and_hide_nothing(name: str) -> None:
+    model, x = with_zeros(name)
+    report = mn.diagnose(model, x)
+    assert report.unexplained == ()
+    dense = mn.diagnose(WITH_ZEROS[name][0](), x)
+    assert report.counts() == dense.counts()
+    assert [w.partition for w in report.weights] == [w.partition for w in dense.weights]
+    assert [s.count for s in report.shifts] == [s.count for s in dense.shifts]
+
+
+@pytest.mark.parametrize("name", ["Dirac", "identity"])
+def test_with_zeros_left_as_they_are_rows_pass_for_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage twin."""
+    monkeypatch.setattr(sys.modules["manifold_nets.symmetry.diagnose"], "replace_zeros", lambda twin, seed: None)
+    model, x = with_zeros(name)
+    assert mn.diagnose(model, x).unexplained_groups > 0

@@ -1,4 +1,4 @@
-"""`diagnose`: structure from the graph, proof from the Euler certificate, and what they say together."""
+"""`diagnose`: structure from the graph, the Euler certificate, and finite moves, and what they say together."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputs
 from manifold_nets.symmetry.certificate.blunt import BluntChannels
 from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
+from manifold_nets.symmetry.certificate.finite_move import FiniteMove
 from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
 from manifold_nets.symmetry.certificate.local import LocalCertificates
-from manifold_nets.symmetry.certificate.points import farther_field, second_field
+from manifold_nets.symmetry.certificate.points import replace_zeros, second_field
 from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
@@ -27,6 +28,7 @@ from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
 from manifold_nets.symmetry.mixed import with_mixed_weights
+from manifold_nets.symmetry.moves import has_written_eps, moved_claims, moved_numbers
 from manifold_nets.symmetry.network.graph import (
     Inputs,
     TracedGraph,
@@ -66,11 +68,13 @@ def diagnose(
 
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
-    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). A contradiction between the two is
-    reported as a disagreement. Of a weight that provably no output depends on, the certificate is taken at the output
-    of the normalization that absorbs it, and its ``taken_at`` says so (with full memory only). Entries that are not
-    finite are drawn anew for the certificate, and the groups that they are in are named. The model, its mode, buffers,
-    gradients and the random state are left as they were.
+    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). What both confirm is carried out by
+    finite amounts, all at once, on the inputs and on ten times these, and the outputs must not change (see
+    `manifold_nets.symmetry.certificate.finite_move`). A contradiction is reported as a disagreement. Of a weight that
+    provably no output depends on, the certificate is taken at the output of the normalization that absorbs it, and its
+    ``taken_at`` says so (with full memory only). Entries that are not finite are drawn anew for the certificate, and
+    the groups that they are in are named. The model, its mode, buffers, gradients and the random state are left as they
+    were.
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
@@ -134,31 +138,37 @@ def diagnose(
             wanted = natural_demands(twin)
         field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory)
 
-    def farther(factors: Mapping[str, Tensor]) -> EulerField | None:
-        with random_numbers(seed + 2):
-            return farther_field(twin, inputs, seed + 2, factors, logits=logits)
+    def mover() -> FiniteMove:
+        outward = isinstance(graph, TracedGraph) and has_written_eps(graph)
+        return FiniteMove(twin, inputs, field, seed + 2, tolerance, logits=logits, outward=outward)
 
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if isinstance(graph, AnalysisError):
         report = _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
         if again:
-            unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther)
-            unexplained = _of_the_model(unexplained, not_finite)
+            unexplained = search_unexplained((field, again), (), (), (), tolerance)
+            _, unexplained = moved_numbers(mover(), (), _of_the_model(unexplained, not_finite), {})
         return replace(report, unexplained=unexplained)
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
     blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
-    findings = _by_structure(Judge(twin, graph, field, variances, tolerance, blunt, not_finite), local, constrained)
+    judge = Judge(twin, graph, field, variances, tolerance, blunt, not_finite)
+    findings = _by_structure(judge, local, constrained)
     families = certified_families(joint, field, tolerance, blunt, not_finite)
     shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits, blunt=blunt)
     if again and local:
         again = replace(again, passes=again.passes + local.passes)
-        unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph, farther)
+        unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph)
         unexplained = _of_the_model(unexplained, not_finite)
         shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits, blunt=blunt)
         if shown:
             shifts = with_shown(shifts, shown)
             unexplained = still_unexplained(unexplained, (field, again), shifts, shown, tolerance)
+    if not meta:
+        again = local = None  # their memory is what the copy takes that is moved
+        move = mover()
+        findings, families, shifts = moved_claims(move, findings, families, shifts)
+        findings, unexplained = moved_numbers(move, findings, unexplained, judge.alone_invariant)
     told, families = with_mixed_weights(findings, families)
     return SymmetryReport(
         type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,
@@ -192,9 +202,9 @@ def _fields(
     if memory == "small":
         widen_vectors(twin)
         return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
-    return replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted), second_field(
-        twin, inputs, seed, logits=logits
-    )
+    replace_zeros(twin, seed)
+    first = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
+    return first, second_field(twin, inputs, seed, logits=logits)
 
 
 def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:

@@ -58,6 +58,8 @@ class Judge(Certifier):
     ) -> None:
         super().__init__(field, tolerance, not_finite)
         self.twin, self.graph, self.variances, self.blunt = twin, graph, variances, blunt
+        # Of weights of which structure claims nothing, the partition that the certificate calls invariant.
+        self.alone_invariant: dict[str, Partition] = {}
 
     def lacks_gradient(self, structure: Structure) -> bool:
         """Whether the outputs tell nothing of a weight that structure calls invariant: it has no gradient at all."""
@@ -123,8 +125,11 @@ class Judge(Certifier):
         invisible to it, and a rule that covers sufficient conditions only leaves the weight unknown.
         """
         seed = structure.seed if structure is not None else Partition.filters(shape)
-        tried = [self.alone(name, partition) for partition in (seed, Partition.whole(shape))]
-        certificate = next((c for c in tried if c.verdict == "invariant"), tried[0])
+        tried = {partition: self.alone(name, partition) for partition in (Partition.whole(shape), seed)}
+        certificate = tried[seed]
+        for partition, found in tried.items():
+            if found.verdict == "invariant":
+                certificate, self.alone_invariant[name] = found, partition
         if structure is None:
             reason, unknown, free = "the parameter does not occur in the graph", False, 0
         else:

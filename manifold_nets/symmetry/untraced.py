@@ -36,6 +36,8 @@ def natural_partitions(module: nn.Module, shape: Sequence[int]) -> Iterator[Part
     shape = tuple(shape)
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and len(shape) > 2:
         yield Partition.transposed_filters(shape, module.groups)
+    elif shape[0] == 1 and len(shape) > 2 and not isinstance(module, nn.modules.conv._ConvNd):
+        yield Partition(shape, shape, (1,))  # a leading axis to be multiplied along, as that of examples
     else:
         yield Partition.filters(shape)
         for count in range(shape[0] // 2, 1, -1):

@@ -13,7 +13,7 @@ vanishes, and says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -122,15 +122,12 @@ class EulerField:
         return known
 
 
-def euler_field(
-    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, only: Container[str] | None = None
-) -> EulerField:
+def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
     and scales at 0 or 1, as they are initialized, would hide gradients or fake invariances. The copy is left with
     these values. Where the outputs are ``logits``, compared along axis 1, so is the cotangent: it sums to zero there.
-    Gradients are taken of all parameters, or of those named in ``only``, and the field then holds no others.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -139,8 +136,6 @@ def euler_field(
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
-    if only is not None:
-        parameters = {name: parameter for name, parameter in parameters.items() if name in only}
     with torch.random.fork_rng(), torch.enable_grad(), sharp_conditions(twin):
         torch.manual_seed(seed)
         loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
@@ -148,7 +143,7 @@ def euler_field(
         gradients: Sequence[Tensor | None] = (
             torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
         )
-    weights = _zeros(twin) if only is None else {}
+    weights = _zeros(twin)
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)

@@ -1,8 +1,7 @@
-"""The points at which the Euler certificate is asked again: an independent one, and those far along a ray."""
+"""The points at which the Euler certificate is asked: near the weights as they are, and an independent one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +14,38 @@ from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, is
 from manifold_nets.symmetry.network.graph import Inputs
 from manifold_nets.symmetry.network.twin import is_continuous
 
-__all__ = ["farther_field", "second_field"]
+__all__ = ["replace_zeros", "second_field"]
 
 # How much longer scales and biases are at the second point.
 _FARTHER = 10.0
+# Size of what takes the place of zeros, beside the mean modulus of the other entries.
+_SMALL = 0.1
+
+
+def replace_zeros(twin: nn.Module, seed: int) -> None:
+    """Replace the entries of weights that are exactly zero by small random numbers, in place of a copy's parameters.
+
+    Pruned weights, Dirac initialization and identity matrices: a filter of zeros makes a channel without variance, and
+    with one entry a row all rows pass for columns. What the structure claims holds whatever the values are. A row of
+    zeros in a table stays: it has no direction, and its finding says so.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(layer.weight)
+        >>> replace_zeros(layer, 0)
+        >>> bool((layer.weight == 0).any())
+        False
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = {id(module.weight) for module in twin.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
+                continue
+            zero = parameter == 0
+            if bool(zero.any()) and not bool(zero.all()):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+                parameter.data = torch.where(zero, _SMALL * parameter.abs().mean() * noise, parameter)
 
 
 def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
@@ -50,31 +77,3 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
     except ExampleInputsError:
         pass
     return replace(euler_field(twin, inputs, seed + 1, logits=logits), passes=2)
-
-
-def farther_field(
-    twin: nn.Module, inputs: Inputs, seed: int, factors: Mapping[str, Tensor], *, logits: bool = False
-) -> EulerField | None:
-    """Run a pass with some parameters multiplied by factors, for the gradients of these alone.
-
-    The copy is left as it was. None where the model refuses, or answers with what is not finite: that tells nothing.
-
-    Args:
-        twin: the copy, at any point.
-        inputs: the example inputs.
-        seed: seed of the cotangent.
-        factors: for each parameter whose gradient is wanted a factor for each entry, in its shape.
-        logits: whether the outputs are logits along axis 1.
-    """
-    saved = {name: parameter.data for name, parameter in twin.named_parameters()}
-    try:
-        for name, parameter in twin.named_parameters():
-            if name in factors:
-                parameter.data = parameter.data * factors[name].to(parameter.device)
-        found = euler_field(twin, inputs, seed, logits=logits, only=factors)
-    except ExampleInputsError:
-        return None
-    finally:
-        for name, parameter in twin.named_parameters():
-            parameter.data = saved[name]
-    return found if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()) else None

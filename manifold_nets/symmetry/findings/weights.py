@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ class Certificate:
         taken_at: the normalization at whose output it was taken, as the network's output provably does not depend on
             the weight; empty where it was taken at the network's output.
         because: why groups are without evidence, where it is not only that their gradient vanishes; else empty.
+        moved: the largest relative change of an output, in training mode, when all that is claimed of the network is
+            moved by finite amounts at once; of what that refutes, when it is moved. None where nothing was moved.
     """
 
     value: float | None
@@ -34,14 +37,23 @@ class Certificate:
     groups_without_evidence: int
     taken_at: str = ""
     because: str = ""
+    moved: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return dict(vars(self))
+        moved = self.moved if self.moved is None or math.isfinite(self.moved) else None
+        return {**vars(self), "moved": moved}
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" ({self.value:.1e})"
-        return f"{self.verdict}{value}{self.place}{self.reason}"
+        return f"{self.verdict}{value}{self.contradiction}{self.place}{self.reason}"
+
+    @property
+    def contradiction(self) -> str:
+        """By how much the outputs change when it is moved, where that refutes it; else empty."""
+        if self.verdict != "not invariant" or self.moved is None:
+            return ""
+        return f", moving it by finite amounts changes the outputs by {self.moved:.2g}"
 
     @property
     def place(self) -> str:
@@ -118,7 +130,8 @@ class WeightFinding:
         layer: class of the module that owns it.
         status: ``"invariant"`` (structure found and certified), ``"not invariant"``, ``"unknown"`` (an operation has
             no rule), ``"no evidence"`` (the gradient vanishes), ``"disagreement"`` (structure and certificate
-            contradict each other) or ``"constrained"`` (invariant and already on spheres).
+            contradict each other, or moving it contradicts both) or ``"constrained"`` (invariant and already on
+            spheres).
         partition: the finest partition into invariant groups; None where there is none.
         filters_per_group: how many filters one group joins.
         absorbers: the normalizations that remove the scale.

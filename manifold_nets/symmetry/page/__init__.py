@@ -121,7 +121,9 @@ def _summary(report: SymmetryReport) -> str:
         said.append("There is nothing to convert.")
     if report.disagreements:
         names = ", ".join(escape(w.name) for w in report.disagreements)
-        said.append(f"<strong>Structure and certificate contradict each other for {names}: leave these alone.</strong>")
+        said.append(
+            f"<strong>Structure, certificate and finite moves contradict each other for {names}: leave them.</strong>"
+        )
     rows = []
     for status, n in sorted(counts.items(), key=lambda item: _rank(item[0])):
         entries = sum(_entries(w) for w in report.weights if w.status == status)

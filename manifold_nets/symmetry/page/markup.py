@@ -57,7 +57,7 @@ STATUSES = {
     "disagreement": Status(
         "disagreement",
         '<path d="M-4-4 4 4M4-4-4 4" class="hollow"/>',
-        "Structure and certificate contradict each other.",
+        "Structure, certificate and finite moves contradict each other.",
     ),
 }
 
@@ -116,4 +116,10 @@ def certificate_text(certificate: Certificate) -> str:
     )
     said = ", ".join(f"{plural(count, 'group')} {what}" for count, what in counts if count)
     because = f"; {certificate.because}" if certificate.because else ""
-    return f"{certificate.verdict}{value}" + (f" ({said})" if said else "") + certificate.place + because
+    return (
+        f"{certificate.verdict}{value}"
+        + certificate.contradiction
+        + (f" ({said})" if said else "")
+        + certificate.place
+        + because
+    )

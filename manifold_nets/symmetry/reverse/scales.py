@@ -4,24 +4,22 @@ At two independent points (weights, inputs and cotangents) the Euler field ``e =
 summed over a family of partitions: the slices along each axis, blocks of them and interleaved ones for every divisor
 (heads, groups of a normalization), the whole, each alone and with the entries of a vector of the same module. The same
 is done with the gradient itself for shifts. A group whose sum vanishes at both points is invariant. What follows from
-the symmetries that the structure knows, or has no gradient that could tell, is subtracted. What then remains of the
-scales is asked once more, far along its own ray: a bound that no activation reaches near both points, as that of ReLU6
-on a few pixels, leaves a scale free there and not further on. What vanishes there too, and shows a gradient, is
-reported. That takes at most two passes more, and none where nothing remains.
+the symmetries that the structure knows, or has no gradient that could tell, is subtracted. What then remains holds
+near both points and may not hold far from them, as that of a ReLU6 whose bound no activation reaches; `diagnose` puts
+it to the finite move.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, MOST_PASSES, EulerField
+from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
@@ -36,12 +34,6 @@ __all__ = ["search_unexplained", "still_unexplained"]
 # are nearly invariant.
 _UNSUPPORTED = 1e-2
 
-# How far along its ray a scale is asked again: a power of two, which rounds nothing.
-_FAR = 2.0**7
-
-# The field with some parameters multiplied, entry by entry, for the gradients of these alone; None where it fails.
-Farther = Callable[[Mapping[str, Tensor]], EulerField | None]
-
 
 def search_unexplained(
     fields: tuple[EulerField, EulerField],
@@ -50,7 +42,6 @@ def search_unexplained(
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
     graph: TracedGraph | None = None,
-    farther: Farther | None = None,
 ) -> tuple[UnexplainedSymmetry, ...]:
     """Search for invariant groups that structure does not explain.
 
@@ -61,7 +52,6 @@ def search_unexplained(
         shifts: the shifts that structure found.
         tolerance: largest certificate value of an invariant group.
         graph: the network, where there is one.
-        farther: the field at a point far away, for scales that are left at both; None leaves them as they are.
 
     Returns:
         The groups that no combination of what structure found accounts for, parameter by parameter.
@@ -70,19 +60,12 @@ def search_unexplained(
     if any(euler.silent for euler in fields):
         return ()
     tolerance *= _UNSUPPORTED
-    joint = None
-    searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts), tolerance)
+    found = _unexplained_scales(fields, explained_scales(findings, families, shifts), tolerance)
     dead = _dead(fields[0].shapes, shifts)
     if found and dead and graph is not None:
         # Biases that are dead cannot tie scales either, as they do in the equations above.
         joint = solve_jointly(graph, dead)
-        searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
-    if found and farther is not None:
-        parts = _factors(searches, MOST_PASSES - sum(euler.passes for euler in fields))
-        far = [(euler, factors) for factors in parts if (euler := farther(factors)) is not None]
-        explained = explained_scales(findings, families, shifts, joint)
-        moved = [factors for _, factors in far]
-        _, found = _unexplained_scales((*fields, *(euler for euler, _ in far)), explained, tolerance, moved)
+        found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
     return (*found, *unexplained_shifts(fields, shifts, tolerance))
 
 
@@ -100,45 +83,21 @@ def still_unexplained(
 
 
 def _unexplained_scales(
-    fields: tuple[EulerField, ...],
-    explained: Explained,
-    tolerance: float,
-    factors: Sequence[Mapping[str, Tensor]] = (),
-) -> tuple[list[_Search], list[UnexplainedSymmetry]]:
-    """The groups invariant at all points that nothing explains, of the parameters of which all points know."""
+    fields: tuple[EulerField, EulerField], explained: Explained, tolerance: float
+) -> list[UnexplainedSymmetry]:
+    """The groups that are invariant at both points and that nothing explains."""
     shapes = fields[0].shapes
     floors = [EVIDENCE_FLOOR * _largest(euler) for euler in fields]
-    # Far away few gradients are known; what counts as rounding is then read off the nearer point as well.
-    floors = [*floors[:2], *(max(floor, floors[1]) for floor in floors[2:])]
     sums = _SliceSums(fields)
     searches = [
-        _Search(sums, names, shape, axis, floors, tolerance, factors)
+        _Search(sums, names, shape, axis, floors, tolerance)
         for name, shape in shapes.items()
         for axis in range(min(len(shape), 2))
         for names in [(name,), *((name, other) for other in _companions(shapes, name, axis))]
-        if all(name in euler.gradients for euler in fields for name in names)
     ]
     for search in searches:
         search.mark(explained)
-    return searches, [symmetry for search in searches for symmetry in search.unexplained(explained)]
-
-
-def _factors(searches: Iterable[_Search], parts: int) -> list[dict[str, Tensor]]:
-    """For every parameter of groups that were left a factor for each entry, for one pass after the other.
-
-    Each pass has its part of the groups, which are multiplied in it: where all channels of a layer are cut off by a
-    bound at once, no gradient reaches what lies before it. However many groups an entry is in, its factor is the same.
-    """
-    left = [(search, units) for search in searches for units in search.left]
-    places = [place for search, _ in left for place in search.places()]
-    found = []
-    for part in range(min(len(left), parts)):
-        factors = {name: torch.ones(shape, dtype=torch.float64) for name, shape, _ in places}
-        for search, units in left[part::parts]:
-            for name, _, axis in search.places():
-                factors[name].movedim(axis, 0)[units] = _FAR
-        found.append(factors)
-    return found
+    return [symmetry for search in searches for symmetry in search.unexplained(explained)]
 
 
 def _largest(euler: EulerField) -> float:
@@ -170,7 +129,7 @@ def _dead(shapes: Mapping[str, tuple[int, ...]], shifts: Iterable[ShiftSymmetry]
 class _SliceSums:
     """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at every point; each is computed once."""
 
-    def __init__(self, fields: tuple[EulerField, ...]) -> None:
+    def __init__(self, fields: tuple[EulerField, EulerField]) -> None:
         self.fields = fields
         self.known: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
 
@@ -199,49 +158,35 @@ class _Search:
     axis: int
     floors: list[float]
     tolerance: float
-    # What the parameters were multiplied by at the far points, which come last.
-    factors: Sequence[Mapping[str, Tensor]] = ()
 
     def __post_init__(self) -> None:
         self.slices = Partition(self.shape, self.shape, (self.axis,))
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
         # No sum can be larger; the product of the norms can where the scales of the entries differ.
         self.most = [sum(euler.size(name) for name in self.names) for euler in self.sums.fields]
-        self.left: list[NDArray[np.int64]] = []
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
-        self.asked = np.ones((len(self.units), self.shape[self.axis]), dtype=bool)
-        for asked, factors in zip(self.asked[len(self.units) - len(self.factors) :], self.factors, strict=True):
-            asked[:] = np.any([_along(factors[name] != 1, axis).numpy() for name, _, axis in self.places()], axis=0)
 
     def unexplained(self, explained: Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
         found = []
         for partition, members, values in self._levels():
-            kept = [(number, units) for number, units in members if not explained.covers(self._direction(units))]
-            new = [number for number, _ in kept]
+            new = [number for number, units in members if not explained.covers(self._direction(units))]
             if new:
-                self.left += [units for _, units in kept]
                 found.append(
                     UnexplainedSymmetry("scale", self.names, partition, tuple(new), max(values[n] for n in new))
                 )
         return found
 
-    def places(self) -> list[tuple[str, tuple[int, ...], int]]:
-        """Each parameter with its shape and the axis along which the slices lie."""
-        return [
-            (self.names[0], self.shape, self.axis),
-            *((name, (self.shape[self.axis],), 0) for name in self.names[1:]),
-        ]
-
     def mark(self, explained: Explained) -> None:
         """Take the slices without a gradient out of the search: nothing can be found of them."""
         explained.axis(self.names[0], self.slices)
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
-        for index in np.flatnonzero(~np.all(sizes | ~self.asked, axis=0)).tolist():
+        for index in np.flatnonzero(~np.all(sizes, axis=0)).tolist():
             explained.add(self._direction([index]))
 
     def _direction(self, units: Iterable[int]) -> Direction:
-        return {(name, axis, int(unit)): 1.0 for unit in units for name, _, axis in self.places()}
+        places = [(self.names[0], self.axis), *((name, 0) for name in self.names[1:])]
+        return {(name, axis, int(unit)): 1.0 for unit in units for name, axis in places}
 
     def _levels(self) -> Iterator[tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]]:
         """Partitions from fine to coarse, with the groups that are invariant at all points and their values."""
@@ -264,14 +209,10 @@ class _Search:
         self, partition: Partition, members: NDArray[np.int64]
     ) -> tuple[Partition, list[tuple[int, NDArray[np.int64]]], dict[int, float]]:
         worst = np.zeros(len(members))
-        for (products, weights, gradients), floor, asked, most in zip(
-            self.units, self.floors, self.asked, self.most, strict=True
-        ):
+        for (products, weights, gradients), floor, most in zip(self.units, self.floors, self.most, strict=True):
             size = np.minimum(np.sqrt(weights[members].sum(1)) * np.sqrt(gradients[members].sum(1)), most)
             total = np.abs(products[members].sum(1))
-            # A far point needs no evidence of what was not moved there: something behind may be cut off.
-            value = np.where(asked[members].any(1), np.inf, 0.0)
-            value = np.divide(total, size, out=value, where=size > floor)
+            value = np.divide(total, size, out=np.full(len(members), np.inf), where=size > floor)
             worst = np.maximum(worst, value)
         numbers = np.flatnonzero(worst <= self.tolerance).tolist()
         return partition, [(n, members[n]) for n in numbers], {n: float(worst[n]) for n in numbers}

@@ -43,7 +43,8 @@ def follow_weight(graph: TracedGraph, name: str) -> Structure:
         if rows is not None:
             return rows
     found = _follow_groups(graph, name, sources, seed_partition(sources))
-    stacked = len(found.seed.shape) == 3  # matrices of experts: finer than one group each
+    # Matrices of experts, and weights behind a leading axis of size 1, are finer than one group for each of these.
+    stacked = len(found.seed.shape) == 3 or found.seed.n_groups == 1
     if found.partition is None or is_linear_map(sources) or (found.partition == found.seed and not stacked):
         return found
     return max([found, *_along_other_axes(graph, name, sources, found)], key=lambda structure: structure.count)
