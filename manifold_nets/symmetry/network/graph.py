@@ -235,7 +235,7 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
             logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
         silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent, _returning_tensors(model):
+        with warnings.catch_warnings(), silent, _one_module_per_name(model), _returning_tensors(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:
@@ -308,3 +308,39 @@ def _returning_tensors(model: nn.Module) -> Iterator[None]:
         del model.__dict__["forward"]
         if own is not None:
             model.__dict__["forward"] = own
+
+
+@contextlib.contextmanager
+def _one_module_per_name(model: nn.Module) -> Iterator[None]:
+    """Give each name of a shared module an object of its own for a while.
+
+    `torch.export` names an operation after the module that runs it. Where one module has several names it records how
+    the forward pass got there instead, as in ``blocks.slice(1, None, None).0``, which is no name in the model.
+    """
+    replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    seen = {id(model)}
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if id(child) in seen:
+                replaced.append((parent._modules, name, child))
+                parent._modules[name] = child = _alias(child)
+            seen.add(id(child))
+            visit(child)
+
+    visit(model)
+    try:
+        yield
+    finally:
+        for modules, name, child in replaced:
+            modules[name] = child
+
+
+def _alias(module: nn.Module) -> nn.Module:
+    """Another object with the attributes of a module, and with children that can be replaced by themselves."""
+    alias: nn.Module = object.__new__(type(module))
+    # Without children the very dictionary is shared: what forward assigns to one is seen by the other.
+    alias.__dict__ = {**module.__dict__, "_modules": {**module._modules}} if module._modules else module.__dict__
+    return alias
