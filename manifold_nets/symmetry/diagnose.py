@@ -38,6 +38,7 @@ from manifold_nets.symmetry.network.graph import (
 )
 from manifold_nets.symmetry.network.modules import module_graph
 from manifold_nets.symmetry.network.not_finite import draw_not_finite
+from manifold_nets.symmetry.network.precision import following
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
@@ -245,7 +246,7 @@ def _trace(twin: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | Analysi
         return trace(twin, inputs)
     except AnalysisError as refusal:
         if not meta:
-            with torch.no_grad():
+            with torch.no_grad(), following(twin):
                 run(twin, inputs)
         return refusal
 
@@ -264,6 +265,7 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
         try:
             graph.interpret(twin, inputs, visit)
         except Exception:  # an index of a token that is out of range, for instance
-            run(twin, inputs)  # the model's own code says better where it fails
+            with following(twin):
+                run(twin, inputs)  # the model's own code says better where it fails
             raise
     return found

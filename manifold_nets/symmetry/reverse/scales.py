@@ -208,6 +208,8 @@ class _Search:
         # No sum can be larger; the product of the norms can where the scales of the entries differ.
         self.most = [sum(euler.size(name) for name in self.names) for euler in self.sums.fields]
         self.left: list[NDArray[np.int64]] = []
+        # Slices that are explained or found: so is what consists of them.
+        self.known = np.zeros(self.shape[self.axis], dtype=bool)
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
         self.asked = np.ones((len(self.units), self.shape[self.axis]), dtype=bool)
         for asked, factors in zip(self.asked[len(self.units) - len(self.factors) :], self.factors, strict=True):
@@ -218,6 +220,8 @@ class _Search:
         found = []
         for partition, members, values in self._levels():
             kept = [(number, units) for number, units in members if not explained.covers(self._direction(units))]
+            if partition.n_groups == len(self.known):
+                self.known[[units[0] for _, units in members]] = True
             new = [number for number, _ in kept]
             if new:
                 self.left += [units for _, units in kept]
@@ -239,6 +243,7 @@ class _Search:
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
         for index in np.flatnonzero(~np.all(sizes | ~self.asked, axis=0)).tolist():
             explained.add(self._direction([index]))
+            self.known[index] = True
 
     def _direction(self, units: Iterable[int]) -> Direction:
         return {(name, axis, int(unit)): 1.0 for unit in units for name, _, axis in self.places()}
@@ -273,5 +278,5 @@ class _Search:
             value = np.where(asked[members].any(1), np.inf, 0.0)
             value = np.divide(total, size, out=value, where=size > floor)
             worst = np.maximum(worst, value)
-        numbers = np.flatnonzero(worst <= self.tolerance).tolist()
+        numbers = np.flatnonzero((worst <= self.tolerance) & ~self.known[members].all(1)).tolist()
         return partition, [(n, members[n]) for n in numbers], {n: float(worst[n]) for n in numbers}
