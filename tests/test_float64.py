@@ -240,7 +240,7 @@ def test_what_cannot_be_copied_is_passed_on() -> None:
     assert map_tensors(lambda x: x + 1, {"lock": lock, "n": 3}) == {"lock": lock, "n": 3}
 
 
-# ---- where it cannot be -----------------------------------------------------------------------------------------------
+# ---- where it cannot be ---------------------------------------------------------------------------------------------
 
 
 class Single(torch.autograd.Function):

@@ -117,7 +117,7 @@ def test_the_certificate_alone_claims_nothing_where_the_normalization_is_missing
 
 
 def test_natural_partitions_go_from_filters_to_the_whole_tensor() -> None:
-    assert [p.n_groups for p in natural_partitions(nn.Linear(3, 12), (12, 3))] == [12, 6, 4, 3, 2, 1]
+    assert [p.n_groups for p in natural_partitions(nn.Linear(3, 12), (12, 3))] == [12, 6, 4, 3, 2, 3, 1]
     transposed = nn.ConvTranspose2d(4, 6, 3, groups=2)
     assert [p.n_groups for p in natural_partitions(transposed, transposed.weight.shape)] == [6, 1]
     assert [p.n_groups for p in natural_partitions(nn.Linear(3, 1), (1, 3))] == [1]

@@ -45,7 +45,7 @@ from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unex
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
 from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
-from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
+from manifold_nets.symmetry.untraced import NOT_SEARCHED, finding_without_graph, integer_finding, qualified
 
 __all__ = ["LARGEST_SEED", "diagnose"]
 
@@ -75,9 +75,13 @@ def diagnose(
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
-    blocks of filters, the whole tensor) that it calls invariant. A model on the meta device has a structure but no
-    values: the certificate has no evidence, and says so. A module that is in evaluation mode inside a model in training
-    mode is analysed as it stands, frozen; a model in evaluation mode is analysed as if it were in training mode.
+    blocks of filters, columns, the whole tensor) that it calls invariant. That takes one pass, and ``not_searched``
+    names what is left out. A model on the meta device has a structure but no values: the certificate has no evidence,
+    and says so. A module that is in evaluation mode inside a model in training mode is analysed as it stands, frozen;
+    a model in evaluation mode is analysed as if it were in training mode.
+
+    Tensors that forward makes in torch's default dtype, casts, or keeps as attributes or inside objects follow the
+    analysis in float64.
 
     Args:
         model: the network, in any mode, dtype and device.
@@ -133,19 +137,16 @@ def diagnose(
             wanted = demanded_partitions(graph, joint, rows)
         else:
             wanted = natural_demands(twin)
-        field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory)
+        twice = memory == "full" and isinstance(graph, TracedGraph)
+        field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory, twice=twice)
 
     def farther(factors: Mapping[str, Tensor]) -> EulerField | None:
         with random_numbers(seed + 2):
             return farther_field(twin, inputs, seed + 2, factors, logits=logits)
 
-    unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if isinstance(graph, AnalysisError):
-        report = _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
-        if again:
-            unexplained = search_unexplained((field, again), (), (), (), tolerance, farther=farther)
-            unexplained = _of_the_model(unexplained, not_finite)
-        return replace(report, unexplained=unexplained)
+        return _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
+    unexplained: tuple[UnexplainedSymmetry, ...] = ()
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
     blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
@@ -185,17 +186,23 @@ def _require_options(tolerance: object, seed: object, memory: object) -> None:
 
 
 def _fields(
-    twin: nn.Module, inputs: Inputs, seed: int, wanted: Demands, *, logits: bool, memory: Literal["full", "small"]
+    twin: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    wanted: Demands,
+    *,
+    logits: bool,
+    memory: Literal["full", "small"],
+    twice: bool,
 ) -> tuple[EulerField, EulerField | None]:
-    """The Euler field, and the one at a second point where there is memory for it."""
+    """The Euler field, and the one at a second point where that is asked for."""
     if is_meta(twin):
         return silent_field(twin), None
     if memory == "small":
         widen_vectors(twin)
         return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
-    return replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted), second_field(
-        twin, inputs, seed, logits=logits
-    )
+    field = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
+    return field, second_field(twin, inputs, seed, logits=logits) if twice else None
 
 
 def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
@@ -220,13 +227,19 @@ def _by_certificate(
     model: nn.Module, twin: nn.Module, certifier: Certifier, refusal: AnalysisError, example_inputs: Any
 ) -> SymmetryReport:
     """Report what the certificate says where there is no graph."""
-    findings = [
-        finding_without_graph(name, parameter, owner_of(twin, name), certifier.alone, refusal.why)
-        if is_continuous(parameter)
-        else integer_finding(name, parameter, owner_of(twin, name))
-        for name, parameter in _weights(twin)
-    ]
-    return SymmetryReport(type(model).__name__, tuple(findings), certifier.tolerance, example_inputs)
+    findings, found = [], []
+    for name, parameter in _weights(twin):
+        owner = owner_of(twin, name)
+        if not is_continuous(parameter):
+            findings.append(integer_finding(name, parameter, owner))
+            continue
+        finding, invariant = finding_without_graph(name, parameter, owner, certifier, refusal.why)
+        findings.append(finding)
+        found += [invariant] if invariant is not None else []
+    return SymmetryReport(
+        type(model).__name__, tuple(findings), certifier.tolerance, example_inputs,
+        unexplained=_of_the_model(tuple(found), certifier.not_finite), not_searched=NOT_SEARCHED,
+    )  # fmt: skip
 
 
 def _of_the_model(

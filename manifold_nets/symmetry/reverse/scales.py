@@ -29,12 +29,9 @@ from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
+from manifold_nets.symmetry.untraced import UNSUPPORTED
 
 __all__ = ["search_unexplained", "still_unexplained"]
-
-# What no structure supports has to vanish to rounding, not only to the tolerance: blocks behind a layer scale of 1e-6
-# are nearly invariant.
-_UNSUPPORTED = 1e-2
 
 # How far along its ray a scale is asked again: a power of two, which rounds nothing.
 _FAR = 2.0**7
@@ -49,7 +46,7 @@ def search_unexplained(
     families: Iterable[SymmetryFamily],
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
-    graph: TracedGraph | None = None,
+    graph: TracedGraph,
     farther: Farther | None = None,
 ) -> tuple[UnexplainedSymmetry, ...]:
     """Search for invariant groups that structure does not explain.
@@ -60,7 +57,7 @@ def search_unexplained(
         families: the symmetries that structure found.
         shifts: the shifts that structure found.
         tolerance: largest certificate value of an invariant group.
-        graph: the network, where there is one.
+        graph: the network.
         farther: the field at a point far away, for scales that are left at both; None leaves them as they are.
 
     Returns:
@@ -69,11 +66,11 @@ def search_unexplained(
     findings, families, shifts = tuple(findings), tuple(families), tuple(shifts)
     if any(euler.silent for euler in fields):
         return ()
-    tolerance *= _UNSUPPORTED
+    tolerance *= UNSUPPORTED
     joint = None
     searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts), tolerance)
     dead = _dead(fields[0].shapes, shifts)
-    if found and dead and graph is not None:
+    if found and dead:
         # Biases that are dead cannot tie scales either, as they do in the equations above.
         joint = solve_jointly(graph, dead)
         searches, found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
@@ -96,7 +93,7 @@ def still_unexplained(
     """What is left of unexplained symmetries now that more shifts are known, those of ``shown``."""
     names = {name for shift in shown for name in shift.parameters}
     kept = [found for found in unexplained if found.kind == "scale" or names.isdisjoint(found.parameters)]
-    return (*kept, *unexplained_shifts(fields, shifts, tolerance * _UNSUPPORTED, names))
+    return (*kept, *unexplained_shifts(fields, shifts, tolerance * UNSUPPORTED, names))
 
 
 def _unexplained_scales(
@@ -130,13 +127,16 @@ def _factors(searches: Iterable[_Search], parts: int) -> list[dict[str, Tensor]]
     bound at once, no gradient reaches what lies before it. However many groups an entry is in, its factor is the same.
     """
     left = [(search, units) for search in searches for units in search.left]
-    places = [place for search, _ in left for place in search.places()]
+    shapes = {name: shape for search, _ in left for name, shape, _ in search.places()}
     found = []
     for part in range(min(len(left), parts)):
-        factors = {name: torch.ones(shape, dtype=torch.float64) for name, shape, _ in places}
+        factors = {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        moved: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
         for search, units in left[part::parts]:
             for name, _, axis in search.places():
-                factors[name].movedim(axis, 0)[units] = _FAR
+                moved.setdefault((name, axis), []).append(units)
+        for (name, axis), slices in moved.items():
+            factors[name].movedim(axis, 0)[np.unique(np.concatenate(slices))] = _FAR
         found.append(factors)
     return found
 
