@@ -75,6 +75,8 @@ def diagnose(
         shown.append(unexplained_table(report))
         counts = f"{report.unexplained_groups} invariant groups and {report.unexplained_shifts} shifts"
         shown.append(f"{counts} are not explained by the structure.")
+    if report.not_searched:
+        shown.append(f"Left out: {report.not_searched}.")
     if settings is not None:
         rates = matched_learning_rates(model, report, **vars(settings))
         document["learning_rates"] = rates.to_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import manifold_nets as mn
+from manifold_nets.symmetry.certificate import euler, lean
+from manifold_nets.symmetry.certificate.reductions import group_sums
 
 # The number promised: forward-and-backward passes in float64.
 MOST_PASSES = 4
@@ -43,6 +46,33 @@ def test_few_passes(loss: str | Callable[[Tensor], Tensor] | None) -> None:
     assert 1 <= Counting.counts["backward"] <= MOST_PASSES
     # Forward passes alone: the loss twice at most; variances are read off the graph in one more.
     assert Counting.counts["forward"] <= MOST_PASSES + MOST_MOVES
+
+
+class Branching(Counting):
+    """The same with control flow that depends on the data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if bool(x.abs().max() < 1e6) else -y
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+def test_one_pass_and_one_reading_of_each_weight_without_a_graph(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Counting.counts = {"forward": 0, "backward": 0}
+    read: list[tuple[int, ...]] = []
+
+    def reading(weight: Tensor, gradient: Tensor, partitions: Any) -> Any:
+        read.append(tuple(weight.shape))
+        return group_sums(weight, gradient, partitions)
+
+    for module in (euler, lean):
+        monkeypatch.setattr(module, "group_sums", reading)
+    report = mn.diagnose(Branching(), torch.randn(8, 5), memory=memory)
+    assert report.counts() == {"unknown": 2}
+    assert report.unexplained_groups == 6
+    assert Counting.counts["backward"] == 1
+    assert Counting.counts["forward"] <= 2  # once more to see whether the model takes the inputs
+    assert [shape for shape in read if len(shape) > 1] == [(6, 5), (3, 6)][:: 1 if memory == "full" else -1]
 
 
 def test_the_counter_counts() -> None:

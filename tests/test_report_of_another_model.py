@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_networks import TOYS
+from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 from manifold_nets.conversion.same_model import require_same_model
 from manifold_nets.errors import ReportMismatchError
+from manifold_nets.symmetry.network import graph
 
 
 def net(*between: nn.Module, last: int = 2) -> nn.Sequential:
@@ -103,3 +105,89 @@ def test_a_report_without_its_modules_takes_another_model() -> None:
 def test_every_network_is_the_one_that_its_report_was_made_of(name: str) -> None:
     model = TOYS[name].build()
     require_same_model(model, mn.diagnose(model, TOYS[name].inputs(), memory="small"))
+
+
+def chained(modules: Any, x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def block(*last: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), *last)
+
+
+def one_module_under_two_names() -> nn.Module:
+    shared = block(nn.ReLU())
+    return Lambda(lambda m, x: m.second(x), first=shared, second=shared)
+
+
+def a_list_beside_the_module_list() -> nn.Module:
+    act = nn.ReLU()
+    model = Lambda(lambda m, x: chained(m.plain, x), blocks=nn.ModuleList(block(act) for _ in range(3)))
+    model.plain = list(model.blocks)[1:]
+    return model
+
+
+def two_layers_with_one_norm() -> nn.Module:
+    norm, act = nn.BatchNorm1d(4), nn.ReLU()
+    layers = [nn.Sequential(nn.Linear(4, 4), norm, act) for _ in range(2)]
+    return Lambda(lambda m, x: chained(m.blocks[0:2], x), blocks=nn.ModuleList(layers))
+
+
+def two_norms_of_one_layer() -> nn.Module:
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+    blocks = [nn.Sequential(layer, nn.BatchNorm1d(4), act) for _ in range(2)]
+    return Lambda(lambda m, x: chained(m.blocks[:2], x), blocks=nn.Sequential(*blocks))
+
+
+# Networks in which modules have several names, with the modules that run, by the names through which they are reached.
+SHARED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "one module under two names": (one_module_under_two_names, "second.0 second.1 second.2"),
+    "a sliced list": (
+        lambda: (lambda act: Lambda(lambda m, x: chained(m.b[1:], x), b=nn.ModuleList(block(act) for _ in range(3))))(
+            nn.ReLU()
+        ),
+        "b.1.0 b.1.1 b.1.2 b.2.0 b.2.1 b.2.2",
+    ),
+    "a sliced sequential": (
+        lambda: (lambda act: Lambda(lambda m, x: m.s[3:](m.s[:3](x)), act=act, s=nn.Sequential(*block(act), *block())))(
+            nn.ReLU()
+        ),
+        "s.0 s.1 s.2 s.3 s.4",
+    ),
+    "values of a dictionary": (
+        lambda: (
+            lambda act: Lambda(lambda m, x: chained(m.d.values(), x), d=nn.ModuleDict({k: block(act) for k in "ab"}))
+        )(nn.ReLU()),
+        "d.a.0 d.a.1 d.a.2 d.b.0 d.b.1 d.b.2",
+    ),
+    "a list beside the module list": (
+        a_list_beside_the_module_list,
+        "blocks.1.0 blocks.1.1 blocks.1.2 blocks.2.0 blocks.2.1 blocks.2.2",
+    ),
+    "one norm": (two_layers_with_one_norm, "blocks.0.0 blocks.0.1 blocks.0.2 blocks.1.0 blocks.1.1 blocks.1.2"),
+    "one layer": (two_norms_of_one_layer, "blocks.0.0 blocks.0.1 blocks.0.2 blocks.1.0 blocks.1.1 blocks.1.2"),
+}
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+@pytest.mark.parametrize("name", SHARED)
+def test_modules_go_by_the_names_under_which_they_run(name: str, memory: Any) -> None:
+    build, ran = SHARED[name]
+    torch.manual_seed(3)
+    model = build()
+    before = list(model.named_modules(remove_duplicate=False))
+    report = mn.diagnose(model, inputs(), memory=memory)
+    assert [node.module for node in report.graph if node.module] == ran.split()
+    assert before == list(model.named_modules(remove_duplicate=False))
+    converted = mn.convert(model, report, remedies="all")
+    assert mn.verify(model, converted, inputs()).eval_difference <= 1e-5
+    mn.convert(copy.deepcopy(model), inputs())
+
+
+def test_names_of_the_way_that_was_taken_are_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sabotage twin: the tracer's own names of shared modules do not fit the model."""
+    monkeypatch.setattr(graph, "_one_module_per_name", lambda model: contextlib.nullcontext())
+    with pytest.raises(ReportMismatchError, match=r"slice\(1, None, None\)"):
+        mn.convert(SHARED["a sliced list"][0](), inputs())

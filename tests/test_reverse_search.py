@@ -150,6 +150,38 @@ def test_without_a_graph_everything_that_is_found_is_unexplained() -> None:
     report = mn.diagnose(Lambda(forward, a=nn.Linear(5, 8, bias=False)), torch.randn(ROWS))
     assert report["a.weight"].status == "unknown"
     assert found(report) == {("a.weight",): ("scale", 1)}
+    assert "Left out: the model could not be traced" in str(report)
+    assert report.to_dict()["not_searched"] == report.not_searched
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+@pytest.mark.parametrize(("name", "count"), [("columns", 8), ("heads", 4)])
+def test_without_a_graph_columns_and_heads_are_found_as_well(name: str, count: int, memory: Any) -> None:
+    model = NETWORKS[name][0]()
+    inner = model.function
+    model.function = lambda m, x: inner(m, x) if bool(x.abs().max() < 1e6) else -inner(m, x)
+    report = mn.diagnose(model, torch.randn(ROWS), memory=memory)
+    assert found(report) == {("a.weight",): ("scale", count)}
+    assert report.not_searched
+
+
+def test_a_traced_model_leaves_nothing_out() -> None:
+    assert not mn.diagnose(nn.Linear(5, 8), torch.randn(ROWS)).not_searched
+
+
+def wholes(n: int) -> dict[tuple[int, int], float]:
+    """The rows of a tensor together are its columns together."""
+    return {(axis, k): 1.0 - 2 * axis for axis in (0, 1) for k in range(n)}
+
+
+@pytest.mark.parametrize("n", [8, 256])
+def test_a_span_does_not_grow_with_the_square_of_a_width(n: int) -> None:
+    span = Span([wholes(n)])
+    assert all(span.add({(0, k): 1.0}) for k in range(n))
+    entries = sum(len(row) for _, row in span._rows)
+    assert entries <= 2 * n + n
+    # All rows known, so are all columns together.
+    assert not span.add({(1, k): 1.0 for k in range(n)})
 
 
 def test_they_are_in_the_text_and_in_the_data() -> None:

@@ -310,7 +310,7 @@ class Runner:
 
 def _all_finite(model: nn.Module) -> bool:
     tensors = [tensor for p in model.parameters() for tensor in (p.detach(), p.grad) if tensor is not None]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(tensor.to_dense()).all()) for tensor in tensors)
 
 
 def _final_weights(model: nn.Module) -> Weights:

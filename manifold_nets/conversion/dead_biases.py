@@ -19,6 +19,7 @@ from manifold_nets.conversion.actions import Action
 from manifold_nets.symmetry import SymmetryReport
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.network.graph import split_inputs, to_float64
+from manifold_nets.symmetry.network.precision import in_float64
 from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
 
 __all__ = ["dead_bias_actions"]
@@ -179,7 +180,7 @@ def _inputs_of(twin: nn.Module, means: set[str], inputs: Any) -> dict[str, list[
         if buffer is not None
     ]
     try:
-        with torch.no_grad(), random_numbers(0):
+        with torch.no_grad(), random_numbers(0), in_float64():
             twin(*args, **kwargs)
     finally:
         for handle in handles:

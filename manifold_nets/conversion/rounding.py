@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from manifold_nets.conversion.verify import both_modes, compare_outputs, eval_limit
 from manifold_nets.symmetry.network.graph import split_inputs, to_float64
+from manifold_nets.symmetry.network.precision import in_float64, widened
 from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["WideComparison", "compare_in_float64"]
@@ -54,11 +55,13 @@ def compare_in_float64(
         >>> compare_in_float64(net, net.state_dict(), torch.randn(4, 3), lambda twin: None)
         WideComparison(difference=0.0, why_not=None)
     """
-    twin = duplicate(model).double()
+    twin: nn.Module = duplicate(model, change=widened)._apply(widened)  # type: ignore[no-untyped-call]
     inputs = to_float64(split_inputs(example_inputs))
-    before = both_modes(twin, inputs)
+    with in_float64():
+        before = both_modes(twin, inputs)
     carry_out(twin)
-    difference = compare_outputs(before, both_modes(twin, inputs)).eval_difference
+    with in_float64():
+        difference = compare_outputs(before, both_modes(twin, inputs)).eval_difference
     limit = eval_limit(torch.float64)
     if not difference <= limit:
         return WideComparison(difference, f"float64 copies differ by {difference:.3g}, at most {limit:.0e} expected")

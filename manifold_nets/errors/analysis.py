@@ -46,10 +46,8 @@ class DoublePrecisionError(ManifoldNetsError, TypeError):
     def __init__(self, model: str, cause: BaseException, place: str) -> None:
         why = f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
         super().__init__(
-            f"{model}: its copy in float64 fails {place} ({why}); expected a model that computes in the dtype of "
-            "its inputs and weights. Make the tensors that forward creates in that dtype (torch.zeros(…, "
-            "dtype=x.dtype)), replace an operator that has no float64 kernel by one that has, or analyse the "
-            "submodules around it."
+            f"{model}: its copy in float64 fails {place} ({why}); expected a model that computes in float64 as well. "
+            "Replace the operator there by one that accepts float64 tensors, or analyse the submodules around it."
         )
 
 

@@ -128,7 +128,7 @@ class NetworkCost:
             allow_unused=True,
             materialize_grads=True,
         )
-        return _arrays(along, point)
+        return _arrays([product.to_dense() for product in along], point)
 
     def require_function(self, point: Point) -> None:
         """Raise `CostError` unless the loss is one finite number, the same at every evaluation."""
@@ -175,7 +175,8 @@ def _gradients(loss: Tensor, tensors: list[Tensor], *, create_graph: bool = Fals
     if not loss.requires_grad:
         remedy = "Compute it from the outputs of the model that is handed over, with gradients enabled."
         raise CostError("a number that does not depend on the parameters", "a differentiable function of them", remedy)
-    return torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return tuple(gradient.to_dense() for gradient in found)  # those of embeddings may be sparse
 
 
 def _number(loss: Tensor) -> float:

@@ -42,9 +42,10 @@ def demanded_partitions(graph: TracedGraph, joint: JointStructure, rows: Sequenc
 
 
 def natural_demands(twin: nn.Module) -> Demands:
-    """The same for a network without a graph: the finest partition that each layer suggests."""
-    return {
-        name: (next(natural_partitions(owner_of(twin, name), parameter.shape)),)
-        for name, parameter in twin.named_parameters()
-        if parameter.ndim >= 2
-    }
+    """The same for a network without a graph: the partitions that each layer suggests, without sums of these."""
+    found = {}
+    for name, parameter in twin.named_parameters():
+        if parameter.ndim >= 2:
+            first, *others = natural_partitions(owner_of(twin, name), parameter.shape)
+            found[name] = (first, *(p for p in others if p.kept == (1,)))
+    return found

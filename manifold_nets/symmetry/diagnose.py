@@ -40,13 +40,14 @@ from manifold_nets.symmetry.network.graph import (
 )
 from manifold_nets.symmetry.network.modules import module_graph
 from manifold_nets.symmetry.network.not_finite import draw_not_finite
+from manifold_nets.symmetry.network.precision import following
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
 from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
-from manifold_nets.symmetry.untraced import finding_without_graph, integer_finding, qualified
+from manifold_nets.symmetry.untraced import NOT_SEARCHED, finding_without_graph, integer_finding, qualified
 
 __all__ = ["LARGEST_SEED", "diagnose"]
 
@@ -78,9 +79,13 @@ def diagnose(
 
     Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
     every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
-    blocks of filters, the whole tensor) that it calls invariant. A model on the meta device has a structure but no
-    values: the certificate has no evidence, and says so. A module that is in evaluation mode inside a model in training
-    mode is analysed as it stands, frozen; a model in evaluation mode is analysed as if it were in training mode.
+    blocks of filters, columns, the whole tensor) that it calls invariant. That takes one pass, and ``not_searched``
+    names what is left out. A model on the meta device has a structure but no values: the certificate has no evidence,
+    and says so. A module that is in evaluation mode inside a model in training mode is analysed as it stands, frozen;
+    a model in evaluation mode is analysed as if it were in training mode.
+
+    Tensors that forward makes in torch's default dtype, casts, or keeps as attributes or inside objects follow the
+    analysis in float64.
 
     Args:
         model: the network, in any mode, dtype and device.
@@ -136,19 +141,16 @@ def diagnose(
             wanted = demanded_partitions(graph, joint, rows)
         else:
             wanted = natural_demands(twin)
-        field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory)
+        twice = memory == "full" and isinstance(graph, TracedGraph)
+        field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory, twice=twice)
 
     def mover() -> FiniteMove:
         outward = isinstance(graph, TracedGraph) and has_written_eps(graph)
         return FiniteMove(twin, inputs, field, seed + 2, tolerance, logits=logits, outward=outward)
 
-    unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if isinstance(graph, AnalysisError):
-        report = _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
-        if again:
-            unexplained = search_unexplained((field, again), (), (), (), tolerance)
-            _, unexplained = moved_numbers(mover(), (), _of_the_model(unexplained, not_finite), {})
-        return replace(report, unexplained=unexplained)
+        return _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
+    unexplained: tuple[UnexplainedSymmetry, ...] = ()
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
     blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
@@ -194,17 +196,24 @@ def _require_options(tolerance: object, seed: object, memory: object) -> None:
 
 
 def _fields(
-    twin: nn.Module, inputs: Inputs, seed: int, wanted: Demands, *, logits: bool, memory: Literal["full", "small"]
+    twin: nn.Module,
+    inputs: Inputs,
+    seed: int,
+    wanted: Demands,
+    *,
+    logits: bool,
+    memory: Literal["full", "small"],
+    twice: bool,
 ) -> tuple[EulerField, EulerField | None]:
-    """The Euler field, and the one at a second point where there is memory for it."""
+    """The Euler field, and the one at a second point where that is asked for."""
     if is_meta(twin):
         return silent_field(twin), None
     if memory == "small":
         widen_vectors(twin)
         return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
     replace_zeros(twin, seed)
-    first = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
-    return first, second_field(twin, inputs, seed, logits=logits)
+    field = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
+    return field, second_field(twin, inputs, seed, logits=logits) if twice else None
 
 
 def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
@@ -229,13 +238,19 @@ def _by_certificate(
     model: nn.Module, twin: nn.Module, certifier: Certifier, refusal: AnalysisError, example_inputs: Any
 ) -> SymmetryReport:
     """Report what the certificate says where there is no graph."""
-    findings = [
-        finding_without_graph(name, parameter, owner_of(twin, name), certifier.alone, refusal.why)
-        if is_continuous(parameter)
-        else integer_finding(name, parameter, owner_of(twin, name))
-        for name, parameter in _weights(twin)
-    ]
-    return SymmetryReport(type(model).__name__, tuple(findings), certifier.tolerance, example_inputs)
+    findings, found = [], []
+    for name, parameter in _weights(twin):
+        owner = owner_of(twin, name)
+        if not is_continuous(parameter):
+            findings.append(integer_finding(name, parameter, owner))
+            continue
+        finding, invariant = finding_without_graph(name, parameter, owner, certifier, refusal.why)
+        findings.append(finding)
+        found += [invariant] if invariant is not None else []
+    return SymmetryReport(
+        type(model).__name__, tuple(findings), certifier.tolerance, example_inputs,
+        unexplained=_of_the_model(tuple(found), certifier.not_finite), not_searched=NOT_SEARCHED,
+    )  # fmt: skip
 
 
 def _of_the_model(
@@ -255,7 +270,7 @@ def _trace(twin: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | Analysi
         return trace(twin, inputs)
     except AnalysisError as refusal:
         if not meta:
-            with torch.no_grad():
+            with torch.no_grad(), following(twin):
                 run(twin, inputs)
         return refusal
 
@@ -274,6 +289,7 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
         try:
             graph.interpret(twin, inputs, visit)
         except Exception:  # an index of a token that is out of range, for instance
-            run(twin, inputs)  # the model's own code says better where it fails
+            with following(twin):
+                run(twin, inputs)  # the model's own code says better where it fails
             raise
     return found

@@ -6,15 +6,26 @@ have to change with it. The Euler certificate needs no graph: it answers for the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.certificate.certifier import Certifier
 from manifold_nets.symmetry.findings.report import Certificate, WeightFinding
+from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 
-__all__ = ["finding_without_graph", "integer_finding", "natural_partitions", "qualified"]
+__all__ = ["NOT_SEARCHED", "UNSUPPORTED", "finding_without_graph", "integer_finding", "natural_partitions", "qualified"]
+
+NOT_SEARCHED = (
+    "the model could not be traced, so each weight was tested at one point only, by its filters, blocks of filters, "
+    "columns, and as a whole. Single groups of these partitions, weights together with their biases, biases and scales "
+    "of normalizations, rescalings between layers, and shifts were not searched"
+)
+# What no structure supports has to vanish to rounding, not only to the tolerance: blocks behind a layer scale of 1e-6
+# are nearly invariant.
+UNSUPPORTED = 1e-2
 
 _UNTRACED = "leave it: without its graph nothing says what would have to change along with it"
 _COMPLEX = "it is invariant, but its entries are complex: spheres hold real weights"
@@ -27,11 +38,11 @@ def natural_partitions(module: nn.Module, shape: Sequence[int]) -> Iterator[Part
     """Partitions that the owner of a weight suggests, from fine to coarse.
 
     The filters (output channels of a transposed convolution are not its rows), blocks of consecutive filters such as
-    attention heads and the groups of a group normalization, and the whole tensor.
+    attention heads and the groups of a group normalization, the slices along the second axis, and the whole tensor.
 
     Example:
         >>> [p.n_groups for p in natural_partitions(nn.Linear(5, 6), (6, 5))]
-        [6, 3, 2, 1]
+        [6, 3, 2, 5, 1]
     """
     shape = tuple(shape)
     if isinstance(module, nn.modules.conv._ConvTransposeNd) and len(shape) > 2:
@@ -43,32 +54,38 @@ def natural_partitions(module: nn.Module, shape: Sequence[int]) -> Iterator[Part
         for count in range(shape[0] // 2, 1, -1):
             if shape[0] % count == 0:
                 yield Partition.blocks(shape, count)
+        if shape[0] > 1 < shape[1]:
+            yield Partition(shape, shape, (1,))
     if shape[0] > 1:
         yield Partition.whole(shape)
 
 
 def finding_without_graph(
-    name: str, parameter: Tensor, module: nn.Module, certify: Callable[[str, Partition], Certificate], why: str
-) -> WeightFinding:
-    """Judge a weight by its certificate alone.
+    name: str, parameter: Tensor, module: nn.Module, certifier: Certifier, why: str
+) -> tuple[WeightFinding, UnexplainedSymmetry | None]:
+    """Judge a weight by its certificate alone, and return the groups that it calls invariant as well.
 
     Args:
         name: the parameter.
         parameter: its value.
         module: the module that owns it.
-        certify: the certificate of a partition of a parameter.
+        certifier: reads the certificate.
         why: why there is no graph.
     """
     first: Certificate | None = None
+    found: UnexplainedSymmetry | None = None
     reason = f"its structure is unknown: {why}"
     for partition in natural_partitions(module, parameter.shape):
-        certificate = certify(name, partition)
+        certificate = certifier.alone(name, partition)
         first = first or certificate
         if certificate.verdict == "invariant":
             first = certificate
+            if certificate.value is not None and certificate.value <= UNSUPPORTED * certifier.tolerance:
+                groups = certifier.with_evidence(name, partition)
+                found = UnexplainedSymmetry("scale", (name,), partition, groups, certificate.value)
             reason += f"; the certificate finds it invariant: {partition}"
             break
-    return _left(name, parameter, module, reason, _UNTRACED, first)
+    return _left(name, parameter, module, reason, _UNTRACED, first), found
 
 
 def integer_finding(name: str, parameter: Tensor, module: nn.Module) -> WeightFinding:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from manifold_nets.errors.base import listed
 from manifold_nets.symmetry.certificate.euler import EulerField
@@ -115,7 +116,9 @@ class BluntChannels:
             if "eps" in arguments:
                 args, kwargs = tuple({**arguments, "eps": NEGLIGIBLE_EPS}.values()), {}
             args, kwargs = map_arg((args, kwargs), lambda argument: wide(fetch(argument)) if lean else fetch(argument))
-            return node.target(*args, **kwargs)
+            result = node.target(*args, **kwargs)
+            # What is made in float32 is read in float64, and may be written into before.
+            return pytree.tree_map(wide, result) if lean else result
 
         with torch.no_grad(), torch.random.fork_rng(), self._at_the_point():
             torch.manual_seed(self.seed)

@@ -49,6 +49,11 @@ class Certifier:
         lost = self.lost(name, partition)
         return self.verdict(sums.products, sums.weights.sqrt(), sums.gradients.sqrt(), self.field.size(name), lost=lost)
 
+    def with_evidence(self, name: str, partition: Partition) -> tuple[int, ...]:
+        """The numbers of the groups that have a gradient."""
+        sums = self.field.sums(name, partition)
+        return tuple((sums.weights.sqrt() * sums.gradients.sqrt() > self.floor).nonzero().flatten().tolist())
+
     def lost(self, name: str, partition: Partition) -> Sequence[int]:
         """The groups of a partition that are not finite in the model."""
         return groups_not_finite(self.not_finite[name], partition) if name in self.not_finite else ()

@@ -204,7 +204,8 @@ def _zeros(twin: nn.Module) -> dict[str, Tensor]:
 
 def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and gradient; of a complex weight its modulus and the gradient along it, which have the same products."""
-    gradient = torch.zeros_like(weight) if gradient is None else gradient.detach()
+    # Embeddings may have sparse gradients.
+    gradient = torch.zeros_like(weight) if gradient is None else gradient.detach().to_dense()
     if not weight.is_complex():
         return weight, gradient
     modulus = weight.abs()

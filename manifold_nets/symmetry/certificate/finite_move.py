@@ -37,6 +37,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.sharp import sharp_conditions
 from manifold_nets.symmetry.network.graph import Inputs, to_float64
+from manifold_nets.symmetry.network.precision import map_tensors, tensors_in
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import is_continuous, random_numbers
 
@@ -256,7 +257,7 @@ class FiniteMove:
                 # As the passes of the certificate do: what the network draws is the same in all runs.
                 jittered = _Jitter(jitter, self.seed)
                 with random_numbers(self.seed), mode(), _moved(self.twin, moves, jittered) as reading:
-                    given = pytree.tree_map_only(Tensor, jittered, inputs)
+                    given = map_tensors(jittered, inputs)
                     with sharp_conditions(self.twin, reading):
                         outputs = [output.detach().clone() for output in run(self.twin, given)]
             except (ExampleInputsError, DoublePrecisionError):
@@ -295,9 +296,8 @@ def _draws(claim: Claim, seed: tuple[int, int], number: int) -> NDArray[np.float
 
 def _multiplied(inputs: Inputs, factor: float) -> Inputs | None:
     """Larger inputs; None where there are no real ones."""
-    real = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    larger: Inputs = pytree.tree_map_only(Tensor, lambda x: x * factor if x.is_floating_point() else x, inputs)
-    return larger if real else None
+    larger: Inputs = map_tensors(lambda x: x * factor if x.is_floating_point() else x, inputs)
+    return larger if any(tensor.is_floating_point() for tensor in tensors_in(inputs)) else None
 
 
 class _Jitter:

@@ -36,6 +36,7 @@ __all__ = ["ROUNDING", "lean_copy", "lean_field", "widen_vectors"]
 
 # Gradients rounded to float32 leave values up to half of this where a group is invariant.
 ROUNDING = torch.finfo(torch.float32).eps
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 class _Widened(Mapping[str, Tensor]):
@@ -114,8 +115,11 @@ class _Passes:
         self.freed = _Freed(sum(weight.numel() * weight.element_size() for weight in self.weights.values()) // 8)
         self.casts: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
+    def is_widened(self, leaf: Any) -> bool:
+        return isinstance(leaf, nn.Parameter) and id(leaf) in self.names and leaf.dtype != torch.float64
+
     def widened(self, leaf: Any) -> Any:
-        if not isinstance(leaf, nn.Parameter) or leaf.dtype == torch.float64 or id(leaf) not in self.names:
+        if not self.is_widened(leaf):
             return leaf
         self.freed.add(8 * leaf.numel())
         wide: Tensor = _Cast.apply(leaf, self, self.names[id(leaf)])  # type: ignore[no-untyped-call]
@@ -176,7 +180,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.passes.take(ctx.name, gradient)
+        ctx.passes.take(ctx.name, gradient.to_dense())
         return None, None, None
 
 
@@ -189,6 +193,8 @@ class _Widening(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            if func == _DTYPE and self.passes.is_widened(args[0]):
+                return torch.float64  # as those see it that read the weight
             return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(self.passes.widened, (args, kwargs or {}))
         return func(*args, **kwargs)
@@ -282,7 +288,7 @@ def _pass(
     for name, parameter in twin.named_parameters():
         if name not in gradients and name not in passes.sums:
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
-            gradients[name] = none if parameter.grad is None else parameter.grad
+            gradients[name] = none if parameter.grad is None else parameter.grad.to_dense()
 
     def again() -> EulerField:
         return _pass(twin, inputs, seed, state, {}, logits=logits)

@@ -195,7 +195,9 @@ class LocalCertificates:
             )
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         slopes = {
-            name: torch.zeros((), dtype=torch.float64, device=device).expand(weight.shape) if slope is None else slope
+            name: torch.zeros((), dtype=torch.float64, device=device).expand(weight.shape)
+            if slope is None
+            else slope.to_dense()
             for (name, weight), slope in zip(weights.items(), found, strict=True)
         }
         return EulerField(weights, slopes), outputs

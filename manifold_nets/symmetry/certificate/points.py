@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from manifold_nets.errors import ExampleInputsError
+from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
 from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, is_vector
 from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.precision import map_tensors
 from manifold_nets.symmetry.network.twin import is_continuous
 
 __all__ = ["replace_zeros", "second_field"]
@@ -57,8 +56,8 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
     """
     generator = torch.Generator().manual_seed(seed + 1)
 
-    def moved(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+    def moved(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point():
             return leaf
         noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
         return leaf + 0.5 * leaf.abs().mean() * noise
@@ -71,9 +70,9 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
                 factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if is_vector(parameter) else 1.0)
                 parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
     try:
-        found = euler_field(twin, pytree.tree_map(moved, inputs), seed + 1, logits=logits)
+        found = euler_field(twin, map_tensors(moved, inputs), seed + 1, logits=logits)
         if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
             return found
-    except ExampleInputsError:
+    except (ExampleInputsError, DoublePrecisionError):
         pass
     return replace(euler_field(twin, inputs, seed + 1, logits=logits), passes=2)

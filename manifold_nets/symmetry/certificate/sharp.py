@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from manifold_nets.symmetry.network.precision import in_float64
 from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
 __all__ = ["NEGLIGIBLE_EPS", "sharp_conditions"]
@@ -53,22 +54,15 @@ _DROPOUTS = (
     F.alpha_dropout,
     F.feature_alpha_dropout,
 )
-# Casts that normalizations and softmaxes write out; below float64 they would blunt the certificate.
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_LOWER_PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
 
 
 class _SharpConditions(TorchFunctionMode):
-    """Makes every eps negligible, dropout inactive and casts harmless, also where no module attribute says so."""
+    """Makes every eps negligible and dropout inactive, also where no module attribute says so."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {k: _at_least_float64(v) for k, v in (kwargs or {}).items()}
-        if func in _CASTS and args[0].dtype == torch.float64:
-            return args[0]
-        if func is Tensor.to:
-            args = tuple(_at_least_float64(argument) for argument in args)
+        kwargs = dict(kwargs or {})
         position = _EPS_POSITION.get(func)
         if position is not None:
             args, kwargs = _replaced(args, kwargs, position, "eps", NEGLIGIBLE_EPS)
@@ -85,10 +79,6 @@ class _SharpConditions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _at_least_float64(argument: Any) -> Any:
-    return torch.float64 if isinstance(argument, torch.dtype) and argument in _LOWER_PRECISIONS else argument
-
-
 def _is_eps(value: Any) -> bool:
     return isinstance(value, float) and 0 < value <= LARGEST_EPS
 
@@ -102,7 +92,7 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
 @contextlib.contextmanager
 def sharp_conditions(twin: nn.Module, mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """Run a copy, forward and backward, so that the certificate is sharp, and under a further mode if given."""
-    with _negligible_eps(twin), _SharpConditions(), mode or contextlib.nullcontext():
+    with _negligible_eps(twin), in_float64(), _SharpConditions(), mode or contextlib.nullcontext():
         yield
 
 

@@ -17,6 +17,7 @@ from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.precision import following
 from manifold_nets.symmetry.network.running import called
 from manifold_nets.symmetry.structure.rules import Absorption
 
@@ -52,7 +53,7 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
         constants = torch.randn((leaf.shape[0], 1, *leaf.shape[2:]), generator=generator, dtype=torch.float64)
         return leaf + constants.to(leaf.device)
 
-    with torch.no_grad(), torch.random.fork_rng():
+    with torch.no_grad(), torch.random.fork_rng(), following(model):
         outputs = called(model, inputs)
         try:
             before, after = float(loss(outputs)), float(loss(pytree.tree_map(shifted, outputs)))

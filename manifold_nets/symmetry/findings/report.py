@@ -42,6 +42,7 @@ class SymmetryReport:
         graph: the network, module by module in the order of execution; empty where it could not be traced.
         shifts: constants that can be added to biases and rows: dead biases, ``W + 1vᵀ``, shifts of logits.
         unexplained: what the certificate, searching the other way, finds invariant beyond all of these.
+        not_searched: what was left out of a model that could not be traced, in words; empty otherwise.
     """
 
     model: str
@@ -52,6 +53,7 @@ class SymmetryReport:
     families: tuple[SymmetryFamily, ...] = ()
     shifts: tuple[ShiftSymmetry, ...] = ()
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
+    not_searched: str = ""
 
     @property
     def invariant(self) -> tuple[WeightFinding, ...]:
@@ -101,6 +103,7 @@ class SymmetryReport:
             "families": [family.to_dict() for family in self.families],
             "shifts": [shift.to_dict() for shift in self.shifts],
             "unexplained": [found.to_dict() for found in self.unexplained],
+            "not_searched": self.not_searched,
             "weights": [weight.to_dict() for weight in self.weights],
             "graph": [node.to_dict() for node in self.graph],
         }
@@ -130,4 +133,6 @@ class SymmetryReport:
         if self.unexplained:
             lines.append("Invariant groups that the structure does not explain:")
             lines.extend(f"  {found}" for found in self.unexplained)
+        if self.not_searched:
+            lines.append(f"Left out: {self.not_searched}.")
         return "\n".join(lines)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from manifold_nets.errors import AnalysisError, ExampleInputsError
 from manifold_nets.symmetry.network.dataflow import DataFlow
 from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, is_region, op_name, operation_key
+from manifold_nets.symmetry.network.precision import following, map_tensors, tensors_in, widened
 
 __all__ = [
     "Inputs",
@@ -65,7 +66,7 @@ def split_inputs(example_inputs: Any) -> Inputs:
         >>> split_inputs((torch.zeros(1),))
         ((tensor([0.]),), {})
     """
-    example_inputs = pytree.tree_map_only(Tensor, _outside_inference_mode, example_inputs)
+    example_inputs = map_tensors(_outside_inference_mode, example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
@@ -84,14 +85,7 @@ def _outside_inference_mode(leaf: Tensor) -> Tensor:
 
 def to_float64(tree: Any, device: torch.device | None = None) -> Any:
     """Cast every floating-point tensor in a tree of inputs to float64 and copy the others, to a device if given."""
-
-    def cast(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        wide = {torch.complex64: torch.complex128}.get(leaf.dtype, leaf.dtype)
-        return leaf.detach().to(device, torch.float64 if leaf.is_floating_point() else wide, copy=True)
-
-    return pytree.tree_map(cast, tree)
+    return map_tensors(lambda tensor: widened(tensor.detach()).to(device, copy=True), tree)
 
 
 def output_tensors(result: Any) -> list[Tensor]:
@@ -203,7 +197,7 @@ class TracedGraph:
             **signature.inputs_to_lifted_tensor_constants,
             **getattr(signature, "inputs_to_lifted_custom_objs", {}),
         }
-        flat_inputs = iter(pytree.tree_leaves(inputs))
+        flat_inputs = iter(tensors_in(inputs) if _holds_objects(inputs) else pytree.tree_leaves(inputs))
         values: list[Any] = []
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
@@ -293,7 +287,7 @@ def _stored_buffers(graph: TracedGraph, model: nn.Module, inputs: Inputs) -> fro
 
 def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export a model in the mode that it is in."""
-    args, kwargs = inputs
+    args, kwargs = (tuple(tensors_in(inputs)), {}) if _holds_objects(inputs) else inputs
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:
@@ -301,7 +295,7 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
         silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent, _returning_tensors(model):
+        with warnings.catch_warnings(), silent, _one_module_per_name(model), _tensors_only(model, inputs):
             warnings.simplefilter("ignore")
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)
@@ -352,20 +346,70 @@ def _is_filled_with_zeros(node: Node) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
+def _holds_objects(inputs: Inputs) -> bool:
+    """Whether inputs hold tensors inside objects of classes that torch does not know."""
+    return len(tensors_in(inputs)) > sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
+
+
 @contextlib.contextmanager
-def _returning_tensors(model: nn.Module) -> Iterator[None]:
-    """Let a model return the list of its output tensors: `torch.export` refuses classes that it does not know."""
-    forward = model.forward
+def _tensors_only(model: nn.Module, inputs: Inputs) -> Iterator[None]:
+    """Let a model return the list of its output tensors, and take one where its inputs are inside objects.
+
+    `torch.export` refuses classes that it does not know.
+    """
+    forward, places = model.forward, [id(tensor) for tensor in tensors_in(inputs)]
 
     @functools.wraps(forward)
     def flattened(*args: Any, **kwargs: Any) -> list[Tensor]:
-        return output_tensors(forward(*args, **kwargs))
+        with following(model):
+            return output_tensors(forward(*args, **kwargs))
+
+    def unpacked(*tensors: Tensor) -> list[Tensor]:
+        given = dict(zip(places, tensors, strict=True))
+        args, kwargs = map_tensors(lambda tensor: given[id(tensor)], inputs)
+        return flattened(*args, **kwargs)
 
     own = model.__dict__.get("forward")
-    model.__dict__["forward"] = flattened
+    model.__dict__["forward"] = unpacked if _holds_objects(inputs) else flattened
     try:
         yield
     finally:
         del model.__dict__["forward"]
         if own is not None:
             model.__dict__["forward"] = own
+
+
+@contextlib.contextmanager
+def _one_module_per_name(model: nn.Module) -> Iterator[None]:
+    """Give each name of a shared module an object of its own for a while.
+
+    `torch.export` names an operation after the module that runs it. Where one module has several names it records how
+    the forward pass got there instead, as in ``blocks.slice(1, None, None).0``, which is no name in the model.
+    """
+    replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    seen = {id(model)}
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if id(child) in seen:
+                replaced.append((parent._modules, name, child))
+                parent._modules[name] = child = _alias(child)
+            seen.add(id(child))
+            visit(child)
+
+    visit(model)
+    try:
+        yield
+    finally:
+        for modules, name, child in replaced:
+            modules[name] = child
+
+
+def _alias(module: nn.Module) -> nn.Module:
+    """Another object with the attributes of a module, and with children that can be replaced by themselves."""
+    alias: nn.Module = object.__new__(type(module))
+    # Without children the very dictionary is shared: what forward assigns to one is seen by the other.
+    alias.__dict__ = {**module.__dict__, "_modules": {**module._modules}} if module._modules else module.__dict__
+    return alias

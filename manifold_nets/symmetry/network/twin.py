@@ -7,9 +7,8 @@ stripped of compilers and parallel wrappers, and refused by name where it cannot
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from manifold_nets.errors import AnalysisError, UnsupportedModelError
+from manifold_nets.symmetry.network.precision import copied, widened
 
 __all__ = ["analysis_copy", "duplicate", "is_continuous", "is_meta", "random_numbers"]
 
@@ -65,7 +65,11 @@ def random_numbers(seed: int) -> Iterator[None]:
             random.setstate(python_state)
 
 
-def duplicate(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -> nn.Module:
+def duplicate(
+    model: nn.Module,
+    shared: dict[int, nn.Parameter] | None = None,
+    change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> nn.Module:
     """Deep copy of a model; tensors that hooks computed from parameters are copied as values.
 
     ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave such tensors as attributes, and `copy.deepcopy` refuses
@@ -74,6 +78,7 @@ def duplicate(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -
     Args:
         model: the model.
         shared: what takes the place of some parameters, by their `id`.
+        change: what becomes of tensors that are no parameters.
 
     Raises:
         AnalysisError: the model cannot be copied.
@@ -83,14 +88,15 @@ def duplicate(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -
         'Linear'
     """
     memo: dict[int, Any] = {
-        id(value): value.detach().clone()
+        id(value): change(value.detach().clone())
         for module in model.modules()
         for value in module.__dict__.values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
     memo.update(shared or {})
     try:
-        return copy.deepcopy(model, memo)
+        copy_of_model: nn.Module = copied(model, change, memo)
+        return copy_of_model
     except Exception as error:
         raise AnalysisError(type(model).__name__, error, copying=True) from error
 
@@ -108,7 +114,7 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
         UnsupportedModelError: it is compiled to a script, quantized, or has parameters without a shape.
     """
     _refuse_unsupported(model)
-    twin = _unwrapped(duplicate(model, shared))
+    twin = _unwrapped(duplicate(model, shared) if shared is not None else duplicate(model, change=widened))
     frozen = [module for module in twin.modules() if not module.training] if model.training else []
     twin = (_to_float64(twin) if shared is None else twin).train()
     for module in frozen:
@@ -177,13 +183,7 @@ class _Bare(nn.Module):
 
 def _to_float64(twin: nn.Module) -> nn.Module:
     """Cast real tensors to float64 and complex ones to complex128."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(torch.complex128)
-        return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
-
-    twin._apply(cast)  # type: ignore[no-untyped-call]
+    twin._apply(widened)  # type: ignore[no-untyped-call]
     return twin
 
 

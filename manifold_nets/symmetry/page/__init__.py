@@ -117,6 +117,8 @@ def _summary(report: SymmetryReport) -> str:
         named = "; ".join(escape(str(found)) for found in report.unexplained[:5])
         more = f" and {len(report.unexplained) - 5} more" if report.unexplained[5:] else ""
         said.append(f"The certificate calls {further} invariant that structure does not explain: {named}{more}.")
+    if report.not_searched:
+        said.append(f"Left out: {escape(report.not_searched)}.")
     if total and not groups:
         said.append("There is nothing to convert.")
     if report.disagreements:

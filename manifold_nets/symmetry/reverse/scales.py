@@ -27,12 +27,9 @@ from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
+from manifold_nets.symmetry.untraced import UNSUPPORTED
 
 __all__ = ["search_unexplained", "still_unexplained"]
-
-# What no structure supports has to vanish to rounding, not only to the tolerance: blocks behind a layer scale of 1e-6
-# are nearly invariant.
-_UNSUPPORTED = 1e-2
 
 
 def search_unexplained(
@@ -41,7 +38,7 @@ def search_unexplained(
     families: Iterable[SymmetryFamily],
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
-    graph: TracedGraph | None = None,
+    graph: TracedGraph,
 ) -> tuple[UnexplainedSymmetry, ...]:
     """Search for invariant groups that structure does not explain.
 
@@ -51,7 +48,7 @@ def search_unexplained(
         families: the symmetries that structure found.
         shifts: the shifts that structure found.
         tolerance: largest certificate value of an invariant group.
-        graph: the network, where there is one.
+        graph: the network.
 
     Returns:
         The groups that no combination of what structure found accounts for, parameter by parameter.
@@ -59,10 +56,10 @@ def search_unexplained(
     findings, families, shifts = tuple(findings), tuple(families), tuple(shifts)
     if any(euler.silent for euler in fields):
         return ()
-    tolerance *= _UNSUPPORTED
+    tolerance *= UNSUPPORTED
     found = _unexplained_scales(fields, explained_scales(findings, families, shifts), tolerance)
     dead = _dead(fields[0].shapes, shifts)
-    if found and dead and graph is not None:
+    if found and dead:
         # Biases that are dead cannot tie scales either, as they do in the equations above.
         joint = solve_jointly(graph, dead)
         found = _unexplained_scales(fields, explained_scales(findings, families, shifts, joint), tolerance)
@@ -79,7 +76,7 @@ def still_unexplained(
     """What is left of unexplained symmetries now that more shifts are known, those of ``shown``."""
     names = {name for shift in shown for name in shift.parameters}
     kept = [found for found in unexplained if found.kind == "scale" or names.isdisjoint(found.parameters)]
-    return (*kept, *unexplained_shifts(fields, shifts, tolerance * _UNSUPPORTED, names))
+    return (*kept, *unexplained_shifts(fields, shifts, tolerance * UNSUPPORTED, names))
 
 
 def _unexplained_scales(
@@ -164,13 +161,18 @@ class _Search:
         parts = [self.sums.of(self.names[0], self.axis), *(self.sums.of(name, 0) for name in self.names[1:])]
         # No sum can be larger; the product of the norms can where the scales of the entries differ.
         self.most = [sum(euler.size(name) for name in self.names) for euler in self.sums.fields]
+        # Slices that are explained or found: so is what consists of them.
+        self.known = np.zeros(self.shape[self.axis], dtype=bool)
         self.units = [np.sum(points, axis=0) for points in zip(*parts, strict=True)]
 
     def unexplained(self, explained: Explained) -> list[UnexplainedSymmetry]:
         """The invariant groups that nothing explains, from fine to coarse."""
         found = []
         for partition, members, values in self._levels():
-            new = [number for number, units in members if not explained.covers(self._direction(units))]
+            kept = [(number, units) for number, units in members if not explained.covers(self._direction(units))]
+            if partition.n_groups == len(self.known):
+                self.known[[units[0] for _, units in members]] = True
+            new = [number for number, _ in kept]
             if new:
                 found.append(
                     UnexplainedSymmetry("scale", self.names, partition, tuple(new), max(values[n] for n in new))
@@ -183,6 +185,7 @@ class _Search:
         sizes = [np.sqrt(w * g) > floor for (_, w, g), floor in zip(self.units, self.floors, strict=True)]
         for index in np.flatnonzero(~np.all(sizes, axis=0)).tolist():
             explained.add(self._direction([index]))
+            self.known[index] = True
 
     def _direction(self, units: Iterable[int]) -> Direction:
         places = [(self.names[0], self.axis), *((name, 0) for name in self.names[1:])]
@@ -214,5 +217,5 @@ class _Search:
             total = np.abs(products[members].sum(1))
             value = np.divide(total, size, out=np.full(len(members), np.inf), where=size > floor)
             worst = np.maximum(worst, value)
-        numbers = np.flatnonzero(worst <= self.tolerance).tolist()
+        numbers = np.flatnonzero((worst <= self.tolerance) & ~self.known[members].all(1)).tolist()
         return partition, [(n, members[n]) for n in numbers], {n: float(worst[n]) for n in numbers}

@@ -80,16 +80,19 @@ def _of_vector(
     """Entries that do nothing, then blocks of entries, interleaved ones, and all entries."""
     count = len(gradients[0])
     span = Span(direction[name] for shift in known for direction in shift.directions)
+    single = np.zeros(count, dtype=bool)  # entries that are in the span by themselves
     sizes = [gradient.abs().cpu().numpy() for gradient in gradients]
     for blocks in (n for n in (3, 2, 1) if count % n == 0):
         size = count // blocks
         entries = [n for block in _dead_blocks(sizes, beside, blocks) for n in range(block * size, (block + 1) * size)]
         new = [index for index in entries if span.add({index: 1.0})]
+        single[entries] = True
         if new:
             value = max(float(s[new].max()) / b for s, b in zip(sizes, beside, strict=True))
             yield UnexplainedSymmetry("shift", (name,), Partition((count,), (count,), (0,)), tuple(new), value)
     for index in np.flatnonzero(np.any([s <= floor for s, floor in zip(sizes, floors, strict=True)], axis=0)).tolist():
         span.add({index: 1.0})
+        single[index] = True
     for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
         size = count // blocks
         for partition in dict.fromkeys(
@@ -98,9 +101,10 @@ def _of_vector(
             viewed = [g.reshape(partition.view) for g in gradients]
             totals = [(g.sum(partition.reduced), (g * g).sum(partition.reduced)) for g in viewed]
             values = _values(totals, floors, size, tolerance)
-            ids = partition.group_ids()
-            numbers = torch.nonzero(values <= tolerance).flatten().tolist()
-            new = [n for n in numbers if span.add(dict.fromkeys(torch.nonzero(ids == n).flatten().tolist(), 1.0))]
+            members = np.arange(count).reshape(partition.view)
+            members = members if partition.kept == (0,) else members.T
+            numbers = np.flatnonzero((values <= tolerance).numpy() & ~single[members].all(1)).tolist()
+            new = [n for n in numbers if span.add(dict.fromkeys(members[n].tolist(), 1.0))]
             if new:
                 yield UnexplainedSymmetry("shift", (name,), partition, tuple(new), float(values[new].max()))
 

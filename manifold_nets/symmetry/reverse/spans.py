@@ -50,7 +50,8 @@ class Span:
                     heapq.heappush(due, self._ages[key])
         if not rest:
             return False
-        pivot = next(iter(rest))
+        # Of the wholes of a tensor, which have an entry for each of its slices, the last one is the least in demand.
+        pivot = next(reversed(rest))
         self._ages[pivot] = len(self._rows)
         self._rows.append((pivot, {key: value / rest[pivot] for key, value in rest.items()}))
         return True

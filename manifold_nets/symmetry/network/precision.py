@@ -1,0 +1,202 @@
+"""Computing in float64, whatever dtypes a forward pass asks for.
+
+The copy that is analysed has float64 weights and inputs. Forward passes make tensors of their own in torch's default
+dtype, keep constants that are no buffers, and cast to float32 on the way. Under `in_float64` all of these follow. That
+holds for the current thread alone: torch's default dtype, which all threads share, stays what it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["copied", "following", "in_float64", "map_tensors", "tensors_in", "widened"]
+
+_WIDE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
+_CASTS = {
+    Tensor.float: torch.float64,
+    Tensor.half: torch.float64,
+    Tensor.bfloat16: torch.float64,
+    Tensor.cfloat: torch.complex128,
+    Tensor.chalf: torch.complex128,
+}
+# Their result has torch's default dtype where none is given. That of others follows from what they are given.
+_FACTORIES = (
+    torch.empty,
+    torch.eye,
+    torch.linspace,
+    torch.logspace,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.zeros,
+)
+# Types without tensors inside.
+_ATOMS = (type(None), str, bytes, bool, int, float, complex, torch.dtype, torch.device)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in float64, or complex128, where it has real or complex numbers."""
+    return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype))
+
+
+class _Float64(TorchFunctionMode):
+    """Lets what forward makes, casts and keeps have the precision of the weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        if func in _CASTS:
+            return args[0].to(_CASTS[func], **kwargs)
+        if func in _FACTORIES and kwargs.get("dtype") is None and "out" not in kwargs:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        if func is not Tensor.view:  # it reads the bits as they are
+            args, kwargs = _map(_wide_dtype, args), _map(_wide_dtype, kwargs)
+        tensors: list[Tensor] = []
+        _map(lambda value: tensors.append(value) if isinstance(value, Tensor) else None, [args, kwargs])
+        narrow = [tensor for tensor in tensors if tensor.dtype in _WIDE]
+        if narrow and len(narrow) < sum(map(_has_numbers, tensors)):
+            args, kwargs = _mixed(name, args, kwargs)
+        result = func(*args, **kwargs)
+        return result if narrow or func is Tensor.view else _map(_wide_tensor, result)
+
+
+def _mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of one precision; what is written into is not replaced by a copy.
+
+    Constants that met no other tensor so far are still in their own precision, so that views of them are views.
+    """
+    written = [kwargs["out"]] if isinstance(kwargs.get("out"), Tensor) else []
+    if args and ((name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name[:3] == "__i"):
+        written.append(args[0])
+    for target in written:
+        # A buffer that forward makes, and nobody else sees.
+        if type(target) is Tensor and target.dtype in _WIDE and target.is_leaf and target._base is None:
+            target.data = widened(target.data)
+
+    def wide(value: Any) -> Any:
+        return value if any(value is target for target in written) else _wide_tensor(value)
+
+    return _map(wide, args), _map(wide, kwargs)
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change the leaves of nested arguments; other containers than lists, tuples and dictionaries are leaves."""
+    if type(value) is tuple or type(value) is list:
+        return type(value)([_map(change, part) for part in value])
+    if type(value) is dict:
+        return {key: _map(change, part) for key, part in value.items()}
+    return change(value)
+
+
+def _has_numbers(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _wide_dtype(value: Any) -> Any:
+    if isinstance(value, type) and value.__module__ == "torch":  # torch.FloatTensor
+        value = getattr(value, "dtype", value)
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _wide_tensor(value: Any) -> Any:
+    return widened(value) if isinstance(value, Tensor) and value.dtype in _WIDE else value
+
+
+def in_float64() -> contextlib.AbstractContextManager[Any]:
+    """Let every tensor that a forward pass makes, casts or keeps follow its float64 weights and inputs.
+
+    Example:
+        >>> with in_float64():
+        ...     print(torch.zeros(1).dtype, torch.ones(1, dtype=torch.int64).float().dtype)
+        torch.float64 torch.float64
+    """
+    return _Float64()
+
+
+def following(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """The same where a model is in float64; one in another precision is run as it stands."""
+    narrow = any(parameter.dtype in _WIDE for parameter in model.parameters())
+    return contextlib.nullcontext() if narrow else _Float64()
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+
+
+class _Copying(TorchFunctionMode):
+    """Changes tensors while something that holds them is copied."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.change, self.changed = change, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or id(args[0]) in args[1]:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        changed = self.change(tensor)
+        if changed is tensor:
+            return func(*args, **(kwargs or {}))
+        self.changed += 1
+        memo[id(tensor)] = changed
+        return changed
+
+
+def copied(value: Any, change: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
+    """Deep copy with tensors changed wherever they are: in attributes, containers and objects inside.
+
+    Parameters are copied as they are.
+    """
+    with _Copying(change):
+        return copy.deepcopy(value, memo)
+
+
+def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Change the tensors in a tree of inputs, also those inside objects, of which there are copies then.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> map_tensors(lambda x: x + 1, [torch.zeros(1), SimpleNamespace(x=torch.ones(1), n=3)])
+        [tensor([1.]), namespace(x=tensor([2.]), n=3)]
+    """
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        if isinstance(value, _ATOMS):
+            return value
+        try:
+            with _Copying(change) as copying:
+                changed = copy.deepcopy(value)
+        except Exception:  # noqa: BLE001  what cannot be copied is passed on as it is
+            return value
+        return changed if copying.changed else value
+
+    return pytree.tree_map(leaf, tree)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in a tree of inputs, also those inside objects."""
+    found: list[Tensor] = []
+
+    def look(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor.new_empty(0)  # so that it is not copied
+
+    map_tensors(look, tree)
+    return found
