@@ -202,3 +202,25 @@ def test_what_a_later_step_reads_counts() -> None:
     report = mn.diagnose(model, x)
     assert report["fc.weight"].status != "invariant"
     assert not report.shifts
+
+
+class Shifted(nn.Module):
+    """A buffer of zeros that no checkpoint holds is added; it does not stay zero where the network writes into it."""
+
+    def __init__(self, *, write: bool) -> None:
+        super().__init__()
+        self.fc, self.norm, self.write = nn.Linear(6, 8), nn.BatchNorm1d(8), write
+        self.register_buffer("offset", torch.zeros(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.relu(self.fc(x) + self.offset))
+        if self.write:
+            self.offset.fill_(1.0)
+        return y
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_zeros_that_a_later_step_finds_changed_are_no_zeros(write: bool) -> None:
+    torch.manual_seed(0)
+    found = mn.diagnose(Shifted(write=write), torch.randn(16, 6))["fc.weight"]
+    assert (found.status == "invariant") is not write

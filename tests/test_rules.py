@@ -327,10 +327,10 @@ LEFT_UNKNOWN = {
     "view.dtype": "reads the bits of numbers as other numbers",
     "where": "returns indices, as many as the data say",
     "copy.Dict_Tensor copy.Tensor copy.int copy.float sort.Tensor index.list_Tensor eq.Tensor_list ne.Tensor_list": (
-        "of scripted modules"
+        "of scripts"
     ),
-    "einsum.sublist index.Tensor_hacked_twin index_put.hacked_twin mH.a mT.a matrix_H.a numpy_T.a": "of scripted modules",
-    "narrow.Tensor repeat_interleave.Tensor tensor_split.tensor_indices_or_sections": "cuts by numbers that are computed",
+    "einsum.sublist index.Tensor_hacked_twin index_put.hacked_twin mH.a mT.a matrix_H.a numpy_T.a": "of scripts",
+    "narrow.Tensor repeat_interleave.Tensor tensor_split.tensor_indices_or_sections": "cuts by computed numbers",
     "scatter.reduce scatter.value_reduce": "adds to, or multiplies, entries; deprecated",
 }
 

@@ -48,6 +48,11 @@ def in_view(m: Any, x: Tensor, *, add: bool) -> Tensor:
     return logits.softmax(-1) @ x
 
 
+def hidden(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """Build a layer, an operation on its result and the input, and a batch normalization."""
+    return lambda: Lambda(lambda m, x: m.n(operation(m.a(x), x)), a=nn.Linear(5, 6), n=nn.BatchNorm1d(6))
+
+
 C = nn.Conv2d
 IMAGE, LARGE_IMAGE, ROWS, SEQUENCE = (4, 3, 9, 9), (2, 3, 40, 40), (6, 5), (4, 7, 5)
 Expected = dict[tuple[str, str], int]
@@ -125,6 +130,20 @@ CASES: dict[str, Case] = {
     ),
     "a view is written over": (
         lambda: Lambda(lambda m, x: in_view(m, x, add=False), q=nn.Linear(5, 6), k=nn.Linear(5, 6)), SEQUENCE, {},
+    ),
+    "larger of two": (hidden(lambda h, x: torch.max(h, h.flip(0))), ROWS, {("dead bias", "a.bias"): 6}),
+    "larger of two, one fixed": (hidden(lambda h, x: torch.max(h, x[:, :1])), ROWS, {}),
+    "where a comparison holds": (hidden(lambda h, x: torch.where(h > 0.1, h, h.mean(0))), ROWS, {}),
+    "where a mask holds": (
+        hidden(lambda h, x: torch.where(x[:, :1] > 0.1, h, h.mean(0))), ROWS, {("dead bias", "a.bias"): 6}
+    ),
+    "integers": (hidden(lambda h, x: h + h.long()), ROWS, {}),
+    "variance and mean": (
+        hidden(lambda h, x: (h - torch.var_mean(h, 0)[1]) / torch.var_mean(h, 0)[0]), ROWS,
+        {("dead bias", "a.bias"): 6},
+    ),
+    "rows in another order": (
+        hidden(lambda h, x: h.index_select(0, torch.tensor([3, 1, 0, 5]))), ROWS, {("dead bias", "a.bias"): 6}
     ),
     "dense": (TOYS["dense"].build, IMAGE, {("dead bias", "a.bias"): 4, ("dead bias", "b.bias"): 5}),
     "weight standardization": (

@@ -129,9 +129,9 @@ class WeightFinding:
         shape: its shape.
         layer: class of the module that owns it.
         status: ``"invariant"`` (structure found and certified), ``"not invariant"``, ``"unknown"`` (an operation has
-            no rule), ``"no evidence"`` (the gradient vanishes), ``"disagreement"`` (structure and certificate
-            contradict each other, or moving it contradicts both) or ``"constrained"`` (invariant and already on
-            spheres).
+            no rule, or one that covers sufficient conditions only), ``"no evidence"`` (the gradient vanishes),
+            ``"disagreement"`` (structure and certificate contradict each other, or moving it contradicts both) or
+            ``"constrained"`` (invariant and already on spheres).
         partition: the finest partition into invariant groups; None where there is none.
         filters_per_group: how many filters one group joins.
         absorbers: the normalizations that remove the scale.

@@ -159,7 +159,8 @@ class TracedGraph:
 
     def is_zero(self, node: Node, at: Node) -> bool:
         """Whether all entries of a tensor are zero when an operation reads it."""
-        if any(self.order[writer] < self.order[at] for writer in self.flow.writers(node)):
+        kept = self.flow.root(node).op == "placeholder"  # what is written into a buffer is there in the next step
+        if any(kept or self.order[writer] < self.order[at] for writer in self.flow.writers(node)):
             return False
         if node in self.zeros:
             return True

@@ -16,8 +16,9 @@ from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 __all__ = ["VIEWS", "reshape_ids"]
 
 VIEWS = frozenset(
-    "view reshape _unsafe_view flatten unflatten view_as permute transpose swapaxes t movedim squeeze unsqueeze expand "
-    "expand_as select slice narrow chunk split split_with_sizes unbind getitem alias detach".split()
+    "view reshape _unsafe_view flatten unflatten view_as permute transpose swapaxes swapdims t movedim moveaxis "
+    "squeeze unsqueeze expand expand_as broadcast_to select slice narrow chunk split split_with_sizes unbind getitem "
+    "alias detach".split()
 )
 
 
