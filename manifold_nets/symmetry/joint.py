@@ -218,17 +218,14 @@ class _Tally:
     scales: list[int] = field(default_factory=list)
     values: dict[int, float] = field(default_factory=dict)
     refuted: list[int] = field(default_factory=list)
-    silent: int = 0
     because: str = ""
 
     def add(self, scale: int, total: float, size: float, floor: float, tolerance: float) -> None:
         self.scales.append(scale)
         if not math.isfinite(size):
-            self.silent += 1
             self.because = "entries or gradients are not finite"
             return
         if (not size > floor and total <= floor) or tolerance * size < total <= ROUNDED * floor:
-            self.silent += 1
             return
         value = total / size
         self.values[scale] = value
@@ -240,7 +237,6 @@ class _Tally:
         without = [scale for scale in self.refuted if places.get(scale)]
         self.refuted = [scale for scale in self.refuted if not places.get(scale)]
         self.values = {scale: value for scale, value in self.values.items() if scale not in without}
-        self.silent += len(without)
         self.because = "; ".join(filter(None, (self.because, told(places[scale] for scale in without))))
 
     def family(
@@ -260,8 +256,9 @@ class _Tally:
             verdict="not invariant" if self.refuted else "invariant" if self.values else "no evidence",
             groups_certified=len(self.values) - len(self.refuted),
             groups_refuted=len(self.refuted),
-            groups_without_evidence=self.silent,
+            groups_without_evidence=len(self.scales) - len(self.values),
             because=self.because,
+            silent=tuple(number for number, scale in enumerate(self.scales) if scale not in self.values),
         )
         remedy = _remedy(kind, members, certificate, absorbed=absorbed)
         return SymmetryFamily(

@@ -43,7 +43,7 @@ def moved_claims(
     families: Sequence[SymmetryFamily],
     shifts: Sequence[ShiftSymmetry],
 ) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
-    """Move all that structure claims and the certificate confirms; what fails is a contradiction."""
+    """Move what structure claims and the certificate confirms, group by group; what fails is a contradiction."""
     shapes = {name: tuple(parameter.shape) for name, parameter in move.twin.named_parameters()}
     claims: dict[tuple[str, int], Claim] = {}
     for number, finding in enumerate(findings):
@@ -110,19 +110,20 @@ def _certificate(certificate: Certificate, outcome: Outcome) -> Certificate:
 
 
 def _of_weight(finding: WeightFinding, partition: Partition, shapes: Mapping[str, tuple[int, ...]]) -> Claim:
-    numbers = np.arange(partition.n_groups)
+    numbers = np.setdiff1d(np.arange(partition.n_groups), finding.certificate.silent)
     parts = [_part(finding.name, partition, numbers, numbers)]
     for bias in finding.scaled_along:
         groups = np.array(bias.groups, dtype=np.int64)
-        entries = np.flatnonzero(groups >= 0)
+        entries = np.flatnonzero(np.isin(groups, numbers))
         parts.append(_part(bias.name, _entries(shapes[bias.name]), entries, groups[entries]))
     return Claim(tuple(parts), partition.n_groups)
 
 
 def _of_family(family: SymmetryFamily) -> Claim:
     moved: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
+    silent = set(family.certificate.silent)
     for number, symmetry in enumerate(family.symmetries):
-        for place, exponents in symmetry.items():
+        for place, exponents in symmetry.items() if number not in silent else ():
             moved.setdefault(place, []).extend((index, number, c) for index, c in exponents.items())
     parts = []
     for place, entries in moved.items():
@@ -132,12 +133,15 @@ def _of_family(family: SymmetryFamily) -> Claim:
 
 
 def _of_shift(shift: ShiftSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Claim:
+    silent = set(shift.certificate.silent)
     if shift.partition is not None:
-        numbers = np.arange(len(shift.groups))
-        return Claim((_part(shift.parameters[0], shift.partition, shift.groups, numbers),), len(numbers), adds=True)
+        numbers = np.setdiff1d(np.arange(len(shift.groups)), list(silent))
+        groups = np.array(shift.groups)[numbers]
+        return Claim((_part(shift.parameters[0], shift.partition, groups, numbers),), len(shift.groups), adds=True)
     parts = [
         _part(name, _entries(shapes[name]), list(entries), [number] * len(entries), list(entries.values()))
         for number, direction in enumerate(shift.directions)
+        if number not in silent
         for name, entries in direction.items()
     ]
     return Claim(tuple(parts), len(shift.directions), adds=True)

@@ -99,6 +99,7 @@ class Certifier:
             groups_refuted=n_refuted,
             groups_without_evidence=len(sums) - n_evidence,
             because="; ".join(because),
+            silent=tuple((~(evidence | refuted)).nonzero().flatten().tolist()),
         )
 
 

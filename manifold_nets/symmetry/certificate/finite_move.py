@@ -6,7 +6,8 @@ by a random factor between 10⁻² and 10², with the biases that follow it, and
 sign between 10⁻² and 10². In training mode the outputs must stay what they were.
 
 Factors are powers of two, by which nothing is rounded: a symmetry leaves the outputs alone bit for bit, in any dtype,
-up to the eps of the normalizations (1e-30 here) and to kernels that add in another order. Shifts are added before the
+up to the eps of the normalizations (1e-30 here, and 1e-60 where that may matter) and to kernels that add in another
+order. Shifts are added before the
 factors and do round, and so may a network amplify what is left. So a change counts only where it exceeds the
 tolerance of the certificate, and also ten times what a relative change of 2⁻⁴² of every parameter and input does,
 before or after the move: some thousand roundings, more than those of a product of matrices. A network whose outputs
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch.utils import _pytree as pytree
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.sharp import sharp_conditions
+from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS, sharp_conditions
 from manifold_nets.symmetry.network.graph import Inputs, to_float64
 from manifold_nets.symmetry.network.precision import map_tensors, tensors_in
 from manifold_nets.symmetry.network.running import run
@@ -50,6 +51,9 @@ _INPUT_FACTOR = 10.0
 # The relative change of all parameters and inputs by which the conditioning is measured, and how far above counts.
 _JITTER = 2.0**-42
 _MARGIN = 10.0
+# The eps for groups that are so small already that smaller ones would come near to the usual one. It is not taken at
+# once: of a channel that is constant it makes large numbers, beside which nothing else is seen.
+_SMALLER_EPS = NEGLIGIBLE_EPS**2
 # Forward passes after which a search for the claims that fail ends, and takes all that are not cleared to fail; where
 # none does it takes four.
 MOST_RUNS = 40
@@ -112,6 +116,7 @@ class _Point:
     before: list[Tensor]
     draws: list[NDArray[np.float64]]
     limits: list[float] = field(default_factory=list)
+    eps: float = NEGLIGIBLE_EPS
 
 
 class FiniteMove:
@@ -188,6 +193,11 @@ class FiniteMove:
         """Find the claims that change the outputs, as many as the passes that are left allow."""
         if self._settled(point, claims, alive, found):
             return
+        before = self._outputs(point.inputs, {}, eps=_SMALLER_EPS)
+        if before is not None:
+            point = replace(point, before=before, eps=_SMALLER_EPS)
+            if self._settled(point, claims, alive, found):
+                return
         if self.outward and not claims[alive[0]].adds:
             for index in alive:
                 point.draws[index] = np.abs(point.draws[index])
@@ -217,8 +227,8 @@ class FiniteMove:
         """How much each output may change: the tolerance, or what rounding may do to it before or after the move."""
         limits = [self.tolerance] * len(point.before)
         for moves in ({}, self._moves(point, claims, moved)):
-            exact = self._outputs(point.inputs, moves) if moves else point.before
-            jittered = self._outputs(point.inputs, moves, _JITTER)
+            exact = self._outputs(point.inputs, moves, eps=point.eps) if moves else point.before
+            jittered = self._outputs(point.inputs, moves, _JITTER, eps=point.eps)
             if exact is None or jittered is None or not len(exact) == len(jittered) == len(limits):
                 continue
             both = zip(point.before, exact, jittered, strict=True)
@@ -232,7 +242,7 @@ class FiniteMove:
         """The relative change of each output when some claims are moved; None where the network refuses."""
         if not moved:
             return [0.0] * len(point.before)
-        after = self._outputs(point.inputs, self._moves(point, claims, moved))
+        after = self._outputs(point.inputs, self._moves(point, claims, moved), eps=point.eps)
         if after is None:
             return None
         if len(after) != len(point.before):
@@ -248,7 +258,9 @@ class FiniteMove:
                 found.setdefault(part.parameter, _Movement()).add(part, values, claims[index].adds)
         return found
 
-    def _outputs(self, inputs: Inputs, moves: Mapping[str, _Movement], jitter: float = 0.0) -> list[Tensor] | None:
+    def _outputs(
+        self, inputs: Inputs, moves: Mapping[str, _Movement], jitter: float = 0.0, *, eps: float = NEGLIGIBLE_EPS
+    ) -> list[Tensor] | None:
         """The outputs of the copy with some parameters moved; None where it refuses."""
         self.runs += 1
         # Some networks differentiate in their forward pass.
@@ -258,7 +270,7 @@ class FiniteMove:
                 jittered = _Jitter(jitter, self.seed)
                 with random_numbers(self.seed), mode(), _moved(self.twin, moves, jittered) as reading:
                     given = map_tensors(jittered, inputs)
-                    with sharp_conditions(self.twin, reading):
+                    with sharp_conditions(self.twin, reading, eps=eps):
                         outputs = [output.detach().clone() for output in run(self.twin, given)]
             except (ExampleInputsError, DoublePrecisionError):
                 continue

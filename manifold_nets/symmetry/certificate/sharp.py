@@ -61,21 +61,25 @@ _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
 class _SharpConditions(TorchFunctionMode):
     """Makes every eps negligible and dropout inactive, also where no module attribute says so."""
 
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         position = _EPS_POSITION.get(func)
         if position is not None:
-            args, kwargs = _replaced(args, kwargs, position, "eps", NEGLIGIBLE_EPS)
+            args, kwargs = _replaced(args, kwargs, position, "eps", self.eps)
         elif func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         elif func is F.scaled_dot_product_attention:
             args, kwargs = _replaced(args, kwargs, 4, "dropout_p", 0.0)
         elif func in _ADDITIONS and len(args) == 2 and _is_eps(args[1]):
-            args = (args[0], NEGLIGIBLE_EPS)
+            args = (args[0], self.eps)
         elif func in _LOWER_BOUNDS and len(args) == 2 and _is_eps(args[1]):
-            args = (args[0], NEGLIGIBLE_EPS)
+            args = (args[0], self.eps)
         elif func in _LOWER_BOUNDS and _is_eps(kwargs.get("min")):
-            kwargs["min"] = NEGLIGIBLE_EPS
+            kwargs["min"] = self.eps
         return func(*args, **kwargs)
 
 
@@ -90,14 +94,16 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
 
 
 @contextlib.contextmanager
-def sharp_conditions(twin: nn.Module, mode: TorchFunctionMode | None = None) -> Iterator[None]:
+def sharp_conditions(
+    twin: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float = NEGLIGIBLE_EPS
+) -> Iterator[None]:
     """Run a copy, forward and backward, so that the certificate is sharp, and under a further mode if given."""
-    with _negligible_eps(twin), in_float64(), _SharpConditions(), mode or contextlib.nullcontext():
+    with _negligible_eps(twin, eps), in_float64(), _SharpConditions(eps), mode or contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
-def _negligible_eps(model: nn.Module) -> Iterator[None]:
+def _negligible_eps(model: nn.Module, eps: float) -> Iterator[None]:
     """Set the eps attributes of all modules to a negligible value and back."""
     saved: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
@@ -105,7 +111,7 @@ def _negligible_eps(model: nn.Module) -> Iterator[None]:
             value = module.__dict__.get(attribute)
             if isinstance(value, float):
                 saved.append((module, attribute, value))
-                setattr(module, attribute, NEGLIGIBLE_EPS)
+                setattr(module, attribute, eps)
     try:
         yield
     finally:

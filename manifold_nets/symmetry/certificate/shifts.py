@@ -146,7 +146,7 @@ class ShiftJudge:
         verdict = "not invariant" if refuted else "invariant" if known else "no evidence"
         certificate = Certificate(
             max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known),
-            because=because,
+            because=because, silent=tuple(number for number, value in enumerate(values) if value is None),
         )  # fmt: skip
         once = list({a.node: a for a in absorptions}.values())
         absorbers = tuple(Absorber(a.op, a.module, a.kind, running_mean=a.running_mean) for a in once)

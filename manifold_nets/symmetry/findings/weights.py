@@ -28,6 +28,7 @@ class Certificate:
         because: why groups are without evidence, where it is not only that their gradient vanishes; else empty.
         moved: the largest relative change of an output, in training mode, when all that is claimed of the network is
             moved by finite amounts at once; of what that refutes, when it is moved. None where nothing was moved.
+        silent: the numbers of the groups without evidence; not part of the JSON form.
     """
 
     value: float | None
@@ -38,11 +39,12 @@ class Certificate:
     taken_at: str = ""
     because: str = ""
     moved: float | None = None
+    silent: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         moved = self.moved if self.moved is None or math.isfinite(self.moved) else None
-        return {**vars(self), "moved": moved}
+        return {**{name: value for name, value in vars(self).items() if name != "silent"}, "moved": moved}
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" ({self.value:.1e})"
