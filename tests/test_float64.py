@@ -230,7 +230,7 @@ def test_objects_that_are_not_looked_into_cannot_be_traced(monkeypatch: pytest.M
     """The sabotage twin."""
     only_tensors = lambda change, tree: torch.utils._pytree.tree_map_only(Tensor, change, tree)  # noqa: E731
     monkeypatch.setattr(graph, "map_tensors", only_tensors)
-    monkeypatch.setattr(graph, "tensors_in", lambda tree: [])
+    monkeypatch.setattr(graph, "holds_objects", lambda tree: False)
     report = mn.diagnose(Reads(), (Batch(torch.randn(N, D), SimpleNamespace(mix=torch.eye(D))), torch.ones(D)))
     assert report["fc.weight"].status == "unknown"
 

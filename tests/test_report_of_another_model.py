@@ -188,6 +188,6 @@ def test_modules_go_by_the_names_under_which_they_run(name: str, memory: Any) ->
 
 def test_names_of_the_way_that_was_taken_are_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: the tracer's own names of shared modules do not fit the model."""
-    monkeypatch.setattr(graph, "_one_module_per_name", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(graph, "one_module_per_name", lambda model: contextlib.nullcontext())
     with pytest.raises(ReportMismatchError, match=r"slice\(1, None, None\)"):
         mn.convert(SHARED["a sliced list"][0](), inputs())

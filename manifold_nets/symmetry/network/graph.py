@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from manifold_nets.errors import AnalysisError, ExampleInputsError
 from manifold_nets.symmetry.network.dataflow import DataFlow
 from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, is_region, op_name, operation_key
-from manifold_nets.symmetry.network.precision import following, map_tensors, tensors_in, widened
+from manifold_nets.symmetry.network.precision import following, holds_objects, map_tensors, tensors_in, widened
+from manifold_nets.symmetry.network.twin import one_module_per_name
 
 __all__ = [
     "Inputs",
@@ -198,7 +199,7 @@ class TracedGraph:
             **signature.inputs_to_lifted_tensor_constants,
             **getattr(signature, "inputs_to_lifted_custom_objs", {}),
         }
-        flat_inputs = iter(tensors_in(inputs) if _holds_objects(inputs) else pytree.tree_leaves(inputs))
+        flat_inputs = iter(tensors_in(inputs) if holds_objects(inputs) else pytree.tree_leaves(inputs))
         values: list[Any] = []
         for node in self.program.graph.nodes:
             if node.op != "placeholder":
@@ -288,7 +289,7 @@ def _stored_buffers(graph: TracedGraph, model: nn.Module, inputs: Inputs) -> fro
 
 def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """Export a model in the mode that it is in."""
-    args, kwargs = (tuple(tensors_in(inputs)), {}) if _holds_objects(inputs) else inputs
+    args, kwargs = (tuple(tensors_in(inputs)), {}) if holds_objects(inputs) else inputs
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
     try:
@@ -296,7 +297,7 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
         silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent, _one_module_per_name(model), _tensors_only(model, inputs):
+        with warnings.catch_warnings(), silent, one_module_per_name(model), _tensors_only(model, inputs):
             warnings.simplefilter("ignore")
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)
@@ -347,11 +348,6 @@ def _is_filled_with_zeros(node: Node) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def _holds_objects(inputs: Inputs) -> bool:
-    """Whether inputs hold tensors inside objects of classes that torch does not know."""
-    return len(tensors_in(inputs)) > sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs))
-
-
 @contextlib.contextmanager
 def _tensors_only(model: nn.Module, inputs: Inputs) -> Iterator[None]:
     """Let a model return the list of its output tensors, and take one where its inputs are inside objects.
@@ -371,46 +367,10 @@ def _tensors_only(model: nn.Module, inputs: Inputs) -> Iterator[None]:
         return flattened(*args, **kwargs)
 
     own = model.__dict__.get("forward")
-    model.__dict__["forward"] = unpacked if _holds_objects(inputs) else flattened
+    model.__dict__["forward"] = unpacked if holds_objects(inputs) else flattened
     try:
         yield
     finally:
         del model.__dict__["forward"]
         if own is not None:
             model.__dict__["forward"] = own
-
-
-@contextlib.contextmanager
-def _one_module_per_name(model: nn.Module) -> Iterator[None]:
-    """Give each name of a shared module an object of its own for a while.
-
-    `torch.export` names an operation after the module that runs it. Where one module has several names it records how
-    the forward pass got there instead, as in ``blocks.slice(1, None, None).0``, which is no name in the model.
-    """
-    replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
-    seen = {id(model)}
-
-    def visit(parent: nn.Module) -> None:
-        for name, child in parent._modules.items():
-            if child is None:
-                continue
-            if id(child) in seen:
-                replaced.append((parent._modules, name, child))
-                parent._modules[name] = child = _alias(child)
-            seen.add(id(child))
-            visit(child)
-
-    visit(model)
-    try:
-        yield
-    finally:
-        for modules, name, child in replaced:
-            modules[name] = child
-
-
-def _alias(module: nn.Module) -> nn.Module:
-    """Another object with the attributes of a module, and with children that can be replaced by themselves."""
-    alias: nn.Module = object.__new__(type(module))
-    # Without children the very dictionary is shared: what forward assigns to one is seen by the other.
-    alias.__dict__ = {**module.__dict__, "_modules": {**module._modules}} if module._modules else module.__dict__
-    return alias

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["copied", "following", "in_float64", "map_tensors", "tensors_in", "widened"]
+__all__ = ["copied", "following", "holds_objects", "in_float64", "map_tensors", "tensors_in", "widened"]
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -200,3 +200,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
     map_tensors(look, tree)
     return found
+
+
+def holds_objects(tree: Any) -> bool:
+    """Whether inputs hold tensors inside objects of classes that torch does not know."""
+    return len(tensors_in(tree)) > sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from manifold_nets.errors import AnalysisError, UnsupportedModelError
 from manifold_nets.symmetry.network.precision import copied, widened
 
-__all__ = ["analysis_copy", "duplicate", "is_continuous", "is_meta", "random_numbers"]
+__all__ = ["analysis_copy", "duplicate", "is_continuous", "is_meta", "one_module_per_name", "random_numbers"]
 
 _DROPOUT_ATTRIBUTES = (
     "p drop_prob drop_rate dropout dropout_p dropout_rate layerdrop encoder_layerdrop decoder_layerdrop "
@@ -193,3 +193,39 @@ def _disable_dropout(holder: Any) -> None:
     for attribute in _DROPOUT_ATTRIBUTES:
         if isinstance(attributes.get(attribute), float):
             setattr(holder, attribute, 0.0)
+
+
+@contextlib.contextmanager
+def one_module_per_name(model: nn.Module) -> Iterator[None]:
+    """Give each name of a shared module an object of its own for a while.
+
+    `torch.export` names an operation after the module that runs it. Where one module has several names it records how
+    the forward pass got there instead, as in ``blocks.slice(1, None, None).0``, which is no name in the model.
+    """
+    replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    seen = {id(model)}
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if id(child) in seen:
+                replaced.append((parent._modules, name, child))
+                parent._modules[name] = child = _alias(child)
+            seen.add(id(child))
+            visit(child)
+
+    visit(model)
+    try:
+        yield
+    finally:
+        for modules, name, child in replaced:
+            modules[name] = child
+
+
+def _alias(module: nn.Module) -> nn.Module:
+    """Another object with the attributes of a module, and with children that can be replaced by themselves."""
+    alias: nn.Module = object.__new__(type(module))
+    # Without children the very dictionary is shared: what forward assigns to one is seen by the other.
+    alias.__dict__ = {**module.__dict__, "_modules": {**module._modules}} if module._modules else module.__dict__
+    return alias
