@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.constraints import converted_norms, holds_manifolds
+from manifold_nets.constraints import NEAR, converted_norms, holds_manifolds
 from manifold_nets.errors import LearningRateWarning, OptionError, SphereOptionError
-from manifold_nets.gathered import whole, write_whole_
+from manifold_nets.gathered import is_sharded, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -28,6 +28,11 @@ from manifold_nets.optim.rules.members import Member, Rule
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision, ordered_by_name
 
 __all__ = ["SphereOptimizer"]
+
+
+def _version(weight: Tensor) -> int:
+    """How often a weight was written to; tensors made in inference mode do not count it."""
+    return 0 if weight.is_inference() else weight._version
 
 
 class SphereOptimizer(torch.optim.Optimizer):
@@ -52,6 +57,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
+        self._written: dict[Tensor, int] = {}
         holds_manifolds(self)
 
     def _warn_of_plain_rates(self, ratio: Callable[[float, int], float], formula: str) -> None:
@@ -162,6 +168,8 @@ class SphereOptimizer(torch.optim.Optimizer):
                 if not (moving and isinstance(manifold, JointSphereMember) and manifold.joint in moving):
                     continue
                 gradient = torch.zeros_like(weight)
+            if weight is parameter and _version(weight) != self._written.get(weight):
+                self._warn_of_moved(group, index, manifold)
             state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[parameter]
@@ -175,6 +183,22 @@ class SphereOptimizer(torch.optim.Optimizer):
             with joined(members) if moving else nullcontext(members) as together:
                 self._step_members(group, together)
         write_masters(masters)
+        self._written.update({weight: _version(weight) for _, weight, _ in constrained_of(group)})
+
+    def _warn_of_moved(self, group: Group, index: int, manifold: SphereProduct) -> None:
+        """Warn where other code has moved a weight off its spheres since the last step, which puts it back."""
+        weight = group["params"][index]
+        if weight not in self._written or isinstance(manifold, JointSphereMember) or is_sharded(weight):
+            return
+        deviation = float(manifold.deviations(weight).max())
+        if deviation > NEAR:
+            warnings.warn(
+                f"{name_of(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of a radius, "
+                "as averages of models do. This step puts it back and leaves biases and running statistics as they "
+                "are. Call manifold_nets.project(model) before the step, which scales them along.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _refuse_sparse_gradients(self) -> None:
         for number, group in enumerate(self.param_groups):
@@ -203,6 +227,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             for name, default in self._sphere_defaults.items():
                 param_group.setdefault(name, self.defaults.setdefault(name, default))
         super().add_param_group(param_group)
+        self._written.update({weight: _version(weight) for _, weight, _ in constrained_of(self.param_groups[-1])})
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -261,6 +286,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         live = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self._number = register(self)
+        self._written = {}
         holds_manifolds(self)
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
