@@ -100,7 +100,8 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
     for prefix, part, record in records:
         tensors = named_tensors(part)
         for name, known in known_weights(part, record).items():
-            if name in tensors and id(tensors[name]) in weights:
+            weight = weights.get(id(tensors.get(name)))
+            if weight is not None and deviations[weight.name] > rounding_of(weight.parameter):
                 _require_along(prefix, name, known, tensors)
         found = convert_values(part, record, tensors, prefix)
         values |= {id(tensors[name]): (tensors[name], value) for name, value in found.values.items()}
