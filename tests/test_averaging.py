@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -251,6 +252,23 @@ def test_an_average_goes_on_bit_for_bit_from_its_state():
     for other in (resumed, copied):
         for key, value in averaged.state_dict().items():
             assert torch.equal(value, other.state_dict()[key]), key
+
+
+class ModelEmaV3(nn.Module):
+    """What timm's class does first."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = copy.deepcopy(model)
+
+
+def test_timms_average_is_noticed(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelEmaV3(network())  # by another module
+    monkeypatch.setattr(ModelEmaV3, "__module__", "timm.utils.model_ema")
+    with pytest.warns(UserWarning, match=r"0\.weight: .*model_ema\.ModelEmaV3 takes its average off them.*project"):
+        ModelEmaV3(network())
 
 
 # ---- project -------------------------------------------------------------------------------------------------------

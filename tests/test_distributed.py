@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from process_groups import on_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_model_state_dict,
@@ -196,6 +197,62 @@ def check_each_process_by_itself_differs(rank, world):
     net, plain = network("group"), network("group")
     found = distributed_path(net, optimizer_of(net, "sgd"), batches(), rank, world)
     check_same_path(found, train(plain, optimizer_of(plain, "sgd"), batches()), EPS)
+
+
+def plain_network(seed):
+    """Convolutions in front of a batch and a group normalization, and random running statistics."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.GroupNorm(2, 4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        net[1].running_mean.normal_()
+        net[1].running_var.uniform_(0.5, 2.0)
+        net[0].weight.mul_(1.0 + seed)
+    return net.eval()
+
+
+def check_plain_states(rank, world, folder):
+    """A state of the plain network, whole, in parts or from a distributed checkpoint, gives its converted form."""
+    from torch.distributed.fsdp import fully_shard
+
+    x = torch.randn(4, 2, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    plain = plain_network(2)
+    expected = plain(x).detach()
+    mesh = init_device_mesh("cpu", (world,))
+
+    def converted():
+        net = fully_shard(mn.convert(plain_network(0), x), mesh=mesh)
+        return net, optimizer_of(net, "sgd")
+
+    def whole_state(net):
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(net, plain.state_dict(), options=options)
+
+    def from_the_first(net):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(net, plain.state_dict() if rank == 0 else {}, options=options)
+
+    def from_a_checkpoint(net):
+        state = get_model_state_dict(net)
+        dcp.load(state, checkpoint_id=f"{folder}/plain")
+        set_model_state_dict(net, state)
+
+    dcp.save(plain.state_dict(), checkpoint_id=f"{folder}/plain")
+    for load in (whole_state, from_the_first, from_a_checkpoint):
+        net, optimizer = converted()
+        load(net)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-30
+        assert float((net(x) - expected).abs().max()) <= 1e-12 * float(expected.abs().max()), load.__name__
+        net(x).square().mean().backward()
+        optimizer.step()
+        assert float((net(x) - expected).abs().max()) <= 1e-12 * float(expected.abs().max()), load.__name__
+
+
+def test_plain_states_are_converted_when_they_are_loaded_into_shards(tmp_path):
+    assert on_processes(check_plain_states, tmp_path, str(tmp_path))
 
 
 def test_data_parallel(tmp_path):

@@ -271,3 +271,37 @@ def test_the_hook_comes_with_the_first_product_of_spheres_also_from_a_pickle(tmp
     assert "EuclideanStepError" in result.stderr
     assert "AssertionError" not in result.stderr
     assert result.returncode != 0
+
+
+# ---- weights that other code moves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [RiemannianSGD, RiemannianAdam])
+def test_a_step_says_where_other_code_has_moved_a_weight_off_its_spheres(kind):
+    net = network()
+    optimizer = kind(mn.param_groups(net), lr=0.1)
+    for _ in range(2):
+        with_gradients(net)
+        optimizer.step()
+        with torch.no_grad():
+            net[0].weight.lerp_(torch.randn(3, 4), 0.5)
+        with pytest.warns(UserWarning, match=r"^0\.weight: other code has moved it .*manifold_nets\.project\(model\)"):
+            optimizer.step()
+        optimizer.step()  # once
+        with torch.no_grad():
+            net[0].weight.mul_(1.5)
+        mn.project(net)  # what the warning advises
+        optimizer.step()
+
+
+def test_other_points_of_the_spheres_and_roundings_are_no_news():
+    net = network()
+    optimizer = RiemannianSGD(mn.param_groups(net), lr=0.1)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with_gradients(net)
+    with torch.no_grad():
+        net[0].weight.copy_(net[0].weight.manifold.random().to(torch.bfloat16))
+    optimizer.step()
+    copied = copy.deepcopy((net, optimizer))
+    with_gradients(copied[0])
+    copied[1].step()

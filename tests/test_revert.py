@@ -157,6 +157,57 @@ def test_module_hooks_and_other_manifolds_are_kept():
     assert type(plain[0].weight) is nn.Parameter
 
 
+def marked(net):
+    """A network whose parameters have attributes and hooks, and what the hooks have seen."""
+    seen = []
+    for name, parameter in net.named_parameters():
+        parameter._no_weight_decay = name
+        parameter.register_hook(lambda gradient, name=name: (seen.append(name), 2 * gradient)[1])
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.append(f"{name} after"))
+    return net, seen
+
+
+def check_marks(net, seen, x):
+    names = [name for name, _ in net.named_parameters()]
+    assert [parameter._no_weight_decay for parameter in net.parameters()] == names
+    unhooked = copy.deepcopy(net)  # torch copies no hooks
+    seen.clear()
+    for each in (net, unhooked):
+        each.eval()(x).square().mean().backward()
+    assert sorted(seen) == sorted(names + [f"{name} after" for name in names])
+    for a, b in zip(net.parameters(), unhooked.parameters(), strict=True):
+        assert torch.equal(a.grad, 2 * b.grad)
+        a.grad = None
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_attributes_and_hooks_of_parameters_stay_on_the_way_there_and_back(inplace, tmp_path):
+    x = torch.randn(4, 2, 6, 6)
+    net, seen = marked(architecture())
+    converted = mn.convert(net, x, inplace=inplace)
+    assert any(isinstance(p, geoopt.ManifoldParameter) for p in converted.parameters())
+    check_marks(converted, seen, x)
+    check_marks(mn.revert(converted, inplace=inplace), seen, x)
+    if not inplace:
+        check_marks(net, seen, x)
+    mn.save(mn.convert(architecture(), x), tmp_path / "net.safetensors")
+    net, seen = marked(architecture())
+    check_marks(mn.load(net, tmp_path / "net.safetensors"), seen, x)
+
+
+def test_a_handle_removes_the_hook_of_the_parameter_that_took_the_place():
+    net, x = architecture(), torch.randn(4, 2, 6, 6)
+    seen = []
+    handle = net[0].weight.register_hook(seen.append)
+    copied = mn.convert(net, x)
+    mn.convert(net, x, inplace=True)
+    handle.remove()
+    net(x).square().mean().backward()
+    assert seen == []
+    copied(x).square().mean().backward()
+    assert len(seen) == 1
+
+
 def test_reverting_a_conversion_leaves_no_trace():
     net = architecture().train()
     x = torch.randn(4, 2, 6, 6)

@@ -1,5 +1,8 @@
 """Lightning, Accelerate and transformers, interrupted and resumed from their own checkpoints: the same bits."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from example_modules import example
@@ -8,6 +11,7 @@ from torch.optim.swa_utils import get_ema_avg_fn
 from training_cases import check_same_path
 
 import manifold_nets as mn
+from manifold_nets.errors import OffManifoldError
 
 # Libraries in the making warn about each other; what is compared here is numbers.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -108,3 +112,56 @@ def test_lightnings_average_warns_and_is_ours_once_it_is_projected(tmp_path):
         optimizer.step()
         averaged.update_parameters(plain)
     check_same_path([weights(model)], [weights(averaged.module)], torch.finfo(torch.float32).eps)
+
+
+def test_lightnings_stochastic_average_warns_where_a_step_would_change_the_function(tmp_path):
+    run = example("train_with_lightning", "lightning", "sklearn")
+    from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+
+    class Projection(Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if trainer.current_epoch == 4:
+                projected.append(mn.project(module))
+
+    projected = []
+    for project in (False, True):
+        model, _ = digits()
+        averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2)
+        trainer = run.lightning.Trainer(
+            max_epochs=4, callbacks=[averaging, *([Projection()] if project else [])], accelerator="cpu",
+            logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            default_root_dir=tmp_path,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            # In the pass that is to find running statistics only, Lightning takes a step at the end.
+            trainer.fit(run.Digits(model), run.loader())
+        found = [w for w in caught if "moved it off its spheres" in str(w.message)]
+        assert bool(found) != project
+    assert max(projected[0].values()) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["ModelEma", "ModelEmaV2", "ModelEmaV3"])
+def test_timms_averages_are_refused_until_they_are_projected(kind, tmp_path):
+    example("networks", "timm", "torchvision")
+    import timm.utils
+
+    model, images = digits()
+    average = getattr(timm.utils, kind)(model, decay=0.5)
+    optimizer = mn.optim.RiemannianSGD(mn.param_groups(model), lr=0.1)
+    for step in range(5):
+        rows = slice(50 * step, 50 * step + 50)
+        cross_entropy(model(images.x[rows]), images.y[rows]).backward()
+        optimizer.step()
+        average.update(model)
+    averaged = average.ema if kind == "ModelEma" else average.module
+    with pytest.raises(OffManifoldError, match=r"manifold_nets\.project\(model\)"):
+        mn.save(averaged, tmp_path / "net.safetensors")
+    # Into the converted network, as its user may do at the end.
+    target = mn.convert(example("digits", "sklearn").network(), images.x[:50])
+    target.load_state_dict(averaged.state_dict())
+    before = copy.deepcopy(averaged)
+    mn.project(averaged)
+    mn.save(averaged, tmp_path / "net.safetensors")
+    for other in (averaged, target):
+        assert mn.verify(before, other, images.x[:50]).eval_difference <= 1e-5

@@ -10,7 +10,15 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import ConstrainedWeight, attach, constrained_weights, detach, joint_spheres
+from manifold_nets.constraints import (
+    ConstrainedWeight,
+    attach,
+    constrained_weights,
+    detach,
+    is_converted,
+    joint_spheres,
+    note_converted,
+)
 from manifold_nets.conversion import storage
 from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.projection import way_back
@@ -23,6 +31,7 @@ from manifold_nets.errors import (
 )
 from manifold_nets.errors.base import listed
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["load", "save"]
@@ -297,6 +306,7 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
     wanted = dict(contents.manifolds)
     replaced = []
     present = list(constrained_weights(model))
+    defined = {id(weight.parameter): weight.parameter for weight in present if not is_converted(weight)}
     same = {name: weight for weight in present if _is_on(weight, name := _stored_name(weight, contents), wanted)}
     # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
     split = {wanted[name].joint for name in wanted.keys() - same.keys() if isinstance(wanted[name], JointSphereMember)}
@@ -312,5 +322,7 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
         module, leaf = owners[name]
         old = module.get_parameter(leaf)
         attach(module, leaf, manifold)
+        if id(old) not in defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+            note_converted(module, leaf, None)
         replaced.append((old, module.get_parameter(leaf)))
     replace_everywhere(model, replaced)

@@ -25,7 +25,7 @@ from manifold_nets.constraints import (
     remove_load_hook,
 )
 from manifold_nets.conversion.biases import removed_biases
-from manifold_nets.conversion.moves import ConvertedWeight, Moves, moves_of, rescaled_along
+from manifold_nets.conversion.moves import ConvertedWeight, Moves, known_weights, moves_of, rescaled_along
 from manifold_nets.conversion.spheres import why_norms_stay
 from manifold_nets.errors import PlainStateError
 from manifold_nets.errors.base import listed
@@ -163,8 +163,9 @@ def convert_values(model: nn.Module, record: Moves, values: Mapping[str, Tensor]
         value = found.values.get(name)
         return whole(values[name]).double() if value is None else value
 
+    converted = known_weights(model, record)
     for weight in constrained_weights(model):
-        known = record.weights.get(weight.name)
+        known = converted.get(weight.name)
         if known is None or isinstance(weight.manifold, JointSphereMember):
             continue
         if has_norms(values.get(weight.name), weight.manifold):

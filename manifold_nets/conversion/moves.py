@@ -6,7 +6,7 @@ channel of a normalization, but no values of weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,10 +14,20 @@ from torch import Tensor, nn
 
 from manifold_nets.conversion.actions import ConversionPlan
 from manifold_nets.conversion.algebra import gather, rescaled_variance
+from manifold_nets.conversion.biases import removed_biases
 from manifold_nets.symmetry import Absorber, SymmetryFamily
 from manifold_nets.symmetry.findings.weights import ScaledAlong, WeightFinding
 
-__all__ = ["ConvertedWeight", "Moves", "moves_of", "moves_within", "record_moves", "rescaled_along"]
+__all__ = [
+    "ConvertedWeight",
+    "Moves",
+    "forget_moves",
+    "known_weights",
+    "moves_of",
+    "moves_within",
+    "record_moves",
+    "rescaled_along",
+]
 
 _RECORD = "_manifold_nets_moves"
 
@@ -40,6 +50,10 @@ class ConvertedWeight:
     def of(cls, finding: WeightFinding, radius: float | None) -> ConvertedWeight:
         """Keep of a finding what is needed to scale it again."""
         return cls(radius, finding.scaled_along, tuple(replace(a, variances=()) for a in finding.absorbers))
+
+    def without(self, names: Container[str]) -> ConvertedWeight:
+        """Leave biases out that the model does not have any more."""
+        return replace(self, biases=tuple(bias for bias in self.biases if bias.name not in names))
 
     @property
     def along(self) -> tuple[str, ...]:
@@ -91,6 +105,12 @@ def record_moves(model: nn.Module, chosen: ConversionPlan, tolerance: float) -> 
     for action in chosen.of("remove"):
         biases[action.name] = tuple(action.shifts) if action.direct else None
     model.__dict__[_RECORD] = Moves(weights, biases, tolerance)
+
+
+def known_weights(model: nn.Module, record: Moves) -> dict[str, ConvertedWeight]:
+    """What changes with each converted weight, as the model is now: removed biases do not."""
+    removed = removed_biases(model)
+    return {name: weight.without(removed) for name, weight in record.weights.items()}
 
 
 def forget_moves(model: nn.Module) -> None:

@@ -15,12 +15,13 @@ from manifold_nets.constraints import (
     joint_spheres,
 )
 from manifold_nets.conversion.loading import convert_values, rounding_of
-from manifold_nets.conversion.moves import ConvertedWeight, Moves, moves_within
+from manifold_nets.conversion.moves import ConvertedWeight, Moves, known_weights, moves_within
 from manifold_nets.conversion.same_model import named_tensors
 from manifold_nets.errors import ProjectionError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.joint_sphere import JointSphereMember
-from manifold_nets.symmetry import SymmetryReport, diagnose
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.symmetry import SymmetryReport, WeightFinding, diagnose
 
 __all__ = ["project", "way_back"]
 
@@ -32,8 +33,8 @@ def way_back(model: nn.Module, name: str) -> str:
     weight = next(weight for weight in constrained_weights(model) if weight.name == name)
     for _, part, record in moves_within(model):
         tensors = named_tensors(part)
-        own = next((n for n in record.weights if tensors.get(n) is weight.parameter), None)
-        if own is not None and tensors.keys() >= set(record.weights[own].along):
+        own = [known for n, known in known_weights(part, record).items() if tensors.get(n) is weight.parameter]
+        if own and tensors.keys() >= set(own[0].along):
             return (
                 "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, "
                 "and the output stays."
@@ -94,12 +95,13 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
         report = given if isinstance(given, SymmetryReport) else _diagnosed(model, given)
         records = [("", model, _moves_found(report, weights, deviations))]
     values: dict[int, tuple[Tensor, Tensor]] = {}
-    manifolds = {}
+    manifolds: dict[int, SphereProduct] = {}
     settled: set[int] = set()
     for prefix, part, record in records:
         tensors = named_tensors(part)
-        for name, known in record.weights.items():
-            if name in tensors and id(tensors[name]) in weights:
+        for name, known in known_weights(part, record).items():
+            weight = weights.get(id(tensors.get(name)))
+            if weight is not None and deviations[weight.name] > rounding_of(weight.parameter):
                 _require_along(prefix, name, known, tensors)
         found = convert_values(part, record, tensors, prefix)
         values |= {id(tensors[name]): (tensors[name], value) for name, value in found.values.items()}
@@ -153,12 +155,19 @@ def _moves_found(report: SymmetryReport, weights: dict[int, ConstrainedWeight], 
         finding = next((found for found in report.weights if found.name == weight.name), None)
         if isinstance(weight.manifold, JointSphereMember):
             record.weights[weight.name] = ConvertedWeight(None)
-        elif finding is not None and finding.status == "constrained":
+        elif finding is not None and finding.status == "constrained" and finding.partition == weight.manifold.partition:
             record.weights[weight.name] = ConvertedWeight.of(finding, weight.manifold.uniform_radius)
         elif deviations[weight.name] > rounding_of(weight.parameter):
-            why = "it is not in the report" if finding is None else finding.broken_by or finding.status
-            raise ProjectionError(weight.name, f"its scale has a meaning: {why}", _REVERT)
+            raise ProjectionError(weight.name, _why_it_changes(finding), _REVERT)
     return record
+
+
+def _why_it_changes(finding: WeightFinding | None) -> str:
+    if finding is None:
+        return "it is not in the report"
+    if finding.status == "constrained":
+        return f"no normalization takes the scale of each of its groups away, only that of {finding.partition}"
+    return f"its scale has a meaning ({finding.broken_by or finding.status})"
 
 
 def _nearest(model: nn.Module, weights: dict[int, ConstrainedWeight]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -76,7 +76,8 @@ def _invariant(
     partition = finding.partition
     unit = Action(finding.name, "sphere", "", partition, "unit", finding=finding)
     _, factors = sphere_of(unit, weight)
-    why_keep, deviation = "asked for", None
+    why_keep: str | None = "asked for"
+    deviation: float | None = None
     if radius == "unit":
         why_keep, deviation = why_norms_stay(finding.absorbers, weight.dtype, state, factors, tolerance)
     if why_keep is not None:

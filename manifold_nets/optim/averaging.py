@@ -133,15 +133,27 @@ def _project(mean: Tensor, newest: Tensor, manifold: SphereProduct) -> Tensor:
     return norms / radius
 
 
+# Where timm's moving averages are.
+_TIMM = "timm.utils.model_ema"
+
+
 def _warn_of_plain_averages(module: nn.Module, _: str, submodule: nn.Module | None) -> None:
-    """Warn where torch's averaged model takes constrained weights: their averages are no points of the spheres."""
-    if not isinstance(module, swa_utils.AveragedModel) or isinstance(module, AveragedModel) or submodule is None:
+    """Warn where another averaged model takes constrained weights: their averages are no points of the spheres.
+
+    Averages that are no modules, as Lightning's `StochasticWeightAveraging`, are not seen here. `save` refuses them,
+    an optimizer warns where it finds them in the place of its weights, and loaded into a converted model they are
+    converted.
+    """
+    kind = type(module)
+    others = isinstance(module, swa_utils.AveragedModel) or kind.__module__ == _TIMM
+    if not others or isinstance(module, AveragedModel) or submodule is None:
         return
     name = next((weight.name for weight in constrained_weights(submodule)), None)
     if name is not None:
         warnings.warn(
-            f"{name}: constrained to a product of spheres, and torch's AveragedModel takes its average off them. Use "
-            "manifold_nets.optim.AveragedModel, or put the final average back with manifold_nets.project(model).",
+            f"{name}: constrained to a product of spheres, and {kind.__module__}.{kind.__name__} takes its average off "
+            "them. Use manifold_nets.optim.AveragedModel, or put the final average back with "
+            "manifold_nets.project(model).",
             UserWarning,
             stacklevel=5,  # the caller of AveragedModel
         )

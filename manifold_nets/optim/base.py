@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from manifold_nets.constraints import converted_norms, holds_manifolds
+from manifold_nets.constraints import NEAR, converted_norms, holds_manifolds
 from manifold_nets.errors import LearningRateWarning, OptionError
-from manifold_nets.gathered import whole, write_whole_
+from manifold_nets.gathered import is_sharded, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -32,6 +32,19 @@ from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_pr
 __all__ = ["SphereOptimizer"]
 
 _NOTHING: dict[str, Any] = {}
+
+
+def _versions(group: Group) -> list[int]:
+    """How often each constrained weight was written to; tensors made in inference mode do not count it."""
+    weights = [
+        weight for weight, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is not None
+    ]
+    try:
+        # Asked by a subclass of tensors, as parameters on manifolds are, it takes twice as long.
+        with torch._C.DisableTorchFunctionSubclass():
+            return [weight._version for weight in weights]
+    except RuntimeError:
+        return [0 for _ in weights]
 
 
 class SphereOptimizer(torch.optim.Optimizer):
@@ -56,6 +69,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
+        self._written: dict[int, list[int]] = {}
         holds_manifolds(self)
 
     def _warn_of_plain_rates(self, ratio: Callable[[float, int], float], formula: str) -> None:
@@ -165,6 +179,7 @@ class SphereOptimizer(torch.optim.Optimizer):
     def _step_spheres(self, group: Group, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Step constrained weights, given as the tensors that hold values and gradient at their places in the group."""
         members, masters = [], {}
+        self._warn_of_moved(group, given)
         moving = in_motion(group["manifolds"], given)
         for index, parameter, manifold in constrained_of(group):
             weight, gradient = given.get(index, (parameter, None))
@@ -185,6 +200,30 @@ class SphereOptimizer(torch.optim.Optimizer):
             with joined(members) if moving else nullcontext(members) as together:
                 self._step_members(group, together)
         write_masters(masters)
+        self._note_versions(group)
+
+    def _note_versions(self, group: Group) -> None:
+        """Remember how often the constrained weights of a group were written to."""
+        self._written[id(group["params"])] = _versions(group)
+
+    def _warn_of_moved(self, group: Group, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Warn where other code has moved weights off their spheres since the last step, which puts them back."""
+        before, now = self._written.get(id(group["params"])), _versions(group)
+        if before is None or before == now:
+            return
+        for (index, weight, manifold), old, new in zip(constrained_of(group), before, now, strict=True):
+            # In a compiled graph other tensors stand in for the weights.
+            if old == new or given.get(index, (None,))[0] is not weight or is_sharded(weight):
+                continue
+            deviation = 0.0 if isinstance(manifold, JointSphereMember) else float(manifold.deviations(weight).max())
+            if deviation > NEAR:
+                warnings.warn(
+                    f"{name_of(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of a "
+                    "radius, as averages of models do. This step puts it back and leaves biases and running statistics "
+                    "as they are. Call manifold_nets.project(model) before the step, which scales them along.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
         """Yield position, weight and groups of all weights that no step of torch's moves."""
@@ -223,6 +262,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             for name, default in self._sphere_defaults.items():
                 param_group.setdefault(name, self.defaults.setdefault(name, default))
         super().add_param_group(param_group)
+        self._note_versions(self.param_groups[-1])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -282,6 +322,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         live = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self._number = register(self)
+        self._written = {}
         holds_manifolds(self)
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
