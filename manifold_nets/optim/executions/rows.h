@@ -46,13 +46,15 @@ static double NAME(tangential)(const REAL *w, const REAL *g, int64_t n, REAL to_
 static void NAME(outcome)(const REAL *w, const REAL *g, const REAL *b, int64_t n, const Row *r, double *norm,
                           double *overlap) {
     REAL ww = (REAL)r->ww, wb = (REAL)r->wb, wg = (REAL)r->wg, bw = (REAL)r->bw, bb = (REAL)r->bb, bg = (REAL)r->bg;
+    const REAL *other = b ? b : w; /* without b its coefficients count for nothing */
+    if (!b) wb = bb = 0;
     *norm = *overlap = 0;
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t end = start + PIECE < n ? start + PIECE : n;
         REAL squares = 0, mixed = 0;
 #pragma omp simd reduction(+ : squares, mixed)
         for (int64_t i = start; i < end; i++) {
-            REAL z = b ? b[i] : 0, x = ww * w[i] + wg * g[i] + wb * z, y = bw * w[i] + bg * g[i] + bb * z;
+            REAL z = other[i], x = ww * w[i] + wg * g[i] + wb * z, y = bw * w[i] + bg * g[i] + bb * z;
             squares += x * x; mixed += x * y;
         }
         *norm += squares; *overlap += mixed;
@@ -78,21 +80,17 @@ static void NAME(write)(REAL *restrict w, const REAL *restrict g, REAL *restrict
  * They are measured as they have come out: large coefficients cancel, and what they lose is not known beforehand. */
 static void NAME(put_back)(REAL *restrict w, REAL *restrict b, int64_t n, double square) {
     double norm = 0, overlap = 0;
+    const REAL *other = b ? b : w; /* a choice inside the loop would keep it from being one of vectors */
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t end = start + PIECE < n ? start + PIECE : n;
         REAL squares = 0, mixed = 0;
 #pragma omp simd reduction(+ : squares, mixed)
-        for (int64_t i = start; i < end; i++) {
-            REAL x = w[i], y = b ? b[i] : 0;
-            squares += x * x; mixed += x * y;
-        }
+        for (int64_t i = start; i < end; i++) squares += w[i] * w[i], mixed += w[i] * other[i];
         norm += squares; overlap += mixed;
     }
     REAL turn = (REAL)(overlap / norm), scale = (REAL)((1.0 + 0.0 * norm) / sqrt(norm / square));
-    for (int64_t i = 0; i < n; i++) {
-        if (b) b[i] -= turn * w[i];
-        w[i] *= scale;
-    }
+    for (int64_t i = 0; b && i < n; i++) b[i] -= turn * w[i];
+    for (int64_t i = 0; i < n; i++) w[i] *= scale;
 }
 
 /* The second moments of rows from `row` on, updated; nothing for SGD. */
