@@ -1,4 +1,4 @@
-"""What may become of the tensors of a step, run by test_kernel_memory.py in a process of its own: a fault ends that one.
+"""What may become of the tensors of a step; test_kernel_memory.py runs it in a process of its own.
 
 Each case does something to a weight, its gradient or its optimizer state, and steps. It must end in an error of the
 package, or in the step that float64 tensors in good order take.
@@ -152,7 +152,7 @@ def outcome(name, kind, options):
         return f"error: {error}"
     finally:
         torch.set_default_device(None)
-    sphere, exact, reference, _ = made(kind, options, torch.float64, foreach=False)
+    _, exact, reference, _ = made(kind, options, torch.float64, foreach=False)
     exact.data, exact.grad = before, values
     for key, value in state.items():
         reference.state[exact][key] = value if key == "step" else value.double()
@@ -176,7 +176,7 @@ if __name__ == "__main__":
         for case in CASES:
             try:
                 found = outcome(case, row.kind, options)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - it is reported
                 found = f"foreign {type(error).__name__}: {error}"
             sys.stdout.write(json.dumps([case, optimizer, found[:200]]) + "\n")
             sys.stdout.flush()

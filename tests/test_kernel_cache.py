@@ -34,7 +34,10 @@ def library(cache):
 
 
 def built(cache):
-    native._load()
+    """A library that is built and not loaded: a process would see the damage of what it has in memory."""
+    command = build.compiler()
+    folder, _ = build.cache_folder()
+    build.compile_to(folder / build.file_name(command, ()), command, ())
     return library(cache)
 
 
@@ -82,8 +85,9 @@ def test_sabotage_without_the_check_a_damaged_library_is_opened(cache, monkeypat
     assert opened == [9000]
 
 
-def test_a_library_without_our_functions_is_built_again(cache):
+def test_a_library_without_our_functions_is_built_again(cache, monkeypatch):
     path = built(cache)
+    monkeypatch.setattr(build, "CHOICES", ((), ("-g0",)))  # this process keeps what it has opened under a name
     foreign(path)
     path.chmod(0o700)
     build._beside(path).write_text(build._seal(path))

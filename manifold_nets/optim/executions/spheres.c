@@ -218,6 +218,15 @@ static int lay_out(Work *work, const Job *jobs, int64_t count) {
 
 enum { STEP, MEASURE, WRITE };
 
+/* Bytes of the processor's vectors; compilers take longer ones apart badly. */
+#if defined(__AVX512F__)
+#define VECTOR 64
+#elif defined(__AVX__)
+#define VECTOR 32
+#else
+#define VECTOR 16
+#endif
+
 #define REAL float
 #define NAME(x) x##_float
 #define ROOT sqrtf
