@@ -20,13 +20,13 @@ from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.choice import run
-from manifold_nets.optim.executions.inputs import check
+from manifold_nets.optim.executions.inputs import check, mark_of
 from manifold_nets.optim.executions.joint import in_motion, joined
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.executions.traced import register, standing_in, step_group_
 from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
-from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.members import Member, Rule, Seen
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision, ordered_by_name
 
 __all__ = ["SphereOptimizer"]
@@ -180,7 +180,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         """Step constrained weights, given as the tensors that hold values and gradient at their places in the group."""
         members, masters = [], {}
         self._warn_of_moved(group, given)
-        moving = in_motion(group["manifolds"], given)
+        moving, known = in_motion(group["manifolds"], given), self._known()
         for index, parameter, manifold in constrained_of(group):
             weight, gradient = given.get(index, (parameter, None))
             if gradient is None:
@@ -192,6 +192,8 @@ class SphereOptimizer(torch.optim.Optimizer):
                 state = self.state[parameter]
                 point = masters[weight] = master_of(weight, state)
             member = self._member(group, state, point, gradient, manifold)
+            if point is weight and id(parameter) in known:
+                member.seen = known[id(parameter)]
             # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask
             # for one of every parameter.
             if layout_of(manifold).size > 1 or isinstance(manifold, JointSphereMember):
@@ -233,14 +235,23 @@ class SphereOptimizer(torch.optim.Optimizer):
         """Check what a step of a group reads and writes; in a compiled graph, when it runs."""
         if torch.compiler.is_compiling():
             return
-        group = self.param_groups[number]
+        group, known = self.param_groups[number], self._known()
         # The checks look at what a weight is, for which its class need not be asked every time.
         with torch._C.DisableTorchFunctionSubclass():
             for index, parameter, manifold in self._spheres_of(group):
                 weight, gradient = given.get(index, (parameter, None))
-                if gradient is not None or isinstance(manifold, JointSphereMember):
-                    state = self.state.get(parameter, _NOTHING)
+                if gradient is None and not isinstance(manifold, JointSphereMember):
+                    continue
+                state, seen = self.state.get(parameter, _NOTHING), known.get(id(parameter))
+                mark = mark_of(weight, gradient, manifold, state)
+                if mark is None or seen is None or seen.mark != mark:
                     check(weight, gradient, manifold.partition, state, partial(name_of, group, number, index))
+                    known[id(parameter)] = Seen(mark_of(weight, gradient, manifold, state))
+
+    def _known(self) -> dict[int, Seen]:
+        """Return what was found of the weights in the last step, by the identities of the parameters."""
+        known: dict[int, Seen] = self.__dict__.setdefault("_seen", {})
+        return known
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.

@@ -19,7 +19,7 @@ from manifold_nets.optim.executions.pieces import pieces
 from manifold_nets.optim.executions.rows import suits_rows
 from manifold_nets.optim.executions.sharding import part_of
 from manifold_nets.optim.executions.workspace import Workspace
-from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.members import Member, Rule, Seen
 from manifold_nets.optim.rules.products import rounding_of
 
 __all__ = ["run", "run_by_entries", "run_single"]
@@ -80,6 +80,7 @@ def _local(member: Member) -> Member:
         manifold=part.manifold,
         moment=None if member.moment is None else part.read(member.moment),
         second=second,
+        seen=Seen(),
     )
 
 

@@ -17,8 +17,9 @@ from torch._subclasses import FakeTensor
 from manifold_nets.errors import SparseGradientError, StepInputError
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, accumulation_dtype
+from manifold_nets.manifold import SphereProduct
 
-__all__ = ["PER_SPHERE", "WIDE", "check"]
+__all__ = ["PER_SPHERE", "WIDE", "check", "mark_of"]
 
 # Moments of one value per sphere; every other tensor in a weight's state but the step count has the weight's shape.
 PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
@@ -69,6 +70,36 @@ def check(
         _check_state(weight, partition, state, name)
 
 
+def mark_of(
+    weight: Tensor, gradient: Tensor | None, manifold: SphereProduct, state: dict[str, Any]
+) -> tuple[object, ...] | None:
+    """Return where and how the tensors of a step lie in memory: what was found of them holds while that is the same.
+
+    Memory that shrinks is moved. None for tensors of other classes, or without memory, which are checked every time.
+    """
+    if type(weight) not in _ORDINARY or (gradient is not None and type(gradient) is not Tensor):
+        return None
+    try:
+        mark: list[object] = [
+            id(manifold),
+            weight.data_ptr(),
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            weight.is_neg(),
+        ]
+        if gradient is not None:
+            mark += (gradient.data_ptr(), gradient.shape, gradient.stride(), gradient.dtype, gradient.is_neg())
+        for key, value in state.items():
+            if key == "step":
+                mark.append(id(value))
+            elif type(value) is Tensor:
+                mark += (key, value.data_ptr(), value.shape, value.stride(), value.dtype, value.is_neg())
+    except (RuntimeError, NotImplementedError):  # sparse, or inside a transform
+        return None
+    return tuple(mark)
+
+
 def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], name: Callable[[], str]) -> None:
     sharded, wide = is_sharded(weight), accumulation_dtype(weight.dtype)
     dtype = wide if "master_weight" in state else weight.dtype
@@ -96,11 +127,13 @@ def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Calla
         found = f"a gradient of shape {tuple(gradient.shape)}"
     elif gradient.dtype.is_complex:
         found = f"a gradient of dtype {gradient.dtype}"
+    elif gradient.is_cpu != weight.is_cpu:
+        found = f"a gradient on {gradient.device}"
     elif not sharded:
         lacking = _fault(gradient, written=False)
         found = f"a gradient with {lacking}" if lacking else None
     if found:
-        raise StepInputError(name(), found, f"real numbers of shape {tuple(weight.shape)}", _RENEW)
+        raise StepInputError(name(), found, f"real numbers of shape {tuple(weight.shape)} on {weight.device}", _RENEW)
 
 
 def _fault(tensor: Tensor, *, written: bool) -> str:
@@ -145,7 +178,8 @@ def _is_abstract(tensor: Tensor) -> bool:
 
 def _repaired(key: str, value: Tensor, weight: Tensor, dtype: torch.dtype, name: Callable[[], str]) -> Tensor:
     """Return a tensor of the state with the same values in memory of its own, in another dtype or on another device."""
-    lacking = "" if is_sharded(value) else _fault(value, written=False)
+    lacking = "no values (a meta or fake tensor)" if _is_abstract(value) else ""
+    lacking = lacking or ("" if is_sharded(value) else _fault(value, written=False))
     if lacking:
         raise StepInputError(name(), f"{key} with {lacking}", "the numbers of the last step", _RESTART)
     if is_sharded(value):

@@ -16,7 +16,7 @@ from manifold_nets.optim.executions import native
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.rows import rows_of, what_to_write, without_radial_parts
 from manifold_nets.optim.rules.coefficients import bias_corrections
-from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.rules.members import Member, Rule, Seen
 from manifold_nets.optim.rules.products import rounding_of
 
 __all__ = ["run_in_passes", "run_native", "suits_by_entries", "suits_native"]
@@ -25,29 +25,47 @@ __all__ = ["run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 _PER_THREAD = 2**18
 
 
-def suits_native(member: Member) -> bool:
-    """Whether the kernel in C can step a weight: on the CPU, with groups that are runs of memory.
+def _fits(member: Member) -> tuple[bool, bool]:
+    """Whether the kernel in C can step a weight, and whether it can read the gradient where it lies.
 
-    Shapes, and that there is memory for all entries, have been checked by `manifold_nets.optim.executions.inputs`.
+    It takes weights on the CPU whose groups are runs of memory. Shapes, and that there is memory for all entries, have
+    been checked by `manifold_nets.optim.executions.inputs`.
     """
     weight, layout = member.weight, layout_of(member.manifold)
-    with _as_tensors():
-        if layout.to_unit or not _is_plain(weight) or not native.know(weight.dtype):
-            return False
-        stride, dtype = weight.stride(), weight.dtype
-        if not layout.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
-            return False
-        wide = accumulation_dtype(dtype)
-        return all(x is None or (_is_plain(x) and x.dtype == wide) for x in member.second or ())
+    if layout.to_unit or not _is_plain(weight) or not native.know(weight.dtype):
+        return False, False
+    stride, dtype = weight.stride(), weight.dtype
+    if not layout.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
+        return False, False
+    wide = accumulation_dtype(dtype)
+    if not all(x is None or (_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in _per_sphere(member)):
+        return False, False
+    return True, _lies(member.gradient, dtype, stride)
+
+
+def _per_sphere(member: Member) -> tuple[Tensor | None, ...]:
+    """Return the second moments of spheres; those of entries lie as the weight does."""
+    second = member.second
+    return () if second is None or second[0].numel() == member.weight.numel() else second
+
+
+def suits_native(member: Member) -> bool:
+    """Whether the kernel in C can step a weight."""
+    seen = member.seen
+    if seen.fits is None:
+        with _as_tensors():
+            seen.fits = _fits(member)
+    return seen.fits[0]
 
 
 def suits_by_entries(member: Member) -> bool:
     """Whether the kernel in C can step a weight with a second moment for every entry."""
+    weight = member.weight
     return (
         layout_of(member.manifold).size <= native.SHORT
         and member.second is not None
         and suits_native(member)
-        and member.second[0].stride() == member.weight.stride()
+        and _lies(member.second[0], accumulation_dtype(weight.dtype), weight.stride())
     )
 
 
@@ -126,7 +144,7 @@ def _jobs(
             if not apart.all():
                 # A gradient by itself, as it is only read; weights and moments are left to whoever can take them.
                 shared += [
-                    replace(m, gradient=m.gradient.clone())
+                    replace(m, gradient=m.gradient.clone(), seen=Seen())
                     for (m, _), own in zip(chosen, apart, strict=True)
                     if not own
                 ]
@@ -136,21 +154,32 @@ def _jobs(
     return found
 
 
+# Jobs that have been found apart: mostly a step has those of the last one.
+_known_apart: set[tuple[Any, ...]] = set()
+
+
 def _apart(jobs: np.ndarray, first: Member) -> np.ndarray:
     """Return for each job whether nothing that it reads or writes overlaps with anything else in the jobs."""
+    apart = np.ones(len(jobs), dtype=bool)
+    by_entries = first.second is not None and first.second[0].numel() == first.weight.numel()
+    starts = np.concatenate([jobs[name] for name in ("w", "g", "b", "v", "v_max", "rows", "size")])
+    plan = first.weight.dtype, by_entries, starts.tobytes()
+    if plan in _known_apart:
+        return apart
+    starts, entries = starts[: 5 * len(jobs)], jobs["rows"] * jobs["size"]
     width, wide = first.weight.itemsize, max(4, first.weight.itemsize)
-    entries = jobs["rows"] * jobs["size"]
-    squares = (entries if first.second is not None and first.second[0].numel() == entries[0] else jobs["rows"]) * wide
-    starts = np.concatenate([jobs[name] for name in ("w", "g", "b", "v", "v_max")])
-    lengths = np.concatenate([entries * width] * 3 + [squares] * 2)
+    lengths = np.concatenate([entries * width] * 3 + [(entries if by_entries else jobs["rows"]) * wide] * 2)
     order = np.argsort(starts, kind="stable")
     order = order[np.searchsorted(starts[order], 1) :]  # null where there is no moment
     starts, ends = starts[order], np.maximum.accumulate(starts[order] + lengths[order])
     meets = starts[1:] < ends[:-1]
-    apart = np.ones(len(jobs), dtype=bool)
     if meets.any():
         runs = np.concatenate([[0], np.cumsum(~meets)])
         apart[order[np.bincount(runs)[runs] > 1] % len(jobs)] = False
+        return apart
+    if len(_known_apart) > 256:
+        _known_apart.clear()
+    _known_apart.add(plan)
     return apart
 
 
@@ -163,9 +192,9 @@ def _changed(members: Sequence[Member]) -> None:
 
 def _ready(member: Member) -> Member:
     """Return a weight whose gradient lies in memory as it does: itself where that is so."""
-    weight, gradient = member.weight, member.gradient
-    if _lies(gradient, weight.dtype, weight.stride()):
+    if member.seen.fits is not None and member.seen.fits[1]:
         return member
+    weight, gradient = member.weight, member.gradient
     return replace(member, gradient=torch.empty_like(weight, requires_grad=False).copy_(gradient.detach()))
 
 

@@ -1,29 +1,70 @@
 /* What spheres.c does to rows, for one compute type: included there with REAL and NAME defined for float and double. */
 
 
+/* Products of more than PIECE entries and at most BLOCK: in vectors, which are added to vectors of doubles now and then,
+ * as adding up the numbers of a vector every time would take longer than all else. */
+typedef REAL NAME(Lanes) __attribute__((vector_size(VECTOR)));
+typedef double NAME(Totals) __attribute__((vector_size(8 * VECTOR / sizeof(REAL))));
+#define ADD(to, lanes) to += __builtin_convertvector(lanes, NAME(Totals))
+
+static void NAME(measure_many)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict b, int64_t n,
+                               Products *out) {
+    enum { LANES = VECTOR / sizeof(REAL), CHAIN = 32 * LANES };
+    NAME(Totals) ww = {0}, wg = {0}, gg = {0}, wb = {0}, gb = {0}, bb = {0};
+    int64_t i = 0;
+    while (i + LANES <= n) {
+        int64_t end = i + CHAIN < n ? i + CHAIN : n;
+        NAME(Lanes) ww_part = {0}, wg_part = {0}, gg_part = {0}, wb_part = {0}, gb_part = {0}, bb_part = {0}, x, y, z;
+        if (b) {
+            for (; i + LANES <= end; i += LANES) {
+                memcpy(&x, w + i, VECTOR); memcpy(&y, g + i, VECTOR); memcpy(&z, b + i, VECTOR);
+                ww_part += x * x; wg_part += x * y; gg_part += y * y;
+                wb_part += x * z; gb_part += y * z; bb_part += z * z;
+            }
+            ADD(wb, wb_part); ADD(gb, gb_part); ADD(bb, bb_part);
+        } else {
+            for (; i + LANES <= end; i += LANES) {
+                memcpy(&x, w + i, VECTOR); memcpy(&y, g + i, VECTOR);
+                ww_part += x * x; wg_part += x * y; gg_part += y * y;
+            }
+        }
+        ADD(ww, ww_part); ADD(wg, wg_part); ADD(gg, gg_part);
+    }
+    Products sum = {0, 0, 0, 0, 0, 0};
+    for (int64_t k = 0; k < LANES; k++) {
+        sum.ww += ww[k]; sum.wg += wg[k]; sum.gg += gg[k];
+        sum.wb += wb[k]; sum.gb += gb[k]; sum.bb += bb[k];
+    }
+    for (; i < n; i++) {
+        double x = w[i], y = g[i], z = b ? b[i] : 0;
+        sum.ww += x * x; sum.wg += x * y; sum.gg += y * y; sum.wb += x * z; sum.gb += y * z; sum.bb += z * z;
+    }
+    *out = sum;
+}
+#undef ADD
+
 /* Products of at most BLOCK entries. */
 static void NAME(measure)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict b, int64_t n,
                           Products *out) {
-    Products sum = {0, 0, 0, 0, 0, 0};
-    for (int64_t start = 0; start < n; start += PIECE) {
-        int64_t end = start + PIECE < n ? start + PIECE : n;
-        REAL ww = 0, wg = 0, gg = 0, wb = 0, gb = 0, bb = 0;
-        if (b) {
-#pragma omp simd reduction(+ : ww, wg, gg, wb, gb, bb)
-            for (int64_t i = start; i < end; i++) {
-                REAL x = w[i], y = g[i], z = b[i];
-                ww += x * x; wg += x * y; gg += y * y; wb += x * z; gb += y * z; bb += z * z;
-            }
-        } else {
-#pragma omp simd reduction(+ : ww, wg, gg)
-            for (int64_t i = start; i < end; i++) {
-                REAL x = w[i], y = g[i];
-                ww += x * x; wg += x * y; gg += y * y;
-            }
-        }
-        sum.ww += ww; sum.wg += wg; sum.gg += gg; sum.wb += wb; sum.gb += gb; sum.bb += bb;
+    if (n > PIECE) {
+        NAME(measure_many)(w, g, b, n, out);
+        return;
     }
-    *out = sum;
+    REAL ww = 0, wg = 0, gg = 0, wb = 0, gb = 0, bb = 0;
+    if (b) {
+#pragma omp simd reduction(+ : ww, wg, gg, wb, gb, bb)
+        for (int64_t i = 0; i < n; i++) {
+            REAL x = w[i], y = g[i], z = b[i];
+            ww += x * x; wg += x * y; gg += y * y; wb += x * z; gb += y * z; bb += z * z;
+        }
+    } else {
+#pragma omp simd reduction(+ : ww, wg, gg)
+        for (int64_t i = 0; i < n; i++) {
+            REAL x = w[i], y = g[i];
+            ww += x * x; wg += x * y; gg += y * y;
+        }
+    }
+    *out = (Products){ww, wg, gg, wb, gb, bb};
 }
 
 /* A gradient without its radial part. One function, so that every pass finds the same entries. */
@@ -37,13 +78,15 @@ static __attribute__((noinline)) void NAME(subtract)(const REAL *restrict w, con
 static void NAME(outcome)(const REAL *w, const REAL *g, const REAL *b, int64_t n, const Row *r, double *norm,
                           double *overlap) {
     REAL ww = (REAL)r->ww, wb = (REAL)r->wb, wg = (REAL)r->wg, bw = (REAL)r->bw, bb = (REAL)r->bb, bg = (REAL)r->bg;
+    const REAL *other = b ? b : w; /* without b its coefficients count for nothing */
+    if (!b) wb = bb = 0;
     *norm = *overlap = 0;
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t end = start + PIECE < n ? start + PIECE : n;
         REAL squares = 0, mixed = 0;
 #pragma omp simd reduction(+ : squares, mixed)
         for (int64_t i = start; i < end; i++) {
-            REAL z = b ? b[i] : 0, x = ww * w[i] + wg * g[i] + wb * z, y = bw * w[i] + bg * g[i] + bb * z;
+            REAL z = other[i], x = ww * w[i] + wg * g[i] + wb * z, y = bw * w[i] + bg * g[i] + bb * z;
             squares += x * x; mixed += x * y;
         }
         *norm += squares; *overlap += mixed;
@@ -69,21 +112,17 @@ static void NAME(write)(REAL *restrict w, const REAL *restrict g, REAL *restrict
  * They are measured as they have come out: large coefficients cancel, and what they lose is not known beforehand. */
 static void NAME(put_back)(REAL *restrict w, REAL *restrict b, int64_t n, double square) {
     double norm = 0, overlap = 0;
+    const REAL *other = b ? b : w; /* a choice inside the loop would keep it from being one of vectors */
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t end = start + PIECE < n ? start + PIECE : n;
         REAL squares = 0, mixed = 0;
 #pragma omp simd reduction(+ : squares, mixed)
-        for (int64_t i = start; i < end; i++) {
-            REAL x = w[i], y = b ? b[i] : 0;
-            squares += x * x; mixed += x * y;
-        }
+        for (int64_t i = start; i < end; i++) squares += w[i] * w[i], mixed += w[i] * other[i];
         norm += squares; overlap += mixed;
     }
     REAL turn = (REAL)(overlap / norm), scale = (REAL)((1.0 + 0.0 * norm) / sqrt(norm / square));
-    for (int64_t i = 0; i < n; i++) {
-        if (b) b[i] -= turn * w[i];
-        w[i] *= scale;
-    }
+    for (int64_t i = 0; b && i < n; i++) b[i] -= turn * w[i];
+    for (int64_t i = 0; i < n; i++) w[i] *= scale;
 }
 
 /* The second moments of rows from `row` on, updated; nothing for SGD. */

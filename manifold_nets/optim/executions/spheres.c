@@ -1,7 +1,8 @@
 /* Steps of RiemannianSGD, RiemannianAdam and AngularAdam on the CPU, row by row in cache: the formulas of products.py,
  * coefficients.py and updates.py. A weight is a matrix whose rows are its groups. Short rows are stepped in blocks that
  * stay in cache, so that the second pass over them moves no memory; long rows are cut into pieces for all threads, with
- * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double.
+ * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double:
+ * equal entries are rounded alike, and a longer chain of additions would be off by more machine epsilons.
  * Other methods have their coefficients computed elsewhere, between a pass that measures and one that writes.
  *
  * Compiled at first use by manifold_nets.optim.executions.native, once a machine. */
@@ -13,7 +14,7 @@
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { SGD, ADAM, ANGULAR_ADAM };
 enum { STAYS, CARRIED, ALONE };
-enum { PIECE = 2048, BLOCK = 16384, ROWS = 64 };
+enum { PIECE = 256, BLOCK = 16384, ROWS = 64 };
 enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see angular_adam.py */
 
 typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
@@ -244,6 +245,15 @@ static int lay_out(Work *work, const Job *jobs, int64_t count) {
 }
 
 enum { STEP, MEASURE, WRITE };
+
+/* Bytes of the processor's vectors; compilers take longer ones apart badly. */
+#if defined(__AVX512F__)
+#define VECTOR 64
+#elif defined(__AVX__)
+#define VECTOR 32
+#else
+#define VECTOR 16
+#endif
 
 #define REAL float
 #define NAME(x) x##_float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from manifold_nets.optim.rules.coefficients import Coefficients, adam_coefficien
 from manifold_nets.optim.rules.products import Spheres, Tangential
 from manifold_nets.optim.rules.updates import riemannian_adam_, riemannian_sgd_
 
-__all__ = ["Member", "Rule"]
+__all__ = ["Member", "Rule", "Seen"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,19 @@ class Rule:
 
 
 @dataclass(slots=True)
+class Seen:
+    """What was found out about the tensors of a weight; it holds as long as they lie where they did.
+
+    Attributes:
+        mark: where and how weight, gradient and state lie in memory; None where that cannot be told.
+        fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
+    """
+
+    mark: tuple[object, ...] | None = None
+    fits: tuple[bool, bool] | None = None
+
+
+@dataclass(slots=True)
 class Member:
     """A weight in a step.
 
@@ -101,6 +114,7 @@ class Member:
         second: second moment of each sphere, and the largest so far or None, changed in place; None for SGD.
         dampening: share of the new gradient that is left out; 0 in the first step.
         step: number of this step, counted from 1.
+        seen: what is known of the tensors.
     """
 
     weight: Tensor
@@ -110,3 +124,4 @@ class Member:
     second: tuple[Tensor, Tensor | None] | None = None
     dampening: float = 0.0
     step: float | Tensor = 1.0
+    seen: Seen = field(default_factory=Seen)
