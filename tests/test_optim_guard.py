@@ -133,18 +133,21 @@ def test_a_parameter_that_takes_anothers_place_is_seen():
     check_refused(net, optimizer)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, RiemannianSGD])
 @pytest.mark.parametrize("radius", ["keep", "unit"])
-def test_an_optimizer_that_holds_the_weight_from_before_its_conversion_is_stopped(radius):
+def test_an_optimizer_that_holds_the_weight_from_before_its_conversion_is_stopped(radius, kind):
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(8, 4)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = kind(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     for _ in range(2):
         with_gradients(net)
         optimizer.step()
     former = net[0].weight
     mn.convert(net, x, radius=radius, inplace=True)
     optimizer.zero_grad()
-    with pytest.warns(UserWarning, match=r"Linear\.weight: .*after SGD was built.*does not train the weight"):
+    with pytest.warns(
+        UserWarning, match=rf"Linear\.weight: .*after {kind.__name__} was built.*does not train the weight"
+    ):
         optimizer.step()
     # With a gradient from before, the momentum would move memory that the weight may share.
     former.grad = torch.zeros_like(former)

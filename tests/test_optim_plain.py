@@ -162,13 +162,16 @@ def test_closures_equal_torch(ours, torchs, options):
     assert len(set(losses[0])) == 5
 
 
-def test_sparse_gradients_equal_torch():
+@pytest.mark.parametrize("options", [*IMPLEMENTATIONS[:3], {"momentum": 0.9}, {"maximize": True}])
+def test_sparse_gradients_equal_torch(options):
     tables = []
     for kind in (RiemannianSGD, torch.optim.SGD):
         table = nn.Embedding.from_pretrained(torch.ones(4, 3), freeze=False, sparse=True)
-        optimizer = kind(table.parameters(), lr=0.1)
-        table(torch.tensor([1, 2, 2])).sum().backward()
-        optimizer.step()
+        optimizer = kind(table.parameters(), lr=0.1, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            table(torch.tensor([1, 2, 2])).sum().backward()
+            optimizer.step()
         tables.append(table.weight)
     assert torch.equal(*tables)
     assert not torch.equal(tables[0], torch.ones(4, 3))

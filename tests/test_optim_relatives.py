@@ -21,20 +21,27 @@ from manifold_nets.errors import (
 from manifold_nets.optim.executions import choice, native
 
 LR, MOMENTUM, CLIP, BETAS, EPS = 0.3, 0.8, 0.4, (0.8, 0.95), 1e-6
+# Of AngularAdam, whose direction shows the correction of its second moments only beside an eps that counts.
+LARGE_EPS = 0.1
 
 
 class Reference:
     """Steps of one filter after another on unit spheres, from the papers' formulas."""
 
-    def __init__(self, start, method):
+    def __init__(self, start, method, dampening=0.0, nesterov=False):
         self.u, self.b, self.v, self.t, self.method = start.copy(), np.zeros_like(start), 0.0, 0, method
+        self.dampening, self.nesterov = dampening, nesterov
+
+    def momentum(self, g):
+        """The direction of torch's SGD, of a gradient or its tangential part."""
+        self.b = MOMENTUM * self.b + (1 - self.dampening) * g if self.t > 1 else g
+        return g + MOMENTUM * self.b if self.nesterov else self.b
 
     def step(self, g):
         self.t += 1
         xi = g - (self.u @ g) * self.u
         if self.method == "projected":
-            self.b = MOMENTUM * self.b + g if self.t > 1 else g
-            moved = self.u - LR * self.b
+            moved = self.u - LR * self.momentum(g)
             self.u = moved / np.linalg.norm(moved)
             return
         if self.method in ("sgd-g", "adam-g"):
@@ -42,7 +49,7 @@ class Reference:
         if self.method == "angular-adam":
             self.b = BETAS[0] * self.b + (1 - BETAS[0]) * xi
             self.v = BETAS[1] * self.v + (1 - BETAS[1]) * xi**2
-            d = self.b / (np.sqrt(self.v / (1 - BETAS[1] ** self.t)) + EPS)
+            d = self.b / (np.sqrt(self.v / (1 - BETAS[1] ** self.t)) + LARGE_EPS)
             d = d - (self.u @ d) * self.u
             self.u = np.cos(LR) * self.u - np.sin(LR) * d / np.linalg.norm(d)
             self.b = self.b - (self.u @ self.b) * self.u
@@ -53,8 +60,8 @@ class Reference:
             scale = 1 / (1 - BETAS[0] ** self.t) / np.sqrt(self.v / (1 - BETAS[1] ** self.t) + EPS)
             self._geodesic(-LR * scale * self.b)
             return
-        self.b = MOMENTUM * self.b + xi if self.t > 1 else xi
-        self._geodesic(-LR * self.b / (np.linalg.norm(self.b) if self.method == "angular" else 1.0))
+        d = self.momentum(xi)
+        self._geodesic(-LR * d / (np.linalg.norm(d) if self.method == "angular" else 1.0))
 
     def _geodesic(self, d):
         angle = np.linalg.norm(d)
@@ -69,7 +76,7 @@ def optimizer_for(method, parameter, **how):
     if method == "adam-g":
         return mn.optim.AdamG([parameter], lr=LR, betas=BETAS, eps=EPS, clip=CLIP, **how)
     if method == "angular-adam":
-        return mn.optim.AngularAdam([parameter], lr=LR, betas=BETAS, eps=EPS, **how)
+        return mn.optim.AngularAdam([parameter], lr=LR, betas=BETAS, eps=LARGE_EPS, **how)
     kind = {"angular": mn.optim.AngularSGD, "projected": mn.optim.ProjectedSGD}[method]
     return kind([parameter], lr=LR, momentum=MOMENTUM, **how)
 
@@ -78,15 +85,15 @@ METHODS = ["sgd-g", "adam-g", "angular", "angular-adam", "projected"]
 EXECUTIONS = {"default": {}, "passes": {"fused": True}, "batched": {"foreach": True}, "single": {"foreach": False}}
 
 
-def check_against_reference(method, layout, radii, dtype, planted=None, **how):
-    problem = Problem(layout, radii)
+def check_against_reference(method, layout, radii, dtype, planted=None, options=None, **how):
+    problem, options = Problem(layout, radii), options or {}
     parameter = problem.parameter(dtype)
-    optimizer = optimizer_for(method, parameter, **how)
+    optimizer = optimizer_for(method, parameter, **options, **how)
     if planted is not None:
         planted(optimizer)
     spread = problem.spread(problem.radii)
     groups = [np.flatnonzero(problem.ids.ravel() == g) for g in range(len(problem.radii))]
-    references = [Reference((problem.start / spread).ravel()[rows], method) for rows in groups]
+    references = [Reference((problem.start / spread).ravel()[rows], method, **options) for rows in groups]
     for step in range(STEPS):
         w = parameter.detach().double().numpy()
         gradient = problem.gradient(w, step)
@@ -111,6 +118,18 @@ def test_steps_are_those_of_the_formulas(method, layout, kind, dtype):
     """In passes of the kernel, in batches, and one weight after the other."""
     for how in EXECUTIONS.values():
         check_against_reference(method, layout, radii_for(layout, kind), dtype, **how)
+
+
+@pytest.mark.parametrize("options", [{"nesterov": True}, {"dampening": 0.3}], ids=str)
+@pytest.mark.parametrize("method", ["sgd-g", "angular", "projected"])
+def test_momentum_has_the_options_of_torch(method, options):
+    for how in EXECUTIONS.values():
+        arguments = (method, LAYOUTS[1], radii_for(LAYOUTS[1], "per group"), torch.float64)
+        check_against_reference(*arguments, options=options, **how)
+        with pytest.raises(AssertionError):
+            check_against_reference(
+                *arguments, lambda o: o.param_groups[0].update(nesterov=False, dampening=0.0), options, **how
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -349,7 +368,7 @@ def check_scaled_metric(partition, dtype, nesterov, norms_power=1, **how):
         viewed = w.reshape(partition.view)
         norm = viewed.square().sum(partition.reduced, keepdim=True).sqrt() ** norms_power
         norm = norm.expand(partition.view).reshape(partition.shape)
-        b = (0.9 if step else 0.0) * b + (1.0 if step == 0 else 0.75) * norm * gradient.to(dtype).double()
+        b = (0.9 if step else 0.0) * b + (1.0 if step == 0 or nesterov else 0.75) * norm * gradient.to(dtype).double()
         w = w - 0.1 * norm * (norm * gradient.to(dtype).double() + 0.9 * b if nesterov else b)
     how = {"nesterov": True} | how if nesterov else {"dampening": 0.25} | how
     found = scaled_metric_steps(start, gradients, partition, dtype, **how)
@@ -361,7 +380,8 @@ def check_scaled_metric(partition, dtype, nesterov, norms_power=1, **how):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("partition", SCALED, ids=["filters", "blocks", "whole"])
 def test_every_execution_of_the_scaled_metric_takes_the_steps_of_the_formula(partition, dtype, how):
-    check_scaled_metric(partition, dtype, nesterov=False, **how)
+    for nesterov in (False, True):
+        check_scaled_metric(partition, dtype, nesterov=nesterov, **how)
     with pytest.raises(AssertionError):
         check_scaled_metric(partition, dtype, nesterov=False, norms_power=0, **how)
 
@@ -377,14 +397,32 @@ def test_partitions_that_do_not_fit_are_refused_by_name():
     with pytest.raises(OptionError, match=r"differentiable: found True.*second is scaled"):
         optimizer.add_param_group({**group, "partitions": [None, partition], "differentiable": True})
     sphere = mn.SphereProduct((4, 3))
-    with pytest.raises(ParameterGroupError, match="a partition and a manifold"):
-        optimizer.add_param_group(
-            {
-                "params": [("third", geoopt.ManifoldParameter(sphere.random(), manifold=sphere))],
-                "partitions": [partition],
-            }
-        )
+    weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+    for more in ({}, {"partitions": [partition]}):
+        with pytest.raises(SphereOptionError, match="third lies on a product of spheres: found ScaledMetricSGD"):
+            optimizer.add_param_group({"params": [("third", weight)], **more})
     assert len(optimizer.param_groups) == 1
+
+
+def test_the_scaled_metric_refuses_weights_on_spheres_and_both_ways_out_work():
+    net = nn.Sequential(mn.layers.UnitNormLinear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    with pytest.raises(SphereOptionError, match=r"^0\.weight lies .* such as manifold_nets\.optim\.RiemannianSGD"):
+        mn.optim.ScaledMetricSGD(mn.param_groups(net), lr=0.1)
+
+    def trained(optimizer, model):
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.randn(32, 4)).square().mean().backward()
+            optimizer.step()
+
+    trained(mn.optim.RiemannianSGD(mn.param_groups(net), lr=0.1), net)
+    weight = net[0].weight
+    assert float(weight.manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(torch.float32).eps
+    plain = mn.revert(net)
+    groups = mn.optim.scaled_metric_groups(plain, {"0.weight": mn.Partition.filters((8, 4))})
+    before = plain[0].weight.detach().clone()
+    trained(mn.optim.ScaledMetricSGD(groups, lr=0.1), plain)
+    assert not torch.equal(plain[0].weight, before)
 
 
 def test_master_weights_keep_what_half_precision_would_lose():

@@ -12,7 +12,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import manifold_nets as mn
+from manifold_nets.errors import SparseGradientError
 from manifold_nets.optim import OPTIMIZERS
+from manifold_nets.optim.base import SphereOptimizer
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -174,6 +176,61 @@ def test_the_function_does_not_depend_on_the_radius(name):
         paths.append(train(net, optimizer, x.double(), y, 20))
     eps = torch.finfo(torch.float64).eps
     torch.testing.assert_close(*paths, rtol=2**20 * eps, atol=0)
+
+
+def scaled_step(name, how, scale, infinite):
+    """What one step makes of the network's parameters, by a scaler of gradients where there is a scale."""
+    net, optimizer, x, y = setup(name, **how)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    for _ in range(2):
+        optimizer.zero_grad()
+        scaler.scale(cross_entropy(net(x), y)).backward()
+        if infinite:
+            next(p for p in net.parameters() if p.grad is not None).grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_scaled_gradients_are_unscaled_and_infinite_ones_skip_the_step(name, how):
+    expected = scaled_step(name, how, None, infinite=False)
+    found = scaled_step(name, how, 2.0**12, infinite=False)  # a power of 2, which rounds nothing
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    start = [p.detach() for p in setup(name, **how)[0].parameters()]
+    skipped = scaled_step(name, how, 2.0**12, infinite=True)
+    assert all(torch.equal(a, b) for a, b in zip(skipped, start, strict=True))
+
+
+@pytest.mark.parametrize("name", ["radam", "sm"])
+def test_sabotage_a_step_that_says_that_it_unscales_is_noticed(name, monkeypatch):
+    monkeypatch.setattr(SphereOptimizer, "_step_supports_amp_scaling", True)
+    with pytest.raises(AssertionError):
+        test_scaled_gradients_are_unscaled_and_infinite_ones_skip_the_step(name, {"fused": True})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_sparse_gradients_are_refused_before_anything_moves(name):
+    _, optimizer, _, _ = setup(name)
+    (number, index, weight), *_ = [
+        (number, *found)
+        for number, group in enumerate(optimizer.param_groups)
+        for found in optimizer._stepped_by_rules(group)
+    ]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(params)
+    weight.grad = weight.grad.to_sparse()
+    where = optimizer.param_groups[number]["param_names"][index]
+    with pytest.raises(SparseGradientError, match=rf"^{where}: found a gradient of layout torch.sparse_coo") as caught:
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    assert "weight.grad = weight.grad.to_dense()" in str(caught.value)
+    weight.grad = weight.grad.to_dense()
+    optimizer.step()
+    assert not torch.equal(weight, next(b for a, b in zip(params, before, strict=True) if a is weight))
 
 
 def test_every_optimizer_of_the_package_is_in_the_table():
