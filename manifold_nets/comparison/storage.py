@@ -13,7 +13,7 @@ from manifold_nets.comparison.errors import StorageError
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-__all__ = ["PASSWORD_VARIABLE", "completed", "needs_password", "redacted", "without_secrets"]
+__all__ = ["PASSWORD_VARIABLE", "completed", "redacted", "without_secrets"]
 
 PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 _FILE_VARIABLE = f"{PASSWORD_VARIABLE}_FILE"
@@ -65,7 +65,9 @@ def completed(url: str) -> str:
         StorageError: that file cannot be read.
     """
     found = _parsed(url)
-    if found is None or not needs_password(url):
+    if found is None or found.get_backend_name() == "sqlite" or found.password is not None:
+        return url
+    if not {"password", "passwd"}.isdisjoint(found.query):
         return url
     password = os.environ.get(PASSWORD_VARIABLE)
     file = os.environ.get(_FILE_VARIABLE)
@@ -76,19 +78,6 @@ def completed(url: str) -> str:
             expected = "a file whose first line is the password"
             raise StorageError(_FILE_VARIABLE, str(error), expected, "Correct the variable or the file.") from error
     return url if password is None else found.set(password=password).render_as_string(hide_password=False)
-
-
-def needs_password(url: str) -> bool:
-    """Whether a database behind the URL, without its passwords, may ask for one.
-
-    Example:
-        >>> needs_password("mysql+pymysql://me@host/db"), needs_password("sqlite:///runs.db")
-        (True, False)
-    """
-    found = _parsed(url)
-    if found is None or found.get_backend_name() == "sqlite":
-        return False
-    return found.password is None and {"password", "passwd"}.isdisjoint(found.query)
 
 
 def _parsed(url: str) -> URL | None:
