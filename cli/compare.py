@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shlex
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +17,7 @@ from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
 from manifold_nets.comparison.joining import join_comparison, study_name
 from manifold_nets.comparison.records import Schedule
 from manifold_nets.comparison.starts import foreign_code
-from manifold_nets.comparison.storage import PASSWORD_VARIABLE, needs_password, redacted
+from manifold_nets.comparison.storage import PASSWORD_VARIABLE, completed, redacted
 from manifold_nets.comparison.tasks import load_task
 from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.errors import ManifoldNetsError
@@ -209,7 +208,7 @@ def _worker(settings: Settings, storage: str, output: Path) -> str:
     words = ["manifold-nets", "compare", "--worker", study_name(settings, output), "--storage", shown]
     for spec in foreign_code(settings):
         words += ["--allow", spec]
-    secret = shown != storage or (needs_password(storage) and PASSWORD_VARIABLE in os.environ)
+    secret = shown != storage or completed(storage) != storage
     needed = f"the same packages{f' and the password in {PASSWORD_VARIABLE}' if secret else ''}"
     return f"{needed}: {shlex.join(words)}"
 

@@ -69,7 +69,7 @@ def small_settings(**changes: Any) -> Settings:
 def tiny(**changes: Any) -> Comparison:
     """Compare two optimizers on the tiny task in this process."""
     options = {"optimizers": ["sgd", "rsgd"], "learning_rates": [0.05, 0.5], "seeds": 2, "epochs": 2, "report": False}
-    return mn.compare(tiny_network, task=tiny_task(), **{**options, **changes})
+    return mn.compare(tiny_network, **{"task": tiny_task(), **options, **changes})
 
 
 def tiny_starts(**changes: Any) -> tuple[Starts, Settings]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from comparison_runs import COUNT, CountingPart, small_settings, tiny, tiny_netw
 from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.comparison import Comparison, RunKey
+from manifold_nets.comparison import Comparison, EpochRecord, RunKey, task_from_data
 from manifold_nets.comparison.choosing import choose
 from manifold_nets.comparison.contestants import CONTESTANTS, TorchStepper, contestant
 from manifold_nets.comparison.errors import (
@@ -71,8 +72,6 @@ def test_names_of_nothing_are_refused():
         mn.compare(epochz=3)
     with pytest.raises(SettingsError, match="workers"):
         tiny(workers=0)
-    with pytest.raises(SettingsError, match=r"workers.*module of their own|cannot be sent"):
-        mn.compare(lambda: tiny_network(), task=tiny_task(), optimizers=["sgd"], workers=2)
     with pytest.raises(ComparisonFolderError, match=r"comparison\.json"):
         Comparison.read("/nowhere")
 
@@ -275,6 +274,67 @@ def test_records_of_a_run_are_plausible():
     assert run.peak_memory_bytes is not None
     assert run.peak_memory_bytes > 3 * 4 * (4 * 6 + 6 * 2)
     assert set(CONTESTANTS) >= {"sgd", "adam", "rsgd", "radam"}
+
+
+# ---- data that are not finite ----------------------------------------------------------------------------------------
+
+
+def broken_task(part, *, error=None):
+    """The tiny task with one NaN among the inputs of a part; its error is that of classes, or one of one's own."""
+    task = tiny_task()
+    inputs = task.parts[part].inputs.clone()
+    inputs[3, 2] = float("nan")
+    parts = {**task.parts, part: TensorPart(inputs, task.parts[part].targets)}
+    return task_from_data(*parts.values(), name="points", batch_size=20, outputs=2, error=error)
+
+
+def distance(outputs, targets):
+    return (outputs[:, 1] - targets).abs()
+
+
+@pytest.mark.parametrize("error", [None, distance], ids=["classes", "distance"])
+def test_one_nan_in_the_test_data_does_not_end_a_comparison(error, tmp_path):
+    for _ in range(2):  # also when it is started again
+        found = tiny(task=broken_task("test", error=error), output=tmp_path, optimizers=["sgd"], seeds=1)
+    tested = [run for run in found.results if run.test_loss is not None]
+    assert [math.isnan(run.test_loss) for run in tested] == [True]
+    assert [math.isnan(run.test_error) for run in tested] == [error is distance]
+    assert f"The test {'error' if error else 'loss'} of sgd is not finite in 1 of 1 runs" in str(found)
+    assert repr(Comparison.read(tmp_path)) == repr(found)
+    json.loads((tmp_path / "comparison.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("error", [None, distance], ids=["classes", "distance"])
+def test_a_validation_error_that_is_not_finite_is_divergence(error, tmp_path):
+    task = broken_task("validation", error=error)
+    # A loss that forgives what the error does not.
+    task = replace(task, loss=lambda outputs, targets: nn.functional.cross_entropy(outputs.nan_to_num(), targets))
+    found = tiny(task=task, output=tmp_path, optimizers=["sgd"], seeds=1)
+    assert {run.diverged for run in found.results} == {error is distance}
+
+
+def test_floats_that_are_not_finite_come_back_from_json():
+    for value in (math.nan, math.inf, -math.inf):
+        record = EpochRecord(1, 1, 1.0, value, 0.5, 0.5, 1.0, ())
+        text = json.dumps(record.to_dict(), allow_nan=False)
+        assert repr(EpochRecord.from_dict(json.loads(text))) == repr(record)
+    with pytest.raises(RecordError):
+        EpochRecord.from_dict({**record.to_dict(), "train_loss": "NaN"})
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_shown_on_a_terminal_and_where_it_is_asked_for(capsys, monkeypatch):
+    few = {"optimizers": ["sgd"], "learning_rates": [0.05], "seeds": 1, "epochs": 1}
+    for quiet in (None, False):
+        tiny(progress=quiet, **few)
+        assert capsys.readouterr() == ("", "")
+    tiny(progress=True, **few)
+    assert "1 of 1 runs; 0:00 left; best validation error" in capsys.readouterr().err
+    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    tiny(**few)
+    assert "\x1b[2K" in capsys.readouterr().err  # a line that is drawn anew
 
 
 # ---- measurements ----------------------------------------------------------------------------------------------------

@@ -7,28 +7,42 @@ import dataclasses
 import math
 import os
 import random
+import shlex
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import quote, quote_plus
 
 import pytest
+from click.testing import CliRunner
 from comparison_runs import reproducible, small_settings, tiny
-from sqlalchemy import event
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import event, make_url
 
+from manifold_nets.cli import main
 from manifold_nets.cli.compare import compare as command_line
-from manifold_nets.comparison import engine
+from manifold_nets.comparison import Contestant, engine
 from manifold_nets.comparison.engine import Progress
 from manifold_nets.comparison.entry import compare_settings
 from manifold_nets.comparison.environment import environment
-from manifold_nets.comparison.errors import DifferentCommandError, FolderInUseError, SettingsError, StorageError
+from manifold_nets.comparison.errors import (
+    ContestantError,
+    DifferentCommandError,
+    FolderInUseError,
+    SettingsError,
+    StorageError,
+)
 from manifold_nets.comparison.joining import join_comparison, study_name
 from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
 from manifold_nets.comparison.report.data import runs_csv
+from manifold_nets.comparison.storage import PASSWORD_VARIABLE, completed, redacted, without_secrets
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +112,115 @@ def test_another_command_into_the_same_folder_is_refused_with_the_difference(tmp
         tiny(output=tmp_path, epochs=3, momentum=0.5)
     # Nothing was written.
     assert (tmp_path / "comparison.json").read_bytes() == before
+
+
+MORE = {"optimizers": ["adam", "sgd", "rsgd"], "learning_rates": [0.01, 0.05, 0.5], "seeds": [0, 1, 5]}
+
+
+def extended(folder: Path, **first) -> tuple[str, list[Progress]]:
+    """The tiny comparison, and then more of it, in the same folder: its CSV, and what was told of the second call."""
+    tiny(output=folder, **first)
+    seen: list[Progress] = []
+    return runs_csv(tiny(output=folder, progress=seen.append, **MORE)), seen
+
+
+def test_a_finished_study_is_extended_by_the_new_runs_alone(tmp_path, whole):
+    text, seen = extended(tmp_path)
+    assert (seen[0].done, seen[0].total, seen[-1].done) == (8, 27, 27)
+    assert sum(progress.last is not None for progress in seen) == 19
+    assert text == runs_csv(tiny(**MORE))
+    # The runs that were there are as they were, and the extended study goes on as any other.
+    before = {run.key: run for run in whole.results}
+    after = {run.key: run for run in tiny(output=tmp_path, **MORE).results}
+    assert {key: run.epochs[-1].train_loss for key, run in before.items()} == {
+        key: after[key].epochs[-1].train_loss for key in before
+    }
+    # Sabotage: with another first seed the runs would be those of another analysis.
+    with pytest.raises(AssertionError):
+        assert text == runs_csv(tiny(**{**MORE, "seeds": [2, 1, 5]}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": [0]}, r"seeds is \(0, 1\) there and \(0,\) here"),
+        ({"seeds": [1, 0, 2]}, r"seeds is \(0, 1\) there and \(1, 0, 2\) here"),
+        ({"seeds": [0, 2, 3]}, "seeds is"),
+        ({"optimizers": ["sgd", "adam"]}, "optimizers is"),
+        ({"learning_rates": [0.5, 1.0, 2.0]}, "learning_rates is"),
+        ({"seeds": 3, "epochs": 3}, "epochs is 2 there and 3 here"),
+        ({"seeds": 3, "weight_decays": [0.0, 0.1]}, "weight_decays is"),
+    ],
+)
+def test_other_changes_of_a_study_are_refused_with_the_difference(changes, said, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "to refuse"
+    if not folder.exists():
+        tiny(output=folder)
+    before = (folder / "comparison.json").read_bytes()
+    with pytest.raises(DifferentCommandError, match=said) as refused:
+        tiny(output=folder, **changes)
+    assert str(refused.value).count(" there and ") == 1
+    assert (folder / "comparison.json").read_bytes() == before
+    tiny(output=folder)  # and nothing of the study was changed
+
+
+def test_an_extension_that_cannot_work_leaves_the_study_as_it_was(tmp_path, whole):
+    tiny(output=tmp_path)
+
+    def broken(model, rate, settings):
+        raise RuntimeError("no such thing")
+
+    with pytest.raises(ContestantError, match=r"mine.*no such thing"):
+        tiny(output=tmp_path, optimizers=["sgd", "rsgd", Contestant("mine", "plain", "own", "here", broken)])
+    assert runs_csv(tiny(output=tmp_path)) == runs_csv(whole)
+
+
+def test_an_extension_that_was_interrupted_goes_on(tmp_path):
+    tiny(output=tmp_path)
+
+    def interrupt(progress):
+        if progress.done == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(output=tmp_path, progress=interrupt, **MORE)
+    seen: list[Progress] = []
+    assert runs_csv(tiny(output=tmp_path, progress=seen.append, **MORE)) == runs_csv(tiny(**MORE))
+    assert seen[0].done == 11
+
+
+def test_a_tuned_study_is_extended_too(tmp_path):
+    tuned = {"tune_on": (30, 15, 1), "output": tmp_path}
+    tiny(**tuned)
+    assert runs_csv(tiny(**tuned, **MORE)) == runs_csv(tiny(tune_on=(30, 15, 1), **MORE))
+
+
+def test_who_knows_the_study_before_it_grew_takes_none_of_the_new_runs(tmp_path):
+    settings = small_settings()
+    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
+    queue.create(settings, environment())
+    more = small_settings(seeds=(0, 1, 2))
+    queue.extend(more)
+    queue.fill(more.run_keys())
+    known = frozenset(settings.run_keys())
+    claimed = dict(filter(None, (queue.claim(among=known) for _ in range(20))))
+    assert sorted(claimed.values()) == sorted(known)
+    assert queue.done(known) == 0
+    queue.close()
+
+
+@pytest.mark.slow
+def test_a_study_in_a_shared_database_is_extended(tmp_path):
+    url, more = f"sqlite:///{tmp_path / 'shared.db'}", {"seeds": (0, 1, 2), "learning_rates": (0.01, 0.1, 1e8)}
+    compare_settings(small_settings(), tmp_path / "a", storage=url, report=False)
+    name = study_name(small_settings())
+    # The folder remembers the study, whose name would be another one.
+    assert study_name(small_settings(**more)) != name == study_name(small_settings(**more), tmp_path / "a")
+    seen: list[Progress] = []
+    found = compare_settings(small_settings(**more), tmp_path / "a", storage=url, report=False, progress=seen.append)
+    assert (seen[0].done, seen[-1].done) == (8, 18)
+    assert runs_csv(found) == runs_csv(compare_settings(small_settings(**more), None))
+    assert join_comparison(url, name) == small_settings(**more)
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
@@ -307,8 +430,80 @@ def test_a_worker_without_the_device_of_the_study_is_refused(tmp_path):
 def test_a_database_without_the_study_is_refused(tmp_path):
     with pytest.raises(StorageError, match=r"study nothing in sqlite.*no such study.*name \(--worker"):
         join_comparison(f"sqlite:///{tmp_path / 'x.db'}", "nothing")
+    assert {"--storage", "--worker", "--allow"} <= {flag for option in command_line.params for flag in option.opts}
+
+
+# ---- passwords -------------------------------------------------------------------------------------------------------
+
+SECRET = "s3cret-p4ss"
+WITH_SECRETS = [
+    f"postgresql+psycopg://me:{SECRET}@127.0.0.1:9/db",
+    f"postgresql+psycopg://me@127.0.0.1:9/db?password={SECRET}&connect_timeout=9",
+    f"postgresql+psycopg://me:x@127.0.0.1:9/db?sslpassword={SECRET}",
+    f"mysql+pymysql://me@127.0.0.1:9/db?ssl_key_password={SECRET}&charset=utf8mb4",
+    f"mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3D{SECRET}",
+    f"postgresql://127.0.0.1:9/db?user=me&auth_token={SECRET}",
+    f"postgresql://me:a@{SECRET}@127.0.0.1:9/db",
+    f"postgresql://me:a/b@{SECRET}@127.0.0.1:9/db",
+    f"postgresql+nothing://me:{SECRET}@127.0.0.1:9/db",
+    f"nonsense {SECRET}",
+    f"://me:{SECRET}@127.0.0.1:9",
+]
+
+
+def check_hidden(shown: str) -> None:
+    assert SECRET not in shown
+
+
+@pytest.mark.parametrize("url", WITH_SECRETS)
+def test_no_password_of_a_url_is_shown(url, tmp_path, monkeypatch):
+    check_hidden(redacted(url))
     with pytest.raises(StorageError) as caught:
-        RunQueue("postgresql+nothing://me:secret@host/db", "x")
-    assert "secret" not in str(caught.value)
+        RunQueue(url, "x")
+    check_hidden("".join(traceback.format_exception(caught.value)))
     assert str(caught.value).endswith("Correct the URL (--storage).")
-    assert {"--storage", "--worker"} <= {flag for option in command_line.params for flag in option.opts}
+    done = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", url, "--output", str(tmp_path / "x")])
+    assert done.exit_code == 1
+    assert "One more worker" in done.output
+    check_hidden(done.output)
+    with pytest.raises(AssertionError):  # Sabotage: the URL as it is.
+        check_hidden(url)
+
+
+@given(st.text(min_size=4), st.sampled_from(["me:{}@host/db", "me@host/db?password={}", "host/db?a=b&sslpassword={}"]))
+def test_passwords_of_any_letters_are_left_out(secret, form):
+    url = f"postgresql+psycopg://{form.format(quote(secret, safe=''))}"
+    assert redacted(url) == f"postgresql+psycopg://{form.format('')}".replace("me:@", "me@").replace(
+        "?password=", ""
+    ).replace("&sslpassword=", "")
+    shown = without_secrets(RuntimeError(f"no {url}, {quote(secret)}, {quote_plus(secret)}"), url)
+    assert not any(form(secret) in shown for form in (quote, quote_plus, lambda text: quote(text, safe="")))
+
+
+def test_the_password_comes_from_the_environment_or_a_file(tmp_path, monkeypatch):
+    url = "postgresql+psycopg://me@host/db"
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
+    assert completed(url) == url
+    (tmp_path / "password").write_text("a@b:c\n")
+    monkeypatch.setenv(f"{PASSWORD_VARIABLE}_FILE", str(tmp_path / "password"))
+    assert make_url(completed(url)).password == "a@b:c"
+    monkeypatch.setenv(PASSWORD_VARIABLE, "d e/f")
+    assert make_url(completed(url)).password == "d e/f"
+    # What the URL has counts, and a file needs none.
+    for other in ("postgresql://me:own@host/db", "postgresql://me@host/db?password=own", "sqlite:///a.db"):
+        assert completed(other) == other
+    monkeypatch.delenv(PASSWORD_VARIABLE)
+    monkeypatch.setenv(f"{PASSWORD_VARIABLE}_FILE", str(tmp_path / "absent"))
+    with pytest.raises(StorageError, match=f"^{PASSWORD_VARIABLE}_FILE: found .*absent"):
+        completed(url)
+
+
+def test_the_command_for_other_workers_is_one_that_works(tmp_path, monkeypatch):
+    """Without the password of the URL, and with what it takes to open the same database."""
+    given = "postgresql+psycopg://me:secret@127.0.0.1:9/a b?connect_timeout=9"
+    said = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", given, "--output", str(tmp_path)]).stderr
+    line = next(line for line in said.splitlines() if "One more worker" in line)
+    assert f"and the password in {PASSWORD_VARIABLE}: " in line
+    words = shlex.split(line.partition(": manifold-nets ")[2])
+    monkeypatch.setenv(PASSWORD_VARIABLE, "secret")
+    assert make_url(completed(words[words.index("--storage") + 1])) == make_url(given)

@@ -14,6 +14,7 @@ import uuid
 
 import pytest
 from comparison_runs import small_settings
+from sqlalchemy import make_url
 
 from manifold_nets.comparison import Settings
 from manifold_nets.comparison.entry import compare_settings
@@ -21,6 +22,7 @@ from manifold_nets.comparison.environment import environment
 from manifold_nets.comparison.joining import study_name
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.report.data import runs_csv
+from manifold_nets.comparison.storage import PASSWORD_VARIABLE
 
 SERVER = os.environ.get("MANIFOLD_NETS_STORAGE")
 
@@ -63,7 +65,10 @@ def shared():
 
 def started(*arguments: str, code: str = IMPATIENT) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # No printed command has a password.
+    password = make_url(SERVER).password
+    variables = os.environ if password is None else {**os.environ, PASSWORD_VARIABLE: password}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables)
 
 
 def arguments_of(settings: Settings) -> list[str]:

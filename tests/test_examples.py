@@ -13,7 +13,7 @@ EPS = 2**-23  # of float32
 EXAMPLES = Path(__file__).parent.parent / "examples"
 # What each example must print, as patterns.
 PROMISES = {
-    "compare_own_network": [r"surfaces, .*network: 2 seeds", r"\nrsgd +plain +[\d.]+ +\d", r"\nsgd +.* of 6"],
+    "compare_own_network": [r"surfaces, .*network: 2 seeds", r"\nrsgd +plain +[\d.]+ +\d", r"\nsgd +.* of 8"],
     "define_model": [r"accuracy on new images: (9\d\.\d|100\.0)%", r"0\.weight: .*16 filters of 9.* norms off by"],
     "convert_and_give_back": [
         r"2 of 3 weights go on spheres",

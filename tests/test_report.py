@@ -16,6 +16,8 @@ import pytest
 from browser import measure, photograph
 from click.testing import CliRunner
 from comparison_cases import ELEVEN, RATES, TROUBLES, comparison
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 
 from manifold_nets.cli import main
@@ -23,7 +25,16 @@ from manifold_nets.comparison.report import Summary, markdown_report, page_html,
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, times_csv
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
 from manifold_nets.comparison.report.figures.style import look
-from manifold_nets.comparison.report.tables import conclusions, explanation, result_table
+from manifold_nets.comparison.report.formats import latex
+from manifold_nets.comparison.report.tables import (
+    Table,
+    conclusions,
+    explanation,
+    rescaled_table,
+    result_table,
+    robustness_table,
+)
+from manifold_nets.comparison.report.write import latex_report
 from manifold_nets.comparison.result import Comparison
 from manifold_nets.errors import MissingExtraError
 from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
@@ -357,7 +368,77 @@ def test_the_markdown_table_has_every_contestant_and_equal_columns() -> None:
         assert len({line.count("|") for line in table}) == 1
 
 
+# ---- names that a format would take for its own ----------------------------------------------------------------------
+
+FORMULAS = ("=1+1", "+1", "-1", "@SUM(A1)", "=cmd|' /C calc'!A0")
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_no_text_in_a_csv_file_is_a_formula(name: str) -> None:
+    of = comparison(("sgd", name), rates=(0.1,), seeds=(0,), epochs=1, scales=("plain",), level=0.5)
+    of = dataclasses.replace(of, results=tuple(dataclasses.replace(run, machine=name) for run in of.results))
+    for text in (runs_csv(of), epochs_csv(of), times_csv(of)):
+        cells = [cell for row in csv.reader(io.StringIO(text)) for cell in row]
+        assert f"'{name}" in cells
+        assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
+    # Numbers stay numbers.
+    negative = dataclasses.replace(of.results[0], test_error=-0.5, test_loss=-1e-7)
+    assert rows(runs_csv(dataclasses.replace(of, results=(negative,))))[0]["test_loss"] == "-1e-07"
+
+
+def unescaped(text: str) -> str:
+    """What LaTeX prints for the text of a cell, by the commands of its manual."""
+    printed = {r"\textbackslash{}": "\\", r"\textasciitilde{}": "~", r"\textasciicircum{}": "^", r"\textless{}": "<"}
+    printed |= {r"\textgreater{}": ">", "$-$": "−", r"$\pm$": "±", r"$\ge$": "≥", r"\dots{}": "…", "--": "–"}
+    printed |= {rf"\{sign}": sign for sign in "&%$#_{}"} | {r"$\infty$": "∞", r"$\times$": "×"}
+    pattern = "|".join(map(re.escape, sorted(printed, key=len, reverse=True)))
+    bare = re.sub(pattern, "", text)
+    assert not set(bare) & set("\\&%$#_{}~^<>−±≥∞–…×"), bare
+    return re.sub(pattern, lambda found: printed[found[0]], text)
+
+
+def check_latex(text: str, table: Table) -> None:
+    body = text.partition("\\midrule\n")[2].partition("\\bottomrule")[0].strip().splitlines()
+    cells = [tuple(map(unescaped, re.split(r" (?<!\\)& ", line.removesuffix(r" \\")))) for line in body]
+    assert cells == list(table.rows)
+    for command in ("toprule", "midrule", "bottomrule"):
+        assert text.count(f"\\{command}\n") == 1
+
+
+@pytest.mark.parametrize("name", ["three", "half of the chosen lost", "no errors"])
+def test_latex_tables_have_the_cells_of_the_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = summarise(TROUBLES[name])
+    for table in (result_table(summary), robustness_table(summary), rescaled_table(summary)):
+        check_latex(latex(table, "x"), table)
+    report = latex_report(summary)
+    assert report.count(r"\begin{table}") == report.count(r"\end{table}") == 4
+    assert len(set(re.findall(r"\\label\{(.*?)\}", report))) == 4
+    named = Table("x", ("a", "b"), (("a_b", "1 %"),))
+    check_latex(latex(named, "x"), named)
+    monkeypatch.setattr("manifold_nets.comparison.report.formats._LATEX", {})
+    with pytest.raises(AssertionError):  # Sabotage: nothing is escaped.
+        check_latex(latex(named, "x"), named)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), min_size=1))
+def test_any_name_is_printed_by_latex_as_it_is(name: str) -> None:
+    assume(not set(name) & set("−±≥∞–…×") and "--" not in name)
+    table = Table("x", ("a", "b"), ((name, name),))
+    check_latex(latex(table, "x"), table)
+
+
 HOSTILE = "<script>alert('x')</script>&\"$x^2$"
+
+
+def test_markdown_has_no_markup_of_names() -> None:
+    name = "<img src=x onerror=alert(1)>[a](http://x)|`b`"
+    of = comparison(("sgd", name), rates=(0.1,), seeds=(0, 1), epochs=2, scales=("plain",))
+    text = markdown_report(summarise(dataclasses.replace(of, settings=dataclasses.replace(of.settings, task=name))))
+    assert "<" not in text.replace("< 0.001", "")
+    assert "](" not in text
+    assert not re.search(r"(?<!\\)`", text)
+    assert r"&lt;img src=x onerror=alert(1)&gt;[a]\(http://x)\|\`b\`" in text
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("| ")}) == 1
 
 
 def hostile() -> Comparison:

@@ -284,9 +284,10 @@ def _open(url: str) -> RDBStorage:
             storage = RDBStorage(whole, engine_kwargs={"connect_args": {"timeout": 120}} if in_file else None)
     except (SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError) as error:
         # Drivers quote the URL with its password, and so does what they raised.
-        said = without_secrets(next(iter(str(error).splitlines()), type(error).__name__), whole)
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
-        raise StorageError(redacted(url), said, expected, "Correct the URL (--storage).") from None
+        raise StorageError(
+            redacted(url), without_secrets(error, whole), expected, "Correct the URL (--storage)."
+        ) from None
     if in_file:
         event.listen(storage.engine, "checkout", _set_durability)
     return storage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, quote_plus
@@ -13,12 +14,14 @@ from manifold_nets.comparison.errors import StorageError
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-__all__ = ["PASSWORD_VARIABLE", "completed", "needs_password", "redacted", "without_secrets"]
+__all__ = ["PASSWORD_VARIABLE", "completed", "redacted", "without_secrets"]
 
 PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 _FILE_VARIABLE = f"{PASSWORD_VARIABLE}_FILE"
 # Options of drivers that hold a secret; `passfile` is a path.
 _SECRET = re.compile(r"pass(?!file)|pwd|secret|token|odbc_connect", re.IGNORECASE)
+# How a URL may have them.
+_WAYS = (str, quote, quote_plus, partial(quote, safe=""))
 
 
 def redacted(url: str) -> str:
@@ -43,15 +46,16 @@ def redacted(url: str) -> str:
     return bare.difference_update_query(hidden).render_as_string(hide_password=False)
 
 
-def without_secrets(text: str, url: str) -> str:
-    """A message of a driver, which may quote the URL or parts of it."""
-    found = _parsed(url)
-    if found is None:
-        return text.replace(url, redacted(url))
-    values = [found.password, *(value for name, value in found.query.items() if _SECRET.search(name))]
-    secrets = {secret for value in values for secret in ((value,) if isinstance(value, str) else value or ())}
-    for secret in sorted({form(s) for s in secrets for form in (str, quote, quote_plus)} - {""}, key=len, reverse=True):
-        text = text.replace(secret, "***")
+def without_secrets(error: BaseException, url: str) -> str:
+    """The first line of what a driver says, which may quote the URL or parts of it; else the kind of the error."""
+    found, text = _parsed(url), next(iter(str(error).splitlines()), "")
+    if found is None or not text:
+        return type(error).__name__
+    values = [found.password or "", *(value for name, value in found.query.items() if _SECRET.search(name))]
+    secrets = [secret for value in values for secret in ([value] if isinstance(value, str) else value)]
+    # The longest first: one may be part of another.
+    for written in sorted({form(secret) for secret in secrets for form in _WAYS} - {""}, key=len, reverse=True):
+        text = text.replace(written, "***")
     return text
 
 
@@ -65,7 +69,9 @@ def completed(url: str) -> str:
         StorageError: that file cannot be read.
     """
     found = _parsed(url)
-    if found is None or not needs_password(url):
+    if found is None or found.get_backend_name() == "sqlite" or found.password is not None:
+        return url
+    if not {"password", "passwd"}.isdisjoint(found.query):
         return url
     password = os.environ.get(PASSWORD_VARIABLE)
     file = os.environ.get(_FILE_VARIABLE)
@@ -76,19 +82,6 @@ def completed(url: str) -> str:
             expected = "a file whose first line is the password"
             raise StorageError(_FILE_VARIABLE, str(error), expected, "Correct the variable or the file.") from error
     return url if password is None else found.set(password=password).render_as_string(hide_password=False)
-
-
-def needs_password(url: str) -> bool:
-    """Whether a database behind the URL, without its passwords, may ask for one.
-
-    Example:
-        >>> needs_password("mysql+pymysql://me@host/db"), needs_password("sqlite:///runs.db")
-        (True, False)
-    """
-    found = _parsed(url)
-    if found is None or found.get_backend_name() == "sqlite":
-        return False
-    return found.password is None and {"password", "passwd"}.isdisjoint(found.query)
 
 
 def _parsed(url: str) -> URL | None:

@@ -14,6 +14,7 @@ from manifold_nets.comparison.report.figures.style import (
     look,
     name_rows,
     rate_axis,
+    short_name,
     strict_median,
 )
 from manifold_nets.comparison.report.summary import ContestantSummary, LayerTrace, Summary
@@ -134,7 +135,8 @@ def _curve(axes: Any, place: int, of: int, contestant: ContestantSummary, curves
 
 def _named(contestant: ContestantSummary) -> str:
     lost = contestant.test.lost
-    return f"{contestant.name}, ✕ {lost} of {len(contestant.seeds)}" if lost else contestant.name
+    name = short_name(contestant.name)
+    return f"{name}, ✕ {lost} of {len(contestant.seeds)}" if lost else name
 
 
 # ---- learning rates --------------------------------------------------------------------------------------------------
@@ -166,7 +168,12 @@ def _rates(axes: Any, place: int, contestant: ContestantSummary) -> None:
     found, style = contestant.sensitivity, look(place)
     whole = [error if math.isfinite(error) else math.nan for error in found.errors]
     (line,) = axes.plot(
-        found.rates, whole, color=style.colour, marker=style.marker, linestyle=style.line, label=contestant.name
+        found.rates,
+        whole,
+        color=style.colour,
+        marker=style.marker,
+        linestyle=style.line,
+        label=short_name(contestant.name),
     )
     line.set_gid(f"series-{place}")
     partial = [
@@ -220,15 +227,11 @@ def draw_layers(summary: Summary, size: Size) -> Figure:
             axes = grid[row, column]
             _layer(axes, summary, name, which)
             what = "rotation a step (rad)" if which == "rotation" else "norm of filters"
-            axes.set_title(f"{_short(name)}: {what}" if size.narrow or not row else what)
+            axes.set_title(f"{short_name(name)}: {what}" if size.narrow or not row else what)
             if not size.narrow and not row:
-                axes.set_title(f"{_short(name)}\n{what}")
+                axes.set_title(f"{short_name(name)}\n{what}")
     _legend(figure, grid[0, 0], size)
     return figure
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"…{name[-23:]}"
 
 
 def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
@@ -248,6 +251,6 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
             marker=style.marker,
             linestyle=style.line,
             markevery=(place % step, step),
-            label=summary.contestants[place].name,
+            label=short_name(summary.contestants[place].name),
         )
     _epochs(axes, summary)

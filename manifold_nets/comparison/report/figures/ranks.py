@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from manifold_nets.comparison.report.figures.curves import new_figure
-from manifold_nets.comparison.report.figures.style import Size, look, name_rows
+from manifold_nets.comparison.report.figures.style import Size, look, name_rows, short_name
 from manifold_nets.comparison.report.summary import Summary
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def draw_critical_differences(summary: Summary, size: Size) -> Figure:
         return _in_rows(summary, size)
     ranks = summary.friedman.mean_ranks if summary.friedman is not None else ()
     count = len(ranks)
-    names = [contestant.name for contestant in summary.contestants]
+    names = [short_name(contestant.name) for contestant in summary.contestants]
     half = (count + 1) // 2
     first = 0.28 + CLIQUE_STEP * len(summary.cliques)
     # One unit of the vertical axis is an inch, so that lines of text keep their distance.

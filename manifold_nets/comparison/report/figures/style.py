@@ -19,6 +19,7 @@ __all__ = [
     "look",
     "name_rows",
     "rate_axis",
+    "short_name",
     "strict_median",
 ]
 
@@ -121,9 +122,19 @@ def rate_axis(axes: Any, rates: Iterable[float]) -> None:
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def short_name(name: str) -> str:
+    """A name that leaves room for the figure: of a long one, such as a path, the end.
+
+    Example:
+        >>> short_name("sgd"), short_name("../optimizers/of/mine/lion.py:Lion")
+        ('sgd', '…rs/of/mine/lion.py:Lion')
+    """
+    return name if len(name) <= 24 else f"…{name[-23:]}"
+
+
 def name_rows(axes: Any, names: Sequence[str]) -> None:
     """One row a contestant, from top to bottom."""
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [short_name(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0, labelcolor="#1c1f24")
     axes.grid(visible=False, axis="y")
