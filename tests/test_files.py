@@ -109,9 +109,16 @@ def test_what_is_neither_file_nor_stream_is_refused_by_name(tmp_path: Path, monk
 
 
 def test_a_missing_file_and_a_link_to_one_are_no_streams(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("link")
     (tmp_path / "to-none").symlink_to("none")
-    assert not any(is_stream(tmp_path / name) for name in ("none", "link", "to-none"))
+    assert not any(is_stream(tmp_path / name) for name in ("none", "to-none"))
+
+
+def test_links_that_lead_round_in_a_circle_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    for path in (tmp_path / "link", tmp_path / "link" / "net.safetensors"):
+        for use in (is_stream, write):
+            with pytest.raises(OutputFileError, match=f"{path}: found symbolic links that lead back to themselves"):
+                use(path)
 
 
 def test_a_plan_and_a_model_go_into_pipes_and_not_into_folders(pipe: Path) -> None:
