@@ -19,8 +19,8 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion import storage
+from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.checkpoint import load, save
 from manifold_nets.errors import CheckpointError, CheckpointFormatError, CheckpointMismatchError
 from manifold_nets.weights import load_weights
