@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from manifold_nets.errors.base import near_matches
 
-__all__ = ["Schema", "crc32", "is_intact", "parse_json", "with_checksum"]
+__all__ = ["Schema", "crc32", "is_intact", "parse_json", "printable", "with_checksum"]
 
 _TOO_DEEP = "it is nested too deeply"
 
@@ -81,8 +81,8 @@ class Schema:
             return _TOO_DEEP
         if error is None:
             return None
-        where = _shown("/".join(map(str, error.absolute_path)))
-        what = _shown(error.message)
+        where = _cut(printable("/".join(map(str, error.absolute_path))))
+        what = _cut(printable(error.message))
         if error.validator == "additionalProperties":
             known = error.schema.get("properties", {})
             what = " ".join(
@@ -91,9 +91,17 @@ class Schema:
         return f"{where}: {what}" if where else what
 
 
-def _shown(text: str) -> str:
-    """A message about a document, which may quote anything of any length, as it can be printed."""
-    text = text if text.isprintable() else text.encode("ascii", "backslashreplace").decode()
+def printable(text: str) -> str:
+    r"""Return a text that quotes a document, with escapes for what cannot be printed.
+
+    Example:
+        >>> printable("weight \ud800")
+        'weight \\ud800'
+    """
+    return text if text.isprintable() else text.encode("ascii", "backslashreplace").decode()
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:120]} … {text[-60:]}"
 
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from manifold_nets.errors.files import DiskFullError, OutputFileError
 
-__all__ = ["atomic_file", "is_stream", "path_of_open", "resolved"]
+__all__ = ["atomic_file", "is_link_loop", "is_stream", "path_of_open", "resolved"]
 
 _STREAMS = (stat.S_ISFIFO, stat.S_ISCHR)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -120,12 +120,23 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     Raises:
         OutputFileError: they lead round in a circle.
     """
+    if is_link_loop(path):
+        raise OutputFileError(path, "symbolic links that lead back to themselves")
+    return Path(path).resolve()
+
+
+def is_link_loop(path: str | os.PathLike[str]) -> bool:
+    """Whether the symbolic links of a path lead back to themselves.
+
+    Example:
+        >>> is_link_loop("a file that does not exist")
+        False
+    """
     try:
         Path(path).stat()
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OutputFileError(path, "symbolic links that lead back to themselves") from None
-    return Path(path).resolve()
+        return error.errno == errno.ELOOP
+    return False
 
 
 def path_of_open(file: BinaryIO) -> Path:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from manifold_nets.conversion.checkpoint import load_contents, unchanged_on_failure
 from manifold_nets.conversion.storage import contents_of, is_checkpoint, read_tensors
 from manifold_nets.errors import StateDictMismatchError, WeightsFileError
+from manifold_nets.files import is_link_loop
 
 __all__ = ["load_weights", "read_state_dict"]
 
@@ -68,7 +69,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, which is opened once: one that takes its place meanwhile is not mixed in."""
     if not path.is_file():
-        raise WeightsFileError(path, "no such file", "Check the path.")
+        found = "symbolic links that lead back to themselves" if is_link_loop(path) else "no such file"
+        raise WeightsFileError(path, found, "Check the path.")
     with path.open("rb") as file:
         # A safetensors file starts with eight bytes of length, then a JSON object.
         start = file.read(9)

@@ -80,7 +80,7 @@ def schema_of(kind: Any) -> dict[str, Any]:
         count = {"minItems": len(arguments), "maxItems": len(arguments)}
         return {"type": "array", "prefixItems": [schema_of(argument) for argument in arguments], **count}
     if issubclass(kind, PlainRecord):
-        fields: Any = dataclasses.fields(kind)  # type: ignore[arg-type]
+        fields: Any = dataclasses.fields(kind)
         return {
             "type": "object",
             "properties": {name: schema_of(hint) for name, hint in _hints(kind).items()},
@@ -94,14 +94,14 @@ _NAMES = {float: "number", int: "integer", bool: "boolean", str: "string", types
 
 
 @functools.cache
-def _schema(kind: type[PlainRecord]) -> Schema:
+def _schema(kind: Any) -> Schema:
     return Schema(lambda: schema_of(kind))
 
 
 @functools.cache
-def _hints(kind: type[PlainRecord]) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _plain(value: Any) -> Any:

@@ -16,6 +16,7 @@ from manifold_nets.constraints import ConstrainedWeight, attach, constrained_wei
 from manifold_nets.conversion import storage
 from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.documents import printable
 from manifold_nets.errors import (
     CheckpointFormatError,
     CheckpointMismatchError,
@@ -109,7 +110,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: storage.Contents) -> nn.Module:
     """The same as `load`, for a file that has been read."""
-    differences = _differences(model, contents)
+    differences = [printable(text) for text in _differences(model, contents)]
     if differences:
         raise CheckpointMismatchError(path, type(model).__name__, differences)
     try:

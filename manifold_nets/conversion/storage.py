@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from manifold_nets.documents import Schema, crc32, parse_json
+from manifold_nets.documents import Schema, crc32, parse_json, printable
 from manifold_nets.errors import CheckpointFormatError, PartitionError
 from manifold_nets.files import atomic_file, path_of_open
 from manifold_nets.joint_sphere import manifolds_from_dicts
@@ -146,7 +146,7 @@ def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metada
             return Contents(tensors, manifolds_from_dicts(document["manifolds"]), aliases, removed)
         except PartitionError as error:
             fault = str(error)
-    found = f"metadata {_KEY!r} that cannot be read ({fault})"
+    found = f"metadata {_KEY!r} that cannot be read ({printable(fault)})"
     raise CheckpointFormatError(path, found, "It is damaged: save it again.")
 
 
