@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from manifold_nets.comparison.errors import DifferentCommandError, StorageError
@@ -38,7 +39,7 @@ Record = TypeVar("Record", bound=PlainRecord)
 CHUNK = 30_000
 # A beat that has not changed for so long is that of a process that has ended.
 GRACE_SECONDS = 120.0
-_RESTORE = "Make room or restore the database, or run the comparison into an empty folder."
+_RESTORE = "Make room, restore the file from a copy, or run the comparison into an empty folder."
 _SAME_VERSIONS = ("manifold_nets", "torch")
 
 
@@ -78,6 +79,8 @@ class RunQueue:
             self._study = self._storage.get_study_id_from_name(self.study)
         attributes = self._storage.get_study_user_attrs(self._study)
         if "settings" not in attributes:
+            if self._trials():
+                raise self._damaged("runs without the settings that they belong to")
             self._storage.set_study_user_attr(self._study, "environment", environment.to_json())
             self._storage.set_study_user_attr(self._study, "settings", settings.to_json(sort_keys=True))
             return
@@ -324,8 +327,7 @@ class _Guarded:
             except meant:
                 raise
             except Exception as error:
-                cause = error.__cause__ or error
-                found = f"{type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}"
+                found = f"{type(error).__name__}: {next(iter(str(error.__cause__ or error).splitlines()), '')}"
                 raise StorageError(self._place, found, "a database that can be read and written", _RESTORE) from error
 
         return guarded
@@ -337,10 +339,12 @@ def _open(url: str) -> RDBStorage:
         from sqlalchemy import event, make_url
     except ModuleNotFoundError as error:
         raise MissingExtraError("Optuna", "comparisons", "compare") from error
+    remedy = "Correct the URL (--storage)."
     try:
         file = make_url(url).database if url.startswith("sqlite") else None
         in_file = file not in (None, "", ":memory:")
         if in_file:
+            remedy = _RESTORE if Path(str(file)).parent.is_dir() else remedy
             # Readers do not wait for writers, and commits are appended to one log. The file remembers it.
             with contextlib.closing(sqlite3.connect(str(file))) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
@@ -354,7 +358,7 @@ def _open(url: str) -> RDBStorage:
         said = next(iter(str(error).splitlines()), "")
         found = type(error).__name__ if ":" in url.partition("://")[2].partition("@")[0] else said
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
-        raise StorageError(_without_password(url), found, expected, "Correct the URL (--storage).") from error
+        raise StorageError(_without_password(url), found, expected, remedy) from error
     if in_file:
         event.listen(storage.engine, "checkout", _set_durability)
     return storage
