@@ -172,6 +172,7 @@ def run_without_room(folder: Path, script: str, limit: int = 2000) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_where_there_is_no_room_the_old_files_stay(tmp_path: Path) -> None:
     names = ["net.safetensors", "plain.safetensors", "net.pt2", "plan.json"]
     for name in names:
@@ -211,6 +212,7 @@ def test_a_full_device_is_said_in_one_line() -> None:
         write(Path("/dev/full"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [3_000, 100_000, 260_000])
 def test_a_comparison_without_room_ends_in_one_line(tmp_path: Path, limit: int) -> None:
     """The first limit is below the empty study, the others end it among its runs and in the report."""

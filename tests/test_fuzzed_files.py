@@ -195,7 +195,7 @@ def fuzz_checkpoints(folder: Path, count: int, seed: int) -> Counter[str]:
 
 
 def test_checkpoints(tmp_path: Path) -> None:
-    ends = fuzz_checkpoints(tmp_path, 300, seed=0)
+    ends = fuzz_checkpoints(tmp_path, 150, seed=0)
     assert {"CheckpointFormatError", "WeightsFileError", "as written"} <= ends.keys()
 
 
@@ -204,18 +204,14 @@ def test_many_checkpoints(tmp_path: Path) -> None:
     fuzz_checkpoints(tmp_path, 3000, seed=1)
 
 
-@pytest.mark.parametrize("sabotage", ["contradictions", "checksum", "biases"])
-def test_sabotage_of_the_checks_of_checkpoints_is_found(
-    tmp_path: Path, sabotage: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("left_out", ["_inconsistency", "_checksum", "manifolds_from_dicts"])
+def test_sabotage_without_a_check_a_checkpoint_fails_or_differs(
+    tmp_path: Path, left_out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if sabotage == "contradictions":
-        monkeypatch.setattr(storage, "_inconsistency", lambda *_: None)
-    elif sabotage == "checksum":
-        monkeypatch.setattr(storage, "_checksum", lambda *_: "crc32:00000000")
-    else:
-        monkeypatch.setattr(storage, "manifolds_from_dicts", lambda _: {})
-    with pytest.raises(Exception, match=r".*"):  # of any kind, or of this test
-        fuzz_checkpoints(tmp_path, 300, seed=0)
+    nothing: dict[str, Any] = {"_inconsistency": None, "_checksum": "crc32:00000000", "manifolds_from_dicts": {}}
+    monkeypatch.setattr(storage, left_out, lambda *_: nothing[left_out])
+    with pytest.raises((AssertionError, KeyError, RuntimeError, TypeError)):
+        fuzz_checkpoints(tmp_path, 1000, seed=0)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -255,12 +251,12 @@ def fuzz_plans(folder: Path, count: int, seed: int) -> Counter[str]:
 
 
 def test_plans(tmp_path: Path) -> None:
-    assert {"done", "PlanError"} <= fuzz_plans(tmp_path, 100, seed=0).keys()
+    assert {"done", "PlanError"} <= fuzz_plans(tmp_path, 20, seed=0).keys()
 
 
 @pytest.mark.slow
 def test_many_plans(tmp_path: Path) -> None:
-    fuzz_plans(tmp_path, 500, seed=1)
+    fuzz_plans(tmp_path, 300, seed=1)
 
 
 # ---- comparisons -----------------------------------------------------------------------------------------------------
@@ -374,7 +370,7 @@ def fuzz_studies(folder: Path, count: int, seed: int) -> Counter[str]:
 
 
 def test_studies(tmp_path: Path) -> None:
-    assert {"StorageError", "equal"} <= fuzz_studies(tmp_path, 30, seed=0).keys()
+    assert {"StorageError", "equal"} <= fuzz_studies(tmp_path, 6, seed=0).keys()
 
 
 @pytest.mark.slow
