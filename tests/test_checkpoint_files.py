@@ -314,6 +314,19 @@ def test_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path, reading):
         assert list(constrained_weights(fresh)) == []
 
 
+def test_what_a_hook_does_not_take_is_said_and_nothing_is_loaded(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    save(small(), path)
+    fresh = nn.Linear(3, 2)
+    fresh.register_load_state_dict_pre_hook(
+        lambda module, state, prefix, *_: state.update({f"{prefix}old": state.pop(f"{prefix}bias")})
+    )
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointMismatchError, match="hooks of the model did not take bias, old"):
+        load(fresh, path)
+    check_untouched(fresh, before)
+
+
 # ---- a good file and another model ----------------------------------------------------------------------------------
 
 

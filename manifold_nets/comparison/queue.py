@@ -79,7 +79,8 @@ class RunQueue:
             self._study = self._storage.get_study_id_from_name(self.study)
         attributes = self._storage.get_study_user_attrs(self._study)
         if "settings" not in attributes:
-            if self._trials():
+            # Whoever makes a study stores its settings first, perhaps at this moment.
+            if self._trials() and "settings" not in self._storage.get_study_user_attrs(self._study):
                 raise self._damaged("runs without the settings that they belong to")
             self._storage.set_study_user_attr(self._study, "environment", environment.to_json())
             self._storage.set_study_user_attr(self._study, "settings", settings.to_json(sort_keys=True))
@@ -242,7 +243,7 @@ class RunQueue:
         for key in keys:
             stored = attributes.get(f"test {_text(key)}")
             match stored:
-                # Releases before 0.1 wrote no checksum.
+                # Older studies have no checksum.
                 case [int() | float() as error, int() | float() as loss, *more] if not more or more == [
                     _checksum(key, error, loss)
                 ]:

@@ -119,7 +119,12 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
         raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     with unchanged_on_failure(model), torch.no_grad():
         _put_back_biases(model, contents)
-        model.load_state_dict(contents.expanded(), strict=False)
+        # The biases that the file has not are removed afterwards, when nothing can fail any more.
+        found = model.load_state_dict(contents.expanded(), strict=False)
+        untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
+        if untaken:
+            differences = [f"hooks of the model did not take {listed(sorted(untaken))}"]
+            raise CheckpointMismatchError(path, type(model).__name__, differences)
     _remove_biases(model, contents)
     _set_manifolds(model, contents)
     return model
