@@ -66,6 +66,8 @@ def text_of(document: Any) -> str:
 def damaged(data: bytes, draw: random.Random) -> bytes:
     """Bytes with some flipped, overwritten, lost, or added."""
     found, what = bytearray(data), draw.randrange(6)
+    if len(data) < 9:
+        return data[1:]
     if what <= 1:
         for _ in range(draw.choice([1, 1, 2, 4])):
             found[draw.randrange(len(found))] ^= 1 << draw.randrange(8)
