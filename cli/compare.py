@@ -22,6 +22,7 @@ from manifold_nets.comparison.tasks import load_task
 from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.errors import ManifoldNetsError
 
+from .options import OutputFolder
 from .outcome import running_code_of
 from .render import complain, put_out
 
@@ -82,9 +83,6 @@ class _Counts(click.ParamType[tuple[int, ...]]):
         return tuple(int(word) for word in words)
 
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
 @click.command()
 @click.option(
     "--task", default="digits", show_default=True, help="digits, mnist, fashion-mnist, idx, camvid, or F.py:F."
@@ -129,7 +127,7 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 @click.option("--device", default="cpu", show_default=True, help="Where runs take place: cpu, cuda, …")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads of a run.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that do runs.")
-@click.option("--output", type=_FOLDER, metavar="DIR", help="Folder of the runs and the report.")
+@click.option("--output", type=OutputFolder(), metavar="DIR", help="Folder of the runs and the report.")
 @click.option(
     "--storage",
     metavar="URL",
@@ -137,7 +135,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 )
 @click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
 @click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; once for each.")
-@click.option("--report-only", type=_FOLDER, metavar="DIR", help="Write the report of a finished comparison anew.")
+@click.option(
+    "--report-only", type=OutputFolder(), metavar="DIR", help="Write the report of a finished comparison anew."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 @click.pass_context
 def compare(

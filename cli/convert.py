@@ -34,7 +34,11 @@ def _remedies(context: click.Context, parameter: click.Parameter, value: str) ->
 
 @click.command()
 @model_options
-@click.option("--output", type=OutputFile(), help="File to write; without it, the result is only shown.")
+@click.option(
+    "--output",
+    type=OutputFile(".safetensors", remedy="write ONNX and .pt2 files with manifold-nets export"),
+    help="safetensors file to write; without it, the result is only shown.",
+)
 @click.option(
     "--remedies",
     callback=_remedies,
@@ -66,7 +70,7 @@ def _remedies(context: click.Context, parameter: click.Parameter, value: str) ->
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Weights to convert, such as 'layer1.*'; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights to leave; repeatable.")
-@click.option("--write-plan", type=OutputFile(), help="Write the plan as JSON, to read and edit.")
+@click.option("--write-plan", type=OutputFile(".json"), help="Write the plan as JSON, to read and edit.")
 @click.option(
     "--plan",
     "plan_file",

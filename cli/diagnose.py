@@ -42,7 +42,7 @@ from .render import families_table, progress, report_table, shifts_table, unexpl
     show_default=True,
     help="small: float64 for one weight at a time, and no search beyond what the structure explains.",
 )
-@click.option("--html", type=OutputFile(), help="Also write the report as one self-contained HTML page.")
+@click.option("--html", type=OutputFile(".html", ".htm"), help="Also write the report as one self-contained HTML page.")
 @reported
 @optimizer_options
 def diagnose(

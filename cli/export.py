@@ -8,11 +8,11 @@ import click
 
 from manifold_nets.conversion.export import FileFormat, export_model
 
-from .options import OutputFile, Request, model_options
+from .options import OutputFile, Request, model_options, require_ending
 from .outcome import Outcome, reported
 from .render import progress, rows_table
 
-_BY_SUFFIX: dict[str, FileFormat] = {".onnx": "onnx", ".pt2": "pt2"}
+_BY_ENDING: dict[str, FileFormat] = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "pt2"}
 
 
 @click.command()
@@ -30,9 +30,14 @@ def export(request: Request, output: Path, file_format: FileFormat | None) -> Ou
 
     The reverted model is compared with the converted one, and the written file, read back, with the reverted model.
     """
+    ending = output.suffix.lower()
+    if file_format is None:
+        require_ending(output, tuple(_BY_ENDING), "name the format of the file with --format")
+    elif _BY_ENDING.get(ending, file_format) != file_format:
+        require_ending(output, (f".{file_format}",))
     with progress(f"Exporting {request.spec} and comparing both …"):
         model = request.model()
-        chosen = file_format or _BY_SUFFIX.get(output.suffix, "safetensors")
+        chosen = file_format or _BY_ENDING.get(ending, "safetensors")
         record = export_model(model, output, request.inputs(model), format=chosen)
     unread = "not run" if record.file_difference is None else record.file_difference
     rows = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from manifold_nets.sources import ModelSpec, load_model
 from manifold_nets.symmetry.diagnose import LARGEST_SEED
 from manifold_nets.weights import load_weights
 
-__all__ = ["Number", "OutputFile", "Request", "model_options"]
+__all__ = ["Number", "OutputFile", "OutputFolder", "Request", "model_options", "require_ending"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -67,21 +68,69 @@ class _Arguments(click.ParamType[dict[str, Any]]):
         return arguments
 
 
-class OutputFile(click.Path):
-    """A file that a command is to write: its folder must exist, and it must not be a folder itself."""
+# Endings of names that say what is in a file. What has another ending, or none, may hold anything.
+_ENDINGS = frozenset(
+    ".safetensors .onnx .pt2 .pt .pth .bin .ckpt .pkl .pickle .npy .npz .h5 .hdf5 .tflite .pb .gguf .mlmodel .py "
+    ".json .yaml .yml .toml .csv .html .htm .pdf .png .svg .db .zip .gz .tar".split()
+)
 
-    def __init__(self) -> None:
+
+def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None:
+    """Refuse a name whose ending says that the file is of another kind than what is written into it.
+
+    Args:
+        path: the name.
+        written: endings for what is written.
+        remedy: what to do instead, where there is something.
+
+    Raises:
+        click.UsageError: the ending is that of another kind of file.
+    """
+    ending = path.suffix.lower()
+    if ending in _ENDINGS and ending not in written:
+        advice = f"End the name in {' or '.join(written)}{f', or {remedy}' if remedy else ''}."
+        raise click.UsageError(f"{path}: no {ending} file would be written. {advice}")
+
+
+class OutputFile(click.Path):
+    """A file that a command is to write: its folder must exist, and it must not be a folder itself.
+
+    Args:
+        endings: of names that say what is written; any when left out.
+        remedy: what to do to get another kind of file.
+    """
+
+    def __init__(self, *endings: str, remedy: str = "") -> None:
         super().__init__(dir_okay=False, writable=True, path_type=Path)
+        self._endings, self._remedy = endings, remedy
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Refuse, before any work is done, a path that could not be written in the end."""
+        """Refuse, before any work is done, a path that could not be written in the end, or holds something else."""
+        if os.path.basename(os.fspath(value)) in ("", ".", ".."):  # noqa: PTH119 (pathlib drops the separator)
+            self.fail(f"{value!r} names a folder; expected the name of a file", param, ctx)
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
-        if not path.absolute().parent.is_dir():
-            self.fail(f"the folder {path.parent} does not exist", param, ctx)
         try:
             is_stream(path)
         except OutputFileError as error:
             self.fail(str(error), param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"the folder {path.parent} does not exist", param, ctx)
+        if self._endings:
+            require_ending(path, self._endings, self._remedy)
+        return path
+
+
+class OutputFolder(click.Path):
+    """A folder that a command is to write into."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Refuse a file, and what is named like one."""
+        path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
+        if path.suffix.lower() in _ENDINGS and not path.is_dir():
+            self.fail(f"{value!r} is named like a file; expected the name of a folder", param, ctx)
         return path
 
 
@@ -168,9 +217,33 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         dtype = given.pop("dtype")
         names = ("spec", "kwargs", "weights", "input_shapes", "batch_size", "token_ids", "seed")
         request = Request(**{name: given.pop(name) for name in names}, dtype=DTYPES[dtype] if dtype else None)
+        _require_different_files(request, given)
         return command(request, **given)
 
     decorated: Callable[..., Any] = parsed
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
     return decorated
+
+
+def _require_different_files(request: Request, given: Mapping[str, Any]) -> None:
+    """Refuse to write a file that the command reads, or one file twice."""
+    read = [("--weights", request.weights)] if request.weights is not None else []
+    read += [("MODEL", Path(request.spec.place))] if request.spec.kind == "file" else []
+    written = []
+    for parameter in click.get_current_context().command.params:
+        path = given.get(parameter.name or "")
+        if isinstance(path, Path) and not is_stream(path):
+            files = written if isinstance(parameter.type, OutputFile) else read
+            files.append((parameter.opts[0], path))
+    for number, (flag, path) in enumerate(written):
+        for other, used in read + written[:number]:
+            if _is_same_file(path, used):
+                raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    try:
+        return path.samefile(other)
+    except OSError:  # one of them does not exist
+        return path.resolve() == other.resolve()

@@ -13,6 +13,8 @@ import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -32,6 +34,7 @@ from manifold_nets.manifold import SphereProduct
 __all__ = [
     "NEAR",
     "ConstrainedWeight",
+    "are_trusted",
     "attach",
     "change_manifolds",
     "constrained_weights",
@@ -47,6 +50,7 @@ __all__ = [
     "note_converted",
     "remove_load_hook",
     "restore",
+    "trusted_values",
     "was_replaced",
 ]
 
@@ -96,6 +100,8 @@ class _Constraints:
 
         A joint sphere is seen from the model only.
         """
+        if are_trusted():
+            return
         for leaf, manifold in self.manifolds.items():
             value = state_dict.get(prefix + leaf)
             if has_norms(value, manifold) and not isinstance(manifold, JointSphereMember):
@@ -112,6 +118,24 @@ class _Constraints:
         self.parameters, self.kind, self.manifolds = state["parameters"], state["kind"], state["manifolds"]
         self.converted = state.get("converted", {})
         _live_records.add(self)
+
+
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusted_values() -> Iterator[None]:
+    """Let `load_state_dict` take values as they are: for those that are known to be points of other spheres."""
+    token = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def are_trusted() -> bool:
+    """Whether values are loaded as they are; see `trusted_values`."""
+    return _trusted.get()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -10,12 +11,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-from manifold_nets.errors.files import OutputFileError
+from manifold_nets.errors.files import DiskFullError, OutputFileError
 
-__all__ = ["atomic_file", "is_stream"]
+__all__ = ["atomic_file", "is_link_loop", "is_stream", "path_of_open", "resolved"]
 
 _STREAMS = (stat.S_ISFIFO, stat.S_ISCHR)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a block device", stat.S_IFSOCK: "a socket"}
 
 
@@ -30,7 +33,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        OutputFileError: the path is that of a folder, a block device or a socket.
+        OutputFileError: the path is that of a folder, a block device or a socket, or a loop of symbolic links.
+        DiskFullError: there is no room for the file.
 
     Example:
         >>> import tempfile
@@ -40,11 +44,21 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         ...     [file.name for file in Path(folder).iterdir()]
         ['notes.txt']
     """
-    if is_stream(path):
-        with _sent(Path(path)) as temporary:
+    write = _sent if is_stream(path) else _replaced
+    try:
+        with write(Path(path)) as temporary:
             yield temporary
-        return
-    final = Path(path).resolve()
+    except Exception as error:
+        full = _no_room(error)
+        if full is None:
+            raise
+        raise DiskFullError(path, full) from error
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[Path]:
+    """Give a temporary file that takes the place of a path when the block ends without an error."""
+    final = resolved(path)
     if not final.parent.is_dir():
         raise FileNotFoundError(f"{final}: its folder does not exist. Make it first, or choose another path.")
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
@@ -66,16 +80,17 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     """Tell whether what is at a path can only be written into, and not be replaced by a file.
 
     Raises:
-        OutputFileError: it is a folder, a block device or a socket, so that neither can be done.
+        OutputFileError: it is a folder, a block device, a socket or a loop of links, so that neither can be done.
 
     Example:
         >>> is_stream("a file that does not exist")
         False
     """
+    final = resolved(path)
     if _descriptor(Path(path)) is not None:
         return True
     try:
-        mode = Path(path).stat().st_mode
+        mode = final.stat().st_mode
     except OSError:
         return False
     if any(is_kind(mode) for is_kind in _STREAMS):
@@ -97,6 +112,55 @@ def _sent(path: Path) -> Iterator[Path]:
         target = path.open("wb") if number is None else os.fdopen(os.dup(number), "wb")
         with temporary.open("rb") as source, target:
             shutil.copyfileobj(source, target)
+
+
+def resolved(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path behind all symbolic links.
+
+    Raises:
+        OutputFileError: they lead round in a circle.
+    """
+    if is_link_loop(path):
+        raise OutputFileError(path, "symbolic links that lead back to themselves")
+    return Path(path).resolve()
+
+
+def is_link_loop(path: str | os.PathLike[str]) -> bool:
+    """Whether the symbolic links of a path lead back to themselves.
+
+    Example:
+        >>> is_link_loop("a file that does not exist")
+        False
+    """
+    try:
+        Path(path).stat()
+    except OSError as error:
+        return error.errno == errno.ELOOP
+    return False
+
+
+def path_of_open(file: BinaryIO) -> Path:
+    """A path of a file that is open, which stays that of this file when another one is renamed to its name.
+
+    Example:
+        >>> with open(__file__, "rb") as file:
+        ...     path_of_open(file).read_bytes() == file.read()
+        True
+    """
+    path = Path(f"/dev/fd/{file.fileno()}")
+    # Where descriptors have no paths, a file that is open cannot be replaced either.
+    return path if path.exists() else Path(file.name)
+
+
+def _no_room(error: BaseException | None) -> str | None:
+    """What the system said where an error, or one that it was raised from, is that a disk or a quota is full."""
+    while error is not None:
+        for code in _FULL:
+            # Writers in other languages pass on no more than the text.
+            if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _descriptor(path: Path) -> int | None:

@@ -207,14 +207,29 @@ class JointSphereMember(SphereProduct):
 
 
 def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str, SphereProduct]:
-    """Rebuild the manifolds of the weights of a model, by name; those of one joint sphere share it."""
-    joints: dict[str, JointSphere] = {}
-    found: dict[str, SphereProduct] = {}
+    """Rebuild the manifolds of the weights of a model, by name; those of one joint sphere share it.
+
+    Raises:
+        PartitionError: a weight of a joint sphere is missing, or an entry contradicts itself.
+    """
+    found = {name: SphereProduct.from_dict(data) for name, data in described.items()}
+    joints: dict[str, list[dict[int, str]]] = {}
     for name, data in described.items():
-        if "joint" not in data:
-            found[name] = SphereProduct.from_dict(data)
-            continue
-        key = json.dumps(data["joint"], sort_keys=True)
-        joint = joints.setdefault(key, JointSphere.from_dict(data["joint"]))
-        found[name] = joint.manifolds[int(data["place"])]
+        if "joint" in data:
+            alike = joints.setdefault(json.dumps(data["joint"], sort_keys=True), [])
+            # Copies of a model within another one describe their joint spheres alike.
+            if all(data["place"] in places for places in alike):
+                alike.append({})
+            next(places for places in alike if data["place"] not in places)[data["place"]] = name
+    for key, alike in joints.items():
+        whole = json.loads(key)
+        for places in alike:
+            if sorted(places) != list(range(len(whole["members"]))):
+                wanted = [member["name"] for member in whole["members"]]
+                raise PartitionError(f"only {list(places.values())} on a joint sphere", f"all of {wanted}", "Add them.")
+            joint = JointSphere.from_dict(whole)
+            found.update((name, joint.manifolds[place]) for place, name in places.items())
+    for name, manifold in found.items():
+        if manifold.to_dict() != described[name]:
+            raise PartitionError(f"an entry for {name!r} that contradicts itself", "one partition", "Write it anew.")
     return found

@@ -21,6 +21,7 @@ from torch import nn
 
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError
 from manifold_nets.errors.base import near_matches
+from manifold_nets.files import is_link_loop
 from manifold_nets.weights import load_weights
 
 __all__ = ["ModelSpec", "import_torchvision", "load_attribute", "load_model", "load_object"]
@@ -242,6 +243,9 @@ def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
 def _attribute(spec: ModelSpec) -> Iterator[Any]:
     """Give what a specification names, while the folder that it came from is importable."""
     path = Path(spec.place)
+    if spec.kind == "file" and not path.is_file():
+        found = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
+        raise ModelNotFoundError(str(spec), found, "Write the path from the working directory.")
     with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
         found: Any = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
         for part in spec.name.split("."):
@@ -253,8 +257,6 @@ def _attribute(spec: ModelSpec) -> Iterator[Any]:
 
 
 def _import_file(spec: ModelSpec, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ModelNotFoundError(str(spec), f"there is no file {path}", "Write the path from the working directory.")
     name = f"_manifold_nets_model_{path.stem}"
     location = importlib.util.spec_from_file_location(name, path)
     if location is None or location.loader is None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.conversion.checkpoint import load
-from manifold_nets.conversion.storage import is_checkpoint
+from manifold_nets.conversion.checkpoint import load_contents, unchanged_on_failure
+from manifold_nets.conversion.storage import contents_of, is_checkpoint, read_tensors
 from manifold_nets.errors import StateDictMismatchError, WeightsFileError
+from manifold_nets.files import is_link_loop
 
 __all__ = ["load_weights", "read_state_dict"]
 
@@ -49,11 +48,12 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         True
     """
     path = Path(path)
-    if path.is_file() and is_checkpoint(path):
-        return load(model, path)
-    state = read_state_dict(path)
+    state, metadata = _read(path)
+    if is_checkpoint(metadata):
+        return load_contents(model, path, contents_of(path, state, metadata))
     _check(model, path, state)
-    model.load_state_dict(state, strict=False)
+    with unchanged_on_failure(model):
+        model.load_state_dict(state, strict=False)
     return model
 
 
@@ -63,27 +63,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         WeightsFileError: the file does not exist, cannot be read, or holds no weights.
     """
-    path = Path(path)
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, which is opened once: one that takes its place meanwhile is not mixed in."""
     if not path.is_file():
-        raise WeightsFileError(path, "no such file", "Check the path.")
-    if _is_safetensors(path):
+        found = "symbolic links that lead back to themselves" if is_link_loop(path) else "no such file"
+        raise WeightsFileError(path, found, "Check the path.")
+    with path.open("rb") as file:
+        # A safetensors file starts with eight bytes of length, then a JSON object.
+        start = file.read(9)
+        file.seek(0)
+        if path.suffix != ".safetensors" and start[8:] != b"{":
+            return _from_torch_file(path, file), {}
         try:
-            return safetensors.torch.load_file(path)
+            return read_tensors(file)
         except Exception as error:
             raise WeightsFileError(path, f"a damaged safetensors file ({_said(error)})", "Write it again.") from error
-    return _from_torch_file(path)
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Tell whether a file starts as a safetensors file does: eight bytes of length, then a JSON object."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return path.suffix == ".safetensors" or (len(start) == 9 and start[8:] == b"{")
-
-
-def _from_torch_file(path: Path) -> dict[str, Tensor]:
+def _from_torch_file(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsFileError(
             path,

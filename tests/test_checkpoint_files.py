@@ -1,6 +1,7 @@
 """Checkpoint files that are interrupted, damaged, of another kind, or of another model."""
 
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -19,8 +20,10 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion import storage
+from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.checkpoint import load, save
 from manifold_nets.errors import CheckpointError, CheckpointFormatError, CheckpointMismatchError
+from manifold_nets.weights import load_weights
 
 # ---- writing all or nothing -----------------------------------------------------------------------------------------
 
@@ -155,19 +158,33 @@ def rewrite(path, net, **changes):
     safetensors.torch.save_file(tensors, path, metadata={"manifold_nets": json.dumps(document)})
 
 
+SPHERES = {"shape": [2, 3], "view": [2, 3], "kept": [0], "radius": [1]}
+MEMBER = {"name": "weight", "shape": [2, 3], "view": [2, 3], "kept": [0]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"version": 2, "manifolds": None}, "format version 2.*upgrade"),
-        ({"version": 0}, "unreadable"),
+        ({"version": 0}, "version: 1 was expected"),
         ({"format": "something else"}, "unreadable"),
-        ({"manifolds": {"weight": {}}}, "cannot be read"),
-        ({"manifolds": {"weight": {"shape": [2, 3], "view": [7], "kept": [0], "radius": [1]}}}, "cannot be read"),
-        ({"manifolds": {"nowhere": {"shape": [2], "view": [2], "kept": [], "radius": [1]}}}, "of other tensors"),
-        ({"manifolds": {"bias": {"shape": [3], "view": [3], "kept": [], "radius": [1]}}}, "of other tensors"),
-        ({"manifolds": {"weight": {"shape": [2, 3], "view": [2, 3], "kept": [0], "radius": [1.5]}}}, "off its sphere"),
-        ({"aliases": {"more": "nowhere"}}, "of other tensors"),
-        ({"aliases": ["more"]}, "cannot be read"),
+        ({"more": 1}, "'more' was unexpected"),
+        ({"manifolds": {"weight": {}}}, "manifolds/weight: 'shape' is a required property"),
+        ({"manifolds": {"weight": {**SPHERES, "view": [7]}}}, r"view \(7,\) of shape \(2, 3\)"),
+        ({"manifolds": {"weight": {**SPHERES, "shape": [2, 3.0]}}}, "3.0 is not of type 'integer'"),
+        ({"manifolds": {"weight": {**SPHERES, "radius": [math.inf]}}}, "unreadable"),
+        ({"manifolds": {"weight": {**SPHERES, "radius": [1, 1]}}}, "contradicts itself"),
+        ({"manifolds": {"nowhere": {**SPHERES, "shape": [2], "view": [2]}}}, "fits no tensor"),
+        ({"manifolds": {"bias": SPHERES}}, "fits no tensor"),
+        ({"manifolds": {"weight": {**SPHERES, "radius": [1.5]}}}, "off its sphere"),
+        (
+            {"manifolds": {"weight": {**SPHERES, "joint": {"members": [MEMBER, MEMBER], "radius": [1]}, "place": 2}}},
+            "only",
+        ),
+        ({"manifolds": {"weight": {**SPHERES, "joint": {"members": [MEMBER, MEMBER], "radius": [1]}}}}, "dependency"),
+        ({"aliases": {"more": "nowhere"}}, "aliases/'more' is no further name"),
+        ({"aliases": ["more"]}, "aliases: .* is not of type 'object'"),
+        ({"removed_biases": ["bias"]}, "the file holds 'bias'"),
     ],
 )
 def test_documents_of_other_versions_and_contents(tmp_path, changes, message):
@@ -178,6 +195,17 @@ def test_documents_of_other_versions_and_contents(tmp_path, changes, message):
     with pytest.raises(CheckpointFormatError, match=message) as caught:
         load(fresh, path)
     assert str(path) in str(caught.value)
+    check_untouched(fresh, before)
+
+
+@pytest.mark.parametrize("names", [["nowhere.bias"], ["weights"], ["running_mean"]])
+def test_removed_biases_that_the_model_does_not_have(tmp_path, names):
+    path = tmp_path / "layer.safetensors"
+    rewrite(path, small(), removed_biases=names)
+    fresh = nn.Linear(3, 2)
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointMismatchError, match=f"'{names[0]}' is a removed bias in the file, but no bias"):
+        load(fresh, path)
     check_untouched(fresh, before)
 
 
@@ -211,6 +239,92 @@ def test_files_of_other_kinds_are_refused_and_nothing_is_unpickled(tmp_path):
     assert not flag.exists()
     with pytest.raises(FileNotFoundError, match="absent"):
         load(nn.Linear(3, 2), tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("key", [b"manifold_netr", b"Manifold_nets", b"xxxxxxxxxxxxx"])
+def test_a_damaged_key_makes_no_plain_file_of_a_checkpoint(tmp_path, monkeypatch, key):
+    path = tmp_path / "layer.safetensors"
+    save(small(), path)
+    path.write_bytes(path.read_bytes().replace(b"manifold_nets", key, 1))
+    fresh = nn.Linear(3, 2)
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointFormatError, match="damaged"):
+        load_weights(fresh, path)
+    check_untouched(fresh, before)
+    # Sabotage: only the key counts.
+    monkeypatch.setattr(storage, "_MARKS", ())
+    assert load_weights(fresh, path) is fresh
+    assert list(constrained_weights(fresh)) == []
+
+
+def test_a_file_that_others_have_written_about_may_say_so(tmp_path):
+    path = tmp_path / "plain.safetensors"
+    about = {"format": "pt", "note": '{"made of": "a manifold_nets checkpoint"}'}
+    safetensors.torch.save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, path, metadata=about)
+    assert load_weights(nn.Linear(3, 2), path).weight.sum() == 6
+
+
+@pytest.mark.parametrize("reading", [load, load_weights])
+def test_a_file_replaced_while_it_is_read_is_the_old_one(tmp_path, monkeypatch, reading):
+    path, other = tmp_path / "layer.safetensors", tmp_path / "other.safetensors"
+    save(small(), path)
+    torch.manual_seed(1)
+    save(nn.Linear(3, 2), other)
+    opening = safetensors.safe_open
+
+    def late(place, **options):
+        """Replace the file after it was found, and before its tensors are read."""
+        other.replace(path) if other.exists() else None
+        return opening(place, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", late)
+    check_same(small(), reading(nn.Linear(3, 2), path))
+    # Sabotage: the name is opened again.
+    save(small(), path)
+    save(nn.Linear(3, 2), other)
+    monkeypatch.setattr(storage, "path_of_open", lambda file: file.name)
+    with pytest.raises(AssertionError):
+        check_same(small(), reading(nn.Linear(3, 2), path))
+
+
+class Refusing(nn.Linear):
+    """Fails after it has taken its values, as a hook of a user may."""
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        raise RuntimeError("a hook failed")
+
+
+@pytest.mark.parametrize("reading", [load, load_weights])
+def test_a_hook_that_fails_leaves_the_model_as_it_was(tmp_path, reading):
+    path = tmp_path / "layer.safetensors"
+    save(small(), path)
+    safetensors.torch.save_file({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    for file in (path, tmp_path / "plain.safetensors")[: 1 + (reading is load_weights)]:
+        fresh = Refusing(3, 2)
+        remove_bias(fresh, "bias")
+        removed, weight = removed_biases(fresh), fresh.weight.detach().clone()
+        if file != path:
+            put_back_bias(fresh, "bias")
+            removed = removed_biases(fresh)
+        with pytest.raises(RuntimeError, match="a hook failed"):
+            reading(fresh, file)
+        assert torch.equal(fresh.weight, weight)
+        assert removed_biases(fresh) == removed
+        assert list(constrained_weights(fresh)) == []
+
+
+def test_what_a_hook_does_not_take_is_said_and_nothing_is_loaded(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    save(small(), path)
+    fresh = nn.Linear(3, 2)
+    fresh.register_load_state_dict_pre_hook(
+        lambda module, state, prefix, *_: state.update({f"{prefix}old": state.pop(f"{prefix}bias")})
+    )
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointMismatchError, match="hooks of the model did not take bias, old"):
+        load(fresh, path)
+    check_untouched(fresh, before)
 
 
 # ---- a good file and another model ----------------------------------------------------------------------------------

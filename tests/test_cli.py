@@ -21,6 +21,7 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.cli import main
 from manifold_nets.conversion import export as exporting
+from manifold_nets.errors import OutputFileError
 from manifold_nets.symmetry import SymmetryReport
 
 NETS = """
@@ -453,3 +454,71 @@ def test_the_installed_script(folder: Path) -> None:
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.splitlines()[-1].startswith("error: nets:Nte")
     assert installed("diagnose").returncode == 2
+
+
+CONVERT, EXPORT = ("convert", "nets.py:Net", *SHAPE), ("export", "nets.py:Net", *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (*CONVERT, "--output", "net.onnx"),
+            "net.onnx: no .onnx file would be written. End the name in .safetensors, or",
+        ),
+        ((*CONVERT, "--output", "net.PT2"), "with manifold-nets export"),
+        ((*CONVERT, "--output", "net.pth"), "no .pth file would be written"),
+        ((*CONVERT, "--output", "net.bin"), "no .bin file would be written"),
+        ((*CONVERT, "--write-plan", "net.safetensors"), "End the name in .json"),
+        ((*CONVERT, "--output", "net/"), "names a folder"),
+        ((*CONVERT, "--output", "net/."), "names a folder"),
+        ((*CONVERT, "--output", "loop"), "symbolic links that lead back to themselves"),
+        ((*EXPORT, "--output", "net.pt"), "End the name in .safetensors or .onnx or .pt2, or name the format"),
+        ((*EXPORT, "--output", "net.ONNX", "--format", "safetensors"), "End the name in .safetensors."),
+        ((*EXPORT, "--output", "net/"), "names a folder"),
+        (("diagnose", "nets.py:Net", *SHAPE, "--html", "page.pdf"), "End the name in .html or .htm"),
+        (("compare", "--output", "report.html"), "is named like a file"),
+        (("compare", "--output", "nets.py"), "is a file"),
+    ],
+)
+def test_names_of_other_things_are_refused(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    (folder / "loop").symlink_to("loop")
+    before = sorted(path.name for path in folder.iterdir())
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--output", "link"), "--output link is the file of MODEL too"),
+        (("--output", "hard"), "--output hard is the file of MODEL too"),
+        (("--output", "sub/../net.safetensors", "--weights", "net.safetensors"), "is the file of --weights too"),
+        (("--output", "new", "--write-plan", "sub/../new"), "is the file of --output too"),
+        (("--output", "sub/to-new", "--write-plan", "new"), "is the file of --output too"),
+        (("--plan", "plan.json", "--write-plan", "plan.json"), "is the file of --plan too"),
+    ],
+)
+def test_a_file_that_is_read_is_not_written(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    (folder / "sub").mkdir()
+    (folder / "link").symlink_to("nets.py")
+    (folder / "hard").hardlink_to("nets.py")
+    (folder / "sub" / "to-new").symlink_to("../new")
+    (folder / "plan.json").write_text('{"actions": []}')
+    (folder / "net.safetensors").write_bytes(b"weights")
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    result = run(*CONVERT, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_loop_of_links_is_no_model(folder: Path) -> None:
+    (folder / "loop.py").symlink_to("loop.py")
+    result = run("diagnose", "loop.py:Net", *SHAPE)
+    assert result.exit_code == 1
+    assert "its symbolic links lead back to themselves" in result.stderr
+    with pytest.raises(OutputFileError, match="lead back to themselves"):
+        mn.compare(output=folder / "loop.py", optimizers=["sgd"], learning_rates=[0.1], seeds=1, epochs=1)

@@ -3,6 +3,7 @@
 import gzip
 import os
 import struct
+import tracemalloc
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -112,6 +113,31 @@ def test_wrong_files_are_refused(content: bytes, message: str, tmp_path: Path) -
     with pytest.raises(DataFileError, match=message) as refused:
         read_idx(tmp_path / "file")
     assert str(tmp_path / "file") in str(refused.value)
+
+
+def peak_of_reading(path: Path) -> int:
+    """Bytes that are allocated at once while a file is read that is refused."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataFileError, match=r"more than its header says|at most 100 times"):
+            read_idx(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("declared", [9, 2**31])
+def test_a_small_file_does_not_fill_the_memory(declared: int, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    header = bytes([0, 0, 8, 1]) + struct.pack(">I", declared)
+    path.write_bytes(gzip.compress(header + bytes(2**25)))
+    assert path.stat().st_size < 2**16
+    assert peak_of_reading(path) < 2**23
+    # Sabotage: the whole is unpacked first.
+    tracemalloc.start()
+    assert len(gzip.decompress(path.read_bytes())) > 2**25
+    assert tracemalloc.get_traced_memory()[1] > 2**23
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("compress", [False, True])

@@ -27,6 +27,7 @@ from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.starts import Starts
 from manifold_nets.comparison.tasks import TensorPart
 from manifold_nets.comparison.training import Runner
+from manifold_nets.comparison.weights import keep_weights, kept_weights, weights_file
 from manifold_nets.groups import Partition
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ def test_a_comparison_comes_back_from_its_file(tmp_path):
     damaged = json.loads((tmp_path / "comparison.json").read_text())
     damaged["settings"]["epochs"] = "two"
     (tmp_path / "comparison.json").write_text(json.dumps(damaged))
-    with pytest.raises(RecordError, match=r"Settings\.epochs: found 'two'; expected a int"):
+    with pytest.raises(RecordError, match="settings/epochs: 'two' is not of type 'integer'"):
         Comparison.read(tmp_path)
 
 
@@ -74,6 +75,39 @@ def test_names_of_nothing_are_refused():
         tiny(workers=0)
     with pytest.raises(ComparisonFolderError, match=r"comparison\.json"):
         Comparison.read("/nowhere")
+
+
+def test_weights_kept_until_the_test_are_those_that_were_written(tmp_path, monkeypatch):
+    key, other = RunKey("sgd", 0.1, 0), RunKey("sgd", 0.1, 1)
+    weights = {"weight": torch.arange(6.0).reshape(2, 3), "steps": torch.tensor(3)}
+    keep_weights(tmp_path, key, weights)
+    path = weights_file(tmp_path, key)
+    good = path.read_bytes()
+
+    def kept(content):
+        path.write_bytes(content)
+        return kept_weights(tmp_path, key)
+
+    assert all(torch.equal(value, weights[name]) for name, value in kept(good).items())
+    for place in range(len(good)):
+        found = kept(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        # Blanks between the header and the tensors mean nothing.
+        assert found is None or (found.keys() == weights.keys() and torch.equal(found["weight"], weights["weight"]))
+    assert kept(good[:-1]) is None
+    path.rename(weights_file(tmp_path, other))
+    assert kept_weights(tmp_path, other) is None  # of another run
+    assert kept_weights(tmp_path, key) is None  # none
+    # Sabotage: a changed number passes without its checksum.
+    monkeypatch.setattr("manifold_nets.comparison.weights.tensors_checksum", lambda *_: "crc32:00000000")
+    keep_weights(tmp_path, key, weights)
+    data = path.read_bytes()
+    assert kept(data[:-1] + bytes([data[-1] ^ 1])) is not None
+
+
+def test_weights_that_cannot_be_read_back_end_the_comparison_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("manifold_nets.comparison.engine.kept_weights", lambda *_: None)
+    with pytest.raises(RunFailedError, match="weights that cannot be read back"):
+        tiny(output=tmp_path, seeds=1, epochs=1)
 
 
 # ---- fairness --------------------------------------------------------------------------------------------------------

@@ -59,17 +59,23 @@ def test_unit_radius_by_name_is_taken_whatever_it_changes_in_training() -> None:
 REFUSED: list[tuple[Any, str]] = [
     ([{"name": "9.weight", "action": "leave"}], "9.weight"),
     ([{"name": "11.weight", "action": "sphere", "radius": "unit"}], "'sphere' for 11.weight.*'leave'.*output"),
-    ([{"name": "0.weight", "action": "sphere", "radius": "half"}], "radius 'half'"),
+    ([{"name": "0.weight", "action": "sphere", "radius": "half"}], "actions/0/radius: 'half' is not one of"),
     ([{"name": "0.weight", "action": "balance"}], "action 'balance'"),
     ([{"name": "0.weight", "action": "already"}], "action 'already'"),
-    ([{"name": "0.weight", "action": "sphere", "radus": "keep"}], "key 'radus' in the .* '0.weight'.*matches: radius"),
+    (
+        [{"name": "0.weight", "action": "sphere", "radus": "keep"}],
+        "actions/0: .*'radus' was unexpected.*matches: radius",
+    ),
     (
         [{"name": "0.weight", "action": "leave"}, {"name": "0.weight", "action": "sphere", "radius": "keep"}],
         "two actions of spheres for '0.weight'; expected one",
     ),
-    ([{"name": "0.bias", "remedy": "dead-biases"}], "found None for 0.bias; expected 'remove'"),
-    ("no list", "no list of actions"),
-    ([3], "no list of actions"),
+    ([{"name": "0.bias", "remedy": "dead-biases"}], "actions/0: 'action' is a required property"),
+    ([{"name": ["0.weight"], "action": "leave"}], r"actions/0/name: \['0.weight'\] is not of type 'string'"),
+    ([{"name": "0.weight", "action": "leave", "remedy": {}}], "actions/0/remedy: {} is not one of"),
+    ([{"name": "0.weight\ud800", "action": "leave"}], "ud800"),
+    ("no list", "actions: 'no list' is not of type 'array'"),
+    ([3], "actions/0: 3 is not of type 'object'"),
 ]
 
 

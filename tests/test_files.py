@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.cli import main
 from manifold_nets.conversion import write_plan
-from manifold_nets.errors import OutputFileError
+from manifold_nets.errors import DiskFullError, OutputFileError
 from manifold_nets.files import atomic_file, is_stream
 
 TEXT = "all or nothing\n" * 20_000  # more than a pipe holds
@@ -109,9 +113,16 @@ def test_what_is_neither_file_nor_stream_is_refused_by_name(tmp_path: Path, monk
 
 
 def test_a_missing_file_and_a_link_to_one_are_no_streams(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("link")
     (tmp_path / "to-none").symlink_to("none")
-    assert not any(is_stream(tmp_path / name) for name in ("none", "link", "to-none"))
+    assert not any(is_stream(tmp_path / name) for name in ("none", "to-none"))
+
+
+def test_links_that_lead_round_in_a_circle_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    for path in (tmp_path / "link", tmp_path / "link" / "net.safetensors"):
+        for use in (is_stream, write):
+            with pytest.raises(OutputFileError, match=f"{path}: found symbolic links that lead back to themselves"):
+                use(path)
 
 
 def test_a_plan_and_a_model_go_into_pipes_and_not_into_folders(pipe: Path) -> None:
@@ -134,3 +145,88 @@ def test_the_command_line_refuses_a_socket_before_any_work(tmp_path: Path, monke
             done = CliRunner().invoke(main, arguments)
             assert done.exit_code == 2
             assert "net.safetensors: found a socket" in " ".join(done.stderr.split())
+
+
+# ---- no room ---------------------------------------------------------------------------------------------------------
+
+
+def run_without_room(folder: Path, script: str, limit: int = 2000) -> str:
+    """What a process prints in which no file grows beyond a size, as on a full disk."""
+    program = f"""
+        import resource, signal, sys
+        import torch, manifold_nets as mn
+        from manifold_nets.errors import DiskFullError, ManifoldNetsError
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(60, 60), torch.nn.BatchNorm1d(60), torch.nn.Linear(60, 2))
+        x = torch.randn(8, 60)
+        converted = mn.convert(net, x)
+        def full():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    """
+    program = f"{textwrap.dedent(program)}\n{textwrap.dedent(script)}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_where_there_is_no_room_the_old_files_stay(tmp_path: Path) -> None:
+    names = ["net.safetensors", "plain.safetensors", "net.pt2", "plan.json"]
+    for name in names:
+        (tmp_path / name).write_text(f"old {name}")
+    said = run_without_room(
+        tmp_path,
+        """
+        from manifold_nets.conversion import write_plan
+        from manifold_nets.conversion.export import export_model
+        plan = mn.plan(torch.nn.Sequential(*[torch.nn.Linear(9, 9) for _ in range(30)]), torch.randn(8, 9))
+        full()
+        for write in (
+            lambda: mn.save(converted, "net.safetensors"),
+            lambda: export_model(converted, "plain.safetensors", x),
+            lambda: export_model(converted, "net.pt2", x, format="pt2"),
+            lambda: write_plan(plan, "plan.json"),
+        ):
+            try:
+                write()
+            except DiskFullError as error:
+                print(error)
+        """,
+    )
+    lines = said.splitlines()
+    assert [line.partition(":")[0] for line in lines] == names
+    assert all(
+        "could not be written (File too large); a file that it would have replaced is unchanged" in line
+        for line in lines
+    )
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: f"old {name}" for name in names}
+
+
+def test_a_full_device_is_said_in_one_line() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no device that is full")
+    with pytest.raises(DiskFullError, match=r"^/dev/full: it could not be written \(No space left on device\)"):
+        write(Path("/dev/full"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [3_000, 100_000, 260_000])
+def test_a_comparison_without_room_ends_in_one_line(tmp_path: Path, limit: int) -> None:
+    """The first limit is below the empty study, the others end it among its runs and in the report."""
+    pytest.importorskip("optuna")
+    said = run_without_room(
+        tmp_path,
+        """
+        full()
+        try:
+            mn.compare("mlp:10", optimizers=["sgd", "rsgd"], learning_rates=[0.1], seeds=6, epochs=30, output="out")
+        except ManifoldNetsError as error:
+            print(type(error).__name__, str(error))
+        """,
+        limit,
+    )
+    assert re.fullmatch(r"(StorageError|DiskFullError|RunFailedError) .*\n", said), said
+    assert not list(tmp_path.rglob("*.tmp"))

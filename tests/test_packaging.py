@@ -84,7 +84,8 @@ def imported(statement: str) -> set[str]:
 
 
 OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript"}
-OPTIONAL |= {"onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
+# jsonschema is required, but not imported before a file is read.
+OPTIONAL |= {"jsonschema", "onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
 
 
 def test_the_core_imports_no_optional_package() -> None:
@@ -132,6 +133,18 @@ def test_every_package_is_shipped() -> None:
         ".".join(path.parent.relative_to(TOP).parts) for path in (TOP / "manifold_nets").rglob("__init__.py")
     } | {"manifold_nets.cli"}
     assert set(project()["tool"]["setuptools"]["packages"]) == packages
+
+
+def test_every_schema_is_shipped() -> None:
+    if not (TOP / "manifold_nets").is_dir():
+        pytest.skip("the source is not beside the tests")
+    present = {
+        (".".join(path.parent.relative_to(TOP).parts), path.name)
+        for path in (TOP / "manifold_nets").rglob("*.schema.json")
+    }
+    shipped = project()["tool"]["setuptools"]["package-data"]
+    assert present <= {(package, name) for package, names in shipped.items() for name in names}
+    assert len(present) >= 3
 
 
 def requirement_names(requirements: list[str]) -> set[str]:

@@ -222,7 +222,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"name": "11.bias", "action": "remove"}, "'remove' for '11.bias'.*0.bias"),
     ({"name": "0.bias", "action": "remove", "remedy": "balance"}, "'remove' with remedy 'balance'"),
     ({"name": "balance 99", "action": "balance"}, "'balance' for 'balance 99'"),
-    ({"name": "0.bias", "action": "leave", "remedy": "magic"}, "remedy 'magic'"),
+    ({"name": "0.bias", "action": "leave", "remedy": "magic"}, "remedy: 'magic'"),
 ]
 
 

@@ -6,16 +6,18 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from torch import nn
 from toy_networks import TOYS
 
 import manifold_nets as mn
-
-jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+from manifold_nets.comparison import Comparison
+from manifold_nets.comparison.plain import schema_of
 
 SCHEMA = json.loads(
     resources.files("manifold_nets.symmetry").joinpath("report.schema.json").read_text(encoding="utf-8")
@@ -31,6 +33,20 @@ def document_of(name: str) -> dict[str, Any]:
     loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert loaded == report.to_dict()
     return dict(loaded)
+
+
+@pytest.mark.parametrize("path", sorted(Path(mn.__file__).parent.rglob("*.schema.json")), ids=lambda path: path.name)
+def test_every_schema_is_one(path: Path) -> None:
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert {"title", "description"} <= schema.keys()
+
+
+def test_the_records_of_comparisons_make_a_schema() -> None:
+    schema = schema_of(Comparison)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["settings"]["properties"]["subset"]["anyOf"][1] == {"type": "null"}
+    assert "epochs" in schema["properties"]["results"]["items"]["required"]
 
 
 def test_the_schema_is_one() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from manifold_nets.comparison.choosing import choose_all
 from manifold_nets.comparison.crew import Crew, Done, Member
+from manifold_nets.comparison.errors import RunFailedError
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Choice, RunKey, RunResult, Settings
 from manifold_nets.comparison.result import Comparison
@@ -197,6 +198,8 @@ def _test(member: Member, key: RunKey, folder: Path) -> tuple[float, float]:
     weights = kept_weights(folder, key)
     if weights is None:
         member.carry_out(key)
-        weights = kept_weights(folder, key) or {}
+        weights = kept_weights(folder, key)
+    if weights is None:
+        raise RunFailedError(key, ["weights that cannot be read back"])
     scores = member.runner.scores(key, weights)
     return scores["error"], scores["loss"]

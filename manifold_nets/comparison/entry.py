@@ -38,7 +38,7 @@ from manifold_nets.comparison.result import Comparison
 from manifold_nets.comparison.starts import Starts, Subjects
 from manifold_nets.comparison.tasks import Task, load_task
 from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
-from manifold_nets.files import atomic_file
+from manifold_nets.files import atomic_file, resolved
 
 __all__ = ["compare", "compare_settings"]
 
@@ -277,7 +277,7 @@ def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | No
     """The folder of a comparison, which no other process works in."""
     if output is None:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="manifold-nets-")))
-    folder = Path(output).resolve()
+    folder = resolved(output)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         # The system takes the lock back from a process that is killed.

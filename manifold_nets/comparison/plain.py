@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
 import types
 import typing
@@ -10,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from manifold_nets.comparison.errors import RecordError
+from manifold_nets.documents import Schema, is_intact, parse_json, with_checksum
 
-__all__ = ["PlainRecord"]
+__all__ = ["PlainRecord", "schema_of"]
 
 # JSON has no numbers for these; records write and read them as texts.
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -24,24 +27,87 @@ class PlainRecord:
         """Return plain data for JSON: tuples become lists, records objects, and floats that are not finite texts."""
         return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
+    def to_json(self, **options: Any) -> str:
+        """Return the record as JSON, with a checksum beside its fields; ``options`` are those of `json.dumps`."""
+        return json.dumps(with_checksum(self.to_dict()), allow_nan=False, **options)
+
+    def contradiction(self) -> str | None:
+        """Say in what the fields contradict each other; None where they do not. A schema cannot express this."""
+        return None
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Rebuild a record from `to_dict`.
 
         Raises:
-            RecordError: a field is missing or unknown, or a value has another type.
+            RecordError: the data do not follow the schema of the record, or contradict themselves.
         """
-        hints = typing.get_type_hints(cls)
-        fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if not isinstance(data, Mapping):
-            raise RecordError(cls.__name__, f"a {type(data).__name__}", "an object with the fields of the record")
-        unknown = sorted(set(data) - set(fields))
-        missing = sorted(
-            name for name, field in fields.items() if name not in data and field.default is dataclasses.MISSING
-        )
-        if unknown or missing:
-            raise RecordError(cls.__name__, f"unknown fields {unknown}, missing fields {missing}", "exactly its fields")
-        return cls(**{name: _read(hints[name], value, f"{cls.__name__}.{name}") for name, value in data.items()})
+        fault = _schema(cls).fault(data)
+        if fault is not None:
+            raise RecordError(cls.__name__, fault, "the fields of the record")
+        record: Self = _read(cls, data)
+        return record
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Rebuild a record from `to_json`, or from the JSON of `to_dict`, which has no checksum.
+
+        Raises:
+            RecordError: the text is not what was written.
+        """
+        try:
+            data = parse_json(text)
+        except ValueError as error:
+            raise RecordError(cls.__name__, f"no JSON ({error})", "a record in JSON") from error
+        fields = {name: data[name] for name in data if name != "checksum"} if isinstance(data, dict) else data
+        record = cls.from_dict(fields)
+        if not is_intact(data):
+            raise RecordError(cls.__name__, "contents that do not match their checksum", "those that were written")
+        return record
+
+
+def schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON schema of what a type is written as: of a record, its fields and their types.
+
+    Example:
+        >>> schema_of(tuple[int, ...])
+        {'type': 'array', 'items': {'type': 'integer'}}
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return {"anyOf": [schema_of(argument) for argument in arguments]}
+    if origin is typing.Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return {"type": "array", "items": schema_of(arguments[0])}
+    if origin is tuple:
+        count = {"minItems": len(arguments), "maxItems": len(arguments)}
+        return {"type": "array", "prefixItems": [schema_of(argument) for argument in arguments], **count}
+    if kind is float:
+        return {"anyOf": [{"type": "number"}, {"enum": list(_NOT_FINITE)}]}
+    if issubclass(kind, PlainRecord):
+        fields: Any = dataclasses.fields(kind)
+        return {
+            "type": "object",
+            "properties": {name: schema_of(hint) for name, hint in _hints(kind).items()},
+            "required": [field.name for field in fields if field.default is dataclasses.MISSING],
+            "additionalProperties": False,
+        }
+    return {"type": _NAMES[kind]}
+
+
+_NAMES = {int: "integer", bool: "boolean", str: "string", types.NoneType: "null"}
+
+
+@functools.cache
+def _schema(kind: Any) -> Schema:
+    return Schema(lambda: schema_of(kind))
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _plain(value: Any) -> Any:
@@ -52,28 +118,19 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
-    """Check a value of JSON against a type and give it that type."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+def _read(kind: Any, value: Any) -> Any:
+    """Give a value of JSON, which follows the schema of a type, that type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _read(next(argument for argument in arguments if argument is not type(None)), value, where)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise RecordError(where, repr(value), f"one of {', '.join(map(repr, arguments))}")
-        return value
+        return None if value is None else _read(arguments[0], value)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise RecordError(where, repr(value), "a list")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) != len(value):
-            raise RecordError(where, f"{len(value)} entries", f"{len(kinds)} entries")
-        return tuple(_read(kind, item, where) for kind, item in zip(kinds, value, strict=True))
-    if isinstance(hint, type) and issubclass(hint, PlainRecord):
-        return hint.from_dict(value)
-    if hint is float and (value in _NOT_FINITE or (isinstance(value, int) and not isinstance(value, bool))):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise RecordError(where, repr(value), f"a {hint.__name__}")
-    return value
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
+        return tuple(_read(inner, item) for inner, item in zip(kinds, value, strict=True))
+    if isinstance(kind, type) and issubclass(kind, PlainRecord):
+        hints = _hints(kind)
+        record = kind(**{name: _read(hints[name], item) for name, item in value.items()})
+        contradiction = record.contradiction()
+        if contradiction is not None:
+            raise RecordError(kind.__name__, contradiction, "fields that fit each other")
+        return record
+    return float(value) if kind is float else value

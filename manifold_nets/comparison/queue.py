@@ -8,6 +8,7 @@ does no harm if two processes carry out the same one: the first to be recorded c
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -17,12 +18,15 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from manifold_nets.comparison.errors import DifferentCommandError, StorageError
+from manifold_nets.comparison.plain import PlainRecord
 from manifold_nets.comparison.records import Environment, RunKey, RunResult, Settings
 from manifold_nets.comparison.storage import completed, redacted, without_secrets
-from manifold_nets.errors import MissingExtraError
+from manifold_nets.documents import crc32
+from manifold_nets.errors import ManifoldNetsError, MissingExtraError
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -30,10 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ["RunQueue"]
 
+Record = TypeVar("Record", bound=PlainRecord)
+
 # The text columns of MySQL hold 65,535 bytes.
 CHUNK = 30_000
 # A beat that has not changed for so long is that of a process that has ended.
 GRACE_SECONDS = 120.0
+_RESTORE = "Make room, restore the file from a copy, or run the comparison into an empty folder."
 _SAME_VERSIONS = ("manifold_nets", "torch")
 
 
@@ -50,7 +57,8 @@ class RunQueue:
     """
 
     def __init__(self, url: str, study: str) -> None:
-        self._storage, self.url, self.study = _open(url), url, study
+        self._storage = _Guarded(_open(url), f"study {study} in {redacted(url)}", completed(url))
+        self.url, self.study = url, study
         self._waiting: deque[tuple[int, RunKey]] = deque()
         self._taken: set[int] = set()
         self._beats: dict[int, tuple[Any, float]] = {}
@@ -75,7 +83,10 @@ class RunQueue:
             self._study = self._storage.get_study_id_from_name(self.study)
         attributes = self._storage.get_study_user_attrs(self._study)
         if "settings" not in attributes:
-            self._storage.set_study_user_attr(self._study, "environment", json.dumps(environment.to_dict()))
+            # Whoever makes a study stores its settings first, perhaps at this moment.
+            if self._trials() and "settings" not in self._storage.get_study_user_attrs(self._study):
+                raise self._damaged("runs without the settings that they belong to")
+            self._storage.set_study_user_attr(self._study, "environment", environment.to_json())
             self.extend(settings)
             return settings
         there, here = dict(self.environment().versions), dict(environment.versions)
@@ -90,7 +101,7 @@ class RunQueue:
 
     def extend(self, settings: Settings) -> None:
         """Let the study have these settings, which have at least its runs."""
-        self._storage.set_study_user_attr(self._study, "settings", settings.canonical_json())
+        self._storage.set_study_user_attr(self._study, "settings", settings.to_json(sort_keys=True))
 
     def join(self) -> None:
         """Take part in a study that another process made.
@@ -98,20 +109,22 @@ class RunQueue:
         Raises:
             StorageError: the database has no such study.
         """
+        remedy = "Correct the name (--worker), or the URL (--storage)."
+        missing = StorageError(self._place(), "no such study", "one that a comparison has made", remedy)
         try:
             self._study = self._storage.get_study_id_from_name(self.study)
-            self.settings()
         except KeyError as error:
-            remedy = "Correct the name (--worker), or the URL (--storage)."
-            raise StorageError(self._place(), "no such study", "one that a comparison has made", remedy) from error
+            raise missing from error
+        if "settings" not in self._storage.get_study_user_attrs(self._study):
+            raise missing
 
     def settings(self) -> Settings:
         """The settings of the study."""
-        return Settings.from_dict(json.loads(self._storage.get_study_user_attrs(self._study)["settings"]))
+        return self._read(Settings, self._storage.get_study_user_attrs(self._study).get("settings"))
 
     def environment(self) -> Environment:
         """Where the study was made."""
-        return Environment.from_dict(json.loads(self._storage.get_study_user_attrs(self._study)["environment"]))
+        return self._read(Environment, self._storage.get_study_user_attrs(self._study).get("environment"))
 
     def fill(self, keys: Iterable[RunKey]) -> None:
         """Add a waiting trial for every run that has none, nor a running or complete one."""
@@ -136,7 +149,7 @@ class RunQueue:
 
         if not self._waiting:
             waiting = self._trials((TrialState.WAITING,))
-            found = ((t._trial_id, _read_key(t)) for t in waiting if t._trial_id not in self._taken)
+            found = ((t._trial_id, self._read(RunKey, _key_text(t))) for t in waiting if t._trial_id not in self._taken)
             self._waiting.extend((ticket, key) for ticket, key in found if among is None or key in among)
         while self._waiting:
             ticket, key = self._waiting.popleft()
@@ -153,7 +166,7 @@ class RunQueue:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
-        text = json.dumps(result.to_dict(), allow_nan=False)
+        text = result.to_json()
         error = result.validation_error
         try:
             for number, start in enumerate(range(0, len(text), CHUNK)):
@@ -213,8 +226,11 @@ class RunQueue:
 
         found: dict[RunKey, RunResult] = {}
         for trial in self._trials((TrialState.COMPLETE,)):
-            chunks = sorted((n for n in trial.user_attrs if n.startswith("result-")), key=lambda n: int(n[7:]))
-            result = RunResult.from_dict(json.loads("".join(trial.user_attrs[name] for name in chunks)))
+            count = sum(name.startswith("result-") for name in trial.user_attrs)
+            chunks = [trial.user_attrs.get(f"result-{number}") for number in range(count)]
+            result = self._read(RunResult, "".join(map(str, chunks)))
+            if _text(result.key) != _key_text(trial):
+                raise self._damaged(f"the result of {result.key} for the run {_key_text(trial)}")
             found.setdefault(result.key, result)
         return found
 
@@ -228,13 +244,26 @@ class RunQueue:
     def record_test(self, key: RunKey, error: float, loss: float) -> None:
         """Store what a chosen run has found on the test data."""
         with _flushed():
-            self._storage.set_study_user_attr(self._study, f"test {_text(key)}", [error, loss])
+            scores = [error, loss, _checksum(key, error, loss)]
+            self._storage.set_study_user_attr(self._study, f"test {_text(key)}", scores)
 
     def tests(self, keys: Sequence[RunKey]) -> dict[RunKey, tuple[float, float]]:
         """What has been stored of the test data."""
         attributes = self._storage.get_study_user_attrs(self._study)
-        names = {key: f"test {_text(key)}" for key in keys}
-        return {key: tuple(attributes[name]) for key, name in names.items() if name in attributes}
+        found = {}
+        for key in keys:
+            stored = attributes.get(f"test {_text(key)}")
+            match stored:
+                # Older studies have no checksum.
+                case [int() | float() as error, int() | float() as loss, *more] if not more or more == [
+                    _checksum(key, error, loss)
+                ]:
+                    found[key] = float(error), float(loss)
+                case None:
+                    continue
+                case _:
+                    raise self._damaged(f"test scores {stored!r} of {key}")
+        return found
 
     def close(self) -> None:
         """Let go of the database."""
@@ -243,6 +272,15 @@ class RunQueue:
 
     def _place(self) -> str:
         return f"study {self.study} in {redacted(self.url)}"
+
+    def _read(self, kind: type[Record], text: object) -> Record:
+        try:
+            return kind.from_json(str(text))
+        except ManifoldNetsError as error:  # what damage has made of settings may also have no meaning
+            raise self._damaged(f"an entry that cannot be read ({error})") from error
+
+    def _damaged(self, found: str) -> StorageError:
+        return StorageError(self._place(), found, "what a comparison has stored", _RESTORE)
 
     def _running(self) -> dict[int, Any]:
         from optuna.trial import TrialState
@@ -261,33 +299,63 @@ def _key_text(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get("key"))
 
 
-def _read_key(trial: FrozenTrial) -> RunKey:
-    return RunKey.from_dict(json.loads(_key_text(trial)))
+def _checksum(key: RunKey, error: float, loss: float) -> str:
+    return f"crc32:{crc32({'key': key.to_dict(), 'scores': [error, loss]}):08x}"
+
+
+class _Guarded:
+    """Optuna's storage, in which whatever a damaged, lost or full database leads to is a `StorageError`."""
+
+    def __init__(self, storage: RDBStorage, place: str, url: str) -> None:
+        self._storage, self._place, self._url = storage, place, url
+
+    def __getattr__(self, name: str) -> Any:
+        from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+
+        inner = getattr(self._storage, name)
+        if not callable(inner):
+            return inner
+        meant: tuple[type[Exception], ...] = (DuplicatedStudyError, UpdateFinishedTrialError)
+        if name == "get_study_id_from_name":
+            meant += (KeyError,)
+
+        @functools.wraps(inner)
+        def guarded(*arguments: Any, **options: Any) -> Any:
+            try:
+                return inner(*arguments, **options)
+            except meant:
+                raise
+            except Exception as error:
+                found = f"{type(error).__name__}: {without_secrets(error.__cause__ or error, self._url)}"
+                raise StorageError(self._place, found, "a database that can be read and written", _RESTORE) from None
+
+        return guarded
 
 
 def _open(url: str) -> RDBStorage:
     try:
         from optuna.storages import RDBStorage
         from sqlalchemy import event, make_url
-        from sqlalchemy.exc import SQLAlchemyError
     except ModuleNotFoundError as error:
         raise MissingExtraError("Optuna", "comparisons", "compare") from error
-    whole = completed(url)
+    whole, remedy = completed(url), "Correct the URL (--storage)."
     try:
         file = make_url(url).database if url.startswith("sqlite") else None
         in_file = file not in (None, "", ":memory:")
         if in_file:
+            remedy = _RESTORE if Path(str(file)).parent.is_dir() else remedy
             # Readers do not wait for writers, and commits are appended to one log. The file remembers it.
             with contextlib.closing(sqlite3.connect(str(file))) as connection:
                 connection.execute("PRAGMA journal_mode=WAL")
+                (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+                if state != "ok":
+                    raise sqlite3.DatabaseError(" ".join(state.split()))
         with _quiet():
             storage = RDBStorage(whole, engine_kwargs={"connect_args": {"timeout": 120}} if in_file else None)
-    except (SQLAlchemyError, sqlite3.Error, ImportError, RuntimeError, ValueError) as error:
-        # Drivers quote the URL with its password, and so does what they raised.
+    except Exception as error:  # noqa: BLE001  drivers raise what they like
+        # They quote the URL with its password.
         expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
-        raise StorageError(
-            redacted(url), without_secrets(error, whole), expected, "Correct the URL (--storage)."
-        ) from None
+        raise StorageError(redacted(url), without_secrets(error, whole), expected, remedy) from None
     if in_file:
         event.listen(storage.engine, "checkout", _set_durability)
     return storage

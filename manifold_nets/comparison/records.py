@@ -113,6 +113,14 @@ class RunResult(PlainRecord):
     test_loss: float | None = None
     validation_seconds: float = 0.0
 
+    def contradiction(self) -> str | None:
+        """See `PlainRecord`."""
+        if [record.epoch for record in self.epochs] != list(range(1, len(self.epochs) + 1)):
+            return "epochs that are not 1, 2, 3, …"
+        if any(len(record.layers) != len(self.layers) for record in self.epochs):
+            return f"an epoch without a record for each of {len(self.layers)} layers"
+        return None if self.epochs or self.diverged else "a finished run without an epoch"
+
     @property
     def diverged(self) -> bool:
         """Whether the run diverged."""

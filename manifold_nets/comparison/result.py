@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from manifold_nets.comparison.errors import ComparisonFolderError
 from manifold_nets.comparison.plain import PlainRecord
@@ -36,6 +34,22 @@ class Comparison(PlainRecord):
     results: tuple[RunResult, ...]
     choices: tuple[Choice, ...]
     environment: Environment
+
+    def contradiction(self) -> str | None:
+        """See `PlainRecord`."""
+        settings = self.settings
+        if [result.key for result in self.results] != list(settings.run_keys()):
+            return "results that are not those of the runs of its settings, in their order"
+        wanted = [(name, scale) for scale in settings.initial_scales for name in settings.optimizers]
+        if sorted((c.optimizer, c.initial_scale) for c in self.choices) != sorted(wanted):
+            return "choices that are not one for each optimizer and initial scale"
+        for chosen in self.choices:
+            trials = settings.trials(chosen.optimizer, chosen.initial_scale)
+            if {len(chosen.validation_errors), len(chosen.diverged)} != {len(trials)}:
+                return f"a choice for {chosen.optimizer!r} that does not list {len(trials)} trials"
+            if chosen.trial is not None and chosen.trial not in trials:
+                return f"a choice for {chosen.optimizer!r} of {chosen.trial}, which was not tried"
+        return None
 
     def choice(self, optimizer: str, initial_scale: InitialScale = "plain") -> Choice:
         """The learning rate chosen for a contestant.
@@ -137,9 +151,7 @@ class Comparison(PlainRecord):
         place.mkdir(parents=True, exist_ok=True)
         path = place / FILE_NAME
         with atomic_file(path) as temporary:
-            temporary.write_text(
-                json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
-            )
+            temporary.write_text(self.to_json(indent=1, ensure_ascii=False), encoding="utf-8")
         return path
 
     @classmethod
@@ -154,9 +166,4 @@ class Comparison(PlainRecord):
         if not path.is_file():
             remedy = "Name the --output folder of a comparison that has ended, or start its command again."
             raise ComparisonFolderError(folder, f"no {FILE_NAME}", "a finished comparison", remedy)
-        try:
-            data: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            remedy = "Start the command of the comparison again: it writes the file anew."
-            raise ComparisonFolderError(path, f"no JSON ({error})", "a finished comparison", remedy) from error
-        return cls.from_dict(data)
+        return cls.from_json(path.read_bytes())

@@ -137,6 +137,8 @@ class Settings(PlainRecord):
         self._require("weight_decay", not (self.weight_decay and self.weight_decays), "0 beside weight_decays")
         self._require("initialization", self.initialization in get_args(Initialization), "default or balanced")
         self._require("subset", _are_counts(self.subset, 2), "two counts of examples, at least 1")
+        counts = {len(self.trials(name, scale)) for name, scale in product(self.optimizers, self.initial_scales)}
+        self._require("tuned", len(counts) == 1 and 0 not in counts, "as many choices for each optimizer and scale")
         seeds = self.tune_seeds is None or (self.tune_on is not None and 1 <= self.tune_seeds <= len(self.seeds))
         self._require("tune_seeds", seeds, "a number of the seeds, beside tune_on")
         self._require("tune_on", _are_counts(self.tune_on, 3), "examples to train on, to validate by, and epochs")

@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from manifold_nets.comparison.choosing import choose
 from manifold_nets.comparison.records import RunKey, RunResult, Settings
+from manifold_nets.conversion.storage import read_tensors, tensors_checksum
 from manifold_nets.files import atomic_file
 
 __all__ = ["keep_weights", "kept_weights", "prune_weights", "weights_file"]
@@ -30,19 +30,26 @@ def weights_file(folder: Path, key: RunKey) -> Path:
 
 
 def keep_weights(folder: Path, key: RunKey, weights: Mapping[str, Tensor]) -> None:
-    """Write the final weights of a run, which is named in the metadata."""
+    """Write the final weights of a run, which is named in the metadata, with a checksum."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(weights_file(folder, key)) as temporary:
-        save_file(dict(weights), temporary, metadata={"run": str(key)})
+        save_file(dict(weights), temporary, metadata=_metadata(key, weights))
 
 
 def kept_weights(folder: Path, key: RunKey) -> dict[str, Tensor] | None:
-    """Read the final weights of a run; None where there is no whole file."""
-    path = weights_file(folder, key)
+    """Read the final weights of a run; None where there is no file, or one that is damaged."""
     try:
-        return dict(load_file(path)) if path.is_file() else None
-    except SafetensorError:
+        with weights_file(folder, key).open("rb") as file:
+            weights, metadata = read_tensors(file)
+    except Exception:  # noqa: BLE001 (the reader goes by what the file says of itself, and may raise anything)
         return None
+    return weights if metadata == _metadata(key, weights) else None
+
+
+def _metadata(key: RunKey, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    run = {"run": str(key)}
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return {"run": json.dumps({**run, "checksum": tensors_checksum(dense, run)})}
 
 
 def prune_weights(folder: Path, settings: Settings, results: Mapping[RunKey, RunResult], last: RunKey) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import geoopt
 import torch
@@ -18,11 +20,13 @@ from manifold_nets.constraints import (
     is_converted,
     joint_spheres,
     note_converted,
+    trusted_values,
 )
 from manifold_nets.conversion import storage
 from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.projection import way_back
 from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.documents import printable
 from manifold_nets.errors import (
     CheckpointFormatError,
     CheckpointMismatchError,
@@ -34,7 +38,7 @@ from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["load", "save"]
+__all__ = ["load", "load_contents", "save", "unchanged_on_failure"]
 
 _WHY = "It was trained by an optimizer that ignores the manifold, averaged, cast to another dtype, or edited."
 
@@ -109,19 +113,48 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Example:
         See `save`.
     """
-    contents = storage.read(path)
-    differences = _differences(model, contents)
+    return load_contents(model, path, storage.read(path))
+
+
+def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: storage.Contents) -> nn.Module:
+    """The same as `load`, for a file that has been read."""
+    differences = [printable(text) for text in _differences(model, contents)]
     if differences:
         raise CheckpointMismatchError(path, type(model).__name__, differences)
     try:
         _require_points(contents.tensors, contents.manifolds, lambda _: "")
     except OffManifoldError as error:
         raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
-    _set_biases(model, contents)
-    # Before the values, which are looked at when they are loaded.
+    # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
+    with unchanged_on_failure(model), trusted_values(), torch.no_grad():
+        _put_back_biases(model, contents)
+        # The biases that the file has not are removed afterwards as well.
+        found = model.load_state_dict(contents.expanded(), strict=False)
+        untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
+        if untaken:
+            differences = [f"hooks of the model did not take {listed(sorted(untaken))}"]
+            raise CheckpointMismatchError(path, type(model).__name__, differences)
+    _remove_biases(model, contents)
     _set_manifolds(model, contents)
-    model.load_state_dict(contents.expanded())
     return model
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Undo what a block has done to values and biases of a model where it fails, as in a hook of the model."""
+    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}.values()
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors if not nn.parameter.is_lazy(tensor)]
+    removed = removed_biases(model).values()
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in saved:
+                tensor.copy_(value)
+        for module, leaf in removed:
+            if module._parameters.get(leaf) is not None:
+                remove_bias(module, leaf)
+        raise
 
 
 def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -222,6 +255,11 @@ def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
         found.append(f"the file lacks {listed(sorted(missing))}")
     if extra:
         found.append(f"the model lacks {listed(sorted(extra))}")
+    places = dict(model.named_modules(remove_duplicate=False))
+    for name in contents.removed:
+        prefix, _, leaf = name.rpartition(".")
+        if prefix not in places or leaf != "bias" or leaf not in places[prefix]._parameters:
+            found.append(f"{name!r} is a removed bias in the file, but no bias of the model")
     shared = [name for name in in_model if name in in_file]
     each = [(name, _difference(in_file[name], in_model[name])) for name in shared]
     each += [(name, "constrained in the file, but no parameter of the model") for name in contents.manifolds
@@ -243,6 +281,8 @@ def _difference(stored: Tensor, present: object) -> str | None:
         return f"a {type(present).__name__} in the model; load before sharding or quantizing it"
     if present.is_meta:
         return "on the meta device; call model.to_empty(device=…) first"
+    if present.is_inference() and not torch.is_inference_mode_enabled():
+        return "made in inference mode in the model, where it cannot be written to; make the model outside of it"
     if any(size > 1 and stride == 0 for size, stride in zip(present.shape, present.stride(), strict=True)):
         return "an expanded view in the model, which cannot be written to"
     return None
@@ -272,12 +312,16 @@ def _cut(texts: list[str], limit: int = 8) -> list[str]:
     return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]
 
 
-def _set_biases(model: nn.Module, contents: storage.Contents) -> None:
-    """Remove and put back biases, so that the model has those of the file."""
+def _put_back_biases(model: nn.Module, contents: storage.Contents) -> None:
+    """Put back the removed biases of a model that a file holds."""
     stored = contents.expanded()
     for name, (module, leaf) in removed_biases(model).items():
         if name in stored:
             put_back_bias(module, leaf)
+
+
+def _remove_biases(model: nn.Module, contents: storage.Contents) -> None:
+    """Remove the biases of a model that are removed in a file."""
     for name in contents.removed:
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)

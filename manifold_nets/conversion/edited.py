@@ -21,15 +21,14 @@ from manifold_nets.conversion.plan import (
     weight_actions,
 )
 from manifold_nets.conversion.same_model import named_tensors, require_same_model
+from manifold_nets.documents import Schema, parse_json
 from manifold_nets.errors import PlanError
-from manifold_nets.errors.base import near_matches
 from manifold_nets.files import atomic_file
 from manifold_nets.symmetry import SymmetryReport, diagnose
 
 __all__ = ["EditedPlan", "edited_plan", "write_plan"]
 
-# What `Action.to_dict` writes.
-_KEYS = ("name", "remedy", "action", "reason", "partition", "radius", "train_deviation", "members")
+_SCHEMA = Schema.packaged("manifold_nets.conversion", "plan.schema.json")
 
 EditedPlan = ConversionPlan | Mapping[str, Any] | str | os.PathLike[str]
 
@@ -66,20 +65,21 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
         PlanError: the plan is no JSON of a plan, has a key that means nothing, names a weight that is not there or one
             twice, or asks for what is impossible.
     """
+    source, entries = _read(edited)
+    wanted = _wanted(source, entries)
     given = report_or_example_inputs
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
     require_same_model(model, report)
-    source, entries = _read(edited)
-    asked = {_remedy_of(source, entry) for entry in entries if entry.get("action") not in ("leave", "already")}
-    asked.discard("spheres")
-    wanted = _wanted(source, entries)
+    asked = {remedy for (_, remedy), entry in wanted.items() if entry["action"] not in ("leave", "already")} - {
+        "spheres"
+    }
     early = [_decided(source, a, wanted) for a in early_actions(model, report, [r for r in ACTION_OF if r in asked])]
     start = edited.rescaling if isinstance(edited, ConversionPlan) else None
     state, rescaling = staged(named_tensors(model), early, start)
     early = outcome_said(early, rescaling)
     everything = {weight.name for weight in report.weights}
     # A weight that stays as it is may have groups without a direction.
-    spheres = {str(name) for (name, _), entry in wanted.items() if entry.get("action") == "sphere"}
+    spheres = {name for (name, _), entry in wanted.items() if entry["action"] == "sphere"}
     unit = weight_actions(report, state, "unit", math.inf, spheres)
     keep = weight_actions(report, state, "keep", math.inf, spheres)
     weights = [_weight(source, *pair, wanted) for pair in zip(unit, keep, strict=True)]
@@ -90,18 +90,14 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     return ConversionPlan(report.model, (*weights, *early), report.example_inputs, rescaling)
 
 
-Wanted = Mapping[tuple[Any, str], Mapping[str, Any]]
+Wanted = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 def _wanted(source: str, entries: Sequence[Mapping[str, Any]]) -> Wanted:
     """The entries by name and remedy; of two about the same, neither would be known to be meant."""
-    wanted: dict[tuple[Any, str], Mapping[str, Any]] = {}
+    wanted: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in entries:
-        for key in entry:
-            if key not in _KEYS:
-                expected = f"keys among {', '.join(_KEYS)}. {near_matches(str(key), _KEYS)}".strip(". ")
-                raise PlanError(source, f"key {key!r} in the action of {entry.get('name')!r}", expected)
-        which = entry.get("name"), _remedy_of(source, entry)
+        which = entry["name"], _remedy_of(source, entry)
         if which in wanted:
             raise PlanError(source, f"two actions of {which[1]} for {which[0]!r}", "one")
         wanted[which] = entry
@@ -112,34 +108,33 @@ def _require_known(source: str, wanted: Wanted, known: Mapping[str, set[str]]) -
     """Refuse entries about what the network does not have; what is left need not be known."""
     for (name, remedy), entry in wanted.items():
         names = known.get(remedy)
-        if names is not None and name not in names and not (remedy != "spheres" and entry.get("action") == "leave"):
-            found = f"action {entry.get('action')!r} for {name!r}"
+        if names is not None and name not in names and not (remedy != "spheres" and entry["action"] == "leave"):
+            found = f"action {entry['action']!r} for {name!r}"
             raise PlanError(source, found, f"one of {', '.join(sorted(names)) or 'none, as there is nothing to do'}")
 
 
 def _remedy_of(source: str, entry: Mapping[str, Any]) -> str:
     """The remedy that an entry belongs to: that of its action, else what it says."""
-    action = entry.get("action")
-    by_action = {what: remedy for remedy, what in ACTION_OF.items()}
-    remedy = by_action.get(str(action), entry.get("remedy", "spheres"))
-    if remedy not in ACTION_OF or entry.get("remedy", remedy) != remedy:
+    by_action: dict[str, str] = {what: remedy for remedy, what in ACTION_OF.items()}
+    remedy = by_action.get(entry["action"], entry.get("remedy", "spheres"))
+    if entry.get("remedy", remedy) != remedy:
         raise PlanError(
             source,
-            f"action {action!r} with remedy {entry.get('remedy')!r} for {entry.get('name')}",
+            f"action {entry['action']!r} with remedy {entry['remedy']!r} for {entry['name']!r}",
             f"one of {', '.join(f'{what!r} with {each!r}' for each, what in ACTION_OF.items())}",
         )
-    return str(remedy)
+    return remedy
 
 
 def _decided(source: str, action: Action, wanted: Wanted) -> Action:
     """Carry an action out where the plan asks for it, and leave it otherwise."""
     entry = wanted.get((action.name, action.remedy), {"action": "leave"})
-    if entry.get("action") == "leave":
+    if entry["action"] == "leave":
         return action if action.action == "leave" else replace(action, action="leave", reason="left by the plan")
-    if entry.get("action") != action.action:
-        raise PlanError(source, f"{entry.get('action')!r} for {action.name}", f"{action.action!r}: {action.reason}")
+    if entry["action"] != action.action:
+        raise PlanError(source, f"{entry['action']!r} for {action.name}", f"{action.action!r}: {action.reason}")
     members = entry.get("members")
-    if members is not None and list(members) != list(action.members):
+    if members is not None and members != list(action.members):
         raise PlanError(source, f"members {members} of {action.name}", f"those of the network: {list(action.members)}")
     return action
 
@@ -158,20 +153,20 @@ def _read(edited: EditedPlan) -> tuple[str, list[Mapping[str, Any]]]:
         return "plan", list(edited.to_dict()["actions"])
     source, data = "plan", edited
     if isinstance(edited, (str, os.PathLike)):
-        source = str(edited)
+        source = os.fspath(edited)
         try:
-            data = json.loads(Path(edited).read_text(encoding="utf-8"))
+            data = parse_json(Path(edited).read_bytes())
         except (OSError, ValueError) as error:
             raise PlanError(source, f"{type(error).__name__}: {error}", "a file that write_plan wrote") from error
-    listed = data.get("actions") if isinstance(data, Mapping) else None
-    if not isinstance(listed, list) or not all(isinstance(entry, Mapping) for entry in listed):
-        raise PlanError(source, "no list of actions", '{"actions": [{"name": …, "action": …}, …]}')
-    return source, listed
+    fault = _SCHEMA.fault(data)
+    if fault is not None:
+        raise PlanError(source, fault, 'a plan: {"actions": [{"name": …, "action": …}, …]}')
+    return source, data["actions"]  # type: ignore[index]
 
 
 def _checked(source: str, entry: Mapping[str, Any], unit: Action, keep: Action, leave: Action) -> Action:
     """The action that an entry asks for, where it is possible."""
-    what, radius = entry.get("action"), entry.get("radius")
+    what, radius = entry["action"], entry.get("radius")
     if what == "already" and unit.action == "already":
         return unit
     if what == "leave" and unit.action != "already":

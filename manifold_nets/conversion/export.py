@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -137,8 +138,10 @@ def _write_safetensors(plain: nn.Module, file: Path, inputs: Inputs, final: Path
 
 def _write_pt2(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Written:
     program = _program(plain, inputs, final)
-    with file.open("wb") as stream:
-        torch.export.save(program, stream)
+    # torch ends the process where it cannot write to a file; memory does not refuse it.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    file.write_bytes(content.getbuffer())
     with file.open("rb") as stream:
         run = torch.export.load(stream).module()
     with torch.no_grad():

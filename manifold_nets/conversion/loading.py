@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from manifold_nets.constraints import (
     NEAR,
     ConstrainedWeight,
+    are_trusted,
     change_manifolds,
     constrained_weights,
     has_norms,
@@ -61,7 +62,7 @@ class _WhenLoaded:
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         # A shallow copy may outlive the model; then each layer refuses what is off its spheres.
         model = self.model()
-        record = None if model is None else moves_of(model)
+        record = None if model is None or are_trusted() else moves_of(model)
         if model is not None and record is not None:
             _convert_state(model, record, state_dict, prefix)
 

@@ -14,24 +14,38 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import CheckpointFormatError
-from manifold_nets.files import atomic_file
+from manifold_nets.documents import Schema, crc32, parse_json, printable
+from manifold_nets.errors import CheckpointFormatError, PartitionError
+from manifold_nets.files import atomic_file, path_of_open
 from manifold_nets.joint_sphere import manifolds_from_dicts
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["FORMAT", "VERSION", "Contents", "is_checkpoint", "read", "write"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Contents",
+    "contents_of",
+    "is_checkpoint",
+    "read",
+    "read_tensors",
+    "tensors_checksum",
+    "write",
+]
 
 FORMAT = "manifold_nets checkpoint"
 VERSION = 1
 # One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
 _KEY = "manifold_nets"
+# What stands in every document, and hardly twice in the metadata of other files.
+_MARKS = (FORMAT, '"aliases"', '"checksum"', '"manifolds"')
+_SCHEMA = Schema.packaged("manifold_nets.conversion", "checkpoint.schema.json")
 
 
 @dataclass(frozen=True)
@@ -71,15 +85,24 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
 
 
-def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Tell whether a file is a safetensors file with the metadata of a checkpoint, of whatever version."""
-    try:
-        with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            return _KEY in (file.metadata() or {})
-    except OSError:
-        raise
-    except Exception:  # noqa: BLE001 (what is no safetensors file is no checkpoint, whatever the reader says of it)
-        return False
+def is_checkpoint(metadata: Mapping[str, str]) -> bool:
+    """Tell from a file's metadata whether `write` wrote it, in whatever version.
+
+    Damage to the key must not make a plain file of it, so that a value counts as well that reads like a document.
+    """
+    return _KEY in metadata or any(sum(mark in text for mark in _MARKS) >= 2 for text in metadata.values())
+
+
+def read_tensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of an open safetensors file, whatever has taken its path meanwhile.
+
+    Raises:
+        OSError: the file cannot be read.
+        Exception: of any kind, where it is damaged, as the reader goes by what the file says of itself.
+    """
+    with safetensors.safe_open(str(path_of_open(file)), framework="pt", device="cpu") as opened:
+        names = opened.keys()
+        return {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {})
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -92,27 +115,44 @@ def read(path: str | os.PathLike[str]) -> Contents:
     if Path(path).is_dir():
         raise CheckpointFormatError(path, "a folder", "Pass the file that manifold_nets.save wrote.")
     try:
-        with safetensors.safe_open(os.fspath(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        with Path(path).open("rb") as file:
+            tensors, metadata = read_tensors(file)
     except OSError:
         raise
-    except Exception as error:  # noqa: BLE001 (the reader goes by what the file says of itself, and may raise anything)
+    except Exception as error:  # noqa: BLE001 (see read_tensors)
         found = f"no readable safetensors file ({error})"
         raise CheckpointFormatError(
             path, found, "It is of another kind, truncated or damaged: save it again."
         ) from None
+    return contents_of(path, tensors, metadata)
+
+
+def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Contents:
+    """Check and return what was read from a checkpoint file.
+
+    Raises:
+        CheckpointFormatError: as for `read`.
+    """
     document = _document(path, metadata)
-    if document.get("checksum") != _checksum(tensors, document):
+    fault = _SCHEMA.fault(document)
+    if fault is None and document["checksum"] != _checksum(tensors, document):
         raise CheckpointFormatError(
             path, "contents that do not match their checksum", "It is damaged, or was edited: save it again."
         )
-    return _contents(path, document, tensors)
+    fault = fault or _inconsistency(tensors, document)
+    if fault is None:
+        aliases, removed = document["aliases"], tuple(document.get("removed_biases", ()))
+        try:
+            return Contents(tensors, manifolds_from_dicts(document["manifolds"]), aliases, removed)
+        except PartitionError as error:
+            fault = str(error)
+    found = f"metadata {_KEY!r} that cannot be read ({printable(fault)})"
+    raise CheckpointFormatError(path, found, "It is damaged: save it again.")
 
 
 def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Parse the JSON document, and refuse files of another kind and of newer versions."""
-    if _KEY not in metadata:
+    if _KEY not in metadata and not is_checkpoint(metadata):
         raise CheckpointFormatError(
             path,
             f"a safetensors file without the metadata {_KEY!r}",
@@ -120,37 +160,42 @@ def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict
             "manifold_nets.convert.",
         )
     try:
-        document = json.loads(metadata[_KEY])
-        kind, version = document["format"], document["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        kind = version = document = None
-    if kind != FORMAT or not isinstance(version, int) or version < 1:
+        document = parse_json(metadata.get(_KEY, ""))
+    except ValueError:
+        document = None
+    version = document.get("version") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or document.get("format") != FORMAT or not isinstance(version, int):
         raise CheckpointFormatError(path, f"unreadable metadata {_KEY!r}", "It is damaged: save it again.")
     if version > VERSION:
         raise CheckpointFormatError(
             path, f"format version {version}", f"This release reads versions up to {VERSION}: upgrade manifold_nets."
         )
-    return dict(document)
+    return document
 
 
-def _contents(path: str | os.PathLike[str], document: dict[str, Any], tensors: dict[str, Tensor]) -> Contents:
-    try:
-        manifolds = manifolds_from_dicts({str(name): data for name, data in document["manifolds"].items()})
-        aliases = {str(alias): str(name) for alias, name in document["aliases"].items()}
-        removed = tuple(str(name) for name in document.get("removed_biases", ()))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-        found = f"manifolds or aliases that cannot be read ({type(error).__name__}: {error})"
-        raise CheckpointFormatError(path, found, "It is damaged: save it again.") from None
-    fits = all(name in tensors and tensors[name].shape == m.partition.shape for name, m in manifolds.items())
-    if not fits or any(alias in tensors or name not in tensors for alias, name in aliases.items()):
-        raise CheckpointFormatError(path, "manifolds or aliases of other tensors", "It is damaged: save it again.")
-    return Contents(tensors, manifolds, aliases, removed)
+def _inconsistency(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str | None:
+    """Say in what the entries of a document do not fit each other or the tensors."""
+    manifolds, aliases, removed = document["manifolds"], document["aliases"], document.get("removed_biases", ())
+    for name, data in manifolds.items():
+        if name not in tensors or not tensors[name].is_floating_point() or list(tensors[name].shape) != data["shape"]:
+            return f"manifolds/{name!r} fits no tensor of the file"
+    for alias, name in aliases.items():
+        if alias in tensors or name not in tensors:
+            return f"aliases/{alias!r} is no further name of a tensor of the file"
+    for name in removed:
+        if name in tensors or name in aliases:
+            return f"removed_biases: the file holds {name!r}"
+    return None
 
 
 def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
     """CRC-32 over the document (without its checksum) and over name, type, shape and bytes of every tensor."""
-    rest = {key: value for key, value in document.items() if key != "checksum"}
-    crc = zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    return tensors_checksum(tensors, {key: value for key, value in document.items() if key != "checksum"})
+
+
+def tensors_checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """CRC-32 over a document of JSON and over name, type, shape and bytes of every tensor, which is dense."""
+    crc = crc32(document)
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)

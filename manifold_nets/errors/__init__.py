@@ -37,7 +37,7 @@ from manifold_nets.errors.conversion import (
     ReportMismatchError,
     SelectionError,
 )
-from manifold_nets.errors.files import OutputFileError
+from manifold_nets.errors.files import DiskFullError, OutputFileError
 from manifold_nets.errors.models import (
     ModelBuildError,
     ModelExitError,
@@ -69,6 +69,7 @@ __all__ = [
     "ConstraintError",
     "ConstraintLostError",
     "DegenerateGroupError",
+    "DiskFullError",
     "DoublePrecisionError",
     "EuclideanStepError",
     "ExampleInputsError",

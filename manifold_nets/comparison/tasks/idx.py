@@ -14,7 +14,7 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ __all__ = ["find_idx_files", "read_idx", "read_images_and_labels"]
 
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _GZIP = b"\x1f\x8b"
+_PIECE = 2**20
+# Images take up to some ten times less room when they are compressed; a file made to fill the memory, a thousand times.
+_UNSUSPICIOUS, _LARGEST_RATIO = 2**26, 100
 _PARTS = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -53,21 +56,40 @@ def read_idx(path: str | Path) -> NDArray[Any]:
         array([7, 2, 1], dtype=uint8)
     """
     path = Path(path)
-    content = _unpacked(path, path.read_bytes())
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] == 0:
-        start = content[:4].hex(" ") or "nothing"
+    with path.open("rb") as file:
+        packed = file.read(2) == _GZIP
+        file.seek(0)
+        try:
+            return _read(path, gzip.GzipFile(fileobj=file) if packed else file, packed)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataFileError(path, f"damaged or truncated gzip data ({error})", "a whole gzip file") from error
+
+
+def _read(path: Path, stream: BinaryIO | gzip.GzipFile, packed: bool) -> NDArray[Any]:
+    """Read an array from a stream, of which no more is unpacked than its header declares."""
+    start = stream.read(4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _TYPES or start[3] == 0:
+        found = f"first bytes {start.hex(' ') or 'nothing'}"
         expected = "an idx file, which starts with 00 00, a type (08, 09, 0b … 0e) and a number of axes"
-        raise DataFileError(path, f"first bytes {start}", expected, "Name an idx file, plain or compressed with gzip.")
-    kind, axes = np.dtype(_TYPES[content[2]]), content[3]
-    header = 4 + 4 * axes
-    if len(content) < header:
-        raise DataFileError(path, f"{len(content)} bytes", f"a header of {header} bytes for {axes} axes")
-    shape = struct.unpack(f">{axes}I", content[4:header])
-    expected_size = header + math.prod(shape) * kind.itemsize
-    if len(content) != expected_size:
-        how = "truncated" if len(content) < expected_size else "more than its header says"
-        raise DataFileError(path, f"{len(content)} bytes ({how})", f"{expected_size} bytes for shape {shape}")
-    return np.frombuffer(content, kind, offset=header).reshape(shape).astype(kind.newbyteorder("="))
+        raise DataFileError(path, found, expected, "Name an idx file, plain or compressed with gzip.")
+    kind, axes = np.dtype(_TYPES[start[2]]), start[3]
+    sizes, header = stream.read(4 * axes), 4 + 4 * axes
+    if len(sizes) < 4 * axes:
+        raise DataFileError(path, f"{4 + len(sizes)} bytes", f"a header of {header} bytes for {axes} axes")
+    shape = struct.unpack(f">{axes}I", sizes)
+    size, present = math.prod(shape) * kind.itemsize, path.stat().st_size
+    if packed and size > max(_UNSUSPICIOUS, _LARGEST_RATIO * present):
+        expected = f"at most {_LARGEST_RATIO} times the {present} bytes of the file"
+        raise DataFileError(path, f"a header for {size} bytes of shape {shape}", expected)
+    content = bytearray()
+    while len(content) <= size and (piece := stream.read(min(_PIECE, size + 1 - len(content)))):
+        content += piece
+    if len(content) != size:
+        few = len(content) < size
+        found = f"{'' if few else 'at least '}{header + len(content)} bytes"
+        how = "truncated" if few else "more than its header says"
+        raise DataFileError(path, f"{found} ({how})", f"{header + size} bytes for shape {shape}")
+    return np.frombuffer(content, kind).reshape(shape).astype(kind.newbyteorder("="), copy=False)
 
 
 def find_idx_files(folder: str | Path) -> dict[str, tuple[Path, Path]]:
@@ -117,12 +139,3 @@ def read_images_and_labels(images: Path, labels: Path) -> tuple[NDArray[Any], ND
     if len(x) != len(y) or len(x) == 0:
         raise DataFileError(labels, f"{len(y)} labels", f"one for each of the {len(x)} images, at least one")
     return x, y
-
-
-def _unpacked(path: Path, content: bytes) -> bytes:
-    if content[:2] != _GZIP:
-        return content
-    try:
-        return gzip.decompress(content)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataFileError(path, f"damaged or truncated gzip data ({error})", "a whole gzip file") from error
