@@ -325,7 +325,7 @@ class _Guarded:
                 return inner(*arguments, **options)
             except meant:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  drivers raise what they like
                 found = f"{type(error).__name__}: {without_secrets(error.__cause__ or error, self._url)}"
                 raise StorageError(self._place, found, "a database that can be read and written", _RESTORE) from None
 
