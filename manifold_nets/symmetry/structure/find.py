@@ -191,7 +191,7 @@ class _Walk:
         use = Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
         result = self.labels[node] = self._enter(use) if is_region(node) else _apply(use)
         if is_in_place(node):
-            write_back(use, self.graph.flow.written(node)[0], result)
+            write_back(use, result)
         return result
 
     def _enter(self, use: Use) -> Result:

@@ -79,9 +79,8 @@ class _Walk:
             result = self._region(use) if is_region(node) else apply_rule(use)
         labels[node] = result
         if is_in_place(node):
-            target = self.graph.flow.written(node)[0]
-            write_back(use, target, result)
-            for view in (self.graph.flow.root(target), *self.graph.flow.views(target)):
+            write_back(use, result)
+            for view in (self.graph.flow.root(node), *self.graph.flow.views(node)):
                 self.alive.pop(view, None)
         return result
 

@@ -22,15 +22,18 @@ _LARGEST = 2**22
 _MAY_COPY = frozenset(["reshape", "flatten"])
 
 
-def write_back(use: Use, target: Node, result: Result) -> None:
+def write_back(use: Use, result: Result) -> None:
     """Give a tensor, and all views of it, the labels that they have after an operation wrote into one of them.
 
     Args:
-        use: the operation.
-        target: the tensor or view that it writes into.
+        use: the operation, which writes into its first argument.
         result: the label of what it writes.
     """
     flow = use.graph.flow
+    target = use.node.all_input_nodes[0]
+    if target not in flow.written(use.node):  # another shape, the same entries
+        use.labels[target] = result
+        return
     before = use.labels.get(target)
     new = result if isinstance(result, Label) else None
     if _is_same(use, before if isinstance(before, Label) else None, new, target):
