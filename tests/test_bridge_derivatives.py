@@ -24,6 +24,7 @@ pymanopt = pytest.importorskip("pymanopt")
 
 from manifold_nets import pymanopt_bridge as bridge  # noqa: E402
 from manifold_nets.pymanopt_bridge import NetworkProblem  # noqa: E402
+from manifold_nets.pymanopt_bridge.cost import NetworkCost  # noqa: E402
 
 
 def flat_loss(problem: NetworkProblem, inputs: Tensor, targets: Tensor):
@@ -192,3 +193,16 @@ def test_a_loss_linear_in_the_parameters_has_no_hessian() -> None:
     problem = bridge.problem(nn.Linear(3, 1).double(), lambda model: model(torch.ones(2, 3).double()).sum())
     point = problem.initial_point()
     assert not any(array.any() for array in problem.euclidean_hessian(point, point))
+
+
+def test_sparse_gradients_are_what_dense_ones_are() -> None:
+    ids = torch.arange(6).reshape(3, 2)
+    found = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 5, sparse=sparse), nn.Linear(5, 2)).double()
+        cost = NetworkCost(model, lambda network: network(ids).square().mean())
+        point = [parameter.detach().numpy() for parameter in model.parameters()]
+        found.append(cost.gradient(*point))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=8 * eps(torch.float64), atol=0)

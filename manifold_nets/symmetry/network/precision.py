@@ -30,7 +30,7 @@ _CASTS = {
     Tensor.float: torch.float64,
     Tensor.half: torch.float64,
     Tensor.bfloat16: torch.float64,
-    Tensor.cfloat: torch.complex128,
+    Tensor.cfloat: torch.complex128,  # type: ignore[attr-defined]
     Tensor.chalf: torch.complex128,
 }
 # Their result has torch's default dtype where none is given. That of others follows from what they are given.
@@ -44,6 +44,7 @@ _FACTORIES = (
     torch.randn,
     torch.zeros,
 )
+_DEEPCOPY: Any = Tensor.__deepcopy__
 # Types without tensors inside.
 _ATOMS = (type(None), str, bytes, bool, int, float, complex, torch.dtype, torch.device)
 
@@ -146,7 +147,7 @@ class _Copying(TorchFunctionMode):
         self.change, self.changed = change, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not Tensor.__deepcopy__ or id(args[0]) in args[1]:
+        if func is not _DEEPCOPY or id(args[0]) in args[1]:
             return func(*args, **(kwargs or {}))
         tensor, memo = args
         changed = self.change(tensor)
