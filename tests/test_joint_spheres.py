@@ -472,3 +472,14 @@ def test_what_is_no_sphere_is_left_with_the_reason() -> None:
     mn.constraints.attach(model.down, "weight", mn.SphereProduct((6, 8), kept=(), radius=norm))
     plan = mn.plan(model, report, remedies="joint-spheres")
     assert plan["joint sphere 1"].reason == "down.weight is on spheres"
+
+
+def test_a_step_says_where_other_code_has_moved_weights_off_a_joint_sphere() -> None:
+    converted = mn.convert(pre_activation(), images(), remedies="joint-spheres")
+    optimizer = mn.optim.RiemannianSGD(mn.param_groups(converted), lr=1e-3)
+    with torch.no_grad():
+        mn.joint_spheres(converted)[0][1][0].parameter.mul_(3.0)
+    converted(images()).square().mean().backward()
+    with pytest.warns(UserWarning, match="other code has moved it off its spheres"):
+        optimizer.step()
+    optimizer.step()

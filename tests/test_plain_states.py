@@ -127,6 +127,24 @@ def test_the_optimizer_that_was_there_takes_the_new_radii(kind: Any) -> None:
     check_loaded(plain, model, optimizer, x)
 
 
+@pytest.mark.parametrize(
+    ("kind", "moment"), [(mn.optim.RiemannianSGD, "momentum_buffer"), (mn.optim.RiemannianAdam, "exp_avg")]
+)
+def test_moments_keep_their_angles_where_the_radii_change(kind: Any, moment: str) -> None:
+    x = images()
+    model = mn.convert(conv_net(), x, radius="keep")
+    options = {"momentum": 0.9} if kind is mn.optim.RiemannianSGD else {}
+    optimizer = kind(mn.param_groups(model), lr=0.1, **options)
+    model(x).square().mean().backward()
+    optimizer.step()
+    before = {w.name: optimizer.state[w.parameter][moment].clone() for w in constrained_weights(model)}
+    state = model.state_dict()
+    model.load_state_dict({name: 3 * value if name in before else value for name, value in state.items()})
+    for weight in constrained_weights(model):
+        found = optimizer.state[weight.parameter][moment]
+        assert torch.allclose(found, 3 * before[weight.name], rtol=1e-14, atol=0)
+
+
 def test_joint_spheres_take_the_norms_of_the_state() -> None:
     x = images()
     model = mn.convert(residual(), x, remedies="joint-spheres,spheres")
@@ -314,7 +332,8 @@ def test_without_the_hook_the_first_step_would_change_the_function(monkeypatch: 
     optimizer = optimizer_of(model)
     model.load_state_dict(plain.state_dict())
     assert mn.verify(plain, model, x).eval_difference <= LIMIT
-    step_that_moves_nothing(model, optimizer, x)
+    with pytest.warns(UserWarning, match="other code has moved it off its spheres"):
+        step_that_moves_nothing(model, optimizer, x)
     assert mn.verify(plain, model, x).eval_difference > 0.01
 
 

@@ -47,6 +47,18 @@ def _versions(group: Group) -> list[int]:
         return [0 for _ in weights]
 
 
+def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:
+    """Largest relative deviation of a weight's groups from their radii; joint ones count with the rest of the group."""
+    if not isinstance(manifold, JointSphereMember):
+        return float(manifold.deviations(weight).max())
+    members = {
+        other.place: point
+        for _, point, other in constrained_of(group)
+        if isinstance(other, JointSphereMember) and other.joint is manifold.joint
+    }
+    return float(manifold.joint.deviations([members[place] for place in sorted(members)]).max())
+
+
 class SphereOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that step on products of spheres and, as torch does, on plain parameters.
 
@@ -217,7 +229,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             # In a compiled graph other tensors stand in for the weights.
             if old == new or given.get(index, (None,))[0] is not weight or is_sharded(weight):
                 continue
-            deviation = 0.0 if isinstance(manifold, JointSphereMember) else float(manifold.deviations(weight).max())
+            deviation = _deviation(group, weight, manifold)
             if deviation > NEAR:
                 warnings.warn(
                     f"{name_of(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of a "
