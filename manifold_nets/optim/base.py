@@ -21,7 +21,7 @@ from manifold_nets.optim.executions.joint import in_motion, joined
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.executions.traced import register, standing_in, step_group_
-from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
+from manifold_nets.optim.membership import Group, constrained_of, name_at_step, resolve_manifolds
 from manifold_nets.optim.rules.members import Member, Rule, Seen
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision
 
@@ -174,7 +174,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 state, seen = self.state.get(parameter, _NOTHING), known.get(id(parameter))
                 mark = mark_of(weight, gradient, manifold, state)
                 if mark is None or seen is None or seen.mark != mark:
-                    check(weight, gradient, manifold.partition, state, partial(name_of, group, number, index))
+                    check(weight, gradient, manifold.partition, state, partial(name_at_step, group, number, index))
                     known[id(parameter)] = Seen(mark_of(weight, gradient, manifold, state))
 
     def _known(self) -> dict[int, Seen]:
