@@ -48,6 +48,7 @@ __all__ = [
     "last_change",
     "lost_constraints",
     "note_converted",
+    "recorded_name",
     "remove_load_hook",
     "restore",
     "trusted_values",
@@ -471,6 +472,19 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
         if name is not None:
             found.append(name)
     return found
+
+
+def recorded_name(parameter: Tensor) -> str | None:
+    """Return the name that the module of a constrained weight has for it; None where no living module records it.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(4, 3)
+        >>> recorded_name(layer.weight)
+        'UnitNormLinear.weight'
+    """
+    places = (place for record in list(_live_records) for place in record.places())
+    return next((name for name, held in places if held is parameter), None)
 
 
 def _name_in_flat(parameter: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kernel_cases import CASES
 
 import manifold_nets as mn
-from manifold_nets.errors import StepInputError
+from manifold_nets.errors import EuclideanStepError, SphereOptionError, StepInputError
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD, ScaledMetricSGD
 from manifold_nets.optim.executions import kernel, native
 
@@ -93,6 +93,20 @@ def test_the_remedies_of_weights_and_gradients_hold():
     renewed = geoopt.ManifoldParameter(parameter.detach(), manifold=sphere)
     renewed.grad = torch.ones(2, 5)
     RiemannianAdam([renewed], lr=0.1).step()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_parameter_is_named_where_its_module_is_known(named):
+    layer = mn.layers.UnitNormLinear(5, 6)
+    params = layer.named_parameters() if named else layer.parameters()
+    layer.weight.grad = torch.ones(6, 5).to_sparse()
+    name = "weight" if named else r"UnitNormLinear\.weight, parameter 0 of group 0 \(\(6, 5\)\)"
+    with pytest.raises(SphereOptionError, match=rf"^{name} lies on a product of spheres: found a gradient of layout"):
+        RiemannianSGD(params, lr=0.1).step()
+    layer.weight.grad = torch.ones(6, 5)
+    params = layer.named_parameters() if named else layer.parameters()
+    with pytest.raises(EuclideanStepError, match=rf"^{name}: constrained"):
+        torch.optim.SGD(params, lr=0.1).step()
 
 
 def test_the_scaled_metric_is_checked_as_well():

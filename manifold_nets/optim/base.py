@@ -25,7 +25,7 @@ from manifold_nets.optim.executions.joint import in_motion, joined
 from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.masters import master_of, write_masters
 from manifold_nets.optim.executions.traced import register, standing_in, step_group_
-from manifold_nets.optim.membership import Group, constrained_of, name_of, resolve_manifolds
+from manifold_nets.optim.membership import Group, constrained_of, name_at_step, resolve_manifolds
 from manifold_nets.optim.rules.members import Member, Rule, Seen
 from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision, ordered_by_name
 
@@ -93,7 +93,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         """
         plain = {float(g["lr"]) for g in self.param_groups if None in g["manifolds"]}
         shared = [
-            (name_of(group, number, index), weight, manifold, float(group["lr"]))
+            (name_at_step(group, number, index), weight, manifold, float(group["lr"]))
             for number, group in enumerate(self.param_groups)
             if number not in self._own_rate and float(group["lr"]) in plain
             for index, weight, manifold in constrained_of(group)
@@ -232,8 +232,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             deviation = _deviation(group, weight, manifold)
             if deviation > NEAR:
                 warnings.warn(
-                    f"{name_of(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of a "
-                    "radius, as averages of models do. This step puts it back and leaves biases and running statistics "
+                    f"{name_at_step(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of "
+                    "a radius, as averages do. This step puts it back and leaves biases and running statistics "
                     "as they are. Call manifold_nets.project(model) before the step, which scales them along.",
                     UserWarning,
                     stacklevel=2,
@@ -257,7 +257,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 state, seen = self.state.get(parameter, _NOTHING), known.get(id(parameter))
                 mark = mark_of(weight, gradient, manifold, state)
                 if mark is None or seen is None or seen.mark != mark:
-                    check(weight, gradient, manifold.partition, state, partial(name_of, group, number, index))
+                    check(weight, gradient, manifold.partition, state, partial(name_at_step, group, number, index))
                     known[id(parameter)] = Seen(mark_of(weight, gradient, manifold, state))
 
     def _known(self) -> dict[int, Seen]:

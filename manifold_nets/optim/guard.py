@@ -21,7 +21,7 @@ from manifold_nets.errors import ConstraintLostError, EuclideanStepError
 from manifold_nets.errors.base import listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.membership import name_of
+from manifold_nets.optim.membership import name_at_step
 
 __all__ = ["allow_euclidean"]
 
@@ -115,7 +115,7 @@ def _stepped_off_spheres(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 def _raise_for(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
     due = {id(weight) for weight in weights}
     names = [
-        (lost_constraints([parameter]) or [name_of(group, number, index)])[0]
+        (lost_constraints([parameter]) or [name_at_step(group, number, index)])[0]
         for number, group in enumerate(optimizer.param_groups)
         for index, parameter in enumerate(group["params"])
         if id(parameter) in due

@@ -8,7 +8,7 @@ from typing import Any
 import geoopt
 from torch import Tensor
 
-from manifold_nets.constraints import NEAR, lost_constraints
+from manifold_nets.constraints import NEAR, lost_constraints, recorded_name
 from manifold_nets.errors import (
     ConstraintLostError,
     ParameterGroupError,
@@ -20,7 +20,7 @@ from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.joint import require_together
 
-__all__ = ["constrained_of", "name_of", "resolve_manifolds"]
+__all__ = ["constrained_of", "name_at_step", "name_of", "resolve_manifolds"]
 
 Group = dict[str, Any]
 
@@ -48,6 +48,13 @@ def name_of(group: Group, number: int, index: int) -> str:
         return str(parameter[0])
     shape = tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
     return f"parameter {index} of group {number} ({shape})"
+
+
+def name_at_step(group: Group, number: int, index: int) -> str:
+    """Return the name of a parameter as `name_of` does; without names, that of its module, which takes a search."""
+    place = name_of(group, number, index)
+    recorded = None if group.get("param_names") is not None else recorded_name(group["params"][index])
+    return place if recorded is None else f"{recorded}, {place}"
 
 
 def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
