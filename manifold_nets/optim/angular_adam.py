@@ -22,7 +22,14 @@ from manifold_nets.optim.executions.workspace import Workspace
 from manifold_nets.optim.membership import Group, constrained_of, name_of
 from manifold_nets.optim.radam import RiemannianAdam
 from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.rules.products import pairs, radial_share, rounding_of, some, without_radial_part
+from manifold_nets.optim.rules.products import (
+    mostly_radial,
+    pairs,
+    radial_share,
+    rounding_of,
+    some,
+    without_radial_part,
+)
 
 __all__ = ["AngularAdam"]
 
@@ -121,32 +128,39 @@ def _turn(rule: Rule, member: Member, squares: Tensor) -> None:
     part = part_of(member.manifold, member.weight) if is_sharded(member.weight) else None
     held = squares.detach() if part is None else part.read(squares)
     v = held.reshape(w.shape)
-    dots: Sequence[Tensor] = spheres.dots(*pairs(w, g, None))
-    taken = radial_share(dots)
-    if some(taken != 0):
+    ww, wg, gg = spheres.dots(*pairs(w, g, None))
+    slope = wg / ww
+    if some(mostly_radial(slope, wg, gg)):
         rounding = rounding_of(member.gradient.dtype)
-        g, dots = without_radial_part(w, g, taken, dots[2], rounding, lambda part: spheres.dots(*pairs(w, part, None)))
-    ww, wg, _ = dots
+        taken = radial_share((ww, wg, gg))
+        g, (_, wg, _) = without_radial_part(w, g, taken, gg, rounding, lambda part: spheres.dots(*pairs(w, part, None)))
+        slope = wg / ww
     # One temporary as large as the piece serves in turn as ξ, as d and as the new point: memory is what limits pieces.
-    xi = torch.addcmul(g, w, -wg / ww)
-    xi.mul_(-spheres.radius if rule.maximize else spheres.radius)
+    xi = torch.addcmul(g, w, slope, value=-1)
     del g
-    m.mul_(rule.keep).add_(xi * spheres.radius, alpha=1 - rule.keep)
+    radius, alpha = spheres.radius, 1 - rule.keep
+    if rule.maximize or isinstance(radius, Tensor) or radius != 1:
+        xi.mul_(-radius if rule.maximize else radius)
+    if isinstance(radius, Tensor):
+        m.mul_(rule.keep).addcmul_(xi, radius, value=alpha)
+    else:
+        m.mul_(rule.keep).add_(xi, alpha=alpha * radius)
     v.mul_(rule.beta2).addcmul_(xi, xi, value=1 - rule.beta2)
     direction = torch.div(v, 1 - rule.beta2**member.step, out=xi).sqrt_().add_(rule.eps)
     torch.div(m, direction, out=direction)
     (wd,) = spheres.dots((w, direction))
-    direction.addcmul_(w, -wd / ww)
+    tilt = wd / ww
+    direction.addcmul_(w, tilt, value=-1)
     (length,) = spheres.dots((direction, direction))
     angle, least = float(rule.lr), _UNKNOWN * torch.finfo(w.dtype).eps
-    # With its radial part d was of squared length wd²/ww + length.
-    is_noise = length <= least * least * (wd * wd / ww + length)
-    turn = torch.where(is_noise, 0.0, math.sin(angle) * (spheres.square / length).sqrt())
-    new = direction.mul_(-turn).add_(w, alpha=math.cos(angle))
+    # What was taken off is of squared length tilt wd.
+    is_noise = length <= tilt * wd * least**2
+    turn = (length.rsqrt() * radius).masked_fill_(is_noise, 0.0)
+    new = direction.mul_(turn.mul_(-math.sin(angle))).add_(w, alpha=math.cos(angle))
     norm, overlap = spheres.dots((new, new), (new, m))
-    m.addcmul_(new, -overlap / norm)
+    m.addcmul_(new, overlap / norm, value=-1)
     if angle != 0:
-        w.copy_(new.mul_((spheres.square / norm).sqrt()))
+        w.copy_(new.mul_(norm.rsqrt() * radius))
     if v.data_ptr() != held.data_ptr():
         held.copy_(v.reshape(held.shape))
     if part is not None:

@@ -141,10 +141,10 @@ class _Step:
     def without_radial_parts(self, dots: list[Tensor]) -> Sequence[Tensor]:
         """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`."""
         taken = radial_share(dots)
-        if not some(taken != 0):
+        if not some(taken):
             return dots
         rounding = rounding_of(self.g[0].dtype)
-        parts = torch._foreach_addcmul(self.g, self.w, _Column(taken, self.sizes).parts, value=-1)
+        parts = list(torch._foreach_addcmul(self.g, self.w, _Column(taken, self.sizes).parts, value=-1))
         found = [dots[0], *self.products_of(parts)]
         is_noise = noise_in(found, taken, dots[2], rounding)
         torch._foreach_mul_(parts, _Column((~is_noise).to(taken.dtype), self.sizes).parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from manifold_nets.optim.executions.layouts import layout_of
 from manifold_nets.optim.executions.rows import rows_of, what_to_write, without_radial_parts
 from manifold_nets.optim.rules.coefficients import bias_corrections
 from manifold_nets.optim.rules.members import Member, Rule, Seen
-from manifold_nets.optim.rules.products import rounding_of
+from manifold_nets.optim.rules.products import Scalar, rounding_of
 
 __all__ = ["run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
@@ -110,7 +110,7 @@ def run_in_passes(rule: Rule, members: Sequence[Member]) -> list[Member]:
         packed, threads = _packed(rule, dtype), _threads(jobs)
         jobs["products"] = measured.data_ptr() + first * measured[0].nbytes
         native.measure(packed, jobs, threads)
-        products, taken = measured.t(), 0.0
+        products, taken = measured.t(), cast("Scalar", 0.0)
         if rule.needs_lengths:
             former, (matrices, products, taken) = matrices, without_radial_parts(matrices, products)
             for job, old, new in zip(jobs, former, matrices, strict=True):

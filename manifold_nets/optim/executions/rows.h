@@ -196,18 +196,23 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
 /* AngularAdam's step of one row: see angular_adam.py. The direction d is made of m and v wherever it is needed. */
 static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, REAL *restrict w, const REAL *restrict g,
                                 REAL *restrict m, REAL *restrict v, int64_t n, REAL *restrict rest) {
-    double square = square_of(job, row), radius = sqrt(square), wd = 0, dd = 0, wm = 0, dm = 0;
-    Products p, again;
-    NAME(measure)(w, g, NULL, n, &p);
-    if (is_short(p.ww, p.wg, p.gg)) {
-        NAME(subtract)(w, g, n, (REAL)(p.wg / p.ww), rest);
-        NAME(measure)(w, rest, NULL, n, &again);
-        int is_noise = again.gg - again.wg / again.ww * again.wg <= job->rounding * job->rounding * p.gg;
-        if (is_noise) memset(rest, 0, sizeof(REAL) * n), again.wg = 0;
-        g = rest; p = again;
+    double square = square_of(job, row), radius = sqrt(square), ww = 0, wg = 0, gg = 0, wd = 0, dd = 0, wm = 0, dm = 0;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL squares = 0, mixed = 0, gradients = 0;
+#pragma omp simd reduction(+ : squares, mixed, gradients)
+        for (int64_t i = start; i < end; i++) squares += w[i] * w[i], mixed += w[i] * g[i], gradients += g[i] * g[i];
+        ww += squares; wg += mixed; gg += gradients;
     }
-    double ww = p.ww;
-    REAL slope = (REAL)(-p.wg / ww), to_unit = (REAL)(rule->maximize ? -radius : radius), eps = (REAL)rule->eps;
+    if (is_short(ww, wg, gg)) {
+        Products p;
+        NAME(subtract)(w, g, n, (REAL)(wg / ww), rest);
+        NAME(measure)(w, rest, NULL, n, &p);
+        int is_noise = p.gg - p.wg / p.ww * p.wg <= job->rounding * job->rounding * gg;
+        if (is_noise) memset(rest, 0, sizeof(REAL) * n);
+        g = rest; wg = is_noise ? 0 : p.wg;
+    }
+    REAL slope = (REAL)(-wg / ww), to_unit = (REAL)(rule->maximize ? -radius : radius), eps = (REAL)rule->eps;
     REAL keep = (REAL)rule->keep, take = (REAL)((1.0 - rule->keep) * radius), correction = (REAL)job->second;
     REAL keep2 = (REAL)rule->beta2, take2 = (REAL)(1.0 - rule->beta2);
     for (int64_t start = 0; start < n; start += PIECE) {

@@ -165,11 +165,11 @@ def without_radial_parts(matrices: Sequence[Rows], products: Tensor) -> tuple[li
         The matrices with gradients of which nothing is written to, their products, and what was taken off.
     """
     taken = radial_share(products.unbind())
-    if not some(taken != 0):
+    if not some(taken):
         return list(matrices), products, 0.0
     sizes, result, columns = [len(rows.weight) for rows in matrices], [], []
     for rows, slope, known in zip(matrices, torch.split(taken, sizes), torch.split(products, sizes, 1), strict=True):
-        if not some(slope != 0):
+        if not some(slope):
             result.append(rows)
             columns.append(known)
             continue
@@ -188,12 +188,12 @@ def _without_radial_part(rows: Rows, slope: Tensor, total: Tensor) -> tuple[Tens
         return list(dots_of(rows._replace(gradient=part)).unsqueeze(-1).unbind())
 
     dtype, slope, total = accumulation_dtype(rows.weight.dtype), slope.unsqueeze(-1), total.unsqueeze(-1)
-    rounding, wide = rounding_of(rows.gradient.dtype), (x.to(dtype) for x in (rows.weight, rows.gradient))
-    part, found = without_radial_part(*wide, slope, total, rounding, measure)
+    rounding, weight, gradient = rounding_of(rows.gradient.dtype), rows.weight.to(dtype), rows.gradient.to(dtype)
+    part, found = without_radial_part(weight, gradient, slope, total, rounding, measure)
     if dtype != rows.weight.dtype:  # what is written is of the rounded one
         part = part.to(rows.weight.dtype)
         found = measure(part)
-    return part, torch.stack(found).squeeze(-1)
+    return part, torch.stack(list(found)).squeeze(-1)
 
 
 def what_to_write(

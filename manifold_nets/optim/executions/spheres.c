@@ -67,7 +67,7 @@ static void keep_products(Measured *m, int64_t i, const Products *p) {
 }
 
 /* Whether a gradient is mostly radial, so that its tangential part has lost digits in the difference of squares. */
-static int is_short(double ww, double wg, double gg) { return positive(gg - wg / ww * wg) < 0.25 * gg; }
+static int is_short(double ww, double wg, double gg) { return wg / ww * wg > 0.75 * gg; }
 
 /* Keep the products of what remains of a gradient without its radial part: zeros where that is nothing but rounding.
  * See products.py. */

@@ -15,6 +15,7 @@ __all__ = [
     "Spheres",
     "Tangential",
     "is_short",
+    "mostly_radial",
     "noise_in",
     "pairs",
     "radial_share",
@@ -165,8 +166,8 @@ def tangential(
     """
     dots = spheres.dots(*pairs(weight, gradient, moment))
     found = tangential_of(dots, spheres.square, maximize=maximize)
-    taken = radial_share(dots)
-    if not sharp or not some(taken != 0):
+    taken: Scalar = radial_share(dots) if sharp else 0.0
+    if not isinstance(taken, Tensor) or not some(taken):
         return found, gradient
     rounding = rounding_of(gradient.dtype) if rounding is None else rounding
 
@@ -186,7 +187,12 @@ def radial_share(dots: Sequence[Tensor]) -> Tensor:
     """Return the multiple of the weight to take off each gradient: its radial part where that is most of it, else 0."""
     ww, wg, gg = dots[:3]
     slope = wg / ww
-    return torch.where((gg - slope * wg).clamp_min(0) < _SHORT * gg, slope, 0.0)
+    return torch.where(mostly_radial(slope, wg, gg), slope, 0.0)
+
+
+def mostly_radial(slope: Tensor, wg: Tensor, gg: Tensor) -> Tensor:
+    """Where the radial part of a gradient, of squared length ``slope wg``, leaves less than a quarter of ⟨g, g⟩."""
+    return slope * wg > (1 - _SHORT) * gg
 
 
 def without_radial_part(
