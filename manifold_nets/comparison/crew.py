@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pickle
 import queue
@@ -16,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from manifold_nets.comparison.errors import RunFailedError, SettingsError
+from manifold_nets.comparison.errors import RunFailedError
 from manifold_nets.comparison.records import RunKey, RunResult, Settings
 from manifold_nets.comparison.starts import Starts, Subjects
 from manifold_nets.comparison.training import Runner
 from manifold_nets.comparison.weights import keep_weights
-from manifold_nets.errors import MissingExtraError
 
-__all__ = ["Crew", "Done", "Member", "Processes", "ThisProcess", "unpacked"]
+__all__ = ["Crew", "Done", "Member", "Processes", "ThisProcess"]
 
 ATTEMPTS = 3
 # Ctrl-C reaches all processes of a terminal. Workers leave it to the one that started them, which ends them, and do so
@@ -151,15 +149,12 @@ class Processes:
     Args:
         count: how many.
         settings: of the comparison.
-        own: the task, the model and the optimizers that cannot be looked up by name; see `Subjects.named`.
+        own: the task, the model and the optimizers that cannot be looked up by name, `packed`.
         folder: where final weights are written; nowhere when left out.
-
-    Raises:
-        SettingsError: one of them cannot be sent to another process; it is named.
     """
 
-    def __init__(self, count: int, settings: Settings, own: Mapping[str, Any], folder: Path | None) -> None:
-        self._order = _packed(count, settings, own, folder)
+    def __init__(self, count: int, settings: Settings, own: Mapping[str, bytes], folder: Path | None) -> None:
+        self._order = pickle.dumps((list(sys.path), settings, dict(own), folder))
         self._threads = settings.threads
         self._busy: dict[_Process, tuple[int, RunKey]] = {}
         self._answers: queue.Queue[tuple[_Process, Any]] = queue.Queue()
@@ -273,43 +268,3 @@ class _Process:
                 answers.put((self, pickle.load(pipe)))
         except (EOFError, OSError, pickle.UnpicklingError):
             answers.put((self, None))
-
-
-def _packed(count: int, settings: Settings, own: Mapping[str, Any], folder: Path | None) -> bytes:
-    """What a worker needs to start, each part of it by itself, so that the one that cannot be sent is named.
-
-    Functions and classes of the script itself, which no other process can import, go as they are.
-    """
-    try:
-        cloudpickle = importlib.import_module("cloudpickle") if own else pickle
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("cloudpickle", "several workers", "compare") from error
-    packed = {}
-    for what, part in own.items():
-        try:
-            packed[what] = cloudpickle.dumps(part)
-        except Exception as error:
-            raise SettingsError(
-                "workers",
-                f"{count}, with {what}, which cannot be sent to another process ({type(error).__name__}: {error})",
-                "1; or name it as file.py:NAME, which each worker imports for itself",
-            ) from error
-    return pickle.dumps((list(sys.path), settings, packed, folder))
-
-
-def unpacked(own: Mapping[str, bytes]) -> dict[str, Any]:
-    """What `_packed` has packed, in a worker.
-
-    Raises:
-        RuntimeError: a part cannot be made again here; it is named.
-    """
-    found = {}
-    for what, part in own.items():
-        try:
-            found[what] = pickle.loads(part)
-        except Exception as error:
-            raise RuntimeError(
-                f"{what} cannot be made again in a worker ({type(error).__name__}: {error}); use one worker, or name "
-                "it as file.py:NAME"
-            ) from error
-    return found

@@ -35,7 +35,7 @@ from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Settings
 from manifold_nets.comparison.result import Comparison
-from manifold_nets.comparison.starts import Starts, Subjects
+from manifold_nets.comparison.starts import Starts, Subjects, packed
 from manifold_nets.comparison.tasks import Task, load_task
 from manifold_nets.comparison.tuning import tuned_settings, tuning_settings
 from manifold_nets.files import atomic_file, resolved
@@ -173,7 +173,6 @@ def compare_settings(
     """
     if workers < 1:
         raise SettingsError("workers", workers, "at least 1")
-    own = own or {}
     subjects = Subjects.named(settings, own) if subjects is None else subjects
     if settings.tune_on is not None and storage is not None:
         raise SettingsError("tune_on", settings.tune_on, "None with a shared database: tuning stays in one folder")
@@ -181,13 +180,14 @@ def compare_settings(
     require_device(settings)
     require_examples(settings, subjects)
     build_model(subjects.model, subjects.task, seed=0)
+    sent = packed(workers, own or {}) if workers > 1 or storage is not None else {}
     # A study that is there has been through this, and may have all its results.
     begun = storage is None and output is not None and (Path(output) / STUDY_FILE).exists()
     starts = None if begun else require_contestants(settings, subjects)
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack, output)
         observer = stack.enter_context(shown_progress(progress))
-        place = _Place(stack, subjects, own, workers, observer, starts)
+        place = _Place(stack, subjects, sent, workers, observer, starts)
         if settings.tune_on is not None:
             settings = _tuned(place, settings, None if output is None else folder / "tuning")
         weights = folder / "weights"
@@ -221,7 +221,7 @@ class _Place:
 
     stack: contextlib.ExitStack
     subjects: Subjects
-    own: Mapping[str, Any]
+    sent: Mapping[str, bytes]
     workers: int
     progress: Observer | None
     starts: Starts | None
@@ -252,7 +252,7 @@ class _Place:
             if self.workers == 1 and not shared:
                 crew = ThisProcess(member())
             else:
-                crew = Processes(self.workers, settings, self.own, weights)
+                crew = Processes(self.workers, settings, self.sent, weights)
             with contextlib.closing(crew):
                 work(Workplace(queue, settings, crew, shared, weights, self.progress))
         return queue, member

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,12 +25,12 @@ from manifold_nets.comparison.records import InitialScale, RunKey, Settings
 from manifold_nets.comparison.tasks import TASK_NAMES, Selection, Task, load_task
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.same_model import named_tensors
-from manifold_nets.errors import ManifoldNetsError
+from manifold_nets.errors import ManifoldNetsError, MissingExtraError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.findings.report import WeightFinding
 
-__all__ = ["Starts", "Subjects", "derived_seed", "foreign_code", "rescaled_filters"]
+__all__ = ["Starts", "Subjects", "derived_seed", "foreign_code", "packed", "rescaled_filters", "unpacked"]
 
 KEPT_MODELS = 12
 
@@ -105,6 +107,54 @@ class Subjects:
             order = torch.Generator().manual_seed(derived_seed(0, "subset", name))
             parts[name] = Selection(parts[name], torch.randperm(len(parts[name]), generator=order)[:count])
         return replace(self, task=replace(self.task, parts=parts))
+
+
+def packed(workers: int, own: Mapping[str, Any]) -> dict[str, bytes]:
+    """What other processes cannot look up, as bytes, each part by itself, so that the one that cannot be sent is named.
+
+    Functions and classes of the script itself, which no other process can import, go as they are.
+
+    Args:
+        workers: how many there are.
+        own: see `Subjects.named`.
+
+    Raises:
+        SettingsError: a part cannot be sent; it is named.
+        MissingExtraError: cloudpickle is not installed.
+    """
+    try:
+        cloudpickle = importlib.import_module("cloudpickle") if own else pickle
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("cloudpickle", "several workers", "compare") from error
+    parts = {}
+    for what, part in own.items():
+        try:
+            parts[what] = cloudpickle.dumps(part)
+        except Exception as error:
+            raise SettingsError(
+                "workers",
+                f"{workers}, with {what}, which cannot be sent to another process ({type(error).__name__}: {error})",
+                "1; or name it as file.py:NAME, which each worker imports for itself",
+            ) from error
+    return parts
+
+
+def unpacked(own: Mapping[str, bytes]) -> dict[str, Any]:
+    """The same again, in a worker.
+
+    Raises:
+        RuntimeError: a part cannot be made again here; it is named.
+    """
+    found = {}
+    for what, part in own.items():
+        try:
+            found[what] = pickle.loads(part)
+        except Exception as error:
+            raise RuntimeError(
+                f"{what} cannot be made again in a worker ({type(error).__name__}: {error}); use one worker, or name "
+                "it as file.py:NAME"
+            ) from error
+    return found
 
 
 class Starts:

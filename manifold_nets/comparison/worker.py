@@ -9,9 +9,9 @@ import sys
 import threading
 from typing import BinaryIO
 
-from manifold_nets.comparison.crew import Member, unpacked
+from manifold_nets.comparison.crew import Member
 from manifold_nets.comparison.records import RunKey
-from manifold_nets.comparison.starts import Subjects
+from manifold_nets.comparison.starts import Subjects, unpacked
 
 __all__ = ["main"]
 
