@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import types
 import typing
@@ -101,15 +100,19 @@ def schema_of(kind: Any) -> dict[str, Any]:
 _NAMES = {float: "number", int: "integer", bool: "boolean", str: "string", types.NoneType: "null"}
 
 
-@functools.cache
+_schemas: dict[Any, Schema] = {}
+_field_types: dict[Any, dict[str, Any]] = {}
+
+
 def _schema(kind: Any) -> Schema:
-    return Schema(lambda: schema_of(kind))
+    return _schemas.setdefault(kind, Schema(lambda: schema_of(kind)))
 
 
-@functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if kind not in _field_types:
+        hints = typing.get_type_hints(kind)
+        _field_types[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return _field_types[kind]
 
 
 def _plain(value: Any) -> Any:

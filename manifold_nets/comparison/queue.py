@@ -277,7 +277,8 @@ class RunQueue:
         return {trial._trial_id: trial.user_attrs.get("beat") for trial in self._trials((TrialState.RUNNING,))}
 
     def _trials(self, states: tuple[Any, ...] | None = None) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+        trials: list[FrozenTrial] = self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+        return trials
 
 
 def _text(key: RunKey) -> str:
