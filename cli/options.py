@@ -230,7 +230,7 @@ def _require_different_files(request: Request, given: Mapping[str, Any]) -> None
     """Refuse to write a file that the command reads, or one file twice."""
     read = [("--weights", request.weights)] if request.weights is not None else []
     read += [("MODEL", Path(request.spec.place))] if request.spec.kind == "file" else []
-    written = []
+    written: list[tuple[str, Path]] = []
     for parameter in click.get_current_context().command.params:
         path = given.get(parameter.name or "")
         if isinstance(path, Path) and not is_stream(path):

@@ -244,8 +244,8 @@ def _attribute(spec: ModelSpec) -> Iterator[Any]:
     """Give what a specification names, while the folder that it came from is importable."""
     path = Path(spec.place)
     if spec.kind == "file" and not path.is_file():
-        found = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
-        raise ModelNotFoundError(str(spec), found, "Write the path from the working directory.")
+        why = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
+        raise ModelNotFoundError(str(spec), why, "Write the path from the working directory.")
     with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
         found: Any = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
         for part in spec.name.split("."):

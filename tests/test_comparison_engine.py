@@ -41,7 +41,7 @@ def test_a_comparison_comes_back_from_its_file(tmp_path):
     damaged = json.loads((tmp_path / "comparison.json").read_text())
     damaged["settings"]["epochs"] = "two"
     (tmp_path / "comparison.json").write_text(json.dumps(damaged))
-    with pytest.raises(RecordError, match="settings/epochs: 'two' is not of type 'integer'"):
+    with pytest.raises(RecordError, match=r"comparison\.json: found settings/epochs: 'two' is not of type 'integer'"):
         Comparison.read(tmp_path)
 
 

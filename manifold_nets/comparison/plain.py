@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import types
@@ -36,33 +35,41 @@ class PlainRecord:
         return None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Rebuild a record from `to_dict`.
+    def from_dict(cls, data: Mapping[str, Any], where: object = None) -> Self:
+        """Rebuild a record from `to_dict`; ``where`` they are is said in errors.
 
         Raises:
             RecordError: the data do not follow the schema of the record, or contradict themselves.
         """
         fault = _schema(cls).fault(data)
         if fault is not None:
-            raise RecordError(cls.__name__, fault, "the fields of the record")
-        record: Self = _read(cls, data)
+            raise RecordError(str(where or cls.__name__), fault, f"the fields of {cls.__name__}")
+        try:
+            record: Self = _read(cls, data)
+        except ValueError as error:  # a contradiction, or settings that have no meaning
+            raise RecordError(str(where or cls.__name__), str(error), f"a {cls.__name__} that was written") from error
         return record
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Self:
+    def from_json(cls, text: str | bytes, where: object = None) -> Self:
         """Rebuild a record from `to_json`, or from the JSON of `to_dict`, which has no checksum.
+
+        Args:
+            text: the JSON.
+            where: it is, for errors.
 
         Raises:
             RecordError: the text is not what was written.
         """
+        where = str(where or cls.__name__)
         try:
             data = parse_json(text)
         except ValueError as error:
-            raise RecordError(cls.__name__, f"no JSON ({error})", "a record in JSON") from error
+            raise RecordError(where, f"no JSON ({error})", f"a {cls.__name__} in JSON") from error
         fields = {name: data[name] for name in data if name != "checksum"} if isinstance(data, dict) else data
-        record = cls.from_dict(fields)
+        record = cls.from_dict(fields, where)
         if not is_intact(data):
-            raise RecordError(cls.__name__, "contents that do not match their checksum", "those that were written")
+            raise RecordError(where, "contents that do not match their checksum", "those that were written")
         return record
 
 
@@ -99,15 +106,19 @@ def schema_of(kind: Any) -> dict[str, Any]:
 _NAMES = {int: "integer", bool: "boolean", str: "string", types.NoneType: "null"}
 
 
-@functools.cache
+_schemas: dict[Any, Schema] = {}
+_field_types: dict[Any, dict[str, Any]] = {}
+
+
 def _schema(kind: Any) -> Schema:
-    return Schema(lambda: schema_of(kind))
+    return _schemas.setdefault(kind, Schema(lambda: schema_of(kind)))
 
 
-@functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    if kind not in _field_types:
+        hints = typing.get_type_hints(kind)
+        _field_types[kind] = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return _field_types[kind]
 
 
 def _plain(value: Any) -> Any:
@@ -131,6 +142,6 @@ def _read(kind: Any, value: Any) -> Any:
         record = kind(**{name: _read(hints[name], item) for name, item in value.items()})
         contradiction = record.contradiction()
         if contradiction is not None:
-            raise RecordError(kind.__name__, contradiction, "fields that fit each other")
+            raise ValueError(contradiction)
         return record
     return float(value) if kind is float else value

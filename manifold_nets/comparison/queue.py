@@ -21,12 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from manifold_nets.comparison.errors import DifferentCommandError, StorageError
+from manifold_nets.comparison.errors import DifferentCommandError, RecordError, StorageError
 from manifold_nets.comparison.plain import PlainRecord
 from manifold_nets.comparison.records import Environment, RunKey, RunResult, Settings
 from manifold_nets.comparison.storage import completed, redacted, without_secrets
 from manifold_nets.documents import crc32
-from manifold_nets.errors import ManifoldNetsError, MissingExtraError
+from manifold_nets.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -276,7 +276,7 @@ class RunQueue:
     def _read(self, kind: type[Record], text: object) -> Record:
         try:
             return kind.from_json(str(text))
-        except ManifoldNetsError as error:  # what damage has made of settings may also have no meaning
+        except RecordError as error:
             raise self._damaged(f"an entry that cannot be read ({error})") from error
 
     def _damaged(self, found: str) -> StorageError:
@@ -288,7 +288,8 @@ class RunQueue:
         return {trial._trial_id: trial.user_attrs.get("beat") for trial in self._trials((TrialState.RUNNING,))}
 
     def _trials(self, states: tuple[Any, ...] | None = None) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+        trials: list[FrozenTrial] = self._storage.get_all_trials(self._study, deepcopy=False, states=states)
+        return trials
 
 
 def _text(key: RunKey) -> str:

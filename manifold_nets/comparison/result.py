@@ -166,4 +166,4 @@ class Comparison(PlainRecord):
         if not path.is_file():
             remedy = "Name the --output folder of a comparison that has ended, or start its command again."
             raise ComparisonFolderError(folder, f"no {FILE_NAME}", "a finished comparison", remedy)
-        return cls.from_json(path.read_bytes())
+        return cls.from_json(path.read_bytes(), path)

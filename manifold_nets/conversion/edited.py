@@ -116,7 +116,7 @@ def _require_known(source: str, wanted: Wanted, known: Mapping[str, set[str]]) -
 def _remedy_of(source: str, entry: Mapping[str, Any]) -> str:
     """The remedy that an entry belongs to: that of its action, else what it says."""
     by_action: dict[str, str] = {what: remedy for remedy, what in ACTION_OF.items()}
-    remedy = by_action.get(entry["action"], entry.get("remedy", "spheres"))
+    remedy: str = by_action.get(entry["action"], entry.get("remedy", "spheres"))
     if entry.get("remedy", remedy) != remedy:
         raise PlanError(
             source,
@@ -151,7 +151,8 @@ def _read(edited: EditedPlan) -> tuple[str, list[Mapping[str, Any]]]:
     """Name of the source, and the actions that it lists."""
     if isinstance(edited, ConversionPlan):
         return "plan", list(edited.to_dict()["actions"])
-    source, data = "plan", edited
+    source = "plan"
+    data: Any = edited
     if isinstance(edited, (str, os.PathLike)):
         source = os.fspath(edited)
         try:
@@ -161,7 +162,7 @@ def _read(edited: EditedPlan) -> tuple[str, list[Mapping[str, Any]]]:
     fault = _SCHEMA.fault(data)
     if fault is not None:
         raise PlanError(source, fault, 'a plan: {"actions": [{"name": …, "action": …}, …]}')
-    return source, data["actions"]  # type: ignore[index]
+    return source, data["actions"]
 
 
 def _checked(source: str, entry: Mapping[str, Any], unit: Action, keep: Action, leave: Action) -> Action:
