@@ -121,7 +121,7 @@ class DataFlow:
             for tensor in value if isinstance(value, (list, tuple)) else [value]:
                 if not isinstance(tensor, Node):
                     continue
-                if position == 0 and value is tensor:
+                if (position == 0 or argument.is_out) and value is tensor:
                     self._looks_at[node] = tensor
                 if argument.alias_info.is_write and not harmless:
                     self._written.setdefault(node, []).append(tensor)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-__all__ = ["bound_arguments", "is_in_place", "is_region", "op_name", "operation_key"]
+__all__ = ["bound_arguments", "is_in_place", "is_region", "op_name", "operation_key", "overload_key", "target_of"]
 
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
-# The in-place forms whose overload is not called like that of the form which returns a new tensor.
-_FUNCTIONAL = {
-    "pow_.Scalar": "pow.Tensor_Scalar",
-    "pow_.Tensor": "pow.Tensor_Tensor",
-    "bernoulli_.float": "bernoulli.p",
-    "transpose_": "transpose.int",
-    "floor_divide_.Tensor": "floor_divide",
-}
 
 
 def op_name(node: Node) -> str:
@@ -36,8 +29,8 @@ def op_name(node: Node) -> str:
 def operation_key(node: Node) -> str:
     """The exact overload of an operation, by which its rules are looked up: ``max``, ``max.dim``, ``max.other``.
 
-    An in-place form has the key of the form that returns a new tensor. Functions of Python carry their module:
-    ``operator.getitem``.
+    In-place forms, and those with ``out=``, have the key of the form that returns a new tensor. Functions of Python
+    carry their module: ``operator.getitem``.
     """
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
@@ -49,21 +42,36 @@ def operation_key(node: Node) -> str:
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__name__', target)}"
 
 
+@functools.cache
 def overload_key(overload: torch._ops.OpOverload) -> str:
     """The key of an overload; see `operation_key`.
 
     Example:
-        >>> [overload_key(op) for op in (torch.ops.aten.max.default, torch.ops.aten.pow_.Scalar)]
-        ['max', 'pow.Tensor_Scalar']
+        >>> aten = torch.ops.aten
+        >>> [overload_key(op) for op in (aten.max.default, aten.max.other, aten.pow_.Scalar, aten.div.out)]
+        ['max', 'max.other', 'pow.Tensor_Scalar', 'div.Tensor']
     """
-    schema = overload._schema
-    namespace, _, name = schema.name.partition("::")
-    suffix = f".{schema.overload_name}" if schema.overload_name else ""
-    if name + suffix in _FUNCTIONAL:
-        return _FUNCTIONAL[name + suffix]
-    writes = bool(schema.arguments) and schema.arguments[0].alias_info is not None and name.endswith("_")
-    key = (name[:-1] if writes else name) + suffix
+    namespace, _, name = overload._schema.name.partition("::")
+    writes = [argument for argument in overload._schema.arguments if argument.alias_info is not None]
+    plain = name[:-1] if name.endswith("_") and writes[:1] == overload._schema.arguments[:1] else name
+    suffix = overload._schema.overload_name
+    if plain != name or _has_out(overload):
+        packet = getattr(getattr(torch.ops, namespace), plain, None)
+        forms = [getattr(packet, form) for form in (packet.overloads() if packet is not None else [])]
+        same = (form for form in forms if _signature(form) == _signature(overload) and not _has_out(form))
+        suffix = next((form._schema.overload_name for form in same), suffix)
+    key = f"{plain}.{suffix}" if suffix else plain
     return key if namespace == "aten" else f"{namespace}::{key}"
+
+
+def _signature(overload: torch._ops.OpOverload) -> list[tuple[str, str]]:
+    """Names and types of the arguments without those that take the result; the first one goes by several names."""
+    given = [argument for argument in overload._schema.arguments if not argument.is_out]
+    return [(argument.name if place else "", str(argument.type)) for place, argument in enumerate(given)]
+
+
+def _has_out(overload: torch._ops.OpOverload) -> bool:
+    return any(argument.is_out for argument in overload._schema.arguments)
 
 
 def is_region(node: Node) -> bool:
@@ -77,6 +85,15 @@ def is_in_place(node: Node) -> bool:
         return False
     first = node.target._schema.arguments[:1]
     return bool(first and first[0].alias_info is not None and first[0].alias_info.is_write)
+
+
+def target_of(node: Node) -> Node | None:
+    """The tensor that an operation writes its result into: its first argument, or what ``out=`` names."""
+    if is_in_place(node):
+        return node.all_input_nodes[0]
+    declared = node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []
+    outs = [node.kwargs.get(argument.name) for argument in declared if argument.is_out]
+    return outs[0] if len(outs) == 1 and isinstance(outs[0], Node) else None
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.network.dataflow import region_graph
-from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place
+from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.network.operations import is_region
 from manifold_nets.symmetry.structure.claims import Structure
 from manifold_nets.symmetry.structure.partitions import (
@@ -190,8 +190,7 @@ class _Walk:
     def _visit(self, node: Node) -> Result:
         use = Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
         result = self.labels[node] = self._enter(use) if is_region(node) else _apply(use)
-        if is_in_place(node):
-            write_back(use, result)
+        write_back(use, result)
         return result
 
     def _enter(self, use: Use) -> Result:

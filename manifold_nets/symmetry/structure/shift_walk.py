@@ -10,8 +10,8 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.symmetry.network.dataflow import region_graph
-from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place
-from manifold_nets.symmetry.network.operations import is_region
+from manifold_nets.symmetry.network.graph import TracedGraph
+from manifold_nets.symmetry.network.operations import is_region, target_of
 from manifold_nets.symmetry.structure.rules import Absorption, Result, as_list, shift_absorbing, shifting
 from manifold_nets.symmetry.structure.rules.shift_use import Link, ShiftUse, apply_rule
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
@@ -78,8 +78,8 @@ class _Walk:
         elif any(label is not None for source in node.all_input_nodes for label in as_list(labels.get(source))):
             result = self._region(use) if is_region(node) else apply_rule(use)
         labels[node] = result
-        if is_in_place(node):
-            write_back(use, result)
+        write_back(use, result)
+        if target_of(node) is not None:
             for view in (self.graph.flow.root(node), *self.graph.flow.views(node)):
                 self.alive.pop(view, None)
         return result

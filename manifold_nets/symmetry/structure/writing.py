@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
+from manifold_nets.symmetry.network.graph import TracedGraph, op_name
+from manifold_nets.symmetry.network.operations import target_of
 from manifold_nets.symmetry.structure.rules.movement import VIEWS
 from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, shape_of
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
@@ -26,11 +27,13 @@ def write_back(use: Use, result: Result) -> None:
     """Give a tensor, and all views of it, the labels that they have after an operation wrote into one of them.
 
     Args:
-        use: the operation, which writes into its first argument.
-        result: the label of what it writes.
+        use: the operation; one that returns a new tensor changes nothing.
+        result: the label of its result.
     """
     flow = use.graph.flow
-    target = use.node.all_input_nodes[0]
+    target = target_of(use.node)
+    if target is None:
+        return
     if target not in flow.written(use.node):  # another shape, the same entries
         use.labels[target] = result
         return
@@ -100,7 +103,7 @@ def _places(graph: TracedGraph, view: Node, known: dict[Node, Any]) -> Any:
         if source is None or view.op not in ("call_function", "placeholder"):
             raise _NotFollowedError(f"{view.name} is not followed")
         behind = _places(graph, source, known)
-        if view.op == "placeholder" or view.args[0] is not source or is_in_place(view):
+        if view.op == "placeholder" or view.args[0] is not source or target_of(view) is source:
             known[view] = behind
         elif op_name(view) in VIEWS - _MAY_COPY or view.target is operator.getitem:
             known[view] = view.target(behind, *view.args[1:], **view.kwargs)  # type: ignore[operator]
