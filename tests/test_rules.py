@@ -150,7 +150,7 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed in place": lambda y: _in_place(y.clone(), lambda z: z.transpose_(1, 2)),
     "another axis in place": lambda y: _in_place(y.clone(), lambda z: z.unsqueeze_(0)),
     "detached in place": lambda y: _in_place(y.clone(), lambda z: z.detach_()),
-    "written to an output": lambda y: torch.mul(y, FIXED, out=torch.empty_like(FIXED)),
+    "written to an output": lambda y: torch.mul(y.detach(), FIXED, out=torch.empty_like(FIXED)),
     "sorted": lambda y: y.flatten(2).sort(2)[0],
     "largest": lambda y: y.flatten(2).topk(3, 2)[0],
     "median": lambda y: y.flatten(2).median(2)[0],
@@ -230,7 +230,7 @@ REFUSES: dict[str, Callable[[Tensor], Tensor]] = {
     "renorm": lambda y: y.renorm(2, 0, 1.0),
     "a power of a number": lambda y: torch.pow(2.0, y),
     "entries below zero are set to one": lambda y: _set(y, lambda z: z < 0, 1.0),
-    "sum written to an output": lambda y: torch.add(y, FIXED, out=torch.empty_like(FIXED)),
+    "sum written to an output": lambda y: torch.add(y.detach(), FIXED, out=torch.empty_like(FIXED)),
     "added into a view": lambda y: _in_place(y.clone(), lambda z: z[:, :2].add_(1)),
     "added through a view": lambda y: _in_place(y.clone(), lambda z: z.view(4, -1).add_(1)),
 }
