@@ -319,3 +319,26 @@ def test_constants_added_to_all_logits_are_no_change_to_their_loss() -> None:
     report = mn.diagnose(model, torch.randn(12, 5), loss=lambda y: F.cross_entropy(y, y.argmax(1)))
     assert {s.kind for s in report.shifts} == {"logit shift", "row shift"}
     assert not report.refuted_shifts
+
+
+def small_filter() -> tuple[nn.Module, Tensor]:
+    """A filter whose variance comes near to the eps of the analysis once it is made smaller still."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[3].weight[2] *= 2.0**-33
+    return model, torch.randn(8, 3, 7, 7)
+
+
+def test_a_small_filter_is_no_contradiction() -> None:
+    report = mn.diagnose(*small_filter())
+    assert report["3.weight"].certificate.groups_certified == 4
+    assert not report.disagreements + report.refuted_families
+
+
+def test_with_the_usual_eps_it_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage twin."""
+    monkeypatch.setattr(finite_move, "_SMALLER_EPS", finite_move.NEGLIGIBLE_EPS)
+    model, x = small_filter()
+    assert any(mn.diagnose(model, x, seed=seed).disagreements for seed in range(8))
