@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from collections.abc import Callable
@@ -304,7 +305,7 @@ def test_other_threads_keep_their_dtype() -> None:
 
 def test_casts_are_what_the_certificate_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: with casts to float32 left in place the certificate sees rounding."""
-    monkeypatch.setattr(sharp, "in_float64", lambda: torch.enable_grad())
-    monkeypatch.setattr(graph, "following", lambda model: torch.enable_grad())
+    monkeypatch.setattr(sharp, "in_float64", contextlib.nullcontext)
+    monkeypatch.setattr(graph, "following", lambda model: contextlib.nullcontext())
     model = Lambda(lambda m, x: m.norm(m.fc(x).to(torch.float32).to(x.dtype)), **inner())
     assert mn.diagnose(model, torch.randn(N, D))["fc.weight"].status == "disagreement"
