@@ -7,6 +7,7 @@ import inspect
 import logging
 import tempfile
 import textwrap
+import warnings
 from typing import Any
 
 import any_torchvision  # noqa: F401
@@ -102,9 +103,12 @@ def main() -> None:
         off = max(mn.project(converted).values())
         print(f"norms off by at most {off:.1e}")
 
-        # Or the class: the Trainer then makes its own groups, and the weights still know their spheres.
+        # Or the class: the Trainer then makes its own groups, and the weights still know their spheres. It has one
+        # learning rate for all of them, and a warning says which one on spheres would match it.
         options = {"lr": 5e-3, "decoupled_weight_decay": True}
-        train_with_the_trainer(by_class, folder, optimizer_cls_and_kwargs=(mn.optim.RiemannianAdam, options))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", mn.errors.LearningRateWarning)
+            train_with_the_trainer(by_class, folder, optimizer_cls_and_kwargs=(mn.optim.RiemannianAdam, options))
         off = max(mn.project(by_class).values())
         print(f"made by the Trainer: norms off by at most {off:.1e}")
 
