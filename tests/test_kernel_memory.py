@@ -138,7 +138,7 @@ def together(apart):
         pytest.skip(native.available())
     sphere, memory = mn.SphereProduct((4, 8)), torch.randn(2, 4, 8)
     points = [sphere.projx(memory[0]), sphere.projx(memory[1])]
-    weights = [geoopt.ManifoldParameter(point, manifold=sphere) for point in points]
+    weights = [geoopt.ManifoldParameter(point.clone(), manifold=sphere) for point in points]
     if not apart:
         weights[1].data = weights[0].data
     gradients = [torch.randn(4, 8), torch.randn(4, 8)]
