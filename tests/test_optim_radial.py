@@ -15,7 +15,7 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
 from manifold_nets.optim import angular_adam as angular_adam_step
-from manifold_nets.optim.executions import along_moment, choice, kernel, rows
+from manifold_nets.optim.executions import along_moment, choice, compiled, kernel, rows
 from manifold_nets.optim.rules import products
 
 SPHERES = {name: row for name, row in OPTIMIZERS.items() if row.weights == "spheres"}
@@ -299,3 +299,18 @@ def test_sgd_moves_by_its_rate_times_rounding_at_most(how):
     weight.grad = sphere.partition.divide(3.3 * weight.detach(), sphere.radius_for(weight).square())
     optimizer.step()
     assert float(turns(start, weight, sphere).max()) <= 0.1 * 3.3 * 4 * EPS + 4 * EPS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
+@pytest.mark.parametrize("complete", [False, True], ids=["processor", "accelerator"])
+def test_compiled_steps_follow_the_same_rule(complete, monkeypatch):
+    compiled._kernel.cache_clear()
+    monkeypatch.setattr(compiled, "_completes", lambda device: complete)
+    try:
+        assert turned_by_radial_gradients("radam", {"compile": True}, LAYOUTS[1]) <= 4 * EPS
+        assert worst_deviation("radam", {"compile": True}, torch.float32, (40, 9)) <= 4
+        for share in SHARES:
+            check_small_share("radam", {"compile": True}, share, share)
+    finally:
+        compiled._kernel.cache_clear()

@@ -8,6 +8,8 @@ from optim_cases import LAYOUTS, STEPS, Problem, check_path, radii_for, referenc
 
 import manifold_nets as mn
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD
+from manifold_nets.optim.rules import updates
+from manifold_nets.optim.rules.products import Spheres
 
 RADII = ["unit", "uniform", "per group"]
 SGD_OPTIONS = [
@@ -316,3 +318,21 @@ def test_a_norm_added_in_sequence_is_not_exact(monkeypatch):
     monkeypatch.setattr(mn.optim.rules.products.Spheres, "dots", sequential)
     with pytest.raises(AssertionError, match="constraint error"):
         check_norm_of_many(RiemannianSGD, {"lr": 0.05, "momentum": 0.9, "foreach": False}, (1, 2**20))
+
+
+def test_rules_by_themselves_take_an_undampened_first_step_by_default():
+    def after(rule, *moments, **options):
+        torch.manual_seed(0)
+        weight, gradient = torch.eye(3)[:2].double(), torch.randn(2, 3).double()
+        state = [torch.full(shape, 0.1).double() for shape in moments]
+        extra = (None,) if rule is updates.riemannian_adam_ else ()
+        rule(weight, gradient, *state, *extra, Spheres((1,), 1.0), lr=0.1, **options)
+        return weight
+
+    cases = [
+        (updates.riemannian_sgd_, [(2, 3)], {"momentum": 0.9}, {"dampening": 0.0}, {"dampening": 0.5}),
+        (updates.riemannian_adam_, [(2, 3), (2, 1)], {}, {"step": 1, "maximize": False}, {"step": 2}),
+    ]
+    for rule, moments, options, default, other in cases:
+        assert torch.equal(after(rule, *moments, **options), after(rule, *moments, **options, **default))
+        assert not torch.equal(after(rule, *moments, **options), after(rule, *moments, **options, **other))

@@ -47,8 +47,9 @@ class AngularAdam(RiemannianAdam):
     As in the rotational form of AdamW and in methods that train matrices of fixed norm, the angle is set and only the
     direction is learned; the radius and the size of the loss decide nothing. Unlike `RiemannianAdam` it keeps one
     second moment an entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
-    coordinates, as Adam does. A sphere whose direction is zero stays where it is. Under a constant rate such steps
-    never become small: use a schedule. Plain parameters take the steps of `torch.optim.Adam`.
+    coordinates, as Adam does. A sphere whose direction is zero, or nothing but rounding, stays where it is. Under a
+    constant rate such steps never become small: use a schedule. Plain parameters take the steps of
+    `torch.optim.Adam`.
 
     Args:
         params: best the groups of `manifold_nets.param_groups`.

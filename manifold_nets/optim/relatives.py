@@ -83,9 +83,10 @@ class AngularSGD(_MomentumOptimizer):
 
     With the momentum b of Riemannian SGD and its direction ``e = d/‖d‖``, ``w ← exp_w(−η e)``: the length of a gradient
     decides nothing. With ``per="weight"`` the filters of one weight keep their proportions, and it is the root mean
-    square of their angles that is η. A filter whose direction is zero stays where it is. Under a constant rate such
-    steps never become small: use a schedule. Plain parameters take the steps of `torch.optim.SGD`, for which this
-    learning rate is seldom right: give them their own with ``manifold_nets.param_groups(model, sphere_lr=…)``.
+    square of their angles that is η. A filter whose direction is zero, or nothing but rounding, stays where it is.
+    Under a constant rate such steps never become small: use a schedule. Plain parameters take the steps of
+    `torch.optim.SGD`, for which this learning rate is seldom right: give them their own with
+    ``manifold_nets.param_groups(model, sphere_lr=…)``.
 
     Args:
         params: best the groups of `manifold_nets.param_groups`.
