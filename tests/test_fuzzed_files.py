@@ -27,6 +27,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
+from manifold_nets.comparison.errors import StorageError
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
@@ -296,6 +297,17 @@ def test_studies(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_studies(tmp_path: Path) -> None:
     fuzz_studies(tmp_path, 100, seed=1)
+
+
+@pytest.mark.parametrize("change", ["key = NULL", "value_json = NULL", "value_json = '[]'"])
+def test_a_result_without_its_name_or_value_is_an_error_of_ours(tmp_path: Path, change: str) -> None:
+    tiny(output=tmp_path, seeds=1, epochs=1)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        row = "(SELECT min(trial_user_attribute_id) FROM trial_user_attributes WHERE key = 'result-0')"
+        connection.execute(f"UPDATE trial_user_attributes SET {change} WHERE trial_user_attribute_id = {row}")
+        connection.commit()
+    with pytest.raises(StorageError, match=r"study\.db"):
+        tiny(output=tmp_path, seeds=1, epochs=1)
 
 
 def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
