@@ -159,12 +159,9 @@ def fuzz_plans(folder: Path, count: int, seed: int) -> Counter[str]:
         check_untouched(model, before)
         if end == "done":
             assert (converted.eval()(x) - reference).abs().max() <= 1e-12 * reference.abs().max()
-            try:
-                written = json.loads(path.read_bytes())
-            except ValueError:
-                written = json.loads(path.read_bytes().decode("utf-8", "replace"))
+            written = json.loads(path.read_bytes()) if given is path else document
             done = {(a.name, a.remedy): a.action for a in mn.conversion_record(converted).plan.actions}
-            for entry in (written if given is path else document)["actions"]:
+            for entry in written["actions"]:
                 remedies = [remedy for name, remedy in done if name == entry["name"]]
                 assert entry["action"] in {done[entry["name"], remedy] for remedy in remedies} | {"leave"}
         ends[end] += 1
