@@ -27,6 +27,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
+from manifold_nets.comparison.errors import StorageError
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
@@ -158,12 +159,9 @@ def fuzz_plans(folder: Path, count: int, seed: int) -> Counter[str]:
         check_untouched(model, before)
         if end == "done":
             assert (converted.eval()(x) - reference).abs().max() <= 1e-12 * reference.abs().max()
-            try:
-                written = json.loads(path.read_bytes())
-            except ValueError:
-                written = json.loads(path.read_bytes().decode("utf-8", "replace"))
+            written = json.loads(path.read_bytes()) if given is path else document
             done = {(a.name, a.remedy): a.action for a in mn.conversion_record(converted).plan.actions}
-            for entry in (written if given is path else document)["actions"]:
+            for entry in written["actions"]:
                 remedies = [remedy for name, remedy in done if name == entry["name"]]
                 assert entry["action"] in {done[entry["name"], remedy] for remedy in remedies} | {"leave"}
         ends[end] += 1
@@ -296,6 +294,17 @@ def test_studies(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_studies(tmp_path: Path) -> None:
     fuzz_studies(tmp_path, 100, seed=1)
+
+
+@pytest.mark.parametrize("change", ["key = NULL", "value_json = NULL", "value_json = '[]'"])
+def test_a_result_without_its_name_or_value_is_an_error_of_ours(tmp_path: Path, change: str) -> None:
+    tiny(output=tmp_path, seeds=1, epochs=1)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        row = "(SELECT min(trial_user_attribute_id) FROM trial_user_attributes WHERE key = 'result-0')"
+        connection.execute(f"UPDATE trial_user_attributes SET {change} WHERE trial_user_attribute_id = {row}")
+        connection.commit()
+    with pytest.raises(StorageError, match=r"study\.db"):
+        tiny(output=tmp_path, seeds=1, epochs=1)
 
 
 def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,7 +226,7 @@ class RunQueue:
 
         found: dict[RunKey, RunResult] = {}
         for trial in self._trials((TrialState.COMPLETE,)):
-            count = sum(name.startswith("result-") for name in trial.user_attrs)
+            count = sum(str(name).startswith("result-") for name in trial.user_attrs)
             chunks = [trial.user_attrs.get(f"result-{number}") for number in range(count)]
             result = self._read(RunResult, "".join(map(str, chunks)))
             if _text(result.key) != _key_text(trial):
