@@ -45,7 +45,7 @@ def test_a_network_with_masked_outputs_is_converted(fill: float, dtype: torch.dt
 
 def test_a_change_beside_a_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage: the running variances are wrong; the mask must not hide what that does to the other outputs."""
-    monkeypatch.setattr("manifold_nets.conversion.apply.rescaled_variance", lambda v, eps, factor: 1.01 * v * factor**2)
+    monkeypatch.setattr("manifold_nets.conversion.moves.rescaled_variance", lambda v, eps, factor: 1.01 * v * factor**2)
     with pytest.raises(mn.errors.FunctionChangedError):
         mn.convert(Masked(-INF), torch.randn(8, 6))
 

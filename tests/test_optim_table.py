@@ -213,10 +213,10 @@ def test_sabotage_a_step_that_says_that_it_unscales_is_noticed(name, monkeypatch
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sparse_gradients_are_refused_before_anything_moves(name):
     _, optimizer, _, _ = setup(name)
-    (number, index, weight), *_ = [
+    (number, index, weight, _), *_ = [
         (number, *found)
         for number, group in enumerate(optimizer.param_groups)
-        for found in optimizer._stepped_by_rules(group)
+        for found in optimizer._spheres_of(group)
     ]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for p in params:

@@ -95,9 +95,10 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
 
 @contextlib.contextmanager
 def sharp_conditions(
-    twin: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float = NEGLIGIBLE_EPS
+    twin: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float | None = None
 ) -> Iterator[None]:
     """Run a copy, forward and backward, so that the certificate is sharp, and under a further mode if given."""
+    eps = NEGLIGIBLE_EPS if eps is None else eps
     with _negligible_eps(twin, eps), in_float64(), _SharpConditions(eps), mode or contextlib.nullcontext():
         yield
 
