@@ -309,3 +309,42 @@ def test_casts_are_what_the_certificate_needs(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(graph, "following", lambda model: contextlib.nullcontext())
     model = Lambda(lambda m, x: m.norm(m.fc(x).to(torch.float32).to(x.dtype)), **inner())
     assert mn.diagnose(model, torch.randn(N, D))["fc.weight"].status == "disagreement"
+
+
+class KeepsStatisticsAsParameters(nn.Module):
+    """Running statistics as frozen parameters, and `parameters` with another meaning, as in meta-learning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vars = nn.ParameterList([nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(3, 8))])
+        self.seen = nn.ParameterList([nn.Parameter(x, requires_grad=False) for x in (torch.zeros(8), torch.ones(8))])
+
+    def parameters(self, recurse: bool = True) -> Any:
+        return self.vars
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = nn.functional.batch_norm(x @ self.vars[0].T, self.seen[0], self.seen[1], training=True)
+        return torch.relu(h) @ self.vars[1].T
+
+
+class Propagation(nn.Module):
+    """One layer of a graph network, whose adjacency matrix is sparse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return self.out(torch.relu(self.norm(torch.sparse.mm(adjacency, self.fc(x)))))
+
+
+def test_statistics_that_are_frozen_parameters() -> None:
+    assert mn.diagnose(KeepsStatisticsAsParameters(), torch.randn(16, 6))["vars.0"].status == "invariant"
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+def test_sparse_inputs(memory: Any) -> None:
+    adjacency = (torch.rand(12, 12) > 0.7).float() + torch.eye(12)
+    dense = mn.diagnose(Propagation(), (torch.randn(12, 6), adjacency), memory=memory)
+    sparse = mn.diagnose(Propagation(), (torch.randn(12, 6), adjacency.to_sparse()), memory=memory)
+    assert sparse.counts() == dense.counts() == {"invariant": 1, "not invariant": 1}

@@ -336,6 +336,7 @@ LEFT_UNKNOWN = {
     ),
     "einsum.sublist index.Tensor_hacked_twin index_put.hacked_twin mH.a mT.a matrix_H.a numpy_T.a": "of scripts",
     "narrow.Tensor repeat_interleave.Tensor tensor_split.tensor_indices_or_sections": "cuts by computed numbers",
+    "_sparse_mm.reduce": "maxima and means over what is not zero",
     "scatter.reduce scatter.value_reduce": "adds to, or multiplies, entries; deprecated",
 }
 

@@ -133,7 +133,7 @@ def convert(
     before = both_modes(model, chosen.example_inputs)
     target = model if inplace else duplicate(model)
     if not inplace:
-        for old, new in zip(model.parameters(), target.parameters(), strict=True):
+        for old, new in zip(nn.Module.parameters(model), nn.Module.parameters(target), strict=True):
             copy_attributes(old, new, share=False)
     undo = _carry_out(target, chosen)
     try:
@@ -196,7 +196,7 @@ def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), torch.float32)
 
 
 def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:

@@ -142,7 +142,7 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Undo what a block has done to values and biases of a model where it fails, as in a hook of the model."""
-    tensors = {id(t): t for t in itertools.chain(model.parameters(), model.buffers())}.values()
+    tensors = {id(t): t for t in itertools.chain(nn.Module.parameters(model), model.buffers())}.values()
     saved = [(tensor, tensor.detach().clone()) for tensor in tensors if not nn.parameter.is_lazy(tensor)]
     removed = removed_biases(model).values()
     try:

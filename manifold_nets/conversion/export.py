@@ -102,7 +102,7 @@ def export_model(
         _require_onnx()
     plain = revert(model)
     verification = verify(model, plain, example_inputs)
-    dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next((p.dtype for p in nn.Module.parameters(plain) if p.is_floating_point()), torch.float32)
     limit = eval_limit(dtype)
     for mode, difference in (("evaluation", verification.eval_difference), ("training", verification.train_difference)):
         if not difference <= limit:

@@ -65,7 +65,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 def _copy(model: nn.Module) -> nn.Module:
     """Deep copy, with the gradients, attributes and hooks of parameters, which copying drops."""
     copied = duplicate(model)
-    for old, new in zip(model.parameters(), copied.parameters(), strict=True):
+    for old, new in zip(nn.Module.parameters(model), nn.Module.parameters(copied), strict=True):
         copy_attributes(old, new, share=False)
         if old.grad is not None:
             new.grad = old.grad.detach().clone()

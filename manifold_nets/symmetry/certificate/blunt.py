@@ -100,7 +100,7 @@ class BluntChannels:
     def _masks(self) -> Mapping[Node, NDArray[np.bool_]]:
         """For each normalization which of its statistics are blunt, kept with their axes."""
         found: dict[Node, NDArray[np.bool_]] = {}
-        lean = any(p.is_floating_point() and p.dtype != torch.float64 for p in self.twin.parameters())
+        lean = any(p.is_floating_point() and p.dtype != torch.float64 for p in nn.Module.parameters(self.twin))
 
         def wide(value: Any) -> Any:
             return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -132,7 +132,7 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
     """
-    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
@@ -174,7 +174,7 @@ def sharp_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
     """
     outputs = [leaf for leaf in run(twin, inputs) if leaf.requires_grad]
-    if not outputs and any(True for _ in twin.parameters()):
+    if not outputs and any(True for _ in nn.Module.parameters(twin)):
         raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
     return outputs
 

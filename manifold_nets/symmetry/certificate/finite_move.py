@@ -319,7 +319,7 @@ class _Jitter:
         self.size, self.generator = size, torch.Generator().manual_seed(seed)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.size or not is_continuous(x):
+        if not self.size or not is_continuous(x) or x.layout != torch.strided:
             return x
         noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
         return x * noise.mul_(self.size).add_(1).to(x.device)

@@ -63,7 +63,8 @@ def lean_copy(model: nn.Module) -> nn.Module:
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
     """
     # A parameter that was made in inference mode cannot have a gradient: its copy can.
-    own = {id(p): p.detach().clone() if p.is_inference() else p.detach() for p in model.parameters() if p.ndim >= 2}
+    weights = [p for p in nn.Module.parameters(model) if p.ndim >= 2]
+    own = {id(p): p.detach().clone() if p.is_inference() else p.detach() for p in weights}
     shared = {key: nn.Parameter(values, requires_grad=False) for key, values in own.items()}
     return analysis_copy(model, shared)
 
@@ -74,7 +75,7 @@ def widen_vectors(twin: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(torch.float64)
-    for parameter in twin.parameters():
+    for parameter in nn.Module.parameters(twin):
         if parameter.ndim < 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float64)
 
@@ -153,6 +154,8 @@ class _Passes:
 
     def pack(self, saved: Tensor) -> Any:
         """What autograd keeps of a tensor: of a weight in float64, where to cast it from."""
+        if saved.layout != torch.strided:
+            return saved  # no weight
         reference, weight = self.casts.get(saved.untyped_storage().data_ptr(), (None, None))
         if reference is None or weight is None or saved.dtype != torch.float64:
             return saved
@@ -255,9 +258,9 @@ def lean_field(
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
     """
-    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    move_vectors([p for p in twin.parameters() if is_continuous(p)], generator)
+    move_vectors([p for p in nn.Module.parameters(twin) if is_continuous(p)], generator)
     return _pass(twin, inputs, seed, generator.get_state(), wanted or {}, logits=logits)
 
 
@@ -271,11 +274,11 @@ def _pass(
     logits: bool,
 ) -> LeanField:
     """One forward and backward pass with the random numbers of a state."""
-    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device)
     generator.set_state(state)
     passes = _Passes(twin, wanted)
-    for parameter in twin.parameters():
+    for parameter in nn.Module.parameters(twin):
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)

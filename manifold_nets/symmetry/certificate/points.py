@@ -38,7 +38,7 @@ def replace_zeros(twin: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     tables = {id(module.weight) for module in twin.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in nn.Module.parameters(twin):
             if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
                 continue
             zero = parameter == 0
@@ -57,13 +57,13 @@ def second_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = F
     generator = torch.Generator().manual_seed(seed + 1)
 
     def moved(leaf: Tensor) -> Tensor:
-        if not leaf.is_floating_point():
+        if not leaf.is_floating_point() or leaf.layout != torch.strided:
             return leaf
         noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
         return leaf + 0.5 * leaf.abs().mean() * noise
 
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in nn.Module.parameters(twin):
             if is_continuous(parameter):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
                 # In the storage of the noise: the first field goes on holding the weights at its own point.

@@ -73,6 +73,10 @@ class _Float64(TorchFunctionMode):
         narrow = [tensor for tensor in tensors if tensor.dtype in _WIDE]
         if narrow and len(narrow) < sum(map(_has_numbers, tensors)):
             args, kwargs = _mixed(name, args, kwargs)
+        if func is nn.functional.batch_norm:
+            # Running statistics may be kept as frozen parameters: of the copy all parameters ask for gradients.
+            args = (*args[:1], *_map(_detached, args[1:3]), *args[3:])
+            kwargs |= {name: _detached(kwargs[name]) for name in ("running_mean", "running_var") if name in kwargs}
         result = func(*args, **kwargs)
         return result if narrow or func is Tensor.view else _map(_wide_tensor, result)
 
@@ -105,6 +109,10 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     return change(value)
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
+
+
 def _has_numbers(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -132,7 +140,7 @@ def in_float64() -> contextlib.AbstractContextManager[Any]:
 
 def following(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """The same where a model is in float64; one in another precision is run as it stands."""
-    narrow = any(parameter.dtype in _WIDE for parameter in model.parameters())
+    narrow = any(parameter.dtype in _WIDE for parameter in nn.Module.parameters(model))
     return contextlib.nullcontext() if narrow else _Float64()
 
 

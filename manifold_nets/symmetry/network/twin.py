@@ -47,7 +47,8 @@ def is_continuous(tensor: Tensor) -> bool:
 
 def is_meta(model: nn.Module) -> bool:
     """Whether some parameter has a shape but no values."""
-    return any(parameter.is_meta for parameter in model.parameters())
+    # Here and elsewhere not `model.parameters()`, which some networks give another meaning.
+    return any(parameter.is_meta for parameter in nn.Module.parameters(model))
 
 
 @contextlib.contextmanager
@@ -124,7 +125,7 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
         config = module.__dict__.get("config")
         if config is not None:
             _configure(config)
-    for parameter in twin.parameters():
+    for parameter in nn.Module.parameters(twin):
         parameter.grad = None
         parameter.requires_grad_(is_continuous(parameter))
     return twin

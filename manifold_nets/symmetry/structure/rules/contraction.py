@@ -123,7 +123,7 @@ def addmm(use: Use) -> Result:
     return add_to(use, product, unscaled(rank) if start is None else aligned(start, rank))
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot", "vdot", "inner")
+@rule("matmul", "mm", "_sparse_mm", "bmm", "mv", "dot", "vdot", "inner")
 def matmul(use: Use) -> Result:
     """Products of matrices and vectors: the products of the entries that are summed need one scale."""
     first, second = list(use.args)[:2]
