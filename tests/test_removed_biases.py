@@ -79,3 +79,25 @@ def test_a_record_of_one_name_would_not_load(inputs: Tensor, tmp_path: Path, mon
     )
     with pytest.raises(mn.errors.CheckpointMismatchError, match=r"the file lacks 3\.bias"):
         test_a_module_of_two_names_is_saved_and_loaded(twice, "dead-biases", inputs, tmp_path)
+
+
+class JoinsBiases(nn.Module):
+    """Attention whose own code joins the biases of its layers, as some do to call torch's function for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = torch.cat([self.q.weight, self.k.weight, self.v.weight])
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        return nn.functional.scaled_dot_product_attention(*nn.functional.linear(x, weight, bias).chunk(3, -1))
+
+
+def test_a_bias_that_the_code_of_the_model_reads_stays() -> None:
+    model, x = JoinsBiases(), torch.randn(4, 5, 8)
+    report = mn.diagnose(model, x)
+    assert any(shift.kind == "dead bias" and shift.parameters == ("k.bias",) for shift in report.shifts)
+    planned = {action.name: action for action in mn.plan(model, report, remedies="dead-biases").actions}
+    assert planned["k.bias"].action == "leave"
+    assert "the code of the model reads it" in planned["k.bias"].reason

@@ -191,3 +191,19 @@ def test_names_of_the_way_that_was_taken_are_no_names(monkeypatch: pytest.Monkey
     monkeypatch.setattr(graph, "one_module_per_name", lambda model: contextlib.nullcontext())
     with pytest.raises(ReportMismatchError, match=r"slice\(1, None, None\)"):
         mn.convert(SHARED["a sliced list"][0](), inputs())
+
+
+def test_modules_are_named_from_the_model_on_where_dynamo_traces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo names modules from the function around their forward method."""
+    export = torch.export.export
+
+    def by_dynamo(*args: Any, strict: bool, **options: Any) -> Any:
+        if not strict:
+            raise RuntimeError(graph._BY_DYNAMO)
+        return export(*args, strict=strict, **options)
+
+    monkeypatch.setattr(torch.export, "export", by_dynamo)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 6)
+    report = mn.diagnose(model, x)
+    assert [absorber.module for absorber in report["0.weight"].absorbers] == ["1"]
+    assert mn.conversion_record(mn.convert(model, x)).verification.eval_difference <= 1e-5

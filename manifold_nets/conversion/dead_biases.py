@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.conversion.actions import Action
+from manifold_nets.conversion.biases import remove_bias
+from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
 from manifold_nets.symmetry import SymmetryReport
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.network.graph import split_inputs, to_float64
 from manifold_nets.symmetry.network.precision import in_float64
+from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
 
 __all__ = ["dead_bias_actions"]
@@ -43,6 +46,7 @@ def dead_bias_actions(model: nn.Module, report: SymmetryReport) -> list[Action]:
         else:
             reasons[id(shift)] = why
     shifts = _measured(model, possible, report.example_inputs)
+    shifts |= _needed(model, [shift for shift in possible if isinstance(shifts[id(shift)], _Shifts)], report)
     actions = []
     for shift in dead:
         why = reasons.get(id(shift))
@@ -91,6 +95,31 @@ def _why_left(
             if parameter is bias and not (leaf == "bias" and isinstance(module, _LAYERS)):
                 return f"{type(module).__name__} {prefix} needs it"
     return None
+
+
+def _needed(model: nn.Module, shifts: Sequence[ShiftSymmetry], report: SymmetryReport) -> dict[int, _Shifts | str]:
+    """Why a bias stays without which the model's code fails, as where it joins the biases of several layers."""
+    twin, inputs = analysis_copy(model), to_float64(split_inputs(report.example_inputs))
+
+    def works(removed: Sequence[ShiftSymmetry]) -> bool:
+        undo = []
+        try:
+            for shift in removed:
+                prefix, _, leaf = shift.parameters[0].rpartition(".")
+                undo.append(remove_bias(twin.get_submodule(prefix), leaf))
+            with torch.no_grad(), random_numbers(0), in_float64():
+                for training in (True, False):
+                    run(twin.train(training), inputs)
+        except (DoublePrecisionError, ExampleInputsError):
+            return False
+        finally:
+            for put_back in undo:
+                put_back()
+        return True
+
+    if not shifts or works(shifts) or not works([]):
+        return {}
+    return {id(shift): "the code of the model reads it outside of its layer" for shift in shifts if not works([shift])}
 
 
 def _measured(model: nn.Module, shifts: Sequence[ShiftSymmetry], example_inputs: Any) -> dict[int, _Shifts | str]:

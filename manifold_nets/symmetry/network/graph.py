@@ -305,12 +305,22 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
                 if _BY_DYNAMO not in str(error):
                     raise
                 program = torch.export.export(model, args, kwargs, strict=True)
+                _use_own_names(program)
     except Exception as error:
         raise AnalysisError(type(model).__name__, error) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     return program
+
+
+def _use_own_names(program: torch.export.ExportedProgram) -> None:
+    """Name modules from the model on: Dynamo names them from the function around its forward method."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            stack = node.meta.get("nn_module_stack") or {}
+            own = {key: (path.rpartition("__self__")[2].removeprefix("."), kind) for key, (path, kind) in stack.items()}
+            node.meta["nn_module_stack"] = own
 
 
 def zero_nodes(program: torch.export.ExportedProgram) -> frozenset[Node]:
