@@ -193,6 +193,20 @@ def test_names_of_the_way_that_was_taken_are_no_names(monkeypatch: pytest.Monkey
         mn.convert(SHARED["a sliced list"][0](), inputs())
 
 
+class Encoded(nn.Module):
+    """A model whose forward method calls another method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.fc(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.encode(x))
+
+
 def test_modules_are_named_from_the_model_on_where_dynamo_traces_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo names modules from the function around their forward method."""
     export = torch.export.export
@@ -203,7 +217,7 @@ def test_modules_are_named_from_the_model_on_where_dynamo_traces_it(monkeypatch:
         return export(*args, strict=strict, **options)
 
     monkeypatch.setattr(torch.export, "export", by_dynamo)
-    model, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 6)
+    model, x = Encoded(), torch.randn(16, 6)
     report = mn.diagnose(model, x)
-    assert [absorber.module for absorber in report["0.weight"].absorbers] == ["1"]
+    assert [absorber.module for absorber in report["fc.weight"].absorbers] == ["norm"]
     assert mn.conversion_record(mn.convert(model, x)).verification.eval_difference <= 1e-5
