@@ -307,6 +307,15 @@ def test_a_result_without_its_name_or_value_is_an_error_of_ours(tmp_path: Path, 
         tiny(output=tmp_path, seeds=1, epochs=1)
 
 
+def test_rows_of_a_study_that_is_lost_are_an_error_of_ours(tmp_path: Path) -> None:
+    tiny(output=tmp_path, seeds=1, epochs=1)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.execute("DELETE FROM studies")
+        connection.commit()
+    with pytest.raises(StorageError, match=r"study comparison in sqlite.*rows of a study that is not there"):
+        tiny(output=tmp_path, seeds=1, epochs=1)
+
+
 def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny(output=tmp_path)
 
