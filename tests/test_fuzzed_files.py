@@ -22,13 +22,14 @@ import safetensors.torch
 import torch
 from checkpoint_cases import check_same, check_untouched, snapshot
 from comparison_cases import comparison
-from comparison_runs import reproducible, tiny
+from comparison_runs import reproducible, small_settings, tiny
 from damage_cases import changed, damaged, outcome, text_of
 from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
-from manifold_nets.comparison.errors import StorageError
+from manifold_nets.comparison.errors import RecordError, StorageError
+from manifold_nets.comparison.joining import STUDY_NAME_FILE, study_name
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
@@ -272,7 +273,8 @@ def change_a_cell(path: Path, draw: random.Random) -> None:
 
 def fuzz_studies(folder: Path, count: int, seed: int) -> Counter[str]:
     draw, ends = random.Random(seed), Counter[str]()
-    whole = tiny(output=folder / "whole")
+    # What is called on a damaged study is its own command, or one that extends it.
+    wanted = {2: reproducible(tiny(output=folder / "whole")), 3: reproducible(tiny(seeds=3))}
     begun: list[int] = []
 
     def interrupt(progress: Any) -> None:
@@ -295,9 +297,10 @@ def fuzz_studies(folder: Path, count: int, seed: int) -> Counter[str]:
         else:
             good = (place / "study.db").read_bytes()
             (place / "study.db").write_bytes(damaged(good, draw))
-        end, found = outcome(lambda place=place: tiny(output=place))
+        seeds = draw.choice([2, 2, 3])
+        end, found = outcome(lambda place=place, seeds=seeds: tiny(output=place, seeds=seeds))
         if end == "done":
-            assert reproducible(found) == reproducible(whole)
+            assert reproducible(found) == wanted[seeds]
             end = "equal"
         ends[end] += 1
     return ends
@@ -330,6 +333,16 @@ def test_rows_of_a_study_that_is_lost_are_an_error_of_ours(tmp_path: Path) -> No
         connection.commit()
     with pytest.raises(StorageError, match=r"study comparison in sqlite.*rows of a study that is not there"):
         tiny(output=tmp_path, seeds=1, epochs=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"manifold-nets-0123456789aB", b"a\nb"])
+def test_a_damaged_name_of_a_study_is_an_error_of_ours(tmp_path: Path, content: bytes) -> None:
+    whole = small_settings()
+    (tmp_path / STUDY_NAME_FILE).write_bytes(study_name(whole).encode() + b"\n")
+    assert study_name(small_settings(seeds=(0, 1, 2)), tmp_path) == study_name(whole)
+    (tmp_path / STUDY_NAME_FILE).write_bytes(content)
+    with pytest.raises(RecordError, match=r"study-name\.txt: found .*; expected the name of a study"):
+        study_name(whole, tmp_path)
 
 
 def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
