@@ -209,6 +209,40 @@ def test_removed_biases_that_the_model_does_not_have(tmp_path, names):
     check_untouched(fresh, before)
 
 
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.ones(2), r"bias: torch\.float32 in the file, torch\.float16 in the model"),
+        (torch.ones(1).half(), r"bias: shape \(1,\) in the file, \(2,\) in the model"),
+    ],
+)
+@pytest.mark.parametrize("reading", [load, load_weights])
+def test_a_removed_bias_comes_back_as_in_the_file_or_not_at_all(tmp_path, reading, bias, message):
+    layer, path = nn.Linear(3, 2).half(), tmp_path / "layer.safetensors"
+    layer.bias = nn.Parameter(bias)
+    save(layer, path)
+    fresh = nn.Linear(3, 2).half()
+    remove_bias(fresh, "bias")
+    before = snapshot(fresh)
+    with pytest.raises(CheckpointMismatchError, match=message):
+        reading(fresh, path)
+    check_untouched(fresh, before)
+    assert list(removed_biases(fresh)) == ["bias"]
+
+
+def test_a_removed_bias_comes_back_under_both_names_and_on_its_sphere(tmp_path):
+    def twice():
+        layer = nn.Linear(3, 2)
+        return nn.Sequential(layer, nn.Linear(2, 3), layer)
+
+    saved, fresh = put(twice(), "0.bias", mn.SphereProduct(mn.Partition.whole((2,)))), twice()
+    save(saved, tmp_path / "net.safetensors")
+    remove_bias(fresh[0], "bias")
+    load(fresh, tmp_path / "net.safetensors")
+    check_same(saved, fresh)
+    assert not removed_biases(fresh)
+
+
 class Trap:
     """Runs code when it is unpickled."""
 

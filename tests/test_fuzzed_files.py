@@ -5,6 +5,7 @@ Each function carries out a number of mutations from a seed and counts how they 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -21,13 +22,14 @@ import safetensors.torch
 import torch
 from checkpoint_cases import check_same, check_untouched, snapshot
 from comparison_cases import comparison
-from comparison_runs import reproducible, tiny
+from comparison_runs import reproducible, small_settings, tiny
 from damage_cases import changed, damaged, outcome, text_of
 from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
-from manifold_nets.comparison.errors import StorageError
+from manifold_nets.comparison.errors import RecordError, StorageError
+from manifold_nets.comparison.joining import STUDY_NAME_FILE, study_name
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
@@ -61,6 +63,15 @@ def saved() -> nn.Module:
     return net
 
 
+def converted_otherwise() -> nn.Module:
+    """The same architecture with other spheres and another removed bias."""
+    net = mn.convert(network(2), torch.randn(16, 4), remedies="dead-biases", include=["2.*"])
+    sphere = mn.SphereProduct((6, 6), radius=3.0)
+    mn.constraints.attach(net[2], "weight", sphere, sphere.projx(net[2].weight.detach()))
+    net[4].weight = net[2].weight
+    return net
+
+
 def checkpoint(good: bytes, metadata: dict[str, str]) -> bytes:
     size = struct.unpack("<Q", good[:8])[0]
     header = json.dumps({**json.loads(good[8 : 8 + size]), "__metadata__": metadata}).encode("utf-8")
@@ -68,11 +79,16 @@ def checkpoint(good: bytes, metadata: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(header)) + header + good[8 + size :]
 
 
-def check_as_written(model: nn.Module, document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    """A model holds the tensors of a file, on the manifolds and without the biases that its document names."""
+def check_as_written(
+    model: nn.Module, document: dict[str, Any], tensors: dict[str, torch.Tensor], lost: list[str]
+) -> None:
+    """A model holds the tensors of a file, on the manifolds and without the biases that its document names.
+
+    Of biases that the model had ``lost`` before, those stay so that the file does not have either.
+    """
     manifolds = {document["aliases"].get(w.name, w.name): w.manifold.to_dict() for w in constrained_weights(model)}
     assert manifolds == document["manifolds"]
-    assert set(removed_biases(model)) == set(document.get("removed_biases", ()))
+    assert set(removed_biases(model)) == {*document.get("removed_biases", ()), *lost} - tensors.keys()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
 
 
@@ -84,6 +100,7 @@ def fuzz_checkpoints(folder: Path, count: int, seed: int) -> Counter[str]:
     tensors = safetensors.torch.load(good)
     with safetensors.safe_open(path, "pt") as file:
         whole = json.loads(file.metadata()["manifold_nets"])
+    receivers = [network(), saved(), converted_otherwise()]
     for number in range(count):
         document = None
         if number % 2:
@@ -98,18 +115,18 @@ def fuzz_checkpoints(folder: Path, count: int, seed: int) -> Counter[str]:
                     read = {}
                 document["checksum"] = storage._checksum(tensors, read)
             path.write_bytes(checkpoint(good, {"manifold_nets": text_of(document)}))
-        model = network()
-        before = snapshot(model)
+        model = copy.deepcopy(draw.choice(receivers))
+        before, removed = snapshot(model), list(removed_biases(model))
         read_into = draw.choice([mn.load, load_weights])
         end, _ = outcome(lambda read_into=read_into, model=model: read_into(model, path))
         if end != "done":
             check_untouched(model, before)
-            assert not removed_biases(model)
+            assert list(removed_biases(model)) == removed
         elif document is None:
             check_same(original, model)
             end = "equal"
         else:
-            check_as_written(model, json.loads(text_of(document)), tensors)
+            check_as_written(model, json.loads(text_of(document)), tensors, removed)
             end = "as written"
         ends[end] += 1
     return ends
@@ -256,7 +273,8 @@ def change_a_cell(path: Path, draw: random.Random) -> None:
 
 def fuzz_studies(folder: Path, count: int, seed: int) -> Counter[str]:
     draw, ends = random.Random(seed), Counter[str]()
-    whole = tiny(output=folder / "whole")
+    # What is called on a damaged study is its own command, or one that extends it.
+    wanted = {2: reproducible(tiny(output=folder / "whole")), 3: reproducible(tiny(seeds=3))}
     begun: list[int] = []
 
     def interrupt(progress: Any) -> None:
@@ -279,9 +297,10 @@ def fuzz_studies(folder: Path, count: int, seed: int) -> Counter[str]:
         else:
             good = (place / "study.db").read_bytes()
             (place / "study.db").write_bytes(damaged(good, draw))
-        end, found = outcome(lambda place=place: tiny(output=place))
+        seeds = draw.choice([2, 2, 3])
+        end, found = outcome(lambda place=place, seeds=seeds: tiny(output=place, seeds=seeds))
         if end == "done":
-            assert reproducible(found) == reproducible(whole)
+            assert reproducible(found) == wanted[seeds]
             end = "equal"
         ends[end] += 1
     return ends
@@ -305,6 +324,25 @@ def test_a_result_without_its_name_or_value_is_an_error_of_ours(tmp_path: Path, 
         connection.commit()
     with pytest.raises(StorageError, match=r"study\.db"):
         tiny(output=tmp_path, seeds=1, epochs=1)
+
+
+def test_rows_of_a_study_that_is_lost_are_an_error_of_ours(tmp_path: Path) -> None:
+    tiny(output=tmp_path, seeds=1, epochs=1)
+    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
+        connection.execute("DELETE FROM studies")
+        connection.commit()
+    with pytest.raises(StorageError, match=r"study comparison in sqlite.*rows of a study that is not there"):
+        tiny(output=tmp_path, seeds=1, epochs=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"manifold-nets-0123456789aB", b"a\nb"])
+def test_a_damaged_name_of_a_study_is_an_error_of_ours(tmp_path: Path, content: bytes) -> None:
+    whole = small_settings()
+    (tmp_path / STUDY_NAME_FILE).write_bytes(study_name(whole).encode() + b"\n")
+    assert study_name(small_settings(seeds=(0, 1, 2)), tmp_path) == study_name(whole)
+    (tmp_path / STUDY_NAME_FILE).write_bytes(content)
+    with pytest.raises(RecordError, match=r"study-name\.txt: found .*; expected the name of a study"):
+        study_name(whole, tmp_path)
 
 
 def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

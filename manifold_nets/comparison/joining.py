@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from manifold_nets.comparison.checks import require_device
 from manifold_nets.comparison.crew import Processes
 from manifold_nets.comparison.engine import Observer, Workplace, work
 from manifold_nets.comparison.environment import environment
-from manifold_nets.comparison.errors import CodeNotAllowedError, SettingsError
+from manifold_nets.comparison.errors import CodeNotAllowedError, RecordError, SettingsError
 from manifold_nets.comparison.progress import shown_progress
 from manifold_nets.comparison.queue import RunQueue
 from manifold_nets.comparison.records import Settings
@@ -77,6 +78,9 @@ def study_name(settings: Settings, output: str | os.PathLike[str] | None = None)
         settings: of the command.
         output: its folder.
 
+    Raises:
+        RecordError: the file with the name is damaged.
+
     Example:
         >>> settings = Settings(optimizers=("sgd",), learning_rates=(0.1,), seeds=(0,), epochs=1)
         >>> study_name(settings) == f"manifold-nets-{settings.hash()[:12]}"
@@ -84,5 +88,8 @@ def study_name(settings: Settings, output: str | os.PathLike[str] | None = None)
     """
     begun = None if output is None else Path(output) / STUDY_NAME_FILE
     if begun is not None and begun.is_file():
-        return begun.read_text(encoding="utf-8").strip()
+        name = begun.read_text(encoding="utf-8", errors="replace").strip()
+        if not re.fullmatch("manifold-nets-[0-9a-f]{12}", name):
+            raise RecordError(str(begun), repr(name[:40]), "the name of a study, such as 'manifold-nets-0123456789ab'")
+        return name
     return f"manifold-nets-{settings.hash()[:12]}"

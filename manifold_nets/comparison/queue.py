@@ -80,7 +80,8 @@ class RunQueue:
             with _quiet():
                 self._study = self._storage.create_new_study([StudyDirection.MINIMIZE], self.study)
         except DuplicatedStudyError:
-            self._study = self._storage.get_study_id_from_name(self.study)
+            # The database also answers so where rows of a study are there without the study itself.
+            self._study = self._number(self._damaged("rows of a study that is not there"))
         attributes = self._storage.get_study_user_attrs(self._study)
         if "settings" not in attributes:
             # Whoever makes a study stores its settings first, perhaps at this moment.
@@ -111,10 +112,7 @@ class RunQueue:
         """
         remedy = "Correct the name (--worker), or the URL (--storage)."
         missing = StorageError(self._place(), "no such study", "one that a comparison has made", remedy)
-        try:
-            self._study = self._storage.get_study_id_from_name(self.study)
-        except KeyError as error:
-            raise missing from error
+        self._study = self._number(missing)
         if "settings" not in self._storage.get_study_user_attrs(self._study):
             raise missing
 
@@ -269,6 +267,14 @@ class RunQueue:
         """Let go of the database."""
         self._storage.remove_session()
         self._storage.engine.dispose()
+
+    def _number(self, missing: StorageError) -> int:
+        """The number of the study in the database."""
+        try:
+            number: int = self._storage.get_study_id_from_name(self.study)
+        except KeyError:
+            raise missing from None
+        return number
 
     def _place(self) -> str:
         return f"study {self.study} in {redacted(self.url)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["put_back_bias", "remove_bias", "removed_biases"]
+__all__ = ["absent_bias", "put_back_bias", "remove_bias", "removed_biases"]
 
 _RECORD = "_manifold_nets_removed_biases"
 
@@ -59,14 +59,18 @@ def put_back_bias(module: nn.Module, leaf: str) -> None:
         >>> layer.bias.tolist(), list(removed_biases(layer))
         ([0.0, 0.0], [])
     """
-    removed: _Removed | None = module.__dict__.get(_RECORD, {}).get(leaf)
-    if removed is None:
-        return
+    if leaf in module.__dict__.get(_RECORD, {}):
+        setattr(module, leaf, absent_bias(module, leaf))
+        _forget(module, leaf)
+
+
+def absent_bias(module: nn.Module, leaf: str) -> nn.Parameter:
+    """Return what `put_back_bias` would set; the module is not changed."""
+    removed: _Removed = module.__dict__[_RECORD][leaf]
     weight = module._parameters.get("weight")
     device, dtype = (None, removed.dtype) if weight is None else (weight.device, weight.dtype)
     zeros = torch.zeros(removed.shape, dtype=dtype, device=device)
-    setattr(module, leaf, nn.Parameter(zeros, requires_grad=removed.requires_grad))
-    _forget(module, leaf)
+    return nn.Parameter(zeros, requires_grad=removed.requires_grad)
 
 
 def removed_biases(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

@@ -23,7 +23,7 @@ from manifold_nets.constraints import (
     trusted_values,
 )
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
+from manifold_nets.conversion.biases import absent_bias, put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.projection import way_back
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.documents import printable
@@ -246,10 +246,12 @@ def _rounding(stored: Tensor, manifold: SphereProduct) -> float:
 
 def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
     """Say in what a file and a model differ; an empty list where the file can be loaded."""
-    in_file, in_model = contents.expanded(), model.state_dict()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    in_file = contents.expanded()
+    returning = _returning_biases(model, in_file)
+    in_model = {**model.state_dict(), **returning}
+    parameters = {*returning, *(name for name, _ in model.named_parameters(remove_duplicate=False))}
     missing = in_model.keys() - in_file.keys() - set(contents.removed)
-    extra = in_file.keys() - in_model.keys() - removed_biases(model).keys()
+    extra = in_file.keys() - in_model.keys()
     found = []
     if missing:
         found.append(f"the file lacks {listed(sorted(missing))}")
@@ -310,6 +312,13 @@ def _groups(labels: Mapping[str, object]) -> set[frozenset[str]]:
 
 def _cut(texts: list[str], limit: int = 8) -> list[str]:
     return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]
+
+
+def _returning_biases(model: nn.Module, in_file: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The biases that `_put_back_biases` will make, by all their names."""
+    made: dict[tuple[nn.Module, str], Tensor] = {}
+    places = {name: place for name, place in removed_biases(model).items() if name in in_file}
+    return {name: made.setdefault(place, absent_bias(*place)) for name, place in places.items()}
 
 
 def _put_back_biases(model: nn.Module, contents: storage.Contents) -> None:
