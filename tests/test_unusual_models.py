@@ -444,3 +444,31 @@ def test_random_numbers_differ_between_seeds() -> None:
             drawn.append((np.random.rand(), random.random(), float(torch.rand(()))))  # noqa: NPY002
     with pytest.raises(AssertionError):
         assert drawn[0] == drawn[1]
+
+
+class InARegion(nn.Module):
+    """Layers that run under autocast, or while gradients are switched on again."""
+
+    def __init__(self, region: Callable[[], Any]) -> None:
+        super().__init__()
+        self.fc, self.norm, self.out, self.region = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3), region
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.region():
+            h = torch.relu(self.norm(self.fc(x)))
+        return self.out(h.to(x.dtype))
+
+
+REGIONS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no autocast": lambda: torch.autocast("cpu", enabled=False),
+    "gradients": lambda: torch.set_grad_enabled(True),
+}
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+@pytest.mark.parametrize("region", REGIONS)
+def test_parameters_and_statistics_are_known_inside_of_regions(region: str, memory: Any) -> None:
+    model, x = InARegion(REGIONS[region]), torch.randn(ROWS)
+    finding = mn.diagnose(model, x, memory=memory)["fc.weight"]
+    assert (finding.status, finding.moves_along) == ("invariant", ("fc.bias", "norm.running_mean", "norm.running_var"))

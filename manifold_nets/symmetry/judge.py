@@ -211,7 +211,7 @@ class Judge(Certifier):
 
     def _absorber(self, structure: Structure, absorption: Absorption, groups: np.ndarray[Any, Any]) -> Absorber:
         args = bound_arguments(absorption.node)
-        parameters, running = self.graph.parameters, absorption.running_mean
+        running = absorption.running_mean
         per_channel = absorption.kind in ("batch", "instance")
         variances = self.variances.get(absorption.node)
         return Absorber(
@@ -219,8 +219,8 @@ class Judge(Certifier):
             module=absorption.module,
             kind=absorption.kind,
             eps=args.get("eps"),
-            weight=parameters.get(args.get("weight")),  # type: ignore[arg-type]
-            bias=parameters.get(args.get("bias")),  # type: ignore[arg-type]
+            weight=self.graph.parameter_of(args.get("weight")),
+            bias=self.graph.parameter_of(args.get("bias")),
             running_mean=running,
             running_var=absorption.running_var,
             calls=self.graph.uses_of_buffer(running),

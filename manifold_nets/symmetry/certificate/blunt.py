@@ -79,7 +79,7 @@ class BluntChannels:
         """The place without variance of which a parameter scales or shifts the result: its gradient is rounding too."""
         for node in self._blunt:
             arguments = bound_arguments(node)
-            affine = [self.graph.parameters.get(arguments.get(name)) for name in ("weight", "bias")]  # type: ignore[arg-type]
+            affine = [self.graph.parameter_of(arguments.get(name)) for name in ("weight", "bias")]
             where, channels = self._place(node)
             if parameter in affine and not (channels and channels.isdisjoint(entries)):
                 return {where: channels.intersection(entries)}

@@ -19,7 +19,7 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import AnalysisError, ExampleInputsError
-from manifold_nets.symmetry.network.dataflow import DataFlow
+from manifold_nets.symmetry.network.dataflow import DataFlow, region_graph
 from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, is_region, op_name, operation_key
 from manifold_nets.symmetry.network.precision import following, holds_objects, map_tensors, tensors_in, widened
 from manifold_nets.symmetry.network.twin import one_module_per_name
@@ -139,6 +139,28 @@ class TracedGraph:
         stack = node.meta.get("nn_module_stack") or {}
         names = [path for path, _ in stack.values()]
         return names[-1].split("@")[0] if names else ""
+
+    def parameter_of(self, value: object) -> str | None:
+        """Name of the parameter that an argument is, also inside of a region; None where it is none."""
+        return self.parameters.get(self._outside(value)) if isinstance(value, Node) else None
+
+    def buffer_of(self, value: object) -> str | None:
+        """Name of the buffer that an argument is, also inside of a region; None where it is none."""
+        return self.buffers.get(self._outside(value)) if isinstance(value, Node) else None
+
+    def _outside(self, node: Node) -> Node:
+        while isinstance(given := self._given.get(node), Node):
+            node = given
+        return node
+
+    @functools.cached_property
+    def _given(self) -> dict[Node, Any]:
+        """What the placeholders of regions stand for."""
+        given: dict[Node, Any] = {}
+        for region in filter(is_region, self.order):
+            inner, arguments = region_graph(region)
+            given.update(zip((node for node in inner.nodes if node.op == "placeholder"), arguments, strict=False))
+        return given
 
     def placeholders_of(self, parameter: str) -> list[Node]:
         """The placeholders that hold a parameter."""

@@ -42,7 +42,7 @@ def write_back(use: Use, result: Result) -> None:
     if _is_same(use, before if isinstance(before, Label) else None, new, target):
         return
     root = flow.root(target)
-    if root in use.graph.buffers or root in use.graph.parameters:
+    if use.graph.buffer_of(root) or use.graph.parameter_of(root):
         use.pin("is kept in a buffer that evaluation or a later step reads", new)
         return
     views = [v for v in flow.views(root) if use.graph.order[v] < use.graph.order[use.node]]

@@ -154,7 +154,7 @@ def alike(use: Use, *values: Any, otherwise: str, **certainty: Any) -> Result:
     for value in values:
         if use.label_of(value) is not None or use.is_zero(value) or (isinstance(value, float) and math.isinf(value)):
             continue
-        if isinstance(value, Node) and value in use.graph.parameters and _adopts(use, value, ids):
+        if use.graph.parameter_of(value) and _adopts(use, value, ids):
             continue
         told = otherwise if isinstance(value, Node) else f"{otherwise.rpartition(' something')[0]} the constant {value}"
         use.pin(told, Label(ids), **certainty)
@@ -251,7 +251,7 @@ def add_to(use: Use, product: Ids, start: Ids) -> Result:
     """Label of a sum of a product and of the argument ``self``, which are scaled alike."""
     first = use.args["self"]
     if use.label("self") is None and (product != UNSCALED).any():
-        adopted = isinstance(first, Node) and first in use.graph.parameters and _adopts(use, first, product)
+        adopted = use.graph.parameter_of(first) and _adopts(use, first, product)
         if use.is_zero(first) or adopted:
             return Label.compressed(product)
         use.pin("adds something that is not scaled with it", Label(product))

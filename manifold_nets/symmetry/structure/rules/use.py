@@ -115,7 +115,7 @@ class Use:
 
     def absorb(self, kind: str, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> None:
         """Record that the operation removes these scales from its result."""
-        name = self.graph.buffers.get
+        name = self.graph.buffer_of
         self.absorptions.append(
             Absorption(
                 self.node, kind, self.op, self.graph.module_of(self.node), ids,
@@ -125,7 +125,7 @@ class Use:
 
     def is_shared(self, weight: Any) -> bool:
         """Whether a weight whose columns may undo scales is used by several operations, which then have to agree."""
-        name = self.graph.parameters.get(weight) if isinstance(weight, Node) else None
+        name = self.graph.parameter_of(weight)
         if name is None or self.columns is None:
             return False
         return sum(len(node.users) for node in self.graph.placeholders_of(name)) > 1
@@ -140,7 +140,7 @@ class Use:
         Returns:
             The form that is left of the input, one for all channels.
         """
-        name = self.graph.parameters.get(weight) if isinstance(weight, Node) else None
+        name = self.graph.parameter_of(weight)
         if name is None or self.columns is None or not self._is_linear_map(name):
             return None
         known = self.columns.setdefault(name, ids)
@@ -158,7 +158,7 @@ class Use:
 
     def adopt(self, value: Any, ids: Ids) -> bool:
         """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
-        parameter = self.graph.parameters.get(value) if isinstance(value, Node) else None
+        parameter = self.graph.parameter_of(value)
         plain = all(list(self.scales.form(n).values()) in ([], [1.0]) for n in np.unique(ids).tolist())
         if parameter is None or not plain:
             return False
