@@ -270,7 +270,7 @@ def check_values_last(module: nn.Module) -> None:
     """Let the check of values for `load_state_dict` follow the hooks of a module that change them."""
     hooks = module._load_state_dict_pre_hooks
     for number in [n for n, held in hooks.items() if _is_hook(held, _Constraints)]:
-        hooks.move_to_end(number)
+        hooks[number] = hooks.pop(number)  # to the end
 
 
 def require_loadable(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, changing: Container[int]) -> None:
