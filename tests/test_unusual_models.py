@@ -393,6 +393,41 @@ def test_a_quantized_model_is_refused_by_the_name_of_its_layer() -> None:
         mn.diagnose(quantized, torch.randn(ROWS))
 
 
+def without_derivative(detached: bool) -> nn.Module:
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        h = m.first(x)
+        mean = h.mean().detach() if detached else h.mean()
+        return m.last(m.norm(h)) * torch.heaviside(mean, mean.new_tensor(0.5))
+
+    return Lambda(forward, first=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), last=nn.Linear(4, 2))
+
+
+def overwritten(copied: bool) -> nn.Module:
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        h = m.first(x).sigmoid()
+        h = h.clone() if copied else h
+        h += 1
+        return m.last(m.norm(h))
+
+    return Lambda(forward, first=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), last=nn.Linear(4, 2))
+
+
+# In the other mode the backward pass reads copies, which no later write reaches.
+@pytest.mark.parametrize(
+    ("build", "why", "memory"),
+    [
+        (without_derivative, "derivative for", "full"),
+        (without_derivative, "derivative for", "small"),
+        (overwritten, "modified by an in", "full"),
+    ],
+)
+def test_a_model_without_gradients_is_refused(build: Any, why: str, memory: Any) -> None:
+    with pytest.raises(AnalysisError, match=rf"^Lambda: backward\(\) through it failed .*{why}.*Detach the input"):
+        mn.diagnose(build(False), torch.randn(ROWS), memory=memory)
+    # The remedies of the message.
+    assert mn.diagnose(build(True), torch.randn(ROWS), memory=memory).weights
+
+
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = mlp()
     model.generator = (n for n in range(3))
