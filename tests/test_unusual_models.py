@@ -393,6 +393,19 @@ def test_a_quantized_model_is_refused_by_the_name_of_its_layer() -> None:
         mn.diagnose(quantized, torch.randn(ROWS))
 
 
+def test_cumulative_running_statistics_are_followed() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(16, 5), mlp()
+    model[1].momentum = None
+    for _ in range(3):
+        model(torch.randn(16, 5))
+    assert [weight.status for weight in mn.diagnose(model, x).weights] == ["invariant", "not invariant"]
+    converted = mn.convert(model, x)
+    assert model[1].momentum is None
+    assert converted[1].momentum is None
+    assert mn.verify(model, converted, x).eval_difference <= EVAL_LIMIT
+
+
 def without_derivative(detached: bool) -> nn.Module:
     def forward(m: Lambda, x: Tensor) -> Tensor:
         h = m.first(x)
