@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ __all__ = [
     "are_trusted",
     "attach",
     "change_manifolds",
+    "check_values_last",
     "constrained_weights",
     "converted_norms",
     "copy_attributes",
@@ -50,6 +51,7 @@ __all__ = [
     "note_converted",
     "recorded_name",
     "remove_load_hook",
+    "require_loadable",
     "restore",
     "trusted_values",
     "was_replaced",
@@ -101,11 +103,16 @@ class _Constraints:
 
         A joint sphere is seen from the model only.
         """
-        if are_trusted():
-            return
+        if not are_trusted():
+            self.require_points(state_dict, prefix)
+
+    def require_points(self, state_dict: Mapping[str, Any], prefix: str, changing: Container[int] = ()) -> None:
+        """Raise where a value is off its spheres, but for those of manifolds about to change, given by their `id`."""
         for leaf, manifold in self.manifolds.items():
             value = state_dict.get(prefix + leaf)
-            if has_norms(value, manifold) and not isinstance(manifold, JointSphereMember):
+            if id(manifold) in changing or isinstance(manifold, JointSphereMember):
+                continue
+            if has_norms(value, manifold):
                 remedy = _remedy(prefix + leaf, converted=leaf in self.converted)
                 manifold.require_point(whole(value), prefix + leaf, rtol=NEAR, remedy=remedy)
 
@@ -257,6 +264,31 @@ def remove_load_hook(module: nn.Module, kind: type) -> None:
     """Take the hooks of one kind that run before loading off a module; handles do not survive pickling."""
     for number in [n for n, held in module._load_state_dict_pre_hooks.items() if _is_hook(held, kind)]:
         del module._load_state_dict_pre_hooks[number]
+
+
+def check_values_last(module: nn.Module) -> None:
+    """Let the check of values for `load_state_dict` follow the hooks of a module that change them."""
+    hooks = module._load_state_dict_pre_hooks
+    for number in [n for n, held in hooks.items() if _is_hook(held, _Constraints)]:
+        hooks[number] = hooks.pop(number)  # to the end
+
+
+def require_loadable(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, changing: Container[int]) -> None:
+    """Check all values for constrained weights before `load_state_dict` copies the first of them.
+
+    Args:
+        model: the model.
+        state_dict: the values.
+        prefix: what stands in front of the model's names.
+        changing: the `id` of each manifold that another one is about to replace.
+
+    Raises:
+        OffManifoldError: values are off the spheres of their weight.
+    """
+    for path, module in model.named_modules(remove_duplicate=False):
+        record = module.__dict__.get(_RECORD)
+        if record is not None:
+            record.require_points(state_dict, f"{prefix}{path}." if path else prefix, changing)
 
 
 def has_norms(value: Any, manifold: SphereProduct) -> TypeGuard[Tensor]:

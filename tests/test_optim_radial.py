@@ -314,3 +314,32 @@ def test_compiled_steps_follow_the_same_rule(complete, monkeypatch):
             check_small_share("radam", {"compile": True}, share, share)
     finally:
         compiled._kernel.cache_clear()
+
+
+@backend
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", SPHERES)
+def test_a_radial_gradient_beside_others_changes_no_other_step(name, momentum, how):
+    row = SPHERES[name]
+    options = {**({} if row.adaptive else {"momentum": momentum}), **row.options}
+    generator = torch.Generator().manual_seed(4)
+    spheres = [mn.SphereProduct(shape) for shape in ((4, 5), (3, 7), (2, 6))]
+    starts, gradients = [], []
+    for share, sphere in zip((1.0, 0.01, 1.0), spheres, strict=True):
+        noise = torch.randn(2, *sphere.partition.shape, generator=generator, dtype=torch.float64)
+        starts.append(sphere.projx(noise[0]))
+        gradients.append((1 - share) * 3 * starts[-1] + share * noise[1])
+
+    def stepped(places, **execution):
+        weights = [geoopt.ManifoldParameter(starts[place].clone(), manifold=spheres[place]) for place in places]
+        optimizer = row.kind(weights, lr=0.1, **options, **execution)
+        for _ in range(2):
+            for weight, place in zip(weights, places, strict=True):
+                weight.grad = gradients[place].clone()
+            optimizer.step()
+        return weights
+
+    alone = [stepped([place], foreach=False)[0] for place in range(3)]
+    for found, expected in zip(stepped(range(3), **how), alone, strict=True):
+        # The tangential part is a hundredth of the gradient that is rounded.
+        assert torch.allclose(found, expected, rtol=0, atol=1e4 * torch.finfo(torch.float64).eps)

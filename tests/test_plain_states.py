@@ -315,6 +315,62 @@ def test_a_layer_defined_on_spheres_refuses_a_plain_state() -> None:
     model.load_state_dict(state)
 
 
+def functional() -> nn.Module:
+    """A network that owns its weight itself."""
+
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        return m.head(torch.relu(m.norm(nn.functional.conv2d(x, m.filters, m.shift))).mean((2, 3)))
+
+    torch.manual_seed(7)
+    net = Lambda(forward, norm=nn.BatchNorm2d(5), head=nn.Linear(5, 2))
+    net.filters, net.shift = nn.Parameter(torch.randn(5, 3, 3, 3)), nn.Parameter(torch.randn(5))
+    return randomized(net).double()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("radius", ["unit", "keep"])
+def test_weights_of_the_model_itself_are_converted_before_they_are_checked(radius: Any, copied: bool) -> None:
+    x, plain = images(), perturbed(functional())
+    model = mn.convert(functional(), x, radius=radius, train_tolerance=1.0)
+    model = copy.deepcopy(model) if copied else model
+    optimizer = optimizer_of(model)
+    model.load_state_dict(plain.state_dict())
+    check_loaded(plain, model, optimizer, x)
+
+
+def test_a_check_that_precedes_the_conversion_refuses_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage of the order of hooks."""
+    monkeypatch.setattr(loading, "check_values_last", lambda _: None)
+    model = mn.convert(functional(), images(), train_tolerance=1.0)
+    with pytest.raises(OffManifoldError):
+        model.load_state_dict(perturbed(functional()).state_dict())
+
+
+def with_layer_on_spheres(linear: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    return randomized(net).double()
+
+
+def refused_state_leaves_all(x: Tensor) -> bool:
+    """Whether a state that one layer refuses leaves values and radii of a model with kept radii as they were."""
+    model = mn.convert(with_layer_on_spheres(mn.layers.UnitNormLinear), x, radius="keep")
+    before = copy.deepcopy(model.state_dict())
+    radii = [w.manifold.radii for w in constrained_weights(model)]
+    with pytest.raises(OffManifoldError, match=r"^2\.weight: "):
+        model.load_state_dict(perturbed(with_layer_on_spheres(nn.Linear)).state_dict())
+    same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return same and all(map(torch.equal, radii, (w.manifold.radii for w in constrained_weights(model))))
+
+
+def test_a_state_that_one_layer_refuses_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(8, 3, dtype=torch.float64)
+    assert refused_state_leaves_all(x)
+    # Sabotage: each layer is asked when its turn has come.
+    monkeypatch.setattr(loading, "require_loadable", lambda *_: None)
+    assert not refused_state_leaves_all(x)
+
+
 def test_reverted_models_load_as_torch_does() -> None:
     plain = mn.revert(mn.convert(conv_net(), images(), remedies="all"))
     state = other_net().state_dict()

@@ -393,6 +393,54 @@ def test_a_quantized_model_is_refused_by_the_name_of_its_layer() -> None:
         mn.diagnose(quantized, torch.randn(ROWS))
 
 
+def test_cumulative_running_statistics_are_followed() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(16, 5), mlp()
+    model[1].momentum = None
+    for _ in range(3):
+        model(torch.randn(16, 5))
+    assert [weight.status for weight in mn.diagnose(model, x).weights] == ["invariant", "not invariant"]
+    converted = mn.convert(model, x)
+    assert model[1].momentum is None
+    assert converted[1].momentum is None
+    assert mn.verify(model, converted, x).eval_difference <= EVAL_LIMIT
+
+
+def without_derivative(detached: bool) -> nn.Module:
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        h = m.first(x)
+        mean = h.mean().detach() if detached else h.mean()
+        return m.last(m.norm(h)) * torch.heaviside(mean, mean.new_tensor(0.5))
+
+    return Lambda(forward, first=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), last=nn.Linear(4, 2))
+
+
+def overwritten(copied: bool) -> nn.Module:
+    def forward(m: Lambda, x: Tensor) -> Tensor:
+        h = m.first(x).sigmoid()
+        h = h.clone() if copied else h
+        h += 1
+        return m.last(m.norm(h))
+
+    return Lambda(forward, first=nn.Linear(5, 4), norm=nn.BatchNorm1d(4), last=nn.Linear(4, 2))
+
+
+# In the other mode the backward pass reads copies, which no later write reaches.
+@pytest.mark.parametrize(
+    ("build", "why", "memory"),
+    [
+        (without_derivative, "derivative for", "full"),
+        (without_derivative, "derivative for", "small"),
+        (overwritten, "modified by an in", "full"),
+    ],
+)
+def test_a_model_without_gradients_is_refused(build: Any, why: str, memory: Any) -> None:
+    with pytest.raises(AnalysisError, match=rf"^Lambda: backward\(\) through it failed .*{why}.*Detach the input"):
+        mn.diagnose(build(False), torch.randn(ROWS), memory=memory)
+    # The remedies of the message.
+    assert mn.diagnose(build(True), torch.randn(ROWS), memory=memory).weights
+
+
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = mlp()
     model.generator = (n for n in range(3))

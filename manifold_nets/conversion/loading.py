@@ -20,10 +20,12 @@ from manifold_nets.constraints import (
     ConstrainedWeight,
     are_trusted,
     change_manifolds,
+    check_values_last,
     constrained_weights,
     has_norms,
     joint_spheres,
     remove_load_hook,
+    require_loadable,
 )
 from manifold_nets.conversion.biases import removed_biases
 from manifold_nets.conversion.moves import ConvertedWeight, Moves, known_weights, moves_of, rescaled_along
@@ -78,6 +80,7 @@ def convert_when_loaded(model: nn.Module) -> None:
     """Have `load_state_dict` convert the state of a plain network, from now on and in copies of the model."""
     leave_as_loaded(model)
     model._register_load_state_dict_pre_hook(_WhenLoaded(model))  # type: ignore[no-untyped-call]
+    check_values_last(model)
 
 
 def leave_as_loaded(model: nn.Module) -> None:
@@ -103,6 +106,8 @@ def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], 
             write_whole_(new, value.to(new.device))
             state_dict[prefix + alias] = new
     if found.manifolds:
+        # A layer that refuses its values afterwards would leave weights on the new manifolds unloaded.
+        require_loadable(model, state_dict, prefix, found.manifolds)
         change_manifolds(model, found.manifolds)
 
 

@@ -22,15 +22,23 @@ class ExampleInputsError(ManifoldNetsError, ValueError):
 
 
 class AnalysisError(ManifoldNetsError, RuntimeError):
-    """A model could not be copied for analysis, or its structure could not be read."""
+    """A model could not be copied for analysis, its structure could not be read, or it has no gradients."""
 
-    def __init__(self, model: str, cause: BaseException, *, copying: bool = False) -> None:
+    def __init__(
+        self, model: str, cause: BaseException, *, copying: bool = False, differentiating: bool = False
+    ) -> None:
         lines = str(cause).strip().splitlines()
         self.why = f"{type(cause).__name__}: {lines[0] if lines else ''}"
         if copying:
             told = (
                 f"copy.deepcopy could not copy it ({self.why}); a model that can be copied is expected. Take what "
                 "cannot be copied (locks, open files, generators) out of its attributes, or analyse a submodule."
+            )
+        elif differentiating:
+            told = (
+                f"backward() through it failed in training mode ({self.why}); a model that can be trained is expected. "
+                "Detach the input of an operation that has no derivative, and copy a tensor before it is changed in "
+                "place; torch.autograd.set_detect_anomaly(True) shows where."
             )
         else:
             told = (

@@ -105,7 +105,7 @@ def diagnose(
     Raises:
         ExampleInputsError: the model refuses the inputs.
         DoublePrecisionError: the model cannot compute in float64.
-        AnalysisError: the model cannot be copied.
+        AnalysisError: the model cannot be copied, or its gradients cannot be taken.
         UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
         OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
             ``memory`` neither of both.

@@ -110,7 +110,8 @@ def run_in_passes(rule: Rule, members: Sequence[Member]) -> list[Member]:
         packed, threads = _packed(rule, dtype), _threads(jobs)
         jobs["products"] = measured.data_ptr() + first * measured[0].nbytes
         native.measure(packed, jobs, threads)
-        products, taken = measured.t(), cast("Scalar", 0.0)
+        # Without a moment, its products are left out, as in all other executions.
+        products, taken = measured.t()[: 3 if matrices[0].moment is None else 6], cast("Scalar", 0.0)
         if rule.needs_lengths:
             former, (matrices, products, taken) = matrices, without_radial_parts(matrices, products)
             for job, old, new in zip(jobs, former, matrices, strict=True):

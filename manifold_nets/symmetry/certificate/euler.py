@@ -13,7 +13,8 @@ vanishes, and says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from manifold_nets.errors import ExampleInputsError
+from manifold_nets.errors import AnalysisError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.certificate.sharp import sharp_conditions
@@ -33,6 +34,7 @@ from manifold_nets.symmetry.network.twin import is_continuous
 __all__ = [
     "MOST_PASSES",
     "EulerField",
+    "differentiating",
     "euler_field",
     "is_vector",
     "move_vectors",
@@ -131,6 +133,7 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
+        AnalysisError: the backward pass fails.
     """
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
@@ -140,14 +143,28 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
         torch.manual_seed(seed)
         loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
         edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
-        gradients: Sequence[Tensor | None] = (
-            torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
-        )
+        with differentiating(twin):
+            gradients: Sequence[Tensor | None] = (
+                torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
+            )
     weights = _zeros(twin)
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
     return EulerField(weights, slopes)
+
+
+@contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """Raise `AnalysisError` where torch cannot take the gradients of a model in the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, ManifoldNetsError):
+            raise
+        raise AnalysisError(type(model).__name__, error, differentiating=True) from error
 
 
 def move_vectors(parameters: Iterable[Tensor], generator: torch.Generator) -> None:

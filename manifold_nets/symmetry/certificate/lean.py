@@ -26,7 +26,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import EulerField, move_vectors, random_projection, sharp_outputs
+from manifold_nets.symmetry.certificate.euler import (
+    EulerField,
+    differentiating,
+    move_vectors,
+    random_projection,
+    sharp_outputs,
+)
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.certificate.sharp import sharp_conditions
 from manifold_nets.symmetry.network.graph import Inputs
@@ -257,6 +263,7 @@ def lean_field(
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
+        AnalysisError: the backward pass fails.
     """
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
@@ -284,7 +291,8 @@ def _pass(
         torch.manual_seed(seed)
         with sharp_conditions(twin, _Widening(passes)):
             loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
-            torch.autograd.backward([get_gradient_edge(loss)])
+            with differentiating(twin):
+                torch.autograd.backward([get_gradient_edge(loss)])
     passes.finish()
     passes.freed.add(passes.freed.limit + 1)
     gradients = dict(passes.gradients)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from manifold_nets.errors import AnalysisError, UnsupportedModelError
@@ -122,6 +123,9 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
         module.training = False
     for module in twin.modules():
         _disable_dropout(module)
+        if getattr(module, "momentum", 0.0) is None and isinstance(module, _BatchNorm):
+            # A cumulative average counts batches, which torch.export cannot follow; the outputs are the same.
+            module.momentum = 0.1
         config = module.__dict__.get("config")
         if config is not None:
             _configure(config)
