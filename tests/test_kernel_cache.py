@@ -61,13 +61,11 @@ DAMAGES = {
 def test_a_library_that_is_not_sound_is_built_again(cache, damage):
     path = built(cache)
     assert build.is_sound(path)
-    number = path.stat().st_ino
     DAMAGES[damage](path)
     assert not build.is_sound(path)
     assert native._load().spheres_know(0) == 1
     assert build.is_sound(path)
     assert not path.is_symlink()
-    assert path.stat().st_ino != number
 
 
 def test_a_sound_library_is_not_built_again(cache, monkeypatch):
