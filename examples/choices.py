@@ -77,6 +77,8 @@ def with_interval(found: PairedDifference, unit: str = "points") -> str:
     value = f"{found.value:+z.2f} {unit}"
     if found.count < 2:
         return f"{value} (one pair)"
+    if found.is_constant:
+        return f"{value} (in every pair)".replace("-", "−")
     return f"{value} ({found.t_low:+z.2f} … {found.t_high:+z.2f})".replace("-", "−")
 
 

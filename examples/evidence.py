@@ -346,7 +346,8 @@ SUMMARY_HEAD = (
 def _difference(found: PairedDifference, corrected: float) -> str:
     if not found.count:
         return "none: no pair of runs came through"
-    return f"{found.value:+.2f} ({found.low:+.2f} … {found.high:+.2f}), p = {corrected:.2g}"
+    interval = "in every pair" if found.is_constant else f"{found.low:+.2f} … {found.high:+.2f}"
+    return f"{found.value:+.2f} ({interval}), p = {corrected:.2g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -43,6 +43,8 @@ def rounding_of(dtype: torch.dtype) -> float:
         >>> rounding_of(torch.float64) / torch.finfo(torch.float64).eps
         1.5
     """
+    if not dtype.is_floating_point:  # integers, which are cast to the dtype of the arithmetic
+        dtype = torch.float32
     return torch.finfo(dtype).eps + torch.finfo(accumulation_dtype(dtype)).eps / 2
 
 
