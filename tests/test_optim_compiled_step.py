@@ -161,3 +161,21 @@ def test_a_copy_of_an_optimizer_is_another_one_to_a_graph():
     layer = mn.layers.UnitNormLinear(4, 3)
     optimizer = RiemannianSGD(layer.parameters(), lr=0.1)
     assert copy.deepcopy(optimizer)._number != optimizer._number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["RiemannianSGD", "RiemannianAdam"])
+def test_kernels_are_compiled_ahead_of_time(kind):
+    """Called with torch's guards a small weight's step takes twice as long."""
+    from manifold_nets.optim.executions import compiled
+
+    layer = mn.layers.UnitNormLinear(27, 16, bias=False)
+    layer.weight.grad = torch.randn(16, 27)
+    compiled._kernel.cache_clear()
+    made = []
+    original = compiled._kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_kernel", lambda *form: made.append(original(*form)) or made[-1])
+        getattr(mn.optim, kind)(mn.param_groups(layer), lr=0.1, compile=True).step()
+    assert made
+    assert all(getattr(kernel, "__name__", "") != "on_no_views" for kernel in made)

@@ -116,7 +116,7 @@ def pairs(weight: Tensor, gradient: Tensor, moment: Tensor | None) -> tuple[tupl
 
 
 def tangential_of(
-    dots: Sequence[Tensor], square: Scalar, *, maximize: bool, taken: Scalar = 0.0, eps: float | None = None
+    dots: Sequence[Tensor], square: Scalar, *, maximize: bool, taken: Scalar | None = None, eps: float | None = None
 ) -> Tangential:
     """Return what the inner products of `pairs` say, three without a moment and six with one.
 
@@ -138,7 +138,9 @@ def tangential_of(
     gg = (g_total - g_slope * wg).clamp_min(0)
     bb = b_total - b_slope * wb
     eps = torch.finfo(ww.dtype).eps if eps is None else eps
-    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total, sign * square * taken, eps)
+    # A number as the default would be an input of compiled graphs, which torch cannot compile ahead of time then.
+    g_taken = 0.0 if taken is None else sign * square * taken
+    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total, g_taken, eps)
 
 
 def tangential(
