@@ -39,7 +39,7 @@ from manifold_nets.optim.rules.products import (
 __all__ = ["follows_moment", "step_along_moment"]
 
 # `torch.linalg.vector_norm` adds in sequence. Equal entries are rounded alike: at 8192 of them it is off by 50 machine
-# epsilons, up to so many by two.
+# epsilons, at this many entries by two at most.
 _IN_SEQUENCE = 2**7
 # From so many matrices on, two calls for all cost less than one for each.
 _MANY = 8

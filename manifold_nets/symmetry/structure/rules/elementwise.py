@@ -156,8 +156,10 @@ def alike(use: Use, *values: Any, otherwise: str, **certainty: Any) -> Result:
             continue
         if use.graph.parameter_of(value) and _adopts(use, value, ids):
             continue
-        told = otherwise if isinstance(value, Node) else f"{otherwise.rpartition(' something')[0]} the constant {value}"
-        use.pin(told, Label(ids), **certainty)
+        reason = (
+            otherwise if isinstance(value, Node) else f"{otherwise.rpartition(' something')[0]} the constant {value}"
+        )
+        use.pin(reason, Label(ids), **certainty)
         return None
     return Label.compressed(use.scales.roots(ids))
 
