@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_nets.conversion.energies import Energies, Exponents
+from manifold_nets.conversion.remedies.energies import Energies, Exponents
 from manifold_nets.groups import Partition
 
 EPS = torch.finfo(torch.float64).eps

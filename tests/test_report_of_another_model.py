@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
-from manifold_nets.conversion.same_model import require_same_model
+from manifold_nets.conversion.verify import require_same_model
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.symmetry.network import graph
 

@@ -1,11 +1,9 @@
 """Putting a network's weights on spheres and giving them back: plan, apply, verify, revert, save, load."""
 
 from manifold_nets.conversion.actions import REMEDIES, Action, ConversionPlan
-from manifold_nets.conversion.apply import ConversionRecord, conversion_record, convert
-from manifold_nets.conversion.balance import BalanceRecord, balance
+from manifold_nets.conversion.apply import BalanceRecord, ConversionRecord, balance, conversion_record, convert
 from manifold_nets.conversion.checkpoint import load, save
-from manifold_nets.conversion.edited import EditedPlan, edited_plan, write_plan
-from manifold_nets.conversion.plan import plan
+from manifold_nets.conversion.plan import EditedPlan, edited_plan, plan, write_plan
 from manifold_nets.conversion.projection import project
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, verify

@@ -23,20 +23,20 @@ from manifold_nets.constraints import (
     trusted_values,
 )
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.biases import absent_bias, put_back_bias, remove_bias, removed_biases
-from manifold_nets.conversion.projection import way_back
-from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.conversion.moves import moves_within, set_moves
+from manifold_nets.conversion.projection import convert_when_loaded, way_back
+from manifold_nets.conversion.remedies.dead_biases import absent_bias, put_back_bias, remove_bias, removed_biases
 from manifold_nets.documents import printable
 from manifold_nets.errors import (
-    CheckpointFormatError,
     CheckpointMismatchError,
     CheckpointTensorError,
     OffManifoldError,
+    listed,
 )
-from manifold_nets.errors.base import listed
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import replace_everywhere
 
 __all__ = ["load", "load_contents", "save", "unchanged_on_failure"]
 
@@ -77,12 +77,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for weight in constrained_weights(model):
         stored = aliases.get(weight.name, weight.name)
         if stored not in tensors:
-            found = "constrained, but has no entry in the state_dict"
-            raise CheckpointTensorError(path, weight.name, found, "Remove the hook that renames or drops it.")
+            raise CheckpointTensorError(
+                path,
+                f"{weight.name} is constrained, but has no entry in the state_dict. Remove the hook of the model that "
+                "renames or drops it.",
+            )
         manifolds[stored] = weight.manifold
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
     _require_points(tensors, manifolds, lambda name: f"{_WHY} {way_back(model, name)}")
-    storage.write(path, storage.Contents(tensors, manifolds, aliases, tuple(removed_biases(model))))
+    removed, conversions = tuple(removed_biases(model)), {prefix: moves for prefix, _, moves in moves_within(model)}
+    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -120,11 +124,11 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     """The same as `load`, for a file that has been read."""
     differences = [printable(text) for text in _differences(model, contents)]
     if differences:
-        raise CheckpointMismatchError(path, type(model).__name__, differences)
+        raise _mismatch(path, model, differences)
     try:
         _require_points(contents.tensors, contents.manifolds, lambda _: "")
     except OffManifoldError as error:
-        raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+        raise storage.unreadable(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
     with unchanged_on_failure(model), trusted_values(), torch.no_grad():
         _put_back_biases(model, contents)
@@ -132,11 +136,24 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
         found = model.load_state_dict(contents.expanded(), strict=False)
         untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
         if untaken:
-            differences = [f"hooks of the model did not take {listed(sorted(untaken))}"]
-            raise CheckpointMismatchError(path, type(model).__name__, differences)
+            raise _mismatch(path, model, [f"hooks of the model did not take {listed(sorted(untaken))}"])
     _remove_biases(model, contents)
     _set_manifolds(model, contents)
+    for prefix, moves in contents.conversions.items():
+        converted = model.get_submodule(prefix.rstrip("."))
+        set_moves(converted, moves)
+        convert_when_loaded(converted)
     return model
+
+
+def _mismatch(path: str | os.PathLike[str], model: nn.Module, differences: list[str]) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        path,
+        f"does not fit this {type(model).__name__}, which was left as it was: {'; '.join(differences)}. Make the model "
+        "with the arguments it was saved with, in the same dtype, and save and load the bare module rather than one "
+        "wrapped by torch.compile or a parallel trainer.",
+        differences,
+    )
 
 
 @contextmanager
@@ -161,20 +178,28 @@ def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tenso
     """Return the entries of the state_dict, or refuse by name what safetensors cannot hold."""
     state: Mapping[str, object] = model.state_dict()
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointTensorError(path, name, f"a {type(value).__name__}", "Keep it outside of the state_dict.")
-        if nn.parameter.is_lazy(value):
-            raise CheckpointTensorError(path, name, "a lazy parameter without a shape", "Run the model once first.")
-        if hasattr(value, "__tensor_flatten__"):
-            kind = type(value).__name__
-            raise CheckpointTensorError(path, name, f"a {kind}", "Gather or dequantize it to a plain tensor first.")
-        if value.layout != torch.strided:
-            raise CheckpointTensorError(path, name, f"a {value.layout} tensor", "Call to_dense() on it first.")
-        if value.is_meta:
-            raise CheckpointTensorError(path, name, "on the meta device", "Give it values: to_empty, then load them.")
-        if value.dtype not in _DTYPES:
-            raise CheckpointTensorError(path, name, f"of {value.dtype}", "Cast it to a dtype that safetensors has.")
+        fault = _why_not_storable(value)
+        if fault is not None:
+            found, remedy = fault
+            raise CheckpointTensorError(path, f"{name} is {found}; expected a dense tensor with values. {remedy}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _why_not_storable(value: object) -> tuple[str, str] | None:
+    """What is wrong with an entry of a state_dict, and what to do."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}", "Keep it outside of the state_dict."
+    if nn.parameter.is_lazy(value):
+        return "a lazy parameter without a shape", "Run the model once first."
+    if hasattr(value, "__tensor_flatten__"):
+        return f"a {type(value).__name__}", "Gather or dequantize it to a plain tensor first."
+    if value.layout != torch.strided:
+        return f"a {value.layout} tensor", "Call to_dense() on it first."
+    if value.is_meta:
+        return "on the meta device", "Give it values: to_empty, then load them."
+    if value.dtype not in _DTYPES:
+        return f"of {value.dtype}", "Cast it to a dtype that safetensors has."
+    return None
 
 
 # What safetensors 0.4 and later store.
@@ -262,6 +287,9 @@ def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
         prefix, _, leaf = name.rpartition(".")
         if prefix not in places or leaf != "bias" or leaf not in places[prefix]._parameters:
             found.append(f"{name!r} is a removed bias in the file, but no bias of the model")
+    strange = [prefix for prefix in contents.conversions if prefix and prefix[:-1] not in places]
+    if strange:
+        found.append(f"the model has no modules {listed(prefix[:-1] for prefix in strange)}, which were converted")
     shared = [name for name in in_model if name in in_file]
     each = [(name, _difference(in_file[name], in_model[name])) for name in shared]
     each += [(name, "constrained in the file, but no parameter of the model") for name in contents.manifolds

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from manifold_nets.pymanopt_bridge.errors import CostError
+from manifold_nets.errors import CostError
 from manifold_nets.pymanopt_bridge.parameters import Point, trained_parameters
 
 __all__ = ["Evaluations", "NetworkCost", "Objective", "OnCost"]

@@ -14,10 +14,9 @@ from torch import nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.projection import way_back
-from manifold_nets.errors import UnsupportedManifoldError
+from manifold_nets.errors import PointError, UnsupportedManifoldError
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.pymanopt_bridge.errors import PointError
 from manifold_nets.pymanopt_bridge.sphere_product import SphereProductManifold
 
 __all__ = [

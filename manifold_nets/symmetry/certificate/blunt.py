@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.network.graph import Inputs, TracedGraph, bound_arguments, op_name, to_float64

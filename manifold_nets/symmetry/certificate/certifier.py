@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Certificate

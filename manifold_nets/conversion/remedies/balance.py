@@ -1,8 +1,9 @@
-"""The minimum of the squared norm over all rescalings at once: a convex problem in the logarithms of their factors.
+"""Balancing: the point of smallest norm on the orbit of the rescaling symmetries.
 
-With ``α_s = exp(t_s)`` the squared norm is ``F(t) = Σ_b E_b exp(2 Σ_s c_bs t_s)`` over blocks b of the weights, a sum
-of exponentials of linear functions. One symmetry has its minimum where what grows with it weighs as much as what
-shrinks: ``G_s = Σ_{c > 0} c e`` and ``S_s = Σ_{c < 0} |c| e`` over the energies e that it moves.
+A rescaling multiplies some parts of the parameters by α and divides others by it; the function stays. With
+``α_s = exp(t_s)`` the squared norm is ``F(t) = Σ_b E_b exp(2 Σ_s c_bs t_s)`` over blocks b of the weights: a sum of
+exponentials of linear functions, convex in all t together. One symmetry has its minimum where what grows with it weighs
+as much as what shrinks: ``G_s = Σ_{c > 0} c e`` and ``S_s = Σ_{c < 0} |c| e`` over the energies e that it moves.
 
 A sweep first moves every symmetry towards its own minimum, by a share of the way that cannot raise F, and then takes a
 Newton step in all of them together, which also moves whole layers against each other: what single symmetries do only
@@ -11,16 +12,20 @@ slowly along a chain of layers. The linear system is solved by conjugate gradien
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from manifold_nets.conversion.energies import Energies, ScaledEnergies
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.conversion.remedies.energies import Energies, Exponents, ScaledEnergies
+from manifold_nets.groups import Partition
+from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 
-__all__ = ["LARGEST_IMBALANCE", "Descent", "descend"]
+__all__ = ["LARGEST_IMBALANCE", "Descent", "Rescaling", "descend", "rescaling_families", "smallest_norm"]
 
 LARGEST_IMBALANCE = 1e-9
 _SWEEPS = 100
@@ -28,6 +33,92 @@ _SOLVER_STEPS = 200
 _HALVINGS = 10
 # An energy that is higher by no more than this is the same up to rounding.
 _RISE = 1 + 16 * torch.finfo(torch.float64).eps
+_log = logging.getLogger(__name__)
+
+
+def rescaling_families(model: nn.Module, report: SymmetryReport) -> list[tuple[SymmetryFamily, str | None]]:
+    """Return every family of rescalings with the reason why it cannot be balanced, or None where it can."""
+    constrained = {weight.name for weight in constrained_weights(model)}
+    return [(family, _why_left(family, constrained)) for family in report.families if family.kind == "rescaling"]
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """Factors for the symmetries of some families, as a descent found them.
+
+    Args:
+        families: the families.
+        descent: the logarithms of their factors, family by family, and how they were found.
+    """
+
+    families: tuple[SymmetryFamily, ...]
+    descent: Descent
+
+    def values(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the name of each tensor that takes part, and its rescaled values in float64.
+
+        Args:
+            state: the tensors that take part, and perhaps others, by name; they are not changed.
+        """
+        for name, exponents in _exponents(self.families).items():
+            value = state[name].detach().to(torch.float64, copy=True)
+            for partition, found in exponents.items():
+                factors = found.logarithms(self.descent.steps).exp().to(value.device)
+                value = partition.multiply(value, partition.spread(factors))
+            yield name, value
+
+    def steps_of(self, families: Sequence[SymmetryFamily]) -> Tensor:
+        """The logarithms for the symmetries of other families: zeros for those that are not among its own."""
+        steps = torch.split(self.descent.steps, [len(family.symmetries) for family in self.families])
+        own = {id(family): found for family, found in zip(self.families, steps, strict=True)}
+        return torch.cat([own.get(id(f), self.descent.steps.new_zeros(len(f.symmetries))) for f in families])
+
+
+def smallest_norm(
+    families: Sequence[SymmetryFamily], state: Mapping[str, Tensor], start: Rescaling | None = None
+) -> Rescaling:
+    """Find the rescaling to the smallest norm; nothing is changed. A descent that does not converge is logged.
+
+    Args:
+        families: rescalings that can be balanced.
+        state: the tensors that take part, and perhaps others, by name.
+        start: where to start: a rescaling that was found for this state, or for another one. It comes back where it is
+            the one to the smallest norm, and is improved where it is not, so that it is never out of date.
+    """
+    weights = [Energies.of(state[name], exponents) for name, exponents in _exponents(families).items()]
+    steps = torch.zeros(sum(len(family.symmetries) for family in families), dtype=torch.float64, device="cpu")
+    descent = descend(weights, steps if start is None or not families else start.steps_of(families))
+    if not descent.converged:
+        _log.warning("balance: %s", descent)
+    return Rescaling(tuple(families), descent)
+
+
+def _exponents(families: Sequence[SymmetryFamily]) -> dict[str, dict[Partition, Exponents]]:
+    """For each parameter and each of its partitions how the symmetries of all families move the groups."""
+    entries: dict[str, dict[Partition, list[tuple[int, int, float]]]] = {}
+    symmetries = [(family, symmetry) for family in families for symmetry in family.symmetries]
+    for number, (family, symmetry) in enumerate(symmetries):
+        for place, exponents in symmetry.items():
+            groups = entries.setdefault(place[0], {}).setdefault(family.partitions[place], [])
+            groups.extend((group, number, power) for group, power in exponents.items())
+    return {
+        name: {partition: Exponents.of(found, (partition.n_groups, len(symmetries))) for partition, found in by.items()}
+        for name, by in entries.items()
+    }
+
+
+def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
+    if family.certificate.verdict != "invariant":
+        return f"certificate {family.certificate}"
+    if family.absorbed:
+        return "stored statistics would have to follow"
+    if len(family.parameters) < len(family.partitions):
+        return "it moves rows and columns of one weight at once"
+    on_spheres = [name for name in family.parameters if name in constrained]
+    return f"{on_spheres[0]} is on spheres" if on_spheres else None
+
+
+# ---- the descent -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,7 +157,7 @@ def descend(weights: Sequence[Energies], start: Tensor) -> Descent:
         start: logarithm of the factor of each symmetry, float64, on the CPU.
 
     Example:
-        >>> from manifold_nets.conversion.energies import Exponents
+        >>> from manifold_nets.conversion.remedies.energies import Exponents
         >>> grows, shrinks = Exponents.of([(0, 0, 1.0)], (1, 1)), Exponents.of([(0, 0, -1.0)], (1, 1))
         >>> none = grows.without_cells(1)
         >>> weights = [Energies(torch.full((1, 1), e).double(), c, none) for e, c in ((16.0, grows), (1.0, shrinks))]
