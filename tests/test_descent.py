@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import manifold_nets as mn
 from manifold_nets.conversion.remedies import balance as balance_module
 from manifold_nets.conversion.remedies.balance import LARGEST_IMBALANCE, Descent, descend
-from manifold_nets.conversion.remedies.energies import Energies, Exponents
+from manifold_nets.conversion.remedies.energies import Energies, exponents_of
 from manifold_nets.groups import Partition
 
 EPS = torch.finfo(torch.float64).eps
@@ -42,10 +42,10 @@ def energies_of(weights: list[Tensor]) -> tuple[list[Energies], int]:
         exponents = {}
         if number < len(weights) - 1:
             entries = [(unit, first[number] + unit, 1.0) for unit in range(len(weight))]
-            exponents[rows] = Exponents.of(entries, (len(weight), count))
+            exponents[rows] = exponents_of(entries, (len(weight), count))
         if number:
             entries = [(unit, first[number - 1] + unit, -1.0) for unit in range(weight.shape[1])]
-            exponents[columns] = Exponents.of(entries, (weight.shape[1], count))
+            exponents[columns] = exponents_of(entries, (weight.shape[1], count))
         found.append(Energies.of(weight, exponents))
     return found, count
 
@@ -106,9 +106,9 @@ def test_any_exponents_reach_the_minimum_of_a_general_optimizer(seed: int) -> No
     columns = torch.randint(-2, 3, (5, count), generator=generator).double()
     ends = torch.cat([torch.eye(count), -1.5 * torch.eye(count)]).double()
 
-    def sparse(matrix: Tensor) -> Exponents:
+    def sparse(matrix: Tensor) -> Tensor:
         places = [(int(i), int(s), float(matrix[i, s])) for i, s in matrix.nonzero()]
-        return Exponents.of(places, (len(matrix), count))
+        return exponents_of(places, (len(matrix), count))
 
     partitions = {Partition.filters(shape): sparse(rows), Partition(shape, shape, (1,)): sparse(columns)}
     weights = [Energies.of(weight, partitions), Energies.of(held, {Partition.filters((8,)): sparse(ends)})]

@@ -129,15 +129,22 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
         _require_points(contents.tensors, contents.manifolds, lambda _: "")
     except OffManifoldError as error:
         raise storage.unreadable(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+    stored = contents.expanded()
     # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
     with unchanged_on_failure(model), trusted_values(), torch.no_grad():
-        _put_back_biases(model, contents)
+        for name, place in removed_biases(model).items():
+            if name in stored:
+                put_back_bias(*place)
         # The biases that the file has not are removed afterwards as well.
-        found = model.load_state_dict(contents.expanded(), strict=False)
+        found = model.load_state_dict(stored, strict=False)
         untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
         if untaken:
             raise _mismatch(path, model, [f"hooks of the model did not take {listed(sorted(untaken))}"])
-    _remove_biases(model, contents)
+    for name in contents.removed:
+        prefix, _, leaf = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if module._parameters.get(leaf) is not None:
+            remove_bias(module, leaf)
     _set_manifolds(model, contents)
     for prefix, moves in contents.conversions.items():
         converted = model.get_submodule(prefix.rstrip("."))
@@ -320,90 +327,55 @@ def _difference(stored: Tensor, present: object) -> str | None:
 
 def _ties(aliases: Mapping[str, str], present: Mapping[str, object]) -> list[str]:
     """Say which tensors are tied in the file alone or in the model alone."""
-    in_file = _groups({name: aliases.get(name, name) for name in present})
-    in_model = _groups({name: (isinstance(value, Tensor) and _place(value)) or name for name, value in present.items()})
+    in_file: dict[object, set[str]] = {}
+    in_model: dict[object, set[str]] = {}
+    for name, value in present.items():
+        in_file.setdefault(aliases.get(name, name), set()).add(name)
+        in_model.setdefault((isinstance(value, Tensor) and _place(value)) or name, set()).add(name)
     return [
         f"{', '.join(sorted(names))} are one tensor in the {where}, but not in the {other}"
-        for where, other, sets in (("file", "model", in_file - in_model), ("model", "file", in_model - in_file))
-        for names in sorted(sets, key=sorted)
-        if len(names) > 1
+        for where, other, own, others in (("file", "model", in_file, in_model), ("model", "file", in_model, in_file))
+        for names in sorted(own.values(), key=sorted)
+        if len(names) > 1 and names not in others.values()
     ]
 
 
-def _groups(labels: Mapping[str, object]) -> set[frozenset[str]]:
-    """Return the sets of names that have the same label."""
-    groups: dict[object, set[str]] = {}
-    for name, label in labels.items():
-        groups.setdefault(label, set()).add(name)
-    return {frozenset(names) for names in groups.values()}
-
-
-def _cut(texts: list[str], limit: int = 8) -> list[str]:
-    return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]
-
-
 def _returning_biases(model: nn.Module, in_file: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The biases that `_put_back_biases` will make, by all their names."""
+    """The biases that loading will put back, by all their names."""
     made: dict[tuple[nn.Module, str], Tensor] = {}
     places = {name: place for name, place in removed_biases(model).items() if name in in_file}
     return {name: made.setdefault(place, absent_bias(*place)) for name, place in places.items()}
 
 
-def _put_back_biases(model: nn.Module, contents: storage.Contents) -> None:
-    """Put back the removed biases of a model that a file holds."""
-    stored = contents.expanded()
-    for name, (module, leaf) in removed_biases(model).items():
-        if name in stored:
-            put_back_bias(module, leaf)
-
-
-def _remove_biases(model: nn.Module, contents: storage.Contents) -> None:
-    """Remove the biases of a model that are removed in a file."""
-    for name in contents.removed:
+def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
+    """Constrain the weights that the file constrains, and no others; parameter objects that fit are kept."""
+    wanted = contents.manifolds
+    present = {contents.aliases.get(weight.name, weight.name): weight for weight in constrained_weights(model)}
+    kept = {name for name, weight in present.items() if name in wanted and _is_on(weight, wanted[name])}
+    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
+    split = {getattr(wanted[name], "joint", None) for name in wanted.keys() - kept} - {None}
+    replaced = []
+    for name in {**present, **wanted}:
+        manifold = wanted.get(name)
+        if name in kept and getattr(manifold, "joint", None) not in split:
+            continue
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)
-        if module._parameters.get(leaf) is not None:
-            remove_bias(module, leaf)
-
-
-def _stored_name(weight: ConstrainedWeight, contents: storage.Contents) -> str:
-    return contents.aliases.get(weight.name, weight.name)
-
-
-def _is_on(weight: ConstrainedWeight, name: str, wanted: Mapping[str, SphereProduct]) -> bool:
-    """Whether a parameter object lies on the manifold that it should have."""
-    manifold = wanted.get(name)
-    same = manifold is not None and manifold.to_dict() == weight.manifold.to_dict()
-    return same and isinstance(weight.parameter, geoopt.ManifoldParameter)
-
-
-def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
-    """Make the weights that the file constrains, and no others, constrained."""
-    owners = {
-        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for leaf in module._parameters
-    }
-    wanted = dict(contents.manifolds)
-    replaced = []
-    present = list(constrained_weights(model))
-    defined = {id(weight.parameter): weight.parameter for weight in present if not is_converted(weight)}
-    same = {name: weight for weight in present if _is_on(weight, name := _stored_name(weight, contents), wanted)}
-    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
-    split = {wanted[name].joint for name in wanted.keys() - same.keys() if isinstance(wanted[name], JointSphereMember)}
-    for weight in present:
-        name = _stored_name(weight, contents)
-        if name in same and getattr(wanted[name], "joint", None) not in split:
-            del wanted[name]
-        elif name not in wanted:
-            old = weight.parameter
-            detach(weight.module, weight.leaf)
-            replaced.append((old, weight.module.get_parameter(weight.leaf)))
-    for name, manifold in wanted.items():
-        module, leaf = owners[name]
-        old = module.get_parameter(leaf)
-        attach(module, leaf, manifold)
-        if id(old) not in defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
-            note_converted(module, leaf, None)
+        old, defined = module.get_parameter(leaf), name in present and not is_converted(present[name])
+        if manifold is None:
+            detach(module, leaf)
+        else:
+            attach(module, leaf, manifold)
+            if not defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+                note_converted(module, leaf, None)
         replaced.append((old, module.get_parameter(leaf)))
     replace_everywhere(model, replaced)
+
+
+def _is_on(weight: ConstrainedWeight, manifold: SphereProduct) -> bool:
+    """Whether a parameter object lies on the manifold that it should have."""
+    return isinstance(weight.parameter, geoopt.ManifoldParameter) and manifold.to_dict() == weight.manifold.to_dict()
+
+
+def _cut(texts: list[str], limit: int = 8) -> list[str]:
+    return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]

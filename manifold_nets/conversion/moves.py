@@ -87,15 +87,12 @@ class ScaledWeight:
 
     def with_running_variances(self, state: Mapping[str, Tensor]) -> ScaledWeight:
         """Take the running variance for that of a batch, and only the affine parameters that are given."""
-        absorbers = [
-            replace(
-                a,
-                variances=tuple(state[a.running_var].tolist()) if a.running_var in state else (),
-                weight=a.weight if a.weight in state else None,
-                bias=a.bias if a.bias in state else None,
-            )
-            for a in self.absorbers
-        ]
+        absorbers = []
+        for a in self.absorbers:
+            variance = None if a.running_var is None else state.get(a.running_var)
+            weight, bias = (name if name in state else None for name in (a.weight, a.bias))
+            variances = () if variance is None else tuple(variance.tolist())
+            absorbers.append(replace(a, variances=variances, weight=weight, bias=bias))
         return replace(self, absorbers=tuple(absorbers))
 
     def factors(self, partition: Partition, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -243,7 +243,7 @@ def require_same_model(model: nn.Module, report: SymmetryReport) -> None:
         manifold_nets.errors.ReportMismatchError: report: it was made for Sequential, but Sequential differs
         from it in 1 (ReLU, BatchNorm1d in the report), 1.weight (missing), ...
     """
-    differences = {}
+    differences: dict[str, None] = {}
     for name, found, reported in _compared(model, report):
         if found is None and reported is not None:
             differences[f"{name} (missing)"] = None
@@ -269,7 +269,8 @@ def _compared(model: nn.Module, report: SymmetryReport) -> Iterator[tuple[str, A
     tensors = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     named: list[str] = [name for shift in report.shifts for name in shift.parameters]
     named += [along.name for weight in report.weights for along in weight.scaled_along]
-    for absorber in (a for found in (*report.weights, *report.shifts) for a in found.absorbers):
+    absorbers = [a for weight in report.weights for a in weight.absorbers]
+    for absorber in absorbers + [a for shift in report.shifts for a in shift.absorbers]:
         layer = modules.get(absorber.module)
         if absorber.eps is not None and isinstance(layer, _NORMALIZATIONS):
             yield f"{absorber.module}.eps", layer.eps, absorber.eps

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.conversion.remedies.energies import Energies, Exponents, ScaledEnergies
+from manifold_nets.conversion.remedies.energies import Energies, exponents_of
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 
@@ -63,7 +63,7 @@ class Rescaling:
         for name, exponents in _exponents(self.families).items():
             value = state[name].detach().to(torch.float64, copy=True)
             for partition, found in exponents.items():
-                factors = found.logarithms(self.descent.steps).exp().to(value.device)
+                factors = (found @ self.descent.steps).exp().to(value.device)
                 value = partition.multiply(value, partition.spread(factors))
             yield name, value
 
@@ -93,7 +93,7 @@ def smallest_norm(
     return Rescaling(tuple(families), descent)
 
 
-def _exponents(families: Sequence[SymmetryFamily]) -> dict[str, dict[Partition, Exponents]]:
+def _exponents(families: Sequence[SymmetryFamily]) -> dict[str, dict[Partition, Tensor]]:
     """For each parameter and each of its partitions how the symmetries of all families move the groups."""
     entries: dict[str, dict[Partition, list[tuple[int, int, float]]]] = {}
     symmetries = [(family, symmetry) for family in families for symmetry in family.symmetries]
@@ -102,7 +102,7 @@ def _exponents(families: Sequence[SymmetryFamily]) -> dict[str, dict[Partition, 
             groups = entries.setdefault(place[0], {}).setdefault(family.partitions[place], [])
             groups.extend((group, number, power) for group, power in exponents.items())
     return {
-        name: {partition: Exponents.of(found, (partition.n_groups, len(symmetries))) for partition, found in by.items()}
+        name: {partition: exponents_of(found, (partition.n_groups, len(symmetries))) for partition, found in by.items()}
         for name, by in entries.items()
     }
 
@@ -157,10 +157,8 @@ def descend(weights: Sequence[Energies], start: Tensor) -> Descent:
         start: logarithm of the factor of each symmetry, float64, on the CPU.
 
     Example:
-        >>> from manifold_nets.conversion.remedies.energies import Exponents
-        >>> grows, shrinks = Exponents.of([(0, 0, 1.0)], (1, 1)), Exponents.of([(0, 0, -1.0)], (1, 1))
-        >>> none = grows.without_cells(1)
-        >>> weights = [Energies(torch.full((1, 1), e).double(), c, none) for e, c in ((16.0, grows), (1.0, shrinks))]
+        >>> grows, shrinks = exponents_of([(0, 0, 1.0)], (2, 1)), exponents_of([(0, 0, -1.0)], (2, 1))
+        >>> weights = [Energies(torch.full((1, 1), e).double(), c) for e, c in ((16.0, grows), (1.0, shrinks))]
         >>> found = descend(weights, torch.zeros(1, dtype=torch.float64))
         >>> round(float(found.steps.exp()), 6), found.energies, found.converged
         (0.5, (17.0, 8.0), True)
@@ -182,14 +180,19 @@ def descend(weights: Sequence[Energies], start: Tensor) -> Descent:
 
 @dataclass(frozen=True)
 class _Point:
-    """What is known at some logarithms: energies by weight, and for each symmetry G, S and the Hessian's diagonal."""
+    """What is known at some logarithms: factors and energies of all cells, and G, S and the Hessian's diagonal."""
 
     steps: Tensor
-    weights: list[ScaledEnergies]
-    energy: float
+    factors: Tensor
+    energies: Tensor
     growing: Tensor
     shrinking: Tensor
     curvature: Tensor
+
+    @property
+    def energy(self) -> float:
+        # Each entry counts in its row and in its column.
+        return float(self.energies.sum()) / 2
 
     @property
     def slope(self) -> Tensor:
@@ -201,20 +204,26 @@ class _Point:
 
 
 class _Problem:
+    """The squared norm of weights, its gradient and its Hessian, with the cells of all weights one after the other."""
+
     def __init__(self, weights: Sequence[Energies], count: int) -> None:
         self.weights = weights
-        self.share = 1 / _crowd(weights, count)
-        self.reach = _reach(weights, count)
+        self.exponents = torch.cat([exponents_of([], (0, count)), *(weight.exponents for weight in weights)]).coalesce()
+        (cells, symmetries), powers = self.exponents.indices(), self.exponents.values()
+        # For each symmetry the largest number of symmetries that move one entry together with it, and the largest
+        # exponent less the smallest.
+        crowd, largest, smallest = torch.zeros(3, count, dtype=torch.float64, device="cpu")
+        counts = torch.cat([powers[:0], *(weight.counts() for weight in weights)])
+        self.share = 1 / crowd.scatter_reduce(0, symmetries, counts[cells], "amax").clamp(min=1)
+        self.reach = largest.scatter_reduce(0, symmetries, powers, "amax")
+        self.reach -= smallest.scatter_reduce(0, symmetries, powers, "amin")
 
     def at(self, steps: Tensor) -> _Point:
-        scaled = [weight.at(steps) for weight in self.weights]
-        growing, shrinking, curvature = torch.zeros(3, len(steps), dtype=torch.float64, device="cpu")
-        for weight, found in zip(self.weights, scaled, strict=True):
-            for exponents, energies in ((weight.rows, found.rows), (weight.columns, found.columns)):
-                growing += exponents.collected(energies, exponents.powers.clamp(min=0))
-                shrinking += exponents.collected(energies, -exponents.powers.clamp(max=0))
-                curvature += exponents.collected(energies, 4 * exponents.powers.square())
-        return _Point(steps, scaled, sum(found.total for found in scaled), growing, shrinking, curvature)
+        factors = (2 * (self.exponents @ steps)).exp()
+        energies = factors * self._products(factors)
+        powers = self.exponents.values()
+        coefficients = (powers.clamp(min=0), -powers.clamp(max=0), 4 * powers.square())
+        return _Point(steps, factors, energies, *(self._collected(energies, each) for each in coefficients))
 
     def separately(self, point: _Point, free: Tensor) -> _Point:
         """Move each symmetry towards its minimum; F does not rise.
@@ -248,7 +257,7 @@ class _Problem:
         for _ in range(_SOLVER_STEPS):
             if float((residual.abs() / diagonal).max()) <= enough:
                 break
-            image = torch.where(free, self._hessian_times(point, direction), 0.0)
+            image = torch.where(free, self.hessian_times(point, direction), 0.0)
             curvature = float(direction @ image)
             if not curvature > 0:
                 break
@@ -258,25 +267,18 @@ class _Problem:
             direction = residual / diagonal + (size / before) * direction
         return solution
 
-    def _hessian_times(self, point: _Point, direction: Tensor) -> Tensor:
-        found = [weight.hessian_times(at, direction) for weight, at in zip(self.weights, point.weights, strict=True)]
-        return torch.stack(found).sum(0)
+    def hessian_times(self, point: _Point, direction: Tensor) -> Tensor:
+        """The Hessian of F times a vector: ``4 Mᵀ (e ⊙ M d + f ⊙ P (f ⊙ M d))`` with the exponents M."""
+        along = self.exponents @ direction
+        moved = point.energies * along + point.factors * self._products(point.factors * along)
+        return 4 * self._collected(moved, self.exponents.values())
 
+    def _products(self, factors: Tensor) -> Tensor:
+        parts = torch.split(factors, [len(weight.exponents) for weight in self.weights])
+        pairs = zip(self.weights, parts, strict=True)
+        return torch.cat([factors[:0], *(weight.products(part) for weight, part in pairs)])
 
-def _crowd(weights: Sequence[Energies], count: int) -> Tensor:
-    """For each symmetry the largest number of symmetries that move one entry together with it, shape (symmetries,)."""
-    crowd = torch.ones(count, dtype=torch.float64, device="cpu")
-    for weight in weights:
-        rows, columns = weight.rows.crowds(), weight.columns.crowds()
-        for exponents, total in ((weight.rows, rows + columns.max()), (weight.columns, columns + rows.max())):
-            crowd.scatter_reduce_(0, exponents.symmetries, total[exponents.cells], "amax")
-    return crowd
-
-
-def _reach(weights: Sequence[Energies], count: int) -> Tensor:
-    """For each symmetry the largest exponent less the smallest, shape (symmetries,)."""
-    largest = torch.zeros(2, count, dtype=torch.float64, device="cpu")
-    for exponents in (each for weight in weights for each in (weight.rows, weight.columns)):
-        for each, powers in zip(largest, (exponents.powers, -exponents.powers), strict=True):
-            each.scatter_reduce_(0, exponents.symmetries, powers, "amax")
-    return largest.sum(0)
+    def _collected(self, values: Tensor, powers: Tensor) -> Tensor:
+        """``Mᵀ v`` with other entries in the places of the exponents: a sum over the cells of each symmetry."""
+        cells, symmetries = self.exponents.indices()
+        return values.new_zeros(self.exponents.shape[1]).index_add_(0, symmetries, powers * values[cells])

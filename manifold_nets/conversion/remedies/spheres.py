@@ -47,7 +47,8 @@ def sphere_action(
         why = finding.broken_by or f"{finding.status}: certificate {finding.certificate}"
         return Action(name, "leave", why, move=move)
     _, factors = move.factors(partition, weight)
-    why_keep, deviation = "asked for", None
+    why_keep: str | None = "asked for"
+    deviation: float | None = None
     if radius == "unit":
         why_keep, deviation = move.why_norms_stay(weight.dtype, state, factors, tolerance)
     if why_keep is not None:
