@@ -270,10 +270,7 @@ def test_what_holds_for_equal_factors_only_fails() -> None:
     twin, inputs = analysis_copy(model), to_float64(split_inputs(torch.randn(9, 5)))
     whole, one = Partition.whole((6, 5)), (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(1))
     a, b = (Part(f"{name}.weight", whole, *one) for name in "ab")
-    for claims, expected in (
-        ([Generators((a, b), 1)], [False]),
-        ([Generators((a,), 1), Generators((b,), 1)], [True, True]),
-    ):
+    for together, expected in (([(a, b)], [False]), ([(a,), (b,)], [True, True])):
         move = FiniteMove(twin, inputs, euler_field(twin, inputs, 0), 1, 1e-8)
         claims = [Generators(parts, 1) for parts in together]
         assert [outcome.refuted for outcome in move.outcomes(claims)] == expected
