@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.conversion.verify import compare_outputs, eval_limit
-from manifold_nets.symmetry.network.twin import duplicate
+from manifold_nets.models import duplicate
 
 verify_module = importlib.import_module("manifold_nets.conversion.verify")  # the package has a function of this name
 

@@ -26,6 +26,7 @@ from manifold_nets.conversion import storage
 from manifold_nets.conversion.moves import moves_within, set_moves
 from manifold_nets.conversion.projection import convert_when_loaded, way_back
 from manifold_nets.conversion.remedies.dead_biases import absent_bias, put_back_bias, remove_bias, removed_biases
+from manifold_nets.conversion.revert import replace_everywhere
 from manifold_nets.documents import printable
 from manifold_nets.errors import (
     CheckpointMismatchError,
@@ -36,7 +37,6 @@ from manifold_nets.errors import (
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.models import replace_everywhere
 
 __all__ = ["load", "load_contents", "save", "unchanged_on_failure"]
 

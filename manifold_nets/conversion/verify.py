@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.errors import ExampleInputsError, ReportMismatchError
-from manifold_nets.models import named_tensors
+from manifold_nets.float64 import in_float64, widened
+from manifold_nets.models import duplicate, named_tensors, random_numbers
+from manifold_nets.running import output_tensors, split_inputs, to_float64
 from manifold_nets.symmetry import SymmetryReport, diagnose
-from manifold_nets.symmetry.network.graph import output_tensors, split_inputs, to_float64
-from manifold_nets.symmetry.network.precision import in_float64, widened
-from manifold_nets.symmetry.network.twin import duplicate, random_numbers
 
 __all__ = [
     "Float64Comparison",

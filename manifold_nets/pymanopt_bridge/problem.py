@@ -24,7 +24,7 @@ from manifold_nets.pymanopt_bridge.manifold import (
     trained_parameters,
     write_back,
 )
-from manifold_nets.symmetry.network.graph import split_inputs
+from manifold_nets.running import split_inputs
 
 __all__ = ["Evaluations", "NetworkCost", "NetworkProblem", "Objective", "OnCost", "problem"]
 

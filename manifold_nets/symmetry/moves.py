@@ -9,13 +9,15 @@ from typing import TypeVar
 import numpy as np
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.finite_move import Claim, FiniteMove, Outcome, Part
+from manifold_nets.symmetry.certificate.finite_move import FiniteMove, Outcome
 from manifold_nets.symmetry.findings.families import SymmetryFamily
 from manifold_nets.symmetry.findings.report import Certificate, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
-from manifold_nets.symmetry.network.graph import TracedGraph, op_name
-from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
+from manifold_nets.symmetry.generators import Generators, Part
+from manifold_nets.symmetry.graph import op_name
+from manifold_nets.symmetry.rules import LARGEST_EPS
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["has_written_eps", "moved_claims", "moved_numbers"]
 
@@ -45,7 +47,7 @@ def moved_claims(
 ) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
     """Move what structure claims and the certificate confirms, group by group; what fails is a contradiction."""
     shapes = {name: tuple(parameter.shape) for name, parameter in move.twin.named_parameters()}
-    claims: dict[tuple[str, int], Claim] = {}
+    claims: dict[tuple[str, int], Generators] = {}
     for number, finding in enumerate(findings):
         if finding.partition is not None and finding.certificate.verdict == "invariant":
             claims["weight", number] = _of_weight(finding, finding.partition, shapes)
@@ -109,17 +111,17 @@ def _certificate(certificate: Certificate, outcome: Outcome) -> Certificate:
     )  # fmt: skip
 
 
-def _of_weight(finding: WeightFinding, partition: Partition, shapes: Mapping[str, tuple[int, ...]]) -> Claim:
+def _of_weight(finding: WeightFinding, partition: Partition, shapes: Mapping[str, tuple[int, ...]]) -> Generators:
     numbers = np.setdiff1d(np.arange(partition.n_groups), finding.certificate.silent)
     parts = [_part(finding.name, partition, numbers, numbers)]
     for bias in finding.scaled_along:
         groups = np.array(bias.groups, dtype=np.int64)
         entries = np.flatnonzero(np.isin(groups, numbers))
         parts.append(_part(bias.name, _entries(shapes[bias.name]), entries, groups[entries]))
-    return Claim(tuple(parts), partition.n_groups)
+    return Generators(tuple(parts), partition.n_groups)
 
 
-def _of_family(family: SymmetryFamily) -> Claim:
+def _of_family(family: SymmetryFamily) -> Generators:
     moved: dict[tuple[str, str], list[tuple[int, int, float]]] = {}
     silent = set(family.certificate.silent)
     for number, symmetry in enumerate(family.symmetries):
@@ -129,25 +131,25 @@ def _of_family(family: SymmetryFamily) -> Claim:
     for place, entries in moved.items():
         groups, numbers, powers = zip(*entries, strict=True)
         parts.append(_part(place[0], family.partitions[place], groups, numbers, powers))
-    return Claim(tuple(parts), len(family.symmetries))
+    return Generators(tuple(parts), len(family.symmetries))
 
 
-def _of_shift(shift: ShiftSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Claim:
+def _of_shift(shift: ShiftSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Generators:
     silent = set(shift.certificate.silent)
     if shift.partition is not None:
         numbers = np.setdiff1d(np.arange(len(shift.groups)), list(silent))
         groups = np.array(shift.groups)[numbers]
-        return Claim((_part(shift.parameters[0], shift.partition, groups, numbers),), len(shift.groups), adds=True)
+        return Generators((_part(shift.parameters[0], shift.partition, groups, numbers),), len(shift.groups), adds=True)
     parts = [
         _part(name, _entries(shapes[name]), list(entries), [number] * len(entries), list(entries.values()))
         for number, direction in enumerate(shift.directions)
         if number not in silent
         for name, entries in direction.items()
     ]
-    return Claim(tuple(parts), len(shift.directions), adds=True)
+    return Generators(tuple(parts), len(shift.directions), adds=True)
 
 
-def _of_unexplained(found: UnexplainedSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Claim:
+def _of_unexplained(found: UnexplainedSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Generators:
     numbers = np.arange(len(found.groups))
     parts = [_part(found.parameters[0], found.partition, found.groups, numbers)]
     ids = found.partition.group_ids()
@@ -158,7 +160,7 @@ def _of_unexplained(found: UnexplainedSymmetry, shapes: Mapping[str, tuple[int, 
         for number, group in enumerate(found.groups):
             entries = np.flatnonzero(of_entry.numpy() == group)
             parts.append(_part(name, _entries(shapes[name]), entries, [number] * len(entries)))
-    return Claim(tuple(parts), len(numbers), adds=found.kind == "shift", far=True)
+    return Generators(tuple(parts), len(numbers), adds=found.kind == "shift", far=True)
 
 
 def _part(

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from manifold_nets.conversion.actions import Action
 from manifold_nets.conversion.moves import RemovedBias
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import in_float64
+from manifold_nets.models import analysis_copy, random_numbers
+from manifold_nets.running import Inputs, run, split_inputs, to_float64
 from manifold_nets.symmetry import SymmetryReport
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.network.graph import Inputs, split_inputs, to_float64
-from manifold_nets.symmetry.network.precision import in_float64
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
 
 __all__ = ["absent_bias", "dead_bias_actions", "put_back_bias", "remove_bias", "removed_biases"]
 

@@ -34,15 +34,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import map_tensors, tensors_in
 from manifold_nets.groups import Partition
+from manifold_nets.models import is_continuous, random_numbers
+from manifold_nets.running import Inputs, run, to_float64
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS, sharp_conditions
-from manifold_nets.symmetry.network.graph import Inputs, to_float64
-from manifold_nets.symmetry.network.precision import map_tensors, tensors_in
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import is_continuous, random_numbers
+from manifold_nets.symmetry.generators import Generators, Part
 
-__all__ = ["MOST_RUNS", "Claim", "FiniteMove", "Outcome", "Part"]
+__all__ = ["MOST_RUNS", "FiniteMove", "Outcome"]
 
 # Decades by which groups are multiplied and shifts differ from 1, up and down.
 _DECADES = 2.0
@@ -57,42 +57,6 @@ _SMALLER_EPS = NEGLIGIBLE_EPS**2
 # Forward passes after which a search for the claims that fail ends, and takes all that are not cleared to fail; where
 # none does it takes four.
 MOST_RUNS = 40
-
-
-@dataclass(frozen=True)
-class Part:
-    """How one claim moves a parameter: which groups of a partition, by which of its numbers, to which power.
-
-    Args:
-        parameter: its name.
-        partition: a partition of it.
-        groups: the groups that move.
-        numbers: for each of them which of the claim's independent factors (or constants) moves it.
-        coefficients: the exponent of the factor, or what the constant is multiplied by.
-    """
-
-    parameter: str
-    partition: Partition
-    groups: NDArray[np.int64]
-    numbers: NDArray[np.int64]
-    coefficients: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Something that may be done to parameters without a change of the outputs.
-
-    Args:
-        parts: what moves.
-        count: how many factors, or constants, are independent of each other.
-        adds: whether constants are added; else groups are multiplied.
-        far: whether only the largest moves are made, in both directions: for what the numbers alone suggest.
-    """
-
-    parts: tuple[Part, ...]
-    count: int
-    adds: bool = False
-    far: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +115,7 @@ class FiniteMove:
                 parameter.data = field.weights[name]
         self._state = _State(twin)
 
-    def outcomes(self, claims: Sequence[Claim]) -> list[Outcome]:
+    def outcomes(self, claims: Sequence[Generators]) -> list[Outcome]:
         """Move all claims at once, and find those that fail."""
         found = [Outcome() for _ in claims]
         most = self.runs + MOST_RUNS
@@ -176,7 +140,7 @@ class FiniteMove:
         there = (self.inputs, first) if larger is None or outputs is None else (larger, outputs)
         return [(self.inputs, first), there]
 
-    def _settled(self, point: _Point, claims: Sequence[Claim], alive: list[int], found: list[Outcome]) -> bool:
+    def _settled(self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome]) -> bool:
         """Whether the outputs stay the same when all claims are moved, as far as the tolerance tells."""
         changes = self._changes(point, claims, alive)
         point.limits = [self.tolerance] * len(point.before)
@@ -188,7 +152,7 @@ class FiniteMove:
         return True
 
     def _search(
-        self, point: _Point, claims: Sequence[Claim], alive: list[int], found: list[Outcome], most: int
+        self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome], most: int
     ) -> None:
         """Find the claims that change the outputs, as many as the passes that are left allow."""
         if self._settled(point, claims, alive, found):
@@ -217,13 +181,13 @@ class FiniteMove:
                 good, bad, change = (middle, bad, change) if excess is None else (good, middle, excess)
             found[alive.pop(bad - 1)] = Outcome(True, change)
 
-    def _excess(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> float | None:
+    def _excess(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> float | None:
         """The largest change of an output beyond its limit; None where there is none."""
         changes = self._changes(point, claims, moved) or []
         beyond = [change for change, limit in zip(changes, point.limits, strict=False) if not change <= limit]
         return max(beyond) if beyond else None
 
-    def _limits(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> list[float]:
+    def _limits(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float]:
         """How much each output may change: the tolerance, or what rounding may do to it before or after the move."""
         limits = [self.tolerance] * len(point.before)
         for moves in ({}, self._moves(point, claims, moved)):
@@ -238,7 +202,7 @@ class FiniteMove:
             limits = [max(limit, _MARGIN * change) for limit, change in zip(limits, noise, strict=True)]
         return limits
 
-    def _changes(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> list[float] | None:
+    def _changes(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float] | None:
         """The relative change of each output when some claims are moved; None where the network refuses."""
         if not moved:
             return [0.0] * len(point.before)
@@ -249,7 +213,7 @@ class FiniteMove:
             return [math.inf] * len(point.before)
         return [_change(a, b, a) for a, b in zip(point.before, after, strict=True)]
 
-    def _moves(self, point: _Point, claims: Sequence[Claim], moved: Sequence[int]) -> dict[str, _Movement]:
+    def _moves(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> dict[str, _Movement]:
         """What happens to each parameter."""
         found: dict[str, _Movement] = {}
         for index in moved:
@@ -296,7 +260,7 @@ def _survive(found: list[Outcome], alive: Sequence[int], change: float) -> None:
         found[index] = Outcome(False, max(change, found[index].change or 0.0))
 
 
-def _draws(claim: Claim, seed: tuple[int, int], number: int) -> NDArray[np.float64]:
+def _draws(claim: Generators, seed: tuple[int, int], number: int) -> NDArray[np.float64]:
     """The binary logarithms of the factors of a claim, whole numbers, or its constants."""
     # What goes as far as it can goes the other way at the second point.
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], claim.count) * (-1.0) ** number
