@@ -404,6 +404,33 @@ def test_a_state_that_one_layer_refuses_changes_nothing(monkeypatch: pytest.Monk
     assert not refused_state_leaves_all(x)
 
 
+def at_once(_: Any, module: nn.Module, __: str, old: SphereProduct, new: SphereProduct) -> None:
+    mn.constraints.change_manifolds(module, {id(old): new})
+
+
+def failing_hook_leaves_radii_with_values(kind: Any) -> bool:
+    """Whether a hook of a layer that raises leaves each weight on the spheres of the values that it has."""
+    model = mn.convert(conv_net(), images(), radius="keep")
+    handle = model[3].register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+    optimizer = kind(mn.param_groups(model), lr=1e-30)
+    with pytest.raises(ZeroDivisionError):
+        model.load_state_dict(other_net().state_dict())
+    handle.remove()
+    assert torch.equal(model[3].weight.detach(), conv_net()[3].weight)
+    assert torch.equal(model[0].weight.detach(), other_net()[0].weight)
+    eps = torch.finfo(torch.float64).eps
+    same = all(float(w.manifold.deviations(w.parameter).max()) <= 4 * eps for w in constrained_weights(model))
+    return same and optimizer.param_groups[0]["manifolds"] == [w.manifold for w in constrained_weights(model)]
+
+
+@pytest.mark.parametrize("kind", [mn.optim.RiemannianSGD, mn.optim.RiemannianAdam])
+def test_a_hook_that_raises_leaves_the_radii_of_the_values(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failing_hook_leaves_radii_with_values(kind)
+    # Sabotage: all weights change their spheres at once.
+    monkeypatch.setattr(loading._TakesRadii, "__init__", at_once)
+    assert not failing_hook_leaves_radii_with_values(kind)
+
+
 def test_reverted_models_load_as_torch_does() -> None:
     plain = mn.revert(mn.convert(conv_net(), images(), remedies="all"))
     state = other_net().state_dict()

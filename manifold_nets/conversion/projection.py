@@ -142,37 +142,58 @@ def _rounding(*tensors: Tensor) -> float:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-class _WhenLoaded:
-    """The hook before `load_state_dict` of a converted model; knows its model, also after a deep copy or a pickle."""
+class _Hook:
+    """A hook that runs before a module is loaded; knows its module, also after a deep copy or a pickle."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = weakref.ref(model)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        module._register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+        check_values_last(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "module": self.module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module = state["module"]
+        vars(self).update(state, module=(lambda: None) if module is None else weakref.ref(module))
+
+
+class _WhenLoaded(_Hook):
+    """Converts the values of a plain network before they are loaded into a converted model."""
 
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         # A shallow copy may outlive the model; then each layer refuses what is off its spheres.
-        model = self.model()
+        model = self.module()
         record = None if model is None or are_trusted() else moves_of(model)
         if model is not None and record is not None:
             _convert_state(model, record, state_dict, prefix)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        model = state["model"]
-        self.model = weakref.ref(model) if model is not None else lambda: None  # type: ignore[assignment]
+class _TakesRadii(_Hook):
+    """Gives a weight its new radii right before it gets its values: a hook of another layer may raise before that."""
+
+    def __init__(self, module: nn.Module, leaf: str, old: SphereProduct, new: SphereProduct) -> None:
+        super().__init__(module)
+        self.leaf, self.old, self.new = leaf, old, new
+
+    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        module, value = self.module(), state_dict.get(prefix + self.leaf)
+        # It stays where loading failed, and may meet other values then.
+        if module is None or not has_norms(value, self.new):
+            return
+        if float(self.new.deviations(whole(value)).max()) <= _rounding(value):
+            change_manifolds(module, {id(self.old): self.new})
 
 
 def convert_when_loaded(model: nn.Module) -> None:
     """Have `load_state_dict` convert the state of a plain network, from now on and in copies of the model."""
     leave_as_loaded(model)
-    model._register_load_state_dict_pre_hook(_WhenLoaded(model))  # type: ignore[no-untyped-call]
-    check_values_last(model)
+    _WhenLoaded(model)
 
 
 def leave_as_loaded(model: nn.Module) -> None:
     """Take off what `convert_when_loaded` put on."""
-    remove_load_hook(model, _WhenLoaded)
+    remove_load_hook(model, _Hook)
 
 
 def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], prefix: str) -> None:
@@ -188,6 +209,7 @@ def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], 
     removed = removed_biases(model).keys() & record.biases.keys()
     _remove_biases(record, sorted(removed & given.keys()), found)
     _convert_values(model, record, found)
+    constrained = {id(weight.parameter): weight.manifold for weight in constrained_weights(model)}
     for name in removed:
         state_dict.pop(prefix + name, None)
     for alias, name in first_name.items():
@@ -198,7 +220,18 @@ def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], 
     if found.manifolds:
         # A layer that refuses its values afterwards would leave weights on the new manifolds unloaded.
         require_loadable(model, state_dict, prefix, found.manifolds)
-        change_manifolds(model, found.manifolds)
+    at_once = dict(found.manifolds)
+    for module in model.modules():
+        if module is model:
+            continue  # its values come next
+        remove_load_hook(module, _TakesRadii)
+        for leaf, parameter in module._parameters.items():
+            old = constrained.get(id(parameter))
+            if old is not None and id(old) in found.manifolds and not isinstance(old, JointSphereMember):
+                _TakesRadii(module, leaf, old, found.manifolds[id(old)])
+                at_once.pop(id(old), None)
+    if at_once:
+        change_manifolds(model, at_once)
 
 
 def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
