@@ -305,7 +305,7 @@ class UnsupportedModelError(ManifoldNetsError, TypeError):
 
 
 class LossError(ManifoldNetsError, ValueError):
-    """A loss is no function of the outputs and no name of one."""
+    """A loss is neither a function of the outputs nor the name of one."""
 
     def __init__(self, found: str) -> None:
         super().__init__(
@@ -400,7 +400,7 @@ class FunctionChangedError(ManifoldNetsError, RuntimeError):
     """A rewritten model does not compute what it computed before."""
 
     def __init__(self, model: str, mode: str, difference: float, limit: float, why_no_rounding: str = "") -> None:
-        why = f" That is no rounding: {why_no_rounding}." if why_no_rounding else ""
+        why = f" Rounding does not explain it: {why_no_rounding}." if why_no_rounding else ""
         super().__init__(
             f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; at "
             f"most {limit:.3g} is expected.{why} Nothing was changed. Use radius='keep', or exclude the layers in "
@@ -555,14 +555,14 @@ class LearningRateWarning(UserWarning):
 
 
 class PointError(ManifoldNetsError, ValueError):
-    """The parameters of a model make no point, or a point does not fit the model."""
+    """The parameters of a model cannot be made a point, or a point does not fit the model."""
 
     def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{name}: found {found}; expected {expected}. {remedy}")
 
 
 class CostError(ManifoldNetsError, ValueError):
-    """A loss is no deterministic, differentiable number."""
+    """A loss is not a deterministic, differentiable number."""
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"loss: found {found}; expected {expected}. {remedy}")

@@ -201,7 +201,7 @@ class Partition:
 
     @cached_property
     def spread_shape(self) -> tuple[int, ...]:
-        """The view with the axes inside a group set to 1, which broadcasts one value a group over the view."""
+        """The view with the axes inside a group set to 1, which broadcasts one value per group over the view."""
         return tuple(n if axis in self.kept else 1 for axis, n in enumerate(self.view))
 
     @property
@@ -247,7 +247,7 @@ class Partition:
         return torch.where(condition, x.reshape(self.view), y.reshape(self.view)).reshape(x.shape)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Arrange one value a group, of shape ``(n_groups,)``, so that it broadcasts over the view."""
+        """Arrange one value per group, of shape ``(n_groups,)``, so that it broadcasts over the view."""
         return values.reshape(self.spread_shape)
 
     def rows(self, x: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ MEMBER = {"name": "weight", "shape": [2, 3], "view": [2, 3], "kept": [0]}
             "only",
         ),
         ({"manifolds": {"weight": {**SPHERES, "joint": {"members": [MEMBER, MEMBER], "radius": [1]}}}}, "dependency"),
-        ({"aliases": {"more": "nowhere"}}, "aliases/'more' is no further name"),
+        ({"aliases": {"more": "nowhere"}}, "aliases/'more' is not another name"),
         ({"aliases": ["more"]}, "aliases: .* is not of type 'object'"),
         ({"removed_biases": ["bias"]}, "the file holds 'bias'"),
     ],

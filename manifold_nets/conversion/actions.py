@@ -33,7 +33,7 @@ class Action:
         name: the parameter; for what moves several parameters, the remedy and a number.
         action: ``"sphere"`` (the weight is put on a product of spheres), ``"already"`` (it is on one), ``"remove"``
             (a bias without effect is removed), ``"balance"`` (rescaled to the smallest norm), ``"joint sphere"``
-            (several weights together are put on one sphere a group) or ``"leave"``.
+            (several weights together are put on one sphere per group) or ``"leave"``.
         reason: why, in words.
         partition: the groups, where there are any.
         radius: ``"unit"``: each group gets norm √k, k filters in it; ``"keep"``: each group keeps its norm.

@@ -199,7 +199,7 @@ def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tu
         return target, found
     values = {name: tensor.detach().clone() for name, tensor in named_tensors(target).items()}
     undo()
-    wide = compare_in_float64(model, values, inputs, lambda twin: _carry_out(twin, chosen))
+    wide = compare_in_float64(model, values, inputs, lambda copied: _carry_out(copied, chosen))
     if wide.why_not is not None:
         raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, wide.why_not)
     _carry_out(target, chosen)

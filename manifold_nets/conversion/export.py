@@ -128,12 +128,12 @@ class _Written:
 def _write_safetensors(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Written:
     safetensors.torch.save_model(plain, str(file))
     # Reading it into a model with other values shows that the file alone holds everything.
-    twin = revert(plain)
+    copied = revert(plain)
     with torch.no_grad():
-        for value in twin.state_dict().values():
+        for value in copied.state_dict().values():
             value.zero_()
-    safetensors.torch.load_model(twin, file)
-    return _Written(verify(plain, twin, inputs).eval_difference, "safetensors")
+    safetensors.torch.load_model(copied, file)
+    return _Written(verify(plain, copied, inputs).eval_difference, "safetensors")
 
 
 def _write_pt2(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Written:

@@ -232,7 +232,7 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
         edited: a plan, its `to_dict`, or the file that `write_plan` wrote.
 
     Raises:
-        PlanError: the plan is no JSON of a plan, has a key that means nothing, names a weight that is not there or one
+        PlanError: the plan is not valid JSON of a plan, has an unknown key, names a weight that is not there or one
             twice, or asks for what is impossible.
     """
     source = os.fspath(edited) if isinstance(edited, (str, os.PathLike)) else "plan"

@@ -93,7 +93,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
 
 
 def unreadable(path: str | os.PathLike[str], found: str, remedy: str) -> CheckpointFormatError:
-    """The error about a file that is no checkpoint that can be read."""
+    """The error about a file that cannot be read as a checkpoint."""
     return CheckpointFormatError(path, f"found {found}; expected a checkpoint written by manifold_nets.save. {remedy}")
 
 
@@ -193,7 +193,7 @@ def _inconsistency(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -
             return f"manifolds/{name!r} fits no tensor of the file"
     for alias, name in aliases.items():
         if alias in tensors or name not in tensors:
-            return f"aliases/{alias!r} is no further name of a tensor of the file"
+            return f"aliases/{alias!r} is not another name of a tensor of the file"
     for name in removed:
         if name in tensors or name in aliases:
             return f"removed_biases: the file holds {name!r}"

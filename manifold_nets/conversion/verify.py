@@ -100,14 +100,14 @@ def both_modes(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> dict[
     """
     args, kwargs = split_inputs(example_inputs)
     outputs: dict[str, list[Tensor]] = {}
-    twin = duplicate(model)
+    copied = duplicate(model)
     with torch.no_grad():
         # Evaluation comes first: the forward pass in training mode moves the running statistics of the copy.
         for mode in ("eval", "train"):
-            twin.train(mode == "train")
+            copied.train(mode == "train")
             try:
                 with random_numbers(seed):
-                    result = twin(*args, **kwargs)
+                    result = copied(*args, **kwargs)
             except Exception as error:
                 raise ExampleInputsError(f"inputs that fail in {mode} mode", error) from error
             outputs[mode] = [t.detach().clone() for t in output_tensors(result) if t.is_floating_point()]
@@ -176,20 +176,20 @@ def compare_in_float64(
 
     Example:
         >>> net = nn.Linear(3, 2)
-        >>> compare_in_float64(net, net.state_dict(), torch.randn(4, 3), lambda twin: None)
+        >>> compare_in_float64(net, net.state_dict(), torch.randn(4, 3), lambda copied: None)
         Float64Comparison(difference=0.0, why_not=None)
     """
-    twin: nn.Module = duplicate(model, change=widened)._apply(widened)  # type: ignore[no-untyped-call]
+    copied: nn.Module = duplicate(model, change=widened)._apply(widened)  # type: ignore[no-untyped-call]
     inputs = to_float64(split_inputs(example_inputs))
     with in_float64():
-        before = both_modes(twin, inputs)
-    carry_out(twin)
+        before = both_modes(copied, inputs)
+    carry_out(copied)
     with in_float64():
-        difference = compare_outputs(before, both_modes(twin, inputs)).eval_difference
+        difference = compare_outputs(before, both_modes(copied, inputs)).eval_difference
     limit = eval_limit(torch.float64)
     if not difference <= limit:
         return Float64Comparison(difference, f"float64 copies differ by {difference:.3g}, at most {limit:.0e} expected")
-    wide = named_tensors(twin)
+    wide = named_tensors(copied)
     wrong = [name for name, value in values.items() if not _is_rounded(value, wide.get(name))]
     return Float64Comparison(difference, f"{wrong[0]} is not what it is in a float64 copy, rounded" if wrong else None)
 

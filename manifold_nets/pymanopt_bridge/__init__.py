@@ -3,7 +3,7 @@
 A *point* is a list of float64 NumPy arrays, one for each parameter that requires a gradient, in the order of
 ``model.named_parameters()``, which is also their order in ``state_dict``. Weights on a `manifold_nets.SphereProduct`
 are points of `SphereProductManifold`, all others of `pymanopt.manifolds.Euclidean`. Frozen parameters and buffers are
-no part of a point: the cost never changes them. A float32 network runs in float32; its points keep all digits.
+not part of a point: the cost never changes them. A float32 network runs in float32; its points keep all digits.
 
 The cost is deterministic and is meant for the whole training set (a "full batch"): line searches, conjugate gradients
 and trust regions compare values of one and the same function.

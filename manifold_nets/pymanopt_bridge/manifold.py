@@ -37,7 +37,7 @@ _DECIMALS_LEFT = 1e-3  # a weight farther off its spheres than this was not left
 
 
 class SphereProductManifold(Manifold):  # type: ignore[misc]
-    """The pymanopt twin of a `manifold_nets.SphereProduct`, with all methods that pymanopt's optimizers ask for.
+    """A `manifold_nets.SphereProduct` as a manifold of pymanopt, with all methods that pymanopt's optimizers ask for.
 
     Points and tangent vectors are NumPy arrays in the natural shape of the weight; results have the dtype of the
     point. The metric is ``⟨ξ, η⟩ = Σ_G ⟨ξ_G, η_G⟩/r_G²``, so that gradient and Hessian of a cost with Euclidean
@@ -216,7 +216,7 @@ def product_manifold(model: nn.Module) -> Product:
 
 
 def point_of(model: nn.Module) -> Point:
-    """Return the parameters of a model as a point: float64 copies, one array a parameter, in its shape.
+    """Return the parameters of a model as a point: float64 copies, one array per parameter, in its shape.
 
     A weight on spheres is put on them once more, which removes what rounding left; a parameter without axes becomes
     an array of shape (1,). The network runs in its own dtype all the same.
@@ -252,7 +252,7 @@ def write_back(model: nn.Module, point: Sequence[NDArray[Any]]) -> None:
 
     Args:
         model: the model, or another one of the same structure.
-        point: one array a parameter, as in `point_of`.
+        point: one array per parameter, as in `point_of`.
 
     Raises:
         PointError: number or shape of the arrays is not that of the parameters, or an entry is not finite; the model
@@ -275,7 +275,7 @@ def _require_fit(parameters: dict[str, nn.Parameter], point: Sequence[NDArray[An
     """Raise `PointError` unless a point has one finite array of the right shape for each parameter."""
     remedy = "Pass a point of this model, as point_of(model) or an optimizer's result.point."
     if len(point) != len(parameters):
-        raise PointError("point", f"{len(point)} arrays", f"{len(parameters)}, one a parameter", remedy)
+        raise PointError("point", f"{len(point)} arrays", f"{len(parameters)}, one per parameter", remedy)
     for (name, parameter), array in zip(parameters.items(), point, strict=True):
         if math.prod(array.shape) != parameter.numel() or array.shape != (parameter.shape or (1,)):
             raise PointError(f"point, {name}", f"shape {array.shape}", f"shape {tuple(parameter.shape)}", remedy)

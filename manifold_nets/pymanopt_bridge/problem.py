@@ -260,7 +260,7 @@ class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
         else the loss may write is left as it was only in its own evaluations; here the model runs once as it is.
 
         Args:
-            point: one array a parameter.
+            point: one array per parameter.
             refresh_statistics: whether to run the loss once to renew the running statistics.
 
         Raises:
