@@ -1,4 +1,4 @@
-"""Arguments of another kind than a function takes, and names that a report does not have."""
+"""Arguments of another kind than a function takes, names that a report does not have, inputs that a model refuses."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from test_unusual_models import ROWS, mlp
+from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.errors import ArgumentTypeError, ParameterNameError, near_matches
+from manifold_nets.errors import ArgumentTypeError, ExampleInputsError, ParameterNameError, near_matches
 
 
 @pytest.mark.parametrize(("model", "found"), [("resnet18", "'resnet18'"), (nn.Linear, "the class Linear"), (3, "3")])
@@ -35,3 +36,52 @@ def test_a_name_that_a_report_does_not_have_is_answered_with_near_ones() -> None
 def test_nothing_is_said_to_be_near_where_nothing_is() -> None:
     assert near_matches("rsdg", ["adam", "rsgd", "sgd"]) == "Near matches: rsgd, sgd."
     assert near_matches("zzz", ["adam", "rsgd", "sgd"]) == near_matches("adam", []) == ""
+
+
+class Refusing(nn.Module):
+    """Raises an error of its own where it runs on real inputs; `torch.export` does not meet it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.inner, self.error = mlp(), error
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            raise self.error
+        return self.inner(x)
+
+
+ERRORS = [IndexError("i"), ValueError("v"), TypeError("t"), KeyError("k"), AssertionError("a"), ZeroDivisionError("z")]
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+@pytest.mark.parametrize("loss", [None, lambda outputs: outputs.mean()], ids=["no loss", "loss"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_the_model_raises_is_said_of_the_inputs_with_its_cause(error: Exception, loss: Any, memory: Any) -> None:
+    with pytest.raises(ExampleInputsError, match=f"The model said: {type(error).__name__}") as caught:
+        mn.diagnose(Refusing(error), torch.randn(ROWS), loss=loss, memory=memory)
+    assert type(caught.value.__cause__) is type(error)
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_a_token_out_of_range_is_said_of_the_inputs(token: int) -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.raises(ExampleInputsError, match="The model said: IndexError: index out of range") as caught:
+        mn.diagnose(model, torch.full((4, 7), token))
+    assert isinstance(caught.value.__cause__, IndexError)
+    assert mn.diagnose(model, torch.full((4, 7), 9)).weights
+
+
+@pytest.mark.parametrize("memory", ["full", "small"])
+def test_integers_for_a_model_of_real_numbers_are_said_of_the_inputs(memory: Any) -> None:
+    """The model refuses them in float32 as well: nothing is said of float64."""
+    with pytest.raises(
+        ExampleInputsError, match=r"shapes \[\(8, 10\)\] and dtypes \['int64'\].*The model said: RuntimeError"
+    ):
+        mn.diagnose(nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), torch.randint(0, 3, (8, 10)), memory=memory)
+
+
+def test_empty_batches_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8))
+    with pytest.raises(ExampleInputsError, match=r"nothing but empty tensors, of shapes \[\(0, 10\)\]"):
+        mn.diagnose(model, torch.randn(0, 10))
