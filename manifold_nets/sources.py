@@ -106,12 +106,9 @@ def load_model(
         Linear(in_features=4, out_features=2, bias=True)
     """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
-    arguments = dict(kwargs or {})
     build = {"torchvision": _from_torchvision, "timm": _from_timm}.get(spec.kind, _from_python)
-    model = build(spec, arguments)
-    if weights is None:
-        return model
-    return load_weights(model, weights)
+    model = build(spec, dict(kwargs or {}))
+    return model if weights is None else load_weights(model, weights)
 
 
 def load_object(spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = None) -> Any:
@@ -137,11 +134,7 @@ def load_object(spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = Non
         if not callable(found):
             return found
         accepted = inspect.signature(found).parameters
-        arguments = {name: value for name, value in (kwargs or {}).items() if name in accepted}
-        try:
-            return found(**arguments)
-        except _FAULTS as error:
-            raise ModelBuildError(str(spec), f"{spec.name} raised {_described(error)}") from error
+        return _call(spec, found, {name: value for name, value in (kwargs or {}).items() if name in accepted})
 
 
 def load_attribute(spec: ModelSpec) -> Any:
@@ -206,7 +199,7 @@ def _from_torchvision(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
         raise _not_installed(spec, error) from error
     if spec.name not in models.list_models():
         raise ModelNotFoundError(
-            str(spec), f"torchvision has no model {spec.name!r}", _near(spec.name, models.list_models())
+            spec, f"torchvision has no model {spec.name!r}", _near(spec.name, models.list_models())
         )
     builder = models.get_model_builder(spec.name)
     # Segmentation and detection models download a trained backbone unless told not to.
@@ -215,7 +208,7 @@ def _from_torchvision(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     with warnings.catch_warnings():
         # googlenet and inception_v3 announce a future change of their initialization at every call.
         warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
-        return _call(spec, builder, {**offline, **kwargs})
+        return _model(spec, _call(spec, builder, {**offline, **kwargs}))
 
 
 def _from_timm(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
@@ -225,8 +218,8 @@ def _from_timm(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     except ModuleNotFoundError as error:
         raise _not_installed(spec, error) from error
     if not timm.is_model(spec.name):
-        raise ModelNotFoundError(str(spec), f"timm has no model {spec.name!r}", _near(spec.name, timm.list_models()))
-    return _call(spec, timm.create_model, {"model_name": spec.name, "pretrained": False, **kwargs})
+        raise ModelNotFoundError(spec, f"timm has no model {spec.name!r}", _near(spec.name, timm.list_models()))
+    return _model(spec, _call(spec, timm.create_model, {"model_name": spec.name, "pretrained": False, **kwargs}))
 
 
 def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
@@ -234,8 +227,8 @@ def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
         if isinstance(found, nn.Module) and not kwargs:
             return found
         if not callable(found) or isinstance(found, nn.Module):
-            raise ModelBuildError(str(spec), f"{spec.name} is a {type(found).__name__}, which takes no arguments")
-        return _call(spec, found, kwargs)
+            raise ModelBuildError(spec, f"{spec.name} is a {type(found).__name__}, which takes no arguments")
+        return _model(spec, _call(spec, found, kwargs))
 
 
 @contextlib.contextmanager
@@ -244,13 +237,13 @@ def _attribute(spec: ModelSpec) -> Iterator[Any]:
     path = Path(spec.place)
     if spec.kind == "file" and not path.is_file():
         why = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
-        raise ModelNotFoundError(str(spec), why, "Write the path from the working directory.")
+        raise ModelNotFoundError(spec, why, "Write the path from the working directory.")
     with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
         found: Any = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
         for part in spec.name.split("."):
             if not hasattr(found, part):
                 names = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
-                raise ModelNotFoundError(str(spec), f"{spec.place} has no attribute {spec.name!r}", _near(part, names))
+                raise ModelNotFoundError(spec, f"{spec.place} has no attribute {spec.name!r}", _near(part, names))
             found = getattr(found, part)
         yield found
 
@@ -259,7 +252,7 @@ def _import_file(spec: ModelSpec, path: Path) -> ModuleType:
     name = f"_manifold_nets_model_{path.stem}"
     location = importlib.util.spec_from_file_location(name, path)
     if location is None or location.loader is None:
-        raise ModelNotFoundError(str(spec), f"{path} is no Python file", "Name a file that ends in .py.")
+        raise ModelNotFoundError(spec, f"{path} is no Python file", "Name a file that ends in .py.")
     module = importlib.util.module_from_spec(location)
     # Classes look their own module up by name (dataclasses, pickle), also after the import.
     sys.modules[name] = module
@@ -267,7 +260,7 @@ def _import_file(spec: ModelSpec, path: Path) -> ModuleType:
         location.loader.exec_module(module)
     except _FAULTS as error:
         del sys.modules[name]
-        raise ModelBuildError(str(spec), f"importing {path} raised {_described(error)}") from error
+        raise ModelBuildError(spec, f"importing {path} raised {_described(error)}") from error
     return module
 
 
@@ -278,21 +271,24 @@ def _import_module(spec: ModelSpec) -> ModuleType:
         if error.name is not None and f"{spec.place}.".startswith(f"{error.name}."):
             remedy = "Install the package, run from the folder that holds it, or name a file: path/to/file.py:callable."
             remedy = f"{near_matches(spec.place, ('torchvision', 'timm'))} {remedy}".strip()
-            raise ModelNotFoundError(str(spec), f"there is no module {error.name!r}", remedy) from error
-        raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
+            raise ModelNotFoundError(spec, f"there is no module {error.name!r}", remedy) from error
+        raise ModelBuildError(spec, f"importing {spec.place} raised {_described(error)}") from error
     except _FAULTS as error:
-        raise ModelBuildError(str(spec), f"importing {spec.place} raised {_described(error)}") from error
+        raise ModelBuildError(spec, f"importing {spec.place} raised {_described(error)}") from error
 
 
-def _call(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:
+def _call(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     try:
-        model = build(**kwargs)
+        return build(**kwargs)
     except _FAULTS as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-        raise ModelBuildError(str(spec), f"{spec.name}({shown}) raised {_described(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise ModelBuildError(str(spec), f"{spec.name} returned an object of type {type(model).__name__}")
-    return model
+        raise ModelBuildError(spec, f"{spec.name}({shown}) raised {_described(error)}") from error
+
+
+def _model(spec: ModelSpec, found: Any) -> nn.Module:
+    if isinstance(found, nn.Module):
+        return found
+    raise ModelBuildError(spec, f"{spec.name} returned an object of type {type(found).__name__}")
 
 
 @contextlib.contextmanager
@@ -309,7 +305,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 def _not_installed(spec: ModelSpec, error: ModuleNotFoundError) -> ModelNotFoundError:
-    return ModelNotFoundError(str(spec), f"{error.name} is not installed", f"Install the extra: {_VISION}.")
+    return ModelNotFoundError(spec, f"{error.name} is not installed", f"Install the extra: {_VISION}.")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

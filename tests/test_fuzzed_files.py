@@ -34,6 +34,7 @@ from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion import storage
+from manifold_nets.conversion.moves import moves_of
 from manifold_nets.conversion.remedies.dead_biases import removed_biases
 from manifold_nets.documents import with_checksum
 from manifold_nets.errors import ManifoldNetsError
@@ -90,6 +91,12 @@ def check_as_written(
     assert manifolds == document["manifolds"]
     assert set(removed_biases(model)) == {*document.get("removed_biases", ()), *lost} - tensors.keys()
     assert all(torch.equal(model.state_dict()[name], value) for name, value in tensors.items())
+    for prefix, moved in document.get("conversions", {}).items():
+        moves = moves_of(model.get_submodule(prefix.removesuffix(".")))
+        assert moves is not None
+        assert moves.to_dict() == moved
+    # Whatever the file says of what changes with a weight, a plain state is taken or refused.
+    outcome(lambda: model.load_state_dict(network(3).state_dict(), strict=False))
 
 
 def fuzz_checkpoints(folder: Path, count: int, seed: int) -> Counter[str]:

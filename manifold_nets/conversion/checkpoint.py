@@ -100,7 +100,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     and an optimizer that holds it stays valid; every other constrained weight becomes a new `geoopt.ManifoldParameter`
     and a weight that only the model constrained becomes a plain parameter, so build optimizers after loading. Tied
     weights stay tied. Biases that conversion had removed before saving are removed from the model as well, and one that
-    the model has lost but the file holds is put back. Nothing is unpickled.
+    the model has lost but the file holds is put back. States of the plain network that `load_state_dict` gets later are
+    converted, as they are after `convert`. Nothing is unpickled.
 
     Args:
         model: the architecture that was saved, in the dtype it was saved in; its values are overwritten.
