@@ -12,7 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from manifold_nets.symmetry.graph import overload_key
-from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, reshape_ids
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, movement
+from manifold_nets.symmetry.rules.movement import reshape_ids
 from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.structure.scales import Break, Scales
 from manifold_nets.symmetry.trace import trace
@@ -84,6 +85,7 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda y: y[:, 1:5:2],
     "slice rows": lambda y: y[:, :, 1:],
     "narrow": lambda y: y.narrow(1, 2, 3),
+    "crop channels": lambda y: F.pad(y.transpose(1, 3), (-1, -1)),
     "flip": lambda y: y.flip(1),
     "roll": lambda y: y.roll(2, 1),
     "chunk": lambda y: y.chunk(2, 1)[1],
@@ -211,7 +213,6 @@ REFUSES: dict[str, Callable[[Tensor], Tensor]] = {
     "plus a constant": lambda y: y + 1,
     "plus a tensor": lambda y: y + FIXED,
     "pad with a constant, then sum": lambda y: F.pad(y, (1, 1), value=2.0).sum(3),
-    "crop channels": lambda y: F.pad(y.transpose(1, 3), (-1, -1)),
     "cat then sum": lambda y: torch.cat([y, FIXED], 1).sum(1),
     "attention queries": lambda y: F.scaled_dot_product_attention(y, FIXED, FIXED),
     "where": lambda y: torch.where(FIXED > 0, y, FIXED),
@@ -294,23 +295,29 @@ def test_a_rule_that_refuses_scales(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert free < FILTERS
 
 
+def pads_with_zeros(use: Any) -> Any:
+    """The rule of a padding, taken for one with zeros."""
+    use.args["value"] = 0.0
+    return movement.pad(use)
+
+
 @pytest.mark.parametrize(
     ("name", "op", "wrong"),
     [
-        ("sigmoid", "sigmoid", elementwise.homogeneous),
-        ("transpose", "transpose.int", elementwise.homogeneous),
-        ("roll", "roll", elementwise.homogeneous),
+        ("sigmoid", "sigmoid", elementwise.passes),
+        ("transpose", "transpose.int", elementwise.passes),
+        ("roll", "roll", elementwise.passes),
         ("sum of two channels", "add.Tensor", lambda use: use.label("self")),
-        ("pow", "pow.Tensor_Scalar", elementwise.homogeneous),
-        ("channel shuffle", "channel_shuffle", elementwise.homogeneous),
-        ("reflect channels", "pad", elementwise.homogeneous),
-        ("pad with a constant", "pad", elementwise.homogeneous),
-        ("linear attention, values", "pad", elementwise.homogeneous),
+        ("pow", "pow.Tensor_Scalar", elementwise.passes),
+        ("channel shuffle", "channel_shuffle", elementwise.passes),
+        ("reflect channels", "pad", elementwise.passes),
+        ("pad with a constant", "pad", elementwise.passes),
+        ("linear attention, values", "pad", pads_with_zeros),
         ("compared with a constant", "lt.Scalar", elementwise.sign),
-        ("smaller of two", "min.other", elementwise.homogeneous),
+        ("smaller of two", "min.other", elementwise.passes),
         ("integers", "to.dtype", lambda use: None),
         ("entries below zero are set to one", "index_put", lambda use: use.label("self")),
-        ("added through a view", "add.Tensor", elementwise.homogeneous),
+        ("added through a view", "add.Tensor", elementwise.passes),
         ("sorted channels", "sort", lambda use: [use.label("self"), None]),
         ("einsum of two", "einsum", lambda use: use.label_of(use.args["tensors"][0])),
         ("variance and mean", "var_mean.dim", lambda use: [use.label("self")] * 2),
