@@ -258,6 +258,8 @@ SHIFT_FAULTS: dict[str, tuple[str, str, Rule]] = {
     "relu": ("conv-relu-bn", "relu", lambda use: use.label("self")),
     "a mean that is not subtracted": ("linear-rms", "rms_norm", lambda use: SHIFT_RULES["layer_norm"](use)),
     "zeros of the padding": ("conv-padded mean-bn", "avg_pool2d", lambda use: use.label("self")),
+    "zeros beyond the border": ("grid sampler, zeros beyond the border", "grid_sampler", elementwise.passes),
+    "distances": ("distances", "cdist", lambda use: use.absorb("difference", use.ids("x1"))),
     "the larger of two": ("larger of two, one fixed", "max.other", lambda use: use.label("self")),
     "queries": ("stream", "scaled_dot_product_attention", lambda use: use.absorb("softmax", use.label("query").ids)),
 }

@@ -313,7 +313,7 @@ def add(use: Use) -> Result:
         if abs(eps) <= LARGEST_EPS:
             return use.label("self") or use.label("other")
     for name, other in (("self", "other"), ("other", "self")):
-        if use.label(other) is not None and _is_subtracted(use, terms[name]):
+        if _is_subtracted(use, terms[name]):
             use.end(name, reason="is subtracted with the mean by the normalization behind it")
             return Label.compressed(use.ids(other))
     return scaled_alike(use, *terms.values(), otherwise=_ADDS)

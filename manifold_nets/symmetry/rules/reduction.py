@@ -193,8 +193,8 @@ def distances(use: Use) -> Result:
 
 def distances_of_shifts(use: ShiftUse) -> Result:
     """Distances do not see what is added to all rows of both matrices."""
-    rows = [use.merge(use.ids(name), [-2], _DIFFERENTLY) for name in ("x1", "x2")]
-    use.absorb("difference", use.join(*rows, _DIFFERENTLY))
+    left, right = (use.merge(use.ids(name), [-2], _DIFFERENTLY) for name in ("x1", "x2"))
+    use.absorb("difference", use.join(left, right, _DIFFERENTLY))
     return None
 
 
@@ -245,7 +245,7 @@ def average(use: ShiftUse) -> Result:
 def _counts_zeros(use: Use) -> bool:
     """Whether zeros beyond the border take part in means, or means are divided by a number of one's own."""
     if use.op.startswith("grid_sampler"):
-        return use.args["padding_mode"] == 0
+        return int(use.args["padding_mode"]) == 0
     padding = use.args.get("padding") or 0
     padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
     return bool((padded and use.args.get("count_include_pad", True)) or use.args.get("divisor_override"))
