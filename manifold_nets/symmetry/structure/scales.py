@@ -271,15 +271,16 @@ class Scales:
         if equation:
             pivot = max(equation)
             rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
-            self._replace(np.array([pivot]), np.array([self._number(rest)]))
+            self._replace(pivot, self._number(rest))
 
-    def _replace(self, scales: Ids, numbers: Ids) -> None:
+    def _replace(self, scales: Ids | int, numbers: Ids | int) -> None:
         """Put forms in the place of free scales, also where these are factors of products."""
         self._next[scales + 1] = self._replaced[scales] = numbers
         self._reason[scales] = len(self._reasons) - 1
         if not self._products_of:
             return
-        products = {n for k in scales.tolist() for n in self._products_of.pop(k, ())}
+        each = [scales] if isinstance(scales, int) else scales.tolist()
+        products = {n for k in each for n in self._products_of.pop(k, ())}
         for place in sorted(products):
             if self._next_product[place] == -place - 1:
                 form: Form = {}
@@ -288,7 +289,12 @@ class Scales:
                 self._next_product[place] = self._number(form)
 
     def _root(self, number: int) -> int:
-        return int(self.roots(np.array([number]))[0])
+        """`roots` of one number, without arrays."""
+        while True:
+            found = int(self._next_product[-number - 1] if number < 0 else self._next[number])
+            if found == number:
+                return found
+            number = found
 
     def _step(self, ids: Ids) -> Ids:
         """What takes the place of each form."""
