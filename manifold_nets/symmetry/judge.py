@@ -16,10 +16,10 @@ from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.certifier import Certifier, Excused
 from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.network.operations import is_region
+from manifold_nets.symmetry.graph import bound_arguments, is_region, op_name
+from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.structure.find import Structure
-from manifold_nets.symmetry.structure.rules import Absorption
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["Judge", "owner_of"]
 

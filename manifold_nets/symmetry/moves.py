@@ -15,8 +15,9 @@ from manifold_nets.symmetry.findings.report import Certificate, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.generators import Generators, Part
-from manifold_nets.symmetry.network.graph import TracedGraph, op_name
-from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
+from manifold_nets.symmetry.graph import op_name
+from manifold_nets.symmetry.rules import LARGEST_EPS
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["has_written_eps", "moved_claims", "moved_numbers"]
 

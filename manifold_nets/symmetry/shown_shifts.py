@@ -19,7 +19,6 @@ from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.shifts import ShiftJudge
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
-from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.shifts import (
     drops_samples,
     inactive_modules,
@@ -30,6 +29,7 @@ from manifold_nets.symmetry.shifts import (
 )
 from manifold_nets.symmetry.structure.scales import UNSCALED, Scales
 from manifold_nets.symmetry.structure.shift_walk import follow_shifts
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["shown_shifts", "with_shown"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from manifold_nets.errors.base import listed
 from manifold_nets.groups import Partition
+from manifold_nets.models import groups_not_finite
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Certificate
-from manifold_nets.symmetry.network.not_finite import groups_not_finite
 
 __all__ = ["ROUNDED", "Certifier"]
 

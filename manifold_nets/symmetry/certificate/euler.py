@@ -24,12 +24,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from manifold_nets.errors import AnalysisError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.groups import Partition
+from manifold_nets.models import absent, is_continuous
+from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.certificate.sharp import sharp_conditions
-from manifold_nets.symmetry.network.absent import absent
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import is_continuous
 
 __all__ = [
     "MOST_PASSES",

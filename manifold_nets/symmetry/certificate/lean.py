@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.groups import Partition
+from manifold_nets.models import analysis_copy, is_continuous
+from manifold_nets.running import Inputs
 from manifold_nets.symmetry.certificate.euler import (
     EulerField,
     differentiating,
@@ -35,8 +37,6 @@ from manifold_nets.symmetry.certificate.euler import (
 )
 from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
 from manifold_nets.symmetry.certificate.sharp import sharp_conditions
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous
 
 __all__ = ["ROUNDING", "lean_copy", "lean_field", "widen_vectors"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import map_tensors
+from manifold_nets.models import is_continuous
+from manifold_nets.running import Inputs
 from manifold_nets.symmetry.certificate.euler import EulerField, euler_field, is_vector
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.precision import map_tensors
-from manifold_nets.symmetry.network.twin import is_continuous
 
 __all__ = ["replace_zeros", "second_field"]
 

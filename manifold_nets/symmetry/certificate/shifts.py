@@ -11,15 +11,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import LossError
+from manifold_nets.float64 import following
 from manifold_nets.groups import Partition
+from manifold_nets.running import Inputs, called
 from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Absorber, Certificate
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.precision import following
-from manifold_nets.symmetry.network.running import called
-from manifold_nets.symmetry.structure.rules import Absorption
+from manifold_nets.symmetry.rules import Absorption
 
 __all__ = ["Direction", "Loss", "ShiftJudge", "sees_no_shift"]
 

@@ -9,7 +9,7 @@ from manifold_nets.errors import ParameterNameError
 from manifold_nets.symmetry.findings.families import FamilyMember, SymmetryFamily, joined
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.findings.weights import Absorber, Certificate, ScaledAlong, WeightFinding
-from manifold_nets.symmetry.network.modules import GraphNode
+from manifold_nets.symmetry.module_graph import GraphNode
 
 if TYPE_CHECKING:
     from manifold_nets.symmetry.findings.shifts import ShiftSymmetry

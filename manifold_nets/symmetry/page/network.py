@@ -8,7 +8,7 @@ from itertools import groupby
 
 from manifold_nets.page.markup import escape, plural
 from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
-from manifold_nets.symmetry.network.modules import GraphNode
+from manifold_nets.symmetry.module_graph import GraphNode
 from manifold_nets.symmetry.page.markup import groups_text, mark, status_style
 
 __all__ = ["Part", "network", "parts"]

@@ -24,9 +24,9 @@ from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
 from manifold_nets.symmetry.joint import solve_jointly
-from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
+from manifold_nets.symmetry.trace import TracedGraph
 from manifold_nets.symmetry.untraced import UNSUPPORTED
 
 __all__ = ["search_unexplained", "still_unexplained"]
