@@ -28,8 +28,8 @@ from manifold_nets.symmetry.certificate.certifier import ROUNDED
 from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
 from manifold_nets.symmetry.findings.report import Certificate, FamilyMember, SymmetryFamily
 from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.structure.find import propagate
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph

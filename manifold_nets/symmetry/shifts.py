@@ -21,10 +21,10 @@ from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.shifts import Direction, ShiftJudge
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.propagate import follow_shifts
 from manifold_nets.symmetry.rules import LARGEST_LINK, Absorption
 from manifold_nets.symmetry.structure.partitions import only_looked_up
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
-from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = [

@@ -19,6 +19,7 @@ from manifold_nets.symmetry.certificate.euler import EulerField
 from manifold_nets.symmetry.certificate.shifts import ShiftJudge
 from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.propagate import follow_shifts
 from manifold_nets.symmetry.shifts import (
     drops_samples,
     inactive_modules,
@@ -28,7 +29,6 @@ from manifold_nets.symmetry.shifts import (
     shifts_of,
 )
 from manifold_nets.symmetry.structure.scales import UNSCALED, Scales
-from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["shown_shifts", "with_shown"]

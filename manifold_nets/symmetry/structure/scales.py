@@ -97,6 +97,7 @@ class Scales:
         self._reason = np.zeros(0, dtype=np.int64)
         self._reasons: list[Break] = []
         self._ends: dict[int, Break] = {}
+        self.solved = 0  # how many scales are expressed by others
         self.add(count)
 
     def add(self, count: int) -> Ids:
@@ -212,7 +213,7 @@ class Scales:
     @property
     def all_pinned(self) -> bool:
         """True where no scale is free any more."""
-        return bool((self._reason >= 0).all())
+        return self.solved == self.count
 
     def break_of(self, scale: int) -> Break | None:
         """Why the scale is pinned to 1, or None where it is not."""
@@ -277,9 +278,8 @@ class Scales:
         """Put forms in the place of free scales, also where these are factors of products."""
         self._next[scales + 1] = self._replaced[scales] = numbers
         self._reason[scales] = len(self._reasons) - 1
-        if not self._products_of:
-            return
         each = [scales] if isinstance(scales, int) else scales.tolist()
+        self.solved += len(each)
         products = {n for k in each for n in self._products_of.pop(k, ())}
         for place in sorted(products):
             if self._next_product[place] == -place - 1:
