@@ -18,7 +18,7 @@ from manifold_nets.symmetry.structure.partitions import (
     seed_label,
     seed_partition,
 )
-from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["Structure", "follow_weight"]
@@ -69,7 +69,7 @@ def _kept_in_buffers(graph: TracedGraph, seeds: dict[Node, Label], scales: Scale
         return []
     strict, ids = Scales(count), np.arange(1, count + 1, dtype=np.int64)
     propagate(graph, seeds, strict)
-    kept = ids[[strict.is_pinned(n) and not scales.is_pinned(n) for n in ids.tolist()]]
+    kept = ids[(strict.roots(ids) == UNSCALED) & (scales.roots(ids) != UNSCALED)]
     if not len(kept):
         return []
     found = []

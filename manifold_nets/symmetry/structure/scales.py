@@ -226,12 +226,13 @@ class Scales:
                 return found
         return self._reasons[int(self._reason[scale])]
 
-    def end_of(self, number: int) -> Break | None:
-        """The first operation that a form ends at, if any."""
-        form = self.form(number)
-        return next(
-            (because for end, because in self._ends.items() if not form.keys().isdisjoint(self.form(end))), None
-        )
+    def ends(self) -> dict[int, Break]:
+        """For each free scale the first operation that it ends at, if any."""
+        found: dict[int, Break] = {}
+        for number, because in self._ends.items():
+            for scale in self.form(number):
+                found.setdefault(scale, because)
+        return found
 
     def classes(self, first: int | None = None) -> dict[int, list[int]]:
         """Scales, or the first ones of them, that have to be equal, by the number of their common form."""
