@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
-from manifold_nets.symmetry.certificate import sharp as certificate_module
+from manifold_nets.symmetry import exact_mode as certificate_module
 from manifold_nets.symmetry.network.graph import output_tensors
 
 # Groups of each invariant weight, by pattern; SYMMETRY: normalized heads, normalized projections, normalized outputs.

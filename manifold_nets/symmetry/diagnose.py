@@ -14,19 +14,22 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputsError, OptionError
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
-from manifold_nets.symmetry.certificate.certifier import Certifier
-from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
-from manifold_nets.symmetry.certificate.finite_move import FiniteMove
-from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
-from manifold_nets.symmetry.certificate.local import LocalCertificates
-from manifold_nets.symmetry.certificate.points import replace_zeros, second_field
-from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.finite_move import FiniteMove
+from manifold_nets.symmetry.gradients import (
+    MOST_PASSES,
+    GradientPass,
+    gradient_pass,
+    pass_without_values,
+    replace_zeros,
+    second_pass,
+)
+from manifold_nets.symmetry.invariance import Certifier, Loss, sees_no_shift
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
+from manifold_nets.symmetry.local_certificates import LocalCertificates
+from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
+from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.mixed import with_mixed_weights
 from manifold_nets.symmetry.moves import has_written_eps, moved_claims, moved_numbers
 from manifold_nets.symmetry.network.graph import (
@@ -43,6 +46,7 @@ from manifold_nets.symmetry.network.not_finite import draw_not_finite
 from manifold_nets.symmetry.network.precision import following
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
+from manifold_nets.symmetry.report import SymmetryReport, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
 from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
@@ -69,9 +73,9 @@ def diagnose(
 
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
-    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). What both confirm is carried out by
+    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.gradients`). What both confirm is carried out by
     finite amounts, all at once, on the inputs and on ten times these, and the outputs must not change (see
-    `manifold_nets.symmetry.certificate.finite_move`). A contradiction is reported as a disagreement. Of a weight that
+    `manifold_nets.symmetry.finite_move`). A contradiction is reported as a disagreement. Of a weight that
     provably no output depends on, the certificate is taken at the output of the normalization that absorbs it, and its
     ``taken_at`` says so (with full memory only). Entries that are not finite are drawn anew for the certificate, and
     the groups that they are in are named. The model, its mode, buffers, gradients and the random state are left as they
@@ -127,7 +131,7 @@ def diagnose(
     _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
-        twin = lean_copy(model) if memory == "small" else analysis_copy(model)
+        twin = low_memory_copy(model) if memory == "small" else analysis_copy(model)
         meta, not_finite = is_meta(twin), draw_not_finite(twin)
         inputs = _not_empty(split_inputs(example_inputs))
         if memory == "full" or meta:
@@ -153,7 +157,7 @@ def diagnose(
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     constrained = {weight.name for weight in constrained_weights(model)}
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
-    blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
+    blunt = None if meta else LowVariance(graph, twin, inputs, seed, field, tolerance)
     judge = Judge(twin, graph, field, variances, tolerance, blunt, not_finite)
     findings = _by_structure(judge, local, constrained)
     families = certified_families(joint, field, tolerance, blunt, not_finite)
@@ -204,16 +208,16 @@ def _fields(
     logits: bool,
     memory: Literal["full", "small"],
     twice: bool,
-) -> tuple[EulerField, EulerField | None]:
+) -> tuple[GradientPass, GradientPass | None]:
     """The Euler field, and the one at a second point where that is asked for."""
     if is_meta(twin):
-        return silent_field(twin), None
+        return pass_without_values(twin), None
     if memory == "small":
         widen_vectors(twin)
-        return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
+        return low_memory_pass(twin, to_float64(inputs), seed, wanted, logits=logits), None
     replace_zeros(twin, seed)
-    field = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
-    return field, second_field(twin, inputs, seed, logits=logits) if twice else None
+    field = replace(gradient_pass(twin, inputs, seed, logits=logits), wanted=wanted)
+    return field, second_pass(twin, inputs, seed, logits=logits) if twice else None
 
 
 def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:

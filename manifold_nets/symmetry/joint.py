@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
-from manifold_nets.symmetry.certificate.certifier import ROUNDED
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.findings.report import Certificate, FamilyMember, SymmetryFamily
+from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
+from manifold_nets.symmetry.invariance import ROUNDED
+from manifold_nets.symmetry.low_variance import LowVariance, Places, told
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.network.not_finite import groups_not_finite
+from manifold_nets.symmetry.report import Certificate, FamilyMember, SymmetryFamily
 from manifold_nets.symmetry.structure.find import propagate
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
 from manifold_nets.symmetry.structure.rules import Absorption
@@ -155,9 +155,9 @@ def _column_partition(graph: TracedGraph, name: str) -> Partition:
 
 def certified_families(
     joint: JointStructure,
-    euler: EulerField,
+    euler: GradientPass,
     tolerance: float,
-    blunt: BluntChannels | None = None,
+    blunt: LowVariance | None = None,
     not_finite: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[SymmetryFamily, ...]:
     """Sort the symmetries into families of the same make-up, each with the certificate of all its members.

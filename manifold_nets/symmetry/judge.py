@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
-from manifold_nets.symmetry.certificate.certifier import Certifier, Excused
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.findings.report import Absorber, Certificate, ScaledAlong, WeightFinding
+from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.invariance import Certifier, Excused
+from manifold_nets.symmetry.low_variance import LowVariance, Places, told
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.network.operations import is_region
+from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, WeightFinding
 from manifold_nets.symmetry.structure.find import Structure
 from manifold_nets.symmetry.structure.rules import Absorption
 
@@ -50,10 +50,10 @@ class Judge(Certifier):
         self,
         twin: nn.Module,
         graph: TracedGraph,
-        field: EulerField,
+        field: GradientPass,
         variances: dict[Any, Tensor],
         tolerance: float,
-        blunt: BluntChannels | None = None,
+        blunt: LowVariance | None = None,
         not_finite: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         super().__init__(field, tolerance, not_finite)
@@ -68,7 +68,7 @@ class Judge(Certifier):
         return known and not any(bool(self.field.gradients[name].any()) for name in names)
 
     def finding(
-        self, name: str, structure: Structure | None, constrained: bool, inside: EulerField | None = None
+        self, name: str, structure: Structure | None, constrained: bool, inside: GradientPass | None = None
     ) -> WeightFinding:
         """Judge one weight; ``inside`` is the field at the normalizations behind it where no output depends on it."""
         shape = self.field.shapes[name]
@@ -202,7 +202,7 @@ class Judge(Certifier):
         return excused
 
     def _certificate_inside(
-        self, inside: EulerField, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]
+        self, inside: GradientPass, structure: Structure, partition: Partition, groups: np.ndarray[Any, Any]
     ) -> Certificate:
         """Certificate at the normalizations that absorb a weight without influence on the output."""
         judge = Judge(self.twin, self.graph, inside, self.variances, self.tolerance, None, self.not_finite)

@@ -9,13 +9,10 @@ from typing import TypeVar
 import numpy as np
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.finite_move import FiniteMove, Outcome
-from manifold_nets.symmetry.findings.families import SymmetryFamily
-from manifold_nets.symmetry.findings.report import Certificate, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.finite_move import FiniteMove, Outcome
 from manifold_nets.symmetry.generators import Generators, Part
 from manifold_nets.symmetry.network.graph import TracedGraph, op_name
+from manifold_nets.symmetry.report import Certificate, ShiftSymmetry, SymmetryFamily, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
 
 __all__ = ["has_written_eps", "moved_claims", "moved_numbers"]

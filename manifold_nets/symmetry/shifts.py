@@ -16,11 +16,11 @@ from torch import nn
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.shifts import Direction, ShiftJudge
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.invariance import Direction, ShiftJudge
+from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
+from manifold_nets.symmetry.report import ShiftSymmetry
 from manifold_nets.symmetry.structure.partitions import only_looked_up
 from manifold_nets.symmetry.structure.rules import Absorption
 from manifold_nets.symmetry.structure.rules.shift_use import LARGEST_LINK
@@ -72,11 +72,11 @@ def shift_symmetries(
     graph: TracedGraph,
     model: nn.Module,
     rows: Sequence[RowShift],
-    euler: EulerField,
+    euler: GradientPass,
     tolerance: float,
     *,
     loss: bool = False,
-    blunt: BluntChannels | None = None,
+    blunt: LowVariance | None = None,
 ) -> tuple[ShiftSymmetry, ...]:
     """Find the shift symmetries of a network, each with its certificate.
 

@@ -14,12 +14,11 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.shifts import ShiftJudge
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.invariance import ShiftJudge
+from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.network.graph import TracedGraph
+from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
 from manifold_nets.symmetry.shifts import (
     drops_samples,
     inactive_modules,
@@ -41,11 +40,11 @@ def shown_shifts(
     graph: TracedGraph,
     model: nn.Module,
     shown: Iterable[UnexplainedSymmetry],
-    euler: EulerField,
+    euler: GradientPass,
     tolerance: float,
     *,
     loss: bool = False,
-    blunt: BluntChannels | None = None,
+    blunt: LowVariance | None = None,
 ) -> tuple[ShiftSymmetry, ...]:
     """What the structure says of shifts that the numbers show, each with its certificate.
 

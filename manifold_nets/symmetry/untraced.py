@@ -12,9 +12,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.certifier import Certifier
-from manifold_nets.symmetry.findings.report import Certificate, WeightFinding
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.invariance import Certifier
+from manifold_nets.symmetry.report import Certificate, UnexplainedSymmetry, WeightFinding
 
 __all__ = ["NOT_SEARCHED", "UNSUPPORTED", "finding_without_graph", "integer_finding", "natural_partitions", "qualified"]
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.joint import JointStructure
+from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, WeightFinding
 from manifold_nets.symmetry.reverse.spans import Span
 
 __all__ = ["Direction", "Explained", "explained_scales"]

@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.findings.report import SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
 from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.network.graph import TracedGraph
+from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
 from manifold_nets.symmetry.untraced import UNSUPPORTED
@@ -33,7 +31,7 @@ __all__ = ["search_unexplained", "still_unexplained"]
 
 
 def search_unexplained(
-    fields: tuple[EulerField, EulerField],
+    fields: tuple[GradientPass, GradientPass],
     findings: Iterable[WeightFinding],
     families: Iterable[SymmetryFamily],
     shifts: Iterable[ShiftSymmetry],
@@ -68,7 +66,7 @@ def search_unexplained(
 
 def still_unexplained(
     unexplained: Iterable[UnexplainedSymmetry],
-    fields: tuple[EulerField, EulerField],
+    fields: tuple[GradientPass, GradientPass],
     shifts: Iterable[ShiftSymmetry],
     shown: Iterable[ShiftSymmetry],
     tolerance: float,
@@ -80,7 +78,7 @@ def still_unexplained(
 
 
 def _unexplained_scales(
-    fields: tuple[EulerField, EulerField], explained: Explained, tolerance: float
+    fields: tuple[GradientPass, GradientPass], explained: Explained, tolerance: float
 ) -> list[UnexplainedSymmetry]:
     """The groups that are invariant at both points and that nothing explains."""
     shapes = fields[0].shapes
@@ -97,7 +95,7 @@ def _unexplained_scales(
     return [symmetry for search in searches for symmetry in search.unexplained(explained)]
 
 
-def _largest(euler: EulerField) -> float:
+def _largest(euler: GradientPass) -> float:
     return max((euler.size(name) for name, w in euler.weights.items() if w.ndim >= 2 and w.numel()), default=0.0)
 
 
@@ -126,7 +124,7 @@ def _dead(shapes: Mapping[str, tuple[int, ...]], shifts: Iterable[ShiftSymmetry]
 class _SliceSums:
     """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis, at every point; each is computed once."""
 
-    def __init__(self, fields: tuple[EulerField, EulerField]) -> None:
+    def __init__(self, fields: tuple[GradientPass, GradientPass]) -> None:
         self.fields = fields
         self.known: dict[tuple[str, int], list[NDArray[np.float64]]] = {}
 

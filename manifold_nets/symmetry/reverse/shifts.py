@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
+from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
 from manifold_nets.symmetry.reverse.spans import Span
 
 __all__ = ["unexplained_shifts"]
@@ -22,7 +21,7 @@ _MOST_BLOCKS = 64
 
 
 def unexplained_shifts(
-    fields: tuple[EulerField, EulerField],
+    fields: tuple[GradientPass, GradientPass],
     shifts: Iterable[ShiftSymmetry],
     tolerance: float,
     only: Container[str] | None = None,
@@ -109,7 +108,7 @@ def _of_vector(
                 yield UnexplainedSymmetry("shift", (name,), partition, tuple(new), float(values[new].max()))
 
 
-def _beside(name: str, euler: EulerField) -> float:
+def _beside(name: str, euler: GradientPass) -> float:
     """The largest gradient of another parameter of the same module."""
     module = name.rpartition(".")[0]
     others = [g for n, g in euler.gradients.items() if n != name and n.rpartition(".")[0] == module and g.numel()]

@@ -35,9 +35,9 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS, sharp_conditions
+from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS, exact_mode
 from manifold_nets.symmetry.generators import Generators, Part
+from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.network.graph import Inputs, to_float64
 from manifold_nets.symmetry.network.precision import map_tensors, tensors_in
 from manifold_nets.symmetry.network.running import run
@@ -102,7 +102,7 @@ class FiniteMove:
         self,
         twin: nn.Module,
         inputs: Inputs,
-        field: EulerField,
+        field: GradientPass,
         seed: int,
         tolerance: float,
         *,
@@ -235,7 +235,7 @@ class FiniteMove:
                 jittered = _Jitter(jitter, self.seed)
                 with random_numbers(self.seed), mode(), _moved(self.twin, moves, jittered) as reading:
                     given = map_tensors(jittered, inputs)
-                    with sharp_conditions(self.twin, reading, eps=eps):
+                    with exact_mode(self.twin, reading, eps=eps):
                         outputs = [output.detach().clone() for output in run(self.twin, given)]
             except (ExampleInputsError, DoublePrecisionError):
                 continue

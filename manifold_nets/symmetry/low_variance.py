@@ -23,13 +23,13 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors.base import listed
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS
+from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
+from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.network.graph import Inputs, TracedGraph, bound_arguments, op_name, to_float64
 from manifold_nets.symmetry.structure.rules import Absorption
 from manifold_nets.symmetry.structure.scales import Ids, Scales
 
-__all__ = ["BluntChannels", "Places", "told"]
+__all__ = ["LowVariance", "Places", "told"]
 
 _ROUNDING = torch.finfo(torch.float64).eps
 # For each normalization that has no variance somewhere, its channels, where its statistics are those of channels.
@@ -37,7 +37,7 @@ Places = dict[str, set[int]]
 _CHANNELS = ("batch_norm", "instance_norm")
 
 
-class BluntChannels:
+class LowVariance:
     """Finds the scales that are absorbed by a statistic which is not far above rounding and eps.
 
     Args:
@@ -50,7 +50,7 @@ class BluntChannels:
     """
 
     def __init__(
-        self, graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int, field: EulerField, tolerance: float
+        self, graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int, field: GradientPass, tolerance: float
     ) -> None:
         self.graph, self.twin, self.inputs, self.seed = graph, twin, inputs, seed
         self.field, self.tolerance = field, tolerance

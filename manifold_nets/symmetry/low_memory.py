@@ -26,19 +26,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.euler import (
-    EulerField,
+from manifold_nets.symmetry.exact_mode import exact_mode
+from manifold_nets.symmetry.gradients import (
+    GradientPass,
+    differentiable_outputs,
     differentiating,
     move_vectors,
     random_projection,
-    sharp_outputs,
 )
-from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
-from manifold_nets.symmetry.certificate.sharp import sharp_conditions
+from manifold_nets.symmetry.group_sums import GroupSums, group_sums
 from manifold_nets.symmetry.network.graph import Inputs
 from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous
 
-__all__ = ["ROUNDING", "lean_copy", "lean_field", "widen_vectors"]
+__all__ = ["ROUNDING", "low_memory_copy", "low_memory_pass", "widen_vectors"]
 
 # Gradients rounded to float32 leave values up to half of this where a group is invariant.
 ROUNDING = torch.finfo(torch.float32).eps
@@ -61,7 +61,7 @@ class _Widened(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def lean_copy(model: nn.Module) -> nn.Module:
+def low_memory_copy(model: nn.Module) -> nn.Module:
     """Copy a model for analysis, in its own precision, with parameters of two and more axes shared, not copied.
 
     Raises:
@@ -210,7 +210,7 @@ class _Widening(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class LeanField(EulerField):
+class LowMemoryPass(GradientPass):
     """Sums of the weights whose gradients are not kept; whole gradients of the other parameters.
 
     Args:
@@ -218,7 +218,7 @@ class LeanField(EulerField):
         largest: the largest modulus of an entry of the gradients that were not kept.
     """
 
-    again: Callable[[], EulerField] | None = field(default=None, repr=False, compare=False)
+    again: Callable[[], GradientPass] | None = field(default=None, repr=False, compare=False)
     largest: float = 0.0
 
     @cached_property
@@ -232,7 +232,7 @@ class LeanField(EulerField):
         return max(self.largest, super().largest_slope)
 
     @cached_property
-    def _whole(self) -> EulerField:
+    def _whole(self) -> GradientPass:
         if self.again is None:
             raise RuntimeError("gradients that were not kept")
         return self.again()
@@ -243,15 +243,15 @@ class LeanField(EulerField):
         return {partition: self._whole.sums(name, partition)}
 
 
-def lean_field(
+def low_memory_pass(
     twin: nn.Module,
     inputs: Inputs,
     seed: int,
     wanted: Mapping[str, Sequence[Partition]] | None = None,
     *,
     logits: bool = False,
-) -> EulerField:
-    """Run the forward and backward pass of the certificate on a lean copy; see `euler_field`.
+) -> GradientPass:
+    """Run the forward and backward pass of the certificate on a lean copy; see `gradient_pass`.
 
     Args:
         twin: the copy; its parameters of one axis, and those that are zero, are moved.
@@ -279,7 +279,7 @@ def _pass(
     wanted: Mapping[str, Sequence[Partition]],
     *,
     logits: bool,
-) -> LeanField:
+) -> LowMemoryPass:
     """One forward and backward pass with the random numbers of a state."""
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device)
@@ -289,8 +289,8 @@ def _pass(
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)
-        with sharp_conditions(twin, _Widening(passes)):
-            loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
+        with exact_mode(twin, _Widening(passes)):
+            loss = random_projection(differentiable_outputs(twin, inputs), generator, logits=logits)
             with differentiating(twin):
                 torch.autograd.backward([get_gradient_edge(loss)])
     passes.finish()
@@ -301,10 +301,10 @@ def _pass(
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
             gradients[name] = none if parameter.grad is None else parameter.grad.to_dense()
 
-    def again() -> EulerField:
+    def again() -> GradientPass:
         return _pass(twin, inputs, seed, state, {}, logits=logits)
 
-    return LeanField(
+    return LowMemoryPass(
         _Widened(passes.weights),
         _Widened(gradients),
         wanted=wanted,

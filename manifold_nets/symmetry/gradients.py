@@ -15,42 +15,49 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from manifold_nets.errors import AnalysisError, ExampleInputsError, ManifoldNetsError
+from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
-from manifold_nets.symmetry.certificate.sharp import sharp_conditions
+from manifold_nets.symmetry.exact_mode import exact_mode
+from manifold_nets.symmetry.group_sums import GroupSums, group_sums
 from manifold_nets.symmetry.network.absent import absent
 from manifold_nets.symmetry.network.graph import Inputs
+from manifold_nets.symmetry.network.precision import map_tensors
 from manifold_nets.symmetry.network.running import run
 from manifold_nets.symmetry.network.twin import is_continuous
 
 __all__ = [
     "MOST_PASSES",
-    "EulerField",
+    "GradientPass",
+    "differentiable_outputs",
     "differentiating",
-    "euler_field",
+    "gradient_pass",
     "is_vector",
     "move_vectors",
+    "pass_without_values",
     "random_projection",
-    "sharp_outputs",
-    "silent_field",
+    "replace_zeros",
+    "second_pass",
 ]
 
 # A gradient this much smaller than the largest one of the network is rounding and proves nothing.
 EVIDENCE_FLOOR = 1e-11
 # Passes forward and backward that an analysis takes at most.
 MOST_PASSES = 4
+# How much longer scales and biases are at the second point.
+_FARTHER = 10.0
+# Size of what takes the place of zeros, beside the mean modulus of the other entries.
+_SMALL = 0.1
 
 
 @dataclass(frozen=True)
-class EulerField:
+class GradientPass:
     """Weights and gradients of one float64 pass, by parameter name.
 
     Args:
@@ -124,7 +131,7 @@ class EulerField:
         return known
 
 
-def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
+def gradient_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
@@ -139,9 +146,9 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
-    with torch.random.fork_rng(), torch.enable_grad(), sharp_conditions(twin):
+    with torch.random.fork_rng(), torch.enable_grad(), exact_mode(twin):
         torch.manual_seed(seed)
-        loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
+        loss = random_projection(differentiable_outputs(twin, inputs), generator, logits=logits)
         edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
         with differentiating(twin):
             gradients: Sequence[Tensor | None] = (
@@ -151,7 +158,7 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
-    return EulerField(weights, slopes)
+    return GradientPass(weights, slopes)
 
 
 @contextmanager
@@ -184,8 +191,8 @@ def is_vector(parameter: Tensor) -> bool:
     return parameter.numel() == max(parameter.shape, default=1)
 
 
-def sharp_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Outputs of a copy that depend on a weight; see `sharp_conditions`, under which it is asked for them.
+def differentiable_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Outputs of a copy that depend on a weight; see `exact_mode`, under which it is asked for them.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -207,10 +214,10 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
     return loss
 
 
-def silent_field(twin: nn.Module) -> EulerField:
+def pass_without_values(twin: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
     zeros = {name: absent(parameter.shape) for name, parameter in twin.named_parameters()}
-    return EulerField(zeros, zeros, silent=True)
+    return GradientPass(zeros, zeros, silent=True)
 
 
 def _zeros(twin: nn.Module) -> dict[str, Tensor]:
@@ -228,3 +235,60 @@ def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor
     modulus = weight.abs()
     radial = (weight.conj() * gradient).real
     return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
+
+
+def replace_zeros(twin: nn.Module, seed: int) -> None:
+    """Replace the entries of weights that are exactly zero by small random numbers, in place of a copy's parameters.
+
+    Pruned weights, Dirac initialization and identity matrices: a filter of zeros makes a channel without variance, and
+    with one entry a row all rows pass for columns. What the structure claims holds whatever the values are. A row of
+    zeros in a table stays: it has no direction, and its finding says so.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(layer.weight)
+        >>> replace_zeros(layer, 0)
+        >>> bool((layer.weight == 0).any())
+        False
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = {id(module.weight) for module in twin.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for parameter in nn.Module.parameters(twin):
+            if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
+                continue
+            zero = parameter == 0
+            if bool(zero.any()) and not bool(zero.all()):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+                parameter.data = torch.where(zero, _SMALL * parameter.abs().mean() * noise, parameter)
+
+
+def second_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
+    """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
+
+    What vanishes at both points does not vanish by accident. Scales and biases are longer there, so that a bound that
+    no activation reaches at the first point, as that of ReLU6, is reached. Where the model refuses inputs that are
+    moved, or answers them with what is not finite, it gets those of the first pass.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def moved(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point() or leaf.layout != torch.strided:
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
+        return leaf + 0.5 * leaf.abs().mean() * noise
+
+    with torch.no_grad():
+        for parameter in nn.Module.parameters(twin):
+            if is_continuous(parameter):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+                # In the storage of the noise: the first field goes on holding the weights at its own point.
+                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if is_vector(parameter) else 1.0)
+                parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
+    try:
+        found = gradient_pass(twin, map_tensors(moved, inputs), seed + 1, logits=logits)
+        if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
+            return found
+    except (ExampleInputsError, DoublePrecisionError):
+        pass
+    return replace(gradient_pass(twin, inputs, seed + 1, logits=logits), passes=2)
