@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import manifold_nets as mn
 from manifold_nets.symmetry import low_variance
 from manifold_nets.symmetry.low_variance import LowVariance
-from manifold_nets.symmetry.structure.rules import RULES
+from manifold_nets.symmetry.rules import RULES
 
 Memory = Literal["full", "small"]
 

@@ -18,14 +18,13 @@ from toy_networks import TOYS, Lambda
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
 from manifold_nets.groups import Partition
+from manifold_nets.models import analysis_copy
+from manifold_nets.running import split_inputs, to_float64
 from manifold_nets.symmetry import finite_move
 from manifold_nets.symmetry.finite_move import FiniteMove
 from manifold_nets.symmetry.generators import Generators, Part
 from manifold_nets.symmetry.gradients import gradient_pass
-from manifold_nets.symmetry.network.graph import split_inputs, to_float64
-from manifold_nets.symmetry.network.twin import analysis_copy
-from manifold_nets.symmetry.structure.rules import RULES
-from manifold_nets.symmetry.structure.rules.shift_use import SHIFT_RULES
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES
 
 WIDTH = 8
 

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
+from manifold_nets.models import analysis_copy
+from manifold_nets.running import split_inputs, to_float64
 from manifold_nets.symmetry import gradients
+from manifold_nets.symmetry.graph import op_name
 from manifold_nets.symmetry.local_certificates import LocalCertificates, _hands_on_nan
-from manifold_nets.symmetry.network.graph import TracedGraph, op_name, split_inputs, to_float64, trace
-from manifold_nets.symmetry.network.twin import analysis_copy
+from manifold_nets.symmetry.rules import RULES
 from manifold_nets.symmetry.structure.find import follow_weight
-from manifold_nets.symmetry.structure.rules import RULES
+from manifold_nets.symmetry.trace import TracedGraph, trace
 
 X = (4, 5, 6)
 PLACE = "norm (layer_norm)"

@@ -13,9 +13,9 @@ from toy_networks import TOYS
 
 import manifold_nets as mn
 from manifold_nets.errors import OptionError
+from manifold_nets.models import analysis_copy
 from manifold_nets.symmetry.gradients import gradient_pass
 from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
-from manifold_nets.symmetry.network.twin import analysis_copy
 
 # Largest peak of the process during the analysis, the model included, over the bytes of the model.
 LARGEST_SHARE = 3.0

@@ -14,6 +14,9 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputsError, OptionError
+from manifold_nets.float64 import following
+from manifold_nets.models import analysis_copy, draw_not_finite, is_continuous, is_meta, random_numbers
+from manifold_nets.running import Inputs, run, split_inputs, to_float64
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.finite_move import FiniteMove
 from manifold_nets.symmetry.gradients import (
@@ -24,6 +27,7 @@ from manifold_nets.symmetry.gradients import (
     replace_zeros,
     second_pass,
 )
+from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.invariance import Certifier, Loss, sees_no_shift
 from manifold_nets.symmetry.joint import certified_families, solve_jointly
 from manifold_nets.symmetry.judge import Judge, owner_of
@@ -31,26 +35,14 @@ from manifold_nets.symmetry.local_certificates import LocalCertificates
 from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
 from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.mixed import with_mixed_weights
+from manifold_nets.symmetry.module_graph import module_graph
 from manifold_nets.symmetry.moves import has_written_eps, moved_claims, moved_numbers
-from manifold_nets.symmetry.network.graph import (
-    Inputs,
-    TracedGraph,
-    bound_arguments,
-    op_name,
-    split_inputs,
-    to_float64,
-    trace,
-)
-from manifold_nets.symmetry.network.modules import module_graph
-from manifold_nets.symmetry.network.not_finite import draw_not_finite
-from manifold_nets.symmetry.network.precision import following
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous, is_meta, random_numbers
 from manifold_nets.symmetry.report import SymmetryReport, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
 from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
+from manifold_nets.symmetry.trace import TracedGraph, trace
 from manifold_nets.symmetry.untraced import NOT_SEARCHED, finding_without_graph, integer_finding, qualified
 
 __all__ = ["LARGEST_SEED", "diagnose"]

@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from manifold_nets.symmetry.network.precision import in_float64
-from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
+from manifold_nets.float64 import in_float64
+from manifold_nets.symmetry.rules import LARGEST_EPS
 
 __all__ = ["NEGLIGIBLE_EPS", "exact_mode"]
 

@@ -34,14 +34,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import map_tensors, tensors_in
 from manifold_nets.groups import Partition
+from manifold_nets.models import is_continuous, random_numbers
+from manifold_nets.running import Inputs, run, to_float64
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS, exact_mode
 from manifold_nets.symmetry.generators import Generators, Part
 from manifold_nets.symmetry.gradients import GradientPass
-from manifold_nets.symmetry.network.graph import Inputs, to_float64
-from manifold_nets.symmetry.network.precision import map_tensors, tensors_in
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import is_continuous, random_numbers
 
 __all__ = ["MOST_RUNS", "FiniteMove", "Outcome"]
 

@@ -23,14 +23,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
+from manifold_nets.float64 import map_tensors
 from manifold_nets.groups import Partition
+from manifold_nets.models import absent, is_continuous
+from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.exact_mode import exact_mode
 from manifold_nets.symmetry.group_sums import GroupSums, group_sums
-from manifold_nets.symmetry.network.absent import absent
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.precision import map_tensors
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import is_continuous
 
 __all__ = [
     "MOST_PASSES",

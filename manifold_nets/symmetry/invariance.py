@@ -14,15 +14,14 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import LossError
 from manifold_nets.errors.base import listed
+from manifold_nets.float64 import following
 from manifold_nets.groups import Partition
+from manifold_nets.models import groups_not_finite
+from manifold_nets.running import Inputs, called
 from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
 from manifold_nets.symmetry.low_variance import LowVariance, Places, told
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.not_finite import groups_not_finite
-from manifold_nets.symmetry.network.precision import following
-from manifold_nets.symmetry.network.running import called
 from manifold_nets.symmetry.report import Absorber, Certificate, ShiftSymmetry
-from manifold_nets.symmetry.structure.rules import Absorption
+from manifold_nets.symmetry.rules import Absorption
 
 __all__ = ["ROUNDED", "Certifier", "Direction", "Loss", "ShiftJudge", "sees_no_shift"]
 

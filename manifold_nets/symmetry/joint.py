@@ -22,16 +22,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.models import groups_not_finite
 from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
+from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.invariance import ROUNDED
 from manifold_nets.symmetry.low_variance import LowVariance, Places, told
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.network.not_finite import groups_not_finite
 from manifold_nets.symmetry.report import Certificate, FamilyMember, SymmetryFamily
+from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.structure.find import propagate
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
-from manifold_nets.symmetry.structure.rules import Absorption
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["JointStructure", "certified_families", "solve_jointly"]
 

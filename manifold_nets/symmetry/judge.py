@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.graph import bound_arguments, is_region, op_name
 from manifold_nets.symmetry.invariance import Certifier, Excused
 from manifold_nets.symmetry.low_variance import LowVariance, Places, told
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
-from manifold_nets.symmetry.network.operations import is_region
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, WeightFinding
+from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.structure.find import Structure
-from manifold_nets.symmetry.structure.rules import Absorption
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["Judge", "owner_of"]
 

@@ -30,19 +30,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from manifold_nets.running import Inputs, output_tensors, to_float64
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.gradients import MOST_PASSES, GradientPass, random_projection
-from manifold_nets.symmetry.network.graph import (
-    Inputs,
-    TracedGraph,
-    bound_arguments,
-    is_in_place,
-    op_name,
-    output_tensors,
-    to_float64,
-)
+from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name
+from manifold_nets.symmetry.rules import RULES, VIEWS
 from manifold_nets.symmetry.structure.find import Structure
-from manifold_nets.symmetry.structure.rules import RULES, VIEWS
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["LocalCertificates"]
 

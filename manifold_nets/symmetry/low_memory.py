@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from manifold_nets.groups import Partition
+from manifold_nets.models import analysis_copy, is_continuous
+from manifold_nets.running import Inputs
 from manifold_nets.symmetry.exact_mode import exact_mode
 from manifold_nets.symmetry.gradients import (
     GradientPass,
@@ -35,8 +37,6 @@ from manifold_nets.symmetry.gradients import (
     random_projection,
 )
 from manifold_nets.symmetry.group_sums import GroupSums, group_sums
-from manifold_nets.symmetry.network.graph import Inputs
-from manifold_nets.symmetry.network.twin import analysis_copy, is_continuous
 
 __all__ = ["ROUNDING", "low_memory_copy", "low_memory_pass", "widen_vectors"]
 

@@ -11,9 +11,10 @@ import numpy as np
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.finite_move import FiniteMove, Outcome
 from manifold_nets.symmetry.generators import Generators, Part
-from manifold_nets.symmetry.network.graph import TracedGraph, op_name
+from manifold_nets.symmetry.graph import op_name
 from manifold_nets.symmetry.report import Certificate, ShiftSymmetry, SymmetryFamily, UnexplainedSymmetry, WeightFinding
-from manifold_nets.symmetry.structure.rules.elementwise import LARGEST_EPS
+from manifold_nets.symmetry.rules import LARGEST_EPS
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["has_written_eps", "moved_claims", "moved_numbers"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from manifold_nets.errors import ParameterNameError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.network.modules import GraphNode
+from manifold_nets.symmetry.module_graph import GraphNode
 
 __all__ = [
     "Absorber",

@@ -1,7 +1,7 @@
 """Shift symmetries: constants that can be added to biases, rows and logits without a change of the function.
 
 Every entry of every added parameter gets an unknown shift, and so does every block of filters (``W → W + 1vᵀ``). They
-are followed through the graph by the rules of `manifold_nets.symmetry.structure.rules.shift_use`; what its equations
+are followed through the graph by the rules of `manifold_nets.symmetry.rules`; what its equations
 leave free are symmetries. A direction d is one exactly where ``⟨∂L/∂w, d⟩ = 0`` on the whole orbit: the certificate.
 """
 
@@ -17,15 +17,15 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.invariance import Direction, ShiftJudge
 from manifold_nets.symmetry.low_variance import LowVariance
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name
 from manifold_nets.symmetry.report import ShiftSymmetry
+from manifold_nets.symmetry.rules import LARGEST_LINK, Absorption
 from manifold_nets.symmetry.structure.partitions import only_looked_up
-from manifold_nets.symmetry.structure.rules import Absorption
-from manifold_nets.symmetry.structure.rules.shift_use import LARGEST_LINK
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.structure.shift_walk import follow_shifts
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = [
     "RowShift",

@@ -17,7 +17,6 @@ from torch import nn
 from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.invariance import ShiftJudge
 from manifold_nets.symmetry.low_variance import LowVariance
-from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
 from manifold_nets.symmetry.shifts import (
     drops_samples,
@@ -29,6 +28,7 @@ from manifold_nets.symmetry.shifts import (
 )
 from manifold_nets.symmetry.structure.scales import UNSCALED, Scales
 from manifold_nets.symmetry.structure.shift_walk import follow_shifts
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["shown_shifts", "with_shown"]
 

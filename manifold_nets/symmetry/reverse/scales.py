@@ -21,10 +21,10 @@ from torch import Tensor
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
 from manifold_nets.symmetry.joint import solve_jointly
-from manifold_nets.symmetry.network.graph import TracedGraph
 from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.reverse.explained import Direction, Explained, explained_scales
 from manifold_nets.symmetry.reverse.shifts import unexplained_shifts
+from manifold_nets.symmetry.trace import TracedGraph
 from manifold_nets.symmetry.untraced import UNSUPPORTED
 
 __all__ = ["search_unexplained", "still_unexplained"]

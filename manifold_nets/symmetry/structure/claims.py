@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.structure.partitions import joined_partition
-from manifold_nets.symmetry.structure.rules import Absorption
 from manifold_nets.symmetry.structure.scales import Break, Ids, Scales
 
 __all__ = ["Structure"]

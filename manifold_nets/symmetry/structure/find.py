@@ -11,9 +11,8 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.network.dataflow import region_graph
-from manifold_nets.symmetry.network.graph import TracedGraph
-from manifold_nets.symmetry.network.operations import is_region
+from manifold_nets.symmetry.graph import is_region, region_graph
+from manifold_nets.symmetry.rules import RULES, Absorption, Adoption, Result, Use, as_list, of_real_numbers
 from manifold_nets.symmetry.structure.claims import Structure
 from manifold_nets.symmetry.structure.partitions import (
     is_linear_map,
@@ -21,9 +20,9 @@ from manifold_nets.symmetry.structure.partitions import (
     seed_label,
     seed_partition,
 )
-from manifold_nets.symmetry.structure.rules import RULES, Absorption, Adoption, Result, Use, as_list, of_real_numbers
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 from manifold_nets.symmetry.structure.writing import write_back
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["Structure", "follow_weight", "propagate"]
 

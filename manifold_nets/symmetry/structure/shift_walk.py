@@ -1,4 +1,4 @@
-"""Shifts on their way through the graph of a network, by the rules of `structure.rules.shift_use`."""
+"""Shifts on their way through the graph of a network, by the rules of `symmetry.rules`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.dataflow import region_graph
-from manifold_nets.symmetry.network.graph import TracedGraph
-from manifold_nets.symmetry.network.operations import is_region, target_of
-from manifold_nets.symmetry.structure.rules import Absorption, Result, as_list, shift_absorbing, shifting
-from manifold_nets.symmetry.structure.rules.shift_use import Link, ShiftUse, apply_rule
+from manifold_nets.symmetry.graph import is_region, region_graph, target_of
+from manifold_nets.symmetry.rules import Absorption, Link, Result, ShiftUse, apply_rule, as_list
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
 from manifold_nets.symmetry.structure.writing import write_back
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["follow_shifts"]
-
-_TABLES = (shifting, shift_absorbing)  # importing them fills the table of rules
 
 
 @dataclass

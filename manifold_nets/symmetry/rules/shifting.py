@@ -1,6 +1,6 @@
 """How a shift, a constant that is added to entries of a tensor, passes the operations that do not mix channels.
 
-See `manifold_nets.symmetry.structure.rules.shift_use` for what the labels mean.
+See `manifold_nets.symmetry.rules` for what the labels mean.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import bound_arguments, op_name
-from manifold_nets.symmetry.structure.rules.elementwise import LARGER_OF_TWO, SHAPE_ONLY
-from manifold_nets.symmetry.structure.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
-from manifold_nets.symmetry.structure.rules.use import Result, aligned, shape_of, unscaled
+from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.rules.elementwise import LARGER_OF_TWO, SHAPE_ONLY
+from manifold_nets.symmetry.rules.shift_use import ShiftUse, first_label, reduced_axes, shift_rule, varies
+from manifold_nets.symmetry.rules.use import Result, aligned, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Label
 
 __all__: list[str] = []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from manifold_nets.symmetry.structure.rules.use import RULES, Result, Use, aligned, rule, shape_of, unscaled
+from manifold_nets.symmetry.rules.use import RULES, Result, Use, aligned, rule, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 __all__ = ["LARGEST_EPS", "alike"]

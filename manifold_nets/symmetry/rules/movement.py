@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, as_list, rule, shape_of, unscaled
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, rule, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 __all__ = ["VIEWS", "reshape_ids"]

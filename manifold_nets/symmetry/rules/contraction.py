@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from manifold_nets.symmetry.structure.rules.elementwise import add_to
-from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, rule, shape_of, unscaled
+from manifold_nets.symmetry.rules.elementwise import add_to
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, rule, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 __all__ = ["einsum_indices"]

@@ -1,8 +1,9 @@
-"""Running the copy of a model that is analysed, and saying why it does not run."""
+"""Run a user's model: its inputs, its output tensors, and why it does not run."""
 
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,72 @@ from torch.utils import _pytree as pytree
 
 import manifold_nets
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
-from manifold_nets.symmetry.network.graph import Inputs, output_tensors
-from manifold_nets.symmetry.network.precision import copied, map_tensors
+from manifold_nets.float64 import copied, map_tensors, widened
 
-__all__ = ["called", "run"]
+__all__ = ["Inputs", "called", "output_tensors", "run", "split_inputs", "to_float64"]
 
 # What errors speak of where an operator lacks a kernel for float64, or where it meets another dtype.
 _DTYPES = ("double", "float", "dtype")
 _NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _TORCH, _OURS = Path(torch.__file__).parent, Path(manifold_nets.__file__).parent
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def split_inputs(example_inputs: Any) -> Inputs:
+    """Turn example inputs into positional and keyword inputs.
+
+    A tensor is one positional input; a tuple holds positional inputs; a dict holds keyword inputs; a tuple of a tuple
+    and a dict holds both.
+
+    Raises:
+        ExampleInputsError: anything else.
+
+    Example:
+        >>> split_inputs((torch.zeros(1),))
+        ((tensor([0.]),), {})
+    """
+    example_inputs = map_tensors(_outside_inference_mode, example_inputs)
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+            return example_inputs[0], dict(example_inputs[1])
+        return tuple(example_inputs), {}
+    raise ExampleInputsError(f"{type(example_inputs).__name__}")
+
+
+def _outside_inference_mode(leaf: Tensor) -> Tensor:
+    """The tensor, or its copy where it was made in inference mode, in which case no gradient may depend on it."""
+    return leaf.clone() if leaf.is_inference() else leaf
+
+
+def to_float64(tree: Any, device: torch.device | None = None) -> Any:
+    """Cast every floating-point tensor in a tree of inputs to float64 and copy the others, to a device if given."""
+    return map_tensors(lambda tensor: widened(tensor.detach()).to(device, copy=True), tree)
+
+
+def output_tensors(result: Any) -> list[Tensor]:
+    """All tensors in what a model returned: nested tuples, dictionaries and dataclasses.
+
+    Objects of other classes are looked into one level deep; what lies deeper, as in the caches of keys and values that
+    language models return, is memory and no output.
+
+    Example:
+        >>> len(output_tensors({"logits": torch.zeros(2), "more": (torch.zeros(1), None)}))
+        2
+    """
+    leaves: list[Tensor] = []
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            leaves.append(leaf)
+        elif isinstance(leaf, Mapping):
+            leaves.extend(tensor for value in leaf.values() for tensor in output_tensors(value))
+        elif hasattr(leaf, "__dict__"):
+            leaves.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
+    return leaves
 
 
 def called(model: nn.Module, inputs: Inputs) -> Any:

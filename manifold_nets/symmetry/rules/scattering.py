@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, rule, shape_of
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, rule, shape_of
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 __all__: list[str] = []

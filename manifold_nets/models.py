@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from manifold_nets.errors import AnalysisError, UnsupportedModelError
-from manifold_nets.symmetry.network.precision import copied, widened
+from manifold_nets.float64 import copied, widened
+from manifold_nets.groups import Partition
 
-__all__ = ["analysis_copy", "duplicate", "is_continuous", "is_meta", "one_module_per_name", "random_numbers"]
+__all__ = [
+    "absent",
+    "analysis_copy",
+    "draw_not_finite",
+    "duplicate",
+    "groups_not_finite",
+    "is_continuous",
+    "is_meta",
+    "one_module_per_name",
+    "random_numbers",
+]
 
 _DROPOUT_ATTRIBUTES = (
     "p drop_prob drop_rate dropout dropout_p dropout_rate layerdrop encoder_layerdrop decoder_layerdrop "
@@ -234,3 +245,73 @@ def _alias(module: nn.Module) -> nn.Module:
     # Without children the very dictionary is shared: what forward assigns to one is seen by the other.
     alias.__dict__ = {**module.__dict__, "_modules": {**module._modules}} if module._modules else module.__dict__
     return alias
+
+
+def draw_not_finite(twin: nn.Module) -> dict[str, Tensor]:
+    """Draw the entries of a copy's parameters anew that are not finite, and return where they are.
+
+    What the certificate says of the other groups then holds, as their symmetries do not depend on these values; the
+    tensors themselves are not written to, as they may be shared with the model.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.constant_(layer.weight[1], float("nan"))
+        >>> draw_not_finite(layer)
+        {'weight': tensor([[False, False],
+            [ True,  True]])}
+        >>> bool(layer.weight.isfinite().all())
+        True
+    """
+    found = {}
+    for name, parameter in twin.named_parameters():
+        if parameter.is_meta or not is_continuous(parameter) or not parameter.numel() or _is_finite(parameter.detach()):
+            continue
+        found[name] = ~parameter.detach().isfinite()
+        drawn = torch.randn(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        parameter.data = torch.where(found[name], drawn, parameter.detach())
+    return found
+
+
+def groups_not_finite(entries: Tensor, partition: Partition) -> list[int]:
+    """The numbers of the groups with such entries."""
+    counts = partition.sum(entries.to(torch.float64)).flatten()
+    return [int(number) for number in counts.nonzero().flatten().tolist()]
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all entries are finite, without a temporary tensor of their size."""
+    low, high = (torch.view_as_real(values) if values.is_complex() else values).aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+_READ: dict[Any, Any] = {
+    Tensor.tolist: lambda x: np.zeros(tuple(x.shape)).tolist(),
+    Tensor.numpy: lambda x: np.zeros(tuple(x.shape)),
+    Tensor.item: lambda x: 0.0,
+    Tensor.__float__: lambda x: 0.0,
+    Tensor.__int__: lambda x: 0,
+    Tensor.__bool__: lambda x: False,
+    Tensor.cpu: lambda x: x,
+}
+
+
+class _Absent(Tensor):
+    """A meta tensor: operations work out shapes only, and what is read from their results is zero."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = _READ.get(func)
+        if read is not None:
+            return read(args[0])
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def absent(shape: Sequence[int]) -> Tensor:
+    """Return zeros of a shape, float64, that stay zeros whatever is done to them.
+
+    Example:
+        >>> field = absent((100_000, 100_000))
+        >>> (field * field).sum(1)[:2].tolist()
+        [0.0, 0.0]
+    """
+    return torch.empty(tuple(shape), dtype=torch.float64, device="meta").as_subclass(_Absent)

@@ -1,6 +1,6 @@
 """What absorbs a shift, and what linear maps make of it.
 
-See `manifold_nets.symmetry.structure.rules.shift_use` for what the labels mean.
+See `manifold_nets.symmetry.rules` for what the labels mean.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from manifold_nets.symmetry.structure.rules.contraction import einsum_indices
-from manifold_nets.symmetry.structure.rules.shift_use import (
+from manifold_nets.symmetry.rules.contraction import einsum_indices
+from manifold_nets.symmetry.rules.shift_use import (
     LARGEST_LINK,
     ShiftUse,
     first_label,
     reduced_axes,
     shift_rule,
 )
-from manifold_nets.symmetry.structure.rules.use import Result, aligned, shape_of, unscaled
+from manifold_nets.symmetry.rules.use import Result, aligned, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 __all__: list[str] = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
-from manifold_nets.symmetry.structure.rules.use import RULES, Result, Use, of_real_numbers
+from manifold_nets.symmetry.rules.use import RULES, Result, Use, of_real_numbers
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label
 
 __all__ = [

@@ -12,8 +12,9 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import TracedGraph, bound_arguments, op_name, operation_key
+from manifold_nets.symmetry.graph import bound_arguments, op_name, operation_key
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Certainty, Ids, Label, Scales
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "of_real_numbers", "rule"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from manifold_nets.symmetry.structure.rules.use import Result, Use, rule, unscaled
+from manifold_nets.symmetry.rules.use import Result, Use, rule, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 __all__: list[str] = []

@@ -8,7 +8,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -18,24 +18,20 @@ from torch._subclasses import FakeTensor
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from manifold_nets.errors import AnalysisError, ExampleInputsError
-from manifold_nets.symmetry.network.dataflow import DataFlow, region_graph
-from manifold_nets.symmetry.network.operations import bound_arguments, is_in_place, is_region, op_name, operation_key
-from manifold_nets.symmetry.network.precision import following, holds_objects, map_tensors, tensors_in, widened
-from manifold_nets.symmetry.network.twin import one_module_per_name
+from manifold_nets.errors import AnalysisError
+from manifold_nets.float64 import following, holds_objects, map_tensors, tensors_in
+from manifold_nets.models import one_module_per_name
+from manifold_nets.running import Inputs, output_tensors
+from manifold_nets.symmetry.graph import (
+    DataFlow,
+    bound_arguments,
+    is_region,
+    op_name,
+    operation_key,
+    region_graph,
+)
 
-__all__ = [
-    "Inputs",
-    "TracedGraph",
-    "bound_arguments",
-    "is_in_place",
-    "op_name",
-    "operation_key",
-    "output_tensors",
-    "split_inputs",
-    "to_float64",
-    "trace",
-]
+__all__ = ["TracedGraph", "trace"]
 
 # What torch.export says of `torch.vmap` that moves axes, which it can trace through Dynamo only.
 _BY_DYNAMO = "fake tensor in the exported program constant's list"
@@ -50,64 +46,6 @@ _KEEPS_ZEROS = frozenset(
     "reshape expand expand_as squeeze squeeze.dim squeeze.dims unsqueeze permute transpose.int slice.Tensor select.int "
     "neg relu abs".split()
 )
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def split_inputs(example_inputs: Any) -> Inputs:
-    """Turn example inputs into positional and keyword inputs.
-
-    A tensor is one positional input; a tuple holds positional inputs; a dict holds keyword inputs; a tuple of a tuple
-    and a dict holds both.
-
-    Raises:
-        ExampleInputsError: anything else.
-
-    Example:
-        >>> split_inputs((torch.zeros(1),))
-        ((tensor([0.]),), {})
-    """
-    example_inputs = map_tensors(_outside_inference_mode, example_inputs)
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
-            return example_inputs[0], dict(example_inputs[1])
-        return tuple(example_inputs), {}
-    raise ExampleInputsError(f"{type(example_inputs).__name__}")
-
-
-def _outside_inference_mode(leaf: Tensor) -> Tensor:
-    """The tensor, or its copy where it was made in inference mode, in which case no gradient may depend on it."""
-    return leaf.clone() if leaf.is_inference() else leaf
-
-
-def to_float64(tree: Any, device: torch.device | None = None) -> Any:
-    """Cast every floating-point tensor in a tree of inputs to float64 and copy the others, to a device if given."""
-    return map_tensors(lambda tensor: widened(tensor.detach()).to(device, copy=True), tree)
-
-
-def output_tensors(result: Any) -> list[Tensor]:
-    """All tensors in what a model returned: nested tuples, dictionaries and dataclasses.
-
-    Objects of other classes are looked into one level deep; what lies deeper, as in the caches of keys and values that
-    language models return, is memory and no output.
-
-    Example:
-        >>> len(output_tensors({"logits": torch.zeros(2), "more": (torch.zeros(1), None)}))
-        2
-    """
-    leaves: list[Tensor] = []
-    for leaf in pytree.tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            leaves.append(leaf)
-        elif isinstance(leaf, Mapping):
-            leaves.extend(tensor for value in leaf.values() for tensor in output_tensors(value))
-        elif hasattr(leaf, "__dict__"):
-            leaves.extend(value for value in vars(leaf).values() if isinstance(value, Tensor))
-    return leaves
 
 
 @dataclass(frozen=True)

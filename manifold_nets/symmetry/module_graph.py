@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import TracedGraph, is_in_place, op_name
+from manifold_nets.symmetry.graph import is_in_place, op_name
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["GraphNode", "module_graph"]
 
