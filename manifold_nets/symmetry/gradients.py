@@ -1,13 +1,7 @@
-"""The Euler certificate: one float64 pass that proves or refutes the scale invariance of every group of every weight.
+"""Gradients in float64, at the weights as they are and at a second point, and the sums that the tests read of them.
 
-If the output does not change under ``w_G → α w_G`` then ``⟨∂L/∂w_G, w_G⟩ = 0`` (Euler), for every cotangent of the
-output. So one forward and one backward pass with a random cotangent give, for all groups at once,
-
-    value_G = |Σ_G w ⊙ ∂L/∂w| / (‖w_G‖ ‖∂L/∂w_G‖) ,
-
-which is rounding where the group is invariant and of order one where it is not. It is sharp in float64, in training
-mode, with the eps of every normalization made negligible and with dropout off; it sees nothing where the gradient
-vanishes, and says so.
+One forward and backward pass with a random cotangent on all outputs, in training mode, with the eps of every
+normalization made negligible and with dropout off.
 """
 
 from __future__ import annotations
@@ -44,8 +38,6 @@ __all__ = [
     "second_pass",
 ]
 
-# A gradient this much smaller than the largest one of the network is rounding and proves nothing.
-EVIDENCE_FLOOR = 1e-11
 # Passes forward and backward that an analysis takes at most.
 MOST_PASSES = 4
 # How much longer scales and biases are at the second point.
@@ -61,18 +53,19 @@ class GradientPass:
     Args:
         weights: the parameters at which the gradients were taken.
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
-        silent: whether there are no values, as on the meta device.
+        without_values: whether there are none, as on the meta device.
         passes: how many passes forward and backward it took to get there.
-        wanted: for some weights the partitions whose sums will be asked for, so that one pass takes them all.
+        required: for some weights the partitions whose sums the certificates read, so that one reading takes them all.
+        searched: likewise those that the numerical search reads.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
-    silent: bool = False
+    without_values: bool = False
     passes: int = 1
-    wanted: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
+    required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
+    searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
-    _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -82,12 +75,12 @@ class GradientPass:
     @cached_property
     def largest_slope(self) -> float:
         """The largest modulus of an entry of a gradient."""
-        largest = (float(g.abs().max()) for g in self.gradients.values() if g.numel())
+        largest = (float(torch.stack(g.aminmax()).abs().max()) for g in self.gradients.values() if g.numel())
         return max(filter(math.isfinite, largest), default=0.0)
 
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
-        if self.silent:
+        if self.without_values:
             return GroupSums(*torch.zeros(()).expand(4, partition.n_groups))
         known = self._sums.setdefault(name, {})
         if partition not in known:
@@ -102,31 +95,19 @@ class GradientPass:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        partitions = self.wanted.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
+        partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
         groups = (self.sums(name, partition) for partition in partitions)
         return min(float((sums.weights.sqrt() * sums.gradients.sqrt()).sum()) for sums in groups)
 
+    def forget(self, name: str, partition: Partition) -> None:
+        """Give the memory of some sums back."""
+        self._sums.get(name, {}).pop(partition, None)
+
     def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
         """The sums of a partition, and of those that will be asked for."""
-        partitions = list(dict.fromkeys([partition, *self.wanted.get(name, ())]))
+        partitions = list(dict.fromkeys([partition, *self.required.get(name, ()), *self.searched.get(name, ())]))
         taken = group_sums(self.weights[name], self.gradients[name], partitions)
         return dict(zip(partitions, taken, strict=True))
-
-    def moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``w ⊙ g``, ``w²`` and ``g²``, summed over the kernel where there is one.
-
-        Those of convolutions are computed once: they are smaller than the weights, and everyone asks for them.
-        """
-        w, g = self.weights[name], self.gradients[name]
-        if w.ndim <= 2:
-            return w * g, w * w, g * g
-        known = self._moments.get(name)
-        if known is None:
-            # One after the other, so that one product at a time takes memory.
-            w, g = w.flatten(2), g.flatten(2)
-            known = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
-            self._moments[name] = known
-        return known
 
 
 def gradient_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
@@ -215,7 +196,7 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
 def pass_without_values(twin: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
     zeros = {name: absent(parameter.shape) for name, parameter in twin.named_parameters()}
-    return GradientPass(zeros, zeros, silent=True)
+    return GradientPass(zeros, zeros, without_values=True)
 
 
 def _zeros(twin: nn.Module) -> dict[str, Tensor]:
@@ -261,12 +242,15 @@ def replace_zeros(twin: nn.Module, seed: int) -> None:
                 parameter.data = torch.where(zero, _SMALL * parameter.abs().mean() * noise, parameter)
 
 
-def second_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
+def second_pass(
+    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, passes: int = MOST_PASSES
+) -> GradientPass:
     """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
 
     What vanishes at both points does not vanish by accident. Scales and biases are longer there, so that a bound that
     no activation reaches at the first point, as that of ReLU6, is reached. Where the model refuses inputs that are
-    moved, or answers them with what is not finite, it gets those of the first pass.
+    moved, or answers them with what is not finite, it gets those of the first pass, as it does where but one of the
+    ``passes`` is left.
     """
     generator = torch.Generator().manual_seed(seed + 1)
 
@@ -284,8 +268,8 @@ def second_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
                 factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if is_vector(parameter) else 1.0)
                 parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
     try:
-        found = gradient_pass(twin, map_tensors(moved, inputs), seed + 1, logits=logits)
-        if all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
+        found = gradient_pass(twin, map_tensors(moved, inputs) if passes > 1 else inputs, seed + 1, logits=logits)
+        if passes < 2 or all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
             return found
     except (ExampleInputsError, DoublePrecisionError):
         pass

@@ -1,280 +1,163 @@
-"""Reading the Euler certificate of one weight: which groups of a partition it calls invariant."""
+"""The gradient test: which symmetries the gradients of one float64 pass confirm, refute, or say nothing of.
+
+If the output does not change along a vector field ξ on the weights then ``⟨∂L/∂w, ξ⟩ = 0``, for every cotangent of the
+output: for scales, joint scales and rescalings ``ξ = c ⊙ w`` (Euler), for shifts ``ξ = d``. So one forward and one
+backward pass with a random cotangent test all generators at once, each by
+
+    value = |Σ c_i Σ_i w ⊙ g| / Σ |c_i| ‖w_i‖ ‖g_i‖    or    |Σ d_i Σ_i g| / Σ |d_i| √n_i ‖g_i‖ ,
+
+with sums over the groups i that it moves and g = ∂L/∂w. That is rounding where it is a symmetry and of order one where
+it is not. The gradient has to be taken in float64, in training mode, with the eps of every normalization made
+negligible and with dropout off. Where it vanishes there is no evidence.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from numpy.typing import NDArray
+from torch import Tensor
 
-from manifold_nets.errors import LossError
 from manifold_nets.errors.base import listed
-from manifold_nets.float64 import following
 from manifold_nets.groups import Partition
 from manifold_nets.models import groups_not_finite
-from manifold_nets.running import Inputs, called
-from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
-from manifold_nets.symmetry.low_variance import LowVariance, Places, told
-from manifold_nets.symmetry.report import Absorber, Certificate, ShiftSymmetry
-from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.generators import Generators
+from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.low_variance import LowVariance, Places, describe
+from manifold_nets.symmetry.report import Certificate
 
-__all__ = ["ROUNDED", "Certifier", "Direction", "Loss", "ShiftJudge", "sees_no_shift"]
+__all__ = ["EVIDENCE_FLOOR", "ROUNDED", "Excuse", "InvarianceTest"]
 
+# A gradient this much smaller than the largest one of the network is rounding and proves nothing.
+EVIDENCE_FLOOR = 1e-11
 # A sum this small against the evidence floor, some 45 roundings of the largest product of the network, refutes nothing:
 # where gradients nearly cancel, as those of a channel with one active entry do, it is what rounding leaves.
 ROUNDED = 1e-3
-# Of some groups, which ones the pass could tell nothing of, and why.
-Excused = Callable[[Tensor], tuple[Tensor, str]]
+# Given the generators that are refuted or lack a gradient: those absorbed by a statistic of low variance, and where.
+Excuse = Callable[[NDArray[np.bool_]], Mapping[int, Places]]
 
 
-class Certifier:
-    """Compares ``|Σ_G w ⊙ ∂L/∂w|`` with ``‖w_G‖ ‖∂L/∂w_G‖``, group by group.
+class InvarianceTest:
+    """Tests generators by the gradients of one pass.
 
     Args:
-        field: weights and gradients of one float64 pass.
-        tolerance: largest value of an invariant group.
+        gradients: weights and gradients of one float64 pass.
+        tolerance: largest value of a symmetry.
+        low_variance: finds the statistics without variance, for generators that are refuted.
         not_finite: for some parameters which of their entries are not finite in the model, and were drawn anew.
     """
 
     def __init__(
-        self, field: GradientPass, tolerance: float, not_finite: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        gradients: GradientPass,
+        tolerance: float,
+        low_variance: LowVariance | None = None,
+        not_finite: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        self.field, self.tolerance, self.not_finite = field, tolerance, not_finite
-        names = [] if field.silent else [name for name, shape in field.shapes.items() if len(shape) >= 2]
-        self.largest = max(filter(math.isfinite, map(field.size, names)), default=0.0)
-        self.floor = EVIDENCE_FLOOR * self.largest
+        self.gradients, self.tolerance, self.low_variance = gradients, tolerance, low_variance
+        self.not_finite = not_finite
 
-    def alone(self, name: str, partition: Partition) -> Certificate:
-        """Certificate of the groups of a partition without any bias."""
-        if self.field.silent:
-            return Certificate(None, "no evidence", 0, 0, partition.n_groups)
-        sums = self.field.sums(name, partition)
-        lost = self.lost(name, partition)
-        return self.verdict(sums.products, sums.weights.sqrt(), sums.gradients.sqrt(), self.field.size(name), lost=lost)
+    @cached_property
+    def largest(self) -> float:
+        """The size of the largest weight: of ``Σ ‖w_i‖ ‖g_i‖``."""
+        names = [name for name, shape in self.gradients.shapes.items() if len(shape) >= 2 and math.prod(shape)]
+        return max(filter(math.isfinite, map(self.gradients.size, names)), default=0.0)
+
+    def floor(self, *, adds: bool = False) -> float:
+        """The size up to which a generator has no evidence."""
+        return EVIDENCE_FLOOR * (self.gradients.largest_slope if adds else self.largest)
+
+    def of_partition(self, name: str, partition: Partition) -> Certificate:
+        """Certificate of all groups of a parameter without any bias."""
+        return self.certificate(Generators.of_groups(name, partition, range(partition.n_groups)))
 
     def with_evidence(self, name: str, partition: Partition) -> tuple[int, ...]:
-        """The numbers of the groups that have a gradient."""
-        sums = self.field.sums(name, partition)
-        return tuple((sums.weights.sqrt() * sums.gradients.sqrt() > self.floor).nonzero().flatten().tolist())
+        """The groups of a partition that have a gradient."""
+        return tuple(np.flatnonzero(self._part_sums(name, partition, adds=False)[1] > self.floor()).tolist())
 
-    def lost(self, name: str, partition: Partition) -> Sequence[int]:
-        """The groups of a partition that are not finite in the model."""
-        return groups_not_finite(self.not_finite[name], partition) if name in self.not_finite else ()
+    def certificate(self, generators: Generators, excuse: Excuse | None = None) -> Certificate:
+        """Test each generator.
 
-    def verdict(
-        self,
-        sums: Tensor,
-        weight: Tensor,
-        gradient: Tensor,
-        most: float = math.inf,
-        *,
-        excused: Excused | None = None,
-        lost: Sequence[int] = (),
-    ) -> Certificate:
-        """Certificate from the sum of each group and the norms of its weights and gradients.
-
-        Where filters of different scales make a group, the product of its norms may be far above what any sum of it
-        could be, and would hide that this one is not zero: ``most``, the size of the parameters, is what it is at most.
-        Where groups are refuted, ``excused`` is asked which of them the pass could tell nothing of, and why. Those that
-        are ``lost``, as they are not finite, and those whose gradient is not, have no evidence.
+        Args:
+            generators: what may be a symmetry.
+            excuse: asked where some are refuted; those that it returns have no evidence.
         """
-        size = (weight * gradient).clamp_max(most if math.isfinite(most) else math.inf)
-        evidence = size > self.floor
-        evidence &= ~((sums.abs() > self.tolerance * size) & (sums.abs() <= ROUNDED * self.floor))
-        values = torch.where(evidence, sums.abs() / size, torch.zeros_like(size))
-        # A sum that is not a number is no evidence of invariance.
-        refuted = (evidence & ~(values <= self.tolerance)) | ~sums.isfinite()
-        unread, unknown = torch.zeros_like(evidence), ~gradient.isfinite()
-        unread[list(lost)] = True
-        because = [_not_finite(lost, len(sums))] if lost else []
-        because += ["gradients are not finite on these inputs"] if bool((unknown & ~unread).any()) else []
-        refuted, evidence = refuted & ~(unread | unknown), evidence & ~(unread | unknown)
-        if excused is not None and bool(refuted.any()):
-            without, words = excused(refuted | ~evidence)
-            refuted, evidence = refuted & ~without, evidence & ~without
-            because += [words] if words else []
-        n_refuted, n_evidence = int(refuted.sum()), int((evidence | refuted).sum())
-        verdict = "not invariant" if n_refuted else "invariant" if n_evidence else "no evidence"
+        count = generators.count
+        if self.gradients.without_values:
+            return Certificate(None, "no evidence", 0, 0, count, no_evidence=tuple(range(count)))
+        totals, sizes, finite = self._sums(generators)
+        floor = self.floor(adds=generators.adds)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            evidence = sizes > floor
+            evidence &= ~((totals > self.tolerance * sizes) & (totals <= ROUNDED * floor))
+            values = np.where(evidence, totals / sizes, 0.0)
+            # A sum that is not a number is no evidence of a symmetry.
+            refuted = (evidence & ~(values <= self.tolerance)) | ~np.isfinite(totals)
+        lost = self._lost(generators)
+        because = [_not_finite(np.flatnonzero(lost).tolist(), count)] if lost.any() else []
+        because += ["gradients are not finite on these inputs"] if bool((~finite & ~lost).any()) else []
+        known = finite & ~lost
+        if excuse is not None and bool((refuted & known).any()):
+            places = excuse(known & (refuted | ~evidence))
+            known[list(places)] = False
+            because += [describe(places.values())] if places else []
+        refuted, evidence = refuted & known, (evidence | refuted) & known
+        n_refuted, n_evidence = int(refuted.sum()), int(evidence.sum())
+        largest = float(values[evidence].max()) if n_evidence else math.nan
         return Certificate(
-            value=_finite(float(values[evidence | refuted].max())) if n_evidence else None,
-            verdict=verdict,
+            value=largest if math.isfinite(largest) else None,
+            verdict="not invariant" if n_refuted else "invariant" if n_evidence else "no evidence",
             groups_certified=n_evidence - n_refuted,
             groups_refuted=n_refuted,
-            groups_without_evidence=len(sums) - n_evidence,
+            groups_without_evidence=count - n_evidence,
             because="; ".join(because),
-            silent=tuple((~(evidence | refuted)).nonzero().flatten().tolist()),
+            no_evidence=tuple(np.flatnonzero(~evidence).tolist()),
         )
 
+    def _sums(self, generators: Generators) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+        """|⟨g, ξ⟩| and its size for each generator, and whether its gradients are finite."""
+        totals, sizes, finite = (np.zeros(generators.count) for _ in range(3))
+        for part in generators.parts:
+            total, size = self._part_sums(part.parameter, part.partition, adds=generators.adds)
+            np.add.at(totals, part.numbers, part.coefficients * total[part.groups])
+            np.add.at(sizes, part.numbers, np.abs(part.coefficients) * size[part.groups])
+            slopes = self.gradients.sums(part.parameter, part.partition).gradients.cpu().numpy()
+            np.add.at(finite, part.numbers, ~np.isfinite(slopes[part.groups]))
+        # One entry is invariant just where its gradient vanishes: it is compared with that of others.
+        sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
+        return np.abs(totals), sizes, finite == 0
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    def _part_sums(
+        self, name: str, partition: Partition, *, adds: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Σ w ⊙ g or Σ g of each group, and the size that it is compared with.
+
+        Where filters of different scales make a group, the product of its norms may be far above what any sum of it
+        could be, and would hide that this one is not zero: the size of the parameter is what it is at most.
+        """
+        sums = self.gradients.sums(name, partition)
+        gradients = sums.gradients.sqrt()
+        if adds:
+            return sums.slopes.cpu().numpy(), (gradients * partition.group_size**0.5).cpu().numpy()
+        most = self.gradients.size(name)
+        sizes = (sums.weights.sqrt() * gradients).clamp_max(most if math.isfinite(most) else math.inf)
+        return sums.products.cpu().numpy(), sizes.cpu().numpy()
+
+    def _lost(self, generators: Generators) -> NDArray[np.bool_]:
+        """The scales that move entries which are not finite in the model."""
+        lost = np.zeros(generators.count, dtype=bool)
+        for part in generators.parts if not generators.adds else ():
+            if part.parameter in self.not_finite:
+                groups = groups_not_finite(self.not_finite[part.parameter], part.partition)
+                lost[part.numbers[np.isin(part.groups, groups)]] = True
+        return lost
 
 
 def _not_finite(groups: Sequence[int], count: int) -> str:
     if count == 1:
         return "it is not finite"
     return f"group{'s' if len(groups) > 1 else ''} {listed(groups)} {'are' if len(groups) > 1 else 'is'} not finite"
-
-
-# Far above the rounding of a loss in float64, far below what a shift of order one does to one that sees it.
-_LOSS_ROUNDING = 1e-9
-# For each parameter the coefficient of each entry that moves, by its flat index.
-Direction = dict[str, dict[int, float]]
-# The name of a loss of logits, or the loss as a function of what the model returns.
-Loss = str | Callable[[Any], Tensor]
-LOSSES = ("cross_entropy", "softmax")
-
-
-def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
-    """Whether a loss stays the same when a constant is added to all logits of an example, along axis 1.
-
-    Raises:
-        LossError: an unknown name, or a function that does not accept the outputs.
-        ExampleInputsError: the model refuses the inputs.
-    """
-    if loss is None:
-        return False
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise LossError(f"the name {loss!r}")
-        return True
-    generator = torch.Generator().manual_seed(0)
-
-    def shifted(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim < 2 or not leaf.is_floating_point():
-            return leaf
-        constants = torch.randn((leaf.shape[0], 1, *leaf.shape[2:]), generator=generator, dtype=torch.float64)
-        return leaf + constants.to(leaf.device)
-
-    with torch.no_grad(), torch.random.fork_rng(), following(model):
-        outputs = called(model, inputs)
-        try:
-            before, after = float(loss(outputs)), float(loss(pytree.tree_map(shifted, outputs)))
-        except Exception as error:
-            raise LossError(f"{type(error).__name__}: {error}") from error
-    return abs(after - before) <= _LOSS_ROUNDING * max(1.0, abs(before))
-
-
-class ShiftJudge:
-    """Puts the certificate beside what the structure claims.
-
-    Args:
-        euler: weights and gradients of one float64 pass.
-        tolerance: largest value of a symmetry.
-        drops_samples: whether the network drops branches at random, which leaves no trace in its graph.
-        blunt: tells, of shifts that are refuted, whether what absorbs them has no variance.
-    """
-
-    def __init__(
-        self, euler: GradientPass, tolerance: float, drops_samples: bool, blunt: LowVariance | None = None
-    ) -> None:
-        self.euler, self.tolerance, self.drops_samples, self.blunt = euler, tolerance, drops_samples, blunt
-        self.largest = euler.largest_slope
-
-    def added(self, directions: list[Direction], absorptions: list[Absorption], rank: int) -> ShiftSymmetry:
-        """Judge shifts of added parameters."""
-        values: list[float | None] = []
-        flat = {name: self.euler.gradients[name].flatten().cpu().numpy() for name in directions[0]}
-        for direction in directions:
-            g = np.concatenate([flat[name][list(entries)] for name, entries in direction.items()])
-            d = np.array([c for entries in direction.values() for c in entries.values()])
-            size = float(np.linalg.norm(g) * np.linalg.norm(d)) if len(d) > 1 else self.largest
-            values.append(self._value(abs(float(g @ d)), size))
-        entries = sum(len(part) for part in directions[0].values())
-        kinds = {a.kind for a in absorptions}
-        kind = "dead bias" if entries == 1 else "filter shift" if rank > 1 else "bias shift"
-        if entries > 1 and len(directions[0]) > 1:
-            kind = "redundant biases"
-        elif entries > 1 and kinds and kinds <= {"softmax", "loss"}:
-            kind = "logit shift"
-        return self._symmetry(kind, tuple(directions[0]), values, absorptions, directions=tuple(directions))
-
-    def rows(self, name: str, partition: Partition, free: list[int], absorptions: list[Absorption]) -> ShiftSymmetry:
-        """Judge rows added to blocks of filters."""
-        index = torch.arange(partition.n_groups).reshape(partition.spread_shape)
-        if len(partition.kept) > 1:
-            lead = index.reshape(-1).reshape([partition.view[axis] for axis in partition.kept])
-            index = lead if len(partition.view) == len(partition.shape) else _blocks_of(lead, partition, free)
-        return self.groups(name, partition, index.flatten().tolist(), absorptions)
-
-    def groups(
-        self, name: str, partition: Partition, numbers: list[int], absorptions: list[Absorption]
-    ) -> ShiftSymmetry:
-        """Judge constants added to groups of entries."""
-        found = self.euler.sums(name, partition)
-        sums = found.slopes.abs().cpu()[numbers]
-        sizes = found.gradients.sqrt().cpu()[numbers] * partition.group_size**0.5
-        values = [self._value(a, b) for a, b in zip(sums.tolist(), sizes.tolist(), strict=True)]
-        return self._symmetry("row shift", (name,), values, absorptions, partition=partition, groups=tuple(numbers))
-
-    def _value(self, total: float, size: float) -> float | None:
-        """Value of the certificate; None where the gradient vanishes, or is not finite."""
-        return total / size if size > EVIDENCE_FLOOR * self.largest and np.isfinite(total) else None
-
-    def _excused(
-        self, values: list[float | None], places: Places, directions: Sequence[Direction]
-    ) -> tuple[list[float | None], str]:
-        """The values without those that are refuted where there is no variance; without all where that is not known."""
-        if not places:
-            return values, ""
-        channels = set().union(*places.values()) if all(places.values()) else set()
-        entries = [[*part] for direction in directions for part in direction.values()]
-        if not channels or len(entries) != len(values) or any(len(part) > 1 for part in entries):
-            return [None] * len(values), told([places])
-        refuted = [value is not None and not value <= self.tolerance for value in values]
-        without = [bad and entry in channels for bad, (entry,) in zip(refuted, entries, strict=True)]
-        kept = [None if out else value for value, out in zip(values, without, strict=True)]
-        return kept, told([places]) if any(without) else ""
-
-    def _symmetry(
-        self, kind: str, names: tuple[str, ...], values: list[float | None], absorptions: list[Absorption], **more: Any
-    ) -> ShiftSymmetry:
-        known = [value for value in values if value is not None]
-        refuted = sum(not value <= self.tolerance for value in known)
-        because = ""
-        if refuted and self.blunt is not None:
-            values, because = self._excused(values, self.blunt.places(absorptions), more.get("directions", ()))
-            known = [value for value in values if value is not None]
-            refuted = sum(not value <= self.tolerance for value in known)
-        verdict = "not invariant" if refuted else "invariant" if known else "no evidence"
-        certificate = Certificate(
-            max(known) if known else None, verdict, len(known) - refuted, refuted, len(values) - len(known),
-            because=because, silent=tuple(number for number, value in enumerate(values) if value is None),
-        )  # fmt: skip
-        once = list({a.node: a for a in absorptions}.values())
-        absorbers = tuple(Absorber(a.op, a.module, a.kind, running_mean=a.running_mean) for a in once)
-        kinds = {a.kind for a in absorbers}
-        condition = None
-        if self.drops_samples and kinds & {"batch"}:
-            condition = "while no branch is dropped at random"
-        remedy = _remedy(kind, absorbers) if not refuted else _REFUTED
-        return ShiftSymmetry(kind, names, len(values), absorbers, certificate, remedy, condition, **more)
-
-
-def _blocks_of(index: torch.Tensor, partition: Partition, free: list[int]) -> torch.Tensor:
-    """Numbers of the groups of a partition that belong to the free blocks."""
-    if partition.kept[:3] == (0, 1, 2):  # transposed: groups, input channels, blocks of a group
-        moved = index.movedim(2, 1)
-        return moved.reshape(-1, *moved.shape[2:])[free]
-    return index[free]
-
-
-_REFUTED = "leave it and report it: structure and certificate contradict each other"
-_REMEDIES = {
-    "dead bias": "remove it: it does nothing",
-    "bias shift": "leave it, or subtract its mean: the function stays",
-    "logit shift": "leave it, or subtract its mean: the function stays",
-    "filter shift": "leave it, or subtract the mean of each filter: the function stays",
-    "row shift": "leave it, or subtract the mean over the filters: the function stays",
-    "redundant biases": "keep one of them and add the others to it",
-}
-
-
-def _remedy(kind: str, absorbers: tuple[Absorber, ...]) -> str:
-    means = [a.running_mean for a in absorbers if a.running_mean is not None]
-    return _REMEDIES[kind] + (f" ({means[0]} takes it up)" if kind == "dead bias" and means else "")

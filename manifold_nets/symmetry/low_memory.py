@@ -111,10 +111,10 @@ class _Freed:
 class _Passes:
     """The casts of one forward and backward pass, and the gradients that it leaves."""
 
-    def __init__(self, twin: nn.Module, wanted: Mapping[str, Sequence[Partition]]) -> None:
+    def __init__(self, twin: nn.Module, required: Mapping[str, Sequence[Partition]]) -> None:
         self.names = {id(p): name for name, p in twin.named_parameters() if p.is_floating_point()}
         self.weights = {name: parameter.detach() for name, parameter in twin.named_parameters()}
-        self.wanted = wanted
+        self.required = required
         self.open: Counter[str] = Counter()
         self.gradients: dict[str, Tensor] = {}
         self.sums: dict[str, dict[Partition, GroupSums]] = {}
@@ -142,20 +142,20 @@ class _Passes:
         waiting = self.gradients.pop(name, None)
         if waiting is not None:
             gradient = waiting + gradient
-        if self.open[name] > 0 or name not in self.wanted:
+        if self.open[name] > 0 or name not in self.required:
             self.gradients[name] = gradient.to(torch.float32)
         else:
             self.reduce(name, gradient)
 
     def reduce(self, name: str, gradient: Tensor) -> None:
         """Take the sums of a gradient that will be asked for."""
-        partitions = self.wanted[name]
+        partitions = self.required[name]
         self.sums[name] = dict(zip(partitions, group_sums(self.weights[name], gradient, partitions), strict=True))
         self.largest = max(self.largest, float(torch.stack(gradient.aminmax()).abs().max()))
 
     def finish(self) -> None:
         """Reduce what still waits for a use that the outputs do not depend on."""
-        for name in [name for name in self.gradients if name in self.wanted]:
+        for name in [name for name in self.gradients if name in self.required]:
             self.reduce(name, self.gradients.pop(name))
 
     def pack(self, saved: Tensor) -> Any:
@@ -247,7 +247,7 @@ def low_memory_pass(
     twin: nn.Module,
     inputs: Inputs,
     seed: int,
-    wanted: Mapping[str, Sequence[Partition]] | None = None,
+    required: Mapping[str, Sequence[Partition]] | None = None,
     *,
     logits: bool = False,
 ) -> GradientPass:
@@ -257,7 +257,7 @@ def low_memory_pass(
         twin: the copy; its parameters of one axis, and those that are zero, are moved.
         inputs: its inputs, in float64.
         seed: seed of the random cotangent.
-        wanted: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
+        required: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
             rounded to float32. Should other sums be asked for, the pass is run once more.
         logits: whether the cotangent sums to zero along axis 1.
 
@@ -268,7 +268,7 @@ def low_memory_pass(
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     move_vectors([p for p in nn.Module.parameters(twin) if is_continuous(p)], generator)
-    return _pass(twin, inputs, seed, generator.get_state(), wanted or {}, logits=logits)
+    return _pass(twin, inputs, seed, generator.get_state(), required or {}, logits=logits)
 
 
 def _pass(
@@ -276,7 +276,7 @@ def _pass(
     inputs: Inputs,
     seed: int,
     state: Tensor,
-    wanted: Mapping[str, Sequence[Partition]],
+    required: Mapping[str, Sequence[Partition]],
     *,
     logits: bool,
 ) -> LowMemoryPass:
@@ -284,7 +284,7 @@ def _pass(
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device)
     generator.set_state(state)
-    passes = _Passes(twin, wanted)
+    passes = _Passes(twin, required)
     for parameter in nn.Module.parameters(twin):
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
@@ -307,7 +307,7 @@ def _pass(
     return LowMemoryPass(
         _Widened(passes.weights),
         _Widened(gradients),
-        wanted=wanted,
+        required=required,
         _sums=passes.sums,
         again=again,
         largest=passes.largest,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from manifold_nets.errors import ParameterNameError
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.generators import Direction, Generators
 from manifold_nets.symmetry.module_graph import GraphNode
 
 __all__ = [
@@ -44,7 +46,7 @@ class Certificate:
         because: why groups are without evidence, where it is not only that their gradient vanishes; else empty.
         moved: the largest relative change of an output, in training mode, when all that is claimed of the network is
             moved by finite amounts at once; of what that refutes, when it is moved. None where nothing was moved.
-        silent: the numbers of the groups without evidence; not part of the JSON form.
+        no_evidence: the numbers of the groups without evidence; not part of the JSON form.
     """
 
     value: float | None
@@ -55,12 +57,12 @@ class Certificate:
     taken_at: str = ""
     because: str = ""
     moved: float | None = None
-    silent: tuple[int, ...] = field(default=(), repr=False, compare=False)
+    no_evidence: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         moved = self.moved if self.moved is None or math.isfinite(self.moved) else None
-        return {**{name: value for name, value in vars(self).items() if name != "silent"}, "moved": moved}
+        return {**{name: value for name, value in vars(self).items() if name != "no_evidence"}, "moved": moved}
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" ({self.value:.1e})"
@@ -161,6 +163,7 @@ class WeightFinding:
         free_groups: how many groups of filters these are, each explained and certified by a family of the report.
         finer_groups: how many invariant groups the weight has where no view of its shape expresses them, so that
             ``partition`` joins some; 0 where ``partition`` is the finest one.
+        generators: the scales of the groups of ``partition``, with the biases; not part of the JSON form.
     """
 
     name: str
@@ -177,6 +180,7 @@ class WeightFinding:
     free_filters: int = 0
     finer_groups: int = 0
     free_groups: int = 0
+    generators: Generators = field(default=Generators((), 0), repr=False, compare=False)
 
     @property
     def groups_in_words(self) -> str:
@@ -259,8 +263,7 @@ class SymmetryFamily:
         certificate: what the numbers say of them.
         remedy: what to do about it.
         absorbed: whether a normalization absorbs some of it, so that its statistics would have to follow.
-        symmetries: for each symmetry and each member the exponents by index; not part of the JSON form.
-        partitions: for each member the partition of its parameter into rows, columns or entries; likewise.
+        generators: the symmetries, with a part for each member; not part of the JSON form.
         partial: whether it moves filters of a weight of which other filters are not invariant.
     """
 
@@ -270,9 +273,24 @@ class SymmetryFamily:
     certificate: Certificate
     remedy: str
     absorbed: bool = False
-    symmetries: tuple[dict[tuple[str, str], dict[int, float]], ...] = field(default=(), repr=False, compare=False)
-    partitions: dict[tuple[str, str], Partition] = field(default_factory=dict, repr=False, compare=False)
+    generators: Generators = field(default=Generators((), 0), repr=False, compare=False)
     partial: bool = False
+
+    @cached_property
+    def symmetries(self) -> tuple[dict[tuple[str, str], dict[int, float]], ...]:
+        """For each symmetry and each member the exponents by index."""
+        found: list[dict[tuple[str, str], dict[int, float]]] = [{} for _ in range(self.count)]
+        for place, part in zip(self.partitions, self.generators.parts, strict=True):
+            columns = (values.tolist() for values in (part.numbers, part.groups, part.coefficients))
+            for number, index, exponent in zip(*columns, strict=True):
+                found[number].setdefault(place, {})[index] = exponent
+        return tuple(found)
+
+    @property
+    def partitions(self) -> dict[tuple[str, str], Partition]:
+        """For each member the partition of its parameter into rows, columns or entries."""
+        pairs = zip(self.members, self.generators.parts, strict=True)
+        return {(member.parameter, member.part): part.partition for member, part in pairs}
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -322,9 +340,7 @@ class ShiftSymmetry:
             the largest one of the network for single entries.
         remedy: what to do about it.
         condition: when it holds, where that is not always.
-        partition: for row shifts, the groups of entries that are shifted together.
-        groups: for row shifts, the numbers of the groups that are free.
-        directions: for the other kinds, the coefficient of each entry that moves, by parameter and flat index.
+        generators: the shifts; not part of the JSON form.
     """
 
     kind: str
@@ -334,9 +350,29 @@ class ShiftSymmetry:
     certificate: Certificate
     remedy: str
     condition: str | None = None
-    partition: Partition | None = field(default=None, repr=False)
-    groups: tuple[int, ...] = field(default=(), repr=False)
-    directions: tuple[dict[str, dict[int, float]], ...] = field(default=(), repr=False, compare=False)
+    generators: Generators = field(default=Generators((), 0, adds=True), repr=False, compare=False)
+
+    @property
+    def partition(self) -> Partition | None:
+        """For row shifts, the groups of entries that are shifted together."""
+        return self.generators.parts[0].partition if self.kind == "row shift" else None
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """For row shifts, the numbers of the groups that are free."""
+        return tuple(self.generators.parts[0].groups.tolist()) if self.kind == "row shift" else ()
+
+    @cached_property
+    def directions(self) -> tuple[Direction, ...]:
+        """For the other kinds, the coefficient of each entry that moves, by parameter and flat index."""
+        if self.kind == "row shift":
+            return ()
+        found: list[Direction] = [{} for _ in range(self.count)]
+        for part in self.generators.parts:
+            columns = (values.tolist() for values in (part.numbers, part.groups, part.coefficients))
+            for number, index, coefficient in zip(*columns, strict=True):
+                found[number].setdefault(part.parameter, {})[index] = coefficient
+        return tuple(found)
 
     @property
     def convert_remedy(self) -> str | None:
