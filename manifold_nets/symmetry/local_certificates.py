@@ -31,8 +31,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from manifold_nets.running import Inputs, output_tensors, to_float64
-from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, random_projection
-from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS
+from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
+from manifold_nets.symmetry.gradients import MOST_PASSES, GradientPass, random_projection
 from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name
 from manifold_nets.symmetry.rules import RULES, VIEWS
 from manifold_nets.symmetry.structure.find import Structure
@@ -75,7 +75,7 @@ class LocalCertificates:
         self.passes = 0
         self._nodes: set[Node] = set()
 
-    def fields(self, structures: Iterable[Structure]) -> dict[str, EulerField]:
+    def fields(self, structures: Iterable[Structure]) -> dict[str, GradientPass]:
         """The field at the normalizations, for each weight that has them and that provably no output depends on."""
         candidates = {s.name: s for s in structures if self._may_be_certified(s)}
         if not candidates or self.most_passes < 1:
@@ -178,7 +178,7 @@ class LocalCertificates:
                 waiting.append(node)
         return found
 
-    def _field(self) -> tuple[EulerField, list[Tensor]]:
+    def _field(self) -> tuple[GradientPass, list[Tensor]]:
         """Weights, and gradients of a random projection of what the normalizations return; the outputs as well."""
         device = next(iter(self.parameters.values())).device
         with self._buffers_kept(), torch.enable_grad():
@@ -194,7 +194,7 @@ class LocalCertificates:
             else slope.to_dense()
             for (name, weight), slope in zip(weights.items(), found, strict=True)
         }
-        return EulerField(weights, slopes), outputs
+        return GradientPass(weights, slopes), outputs
 
 
 def _names(structure: Structure) -> list[str]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from manifold_nets.groups import Partition
+from manifold_nets.groups import Partition, sum_over
 
 __all__ = ["GroupSums", "coarsened", "group_sums"]
 
-# Entries of a weight that are multiplied at once: some products of a megabyte each.
-_BLOCK = 1 << 17
+# Entries of a weight that are multiplied at once, so that the products of a block stay in the cache.
+_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,9 @@ class GroupSums:
 
     def coarsened(self, fine: Partition, coarse: Partition) -> GroupSums | None:
         """The sums of a partition whose groups are unions of groups; None where they are not."""
-        parts = [coarsened(values, fine, coarse) for values in (self.products, self.weights, self.gradients)]
-        slopes = coarsened(self.slopes, fine, coarse)
-        if slopes is None or any(part is None for part in parts):
-            return None
-        products, weights, gradients = (part for part in parts if part is not None)
-        return GroupSums(products, weights, gradients, slopes)
+        found = [coarsened(values, fine, coarse) for values in vars(self).values()]
+        sums = [values for values in found if values is not None]
+        return GroupSums(*sums) if len(sums) == len(found) else None
 
 
 def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]) -> list[GroupSums]:
@@ -61,26 +58,60 @@ def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]
         >>> [sums.products.tolist() for sums in group_sums(w, g, [Partition.filters((2, 2)), Partition.whole((2, 2))])]
         [[3.0, 7.0], [10.0]]
     """
+    finest = [p for p in dict.fromkeys(partitions) if not any(_is_finer(q, p) for q in partitions if q != p)]
     common: tuple[int, ...] | None = ()
-    for partition in partitions:
+    for partition in finest:
         common = _common_view(partition.view, common) if common is not None else None
     if common is None:
-        return [sums for partition in partitions for sums in group_sums(weight, gradient, [partition])]
-    kept = [sorted(_refined(partition, common)) for partition in partitions]
+        taken = {partition: _read(weight, gradient, [partition], partition.view)[0] for partition in finest}
+    else:
+        taken = dict(zip(finest, _read(weight, gradient, finest, common), strict=True))
+    for partition in partitions:
+        coarse = (sums.coarsened(fine, partition) for fine, sums in list(taken.items()) if partition not in taken)
+        taken.update({partition: sums for sums in coarse if sums is not None})
+    return [taken[partition] for partition in partitions]
+
+
+def _is_finer(fine: Partition, coarse: Partition) -> bool:
+    """Whether the groups of one partition are unions of those of another, and more than a few."""
+    common = _common_view(fine.view, coarse.view)
+    if common is None or fine.n_groups == coarse.n_groups:
+        return False
+    return _refined(coarse, common) < _refined(fine, common)
+
+
+def _read(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition], view: tuple[int, ...]) -> list[GroupSums]:
+    """The sums of partitions whose kept axes are axes of a view, from one pass over the entries."""
+    kept = [sorted(_refined(partition, view)) for partition in partitions]
+    runs = [_runs([axis for axis in range(len(view)) if axis not in axes]) for axes in kept]
     totals = [
-        torch.zeros((4, *(n if axis in axes else 1 for axis, n in enumerate(common))), dtype=torch.float64)
+        torch.zeros((4, *(n if axis in axes else 1 for axis, n in enumerate(view))), dtype=torch.float64)
         for axes in kept
     ]
     totals = [total.to(weight.device) for total in totals]
-    viewed = weight.reshape(common), gradient.reshape(common)
-    for block in _blocks(common):
+    viewed = weight.reshape(view), gradient.reshape(view)
+    entries = torch.empty(0)
+    for block in _blocks(view):
         w, g = (x[block].to(torch.float64) for x in viewed)
-        for number, entries in enumerate((w * g, w * w, g * g, g)):
-            for axes, total in zip(kept, totals, strict=True):
-                reduced = [axis for axis in range(len(common)) if axis not in axes]
-                place = tuple(part if axis in axes else slice(None) for axis, part in enumerate(block))
-                total[number][place] += entries.sum(reduced, keepdim=True) if reduced else entries
+        if entries.shape[1:] != w.shape:
+            entries = torch.empty(
+                (4, *w.shape), dtype=torch.float64, device=w.device
+            )  # once, for all blocks but the last
+        for product, (x, y) in zip(entries, ((w, g), (w, w), (g, g)), strict=False):
+            torch.mul(x, y, out=product)
+        entries[3] = g
+        for axes, reduced, total in zip(kept, runs, totals, strict=True):
+            place = tuple(part if axis in axes else slice(None) for axis, part in enumerate(block))
+            total[(slice(None), *place)] += sum_over(entries, reduced)
     return [GroupSums(*total.reshape(4, -1)) for total in totals]
+
+
+def _runs(axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Neighbouring axes together, the last ones first, counted behind the axis of the four sums."""
+    runs: list[tuple[int, ...]] = []
+    for axis in reversed(axes):
+        runs = [*runs[:-1], (axis + 1, *runs[-1])] if runs and runs[-1][0] == axis + 2 else [*runs, (axis + 1,)]
+    return tuple(runs)
 
 
 def _blocks(view: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

@@ -28,17 +28,17 @@ from torch.utils import _pytree as pytree
 from manifold_nets.groups import Partition
 from manifold_nets.models import analysis_copy, is_continuous
 from manifold_nets.running import Inputs
-from manifold_nets.symmetry.certificate.euler import (
-    EulerField,
+from manifold_nets.symmetry.exact_mode import exact_mode
+from manifold_nets.symmetry.gradients import (
+    GradientPass,
+    differentiable_outputs,
     differentiating,
     move_vectors,
     random_projection,
-    sharp_outputs,
 )
-from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
-from manifold_nets.symmetry.certificate.sharp import sharp_conditions
+from manifold_nets.symmetry.group_sums import GroupSums, group_sums
 
-__all__ = ["ROUNDING", "lean_copy", "lean_field", "widen_vectors"]
+__all__ = ["ROUNDING", "low_memory_copy", "low_memory_pass", "widen_vectors"]
 
 # Gradients rounded to float32 leave values up to half of this where a group is invariant.
 ROUNDING = torch.finfo(torch.float32).eps
@@ -61,7 +61,7 @@ class _Widened(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def lean_copy(model: nn.Module) -> nn.Module:
+def low_memory_copy(model: nn.Module) -> nn.Module:
     """Copy a model for analysis, in its own precision, with parameters of two and more axes shared, not copied.
 
     Raises:
@@ -111,10 +111,10 @@ class _Freed:
 class _Passes:
     """The casts of one forward and backward pass, and the gradients that it leaves."""
 
-    def __init__(self, twin: nn.Module, wanted: Mapping[str, Sequence[Partition]]) -> None:
+    def __init__(self, twin: nn.Module, required: Mapping[str, Sequence[Partition]]) -> None:
         self.names = {id(p): name for name, p in twin.named_parameters() if p.is_floating_point()}
         self.weights = {name: parameter.detach() for name, parameter in twin.named_parameters()}
-        self.wanted = wanted
+        self.required = required
         self.open: Counter[str] = Counter()
         self.gradients: dict[str, Tensor] = {}
         self.sums: dict[str, dict[Partition, GroupSums]] = {}
@@ -142,20 +142,20 @@ class _Passes:
         waiting = self.gradients.pop(name, None)
         if waiting is not None:
             gradient = waiting + gradient
-        if self.open[name] > 0 or name not in self.wanted:
+        if self.open[name] > 0 or name not in self.required:
             self.gradients[name] = gradient.to(torch.float32)
         else:
             self.reduce(name, gradient)
 
     def reduce(self, name: str, gradient: Tensor) -> None:
         """Take the sums of a gradient that will be asked for."""
-        partitions = self.wanted[name]
+        partitions = self.required[name]
         self.sums[name] = dict(zip(partitions, group_sums(self.weights[name], gradient, partitions), strict=True))
         self.largest = max(self.largest, float(torch.stack(gradient.aminmax()).abs().max()))
 
     def finish(self) -> None:
         """Reduce what still waits for a use that the outputs do not depend on."""
-        for name in [name for name in self.gradients if name in self.wanted]:
+        for name in [name for name in self.gradients if name in self.required]:
             self.reduce(name, self.gradients.pop(name))
 
     def pack(self, saved: Tensor) -> Any:
@@ -210,7 +210,7 @@ class _Widening(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class LeanField(EulerField):
+class LowMemoryPass(GradientPass):
     """Sums of the weights whose gradients are not kept; whole gradients of the other parameters.
 
     Args:
@@ -218,7 +218,7 @@ class LeanField(EulerField):
         largest: the largest modulus of an entry of the gradients that were not kept.
     """
 
-    again: Callable[[], EulerField] | None = field(default=None, repr=False, compare=False)
+    again: Callable[[], GradientPass] | None = field(default=None, repr=False, compare=False)
     largest: float = 0.0
 
     @cached_property
@@ -232,7 +232,7 @@ class LeanField(EulerField):
         return max(self.largest, super().largest_slope)
 
     @cached_property
-    def _whole(self) -> EulerField:
+    def _whole(self) -> GradientPass:
         if self.again is None:
             raise RuntimeError("gradients that were not kept")
         return self.again()
@@ -243,21 +243,21 @@ class LeanField(EulerField):
         return {partition: self._whole.sums(name, partition)}
 
 
-def lean_field(
+def low_memory_pass(
     twin: nn.Module,
     inputs: Inputs,
     seed: int,
-    wanted: Mapping[str, Sequence[Partition]] | None = None,
+    required: Mapping[str, Sequence[Partition]] | None = None,
     *,
     logits: bool = False,
-) -> EulerField:
-    """Run the forward and backward pass of the certificate on a lean copy; see `euler_field`.
+) -> GradientPass:
+    """Run the forward and backward pass of the certificate on a lean copy; see `gradient_pass`.
 
     Args:
         twin: the copy; its parameters of one axis, and those that are zero, are moved.
         inputs: its inputs, in float64.
         seed: seed of the random cotangent.
-        wanted: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
+        required: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
             rounded to float32. Should other sums be asked for, the pass is run once more.
         logits: whether the cotangent sums to zero along axis 1.
 
@@ -268,7 +268,7 @@ def lean_field(
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     move_vectors([p for p in nn.Module.parameters(twin) if is_continuous(p)], generator)
-    return _pass(twin, inputs, seed, generator.get_state(), wanted or {}, logits=logits)
+    return _pass(twin, inputs, seed, generator.get_state(), required or {}, logits=logits)
 
 
 def _pass(
@@ -276,21 +276,21 @@ def _pass(
     inputs: Inputs,
     seed: int,
     state: Tensor,
-    wanted: Mapping[str, Sequence[Partition]],
+    required: Mapping[str, Sequence[Partition]],
     *,
     logits: bool,
-) -> LeanField:
+) -> LowMemoryPass:
     """One forward and backward pass with the random numbers of a state."""
     device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
     generator = torch.Generator(device)
     generator.set_state(state)
-    passes = _Passes(twin, wanted)
+    passes = _Passes(twin, required)
     for parameter in nn.Module.parameters(twin):
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)
-        with sharp_conditions(twin, _Widening(passes)):
-            loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
+        with exact_mode(twin, _Widening(passes)):
+            loss = random_projection(differentiable_outputs(twin, inputs), generator, logits=logits)
             with differentiating(twin):
                 torch.autograd.backward([get_gradient_edge(loss)])
     passes.finish()
@@ -301,13 +301,13 @@ def _pass(
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
             gradients[name] = none if parameter.grad is None else parameter.grad.to_dense()
 
-    def again() -> EulerField:
+    def again() -> GradientPass:
         return _pass(twin, inputs, seed, state, {}, logits=logits)
 
-    return LeanField(
+    return LowMemoryPass(
         _Widened(passes.weights),
         _Widened(gradients),
-        wanted=wanted,
+        required=required,
         _sums=passes.sums,
         again=again,
         largest=passes.largest,

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from manifold_nets.float64 import in_float64
 from manifold_nets.symmetry.rules import LARGEST_EPS
 
-__all__ = ["NEGLIGIBLE_EPS", "sharp_conditions"]
+__all__ = ["NEGLIGIBLE_EPS", "exact_mode"]
 
 # torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
 NEGLIGIBLE_EPS = 1e-30
@@ -58,7 +58,7 @@ _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd_
 _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
 
 
-class _SharpConditions(TorchFunctionMode):
+class _ExactMode(TorchFunctionMode):
     """Makes every eps negligible and dropout inactive, also where no module attribute says so."""
 
     def __init__(self, eps: float) -> None:
@@ -94,12 +94,10 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
 
 
 @contextlib.contextmanager
-def sharp_conditions(
-    twin: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float | None = None
-) -> Iterator[None]:
+def exact_mode(twin: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float | None = None) -> Iterator[None]:
     """Run a copy, forward and backward, so that the certificate is sharp, and under a further mode if given."""
     eps = NEGLIGIBLE_EPS if eps is None else eps
-    with _negligible_eps(twin, eps), in_float64(), _SharpConditions(eps), mode or contextlib.nullcontext():
+    with _negligible_eps(twin, eps), in_float64(), _ExactMode(eps), mode or contextlib.nullcontext():
         yield
 
 

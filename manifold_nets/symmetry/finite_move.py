@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,11 +38,21 @@ from manifold_nets.float64 import map_tensors, tensors_in
 from manifold_nets.groups import Partition
 from manifold_nets.models import is_continuous, random_numbers
 from manifold_nets.running import Inputs, run, to_float64
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS, sharp_conditions
-from manifold_nets.symmetry.generators import Generators, Part
+from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS, exact_mode
+from manifold_nets.symmetry.generators import Generators, Part, single_entries
+from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.graph import op_name
+from manifold_nets.symmetry.report import (
+    Certificate,
+    ShiftSymmetry,
+    SymmetryFamily,
+    UnexplainedSymmetry,
+    WeightFinding,
+)
+from manifold_nets.symmetry.rules import LARGEST_EPS
+from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["MOST_RUNS", "FiniteMove", "Outcome"]
+__all__ = ["MOST_RUNS", "FiniteMove", "Outcome", "has_written_eps", "moved_claims", "moved_numbers"]
 
 # Decades by which groups are multiplied and shifts differ from 1, up and down.
 _DECADES = 2.0
@@ -57,6 +67,11 @@ _SMALLER_EPS = NEGLIGIBLE_EPS**2
 # Forward passes after which a search for the claims that fail ends, and takes all that are not cleared to fail; where
 # none does it takes four.
 MOST_RUNS = 40
+_REMEDY = "leave it and report it: structure and certificate call it invariant, and moving it changes the outputs"
+_NOT_INVARIANT = "leave it: its scale matters to the function"
+# Their eps is made negligible, wherever it comes from.
+_NORMALIZATIONS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+Found = TypeVar("Found", WeightFinding, SymmetryFamily, ShiftSymmetry)
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,16 @@ class _Point:
     eps: float = NEGLIGIBLE_EPS
 
 
+def has_written_eps(graph: TracedGraph) -> bool:
+    """Whether an operation of a network reads a constant as small as an eps."""
+    return any(
+        isinstance(value, float) and 0 < value <= LARGEST_EPS
+        for node in graph.order
+        if node.op == "call_function" and op_name(node) not in _NORMALIZATIONS
+        for value in (*node.args, *node.kwargs.values())
+    )
+
+
 class FiniteMove:
     """Carries claims out on the copy that is analysed.
 
@@ -101,7 +126,7 @@ class FiniteMove:
         self,
         twin: nn.Module,
         inputs: Inputs,
-        field: EulerField,
+        field: GradientPass,
         seed: int,
         tolerance: float,
         *,
@@ -234,7 +259,7 @@ class FiniteMove:
                 jittered = _Jitter(jitter, self.seed)
                 with random_numbers(self.seed), mode(), _moved(self.twin, moves, jittered) as reading:
                     given = map_tensors(jittered, inputs)
-                    with sharp_conditions(self.twin, reading, eps=eps):
+                    with exact_mode(self.twin, reading, eps=eps):
                         outputs = [output.detach().clone() for output in run(self.twin, given)]
             except (ExampleInputsError, DoublePrecisionError):
                 continue
@@ -369,3 +394,93 @@ class _State:
         with torch.no_grad():
             for buffer, values in self.values:
                 buffer.copy_(values)
+
+
+def moved_claims(
+    move: FiniteMove,
+    findings: Sequence[WeightFinding],
+    families: Sequence[SymmetryFamily],
+    shifts: Sequence[ShiftSymmetry],
+) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
+    """Move what structure claims and the certificate confirms, group by group; what fails is a contradiction."""
+    claims = {
+        (kind, number): found.generators.without(found.certificate.no_evidence)
+        for kind, several in (("weight", findings), ("family", families), ("shift", shifts))
+        for number, found in enumerate(several)
+        if found.certificate.verdict == "invariant" and found.generators.count
+    }
+    outcomes = dict(zip(claims, move.outcomes(list(claims.values())), strict=True))
+
+    def said(kind: str, number: int, found: Found) -> Found:
+        outcome = outcomes.get((kind, number), Outcome())
+        certificate = _certificate(found.certificate, outcome)
+        remedy = _REMEDY if outcome.refuted else found.remedy
+        return replace(found, certificate=certificate, remedy=remedy)
+
+    weights = [said("weight", number, finding) for number, finding in enumerate(findings)]
+    return (
+        [replace(w, status="disagreement") if w.remedy == _REMEDY else w for w in weights],
+        tuple(said("family", number, family) for number, family in enumerate(families)),
+        tuple(said("shift", number, shift) for number, shift in enumerate(shifts)),
+    )
+
+
+def moved_numbers(
+    move: FiniteMove,
+    findings: Sequence[WeightFinding],
+    unexplained: Sequence[UnexplainedSymmetry],
+    alone: Mapping[str, Partition],
+) -> tuple[list[WeightFinding], tuple[UnexplainedSymmetry, ...]]:
+    """Move what only the numbers call invariant, as far as it goes; of what fails the structure is right.
+
+    Args:
+        move: carries it out.
+        findings: of weights, of which structure claims something or not.
+        unexplained: what the search found.
+        alone: the partition of each weight that the certificate calls invariant, and the structure does not.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in move.twin.named_parameters()}
+    doubted = [number for number, w in enumerate(findings) if w.name in alone and w.certificate.verdict == "invariant"]
+    partitions = [alone[findings[n].name] for n in doubted]
+    claims = [
+        Generators.of_groups(findings[n].name, partition, range(partition.n_groups), far=True).without(
+            findings[n].certificate.no_evidence
+        )
+        for n, partition in zip(doubted, partitions, strict=True)
+    ]
+    claims += [_of_unexplained(found, shapes) for found in unexplained]
+    outcomes = move.outcomes(claims)
+    weights = list(findings)
+    for number, outcome in zip(doubted, outcomes, strict=False):
+        found, certificate = weights[number], _certificate(weights[number].certificate, outcome)
+        weights[number] = replace(found, certificate=certificate)
+        if outcome.refuted and found.status == "disagreement":
+            weights[number] = replace(weights[number], status="not invariant", remedy=_NOT_INVARIANT)
+    kept = zip(unexplained, outcomes[len(doubted) :], strict=True)
+    return weights, tuple(found for found, outcome in kept if not outcome.refuted)
+
+
+def _certificate(certificate: Certificate, outcome: Outcome) -> Certificate:
+    if not outcome.refuted:
+        return replace(certificate, moved=outcome.change)
+    return replace(
+        certificate, verdict="not invariant", groups_certified=0, moved=outcome.change,
+        groups_refuted=certificate.groups_refuted + certificate.groups_certified,
+    )  # fmt: skip
+
+
+def _of_unexplained(found: UnexplainedSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Generators:
+    generators = Generators.of_groups(
+        found.parameters[0], found.partition, found.groups, adds=found.kind == "shift", far=True
+    )
+    parts = list(generators.parts)
+    ids = found.partition.group_ids()
+    for name in found.parameters[1:]:
+        # The entries of the vector belong to slices of the tensor, and each slice to one group.
+        slices = (ids.movedim(axis, 0).flatten(1) if ids.ndim > 1 else ids[:, None] for axis in range(ids.ndim))
+        of_entry = next(s[:, 0] for s in slices if s.shape[0] == shapes[name][0] and bool((s == s[:, :1]).all()))
+        for number, group in enumerate(found.groups):
+            entries = np.flatnonzero(of_entry.numpy() == group)
+            numbers = np.full(len(entries), number)
+            parts.append(Part(name, single_entries(shapes[name]), entries, numbers, np.ones(len(entries))))
+    return replace(generators, parts=tuple(parts))

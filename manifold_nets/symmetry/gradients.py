@@ -1,13 +1,7 @@
-"""The Euler certificate: one float64 pass that proves or refutes the scale invariance of every group of every weight.
+"""Gradients in float64, at the weights as they are and at a second point, and the sums that the tests read of them.
 
-If the output does not change under ``w_G → α w_G`` then ``⟨∂L/∂w_G, w_G⟩ = 0`` (Euler), for every cotangent of the
-output. So one forward and one backward pass with a random cotangent give, for all groups at once,
-
-    value_G = |Σ_G w ⊙ ∂L/∂w| / (‖w_G‖ ‖∂L/∂w_G‖) ,
-
-which is rounding where the group is invariant and of order one where it is not. It is sharp in float64, in training
-mode, with the eps of every normalization made negligible and with dropout off; it sees nothing where the gradient
-vanishes, and says so.
+One forward and backward pass with a random cotangent on all outputs, in training mode, with the eps of every
+normalization made negligible and with dropout off.
 """
 
 from __future__ import annotations
@@ -15,57 +9,63 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from manifold_nets.errors import AnalysisError, ExampleInputsError, ManifoldNetsError
+from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
+from manifold_nets.float64 import map_tensors
 from manifold_nets.groups import Partition
 from manifold_nets.models import absent, is_continuous
 from manifold_nets.running import Inputs, run
-from manifold_nets.symmetry.certificate.reductions import GroupSums, group_sums
-from manifold_nets.symmetry.certificate.sharp import sharp_conditions
+from manifold_nets.symmetry.exact_mode import exact_mode
+from manifold_nets.symmetry.group_sums import GroupSums, group_sums
 
 __all__ = [
     "MOST_PASSES",
-    "EulerField",
+    "GradientPass",
+    "differentiable_outputs",
     "differentiating",
-    "euler_field",
+    "gradient_pass",
     "is_vector",
     "move_vectors",
+    "pass_without_values",
     "random_projection",
-    "sharp_outputs",
-    "silent_field",
+    "replace_zeros",
+    "second_pass",
 ]
 
-# A gradient this much smaller than the largest one of the network is rounding and proves nothing.
-EVIDENCE_FLOOR = 1e-11
 # Passes forward and backward that an analysis takes at most.
 MOST_PASSES = 4
+# How much longer scales and biases are at the second point.
+_FARTHER = 10.0
+# Size of what takes the place of zeros, beside the mean modulus of the other entries.
+_SMALL = 0.1
 
 
 @dataclass(frozen=True)
-class EulerField:
+class GradientPass:
     """Weights and gradients of one float64 pass, by parameter name.
 
     Args:
         weights: the parameters at which the gradients were taken.
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
-        silent: whether there are no values, as on the meta device.
+        without_values: whether there are none, as on the meta device.
         passes: how many passes forward and backward it took to get there.
-        wanted: for some weights the partitions whose sums will be asked for, so that one pass takes them all.
+        required: for some weights the partitions whose sums the certificates read, so that one reading takes them all.
+        searched: likewise those that the numerical search reads.
     """
 
     weights: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
-    silent: bool = False
+    without_values: bool = False
     passes: int = 1
-    wanted: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
+    required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
+    searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
-    _moments: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,12 +75,12 @@ class EulerField:
     @cached_property
     def largest_slope(self) -> float:
         """The largest modulus of an entry of a gradient."""
-        largest = (float(g.abs().max()) for g in self.gradients.values() if g.numel())
+        largest = (float(torch.stack(g.aminmax()).abs().max()) for g in self.gradients.values() if g.numel())
         return max(filter(math.isfinite, largest), default=0.0)
 
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
-        if self.silent:
+        if self.without_values:
             return GroupSums(*torch.zeros(()).expand(4, partition.n_groups))
         known = self._sums.setdefault(name, {})
         if partition not in known:
@@ -95,34 +95,22 @@ class EulerField:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        partitions = self.wanted.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
+        partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
         groups = (self.sums(name, partition) for partition in partitions)
         return min(float((sums.weights.sqrt() * sums.gradients.sqrt()).sum()) for sums in groups)
 
+    def forget(self, name: str, partition: Partition) -> None:
+        """Give the memory of some sums back."""
+        self._sums.get(name, {}).pop(partition, None)
+
     def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
         """The sums of a partition, and of those that will be asked for."""
-        partitions = list(dict.fromkeys([partition, *self.wanted.get(name, ())]))
+        partitions = list(dict.fromkeys([partition, *self.required.get(name, ()), *self.searched.get(name, ())]))
         taken = group_sums(self.weights[name], self.gradients[name], partitions)
         return dict(zip(partitions, taken, strict=True))
 
-    def moments(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """``w ⊙ g``, ``w²`` and ``g²``, summed over the kernel where there is one.
 
-        Those of convolutions are computed once: they are smaller than the weights, and everyone asks for them.
-        """
-        w, g = self.weights[name], self.gradients[name]
-        if w.ndim <= 2:
-            return w * g, w * w, g * g
-        known = self._moments.get(name)
-        if known is None:
-            # One after the other, so that one product at a time takes memory.
-            w, g = w.flatten(2), g.flatten(2)
-            known = (w * g).sum(2), (w * w).sum(2), (g * g).sum(2)
-            self._moments[name] = known
-        return known
-
-
-def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> EulerField:
+def gradient_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
@@ -137,9 +125,9 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     generator = torch.Generator(device).manual_seed(seed)
     parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
-    with torch.random.fork_rng(), torch.enable_grad(), sharp_conditions(twin):
+    with torch.random.fork_rng(), torch.enable_grad(), exact_mode(twin):
         torch.manual_seed(seed)
-        loss = random_projection(sharp_outputs(twin, inputs), generator, logits=logits)
+        loss = random_projection(differentiable_outputs(twin, inputs), generator, logits=logits)
         edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
         with differentiating(twin):
             gradients: Sequence[Tensor | None] = (
@@ -149,7 +137,7 @@ def euler_field(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = Fa
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
-    return EulerField(weights, slopes)
+    return GradientPass(weights, slopes)
 
 
 @contextmanager
@@ -182,8 +170,8 @@ def is_vector(parameter: Tensor) -> bool:
     return parameter.numel() == max(parameter.shape, default=1)
 
 
-def sharp_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Outputs of a copy that depend on a weight; see `sharp_conditions`, under which it is asked for them.
+def differentiable_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Outputs of a copy that depend on a weight; see `exact_mode`, under which it is asked for them.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -205,10 +193,10 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
     return loss
 
 
-def silent_field(twin: nn.Module) -> EulerField:
+def pass_without_values(twin: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
     zeros = {name: absent(parameter.shape) for name, parameter in twin.named_parameters()}
-    return EulerField(zeros, zeros, silent=True)
+    return GradientPass(zeros, zeros, without_values=True)
 
 
 def _zeros(twin: nn.Module) -> dict[str, Tensor]:
@@ -226,3 +214,63 @@ def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor
     modulus = weight.abs()
     radial = (weight.conj() * gradient).real
     return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
+
+
+def replace_zeros(twin: nn.Module, seed: int) -> None:
+    """Replace the entries of weights that are exactly zero by small random numbers, in place of a copy's parameters.
+
+    Pruned weights, Dirac initialization and identity matrices: a filter of zeros makes a channel without variance, and
+    with one entry a row all rows pass for columns. What the structure claims holds whatever the values are. A row of
+    zeros in a table stays: it has no direction, and its finding says so.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.eye_(layer.weight)
+        >>> replace_zeros(layer, 0)
+        >>> bool((layer.weight == 0).any())
+        False
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tables = {id(module.weight) for module in twin.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for parameter in nn.Module.parameters(twin):
+            if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
+                continue
+            zero = parameter == 0
+            if bool(zero.any()) and not bool(zero.all()):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
+                parameter.data = torch.where(zero, _SMALL * parameter.abs().mean() * noise, parameter)
+
+
+def second_pass(
+    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, passes: int = MOST_PASSES
+) -> GradientPass:
+    """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
+
+    What vanishes at both points does not vanish by accident. Scales and biases are longer there, so that a bound that
+    no activation reaches at the first point, as that of ReLU6, is reached. Where the model refuses inputs that are
+    moved, or answers them with what is not finite, it gets those of the first pass, as it does where but one of the
+    ``passes`` is left.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def moved(leaf: Tensor) -> Tensor:
+        if not leaf.is_floating_point() or leaf.layout != torch.strided:
+            return leaf
+        noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
+        return leaf + 0.5 * leaf.abs().mean() * noise
+
+    with torch.no_grad():
+        for parameter in nn.Module.parameters(twin):
+            if is_continuous(parameter):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
+                # In the storage of the noise: the first field goes on holding the weights at its own point.
+                factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if is_vector(parameter) else 1.0)
+                parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
+    try:
+        found = gradient_pass(twin, map_tensors(moved, inputs) if passes > 1 else inputs, seed + 1, logits=logits)
+        if passes < 2 or all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
+            return found
+    except (ExampleInputsError, DoublePrecisionError):
+        pass
+    return replace(gradient_pass(twin, inputs, seed + 1, logits=logits), passes=2)

@@ -1,4 +1,4 @@
-"""Channels on which the certificate is blunt, as they have no variance: what it reads there is rounding.
+"""Channels with near-zero variance, where the gradient test sees only rounding error.
 
 ``(x − mean) / √(var + eps)`` does not see the scale of x where eps is lost in the variance. A channel that is constant,
 as one is behind a ReLU that is never active or on inputs that are all alike, has a variance of zero but for rounding,
@@ -24,14 +24,14 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors.base import listed
 from manifold_nets.running import Inputs, to_float64
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.sharp import NEGLIGIBLE_EPS
+from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
+from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.structure.scales import Ids, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["BluntChannels", "Places", "told"]
+__all__ = ["LowVariance", "Places", "describe"]
 
 _ROUNDING = torch.finfo(torch.float64).eps
 # For each normalization that has no variance somewhere, its channels, where its statistics are those of channels.
@@ -39,7 +39,7 @@ Places = dict[str, set[int]]
 _CHANNELS = ("batch_norm", "instance_norm")
 
 
-class BluntChannels:
+class LowVariance:
     """Finds the scales that are absorbed by a statistic which is not far above rounding and eps.
 
     Args:
@@ -52,7 +52,7 @@ class BluntChannels:
     """
 
     def __init__(
-        self, graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int, field: EulerField, tolerance: float
+        self, graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int, field: GradientPass, tolerance: float
     ) -> None:
         self.graph, self.twin, self.inputs, self.seed = graph, twin, inputs, seed
         self.field, self.tolerance = field, tolerance
@@ -61,10 +61,10 @@ class BluntChannels:
         """The scales that statistics without variance absorb, each with the places where these are."""
         found: dict[int, Places] = {}
         for absorption in absorptions:
-            blunt = self._masks.get(absorption.node)
-            if blunt is None or not blunt.any():
+            low = self._masks.get(absorption.node)
+            if low is None or not low.any():
                 continue
-            mask, roots = _in_shape_of(absorption.ids, blunt), scales.roots(absorption.ids)
+            mask, roots = _in_shape_of(absorption.ids, low), scales.roots(absorption.ids)
             for index in zip(*np.nonzero(mask), strict=True):
                 channels = {int(index[1])} if absorption.op in _CHANNELS and mask.ndim > 1 else set()
                 for scale in scales.form(int(roots[index])):
@@ -75,11 +75,11 @@ class BluntChannels:
     def places(self, absorptions: Iterable[Absorption]) -> Places:
         """All places without variance among the normalizations that absorb something."""
         nodes = {absorption.node for absorption in absorptions}
-        return dict(self._place(node) for node in self._blunt if node in nodes)
+        return dict(self._place(node) for node in self._low_nodes if node in nodes)
 
     def behind(self, parameter: str, entries: Collection[int]) -> Places:
         """The place without variance of which a parameter scales or shifts the result: its gradient is rounding too."""
-        for node in self._blunt:
+        for node in self._low_nodes:
             arguments = bound_arguments(node)
             affine = [self.graph.parameter_of(arguments.get(name)) for name in ("weight", "bias")]
             where, channels = self._place(node)
@@ -88,7 +88,7 @@ class BluntChannels:
         return {}
 
     @property
-    def _blunt(self) -> list[Node]:
+    def _low_nodes(self) -> list[Node]:
         return [node for node, mask in self._masks.items() if mask.any()]
 
     def _place(self, node: Node) -> tuple[str, set[int]]:
@@ -100,7 +100,7 @@ class BluntChannels:
 
     @cached_property
     def _masks(self) -> Mapping[Node, NDArray[np.bool_]]:
-        """For each normalization which of its statistics are blunt, kept with their axes."""
+        """For each normalization which of its statistics have low variance, kept with their axes."""
         found: dict[Node, NDArray[np.bool_]] = {}
         lean = any(p.is_floating_point() and p.dtype != torch.float64 for p in nn.Module.parameters(self.twin))
 
@@ -110,8 +110,8 @@ class BluntChannels:
         def visit(node: Node, fetch: Any) -> Any:
             arguments = bound_arguments(node)
             if op_name(node) in _STATISTICS:
-                blunt = self._is_blunt(op_name(node), wide(fetch(arguments["input"])).detach(), arguments)
-                found.update({node: blunt} if blunt is not None else {})
+                low = self._is_low(op_name(node), wide(fetch(arguments["input"])).detach(), arguments)
+                found.update({node: low} if low is not None else {})
             if not callable(node.target) or not (lean or "eps" in arguments):
                 return None
             args, kwargs = node.args, node.kwargs
@@ -127,8 +127,8 @@ class BluntChannels:
             self.graph.interpret(self.twin, to_float64(self.inputs), visit)
         return found
 
-    def _is_blunt(self, op: str, x: Tensor, arguments: Mapping[str, Any]) -> NDArray[np.bool_] | None:
-        """Which statistics of an input are blunt: eps, or the rounding of what is subtracted, reaches the tolerance."""
+    def _is_low(self, op: str, x: Tensor, arguments: Mapping[str, Any]) -> NDArray[np.bool_] | None:
+        """Which statistics of an input have low variance: eps, or the rounding of what is subtracted, reaches the tolerance."""
         if not x.numel():
             return None
         x, axes = _STATISTICS[op](x, arguments)
@@ -136,8 +136,8 @@ class BluntChannels:
             return np.asarray(_below_eps(x.square().mean(axes, keepdim=True), self.tolerance).cpu().numpy())
         variance = x.var(axes, unbiased=False, keepdim=True)
         rounding = _ROUNDING * x.abs().amax(axes, keepdim=True)
-        blunt = _below_eps(variance, self.tolerance) | (self.tolerance * variance.sqrt() <= rounding)
-        return np.asarray(blunt.cpu().numpy())
+        low = _below_eps(variance, self.tolerance) | (self.tolerance * variance.sqrt() <= rounding)
+        return np.asarray(low.cpu().numpy())
 
     @contextmanager
     def _at_the_point(self) -> Iterator[None]:
@@ -156,11 +156,11 @@ class BluntChannels:
                 buffer.copy_(buffers[name])
 
 
-def told(places: Iterable[Places]) -> str:
+def describe(places: Iterable[Places]) -> str:
     """Say where there is no variance.
 
     Example:
-        >>> told([{"1 (batch_norm)": {3}}, {"1 (batch_norm)": {5}}])
+        >>> describe([{"1 (batch_norm)": {3}}, {"1 (batch_norm)": {5}}])
         'channels 3, 5 have hardly any variance in front of 1 (batch_norm) on these inputs'
     """
     together: Places = {}
@@ -212,7 +212,7 @@ _STATISTICS = {
 
 
 def _in_shape_of(ids: Ids, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which forms meet a blunt statistic; all of them where they do not broadcast to the statistics."""
+    """Which forms meet a statistic of low variance; all of them where they do not broadcast to the statistics."""
     if mask.ndim != ids.ndim:
         return np.full(ids.shape, mask.any())
     shared = tuple(axis for axis, n in enumerate(ids.shape) if n == 1)
