@@ -13,8 +13,6 @@ from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
 from manifold_nets.page import Section, document
 from manifold_nets.page.markup import dotted, escape, listed, plural, table
-from manifold_nets.symmetry.findings.report import FamilyMember, SymmetryFamily, SymmetryReport, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.page.drawings import (
     STATUSES,
     Norms,
@@ -30,6 +28,7 @@ from manifold_nets.symmetry.page.drawings import (
     symbols,
 )
 from manifold_nets.symmetry.page.graph import network
+from manifold_nets.symmetry.report import FamilyMember, ShiftSymmetry, SymmetryFamily, SymmetryReport, WeightFinding
 
 __all__ = ["page_html", "write_page"]
 

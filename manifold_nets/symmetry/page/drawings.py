@@ -11,8 +11,7 @@ from torch import Tensor
 
 from manifold_nets.groups import Partition
 from manifold_nets.page.markup import escape, facts, number, plural
-from manifold_nets.symmetry.findings.report import Certificate, SymmetryFamily, SymmetryReport, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.report import Certificate, ShiftSymmetry, SymmetryFamily, SymmetryReport, WeightFinding
 
 
 @dataclass(frozen=True)

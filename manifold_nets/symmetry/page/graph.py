@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from manifold_nets.page.markup import escape, plural
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.module_graph import GraphNode
 from manifold_nets.symmetry.page.drawings import groups_text, mark, status_style
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 ROW = 26
 # Where the steps stand, and where the lanes of the edges that pass over steps begin.
