@@ -90,6 +90,8 @@ def convert(
         options = "--remedies, --radius, --train-tolerance, --include and --exclude"
         raise click.UsageError(f"--plan replaces {options}. Leave them out, or edit the plan.")
     choices |= {name: choices[name] or None for name in ("include", "exclude")}
+    if plan_file is not None:
+        del choices["remedies"]
     with progress(f"Converting {request.spec} and comparing both …"):
         model = request.model()
         converted = conversion.convert(model, request.inputs(model), plan=plan_file, **choices)
