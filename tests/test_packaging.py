@@ -75,6 +75,38 @@ def test_missing_docstrings_are_found() -> None:
     assert list(undocumented(module)) == found
 
 
+LACKING = set(
+    "Comparison LearningRates SymmetryReport conversion_record load plan ListedOptimizer Choice Contestant EpochRecord "
+    "LayerRecord Objective Progress RunKey RunResult Stepper Task join_comparison CostError Evaluations Iteration "
+    "NetworkProblem PointError hessian_asymmetry hessian_slope retraction_slope".split()
+)
+PUBLIC = ("", ".layers", ".optim", ".comparison", ".pymanopt_bridge")
+
+
+def without_example(module: types.ModuleType) -> Iterator[str]:
+    """Public names whose docstring has no section Example with code; a doctest runs those that have."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            _, found, example = (value.__doc__ or "").partition("Example:\n")
+            if not found or ">>>" not in example:
+                yield name
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_examples(name: str) -> None:
+    module = importlib.import_module(f"manifold_nets{name}")
+    assert [name for name in without_example(module) if name not in LACKING] == []
+
+
+def test_missing_examples_are_found() -> None:
+    module = types.ModuleType("planted")
+    source = "def bare():\n    'Nothing.'\ndef fine():\n    'Fine.\\n\\n    Example:\\n        >>> fine()\\n    '\n"
+    exec(source, vars(module))
+    module.__all__ = ["bare", "fine"]
+    assert list(without_example(module)) == ["bare"]
+
+
 @pytest.mark.parametrize("name", modules())
 def test_public_names_exist(name: str) -> None:
     module = importlib.import_module(name)
