@@ -20,7 +20,7 @@ from .output import Outcome, columns_table, progress, reported, styled
 
 if TYPE_CHECKING:
     from manifold_nets.symmetry import LearningRates, SymmetryReport, WeightFinding
-    from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+    from manifold_nets.symmetry.report import ShiftSymmetry
 
 
 @click.command()

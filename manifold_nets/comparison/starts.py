@@ -28,7 +28,7 @@ from manifold_nets.conversion.same_model import named_tensors
 from manifold_nets.errors import ManifoldNetsError, MissingExtraError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryReport, diagnose
-from manifold_nets.symmetry.findings.report import WeightFinding
+from manifold_nets.symmetry.report import WeightFinding
 
 __all__ = ["Starts", "Subjects", "derived_seed", "foreign_code", "packed", "rescaled_filters", "unpacked"]
 

@@ -11,7 +11,7 @@ from manifold_nets.errors import OptionError, ParameterNameError
 from manifold_nets.errors.base import near_matches
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.report import ShiftSymmetry
 
 __all__ = ["ACTION_OF", "REMEDIES", "Action", "ConversionPlan", "Remedy", "chosen_remedies"]
 

@@ -26,8 +26,8 @@ from manifold_nets.conversion.spheres import sphere_of
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import duplicate
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
-from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["ConversionRecord", "conversion_record", "convert"]
 

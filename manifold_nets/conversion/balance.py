@@ -23,8 +23,8 @@ from manifold_nets.conversion.same_model import require_same_model
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
 from manifold_nets.errors import FunctionChangedError
 from manifold_nets.groups import Partition
+from manifold_nets.models import duplicate
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
-from manifold_nets.symmetry.network.twin import duplicate
 
 __all__ = ["BalanceRecord", "Rescaling", "balance", "rescaling_families", "smallest_norm"]
 

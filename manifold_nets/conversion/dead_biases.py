@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from manifold_nets.conversion.actions import Action
 from manifold_nets.conversion.biases import remove_bias
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import in_float64
+from manifold_nets.models import analysis_copy, random_numbers
+from manifold_nets.running import run, split_inputs, to_float64
 from manifold_nets.symmetry import SymmetryReport
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.network.graph import split_inputs, to_float64
-from manifold_nets.symmetry.network.precision import in_float64
-from manifold_nets.symmetry.network.running import run
-from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
+from manifold_nets.symmetry.report import ShiftSymmetry
 
 __all__ = ["dead_bias_actions"]
 

@@ -23,7 +23,7 @@ from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit, verify
 from manifold_nets.errors import ExportError, FunctionChangedError, MissingExtraError, OptionError
 from manifold_nets.files import atomic_file
-from manifold_nets.symmetry.network.graph import Inputs, output_tensors, split_inputs
+from manifold_nets.running import Inputs, output_tensors, split_inputs
 
 __all__ = ["ExportRecord", "FileFormat", "export_model"]
 

@@ -16,7 +16,7 @@ from manifold_nets.conversion.actions import ConversionPlan
 from manifold_nets.conversion.algebra import gather, rescaled_variance
 from manifold_nets.conversion.biases import removed_biases
 from manifold_nets.symmetry import Absorber, SymmetryFamily
-from manifold_nets.symmetry.findings.weights import ScaledAlong, WeightFinding
+from manifold_nets.symmetry.report import ScaledAlong, WeightFinding
 
 __all__ = [
     "ConvertedWeight",

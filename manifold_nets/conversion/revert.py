@@ -11,7 +11,7 @@ from manifold_nets.conversion.loading import leave_as_loaded
 from manifold_nets.conversion.moves import forget_moves
 from manifold_nets.conversion.ties import replace_everywhere
 from manifold_nets.layers import UNIT_NORM_LAYERS
-from manifold_nets.symmetry.network.twin import duplicate
+from manifold_nets.models import duplicate
 
 __all__ = ["revert"]
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.conversion.verify import both_modes, compare_outputs, eval_limit
-from manifold_nets.symmetry.network.graph import split_inputs, to_float64
-from manifold_nets.symmetry.network.precision import in_float64, widened
-from manifold_nets.symmetry.network.twin import duplicate
+from manifold_nets.float64 import in_float64, widened
+from manifold_nets.models import duplicate
+from manifold_nets.running import split_inputs, to_float64
 
 __all__ = ["WideComparison", "compare_in_float64"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.symmetry import SymmetryReport
-from manifold_nets.symmetry.findings.report import Absorber
+from manifold_nets.symmetry.report import Absorber
 
 __all__ = ["named_tensors", "require_same_model"]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.errors import ExampleInputsError
-from manifold_nets.symmetry.network.graph import output_tensors, split_inputs
-from manifold_nets.symmetry.network.twin import duplicate, random_numbers
+from manifold_nets.models import duplicate, random_numbers
+from manifold_nets.running import output_tensors, split_inputs
 
 __all__ = ["Verification", "both_modes", "compare_outputs", "eval_limit", "verify"]
 

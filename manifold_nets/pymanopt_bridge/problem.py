@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manifold_nets.pymanopt_bridge.cost import Evaluations, NetworkCost, Objective, OnCost
 from manifold_nets.pymanopt_bridge.parameters import Point, parameter_names, point_of, product_manifold, write_back
-from manifold_nets.symmetry.network.graph import split_inputs
+from manifold_nets.running import split_inputs
 
 __all__ = ["NetworkProblem", "problem"]
 
