@@ -28,8 +28,8 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
+from manifold_nets.comparison.api import STUDY_NAME_FILE, study_name
 from manifold_nets.comparison.errors import RecordError, StorageError
-from manifold_nets.comparison.joining import STUDY_NAME_FILE, study_name
 from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
@@ -362,5 +362,5 @@ def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch:
     tampered()
     with pytest.raises(ManifoldNetsError, match="do not match their checksum"):
         tiny(output=tmp_path)
-    monkeypatch.setattr("manifold_nets.comparison.plain.is_intact", lambda _: True)
+    monkeypatch.setattr("manifold_nets.comparison.json_records.is_intact", lambda _: True)
     assert reproducible(tiny(output=tmp_path)) != reproducible(whole)

@@ -35,7 +35,7 @@ from manifold_nets.comparison.report.tables import (
     robustness_table,
 )
 from manifold_nets.comparison.report.write import latex_report
-from manifold_nets.comparison.result import Comparison
+from manifold_nets.comparison.results import Comparison
 from manifold_nets.errors import MissingExtraError
 from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
 

@@ -1,4 +1,4 @@
-"""Errors of comparisons: settings, names, folders, runs."""
+"""Errors of comparisons: settings, names, data, folders, databases and runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,46 @@ from manifold_nets.errors.base import listed, near_matches
 __all__ = [
     "CodeNotAllowedError",
     "ComparisonFolderError",
-    "ContestantError",
+    "DataFileError",
+    "DataFolderError",
     "DifferentCommandError",
     "FolderInUseError",
+    "OptimizerBuildError",
     "OptimizerNameError",
     "RecordError",
     "RunFailedError",
     "SettingsError",
     "StorageError",
+    "TaskNameError",
+    "TaskSourceError",
 ]
+
+# Names that earlier versions had built in, and where they are now.
+_MOVED = {
+    "camvid": "camvid.py:camvid",
+    **{
+        name: f"series.py:{name.replace('-', '_')}" for name in ("japanese-vowels", "osuleaf", "acsf1", "basic-motions")
+    },
+    "python-manual": "text.py:python_manual",
+    "movielens": "ratings.py:movielens",
+    "segnet-basic": "camvid.py:segnet_basic",
+    "conv1d": "series.py:conv1d",
+    "transformer": "text.py:transformer",
+    "towers": "ratings.py:towers",
+    **{name: f"protocol.py:{name.replace('-', '_')}" for name in ("un", "sm-columns", "rsgd-all", "radam-all")},
+}
+
+
+def _unknown(option: str, name: str, known: Iterable[str]) -> str:
+    """What to do about a name that is not known: where it has moved to, or which names look like it."""
+    moved = _MOVED.get(name.partition(":")[0])
+    if moved is not None:
+        return f"It is no longer built in; from the source repository, use {option} examples/paper/{moved}."
+    return f"{near_matches(name, known)} Correct the name.".strip()
 
 
 class RecordError(ManifoldNetsError, ValueError):
-    """Stored data of a comparison do not have the form that was written."""
+    """Stored data of a comparison do not have the form in which they were written."""
 
     def __init__(self, where: str, found: str, expected: str) -> None:
         super().__init__(
@@ -33,26 +60,58 @@ class RecordError(ManifoldNetsError, ValueError):
 
 
 class SettingsError(ManifoldNetsError, ValueError):
-    """A setting of a comparison has a value that has no meaning."""
+    """A setting of a comparison has an invalid value."""
 
     def __init__(self, setting: str, found: object, expected: str) -> None:
         super().__init__(f"{setting}: found {found!r}; expected {expected}. Change it and start again.")
 
 
 class OptimizerNameError(ManifoldNetsError, ValueError):
-    """A name is that of no contestant."""
+    """No optimizer has this name."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        remedy = f"{near_matches(name, names)} Correct the name.".strip()
         super().__init__(
             f"optimizers: found {name!r}; expected one of {', '.join(names)}, or file.py:NAME of an optimizer class. "
-            f"{remedy}"
+            f"{_unknown('--optimizers', name, names)}"
         )
 
 
+class TaskNameError(ManifoldNetsError, ValueError):
+    """No task or model of a comparison has this name, or its settings are invalid."""
+
+    def __init__(self, what: str, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{what}: found {found!r}; expected {expected}. {remedy}")
+
+    @classmethod
+    def unknown(cls, what: str, found: str, expected: str, known: Iterable[str]) -> TaskNameError:
+        """The error for a name that is not known, with similar names or the file that it has moved to."""
+        return cls(what, found, expected, _unknown(f"--{what}", found.partition(":")[0], known))
+
+
+class TaskSourceError(ManifoldNetsError, RuntimeError):
+    """A callable did not return a task or a model, or the model does not fit the task."""
+
+    def __init__(self, spec: str, found: str, expected: str) -> None:
+        super().__init__(f"{spec}: found {found}; expected {expected}. Check that it runs in Python as written.")
+
+
+class DataFolderError(ManifoldNetsError, FileNotFoundError):
+    """The folder of a data set does not exist or lacks a file."""
+
+    def __init__(self, folder: object, found: str, expected: Iterable[str], remedy: str) -> None:
+        super().__init__(f"{folder}: found {found}; expected {listed(expected)}. {remedy}")
+
+
+class DataFileError(ManifoldNetsError, ValueError):
+    """A data file is damaged or has another format."""
+
+    def __init__(self, path: object, found: str, expected: str, remedy: str = "Fetch the file again.") -> None:
+        super().__init__(f"{path}: found {found}; expected {expected}. {remedy}")
+
+
 class DifferentCommandError(ManifoldNetsError, ValueError):
-    """A folder or a study holds the runs of another command."""
+    """A folder or a study holds the runs of a command with other settings."""
 
     def __init__(self, place: object, differences: Sequence[str]) -> None:
         super().__init__(
@@ -64,14 +123,14 @@ class DifferentCommandError(ManifoldNetsError, ValueError):
 
 
 class ComparisonFolderError(ManifoldNetsError, OSError):
-    """A folder is not one that a comparison can be kept in or read from."""
+    """A folder holds no finished comparison."""
 
     def __init__(self, folder: object, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{folder}: found {found}; expected {expected}. {remedy}")
 
 
 class FolderInUseError(ManifoldNetsError, RuntimeError):
-    """Another process works on the same folder."""
+    """Another process works in the same folder."""
 
     def __init__(self, folder: object) -> None:
         super().__init__(
@@ -90,8 +149,8 @@ class RunFailedError(ManifoldNetsError, RuntimeError):
         )
 
 
-class ContestantError(RunFailedError):
-    """A contestant cannot be made for the model of the comparison, so that none of its runs could be carried out."""
+class OptimizerBuildError(RunFailedError):
+    """An optimizer cannot be made for the model of the comparison, so that none of its runs could be carried out."""
 
     def __init__(self, run: object, name: str, reason: str) -> None:
         ManifoldNetsError.__init__(

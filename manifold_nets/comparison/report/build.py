@@ -9,15 +9,13 @@ from dataclasses import fields
 import numpy as np
 
 from manifold_nets.comparison.measures import cost_ratio, learning_rate_sensitivity, reach
-from manifold_nets.comparison.records import InitialScale, RunResult, Settings
+from manifold_nets.comparison.ranks import cliques, critical_difference, friedman
 from manifold_nets.comparison.report.summary import ContestantSummary, LayerTrace, RescaledStart, Summary
 from manifold_nets.comparison.report.unit import unit_of
-from manifold_nets.comparison.result import Comparison
+from manifold_nets.comparison.results import Comparison, RunResult
+from manifold_nets.comparison.settings import InitialScale, Settings
 from manifold_nets.comparison.statistics import (
     all_differences,
-    cliques,
-    critical_difference,
-    friedman,
     mean_interval,
 )
 

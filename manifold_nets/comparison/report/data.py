@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from manifold_nets.comparison.records import RunResult, Settings
 from manifold_nets.comparison.report.summary import Summary
-from manifold_nets.comparison.result import Comparison
+from manifold_nets.comparison.results import Comparison, RunResult
+from manifold_nets.comparison.settings import Settings
 
 __all__ = ["epochs_csv", "runs_csv", "summary_json", "times_csv"]
 

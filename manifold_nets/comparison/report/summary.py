@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
+from manifold_nets.comparison.ranks import Friedman
 from manifold_nets.comparison.report.unit import Unit
-from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference
+from manifold_nets.comparison.statistics import MeanInterval, PairedDifference
 
 __all__ = ["ContestantSummary", "LayerTrace", "RescaledStart", "Summary"]
 

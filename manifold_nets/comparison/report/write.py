@@ -19,7 +19,7 @@ from manifold_nets.comparison.report.tables import (
     result_table,
     robustness_table,
 )
-from manifold_nets.comparison.result import Comparison
+from manifold_nets.comparison.results import Comparison
 from manifold_nets.files import atomic_file
 from manifold_nets.page.plots import plot_settings, save_figure
 
