@@ -20,7 +20,7 @@ from manifold_nets.comparison.errors import DifferentCommandError, SettingsError
 from manifold_nets.comparison.experiment import Experiment
 from manifold_nets.comparison.initial_models import InitialModels, balance_weights
 from manifold_nets.comparison.optimizers import optimizer_spec
-from manifold_nets.comparison.report.build import summarise
+from manifold_nets.comparison.report import summarise
 from manifold_nets.comparison.run import learning_rate_factor, should_stop
 
 protocol = example("paper.protocol")
@@ -125,7 +125,7 @@ def test_a_run_that_ends_early_is_finished_and_is_told_as_such():
     found = tiny(**options, early_stop=True, batch_size=60)
     assert {(run.status, len(run.epochs)) for run in found.results} == {("finished", 25)}
     assert all(run.test_error is not None for run in found.results)
-    errors = summarise(found).contestants[0].errors[0]
+    errors = summarise(found).optimizers[0].errors[0]
     assert errors[24:] == (errors[24],) * 3
     whole = tiny(**options, batch_size=60)
     assert {len(run.epochs) for run in whole.results} == {27}
@@ -168,7 +168,7 @@ def test_weight_decay_is_tuned_along_with_the_learning_rate(tmp_path):
     assert len({run.epochs[-1].train_loss for run in found.runs("sgd", 0.5, weight_decay=0.0)}) == 2
     losses = {found.runs("sgd", 0.5, weight_decay=decay)[0].epochs[-1].train_loss for decay in DECAYS}
     assert len(losses) == 2
-    assert summarise(found).contestants[0].sensitivity.rates == (0.05, 0.5)
+    assert summarise(found).optimizers[0].sensitivity.rates == (0.05, 0.5)
     # A single decay is that of a comparison without tuning of it.
     single = tiny(weight_decay=0.1)
     assert single.runs("sgd", 0.5)[0].epochs[-1].train_loss in losses
@@ -235,7 +235,7 @@ def test_learning_rates_are_chosen_on_few_examples_and_used_on_all(tmp_path):
     assert len(found.results[0].epochs) == 2
     # No example of the tests is read before every run has ended, and each once for every run.
     assert (max(before), CountingPart.reads) == (0, 4 * 30)
-    assert summarise(found).contestants[0].learning_rate == found.choice("sgd").learning_rate
+    assert summarise(found).optimizers[0].learning_rate == found.choice("sgd").learning_rate
 
 
 def test_tuning_is_resumed_and_gives_the_same(tmp_path):

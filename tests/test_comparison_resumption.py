@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import random
@@ -38,7 +39,8 @@ from manifold_nets.comparison.errors import (
     SettingsError,
     StorageError,
 )
-from manifold_nets.comparison.report.data import runs_csv
+from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.report.tables import runs_csv
 from manifold_nets.comparison.results import environment
 from manifold_nets.comparison.store import GRACE_SECONDS, RunStore
 
@@ -190,6 +192,53 @@ def test_a_tuned_study_is_extended_too(tmp_path):
     tuned = {"tune_on": (30, 15, 1), "output": tmp_path}
     tiny(**tuned)
     assert runs_csv(tiny(**tuned, **MORE)) == runs_csv(tiny(tune_on=(30, 15, 1), **MORE))
+
+
+def as_optuna_stored_it(place: Path) -> None:
+    """Move a study into the tables of Optuna, as version 0.1.0.dev0 had them; results were cut into pieces."""
+    with contextlib.closing(sqlite3.connect(place)) as old:
+        ((name, settings, machine),) = old.execute("SELECT name, settings, environment FROM manifold_nets_studies")
+        runs = list(old.execute("SELECT key, state, result, test FROM manifold_nets_runs ORDER BY id"))
+        old.executescript(
+            "DROP TABLE manifold_nets_studies; DROP TABLE manifold_nets_runs;"
+            "CREATE TABLE studies (study_id INTEGER, study_name TEXT);"
+            "CREATE TABLE study_user_attributes (id INTEGER PRIMARY KEY, study_id INTEGER, key TEXT, value_json TEXT);"
+            "CREATE TABLE trials (trial_id INTEGER, study_id INTEGER, state TEXT);"
+            "CREATE TABLE trial_user_attributes (id INTEGER PRIMARY KEY, trial_id INTEGER, key TEXT, value_json TEXT);"
+        )
+        old.execute("INSERT INTO studies VALUES (1, ?)", (name,))
+        values = {"settings": settings, "environment": machine} | {
+            f"test {key}": json.loads(t) for key, *_, t in runs if t
+        }
+        for key, value in values.items():
+            statement = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, ?, ?)"
+            old.execute(statement, (key, json.dumps(value)))
+        for i, (key, state, result, _) in enumerate(runs):
+            old.execute("INSERT INTO trials VALUES (?, 1, ?)", (i, {"done": "COMPLETE"}.get(state, "FAIL")))
+            for attribute, value in {
+                "key": key,
+                "result-0": (result or "")[:99],
+                "result-1": (result or "")[99:],
+            }.items():
+                statement = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)"
+                old.execute(statement, (i, attribute, json.dumps(value)))
+        old.commit()
+
+
+@pytest.mark.parametrize("stop_at", [3, None])
+def test_a_study_that_an_earlier_version_stored_goes_on(stop_at, tmp_path, whole, monkeypatch):
+    def interrupt(progress):
+        if progress.done == stop_at:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        tiny(output=tmp_path, progress=interrupt)
+    as_optuna_stored_it(tmp_path / "study.db")
+    seen: list[Progress] = []
+    if stop_at is None:  # nothing is carried out and no test is read again
+        monkeypatch.setattr(InitialModels, "model", None)
+    assert reproducible(tiny(output=tmp_path, progress=seen.append)) == reproducible(whole)
+    assert [progress.done for progress in seen[:1]] == ([] if stop_at is None else [stop_at])
 
 
 def test_who_knows_the_study_before_it_grew_takes_none_of_the_new_runs(tmp_path):

@@ -19,7 +19,7 @@ from sqlalchemy import make_url, text
 from manifold_nets.comparison import Settings
 from manifold_nets.comparison.api import compare_settings, study_name
 from manifold_nets.comparison.database_url import PASSWORD_VARIABLE
-from manifold_nets.comparison.report.data import runs_csv
+from manifold_nets.comparison.report.tables import runs_csv
 from manifold_nets.comparison.results import environment
 from manifold_nets.comparison.store import RunStore
 

@@ -109,11 +109,7 @@ def compare(
     unknown = sorted(set(options) - {field.name for field in fields(Settings)})
     if unknown:
         raise SettingsError(unknown[0], options[unknown[0]], "one of the options of Settings")
-    if isinstance(model, nn.Module) or not (isinstance(model, str) or callable(model)):
-        remedy = "Every run starts from fresh weights: pass the class or the function that makes the network."
-        raise ArgumentTypeError("model", model, "a name, or a callable that makes a network", remedy)
-    if not isinstance(task, (str, Task)):
-        raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
+    _require_types(model, task)
     loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
     given = _listed_optimizers(optimizers)
     specs = [_spec(item) for item in given]
@@ -127,19 +123,20 @@ def compare(
         epochs=epochs,
         **options,
     )
-    own: dict[str, Any] = {} if isinstance(task, str) else {"task": loaded}
-    own |= {} if isinstance(model, str) else {"model": model}
-    own |= {f"optimizer {s.name}": s for item, s in zip(given, specs, strict=True) if not isinstance(item, str)}
-    return compare_settings(
-        settings,
-        output,
-        workers=workers,
-        storage=storage,
-        progress=progress,
-        report=report,
-        experiment=Experiment(loaded, model, {spec.name: spec for spec in specs}),
-        own=own,
-    )
+    parts: dict[str, tuple[object, object]] = {"task": (task, loaded), "model": (model, model)}
+    parts |= {f"optimizer {spec.name}": (item, spec) for item, spec in zip(given, specs, strict=True)}
+    own = {name: part for name, (source, part) in parts.items() if not isinstance(source, str)}
+    experiment = Experiment(loaded, model, {spec.name: spec for spec in specs})
+    how: dict[str, Any] = {"workers": workers, "storage": storage, "progress": progress, "report": report}
+    return compare_settings(settings, output, **how, experiment=experiment, own=own)
+
+
+def _require_types(model: object, task: object) -> None:
+    if isinstance(model, nn.Module) or not (isinstance(model, str) or callable(model)):
+        remedy = "Every run starts from fresh weights: pass the class or the function that makes the network."
+        raise ArgumentTypeError("model", model, "a name, or a callable that makes a network", remedy)
+    if not isinstance(task, (str, Task)):
+        raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
 
 
 def _listed_optimizers(optimizers: AnyOptimizer | Sequence[AnyOptimizer]) -> tuple[AnyOptimizer, ...]:

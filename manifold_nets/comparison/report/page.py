@@ -53,7 +53,7 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
     """Return a comparison as a self-contained page: conclusions, tables, and figures for wide and narrow windows.
 
     Args:
-        summary: what is to be told.
+        summary: what to show.
         figures: what `draw_figures` made of it; drawn where left out.
 
     Raises:
@@ -77,9 +77,9 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
 
 def _opening(summary: Summary) -> str:
     robustness = robustness_table(summary)
-    said = " ".join(escape(sentence) for sentence in conclusions(summary))
+    sentences = " ".join(escape(sentence) for sentence in conclusions(summary))
     return (
-        f'<p class="lead">{said}</p><p>{escape(explanation(summary))}</p>'
+        f'<p class="lead">{sentences}</p><p>{escape(explanation(summary))}</p>'
         f"{_table(result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
     )
 
@@ -95,23 +95,23 @@ def _table(found: Table) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """The same with intervals that no line breaks."""
+    """The same, with intervals that are not broken across lines."""
     return re.sub(r"\[[^]]*\]|\([\d. …]*\)|\S* ± \S*", lambda found: found[0].replace(" ", "\u00a0"), text)
 
 
 def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> str:
     titles = {
-        f"series-{i}": f"{c.name}: test error {mean_text(c.test, summary.unit, c.not_finite, sign=True)}"
-        for i, c in enumerate(summary.contestants)
+        f"series-{i}": f"{o.name}: test error {mean_text(o.test, summary.unit, o.not_finite, sign=True)}"
+        for i, o in enumerate(summary.optimizers)
     }
-    told = drawing.told(summary)
+    caption = drawing.caption(summary)
     drawn = []
     for figure, size, css in zip(pair, (WIDE, NARROW), ("wide", "narrow"), strict=True):
-        label, prefix = f"{drawing.title}. {told}", f"{drawing.name}-{css}"
+        label, prefix = f"{drawing.title}. {caption}", f"{drawing.name}-{css}"
         with plot_settings(size.font):
             drawn.append(figure_svg(figure, label=label, prefix=prefix, titles=titles, css=css))
     beside = _table(rescaled_table(summary)) if drawing.name == "rescaled" else ""
-    return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(told)}</figcaption></figure>{beside}'
+    return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(caption)}</figcaption></figure>{beside}'
 
 
 def _differences(summary: Summary) -> str:

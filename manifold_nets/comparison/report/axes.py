@@ -1,32 +1,43 @@
-"""How figures look: sizes, a colour, marker and line for each contestant, and axes for errors and learning rates."""
+"""How figures look: sizes, a color, marker and line for each optimizer, and axes of errors, rates and passes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from manifold_nets.page.plots import SERIES
+from manifold_nets.page.plots import COLOURS, SERIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
+    "INK",
     "NARROW",
     "WIDE",
-    "Look",
     "Size",
     "error_axis",
     "finite",
+    "legend",
     "look",
+    "mark",
     "name_rows",
+    "new_figure",
+    "note_beside",
+    "passes_axis",
     "rate_axis",
     "short_name",
     "strict_median",
 ]
 
+INK = COLOURS["ink"]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 _LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 # Values that range over more than this are drawn on a logarithmic axis.
 WIDE_RANGE = 8.0
+# Optimizers that pass over the data this many times as often as others are drawn on a logarithmic axis with them.
+MANY_PASSES = 3.0
 
 
 @dataclass(frozen=True)
@@ -48,22 +59,67 @@ class Size:
 WIDE, NARROW = Size(9.0, 9.0, False), Size(4.75, 11.0, True)
 
 
-@dataclass(frozen=True)
-class Look:
-    """Colour, marker and line of a contestant; any two differ in marker, and neighbours in colour."""
+def look(place: int) -> dict[str, Any]:
+    """Color, marker and line of the optimizer at an index; any two differ in marker, and neighbors in color."""
+    return {
+        "color": SERIES[place % len(SERIES)][0],
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "linestyle": _LINES[place // len(SERIES) % len(_LINES)],
+    }
 
-    colour: str
-    marker: str
-    line: Any
+
+def mark(axes: Any, x: float, y: float, place: int, **options: Any) -> Any:
+    """Draw the marker of the optimizer at an index; return the artist."""
+    (drawn,) = axes.plot([x], [y], **{**look(place), "linestyle": "none", **options})
+    return drawn
 
 
-def look(place: int) -> Look:
-    """The look of the contestant at some place in the order."""
-    return Look(
-        SERIES[place % len(SERIES)][0],
-        _MARKERS[place % len(_MARKERS)],
-        _LINES[place // len(SERIES) % len(_LINES)],
-    )
+def new_figure(size: Size, height: float) -> Figure:
+    """An empty figure."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(size.width, height), layout="constrained")
+
+
+def legend(figure: Figure, axes: Any, size: Size) -> None:
+    """A legend below the figure, in as many columns as there is room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(map(len, labels), default=1)
+    columns = max(1, int((size.width * 72 / size.font) / (0.62 * longest + 6.5)))
+    rows = math.ceil(len(labels) / columns)
+    figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / max(rows, 1)))
+
+
+def note_beside(axes: Any, place: int, text: str) -> None:
+    """A remark at the right end of a row."""
+    right = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points"}
+    axes.annotate(text, (1.0, place), **right, va="center", color=INK, annotation_clip=False)
+
+
+def passes_axis(axes: Any, passes: Sequence[Sequence[float]]) -> None:
+    """A horizontal axis of epochs, or of passes over the data where some optimizers make several per epoch.
+
+    It is logarithmic where some make many more than others.
+
+    Args:
+        axes: of matplotlib.
+        passes: of each optimizer, to the end of each epoch.
+    """
+    last = [each[-1] for each in passes if each] or [1.0]
+    count = max(last)
+    if count >= MANY_PASSES * min(last):
+        axes.set_xscale("log")
+        axes.set_xlim(0.9, 1.1 * count)
+        ticks = [digit * 10**power for power in range(9) for digit in (1, 2, 5) if digit * 10**power <= count]
+        axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+    else:
+        whole = math.ceil(count)
+        step = next(digit * 10**p for p in range(9) for digit in (1, 2, 5) if whole / (digit * 10**p) <= 6)
+        axes.set_xticks(sorted({1, *range(step, whole + 1, step)} - ({step} if step == 2 else set())))
+        axes.set_xlim(1 - 0.03 * count, count + 0.03 * count)
+    plain = all(tuple(each) == tuple(range(1, len(each) + 1)) for each in passes)
+    axes.set_xlabel("epoch" if plain else "passes over the data")
 
 
 def finite(values: Iterable[float]) -> list[float]:
@@ -133,9 +189,9 @@ def short_name(name: str) -> str:
 
 
 def name_rows(axes: Any, names: Sequence[str]) -> None:
-    """One row a contestant, from top to bottom."""
+    """One named row per optimizer, from top to bottom."""
     axes.set_yticks(range(len(names)), [short_name(name) for name in names])
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.tick_params(axis="y", length=0, labelcolor="#1c1f24")
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
