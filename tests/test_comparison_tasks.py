@@ -120,7 +120,7 @@ def test_scores_that_are_no_numbers_are_wrong() -> None:
     assert classification_scores(hits(outputs, torch.tensor([0, 1]))) == {"error": 0.5}
 
 
-def test_evaluation_does_not_depend_on_batches_and_puts_modes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_does_not_depend_on_batches_and_puts_modes_back() -> None:
     task = load_task("digits")
     model = build_model("mlp:20", task, seed=3)
     model[2].eval()
@@ -128,10 +128,6 @@ def test_evaluation_does_not_depend_on_batches_and_puts_modes_back(monkeypatch: 
     parts = evaluate(model, task, "test", batch_size=7)
     assert parts["error"] == whole["error"]
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-5)
-    # Counted at once, or batch by batch.
-    with monkeypatch.context() as patch:
-        patch.setattr("manifold_nets.comparison.tasks.task._COUNTED_TOGETHER", 0)
-        assert evaluate(model, task, "test", batch_size=7) == parts
     x, y = examples(task, "test")
     assert whole["error"] == pytest.approx(float((model.eval()(x).argmax(1) != y).double().mean()))
     assert evaluate(model, task, "test", rows=[0, 1])["loss"] == pytest.approx(

@@ -49,21 +49,62 @@ def _unknown(option: str, name: str, known: Iterable[str]) -> str:
     return f"{near_matches(name, known)} Correct the name.".strip()
 
 
-class RecordError(ManifoldNetsError, ValueError):
+class _FoundError(ManifoldNetsError):
+    """Base of errors that say where something else was found than expected, and what to do.
+
+    Args:
+        where: file, place or setting.
+        found: what is there.
+        expected: what should be.
+        remedy: what to do; that of the class when left out.
+    """
+
+    remedy = ""
+
+    def __init__(self, where: object, found: object, expected: str, remedy: str | None = None) -> None:
+        super().__init__(f"{where}: found {found}; expected {expected}. {self.remedy if remedy is None else remedy}")
+
+
+class RecordError(_FoundError, ValueError):
     """Stored data of a comparison do not have the form in which they were written."""
 
-    def __init__(self, where: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"{where}: found {found}; expected {expected}. The file is damaged or of another version: "
-            "restore it, or run the comparison into an empty folder."
-        )
+    remedy = "The file is damaged or of another version: restore it, or run the comparison into an empty folder."
 
 
-class SettingsError(ManifoldNetsError, ValueError):
+class SettingsError(_FoundError, ValueError):
     """A setting of a comparison has an invalid value."""
 
+    remedy = "Change it and start again."
+
     def __init__(self, setting: str, found: object, expected: str) -> None:
-        super().__init__(f"{setting}: found {found!r}; expected {expected}. Change it and start again.")
+        super().__init__(setting, repr(found), expected)
+
+
+class TaskSourceError(_FoundError, RuntimeError):
+    """A callable did not return a task or a model, or the model does not fit the task."""
+
+    remedy = "Check that it runs in Python as written."
+
+
+class DataFolderError(_FoundError, FileNotFoundError):
+    """The folder of a data set does not exist or lacks a file."""
+
+    def __init__(self, folder: object, found: str, expected: Iterable[str], remedy: str) -> None:
+        super().__init__(folder, found, listed(expected), remedy)
+
+
+class DataFileError(_FoundError, ValueError):
+    """A data file is damaged or has another format."""
+
+    remedy = "Fetch the file again."
+
+
+class ComparisonFolderError(_FoundError, OSError):
+    """A folder holds no finished comparison."""
+
+
+class StorageError(_FoundError, RuntimeError):
+    """The database of a comparison cannot be opened, or lacks the study."""
 
 
 class OptimizerNameError(ManifoldNetsError, ValueError):
@@ -77,37 +118,16 @@ class OptimizerNameError(ManifoldNetsError, ValueError):
         )
 
 
-class TaskNameError(ManifoldNetsError, ValueError):
+class TaskNameError(_FoundError, ValueError):
     """No task or model of a comparison has this name, or its settings are invalid."""
 
     def __init__(self, what: str, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"{what}: found {found!r}; expected {expected}. {remedy}")
+        super().__init__(what, repr(found), expected, remedy)
 
     @classmethod
     def unknown(cls, what: str, found: str, expected: str, known: Iterable[str]) -> TaskNameError:
         """The error for a name that is not known, with similar names or the file that it has moved to."""
         return cls(what, found, expected, _unknown(f"--{what}", found.partition(":")[0], known))
-
-
-class TaskSourceError(ManifoldNetsError, RuntimeError):
-    """A callable did not return a task or a model, or the model does not fit the task."""
-
-    def __init__(self, spec: str, found: str, expected: str) -> None:
-        super().__init__(f"{spec}: found {found}; expected {expected}. Check that it runs in Python as written.")
-
-
-class DataFolderError(ManifoldNetsError, FileNotFoundError):
-    """The folder of a data set does not exist or lacks a file."""
-
-    def __init__(self, folder: object, found: str, expected: Iterable[str], remedy: str) -> None:
-        super().__init__(f"{folder}: found {found}; expected {listed(expected)}. {remedy}")
-
-
-class DataFileError(ManifoldNetsError, ValueError):
-    """A data file is damaged or has another format."""
-
-    def __init__(self, path: object, found: str, expected: str, remedy: str = "Fetch the file again.") -> None:
-        super().__init__(f"{path}: found {found}; expected {expected}. {remedy}")
 
 
 class DifferentCommandError(ManifoldNetsError, ValueError):
@@ -120,13 +140,6 @@ class DifferentCommandError(ManifoldNetsError, ValueError):
             "it, or choose another folder."
         )
         self.differences = tuple(differences)
-
-
-class ComparisonFolderError(ManifoldNetsError, OSError):
-    """A folder holds no finished comparison."""
-
-    def __init__(self, folder: object, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"{folder}: found {found}; expected {expected}. {remedy}")
 
 
 class FolderInUseError(ManifoldNetsError, RuntimeError):
@@ -170,10 +183,3 @@ class CodeNotAllowedError(ManifoldNetsError, RuntimeError):
             f"expected built-in tasks, models and optimizers. If you trust it, start the worker with {flags} "
             f"(in Python allow={list(refused)!r})."
         )
-
-
-class StorageError(ManifoldNetsError, RuntimeError):
-    """The database of a comparison cannot be opened, or lacks the study."""
-
-    def __init__(self, place: str, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"{place}: found {found}; expected {expected}. {remedy}")

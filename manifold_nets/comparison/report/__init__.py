@@ -5,24 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from manifold_nets.comparison.report import tables
 from manifold_nets.comparison.report.figures import FIGURES, WIDE
 from manifold_nets.comparison.report.page import draw_figures, page_html
 from manifold_nets.comparison.report.summary import LayerTrace, OptimizerSummary, RescaledStart, Summary, summarise
-from manifold_nets.comparison.report.tables import (
-    conclusions,
-    difference_table,
-    epochs_csv,
-    explanation,
-    latex,
-    markdown,
-    markdown_text,
-    rescaled_table,
-    result_table,
-    robustness_table,
-    runs_csv,
-    summary_json,
-    times_csv,
-)
 from manifold_nets.comparison.results import Comparison
 from manifold_nets.files import atomic_file
 from manifold_nets.page.plots import plot_settings, save_figure
@@ -64,10 +50,10 @@ def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path
     summary = summarise(comparison)
     figures = draw_figures(summary)
     for name, text in (
-        ("runs.csv", runs_csv(comparison)),
-        ("epochs.csv", epochs_csv(comparison)),
-        ("times.csv", times_csv(comparison)),
-        ("summary.json", summary_json(summary)),
+        ("runs.csv", tables.runs_csv(comparison)),
+        ("epochs.csv", tables.epochs_csv(comparison)),
+        ("times.csv", tables.times_csv(comparison)),
+        ("summary.json", tables.summary_json(summary)),
         ("tables.md", markdown_report(summary)),
         ("tables.tex", latex_report(summary)),
         (PAGE_NAME, page_html(summary, figures)),
@@ -87,27 +73,31 @@ def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path
 
 def markdown_report(summary: Summary) -> str:
     """Conclusions and tables in Markdown, for a paper or a README."""
-    result, robustness, rescaled = result_table(summary), robustness_table(summary), rescaled_table(summary)
+    result, robustness, rescaled = (
+        tables.result_table(summary),
+        tables.robustness_table(summary),
+        tables.rescaled_table(summary),
+    )
     settings = "; ".join(f"{name}: {value}" for name, value in summary.settings)
     parts = [
-        markdown_text(" ".join(conclusions(summary))),
-        markdown(result),
-        markdown_text(f"{result.caption}. {explanation(summary)}"),
-        markdown(robustness),
-        markdown_text(f"{robustness.caption}."),
-        *((markdown(rescaled), f"{rescaled.caption}.") if rescaled.rows else ()),
-        markdown_text(f"{settings[:1].upper()}{settings[1:]}."),
+        tables.markdown_text(" ".join(tables.conclusions(summary))),
+        tables.markdown(result),
+        tables.markdown_text(f"{result.caption}. {tables.explanation(summary)}"),
+        tables.markdown(robustness),
+        tables.markdown_text(f"{robustness.caption}."),
+        *((tables.markdown(rescaled), f"{rescaled.caption}.") if rescaled.rows else ()),
+        tables.markdown_text(f"{settings[:1].upper()}{settings[1:]}."),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def latex_report(summary: Summary) -> str:
     """The tables in LaTeX, for the packages ``booktabs`` and ``graphicx``."""
-    tables = {
-        "results": result_table(summary),
-        "robustness": robustness_table(summary),
-        "rescaled": rescaled_table(summary),
-        "differences": difference_table(summary),
+    found = {
+        "results": tables.result_table(summary),
+        "robustness": tables.robustness_table(summary),
+        "rescaled": tables.rescaled_table(summary),
+        "differences": tables.difference_table(summary),
     }
     head = "% \\usepackage{booktabs,graphicx}"
-    return "\n\n".join([head, *(latex(table, name) for name, table in tables.items() if table.rows)]) + "\n"
+    return "\n\n".join([head, *(tables.latex(table, name) for name, table in found.items() if table.rows)]) + "\n"

@@ -8,24 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manifold_nets.comparison.measures import first_at
-from manifold_nets.comparison.report.axes import (
-    INK,
-    NARROW,
-    WIDE,
-    Size,
-    error_axis,
-    finite,
-    legend,
-    look,
-    mark,
-    name_rows,
-    new_figure,
-    note_beside,
-    passes_axis,
-    rate_axis,
-    short_name,
-    strict_median,
-)
+from manifold_nets.comparison.report import style
+from manifold_nets.comparison.report.style import INK, NARROW, WIDE, Size, finite, look, mark, short_name
 from manifold_nets.comparison.report.summary import OptimizerSummary, Summary
 
 if TYPE_CHECKING:
@@ -62,10 +46,10 @@ def _row_height(summary: Summary, size: Size) -> float:
 
 def _draw_test_errors(summary: Summary, size: Size) -> Figure:
     """Test error of every run, and the mean with its confidence interval."""
-    figure = new_figure(size, _row_height(summary, size))
+    figure = style.new_figure(size, _row_height(summary, size))
     axes = figure.subplots()
     every = finite(error for o in summary.optimizers for error in o.test_errors)
-    error_axis(axes, "x", every, scale=summary.unit.scale)
+    style.error_axis(axes, "x", every, scale=summary.unit.scale)
     for i, o in enumerate(summary.optimizers):
         color, shown = look(i)["color"], finite(o.test_errors)
         axes.plot(shown, [i + 0.2] * len(shown), color=color, marker="|", markersize=9, linestyle="none")
@@ -75,8 +59,10 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
             axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=color, linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
         if o.test.lost:
-            note_beside(axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {'not finite' if o.not_finite else 'diverged'}")
-    name_rows(axes, [o.name for o in summary.optimizers])
+            style.note_beside(
+                axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {'not finite' if o.not_finite else 'diverged'}"
+            )
+    style.name_rows(axes, [o.name for o in summary.optimizers])
     axes.set_xlabel(summary.unit.label("test error"))
     return figure
 
@@ -84,11 +70,11 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
 def _draw_target(summary: Summary, size: Size) -> Figure:
     """Passes over the data and seconds until each run first reaches the target."""
     height, names = _row_height(summary, size), [o.name for o in summary.optimizers]
-    figure = new_figure(size, 2 * height if size.narrow else height)
+    figure = style.new_figure(size, 2 * height if size.narrow else height)
     left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2, sharey=True)
     for axes, label, which in ((left, "passes over the data", "passes"), (right, "seconds of training", "seconds")):
         spent = [_spent(o, summary.target, which) for o in summary.optimizers]
-        error_axis(axes, "x", [value for values in spent for value in values])
+        style.error_axis(axes, "x", [value for values in spent for value in values])
         for i, (o, values) in enumerate(zip(summary.optimizers, map(finite, spent), strict=True)):
             above = [i + 0.2] * len(values)
             axes.plot(values, above, color=look(i)["color"], marker="|", markersize=9, linestyle="none")
@@ -96,11 +82,11 @@ def _draw_target(summary: Summary, size: Size) -> Figure:
             if math.isfinite(median):
                 mark(axes, median, i - 0.1, i, markersize=8)
             if (size.narrow or axes is right) and o.reach.reached < o.reach.runs:
-                note_beside(axes, i, f"✕ {o.reach.runs - o.reach.reached} of {o.reach.runs} never")
+                style.note_beside(axes, i, f"✕ {o.reach.runs - o.reach.reached} of {o.reach.runs} never")
         axes.set_xlabel(label)
-    name_rows(left, names)
+    style.name_rows(left, names)
     if size.narrow:
-        name_rows(right, names)
+        style.name_rows(right, names)
     else:
         right.tick_params(axis="y", labelleft=False, length=0)
         right.spines["left"].set_visible(False)
@@ -115,26 +101,26 @@ def _spent(o: OptimizerSummary, target: float, which: str) -> list[float]:
 
 def _draw_rescaled(summary: Summary, size: Size) -> Figure:
     """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
-    figure = new_figure(size, _row_height(summary, size) + 0.3)
+    figure = style.new_figure(size, _row_height(summary, size) + 0.3)
     axes = figure.subplots()
     both = [(i, o.rescaled) for i, o in enumerate(summary.optimizers) if o.rescaled is not None]
     values = [value for _, found in both for value in (found.plain.value, found.same_rate.value)]
-    error_axis(axes, "x", values, scale=summary.unit.scale)
+    style.error_axis(axes, "x", values, scale=summary.unit.scale)
     for i, found in both:
         plain, same = found.plain.value, found.same_rate
         axes.plot([plain, same.value], [i, i], color=look(i)["color"], linewidth=1.2)
         mark(axes, plain, i, i, markersize=7)
         mark(axes, same.value, i, i, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
         if same.lost:
-            note_beside(axes, i, f"✕ {same.lost} of {same.lost + same.count} diverged")
-    name_rows(axes, [o.name for o in summary.optimizers])
+            style.note_beside(axes, i, f"✕ {same.lost} of {same.lost + same.count} diverged")
+    style.name_rows(axes, [o.name for o in summary.optimizers])
     axes.set_xlabel(f"{summary.unit.label('mean validation error')}; hollow: rescaled start")
     return figure
 
 
 def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
     """Training loss and validation error over epochs: the median over the seeds, and a band over all of them."""
-    figure = new_figure(size, 7.2 if size.narrow else 4.0)
+    figure = style.new_figure(size, 7.2 if size.narrow else 4.0)
     left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2)
     error = summary.unit.label("Validation error")
     for axes, title, which, scale in (
@@ -142,11 +128,11 @@ def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
         (right, error, "errors", summary.unit.scale),
     ):
         every = finite(value for o in summary.optimizers for run in getattr(o, which) for value in run)
-        error_axis(axes, "y", every, scale=scale)
+        style.error_axis(axes, "y", every, scale=scale)
         for i, o in enumerate(summary.optimizers):
             _curve(axes, i, len(summary.optimizers), o, getattr(o, which))
         axes.set_title(title)
-        passes_axis(axes, [o.passes for o in summary.optimizers])
+        style.passes_axis(axes, [o.passes for o in summary.optimizers])
         if every:
             low, high = min(every), max(every)
             if axes.get_yscale() == "log":
@@ -154,13 +140,13 @@ def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
             elif high > low:
                 margin = 0.05 * (high - low)
                 axes.set_ylim(max(0.0, low - margin) if low >= 0 else low, high + margin)
-    legend(figure, left, size)
+    style.legend(figure, left, size)
     return figure
 
 
 def _curve(axes: Any, place: int, count: int, o: OptimizerSummary, runs: Sequence[Sequence[float]]) -> None:
     steps = list(zip(*runs, strict=True))
-    epochs, median = o.passes[: len(steps)], [strict_median(step) for step in steps]
+    epochs, median = o.passes[: len(steps)], [style.strict_median(step) for step in steps]
     if len(runs) > 1:
         low, high = ([pick(finite(step), default=math.nan) for step in steps] for pick in (min, max))
         axes.fill_between(epochs, low, high, color=look(place)["color"], alpha=0.14, linewidth=0)
@@ -178,11 +164,11 @@ def _curve(axes: Any, place: int, count: int, o: OptimizerSummary, runs: Sequenc
 def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
     """Validation error over the learning rates, and below it the good part of the grid of each optimizer."""
     rows, share = len(summary.optimizers), 0.3 if size.narrow else 0.24
-    figure = new_figure(size, 3.4 + share * rows + 1.2)
+    figure = style.new_figure(size, 3.4 + share * rows + 1.2)
     upper, lower = figure.subplots(2, 1, height_ratios=[3.0, share * rows + 0.3], sharex=True)
     grids = [o.sensitivity for o in summary.optimizers]
     every = [error for grid in grids for error in (*grid.errors, *grid.survivor_errors)]
-    error_axis(upper, "y", every, scale=summary.unit.scale)
+    style.error_axis(upper, "y", every, scale=summary.unit.scale)
     for i, (o, grid) in enumerate(zip(summary.optimizers, grids, strict=True)):
         whole = [error if math.isfinite(error) else math.nan for error in grid.errors]
         (line,) = upper.plot(grid.rates, whole, **look(i), label=short_name(o.name))
@@ -196,13 +182,13 @@ def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
             color = look(i)["color"]
             lower.plot([grid.low, grid.high], [i, i], color=color, linewidth=5, alpha=0.45, solid_capstyle="butt")
             mark(lower, grid.best_rate, i, i, markersize=7)
-    rate_axis(lower, [rate for grid in grids for rate in grid.rates])
-    name_rows(lower, [o.name for o in summary.optimizers])
+    style.rate_axis(lower, [rate for grid in grids for rate in grid.rates])
+    style.name_rows(lower, [o.name for o in summary.optimizers])
     upper.set_title(summary.unit.label("Validation error"))
     upper.tick_params(axis="x", labelbottom=False)
     lower.set_title(f"Learning rates within {100 * grids[0].tolerance:g} % of the best")
     lower.set_xlabel("learning rate")
-    legend(figure, upper, size)
+    style.legend(figure, upper, size)
     return figure
 
 
@@ -217,7 +203,7 @@ def _shown_layers(summary: Summary) -> list[str]:
 def _draw_layers(summary: Summary, size: Size) -> Figure:
     """Rotation per step and norm of the filters of each layer over epochs."""
     names = _shown_layers(summary)
-    figure = new_figure(size, 4.6 * len(names) + 0.8 if size.narrow else 5.2)
+    figure = style.new_figure(size, 4.6 * len(names) + 0.8 if size.narrow else 5.2)
     if size.narrow:
         grid = figure.subplots(2 * len(names), 1, squeeze=False)[:, 0].reshape(len(names), 2).T
     else:
@@ -229,7 +215,7 @@ def _draw_layers(summary: Summary, size: Size) -> Figure:
             axes.set_title(f"{short_name(name)}: {what}" if size.narrow else what)
             if not size.narrow and not row:
                 axes.set_title(f"{short_name(name)}\n{what}")
-    legend(figure, grid[0, 0], size)
+    style.legend(figure, grid[0, 0], size)
     return figure
 
 
@@ -240,12 +226,12 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
         for layer in o.layers
         if layer.name == name
     ]
-    error_axis(axes, "y", [value for *_, values in traces for value in values])
+    style.error_axis(axes, "y", [value for *_, values in traces for value in values])
     for i, o, values in traces:
         known, step = [v if math.isfinite(v) else math.nan for v in values], max(1, len(values) // 4)
         marked = (i % step, step)
         axes.plot(o.passes[: len(values)], known, **look(i), markevery=marked, label=short_name(o.name))
-    passes_axis(axes, [o.passes for o in summary.optimizers])
+    style.passes_axis(axes, [o.passes for o in summary.optimizers])
 
 
 def _draw_ranks(summary: Summary, size: Size) -> Figure:
@@ -261,7 +247,7 @@ def _rank_line(summary: Summary, size: Size, ranks: Sequence[float], order: Sequ
     half, first = (count + 1) // 2, 0.28 + _CLIQUE_STEP * len(summary.cliques)
     # One unit of the vertical axis is an inch, so that lines of text keep their distance.
     above, below = 0.75, first + _STEP * half
-    figure = new_figure(size, above + below)
+    figure = style.new_figure(size, above + below)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.axis("off")
@@ -294,11 +280,11 @@ def _rank_rows(summary: Summary, size: Size, ranks: Sequence[float], order: Sequ
     """The same for a narrow page: one row per optimizer, and upright bars beside those that belong together."""
     from matplotlib import ticker
 
-    figure = new_figure(size, 0.42 * len(ranks) + 1.3)
+    figure = style.new_figure(size, 0.42 * len(ranks) + 1.3)
     axes = figure.subplots()
     for row, i in enumerate(order):
         mark(axes, ranks[i], row, i, markersize=8)
-    name_rows(axes, [summary.optimizers[i].name for i in order])
+    style.name_rows(axes, [summary.optimizers[i].name for i in order])
     axes.set_xlim(0.7, len(ranks) + 0.3)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
     beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}

@@ -7,18 +7,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from manifold_nets.comparison.report import tables
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing
 from manifold_nets.comparison.report.summary import Summary
-from manifold_nets.comparison.report.tables import (
-    Table,
-    conclusions,
-    difference_table,
-    explanation,
-    mean_text,
-    rescaled_table,
-    result_table,
-    robustness_table,
-)
 from manifold_nets.page import Section, document
 from manifold_nets.page.markup import escape, facts, plural, table
 from manifold_nets.page.plots import figure_svg, plot_settings, series_style_sheet, settled
@@ -76,15 +67,15 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
 
 
 def _opening(summary: Summary) -> str:
-    robustness = robustness_table(summary)
-    sentences = " ".join(escape(sentence) for sentence in conclusions(summary))
+    robustness = tables.robustness_table(summary)
+    sentences = " ".join(escape(sentence) for sentence in tables.conclusions(summary))
     return (
-        f'<p class="lead">{sentences}</p><p>{escape(explanation(summary))}</p>'
-        f"{_table(result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
+        f'<p class="lead">{sentences}</p><p>{escape(tables.explanation(summary))}</p>'
+        f"{_table(tables.result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
     )
 
 
-def _table(found: Table) -> str:
+def _table(found: tables.Table) -> str:
     rows = [[_unbroken(escape(cell)) for cell in row] for row in found.rows]
     head = [escape(name if name.startswith("p ") else name[:1].upper() + name[1:]) for name in found.head]
     if not rows:
@@ -101,7 +92,7 @@ def _unbroken(text: str) -> str:
 
 def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> str:
     titles = {
-        f"series-{i}": f"{o.name}: test error {mean_text(o.test, summary.unit, o.not_finite, sign=True)}"
+        f"series-{i}": f"{o.name}: test error {tables.mean_text(o.test, summary.unit, o.not_finite, sign=True)}"
         for i, o in enumerate(summary.optimizers)
     }
     caption = drawing.caption(summary)
@@ -110,12 +101,12 @@ def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> 
         label, prefix = f"{drawing.title}. {caption}", f"{drawing.name}-{css}"
         with plot_settings(size.font):
             drawn.append(figure_svg(figure, label=label, prefix=prefix, titles=titles, css=css))
-    beside = _table(rescaled_table(summary)) if drawing.name == "rescaled" else ""
+    beside = _table(tables.rescaled_table(summary)) if drawing.name == "rescaled" else ""
     return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(caption)}</figcaption></figure>{beside}'
 
 
 def _differences(summary: Summary) -> str:
-    found = difference_table(summary)
+    found = tables.difference_table(summary)
     if not found.rows:
         return ""
     return f"<details><summary>{plural(len(found.rows), 'pair')}</summary>{_table(found)}</details>"

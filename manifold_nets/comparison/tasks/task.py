@@ -17,8 +17,6 @@ __all__ = ["PART_NAMES", "DatasetPart", "Part", "Subset", "Task", "TensorPart", 
 
 PART_NAMES = ("train", "validation", "test")
 _EXAMPLE_NUMBERS = 50_000
-# Entries of outputs that are kept until they are counted.
-_COUNTED_TOGETHER = 2**18
 
 
 class Part(Protocol):
@@ -237,24 +235,11 @@ def scores_of(model: nn.Module, task: Task, part: str, batches: Sequence[Tensor]
         batches: numbers of the examples of each forward pass.
     """
     total, counts = 0.0, None
-    waiting: list[tuple[Any, Tensor]] = []
-    for chosen in batches:
-        inputs, targets = task.parts[part].batch(chosen)
+    for rows in batches:
+        inputs, targets = task.parts[part].batch(rows)
         outputs = model(inputs)
-        total += float(task.loss(outputs, targets)) * len(chosen)
-        waiting.append((outputs, targets))
-        if not isinstance(outputs, Tensor) or outputs.numel() * len(waiting) > _COUNTED_TOGETHER:
-            counts = _counted(task, waiting, counts)
-    counts = _counted(task, waiting, counts)
-    scores = task.summarize(counts) if counts is not None else {}
+        total += float(task.loss(outputs, targets)) * len(rows)
+        added = task.measure(outputs, targets).cpu()
+        counts = added if counts is None else counts + added
+    scores = {} if counts is None else task.summarize(counts)
     return {"loss": total / sum(map(len, batches)), **scores}
-
-
-def _counted(task: Task, waiting: list[tuple[Any, Tensor]], counts: Tensor | None) -> Tensor | None:
-    """Add what batches have in them: of small outputs of all at once, as each operation takes longer than its work."""
-    if not waiting:
-        return counts
-    outputs, targets = waiting[0] if len(waiting) == 1 else (torch.cat(column) for column in zip(*waiting, strict=True))
-    waiting.clear()
-    added = task.measure(outputs, targets).cpu()
-    return added if counts is None else counts + added
