@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda, Toy
 
 import manifold_nets as mn
-from manifold_nets.symmetry.structure.rules import RULES, elementwise, normalization
-from manifold_nets.symmetry.structure.rules.shift_use import SHIFT_RULES
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, normalization
 
 Rule = Callable[[Any], Any]
 

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from manifold_nets.symmetry.network.graph import trace
-from manifold_nets.symmetry.network.operations import overload_key
+from manifold_nets.symmetry.graph import overload_key
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, reshape_ids
 from manifold_nets.symmetry.structure.find import follow_weight
-from manifold_nets.symmetry.structure.rules import RULES, elementwise
-from manifold_nets.symmetry.structure.rules.movement import reshape_ids
-from manifold_nets.symmetry.structure.rules.shift_use import SHIFT_RULES
 from manifold_nets.symmetry.structure.scales import Break, Scales
+from manifold_nets.symmetry.trace import trace
 
 FILTERS = 6
 FIXED = torch.randn(4, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(8))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from manifold_nets.comparison.errors import DataFileError, DataFolderError
 from manifold_nets.comparison.tasks import Task, classification
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 
 __all__ = ["TwoTowers", "movielens", "towers"]
 

@@ -17,12 +17,12 @@ from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.optimizers import Form
 from manifold_nets.comparison.settings import InitialScale, RunKey, Settings
 from manifold_nets.conversion import convert
-from manifold_nets.conversion.algebra import gather, rescaled_variance
-from manifold_nets.conversion.same_model import named_tensors
+from manifold_nets.conversion.moves import gather, rescaled_variance
 from manifold_nets.errors import FunctionChangedError, ManifoldNetsError
 from manifold_nets.groups import Partition, filter_partition
+from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryReport, diagnose
-from manifold_nets.symmetry.findings.report import WeightFinding
+from manifold_nets.symmetry.report import WeightFinding
 
 __all__ = ["InitialModels", "balance_weights", "converted_form", "rescale_filters", "weight_layers"]
 
