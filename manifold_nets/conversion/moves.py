@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.symmetry.findings.weights import Absorber, ScaledAlong, WeightFinding
+from manifold_nets.symmetry.report import Absorber, ScaledAlong, WeightFinding
 
 __all__ = [
     "Current",

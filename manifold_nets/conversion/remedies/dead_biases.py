@@ -26,7 +26,7 @@ from manifold_nets.float64 import in_float64
 from manifold_nets.models import analysis_copy, random_numbers
 from manifold_nets.running import Inputs, run, split_inputs, to_float64
 from manifold_nets.symmetry import SymmetryReport
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.report import ShiftSymmetry
 
 __all__ = ["absent_bias", "dead_bias_actions", "put_back_bias", "remove_bias", "removed_biases"]
 
