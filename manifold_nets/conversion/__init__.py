@@ -1,9 +1,5 @@
 """Putting a network's weights on spheres and giving them back: plan, apply, verify, revert, save, load."""
 
-import sys
-
-from manifold_nets import models
-from manifold_nets.conversion import moves
 from manifold_nets.conversion.actions import REMEDIES, Action, ConversionPlan
 from manifold_nets.conversion.apply import BalanceRecord, ConversionRecord, balance, conversion_record, convert
 from manifold_nets.conversion.checkpoint import load, save
@@ -32,7 +28,3 @@ __all__ = [
     "verify",
     "write_plan",
 ]
-
-# Where these stood before; to be removed when nothing imports them from there.
-sys.modules[f"{__name__}.algebra"] = moves
-sys.modules[f"{__name__}.same_model"] = models
