@@ -328,6 +328,11 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), torch.float32)
 
 
-def holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    """The modules that hold a parameter, each with its attribute."""
-    return [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter]
+def holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """The modules that hold each parameter, with their attributes, by the `id` of the parameter."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((module, leaf))
+    return found

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_unusual_models import ROWS, mlp
 from torch import Tensor, nn
 
 import manifold_nets as mn
@@ -43,7 +42,7 @@ class Refusing(nn.Module):
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
-        self.inner, self.error = mlp(), error
+        self.inner, self.error = nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), error
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_exporting():
@@ -59,7 +58,7 @@ ERRORS = [IndexError("i"), ValueError("v"), TypeError("t"), KeyError("k"), Asser
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_the_model_raises_is_said_of_the_inputs_with_its_cause(error: Exception, loss: Any, memory: Any) -> None:
     with pytest.raises(ExampleInputsError, match=f"The model said: {type(error).__name__}") as caught:
-        mn.diagnose(Refusing(error), torch.randn(ROWS), loss=loss, memory=memory)
+        mn.diagnose(Refusing(error), torch.randn(8, 10), loss=loss, memory=memory)
     assert type(caught.value.__cause__) is type(error)
 
 

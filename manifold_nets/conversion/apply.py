@@ -220,7 +220,8 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
         for name in saved:
             state[name].copy_(changed[name])
             state[name].grad = None
-    places = {name: holders(model, state[name]) for name in (*manifolds, *removed)}
+    held = holders(model)
+    places = {name: held[id(state[name])] for name in (*manifolds, *removed)}
     for name, manifold in manifolds.items():
         norm = float(manifold.partition.norms(state[name].detach()).median())
         _attach_everywhere(places[name], manifold, points[name], norm)

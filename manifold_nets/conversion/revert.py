@@ -90,7 +90,8 @@ def replace_everywhere(model: nn.Module, replacements: Sequence[tuple[Tensor, nn
         >>> second.weight is first.weight
         True
     """
+    places = holders(model)
     for old, new in replacements:
-        for module, leaf in holders(model, old):
+        for module, leaf in places.get(id(old), ()):
             detach(module, leaf)
             setattr(module, leaf, new)
