@@ -57,8 +57,6 @@ __all__ = [
     "UnsupportedManifoldError",
     "UnsupportedModelError",
     "WeightsFileError",
-    "listed",
-    "near_matches",
 ]
 
 
