@@ -69,9 +69,9 @@ class Rescaling:
 
     def steps_of(self, families: Sequence[SymmetryFamily]) -> Tensor:
         """The logarithms for the symmetries of other families: zeros for those that are not among its own."""
-        steps = torch.split(self.descent.steps, [len(family.symmetries) for family in self.families])
+        steps = torch.split(self.descent.steps, [family.count for family in self.families])
         own = {id(family): found for family, found in zip(self.families, steps, strict=True)}
-        return torch.cat([own.get(id(f), self.descent.steps.new_zeros(len(f.symmetries))) for f in families])
+        return torch.cat([own.get(id(f), self.descent.steps.new_zeros(f.count)) for f in families])
 
 
 def smallest_norm(
@@ -86,7 +86,7 @@ def smallest_norm(
             the one to the smallest norm, and is improved where it is not, so that it is never out of date.
     """
     weights = [Energies.of(state[name], exponents) for name, exponents in _exponents(families).items()]
-    steps = torch.zeros(sum(len(family.symmetries) for family in families), dtype=torch.float64, device="cpu")
+    steps = torch.zeros(sum(family.count for family in families), dtype=torch.float64, device="cpu")
     descent = descend(weights, steps if start is None or not families else start.steps_of(families))
     if not descent.converged:
         _log.warning("balance: %s", descent)
@@ -96,13 +96,15 @@ def smallest_norm(
 def _exponents(families: Sequence[SymmetryFamily]) -> dict[str, dict[Partition, Tensor]]:
     """For each parameter and each of its partitions how the symmetries of all families move the groups."""
     entries: dict[str, dict[Partition, list[tuple[int, int, float]]]] = {}
-    symmetries = [(family, symmetry) for family in families for symmetry in family.symmetries]
-    for number, (family, symmetry) in enumerate(symmetries):
-        for place, exponents in symmetry.items():
-            groups = entries.setdefault(place[0], {}).setdefault(family.partitions[place], [])
-            groups.extend((group, number, power) for group, power in exponents.items())
+    first = 0
+    for family in families:
+        for part in family.generators.parts:
+            columns = (part.groups, part.numbers + first, part.coefficients)
+            found = entries.setdefault(part.parameter, {}).setdefault(part.partition, [])
+            found.extend(zip(*(column.tolist() for column in columns), strict=True))
+        first += family.count
     return {
-        name: {partition: exponents_of(found, (partition.n_groups, len(symmetries))) for partition, found in by.items()}
+        name: {partition: exponents_of(found, (partition.n_groups, first)) for partition, found in by.items()}
         for name, by in entries.items()
     }
 
