@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from manifold_nets.symmetry.rules.use import (
-    Result,
-    Rule,
-    Table,
-    Use,
-    aligned,
-    as_list,
-    of_first,
-    shape_of,
-    unscaled,
-)
+from manifold_nets.symmetry.rules.table import Rule, Table, of_first
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 VIEWS = frozenset(

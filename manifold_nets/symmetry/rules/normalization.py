@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Table, Use, unscaled
+from manifold_nets.symmetry.rules.table import Table
+from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.elementwise import not_homogeneous, scaled_alike
-from manifold_nets.symmetry.rules.use import Result, Rule, ShiftUse, Table, Use, of_first, shape_of, varies
+from manifold_nets.symmetry.rules.arithmetic import scaled_alike
+from manifold_nets.symmetry.rules.elementwise import not_homogeneous
+from manifold_nets.symmetry.rules.table import Rule, Table, of_first
+from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, shape_of, varies
 from manifold_nets.symmetry.structure.scales import Label
 
 _COMPARED = "compares entries that have different scales"
