@@ -20,7 +20,7 @@ from manifold_nets.symmetry.rules.table import RULES, SHIFT_RULES, apply_rule, g
 from manifold_nets.symmetry.rules.use import (
     LARGEST_LINK,
     Absorption,
-    Adoption,
+    Coscaled,
     Link,
     Result,
     ShiftUse,
@@ -37,7 +37,7 @@ __all__ = [
     "SHIFT_RULES",
     "VIEWS",
     "Absorption",
-    "Adoption",
+    "Coscaled",
     "Link",
     "Result",
     "ShiftUse",

@@ -103,10 +103,10 @@ def scaled_alike(
     for value, label in zip(values, labels, strict=True):
         if label is not None or use.is_zero(value) or (isinstance(value, float) and math.isinf(value)):
             continue
-        if use.graph.parameter_of(value) and _adopts(use, value, ids):
+        if use.graph.parameter_of(value) and _coscales(use, value, ids):
             continue
         constant = f"{otherwise.rpartition(' something')[0]} the constant {value}"
-        use.pin(otherwise if isinstance(value, Node) else constant, Label(ids), certainty=certainty)
+        use.refuse(otherwise if isinstance(value, Node) else constant, Label(ids), certainty=certainty)
         return None
     return Label.compressed(use.scales.roots(ids))
 
@@ -124,7 +124,7 @@ def clamp(use: Use) -> Result:
 def lerp(use: Use) -> Result:
     """Interpolation between two tensors that are scaled alike."""
     if use.label("weight") is not None:
-        use.pin("interpolates by a scaled weight")
+        use.refuse("interpolates by a scaled weight")
         return None
     return scaled_alike(use, use.args["self"], use.args["end"], otherwise=_ADDS)
 
@@ -134,7 +134,7 @@ def between(use: Use) -> Result:
     bounds = use.args["boundaries" if use.op == "bucketize" else "sorted_sequence"]
     label = use.label_of(bounds)
     if use.graph.parameter_of(bounds) and label is None:  # as many as there are boundaries: it does not broadcast
-        use.pin(_ALIKE, certainty="jump")
+        use.refuse(_ALIKE, certainty="jump")
         return None
     merged = {}
     if label is not None:
@@ -155,7 +155,7 @@ def masked(use: ShiftUse) -> Result:
     """Masks in front of a softmax; other values are not shifted with the rest."""
     if _is_mask(use.args.get("value")):
         return use.label("self")
-    use.pin("fills in something that is not shifted with it")
+    use.refuse("fills in something that is not shifted with it")
     return None
 
 
@@ -232,21 +232,21 @@ def add_to(use: Use, product: Ids) -> Result:
     """Label of a sum of a product and of the argument ``self``, which are scaled alike."""
     first = use.args["self"]
     if use.label("self") is None and (product != UNSCALED).any():
-        adopted = use.graph.parameter_of(first) and _adopts(use, first, product)
-        if use.is_zero(first) or adopted:
+        coscaled = use.graph.parameter_of(first) and _coscales(use, first, product)
+        if use.is_zero(first) or coscaled:
             return Label.compressed(product)
-        use.pin(_ADDS, Label(product))
+        use.refuse(_ADDS, Label(product))
         return None
     return Label.compressed(use.join(product, use.ids("self"), "adds tensors that have different scales"))
 
 
-def _adopts(use: Use, other: Node, ids: Ids) -> bool:
+def _coscales(use: Use, other: Node, ids: Ids) -> bool:
     """Let an added parameter take the scale of the entries that it is added to."""
     shape = shape_of(other)
     padded = (1,) * (ids.ndim - len(shape)) + shape
     spread = [axis for axis, n in enumerate(padded) if n == 1 and ids.shape[axis] > 1]
     merged = use.merge(ids, spread, "adds one parameter to entries that have different scales")
-    return use.adopt(other, np.broadcast_to(merged, padded).reshape(shape))
+    return use.coscale(other, np.broadcast_to(merged, padded).reshape(shape))
 
 
 def add_shifts(use: ShiftUse) -> Result:
@@ -269,7 +269,7 @@ def add_shifts(use: ShiftUse) -> Result:
 def multiply(use: Use) -> Result:
     """Products and quotients: exponents add; a factor without a scale lets the other's pass."""
     if use.args.get("rounding_mode"):
-        use.pin("rounds a scaled tensor", certainty="jump")
+        use.refuse("rounds a scaled tensor", certainty="jump")
         return None
     left = use.ids("self")
     product = use.scales.sum(left, use.ids("other"), -1.0 if "div" in use.op else 1.0)
@@ -282,7 +282,7 @@ def multiply_each(use: Use) -> Result:
     """Products of each tensor of a list with a factor that has no scale; in place, its label is what it was."""
     factors = use.args.get("other")
     if any(use.label_of(factor) for factor in (factors if isinstance(factors, list) else [factors])):
-        use.pin("multiplies lists of scaled tensors", unknown=True)
+        use.refuse("multiplies lists of scaled tensors", unknown=True)
         return None
     return None if use.op.endswith("_") else [use.label_of(tensor) for tensor in use.args["self"]]
 
@@ -291,7 +291,7 @@ def multiply_shift(use: ShiftUse) -> Result:
     """Products with a number multiply the shift; products with a tensor make something unknown of it."""
     left, right = use.label("self"), use.label("other")
     if (left is not None and right is not None) or use.args.get("rounding_mode") or ("div" in use.op and left is None):
-        use.pin("multiplies or divides shifted tensors")
+        use.refuse("multiplies or divides shifted tensors")
         return None
     name, other = ("self", use.args["other"]) if left is not None else ("other", use.args["self"])
     ids = use.ids(name)

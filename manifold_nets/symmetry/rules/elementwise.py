@@ -54,7 +54,7 @@ def passes(use: Use) -> Result:
     first, *options = use.args
     for option in options:
         if use.label(option) is not None:
-            use.pin("takes a scaled tensor as an option", use.label(option))
+            use.refuse("takes a scaled tensor as an option", use.label(option))
     return use.label(first)
 
 
@@ -77,19 +77,19 @@ def dropout(use: ShiftUse) -> Result:
     """Dropout scales entries at random, unless its probability is 0."""
     if use.inactive(use.graph.module_of(use.node)) and not use.args.get("p"):
         return use.label_of(next(iter(use.args.values())))
-    use.pin("drops entries at random")
+    use.refuse("drops entries at random")
     return None
 
 
 def not_homogeneous(use: Use) -> Result:
     """Refuse every scale."""
-    use.pin("is not positively homogeneous", certainty="smooth")
+    use.refuse("is not positively homogeneous", certainty="smooth")
     return None
 
 
 def jumps(use: Use) -> Result:
     """Refuse every scale, of which a derivative may see nothing."""
-    use.pin("is not positively homogeneous", certainty="jump")
+    use.refuse("is not positively homogeneous", certainty="jump")
     return None
 
 
@@ -113,7 +113,7 @@ def threshold(use: Use) -> Result:
 def nan_to_num(use: Use, label: Label) -> Result:
     """What is finite stays, zeros for the rest pass any scale, and the largest numbers are as good as infinite."""
     if any(use.args.get(name) for name in ("nan", "posinf", "neginf")):
-        use.pin("fills in something that is not scaled with it", label)
+        use.refuse("fills in something that is not scaled with it", label)
         return None
     return label
 
@@ -123,12 +123,12 @@ def power(use: Use) -> Result:
     known = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
     label, exponent = use.label("self"), known.get(use.op, use.args.get("exponent"))
     if label is None or not isinstance(exponent, (int, float)):
-        use.pin("has a scaled exponent")
+        use.refuse("has a scaled exponent")
         return None
     return Label.compressed(use.scales.times(label.ids, float(exponent)))
 
 
 def renorm(use: Use) -> Result:
     """Slices above the largest norm are brought down to it, others stay."""
-    use.pin("leaves slices below its largest norm as they are", certainty="jump")
+    use.refuse("leaves slices below its largest norm as they are", certainty="jump")
     return None

@@ -93,8 +93,8 @@ def _with_bias(use: Use, axis: int, ids: Ids) -> Result:
     per_channel = np.broadcast_to(merged.reshape(-1), (use.out_shape[axis],))
     if bias is not None:
         use.join(per_channel, bias.ids, "adds a bias of another scale")
-    elif not use.adopt(use.args["bias"], per_channel):
-        use.pin("adds a bias that cannot be scaled along", Label(ids))
+    elif not use.coscale(use.args["bias"], per_channel):
+        use.refuse("adds a bias that cannot be scaled along", Label(ids))
         return None
     return Label.compressed(use.scales.roots(ids))
 
@@ -105,7 +105,7 @@ def linear_map_of_shifts(use: ShiftUse) -> Result:
     source, weight, blocks = use.label("input"), use.label("weight"), use.rows.get(use.args["weight"])
     ids = unscaled(rank)
     if weight is not None and (source is not None or blocks is None):
-        use.pin("multiplies with what is shifted", weight, source)
+        use.refuse("multiplies with what is shifted", weight, source)
         return None
     if weight is not None and blocks is not None:
         ids = _rows(use, weight, blocks, axis)
@@ -123,7 +123,7 @@ def linear_map_of_shifts(use: ShiftUse) -> Result:
 def _rows(use: ShiftUse, weight: Label, blocks: int, axis: int) -> Ids:
     """Every channel of a block gets v·x, which differs from position to position and from block to block."""
     shape = [1 if a == axis else n for a, n in enumerate(use.out_shape)]
-    reason = "makes one shift a position of a row that is added to filters"
+    reason = "makes one shift per position of a row that is added to filters"
     numbers = np.broadcast_to(weight.ids.reshape(-1), (blocks,))
     ids = np.concatenate([use.image(np.array(number), shape, reason) for number in numbers.tolist()], axis)
     return ids if blocks == 1 else np.repeat(ids, use.out_shape[axis] // blocks, axis)
@@ -156,7 +156,7 @@ def embedding_bag(use: Use) -> Result:
     """Sums, means or maxima of rows: any row may be picked, so all rows need one scale."""
     weight, factors = use.label("weight"), use.label("per_sample_weights")
     if factors is not None:
-        use.pin("multiplies rows by what is scaled", factors, unknown=True)
+        use.refuse("multiplies rows by what is scaled", factors, unknown=True)
     return None if weight is None else Label.compressed(use.merge(weight.ids, [0], _ROWS))
 
 
@@ -172,10 +172,10 @@ def attention(use: Use) -> Result:
     """Attention is linear in the values; the products of queries and keys pass a softmax."""
     query, key, value = use.label("query"), use.label("key"), use.label("value")
     if use.label("attn_mask") is not None:
-        use.pin("adds it to what a softmax reads", use.label("attn_mask"))
+        use.refuse("adds it to what a softmax reads", use.label("attn_mask"))
     if query is not None or key is not None:
         scores = matrix_product(use, use.ids("query"), use.ids("key").swapaxes(-1, -2))
-        use.pin("feeds products of queries and keys to a softmax", Label(scores), certainty="smooth")
+        use.refuse("feeds products of queries and keys to a softmax", Label(scores), certainty="smooth")
     if value is None:
         return None
     return Label.compressed(use.merge(value.ids, [-2], "averages values that have different scales"))
@@ -187,7 +187,7 @@ def attention_of_shifts(use: ShiftUse) -> Result:
     if query is not None and use.shape("key")[-2] == 1:
         use.absorb("softmax", query.ids)  # of one key, whose weight is 1
     elif query is not None:
-        use.pin("multiplies queries with keys", query)
+        use.refuse("multiplies queries with keys", query)
     if key is not None:
         use.absorb("softmax", use.merge(key.ids, [-2], _KEYS))
     if use.label("attn_mask") is not None:
@@ -195,7 +195,7 @@ def attention_of_shifts(use: ShiftUse) -> Result:
     if value is None:
         return None
     if float(use.args.get("dropout_p") or 0.0) > 0 or not use.inactive(use.graph.module_of(use.node)):
-        use.pin("drops attention weights at random, which then do not sum to 1", value)
+        use.refuse("drops attention weights at random, which then do not sum to 1", value)
         return None
     ids = value.ids
     if use.args.get("enable_gqa") and ids.shape[-3] > 1:

@@ -13,7 +13,7 @@ from manifold_nets.symmetry.rules.use import LARGEST_LINK, Result, ShiftUse, Use
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 _MULTIPLIES = "multiplies with a tensor"
-# Up to this many pairs of contracted entries are compared one by one; beyond, each factor needs one scale.
+# Up to this many pairs of contracted entries are compared pair by pair; beyond, each factor needs one scale.
 _LARGEST_PRODUCT = 200_000
 
 
@@ -36,7 +36,7 @@ def matmul(use: Use) -> Result:
     """Products of matrices and vectors: the products of the entries that are summed need one scale."""
     first, second = _factors(use)
     if use.op == "inner" and len(use.shape(second)) > 1:
-        use.pin("is followed for vectors only", unknown=True)
+        use.refuse("is followed for vectors only", unknown=True)
         return None
     return Label.compressed(_product(use, first, second))
 
@@ -88,11 +88,11 @@ def matmul_of_shifts(use: ShiftUse) -> Result:
     """A shift of one factor that is the same in all rows (columns) is so in the product."""
     first, second = _factors(use)
     if min(len(use.shape(first)), len(use.shape(second))) < 2:
-        use.pin("multiplies shifted tensors")
+        use.refuse("multiplies shifted tensors")
         return None
     left, right = use.label(first), use.label(second)
     if left is not None and right is not None and int(np.prod(use.out_shape)) > LARGEST_LINK:
-        use.pin("makes too many different shifts to follow", left, unknown=True)
+        use.refuse("makes too many different shifts to follow", left, unknown=True)
         return Label.compressed(_images(use, second))
     return Label.compressed(_images(use, first, second))
 
@@ -170,7 +170,7 @@ def _parsed(use: Use) -> tuple[list[list[str]], list[str]] | None:
     ranks = [len(shape_of(tensor)) for tensor in use.args["tensors"]]
     indices, result = einsum_indices(str(use.args["equation"]), ranks)
     if any(len(set(names)) < len(names) for names in indices):
-        use.pin("is followed for equations without repeated indices only", unknown=True)
+        use.refuse("is followed for equations without repeated indices only", unknown=True)
         return None
     return indices, result
 

@@ -142,7 +142,7 @@ def cross_entropy(use: ShiftUse) -> Result:
     if label is not None:
         use.absorb("loss", use.merge(label.ids, [min(1, label.ids.ndim - 1)], "compares logits shifted differently"))
     if use.label("target") is not None:
-        use.pin("has shifted targets", use.label("target"))
+        use.refuse("has shifted targets", use.label("target"))
     return None
 
 
@@ -218,13 +218,13 @@ def window(use: Use, label: Label) -> Result:
 def grid_sampler(use: Use) -> Result:
     """Interpolation at computed places is linear in what is interpolated, not in the places."""
     if use.label("grid") is not None:
-        use.pin("reads entries at places that are scaled", use.label("grid"), certainty="smooth")
+        use.refuse("reads entries at places that are scaled", use.label("grid"), certainty="smooth")
     return window(use)
 
 
 @of_first
 def max_pool(use: ShiftUse, label: Label) -> Result:
-    """Largest entries: one shift a channel."""
+    """Largest entries: one shift per channel."""
     return Label.compressed(use.merge(label.ids, _space(use, label), _DIFFERENTLY))
 
 
@@ -233,7 +233,7 @@ def average(use: ShiftUse) -> Result:
     first, *others = use.args
     for name in others:
         if use.label(name) is not None:
-            use.pin("reads entries at places that are shifted", use.label(name))
+            use.refuse("reads entries at places that are shifted", use.label(name))
     label = use.label(first)
     if label is None:
         return None

@@ -46,7 +46,7 @@ def guarded(function: Rule) -> Rule:
         try:
             result = function(use)
         except _UNFORESEEN as error:
-            use.pin(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
+            use.refuse(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
             return None
         values = use.node.meta.get("val")
         if isinstance(values, (tuple, list)) and isinstance(result, Label):
@@ -73,9 +73,9 @@ def apply_rule(use: ShiftUse) -> Result:
     if known is not None:
         return of_real_numbers(use, known(use))
     if use.key in RULES:
-        use.pin("does not let a shift pass")
+        use.refuse("does not let a shift pass")
     else:
-        use.pin("has no rule: what it does to a shift is unknown", unknown=True)
+        use.refuse("has no rule: what it does to a shift is unknown", unknown=True)
     return None
 
 
@@ -85,6 +85,6 @@ def of_real_numbers(use: Use, result: Result) -> Result:
     several = values if isinstance(values, (tuple, list)) else [values]
     for label, value in zip(as_list(result), several, strict=False):
         if label is not None and isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-            use.pin("rounds to integers", label, certainty="jump")
+            use.refuse("rounds to integers", label, certainty="jump")
             return None
     return result

@@ -21,12 +21,12 @@ from manifold_nets.symmetry.graph import bound_arguments, op_name, operation_key
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Certainty, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["LARGEST_LINK", "Absorption", "Adoption", "Link", "Result", "ShiftUse", "Use"]
+__all__ = ["LARGEST_LINK", "Absorption", "Coscaled", "Link", "Result", "ShiftUse", "Use"]
 
 # Up to this many zeros get a scale each.
 _MOST_ZEROS = 16_384
 # Beyond this many entries a linear image has fewer unknowns than entries, `_COLOURS`, strewn over them at random:
-# operations that tie entries tie many, hardly all of one colour. Beyond so many entries it is not followed any further.
+# operations that tie entries tie many, hardly all of one colour. Beyond `_LARGEST_IMAGE` entries it is not followed.
 LARGEST_LINK = 2_048
 _COLOURS = 64
 _LARGEST_IMAGE = 2**20
@@ -54,7 +54,7 @@ class Absorption:
 
 
 @dataclass(frozen=True)
-class Adoption:
+class Coscaled:
     """A bias that has to be scaled along with the weight: its parameter and the form of each of its entries."""
 
     parameter: str
@@ -84,7 +84,7 @@ class Use:
     scales: Scales
     labels: dict[Node, Result]
     absorptions: list[Absorption] = field(default_factory=list)
-    adoptions: list[Adoption] = field(default_factory=list)
+    coscaled: list[Coscaled] = field(default_factory=list)
     columns: dict[str, Ids] | None = None
     shifts: ClassVar[bool] = False
 
@@ -104,7 +104,7 @@ class Use:
         return found if isinstance(found, Label) else None
 
     def ids(self, name: str, rank: int | None = None) -> Ids:
-        """Ids of an argument with as many axes as the result, or so many; unscaled where it has no label."""
+        """Ids of an argument with as many axes as the result, or as given; unscaled where it has no label."""
         label, rank = self.label(name), len(self.out_shape) if rank is None else rank
         return unscaled(rank) if label is None else aligned(label, rank)
 
@@ -141,7 +141,9 @@ class Use:
         """Build the reason for a condition that this operation puts on the scales."""
         return Break(self.op, self.graph.module_of(self.node), reason, unknown, certainty)
 
-    def pin(self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious") -> None:
+    def refuse(
+        self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious"
+    ) -> None:
         """Refuse the scales of these labels (of all arguments when none is given)."""
         given: Sequence[Label | None] = labels or [
             label for node in self.node.all_input_nodes for label in as_list(self.labels.get(node))
@@ -217,13 +219,13 @@ class Use:
             for user in node.users
         )
 
-    def adopt(self, value: Any, ids: Ids) -> bool:
+    def coscale(self, value: Any, ids: Ids) -> bool:
         """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
         parameter = self.graph.parameter_of(value)
         plain = all(list(self.scales.form(n).values()) in ([], [1.0]) for n in np.unique(ids).tolist())
         if parameter is None or not plain:
             return False
-        self.adoptions.append(Adoption(parameter, ids))
+        self.coscaled.append(Coscaled(parameter, ids))
         return True
 
 
@@ -248,7 +250,7 @@ class ShiftUse(Use):
     shifts: ClassVar[bool] = True
 
     def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
-        """Label of a linear image of the sources: one unknown an entry, none where the mask is unscaled."""
+        """Label of a linear image of the sources: one unknown per entry, none where the mask is unscaled."""
         size = int(np.prod(shape))
         if size > _LARGEST_IMAGE:
             self.scales.pin(sources, self.why("makes too many different shifts to follow", unknown=True))
