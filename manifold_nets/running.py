@@ -97,7 +97,7 @@ def called(model: nn.Module, inputs: Inputs) -> Any:
             refused = _in_single_precision(model, inputs)
         if refused is None:
             raise DoublePrecisionError(type(model).__name__, error, _place(error)) from error
-        raise ExampleInputsError(_told(inputs, refused), refused) from refused
+        raise ExampleInputsError(_described(inputs, refused), refused) from refused
 
 
 def _in_single_precision(model: nn.Module, inputs: Inputs) -> Exception | None:
@@ -118,7 +118,7 @@ def _in_single_precision(model: nn.Module, inputs: Inputs) -> Exception | None:
     return None
 
 
-def _told(inputs: Inputs, error: Exception) -> str:
+def _described(inputs: Inputs, error: Exception) -> str:
     tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     shapes = f"tensors of shapes {[tuple(tensor.shape) for tensor in tensors]}"
     if "dtype" not in str(error):

@@ -125,7 +125,7 @@ def test_a_threshold_for_each_feature(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_structure_that_refuses_a_jump_is_right_against_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
     """No disagreement: the move refutes what the derivative shows."""
     for overload in ("", ".Scalar"):
-        monkeypatch.setitem(RULES, "lt" + overload, lambda use: use.pin("compares with 4", certainty="smooth"))
+        monkeypatch.setitem(RULES, "lt" + overload, lambda use: use.refuse("compares with 4", certainty="smooth"))
     finding = mn.diagnose(behind(CUTS["entries above a constant are cut off"]), torch.randn(32, 6))["fc.weight"]
     assert finding.partition is None
     assert finding.status == "not invariant"

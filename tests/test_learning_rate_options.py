@@ -235,7 +235,7 @@ def test_diagnose_prints_a_row_a_weight_and_what_is_known_of_the_long_run(comman
         f"{rates['weights'][0]['norms']['median']:.3g}",
         f"{rates['next_step']['median']:.3g}",
     ]
-    assert "0.00725 radians a step" in result.stdout
+    assert "0.00725 radians per step" in result.stdout
     assert rates["equilibrium_rotation"] == pytest.approx((2 * 0.1 * 5e-4 / 1.9) ** 0.5)
     settings = OptimizerSettings("sgd", 0.1, 0.9, weight_decay=5e-4)
     assert {key: rates[key] for key in settings.to_dict()} == settings.to_dict()

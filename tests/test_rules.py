@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.symmetry.graph import overload_key
-from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, movement
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, arithmetic, elementwise, movement
 from manifold_nets.symmetry.rules.movement import reshape_ids
 from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.structure.scales import Break, Label, Scales
@@ -414,7 +414,7 @@ def test_what_a_normalization_subtracts_does_not_hinder_a_scale(name: str) -> No
 
 def test_a_term_that_is_wrongly_taken_for_subtracted_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: the channels of a group are forgotten."""
-    monkeypatch.setattr(elementwise, "_subtracts", lambda user, source, shape: all(n == 1 for n in shape[2:]))
+    monkeypatch.setattr(arithmetic, "_subtracts", lambda user, source, shape: all(n == 1 for n in shape[2:]))
     torch.manual_seed(0)
     assert groups_of(TERMS["two channels a group"][0]()) == (3, "disagreement")
 

@@ -1,4 +1,4 @@
-"""Learning rates on spheres that match those of an ordinary optimizer: for the next step, and for the long run."""
+"""Learning rates on spheres that match those of a torch optimizer, for the next step and for the long run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["LearningRates", "Spread", "WeightRates", "matched_learning_rates"]
 
 @dataclass(frozen=True)
 class Spread:
-    """How a quantity spreads over groups: median, quartiles and extremes."""
+    """Median, quartiles and extremes of a quantity over groups."""
 
     median: float
     lower_quartile: float
@@ -30,7 +30,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Tensor) -> Spread:
-        """Measure some values; quartiles lie between neighbouring values, linearly.
+        """Summarize values; quartiles interpolate linearly between neighbouring values.
 
         Example:
             >>> Spread.of(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
@@ -55,15 +55,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class WeightRates:
-    """The learning rates of one weight's groups.
+    """The matched learning rates of the groups of one weight.
 
     Args:
         name: the parameter.
-        groups: number of its invariant groups.
+        groups: the number of its invariant groups.
         norms: Euclidean norms ‖w_G‖.
         next_step: sphere learning rates that match the next step.
-        equilibrium: sphere learning rates that match the rotation of the long run; None where that is not known.
-        gradients: root mean squares of ‖w_G‖·‖∂L/∂w_G‖, which do not depend on the scale; None where none were given.
+        equilibrium: sphere learning rates that match the rotation in the long run; None where unknown.
+        gradients: root mean squares of ‖w_G‖·‖∂L/∂w_G‖, which do not depend on the scale; None without gradients.
     """
 
     name: str
@@ -87,7 +87,7 @@ class LearningRates:
         settings: the optimizer of the plain network.
         weights: one entry for each scale-invariant weight.
         next_step: spread over all groups of all weights; None where there are none.
-        equilibrium: likewise; None where it is not known for all weights.
+        equilibrium: likewise; None unless known for all weights.
     """
 
     model: str
@@ -106,10 +106,10 @@ class LearningRates:
         """The median rate of each weight by name, for ``param_groups(model, sphere_lr=…)``.
 
         Args:
-            long_run: take the rates of the long run, where they are known, in place of those of the next step.
+            long_run: take the rates of the long run, where known, instead of those of the next step.
         """
-        rates = {weight.name: weight.equilibrium if long_run else weight.next_step for weight in self.weights}
-        return {name: rate.median for name, rate in rates.items() if rate is not None}
+        rates = ((weight.name, weight.equilibrium if long_run else weight.next_step) for weight in self.weights)
+        return {name: rate.median for name, rate in rates if rate is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -124,18 +124,18 @@ class LearningRates:
 
     @property
     def long_run(self) -> str:
-        """What is known of the long run, in words."""
+        """A sentence about the long run."""
         rotation, factor = self.settings.equilibrium_rotation, self.settings.equilibrium_factor
         if rotation is None or factor is None:
             return "without weight decay no rotation is approached in the long run"
-        text = f"weight decay leads to {rotation:.3g} radians a step in the long run"
         if self.settings.optimizer != "sgd":
-            return f"{text}, on spheres with learning rate {factor:.3g}"
-        if self.equilibrium is None:
-            return (
-                f"{text}, on spheres with learning rate {factor:.3g}/G, where G is the root mean square of ‖w‖·‖∂L/∂w‖"
-            )
-        return f"{text}, on spheres with learning rate {self.equilibrium}"
+            rate = f"{factor:.3g}"
+        elif self.equilibrium is None:
+            rate = f"{factor:.3g}/G, where G is the root mean square of ‖w‖·‖∂L/∂w‖"
+        else:
+            rate = str(self.equilibrium)
+        text = f"weight decay leads to {rotation:.3g} radians per step in the long run"
+        return f"{text}, on spheres with learning rate {rate}"
 
     def __str__(self) -> str:
         if not self.weights:
@@ -164,7 +164,7 @@ def matched_learning_rates(
     ⟨ξ, η⟩/r² makes the steps of w/r those of the unit sphere.
 
     **Next step.** With the learning rate η_s and empty moments a step turns u by arctan(η_s ‖∂L/∂u‖) with
-    `RiemannianSGD` and by arctan(η_s) with `RiemannianAdam`, which has one second moment a sphere.
+    `RiemannianSGD` and by arctan(η_s) with `RiemannianAdam`, which has one second moment per sphere.
 
     - ``"sgd"`` moves w to n((1−ηλ)u − (η/n²) ∂L/∂u), the same direction as on the sphere with **η_s = η/(n²(1−ηλ))**;
       exact. Momentum changes nothing: the buffers are those of the sphere divided by n, while n is nearly constant.
@@ -175,8 +175,8 @@ def matched_learning_rates(
       shrink by the same √((1−β1)/(1+β1)) where gradients are noise.
 
     **Long run.** Where gradients are mostly noise and the rates constant, weight decay λ and the growth of n by the
-    steps come to an equilibrium with √(2ηλ/(1+μ)) radians a step for SGD and √(2ηλ(1−β1)/(1+β1)) for AdamW. On the
-    sphere a step is η_s G/√(1−μ²) or η_s √((1−β1)/(1+β1)) radians, with G² the mean of ‖∂L/∂u‖² = (‖w‖·‖∂L/∂w‖)², so
+    steps balance at √(2ηλ/(1+μ)) radians per step for SGD and √(2ηλ(1−β1)/(1+β1)) for AdamW. On the sphere a step is
+    η_s G/√(1−μ²) or η_s √((1−β1)/(1+β1)) radians, with G² the mean of ‖∂L/∂u‖² = (‖w‖·‖∂L/∂w‖)², so
 
     - ``"sgd"``: **η_s = √(2ηλ(1−μ))/G**, the rate η/n² at the equilibrium norm n⁴ = ηG²/(2λ(1−μ)). It needs gradients,
       which no report has: pass those of some mini-batches.
@@ -200,9 +200,9 @@ def matched_learning_rates(
         Rates in radians per unit gradient (SGD) or radians (Adam), with their spread over the groups of each weight.
 
     Raises:
-        OptionError: an option has no meaning, or the optimizer does not have it; gradients do not fit the weights, or
-            these have no values.
-        ArgumentTypeError: the report is none.
+        OptionError: an option is out of range or belongs to another optimizer; gradients do not fit the weights; or a
+            weight has no values.
+        ArgumentTypeError: `report` is not what `diagnose` returns.
         ReportMismatchError: the report is of another model.
         DegenerateGroupError: a group is zero or not finite.
 
@@ -249,7 +249,7 @@ def matched_learning_rates(
 def _matched(
     settings: OptimizerSettings, partition: Partition, norms: Tensor, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Rates of a weight's groups for the next step and for the long run."""
+    """Rates of the groups of a weight, for the next step and for the long run."""
     shrunk = 1 - settings.lr * settings.weight_decay
     factor = settings.equilibrium_factor
     if settings.optimizer != "sgd":

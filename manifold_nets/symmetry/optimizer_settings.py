@@ -1,4 +1,4 @@
-"""The settings of an optimizer of torch, checked, and the rotation that they lead to in the long run."""
+"""The settings of a torch optimizer, validated, and the rotation per step that they lead to in the long run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEFAULT_BETAS = (0.9, 0.999)
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """The settings of an optimizer of torch that trains the plain network.
+    """The settings of the torch optimizer that trains the plain network.
 
     Args:
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
@@ -26,7 +26,7 @@ class OptimizerSettings:
         weight_decay: λ; an L2 penalty for SGD, decoupled for AdamW.
 
     Raises:
-        OptionError: a value has no meaning, or is one that this optimizer does not have.
+        OptionError: a value is out of range, or belongs to another optimizer.
 
     Example:
         >>> f"{OptimizerSettings('sgd', 0.1, momentum=0.9, weight_decay=5e-4).equilibrium_rotation:.4f} radians"
@@ -40,29 +40,28 @@ class OptimizerSettings:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.optimizer not in OPTIMIZERS:
-            raise OptionError("optimizer", self.optimizer, "'sgd', 'adam' or 'adamw'")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise OptionError("lr", self.lr, "a finite number > 0")
-        if not 0 <= self.momentum < 1:
-            raise OptionError("momentum", self.momentum, "a number from 0 to below 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise OptionError("betas", self.betas, "two numbers from 0 to below 1")
-        if not (self.weight_decay >= 0 and self.lr * self.weight_decay < 1):
-            raise OptionError("weight_decay", self.weight_decay, f"a number from 0 to below 1/lr = {1 / self.lr:g}")
-        if self.optimizer == "sgd" and self.betas != DEFAULT_BETAS:
-            raise OptionError("betas", self.betas, "no betas with optimizer 'sgd', which has a momentum instead")
-        if self.optimizer != "sgd" and self.momentum != 0:
-            raise OptionError(
-                "momentum", self.momentum, f"0 with optimizer {self.optimizer!r}, which has betas instead"
-            )
-        if self.optimizer == "adam" and self.weight_decay != 0:
-            expected = "0 with optimizer 'adam', which mixes the decay into its moments, or optimizer 'adamw'"
-            raise OptionError("weight_decay", self.weight_decay, expected)
+        name = self.optimizer
+        self._require("optimizer", name in OPTIMIZERS, "'sgd', 'adam' or 'adamw'")
+        self._require("lr", math.isfinite(self.lr) and self.lr > 0, "a finite number > 0")
+        self._require("momentum", 0 <= self.momentum < 1, "a number from 0 to below 1")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1")
+        decays = self.weight_decay >= 0 and self.lr * self.weight_decay < 1
+        self._require("weight_decay", decays, f"a number from 0 to below 1/lr = {1 / self.lr:g}")
+        if name == "sgd":
+            expected = "no betas with optimizer 'sgd', which has a momentum instead"
+            self._require("betas", self.betas == DEFAULT_BETAS, expected)
+        else:
+            self._require("momentum", self.momentum == 0, f"0 with optimizer {name!r}, which has betas instead")
+        expected = "0 with optimizer 'adam', which mixes the decay into its moments, or optimizer 'adamw'"
+        self._require("weight_decay", name != "adam" or self.weight_decay == 0, expected)
+
+    def _require(self, option: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise OptionError(option, getattr(self, option), expected)
 
     @property
     def equilibrium_rotation(self) -> float | None:
-        """Angle per step in the long run, in radians; None without weight decay.
+        """Rotation per step in the long run, in radians; None without weight decay.
 
         It is √(2ηλ/(1+μ)) for SGD and √(2ηλ(1−β1)/(1+β1)) for AdamW: Kosson et al., arXiv:2305.17212.
         """
@@ -78,12 +77,10 @@ class OptimizerSettings:
 
         The gradient is that of `manifold_nets.symmetry.learning_rates.WeightRates`. None without weight decay.
         """
-        if self.weight_decay == 0:
-            return None
-        return math.sqrt(2 * self.lr * self.weight_decay * (1 - self.momentum))
+        return math.sqrt(2 * self.lr * self.weight_decay * (1 - self.momentum)) or None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, without the options that the optimizer does not have."""
+        """Return plain data for JSON, without the options of other optimizers."""
         own: dict[str, Any] = {"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": list(self.betas)}
         return {"optimizer": self.optimizer, "lr": self.lr, **own, "weight_decay": self.weight_decay}
 

@@ -13,7 +13,7 @@ from manifold_nets.symmetry.graph import is_region, region_graph
 from manifold_nets.symmetry.rules import (
     RULES,
     Absorption,
-    Adoption,
+    Coscaled,
     Link,
     Result,
     ShiftUse,
@@ -36,7 +36,7 @@ def propagate(
     columns: dict[str, Ids] | None = None,
     *,
     stored: bool = True,
-) -> tuple[list[Absorption], list[Adoption]]:
+) -> tuple[list[Absorption], list[Coscaled]]:
     """Follow the scales of some placeholders through the graph, in its order, as far as outputs depend on them.
 
     Args:
@@ -91,7 +91,7 @@ class _Walk:
     columns: dict[str, Ids] | None = None
     labels: dict[Node, Result] = field(default_factory=dict)
     absorptions: list[Absorption] = field(default_factory=list)
-    adoptions: list[Adoption] = field(default_factory=list)
+    adoptions: list[Coscaled] = field(default_factory=list)
 
     def run(self, seeds: dict[Node, Label]) -> None:
         """Visit everything that a label reaches, in the order of the graph."""
@@ -153,12 +153,12 @@ class _Walk:
         return Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
 
     def _leave(self, use: Use) -> None:
-        use.pin("is reached without a normalization", certainty="smooth")
+        use.refuse("is reached without a normalization", certainty="smooth")
 
     def _apply(self, use: Use) -> Result:
         known = RULES.get(use.key)
         if known is None:
-            use.pin("has no rule: what it does to a scale is unknown", unknown=True)
+            use.refuse("has no rule: what it does to a scale is unknown", unknown=True)
             return None
         return of_real_numbers(use, known(use))
 
@@ -204,7 +204,7 @@ class _ShiftWalk(_Walk):
                 ids = use.merge(label.ids, [1], "compares logits that are shifted differently")
                 self.absorptions.append(Absorption(use.node, "loss", "loss", "", ids))
             elif label is not None:
-                use.pin("is reached without a normalization", label)
+                use.refuse("is reached without a normalization", label)
 
     def _apply(self, use: Use) -> Result:
         return apply_rule(use)  # type: ignore[arg-type]

@@ -239,8 +239,8 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
-        silent = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), silent, one_module_per_name(model), _tensors_only(model, inputs):
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with warnings.catch_warnings(), quiet, one_module_per_name(model), _tensors_only(model, inputs):
             warnings.simplefilter("ignore")
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)

@@ -16,7 +16,7 @@ ROW = 26
 TRUNK, FIRST_LANE, WIDEST = 12, 26, 120
 # Parts are open as long as this many steps are shown; the reader opens the others.
 OPEN_STEPS = 36
-# A part with more than this share of the steps is split, if it falls apart into at most so many.
+# A part with more than this share of the steps is split, if it has at most `MOST_CHILDREN` parts.
 LARGE_SHARE, MOST_CHILDREN = 0.5, 24
 # Neighbouring parts are joined up to this many steps: conv1, bn1, relu, maxpool.
 SMALL = 7

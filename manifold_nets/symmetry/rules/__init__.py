@@ -5,25 +5,28 @@ operation: ``max`` and ``max.dim`` reduce, ``max.other`` compares two tensors. A
 unknown: it refuses the scale and is reported as unknown, never guessed.
 """
 
-from manifold_nets.symmetry.rules import elementwise, linear, movement, normalization, reduction
-from manifold_nets.symmetry.rules.elementwise import LARGEST_EPS
+from manifold_nets.symmetry.rules import (
+    arithmetic,
+    elementwise,
+    linear,
+    movement,
+    normalization,
+    products,
+    reduction,
+)
+from manifold_nets.symmetry.rules.arithmetic import LARGEST_EPS
 from manifold_nets.symmetry.rules.movement import VIEWS
+from manifold_nets.symmetry.rules.table import RULES, SHIFT_RULES, apply_rule, guarded, of_real_numbers, register
 from manifold_nets.symmetry.rules.use import (
     LARGEST_LINK,
-    RULES,
-    SHIFT_RULES,
     Absorption,
-    Adoption,
+    Coscaled,
     Link,
     Result,
     ShiftUse,
     Use,
     aligned,
-    apply_rule,
     as_list,
-    guarded,
-    of_real_numbers,
-    register,
     shape_of,
 )
 
@@ -34,13 +37,14 @@ __all__ = [
     "SHIFT_RULES",
     "VIEWS",
     "Absorption",
-    "Adoption",
+    "Coscaled",
     "Link",
     "Result",
     "ShiftUse",
     "Use",
     "aligned",
     "apply_rule",
+    "arithmetic",
     "as_list",
     "elementwise",
     "guarded",
@@ -52,5 +56,5 @@ __all__ = [
     "shape_of",
 ]
 
-for _file in (elementwise, reduction, linear, movement, normalization):
+for _file in (elementwise, arithmetic, reduction, linear, products, movement, normalization):
     register(_file.table())

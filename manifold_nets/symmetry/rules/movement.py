@@ -10,17 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from manifold_nets.symmetry.rules.use import (
-    Result,
-    Rule,
-    Table,
-    Use,
-    aligned,
-    as_list,
-    of_first,
-    shape_of,
-    unscaled,
-)
+from manifold_nets.symmetry.rules.table import Rule, Table, of_first
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, shape_of, unscaled
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 VIEWS = frozenset(
@@ -158,7 +149,7 @@ def roll(use: Use, label: Label) -> Result:
 def repeat_interleave(use: Use, label: Label) -> Result:
     """Repeat every entry along an axis, or along all axes made one."""
     if not isinstance(use.args.get("repeats"), int):
-        use.pin("repeats entries by counts that are computed", label, unknown=True)
+        use.refuse("repeats entries by counts that are computed", label, unknown=True)
         return label
     if use.args.get("dim") is None:
         return Label.compressed(np.repeat(np.broadcast_to(label.ids, use.shape("self")), use.args["repeats"]))
@@ -246,7 +237,7 @@ def index(use: Use) -> Result:
     label = use.label("self")
     if label is None:
         if any(use.label_of(i) for i in use.args["indices"]):
-            use.pin("indexes with a scaled tensor")
+            use.refuse("indexes with a scaled tensor")
         return None
     indexed: list[int] = []
     inserted = axis = 0
@@ -343,14 +334,14 @@ def writes(name: str, *, along: str = "", same_axes: bool = False) -> Rule:
 
     def rule(use: Use) -> Result:
         if use.args.get("reduce") == "prod":
-            use.pin("multiplies entries", unknown=True)
+            use.refuse("multiplies entries", unknown=True)
             return None
         own, values, shape = use.label("self"), use.args[name], use.shape("self")
         axes = [use.args[along] or 0] if along else list(range(len(shape)))
         new = use.label_of(values)
         if new is None:
             if own is not None and not use.is_zero(values):
-                use.pin(_OTHERS)
+                use.refuse(_OTHERS)
                 return None
             return own
         if use.op == "select_scatter":
@@ -359,7 +350,7 @@ def writes(name: str, *, along: str = "", same_axes: bool = False) -> Rule:
         if any(n not in (1, m) for n, m in zip(source.shape, shape, strict=False)) or source.ndim != len(shape):
             source = use.merge(source, range(source.ndim), _MIXED).reshape((1,) * len(shape))
         if own is None and not use.is_zero(use.args["self"]):
-            use.pin(_OTHERS)
+            use.refuse(_OTHERS)
             return None
         target = source if own is None else use.merge(own.ids, axes, _MIXED)
         return Label.compressed(use.join(target, source, _OTHERS))

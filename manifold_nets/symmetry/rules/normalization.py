@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Table, Use, unscaled
+from manifold_nets.symmetry.rules.table import Table
+from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
 from manifold_nets.symmetry.structure.scales import Ids, Label
 
 
@@ -22,11 +23,11 @@ def table() -> Table:
 
 
 def per_channel(use: Use) -> Result:
-    """Batch and instance normalization: one scale a channel; one shift a channel, or a channel and a sample."""
+    """Batch and instance normalization: one scale per channel; one shift per channel (and sample)."""
     label, kind = use.label("input"), use.op.removesuffix("_norm")
     if label is not None and not use.args.get("training", use.args.get("use_input_stats")):
         does = "subtracts a stored mean, which does" if use.shifts else "normalizes by stored statistics, which do"
-        use.pin(f"{does} not follow the {'shift' if use.shifts else 'scale'} (it is frozen)", label)
+        use.refuse(f"{does} not follow the {'shift' if use.shifts else 'scale'} (it is frozen)", label)
     elif label is not None:
         by_sample = use.shifts and kind == "instance"
         ids = _merged(use, label.ids, [axis for axis in range(0 if not by_sample else 1, label.ids.ndim) if axis != 1])
@@ -60,7 +61,7 @@ def per_row(use: Use) -> Result:
 
 def subtracts_no_mean(use: ShiftUse) -> Result:
     """Root-mean-square normalization sees a shift."""
-    use.pin("subtracts no mean")
+    use.refuse("subtracts no mean")
     return None
 
 
@@ -86,7 +87,7 @@ def _affine(use: Use, axes: Sequence[int]) -> Result:
     does = "multiplies or divides by what is shifted" if use.shifts else "is scaled as part of the stored statistics"
     for name in ("running_mean", "running_var", *(["weight"] if use.shifts else [])):
         if use.label(name) is not None:
-            use.pin(does, use.label(name))
+            use.refuse(does, use.label(name))
     weight, bias = None if use.shifts else use.label("weight"), use.label("bias")
     if weight is None and bias is None:
         return None

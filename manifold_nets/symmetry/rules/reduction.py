@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from manifold_nets.symmetry.rules.elementwise import not_homogeneous, scaled_alike
-from manifold_nets.symmetry.rules.use import Result, Rule, ShiftUse, Table, Use, of_first, shape_of, varies
+from manifold_nets.symmetry.rules.arithmetic import scaled_alike
+from manifold_nets.symmetry.rules.elementwise import not_homogeneous
+from manifold_nets.symmetry.rules.table import Rule, Table, of_first
+from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, shape_of, varies
 from manifold_nets.symmetry.structure.scales import Label
 
 _COMPARED = "compares entries that have different scales"
@@ -140,7 +142,7 @@ def cross_entropy(use: ShiftUse) -> Result:
     if label is not None:
         use.absorb("loss", use.merge(label.ids, [min(1, label.ids.ndim - 1)], "compares logits shifted differently"))
     if use.label("target") is not None:
-        use.pin("has shifted targets", use.label("target"))
+        use.refuse("has shifted targets", use.label("target"))
     return None
 
 
@@ -216,13 +218,13 @@ def window(use: Use, label: Label) -> Result:
 def grid_sampler(use: Use) -> Result:
     """Interpolation at computed places is linear in what is interpolated, not in the places."""
     if use.label("grid") is not None:
-        use.pin("reads entries at places that are scaled", use.label("grid"), certainty="smooth")
+        use.refuse("reads entries at places that are scaled", use.label("grid"), certainty="smooth")
     return window(use)
 
 
 @of_first
 def max_pool(use: ShiftUse, label: Label) -> Result:
-    """Largest entries: one shift a channel."""
+    """Largest entries: one shift per channel."""
     return Label.compressed(use.merge(label.ids, _space(use, label), _DIFFERENTLY))
 
 
@@ -231,7 +233,7 @@ def average(use: ShiftUse) -> Result:
     first, *others = use.args
     for name in others:
         if use.label(name) is not None:
-            use.pin("reads entries at places that are shifted", use.label(name))
+            use.refuse("reads entries at places that are shifted", use.label(name))
     label = use.label(first)
     if label is None:
         return None

@@ -1,7 +1,4 @@
-"""One operation of the graph as a rule sees it, and the tables of the rules.
-
-Each file of rules begins with its table: operations, what they do to a scale, and what they do to a shift. A rule takes
-a `Use` or a `ShiftUse`, and returns the label of the result: what is left of the scales, or shifts, of the arguments.
+"""One operation of the graph as a rule sees it: its arguments, their labels, and what it may demand of the scales.
 
 Labels are those of `manifold_nets.symmetry.structure.scales`; of shifts they are read additively: each entry is shifted
 by its form ``Σ c_k s_k``. What a linear map makes of a shift depends on data or on other weights; each of its results
@@ -11,9 +8,8 @@ its sources.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,12 +21,12 @@ from manifold_nets.symmetry.graph import bound_arguments, op_name, operation_key
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Certainty, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["LARGEST_LINK", "RULES", "SHIFT_RULES", "Absorption", "Adoption", "Link", "Result", "ShiftUse", "Use"]
+__all__ = ["LARGEST_LINK", "Absorption", "Coscaled", "Link", "Result", "ShiftUse", "Use"]
 
 # Up to this many zeros get a scale each.
 _MOST_ZEROS = 16_384
 # Beyond this many entries a linear image has fewer unknowns than entries, `_COLOURS`, strewn over them at random:
-# operations that tie entries tie many, hardly all of one colour. Beyond so many entries it is not followed any further.
+# operations that tie entries tie many, hardly all of one colour. Beyond `_LARGEST_IMAGE` entries it is not followed.
 LARGEST_LINK = 2_048
 _COLOURS = 64
 _LARGEST_IMAGE = 2**20
@@ -39,13 +35,6 @@ _LARGEST_IMAGE = 2**20
 UNSEEN = "does not see its scale, and hands on no gradient"
 
 Result = Label | list[Label | None] | None
-Rule = Callable[[Any], Result]
-# Operations, their exact overloads separated by spaces, with the rules of a scale and of a shift; where the latter is
-# None, no shift passes.
-Table = Mapping[str, tuple[Rule, Rule | None]]
-
-RULES: dict[str, Rule] = {}
-SHIFT_RULES: dict[str, Rule] = {}
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ class Absorption:
 
 
 @dataclass(frozen=True)
-class Adoption:
+class Coscaled:
     """A bias that has to be scaled along with the weight: its parameter and the form of each of its entries."""
 
     parameter: str
@@ -95,7 +84,7 @@ class Use:
     scales: Scales
     labels: dict[Node, Result]
     absorptions: list[Absorption] = field(default_factory=list)
-    adoptions: list[Adoption] = field(default_factory=list)
+    coscaled: list[Coscaled] = field(default_factory=list)
     columns: dict[str, Ids] | None = None
     shifts: ClassVar[bool] = False
 
@@ -115,7 +104,7 @@ class Use:
         return found if isinstance(found, Label) else None
 
     def ids(self, name: str, rank: int | None = None) -> Ids:
-        """Ids of an argument with as many axes as the result, or so many; unscaled where it has no label."""
+        """Ids of an argument with as many axes as the result, or as given; unscaled where it has no label."""
         label, rank = self.label(name), len(self.out_shape) if rank is None else rank
         return unscaled(rank) if label is None else aligned(label, rank)
 
@@ -152,7 +141,9 @@ class Use:
         """Build the reason for a condition that this operation puts on the scales."""
         return Break(self.op, self.graph.module_of(self.node), reason, unknown, certainty)
 
-    def pin(self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious") -> None:
+    def refuse(
+        self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious"
+    ) -> None:
         """Refuse the scales of these labels (of all arguments when none is given)."""
         given: Sequence[Label | None] = labels or [
             label for node in self.node.all_input_nodes for label in as_list(self.labels.get(node))
@@ -228,13 +219,13 @@ class Use:
             for user in node.users
         )
 
-    def adopt(self, value: Any, ids: Ids) -> bool:
+    def coscale(self, value: Any, ids: Ids) -> bool:
         """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
         parameter = self.graph.parameter_of(value)
         plain = all(list(self.scales.form(n).values()) in ([], [1.0]) for n in np.unique(ids).tolist())
         if parameter is None or not plain:
             return False
-        self.adoptions.append(Adoption(parameter, ids))
+        self.coscaled.append(Coscaled(parameter, ids))
         return True
 
 
@@ -259,7 +250,7 @@ class ShiftUse(Use):
     shifts: ClassVar[bool] = True
 
     def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
-        """Label of a linear image of the sources: one unknown an entry, none where the mask is unscaled."""
+        """Label of a linear image of the sources: one unknown per entry, none where the mask is unscaled."""
         size = int(np.prod(shape))
         if size > _LARGEST_IMAGE:
             self.scales.pin(sources, self.why("makes too many different shifts to follow", unknown=True))
@@ -291,79 +282,12 @@ class ShiftUse(Use):
         return any(k >= self.first_link for n in numbers for k in self.scales.form(n))
 
 
-# ---- the tables ------------------------------------------------------------------------------------------------------
-
-# What a rule raises that meets arguments which it does not foresee.
-_UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
-
-
-def register(table: Table) -> None:
-    """Enter the rules of a table under the exact overloads of their operations."""
-    for keys, (scale, shift) in table.items():
-        for key in keys.split():
-            RULES[key] = guarded(scale)
-            if shift is not None:
-                SHIFT_RULES[key] = guarded(shift)
-
-
-def guarded(function: Rule) -> Rule:
-    """Let a rule that meets arguments it does not foresee refuse the scale instead of ending the analysis."""
-
-    @functools.wraps(function)
-    def careful(use: Use) -> Result:
-        try:
-            result = function(use)
-        except _UNFORESEEN as error:
-            use.pin(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
-            return None
-        values = use.node.meta.get("val")
-        if isinstance(values, (tuple, list)) and isinstance(result, Label):
-            return [result, *[None] * (len(values) - 1)]  # the other results are numbers of entries
-        return result
-
-    return careful
-
-
-def of_first(function: Callable[[Any, Label], Result]) -> Rule:
-    """A rule that only says what becomes of the label of the first argument, whatever its name."""
-
-    @functools.wraps(function)
-    def rule(use: Use) -> Result:
-        label = use.label_of(next(iter(use.args.values())))
-        return None if label is None else function(use, label)
-
-    return rule
-
-
-def apply_rule(use: ShiftUse) -> Result:
-    """Label of the result of an operation at which a shift arrives; refuses it where no rule lets it pass."""
-    known = SHIFT_RULES.get(use.key)
-    if known is not None:
-        return of_real_numbers(use, known(use))
-    if use.key in RULES:
-        use.pin("does not let a shift pass")
-    else:
-        use.pin("has no rule: what it does to a shift is unknown", unknown=True)
-    return None
+# ---- labels and ids --------------------------------------------------------------------------------------------------
 
 
 def as_list(result: Result) -> list[Label | None]:
     """Return the labels of one result or of several."""
     return result if isinstance(result, list) else [result]
-
-
-def of_real_numbers(use: Use, result: Result) -> Result:
-    """Refuse the label of a result that is no real or complex number: it was rounded."""
-    values = use.node.meta.get("val")
-    several = values if isinstance(values, (tuple, list)) else [values]
-    for label, value in zip(as_list(result), several, strict=False):
-        if label is not None and isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-            use.pin("rounds to integers", label, certainty="jump")
-            return None
-    return result
-
-
-# ---- ids -------------------------------------------------------------------------------------------------------------
 
 
 def shape_of(value: Any) -> tuple[int, ...]:

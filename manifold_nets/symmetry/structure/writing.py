@@ -42,7 +42,7 @@ def write_back(use: Use, result: Result) -> None:
         return
     root = flow.root(target)
     if use.graph.buffer_of(root) or use.graph.parameter_of(root):
-        use.pin("is kept in a buffer that evaluation or a later step reads", new)
+        use.refuse("is kept in a buffer that evaluation or a later step reads", new)
         return
     views = [v for v in flow.views(root) if use.graph.order[v] < use.graph.order[use.node]]
     later = [v for v in views if _is_read_after(use, v)]
@@ -53,7 +53,7 @@ def write_back(use: Use, result: Result) -> None:
         _scatter(use, root, [target, *later], new)
     except (_NotFollowedError, RuntimeError, TypeError, ValueError) as error:
         given = [label for node in (root, *views) if isinstance(label := use.labels.get(node), Label)]
-        use.pin(f"writes into a view of another tensor ({error})", new, *given, unknown=True)
+        use.refuse(f"writes into a view of another tensor ({error})", new, *given, unknown=True)
         use.labels.update(dict.fromkeys([root, *views]))
 
 
