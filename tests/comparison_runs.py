@@ -55,7 +55,7 @@ def _without(value: Any) -> Any:
 
 
 def small_settings(**changes: Any) -> Settings:
-    """Digits, two contestants, two rates, one of which makes plain SGD diverge, two seeds."""
+    """Digits, two optimizers, two rates, one of which makes plain SGD diverge, two seeds."""
     options: dict[str, Any] = {
         "optimizers": ("sgd", "rsgd"),
         "learning_rates": (0.1, 1e8),

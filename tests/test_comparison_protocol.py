@@ -259,7 +259,7 @@ def test_tuning_is_resumed_and_gives_the_same(tmp_path):
     assert other.settings.tune_on == (60, 30, 3)
 
 
-def test_a_contestant_that_always_diverges_keeps_the_smallest_rate():
+def test_an_optimizer_that_always_diverges_keeps_the_smallest_rate():
     def hopeless(model, rate, settings):
         return TorchStepper(torch.optim.SGD(model.parameters(), 1e30 * rate))
 

@@ -10,9 +10,22 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from manifold_nets.comparison.ranks import Friedman, cliques, critical_difference, friedman, rank_runs
 from manifold_nets.errors import OptionError
 
-__all__ = ["MeanInterval", "PairedDifference", "all_differences", "holm", "mean_interval", "paired_difference"]
+__all__ = [
+    "Friedman",
+    "MeanInterval",
+    "PairedDifference",
+    "all_differences",
+    "cliques",
+    "critical_difference",
+    "friedman",
+    "holm",
+    "mean_interval",
+    "paired_difference",
+    "rank_runs",
+]
 
 
 @dataclass(frozen=True)
@@ -303,7 +316,7 @@ def all_differences(
     """Compare every optimizer with every other one, seed by seed; the p-values are adjusted over all pairs.
 
     Args:
-        values: for each contestant one number per seed, in the same order of seeds.
+        values: for each optimizer one number per seed, in the same order of seeds.
         confidence: that of each interval.
         resamples: bootstrap samples.
         seed: of the bootstrap, the same for all pairs.
