@@ -9,6 +9,7 @@ from collections.abc import Callable
 import geoopt
 import pytest
 import torch
+from comparison_runs import Batch
 from example_modules import example
 from torch import Tensor, nn
 
@@ -24,24 +25,6 @@ from manifold_nets.sources import import_torchvision
 REQUIRED = {"timm": "timm", "pymanopt": "pymanopt"}
 PAPER = {"un": 2, "sm_columns": 0, "rsgd_all": 3, "radam_all": 3}  # and how many weights each holds on spheres
 FULL_BATCH = [name for name, found in OPTIMIZERS.items() if found.full_batch]
-
-
-class Batch:
-    """The objective on one batch."""
-
-    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        self.model, self.inputs, self.targets = model, inputs, targets
-        self.evaluated = 0
-
-    def loss(self) -> Tensor:
-        self.evaluated += 1
-        return nn.functional.cross_entropy(self.model(self.inputs), self.targets)
-
-    def __call__(self) -> Tensor:
-        self.model.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss.detach()
 
 
 def settings(**changes) -> Settings:

@@ -78,7 +78,7 @@ def as_runs(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
     try:
         runs = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise OptionError(name, type(values).__name__, "a sequence of numbers, one a run") from None
+        raise OptionError(name, type(values).__name__, "a sequence of numbers, one per run") from None
     if runs.ndim != 1:
         raise OptionError(name, f"shape {runs.shape}", "one dimension, one number per run")
     return runs
@@ -173,7 +173,7 @@ class PairedDifference:
         return self.count > 1 and bool(np.isnan(self.low))
 
     def differs(self, significance: float = 0.05) -> bool:
-        """Whether the two can be told apart after the correction."""
+        """Whether the difference is significant after the correction."""
         return bool(self.adjusted_p <= significance)
 
     def __str__(self) -> str:
