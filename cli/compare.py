@@ -8,24 +8,21 @@ import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from manifold_nets.comparison import Comparison, Settings
-from manifold_nets.comparison.api import compare_settings, join_comparison, study_name
-from manifold_nets.comparison.database_url import PASSWORD_VARIABLE, redacted, with_password
-from manifold_nets.comparison.errors import OptimizerNameError, SettingsError, TaskNameError
-from manifold_nets.comparison.experiment import foreign_code
-from manifold_nets.comparison.settings import Schedule
-from manifold_nets.comparison.tasks import load_task
 from manifold_nets.errors import ManifoldNetsError
 
 from .options import OutputFolder
-from .outcome import running_code_of
-from .render import complain, put_out
+from .output import echo, print_error, running_code_of
+
+if TYPE_CHECKING:
+    from manifold_nets.comparison import Comparison, Settings
 
 __all__ = ["compare"]
+
+_PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 
 
 class _Listed(click.ParamType[tuple[Any, ...]]):
@@ -103,7 +100,7 @@ _DECAYS = _Listed(
 @click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD and its variants.")
 @click.option(
     "--schedule",
-    type=click.Choice(get_args(Schedule)),
+    type=click.Choice(["constant", "cosine", "bold-driver", "exponential"]),
     default="constant",
     show_default=True,
     help="Of the learning rate.",
@@ -131,7 +128,7 @@ _DECAYS = _Listed(
 @click.option(
     "--storage",
     metavar="URL",
-    help=f"Shared PostgreSQL or MySQL database, for several machines; password in {PASSWORD_VARIABLE}[_FILE].",
+    help=f"Shared PostgreSQL or MySQL database, for several machines; password in {_PASSWORD_VARIABLE}[_FILE].",
 )
 @click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
 @click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; repeatable.")
@@ -166,8 +163,10 @@ def compare(
     except (ManifoldNetsError, OSError) as error:
         if as_json:
             failure = {"command": "compare", "ok": False, "failures": [str(error)], "error": type(error).__name__}
-            put_out(json.dumps(failure, indent=2, ensure_ascii=False))
-        complain(str(error))
+            echo(json.dumps(failure, indent=2, ensure_ascii=False))
+        print_error(str(error))
+        from manifold_nets.comparison.errors import OptimizerNameError, SettingsError, TaskNameError
+
         usage = isinstance(error, (SettingsError, OptimizerNameError, TaskNameError))
         context.exit(2 if usage else 1)
 
@@ -182,6 +181,9 @@ def _carry_out(
     options: dict[str, Any],
 ) -> tuple[Comparison, Path] | None:
     """Carry out the command; return the comparison and its folder, or None for a worker."""
+    from manifold_nets.comparison import Comparison, join_comparison
+    from manifold_nets.comparison.api import compare_settings
+
     if report_only is not None:
         from manifold_nets.comparison.report import write_report  # it needs an extra
 
@@ -204,16 +206,23 @@ def _carry_out(
 
 def _worker(settings: Settings, storage: str, output: Path) -> str:
     """What another machine needs to help, and the command, which has no password in it."""
+    from manifold_nets.comparison.api import study_name
+    from manifold_nets.comparison.database_url import redacted, with_password
+    from manifold_nets.comparison.experiment import foreign_code
+
     shown = redacted(storage)
     words = ["manifold-nets", "compare", "--worker", study_name(settings, output), "--storage", shown]
     for spec in foreign_code(settings):
         words += ["--allow", spec]
     secret = shown != storage or with_password(storage) != storage
-    needed = f"the same packages{f' and the password in {PASSWORD_VARIABLE}' if secret else ''}"
+    needed = f"the same packages{f' and the password in {_PASSWORD_VARIABLE}' if secret else ''}"
     return f"{needed}: {shlex.join(words)}"
 
 
 def _settings(options: dict[str, Any]) -> Settings:
+    from manifold_nets.comparison import Settings
+    from manifold_nets.comparison.tasks import load_task
+
     if options["batch_size"] is None:
         options["batch_size"] = load_task(options["task"], data=options["data"]).batch_size
     seeds, decays = tuple(range(options.pop("seeds"))), options.pop("weight_decay")
@@ -226,6 +235,6 @@ def _show(comparison: Comparison, folder: Path, as_json: bool) -> None:
     report = folder / "report.html"
     if as_json:
         document = {"command": "compare", "ok": True, "failures": [], "report": str(report), **comparison.to_dict()}
-        put_out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    put_out(f"{comparison}\nReport: {report}")
+    echo(f"{comparison}\nReport: {report}")

@@ -8,10 +8,8 @@ from itertools import groupby
 
 from manifold_nets.page.markup import escape, plural
 from manifold_nets.symmetry.module_graph import GraphNode
-from manifold_nets.symmetry.page.markup import groups_text, mark, status_style
+from manifold_nets.symmetry.page.drawings import groups_text, mark, status_style
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
-
-__all__ = ["Part", "network", "parts"]
 
 ROW = 26
 # Where the steps stand, and where the lanes of the edges that pass over steps begin.
@@ -116,26 +114,16 @@ def _row(node: GraphNode, part: Part, findings: Mapping[str, WeightFinding], anc
 # ---- edges -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Lane:
-    """A line beside the steps, from the result of one step to those that read it."""
-
-    start: int
-    ends: list[int]
-    place: int = 0
-
-
 def _edges(part: Part, graph: Sequence[GraphNode], findings: Mapping[str, WeightFinding], absorbing: set[str]) -> str:
     """The steps of a part one below the other, and their edges: straight to the next step, in a lane to later ones."""
-    rows = {node.name: i for i, node in enumerate(part.nodes)}
-    first, last = graph.index(part.nodes[0]), graph.index(part.nodes[-1])
-    straight, lanes = _routes(part, rows, graph, first, last)
-    count = _arrange(lanes)
+    straight, lanes = _routes(part, graph)
+    places = _places(lanes)
+    count, height = max(places, default=-1) + 1, ROW * len(part.nodes)
     gap = min(10.0, (WIDEST - FIRST_LANE) / max(count, 1))
     width = FIRST_LANE + (count - 1) * gap + 8 if count else TRUNK * 2
-    height = ROW * len(part.nodes)
     path = "".join(f"M{TRUNK} {_centre(row)}v{ROW}" for row in straight)
-    path += "".join(_curve(lane, FIRST_LANE + lane.place * gap, height) for lane in lanes)
+    for (start, ends), place in zip(lanes, places, strict=True):
+        path += _curve(start, ends, FIRST_LANE + place * gap, height)
     nodes = "".join(_node(node, row, findings, absorbing) for row, node in enumerate(part.nodes))
     return (
         f'<svg class="edges" aria-hidden="true" width="{width:.0f}" height="{height}">'
@@ -143,50 +131,47 @@ def _edges(part: Part, graph: Sequence[GraphNode], findings: Mapping[str, Weight
     )
 
 
-def _routes(
-    part: Part, rows: Mapping[str, int], graph: Sequence[GraphNode], first: int, last: int
-) -> tuple[list[int], list[_Lane]]:
-    """Rows that are joined to the next one, and the lanes; row −1 and the row after the last one are other parts."""
-    straight: list[int] = []
-    readers: dict[str, list[int]] = {}
-    for row, node in enumerate(part.nodes):
+def _routes(part: Part, graph: Sequence[GraphNode]) -> tuple[list[int], list[tuple[int, list[int]]]]:
+    """Rows that are joined to the next one, and lanes: the row where each begins, and those where it ends.
+
+    Row −1 and the row after the last one are other parts.
+    """
+    rows, count = {node.name: row for row, node in enumerate(part.nodes)}, len(part.nodes)
+    first, last = graph.index(part.nodes[0]), graph.index(part.nodes[-1])
+    straight: set[int] = set()
+    lanes: dict[str, dict[int, None]] = {}
+    for row, node in [*enumerate(part.nodes), *((count, later) for later in graph[last + 1 :])]:
         for source in node.inputs:
-            if rows.get(source, -1) == row - 1 and (row or source == graph[first - 1].name):
-                straight.append(row - 1)
-            else:
-                readers.setdefault(source, []).append(row)
-    for node in graph[last + 1 :]:
-        for source in node.inputs:
-            if source not in rows:
+            start = rows.get(source, -1)
+            if row == count and start < 0:
                 continue
-            if rows[source] == len(rows) - 1:
-                straight.append(len(rows) - 1)
-            elif len(rows) not in readers.setdefault(source, []):
-                readers[source].append(len(rows))
-    return sorted(set(straight)), [_Lane(rows.get(source, -1), ends) for source, ends in readers.items()]
+            if start == row - 1 and (row or source == graph[first - 1].name):
+                straight.add(start)
+            else:
+                lanes.setdefault(source, {})[row] = None
+    return sorted(straight), [(rows.get(source, -1), sorted(ends)) for source, ends in lanes.items()]
 
 
-def _arrange(lanes: list[_Lane]) -> int:
-    """Give each lane the place nearest to the steps that is free over its length; return how many places there are."""
+def _places(lanes: Sequence[tuple[int, list[int]]]) -> list[int]:
+    """For each lane the place nearest to the steps that is free over its length."""
     taken: list[int] = []
-    for lane in sorted(lanes, key=lambda lane: (lane.start, max(lane.ends))):
-        free = [place for place, end in enumerate(taken) if end <= lane.start]
-        lane.place = free[0] if free else len(taken)
-        taken[lane.place : lane.place + 1] = [max(lane.ends)]
-    return len(taken)
+    places = [0] * len(lanes)
+    for number in sorted(range(len(lanes)), key=lambda number: (lanes[number][0], lanes[number][1][-1])):
+        start, ends = lanes[number]
+        place = next((place for place, end in enumerate(taken) if end <= start), len(taken))
+        taken[place : place + 1] = [ends[-1]]
+        places[number] = place
+    return places
 
 
 def _centre(row: int) -> int:
     return ROW * row + ROW // 2
 
 
-def _curve(lane: _Lane, x: float, height: int) -> str:
-    top = 0 if lane.start < 0 else _centre(lane.start)
-    path = f"M{x:.1f} 0" if lane.start < 0 else f"M{TRUNK} {top}H{x - 5:.1f}q5 0 5 5"
-    ends = sorted(lane.ends)
+def _curve(start: int, ends: Sequence[int], x: float, height: int) -> str:
     inside = [end for end in ends if _centre(end) < height]
-    bottom = height if len(inside) < len(ends) else _centre(inside[-1]) - 5
-    path += f"V{bottom}"
+    path = f"M{x:.1f} 0" if start < 0 else f"M{TRUNK} {_centre(start)}H{x - 5:.1f}q5 0 5 5"
+    path += f"V{height if len(inside) < len(ends) else _centre(inside[-1]) - 5}"
     return path + "".join(f"M{x:.1f} {_centre(end) - 5}q0 5-5 5H{TRUNK}" for end in inside)
 
 
