@@ -60,6 +60,12 @@ class OptimizerSpec:
 
     Raises:
         SettingsError: there is no such form.
+
+    Example:
+        >>> def make(model, rate, settings):
+        ...     return TorchStepper(torch.optim.Rprop(model.parameters(), lr=rate))
+        >>> OptimizerSpec("rprop", "plain", "rprop", "torch", make).full_batch
+        False
     """
 
     name: str
