@@ -112,7 +112,7 @@ _DECAYS = _Listed(
     show_default=True,
     help="The model's own, or filters of norm 1 and biases 0.",
 )
-@click.option("--early-stop", is_flag=True, help="End runs whose training has come to rest, from epoch 25 on.")
+@click.option("--early-stop", is_flag=True, help="Stop runs that have converged, from epoch 25 on.")
 @click.option("--subset", type=_counts("TRAIN,VALIDATION"), help="Use only this many examples.")
 @click.option(
     "--tune-on", type=_counts("TRAIN,VALIDATION,EPOCHS"), help="Choose learning rates on fewer examples and epochs."

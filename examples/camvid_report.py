@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -136,7 +137,8 @@ def protocol(stored: Stored) -> str:
     """How the runs were made."""
     about = stored.about["SGD"]
     settings, task = about["settings"], about["task"]
-    filters, blocks = settings["model"].partition(":")[2].split(",")
+    # segnet-basic:16,4 where earlier versions stored it, or …/camvid.py:segnet_basic_16x4.
+    filters, blocks = re.findall(r"\d+", settings["model"])[-2:]
     return PROTOCOL.format(
         filters=filters,
         blocks=blocks,

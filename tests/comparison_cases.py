@@ -36,7 +36,7 @@ def comparison(
     """A comparison whose errors are a parabola over the logarithm of the learning rate, and fall over the epochs.
 
     Args:
-        optimizers: names of the contestants.
+        optimizers: names of the optimizers.
         rates: learning rates.
         seeds: of the runs.
         epochs: of each run.

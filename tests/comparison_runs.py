@@ -55,7 +55,7 @@ def _without(value: Any) -> Any:
 
 
 def small_settings(**changes: Any) -> Settings:
-    """Digits, two contestants, two rates, one of which makes plain SGD diverge, two seeds."""
+    """Digits, two optimizers, two rates, one of which makes plain SGD diverge, two seeds."""
     options: dict[str, Any] = {
         "optimizers": ("sgd", "rsgd"),
         "learning_rates": (0.1, 1e8),
@@ -82,3 +82,21 @@ def tiny_starts(**changes: Any) -> tuple[InitialModels, Settings]:
     )
     subjects = Experiment(task, tiny_network, {name: optimizer_spec(name) for name in settings.optimizers})
     return InitialModels(subjects, settings), settings
+
+
+class Batch:
+    """The objective on one batch."""
+
+    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        self.model, self.inputs, self.targets = model, inputs, targets
+        self.evaluated = 0
+
+    def loss(self) -> Tensor:
+        self.evaluated += 1
+        return nn.functional.cross_entropy(self.model(self.inputs), self.targets)
+
+    def __call__(self) -> Tensor:
+        self.model.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()

@@ -61,7 +61,7 @@ def test_wrong_usage_exits_with_2_and_writes_nothing(arguments, said, tmp_path, 
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_contestant_that_cannot_be_made_is_named_and_nothing_written(workers, tmp_path, monkeypatch):
+def test_an_optimizer_that_cannot_be_made_is_named_and_nothing_written(workers, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--model", "mlp-plain:16", "--optimizers", "sgd,rsgd", "--lr", "0.1", "--seeds", "1", "--epochs", "1"]
     done = run(*small, "--output", "x", "--workers", workers)

@@ -1,4 +1,4 @@
-"""What is found out before the first run of a comparison: arguments, settings, devices, contestants."""
+"""What is found out before the first run of a comparison: arguments, settings, devices, optimizers."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_a_wrong_setting_leaves_nothing_that_the_corrected_one_is_refused_for(tm
 
 
 def test_a_study_that_is_there_is_not_checked_again(tmp_path, monkeypatch):
-    """A finished comparison is read without a contestant being made."""
+    """A finished comparison is read without an optimizer being made."""
     found = tiny(seeds=1, epochs=1, output=tmp_path)
     monkeypatch.setattr(InitialModels, "model", None)
     assert tiny(seeds=1, epochs=1, output=tmp_path) == found
 
 
-def test_the_check_of_contestants_serves_the_runs(monkeypatch):
+def test_the_check_of_optimizers_serves_the_runs(monkeypatch):
     """The network is analysed once a comparison."""
     made, honest = [], InitialModels.__init__
 
@@ -76,7 +76,7 @@ def test_the_check_of_contestants_serves_the_runs(monkeypatch):
     assert len(made) == 1
 
 
-def test_contestants_are_tried_at_every_initial_scale(tmp_path):
+def test_optimizers_are_tried_at_every_initial_scale(tmp_path):
     """What only a rescaled start makes impossible is found as well, before the runs that could be carried out."""
 
     def make(model, rate, settings):

@@ -112,7 +112,7 @@ def test_weights_that_cannot_be_read_back_end_the_comparison_by_name(tmp_path, m
 # ---- fairness --------------------------------------------------------------------------------------------------------
 
 
-def seen_by_contestants():
+def seen_by_optimizers():
     """The function that each run starts from and the examples of its steps, by seed, as a real comparison has them."""
     inputs = tiny_task().parts["validation"].batch(torch.arange(30))[0]
     task, read, outputs, found = tiny_task(), [], [], {}
@@ -158,8 +158,8 @@ def check_equal_chances(found):
             assert batches == order
 
 
-def test_every_contestant_starts_from_the_same_function_in_the_same_order():
-    check_equal_chances(seen_by_contestants())
+def test_every_optimizer_starts_from_the_same_function_in_the_same_order():
+    check_equal_chances(seen_by_optimizers())
 
 
 def test_sabotage_another_start_is_noticed(monkeypatch):
@@ -174,7 +174,7 @@ def test_sabotage_another_start_is_noticed(monkeypatch):
 
     monkeypatch.setattr(InitialModels, "model", another)
     with pytest.raises(AssertionError):
-        check_equal_chances(seen_by_contestants())
+        check_equal_chances(seen_by_optimizers())
 
 
 def test_sabotage_another_order_is_noticed(monkeypatch):
@@ -186,7 +186,7 @@ def test_sabotage_another_order_is_noticed(monkeypatch):
 
     monkeypatch.setattr(Runner, "_order", another)
     with pytest.raises(AssertionError):
-        check_equal_chances(seen_by_contestants())
+        check_equal_chances(seen_by_optimizers())
 
 
 def check_device(starts, settings):
@@ -265,7 +265,7 @@ def test_choices_follow_the_rule_and_count_divergence():
     assert choice.validation_errors[0] == pytest.approx(means[0])
 
 
-def test_a_contestant_that_fails_stops_the_comparison_and_is_named(tmp_path):
+def test_an_optimizer_that_fails_stops_the_comparison_and_is_named(tmp_path):
     def broken(model, rate, settings):
         raise RuntimeError("no such thing")
 
@@ -275,7 +275,7 @@ def test_a_contestant_that_fails_stops_the_comparison_and_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_contestant_of_ones_own_and_schedules():
+def test_an_optimizer_of_ones_own_and_schedules():
     rates = []
 
     class Watched(TorchStepper):

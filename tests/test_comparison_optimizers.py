@@ -1,4 +1,4 @@
-"""The contestants of a comparison: each takes the steps of its library, from an unchanged function."""
+"""The optimizers of a comparison: each takes the steps of its library, from an unchanged function."""
 
 import copy
 import gc
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import geoopt
 import pytest
 import torch
+from comparison_runs import Batch
 from example_modules import example
 from torch import Tensor, nn
 
@@ -24,24 +25,6 @@ from manifold_nets.sources import import_torchvision
 REQUIRED = {"timm": "timm", "pymanopt": "pymanopt"}
 PAPER = {"un": 2, "sm_columns": 0, "rsgd_all": 3, "radam_all": 3}  # and how many weights each holds on spheres
 FULL_BATCH = [name for name, found in OPTIMIZERS.items() if found.full_batch]
-
-
-class Batch:
-    """The objective on one batch."""
-
-    def __init__(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        self.model, self.inputs, self.targets = model, inputs, targets
-        self.evaluated = 0
-
-    def loss(self) -> Tensor:
-        self.evaluated += 1
-        return nn.functional.cross_entropy(self.model(self.inputs), self.targets)
-
-    def __call__(self) -> Tensor:
-        self.model.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss.detach()
 
 
 def settings(**changes) -> Settings:
@@ -87,7 +70,7 @@ def trained(make: Callable, found: OptimizerSpec, chosen: Settings, steps: int =
     return model
 
 
-# ---- every contestant ------------------------------------------------------------------------------------------------
+# ---- every optimizer ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [*OPTIMIZERS, *PAPER])
@@ -108,7 +91,7 @@ def test_every_optimizer_learns_and_stays_where_it_belongs(name: str) -> None:
 
 
 def check_function_is_kept(found: OptimizerSpec) -> None:
-    """Making a contestant, and a learning rate of zero, leave the function as it was, up to rounding."""
+    """Making an optimizer, and a learning rate of zero, leave the function as it was, up to rounding."""
     model = model_for(found)
     inputs, _ = data()
     before = model.eval()(inputs).detach()
@@ -127,7 +110,7 @@ def test_making_an_optimizer_keeps_the_function(name: str) -> None:
     check_function_is_kept(available(name))
 
 
-def test_sabotage_a_contestant_that_starts_elsewhere_is_noticed() -> None:
+def test_sabotage_an_optimizer_that_starts_elsewhere_is_noticed() -> None:
     def moved(model: nn.Module, rate: float, chosen: Settings):
         with torch.no_grad():
             model[-1].weight.mul_(1.001)
@@ -190,7 +173,7 @@ def check_steps(name: str, make: Callable | None = None) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_contestants_take_the_steps_of_their_library(name: str) -> None:
+def test_optimizers_take_the_steps_of_their_library(name: str) -> None:
     check_steps(name)
 
 
@@ -238,7 +221,7 @@ def test_the_whole_table_of_our_optimizers_takes_part() -> None:
 
 
 @pytest.mark.parametrize("name", FULL_BATCH)
-def test_full_batch_contestants_report_the_loss_before_each_step(name: str) -> None:
+def test_full_batch_optimizers_report_the_loss_before_each_step(name: str) -> None:
     found = available(name)
     model = model_for(found)
     stepper = found.make(model, 0.1, settings())
@@ -265,7 +248,7 @@ def test_the_learning_rate_is_the_length_of_the_first_step(name: str) -> None:
     assert moved == pytest.approx([1, 1], rel=0.05)
 
 
-def test_a_contestant_that_is_dropped_leaves_no_thread() -> None:
+def test_an_optimizer_that_is_dropped_leaves_no_thread() -> None:
     found = available("pymanopt-cg")
     model = model_for(found)
     stepper = found.make(model, 0.1, settings())

@@ -9,10 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from comparison_runs import reproducible, small_settings, tiny, tiny_network, tiny_task
+from example_modules import example
 
 import manifold_nets as mn
+from manifold_nets import comparison
 from manifold_nets.cli import main
-from manifold_nets.comparison import OptimizerSpec, TorchStepper
+from manifold_nets.comparison import OptimizerSpec, TorchStepper, errors
 from manifold_nets.comparison.api import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.errors import (
     CodeNotAllowedError,
@@ -20,6 +22,7 @@ from manifold_nets.comparison.errors import (
     OptimizerNameError,
     RunFailedError,
     SettingsError,
+    TaskNameError,
 )
 from manifold_nets.comparison.experiment import foreign_code, unpacked
 from manifold_nets.comparison.optimizers import OPTIMIZERS, optimizer_spec, spec_of
@@ -288,3 +291,38 @@ def test_names_with_control_characters_are_refused():
             tiny(optimizers=[own])
     with pytest.raises(SettingsError, match="task: found"):
         compare_settings(small_settings(task="di\tgits"), None)
+
+
+def test_former_names_are_known_for_one_release():
+    for module, name, new in (
+        (comparison, "Contestant", OptimizerSpec),
+        (comparison, "CONTESTANTS", OPTIMIZERS),
+        (errors, "ContestantError", OptimizerBuildError),
+    ):
+        with pytest.warns(DeprecationWarning, match=rf"{name} is now called \w+$"):
+            assert getattr(module, name) is new
+        with pytest.raises(AttributeError):
+            getattr(module, f"{name}s")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "place"),
+    [
+        ({"task": "movielens"}, "movielens", "--task examples/paper/ratings.py:movielens"),
+        ({"model": "segnet-basic:16,4"}, "segnet-basic", "--model examples/paper/camvid.py:segnet_basic"),
+        ({"optimizers": ["sgd", "sm-columns"]}, "sm-columns", "--optimizers examples/paper/protocol.py:sm_columns"),
+    ],
+)
+def test_names_that_have_moved_say_where_they_are(options, name, place):
+    with pytest.raises(
+        (TaskNameError, OptimizerNameError), match=rf"found '{name}.*no longer built in.*use {place}\.$"
+    ):
+        mn.compare(**options)
+    attribute = place.rpartition(":")[2]
+    assert getattr(example(place.split("/", 1)[1].partition(".py")[0].replace("/", ".")), attribute) is not None
+
+
+def test_a_form_that_is_not_known_is_refused():
+    """Earlier versions held filters at their norms for the form ``constrained``; it must not train the plain model."""
+    with pytest.raises(SettingsError, match="mine, form: found 'constrained'; expected 'plain' or 'converted'"):
+        OptimizerSpec("mine", "constrained", "sgd", "own", OPTIMIZERS["sgd"].make)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from click.testing import CliRunner
-from comparison_runs import CountingPart, reproducible, tiny_task
+from comparison_runs import Batch, CountingPart, reproducible, tiny_task
 from example_modules import EXAMPLES, example
 from torch import Tensor, nn
 
@@ -259,7 +259,7 @@ def test_tuning_is_resumed_and_gives_the_same(tmp_path):
     assert other.settings.tune_on == (60, 30, 3)
 
 
-def test_a_contestant_that_always_diverges_keeps_the_smallest_rate():
+def test_an_optimizer_that_always_diverges_keeps_the_smallest_rate():
     def hopeless(model, rate, settings):
         return TorchStepper(torch.optim.SGD(model.parameters(), 1e30 * rate))
 
@@ -357,35 +357,22 @@ def test_held_norms_start_from_the_same_function_with_and_without_normalization(
 # ---- steps by the paper's formulas -----------------------------------------------------------------------------------
 
 
-class Batch:
-    """The loss on one batch, in float64."""
-
-    def __init__(self, model: nn.Module) -> None:
-        draw = torch.Generator().manual_seed(8)
-        self.model, self.inputs = model, torch.randn(30, 4, generator=draw, dtype=torch.float64)
-        self.targets = (self.inputs.sum(1) > 0).long()
-
-    def loss(self) -> Tensor:
-        return nn.functional.cross_entropy(self.model(self.inputs), self.targets)
-
-    def __call__(self) -> Tensor:
-        self.model.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss.detach()
+def batch_of(model: nn.Module) -> Batch:
+    inputs = torch.randn(30, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    return Batch(model, inputs, (inputs.sum(1) > 0).long())
 
 
 def after_steps(name: str, model: nn.Module, steps: int = 4, **changes) -> list[Tensor]:
     settings = Settings((name,), (0.1,), (0,), 1, **changes)
     stepper = spec(name).make(model, 0.1, settings)
     for _ in range(steps):
-        stepper.step(Batch(model))
+        stepper.step(batch_of(model))
     return [parameter.detach() for parameter in model.parameters()]
 
 
 def by_hand(model: nn.Module, rule: Callable[[str, Tensor, Tensor], Tensor], steps: int = 4) -> list[Tensor]:
     for _ in range(steps):
-        Batch(model)()
+        batch_of(model)()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(rule(name, parameter, parameter.grad))

@@ -131,7 +131,7 @@ def check_difference(first: np.ndarray, second: np.ndarray, compare: Callable = 
 
 def test_differences_match_the_exact_bootstrap_and_the_paired_test() -> None:
     check_difference(FIRST, SECOND)
-    with pytest.raises(AssertionError):  # Sabotage: the second contestant's seeds in another order.
+    with pytest.raises(AssertionError):  # Sabotage: the second optimizer's seeds in another order.
         check_difference(FIRST, SECOND, lambda a, b: paired_difference(a, b[::-1]))
 
 

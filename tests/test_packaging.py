@@ -76,7 +76,7 @@ def test_missing_docstrings_are_found() -> None:
 
 
 LACKING = set(
-    "Comparison LearningRates SymmetryReport conversion_record load plan ListedOptimizer Choice Contestant EpochRecord "
+    "Comparison LearningRates SymmetryReport conversion_record load plan ListedOptimizer Choice EpochRecord "
     "LayerRecord Objective Progress RunKey RunResult Stepper Task join_comparison CostError Evaluations Iteration "
     "NetworkProblem PointError hessian_asymmetry hessian_slope retraction_slope".split()
 )

@@ -48,27 +48,27 @@ PLOTS = {drawing.name for drawing in FIGURES}
 
 def check_summary(found: Summary, of: Comparison) -> None:
     """Every number of the table is recomputed from the records."""
-    for contestant in found.optimizers:
-        choice = of.choice(contestant.name)
+    for optimizer in found.optimizers:
+        choice = of.choice(optimizer.name)
         runs = [
             r
             for r in of.results
-            if r.key.optimizer == contestant.name
+            if r.key.optimizer == optimizer.name
             and r.key.initial_scale == "plain"
             and r.key.learning_rate == choice.learning_rate
         ]
         tests = [r.test_error for r in runs if r.test_error is not None]
-        assert contestant.test.count == len(tests)
-        assert contestant.test.lost == len(of.settings.seeds) - len(tests)
-        assert contestant.test.value == pytest.approx(np.mean(tests)) if tests else math.isnan(contestant.test.value)
-        for errors, seconds, run in zip(contestant.errors, contestant.seconds, runs, strict=True):
+        assert optimizer.test.count == len(tests)
+        assert optimizer.test.lost == len(of.settings.seeds) - len(tests)
+        assert optimizer.test.value == pytest.approx(np.mean(tests)) if tests else math.isnan(optimizer.test.value)
+        for errors, seconds, run in zip(optimizer.errors, optimizer.seconds, runs, strict=True):
             assert len(errors) == of.settings.epochs
             assert errors[: len(run.epochs)] == tuple(epoch.validation_error for epoch in run.epochs)
             assert all(value == math.inf for value in errors[len(run.epochs) :])
             assert seconds[: len(run.epochs)] == tuple(epoch.seconds for epoch in run.epochs)
-        every = [r for r in of.results if r.key.optimizer == contestant.name and r.key.initial_scale == "plain"]
-        assert contestant.failed == sum(r.status == "diverged" for r in every)
-        assert contestant.runs == len(every)
+        every = [r for r in of.results if r.key.optimizer == optimizer.name and r.key.initial_scale == "plain"]
+        assert optimizer.failed == sum(r.status == "diverged" for r in every)
+        assert optimizer.runs == len(every)
 
 
 def test_summaries_are_true_to_the_runs() -> None:
@@ -84,7 +84,7 @@ def test_summaries_are_true_to_the_runs() -> None:
 def test_diverged_runs_rank_last_and_are_named() -> None:
     found = summarise(TROUBLES["one lost altogether"])
     assert found.friedman is not None
-    names = [contestant.name for contestant in found.optimizers]
+    names = [optimizer.name for optimizer in found.optimizers]
     assert found.friedman.mean_ranks[names.index("adam")] == 3.0
     told = " ".join(conclusions(found))
     assert "Runs of adam diverged at every learning rate" in told
@@ -97,7 +97,7 @@ def test_diverged_runs_rank_last_and_are_named() -> None:
 
 
 def test_passes_over_the_data_are_counted_as_they_were_made() -> None:
-    found = {contestant.name: contestant for contestant in summarise(TROUBLES["eleven"]).optimizers}
+    found = {optimizer.name: optimizer for optimizer in summarise(TROUBLES["eleven"]).optimizers}
     assert found["sgd"].passes == (1, 2, 3, 4, 5, 6)
     assert found["pymanopt-cg"].passes == (3, 6, 9, 12, 15, 18)
 
@@ -308,7 +308,9 @@ def check_folder(folder: Path, of: Comparison) -> None:
     names = {"report.html", "plots", "runs.csv", "epochs.csv", "times.csv", "summary.json", "tables.md", "tables.tex"}
     assert {file.name for file in folder.iterdir()} == names
     assert "NaN" not in (folder / "summary.json").read_text(encoding="utf-8")
-    assert json.loads((folder / "summary.json").read_text(encoding="utf-8"))["title"] == summary.title
+    written = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert written["title"] == summary.title
+    assert [found["name"] for found in written["contestants"]] == list(of.settings.optimizers)  # the name of the form
     for told in (page.text, (folder / "tables.md").read_text(encoding="utf-8")):
         assert not re.search(r"\b(nan|inf)\b", told)
 
@@ -360,7 +362,7 @@ def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "report.html").exists()
 
 
-def test_the_markdown_table_has_every_contestant_and_equal_columns() -> None:
+def test_the_markdown_table_has_every_optimizer_and_equal_columns() -> None:
     text = markdown_report(summarise(TROUBLES["eleven"]))
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 3
@@ -465,16 +467,16 @@ def draw(name: str, summary: Summary) -> object:
         return settled(drawing.draw(summary, WIDE))
 
 
-def check_curve(axes: object, contestant: object) -> None:
-    line = next(line for line in axes.lines if line.get_label().startswith(contestant.name))
-    assert np.allclose(line.get_ydata(), np.median(contestant.errors, axis=0), equal_nan=True)
+def check_curve(axes: object, optimizer: object) -> None:
+    line = next(line for line in axes.lines if line.get_label().startswith(optimizer.name))
+    assert np.allclose(line.get_ydata(), np.median(optimizer.errors, axis=0), equal_nan=True)
 
 
 def test_learning_curves_are_medians_of_the_runs() -> None:
     summary = summarise(TROUBLES["three"])
     figure = draw("learning-curves", summary)
-    for contestant in summary.optimizers:
-        check_curve(figure.axes[1], contestant)
+    for optimizer in summary.optimizers:
+        check_curve(figure.axes[1], optimizer)
     with pytest.raises(AssertionError):  # Sabotage: the training loss in place of the error.
         check_curve(figure.axes[0], summary.optimizers[0])
 

@@ -329,7 +329,7 @@ def join_comparison(
 ) -> Settings:
     """Carry out runs of a comparison that another process started, until every run has a result.
 
-    Whoever can write into the database can name any Python file or module of this machine as a task, a model or an
+    Anyone who can write into the database can name any Python file or module of this machine as a task, a model or an
     optimizer. Only those in ``allow`` are run.
 
     Args:

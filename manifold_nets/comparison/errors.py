@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Iterable, Sequence
 
 from manifold_nets.errors import ManifoldNetsError, listed, near_matches
@@ -182,3 +183,10 @@ class CodeNotAllowedError(ManifoldNetsError, RuntimeError):
             f"expected built-in tasks, models and optimizers. If you trust it, start the worker with {flags} "
             f"(in Python allow={list(refused)!r})."
         )
+
+
+def __getattr__(name: str) -> object:
+    if name != "ContestantError":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now called OptimizerBuildError", DeprecationWarning, stacklevel=2)
+    return OptimizerBuildError

@@ -20,7 +20,7 @@ __all__ = ["keep_weights", "kept_weights", "prune_weights", "weights_file"]
 
 
 def weights_file(folder: Path, key: RunKey) -> Path:
-    """The file for a run: its optimizer, and digits that tell runs apart.
+    """The file for a run: its optimizer, and digits that distinguish its runs.
 
     Example:
         >>> weights_file(Path("out"), RunKey("sgd", 0.1, 0)).name

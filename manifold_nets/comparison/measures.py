@@ -31,14 +31,14 @@ class Sensitivity:
         errors: mean over the runs at each rate; infinite where any of them diverged.
         survivor_errors: mean over the runs that did not diverge; NaN where all did.
         diverged: how many runs diverged at each rate.
-        best_rate: the rate of the smallest error, the smallest such; NaN where runs diverged at every rate.
+        best_rate: the smallest rate that has the smallest error; NaN where runs diverged at every rate.
         best_error: its error.
         low: the smallest rate of the good part; NaN where there is none.
         high: the largest.
         width: log₁₀(high / low), in decades; 0 where there is none.
         open_low: the good part reaches the smallest rate of the grid, so that it may be wider than that.
         open_high: it reaches the largest.
-        tolerance: how much worse than the best is good, relatively.
+        tolerance: how much worse than the best still counts as good, relatively.
     """
 
     rates: tuple[float, ...]
@@ -149,15 +149,15 @@ def _edge(logs: NDArray[np.float64], means: NDArray[np.float64], limit: float) -
 
 @dataclass(frozen=True)
 class Reach:
-    """How soon runs come to an error.
+    """How soon runs reach an error.
 
     Args:
         target: the error.
         passes: median over all runs of the passes over the data until they are first at the target; infinite if half
             of them never are.
         seconds: the same of the training time.
-        reached: runs that come there.
-        runs: all of them.
+        reached: number of runs that reach it.
+        runs: number of all runs.
     """
 
     target: float
@@ -199,7 +199,7 @@ def first_at(errors: ArrayLike, costs: ArrayLike, target: float) -> float:
 def reach(
     errors: Sequence[ArrayLike], passes: Sequence[ArrayLike], seconds: Sequence[ArrayLike], target: float
 ) -> Reach:
-    """Median passes and seconds until runs first come to a target error; those that never do count as infinite.
+    """Median passes and seconds until runs first reach a target error; those that never do count as infinite.
 
     Args:
         errors: for each run, the error after each epoch.

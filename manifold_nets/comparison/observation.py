@@ -118,7 +118,7 @@ def peak_memory(steps: Callable[[], None], device: str) -> int | None:
         device: where the tensors are: the processor or a CUDA device.
 
     Returns:
-        Bytes; None where the device does not tell.
+        Bytes; None where the device does not report it.
 
     Example:
         >>> peak_memory(lambda: [torch.zeros(1000) for _ in range(3)], "cpu")

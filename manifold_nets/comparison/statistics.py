@@ -10,9 +10,22 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from manifold_nets.comparison.ranks import Friedman, cliques, critical_difference, friedman, rank_runs
 from manifold_nets.errors import OptionError
 
-__all__ = ["MeanInterval", "PairedDifference", "all_differences", "holm", "mean_interval", "paired_difference"]
+__all__ = [
+    "Friedman",
+    "MeanInterval",
+    "PairedDifference",
+    "all_differences",
+    "cliques",
+    "critical_difference",
+    "friedman",
+    "holm",
+    "mean_interval",
+    "paired_difference",
+    "rank_runs",
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ def as_runs(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
     try:
         runs = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise OptionError(name, type(values).__name__, "a sequence of numbers, one a run") from None
+        raise OptionError(name, type(values).__name__, "a sequence of numbers, one per run") from None
     if runs.ndim != 1:
         raise OptionError(name, f"shape {runs.shape}", "one dimension, one number per run")
     return runs
@@ -160,7 +173,7 @@ class PairedDifference:
         return self.count > 1 and bool(np.isnan(self.low))
 
     def differs(self, significance: float = 0.05) -> bool:
-        """Whether the two can be told apart after the correction."""
+        """Whether the difference is significant after the correction."""
         return bool(self.adjusted_p <= significance)
 
     def __str__(self) -> str:
@@ -303,7 +316,7 @@ def all_differences(
     """Compare every optimizer with every other one, seed by seed; the p-values are adjusted over all pairs.
 
     Args:
-        values: for each contestant one number per seed, in the same order of seeds.
+        values: for each optimizer one number per seed, in the same order of seeds.
         confidence: that of each interval.
         resamples: bootstrap samples.
         seed: of the bootstrap, the same for all pairs.

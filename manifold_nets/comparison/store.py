@@ -1,8 +1,8 @@
 """The runs of a comparison as rows of a database: each is claimed, carried out and recorded once.
 
 A run waits, runs, and is done when its result has been stored, or failed when it was given up; only done ones count.
-Whoever starts adds a waiting row for every run that has no other. A result follows from its run alone, so it does no
-harm if two processes carry out the same run: the first to be recorded counts.
+Every process that starts adds a waiting row for every run that has no other. A result follows from its run alone, so it
+does no harm if two processes carry out the same run: the first to be recorded counts.
 
 This module needs SQLAlchemy, so import it where it is used.
 """

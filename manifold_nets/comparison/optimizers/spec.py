@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.comparison.errors import SettingsError
 from manifold_nets.comparison.settings import Settings
 
 __all__ = ["Form", "Make", "Objective", "OptimizerSpec", "Stepper", "TorchStepper"]
@@ -56,6 +57,15 @@ class OptimizerSpec:
             but not the function that it computes.
         full_batch: whether a step sees all training examples; it then takes one step per epoch.
         description: one sentence.
+
+    Raises:
+        SettingsError: there is no such form.
+
+    Example:
+        >>> def make(model, rate, settings):
+        ...     return TorchStepper(torch.optim.Rprop(model.parameters(), lr=rate))
+        >>> OptimizerSpec("rprop", "plain", "rprop", "torch", make).full_batch
+        False
     """
 
     name: str
@@ -65,6 +75,11 @@ class OptimizerSpec:
     make: Make
     full_batch: bool = False
     description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            expected = "'plain' or 'converted'; for other constraints, constrain the plain model in make"
+            raise SettingsError(f"optimizers: {self.name}, form", self.form, expected)
 
 
 class TorchStepper:

@@ -21,6 +21,11 @@ MOST_LAYERS = 4
 _STEP, _CLIQUE_STEP = 0.30, 0.16
 
 
+def _has_optimizers(summary: Summary) -> bool:
+    """Whether there is anything at all to show."""
+    return bool(summary.optimizers)
+
+
 @dataclass(frozen=True)
 class Drawing:
     """One figure.
@@ -37,7 +42,7 @@ class Drawing:
     title: str
     draw: Callable[[Summary, Size], Figure]
     caption: Callable[[Summary], str]
-    has_data: Callable[[Summary], bool] = lambda summary: bool(summary.optimizers)
+    has_data: Callable[[Summary], bool] = _has_optimizers
 
 
 def _row_height(summary: Summary, size: Size) -> float:

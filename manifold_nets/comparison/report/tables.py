@@ -8,9 +8,9 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from manifold_nets.comparison.report.summary import OptimizerSummary, Summary, Unit
 from manifold_nets.comparison.results import Comparison, RunResult
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 SIGNIFICANCE = 0.05
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -54,57 +53,40 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def _tabulated(caption: str, columns: Mapping[str, Callable[[Item], str]], items: Iterable[Item]) -> Table:
-    """A table with a row per item; columns are given by their names and what they say of an item."""
-    rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
-    return Table(caption, tuple(columns), rows)
-
-
 def result_table(summary: Summary) -> Table:
     """Test errors at the chosen learning rates, and their differences from the reference."""
-    unit, found = summary.unit, {o.name: _from_reference(summary, o.name) for o in summary.optimizers}
-    ranks = {o.name: "–" for o in summary.optimizers}
-    if summary.friedman is not None:
-        ranks = {o.name: f"{rank:.2f}" for o, rank in zip(summary.optimizers, summary.friedman.mean_ranks, strict=True)}
-
-    def difference(o: OptimizerSummary) -> str:
-        d = found[o.name]
-        return "reference" if d is None else difference_text(d, unit)
-
-    def p_value(o: OptimizerSummary) -> str:
-        d = found[o.name]
-        return "" if d is None else _p(d.adjusted_p, d)
-
-    columns: dict[str, Callable[[OptimizerSummary], str]] = {
-        "optimizer": lambda o: o.name,
-        "learning rate": lambda o: _rate(o.learning_rate) + (" (edge of the grid)" if o.at_edge else ""),
-        unit.label("test error"): lambda o: mean_text(o.test, unit, o.not_finite),
-        "diverged": lambda o: f"{o.test.lost - o.not_finite} of {len(o.seeds)}",
-        f"difference from {summary.reference}": difference,
-        "p (Holm)": p_value,
-        "mean rank": lambda o: ranks[o.name],
-    }
-    return _tabulated("Test error at the learning rate that validation data chose", columns, summary.optimizers)
+    unit, reference = summary.unit, summary.reference
+    compared = {d.second: _reversed(d) for d in summary.differences if d.first == reference}
+    rows = []
+    for place, o in enumerate(summary.optimizers):
+        difference, p_value = "reference", ""
+        if o.name in compared:
+            found = compared[o.name]
+            difference, p_value = difference_text(found, unit), _p(found.adjusted_p, found)
+        rate = f"{_rate(o.learning_rate)}{' (edge of the grid)' if o.at_edge else ''}"
+        diverged = f"{o.test.lost - o.not_finite} of {len(o.seeds)}"
+        rank = "–" if summary.friedman is None else f"{summary.friedman.mean_ranks[place]:.2f}"
+        rows.append((o.name, rate, mean_text(o.test, unit, o.not_finite), diverged, difference, p_value, rank))
+    head = ("optimizer", "learning rate", unit.label("test error"), "diverged", f"difference from {reference}")
+    caption = "Test error at the learning rate that validation data chose"
+    return Table(caption, (*head, "p (Holm)", "mean rank"), tuple(rows))
 
 
 def robustness_table(summary: Summary) -> Table:
     """Spread over seeds, width of the good learning rates, time to the target, and cost."""
     unit, target = summary.unit, summary.unit.short(summary.target)
-    columns: dict[str, Callable[[OptimizerSummary], str]] = {
-        "optimizer": lambda o: o.name,
-        unit.label("deviation"): lambda o: unit.number(o.test.deviation) if o.test.count > 1 else "–",
-        "good learning rates": lambda o: str(o.sensitivity),
-        "diverged, all rates": lambda o: f"{o.failed} of {o.runs}",
-        f"until {target}": lambda o: str(o.reach),
-        "time a step": lambda o: str(o.step_ratio or "not measured"),
-        "memory": lambda o: str(o.memory_ratio or "not measured"),
-    }
+    rows = []
+    for o in summary.optimizers:
+        deviation = unit.number(o.test.deviation) if o.test.count > 1 else "–"
+        costs = (str(ratio or "not measured") for ratio in (o.step_ratio, o.memory_ratio))
+        rows.append((o.name, deviation, str(o.sensitivity), f"{o.failed} of {o.runs}", str(o.reach), *costs))
+    head = ("optimizer", unit.label("deviation"), "good learning rates", "diverged, all rates", f"until {target}")
     caption = (
         f"Robustness and cost: standard deviation of the test error over seeds, width of the learning rates within "
         f"10 % of the best, diverged runs at all rates, time until the validation error is at most {target}, time and "
         f"peak memory of a step relative to {summary.reference} (quartiles)"
     )
-    return _tabulated(caption, columns, summary.optimizers)
+    return Table(caption, (*head, "time a step", "memory"), tuple(rows))
 
 
 def rescaled_table(summary: Summary) -> Table:
@@ -121,21 +103,13 @@ def rescaled_table(summary: Summary) -> Table:
 
 def difference_table(summary: Summary) -> Table:
     """All pairs of optimizers."""
-    unit = summary.unit
-
-    def pairs(d: PairedDifference) -> str:
+    unit, rows = summary.unit, []
+    for d in summary.differences:
         lost = f", lost {d.lost_first} and {d.lost_second}" if d.lost_first or d.lost_second else ""
-        return f"{d.count}{lost}"
-
-    columns: dict[str, Callable[[PairedDifference], str]] = {
-        "pair": lambda d: f"{d.first} − {d.second}",
-        "difference, bootstrap interval": lambda d: difference_text(d, unit),
-        "Student's interval": lambda d: _interval(d.t_low, d.t_high, unit),
-        "pairs of runs": pairs,
-        "p": lambda d: _p(d.p_value, d),
-        "p (Holm)": lambda d: _p(d.adjusted_p, d),
-    }
-    return _tabulated(unit.label("Differences of test errors seed by seed"), columns, summary.differences)
+        texts = (difference_text(d, unit), _interval(d.t_low, d.t_high, unit), f"{d.count}{lost}")
+        rows.append((f"{d.first} − {d.second}", *texts, _p(d.p_value, d), _p(d.adjusted_p, d)))
+    head = ("pair", "difference, bootstrap interval", "Student's interval", "pairs of runs", "p", "p (Holm)")
+    return Table(unit.label("Differences of test errors seed by seed"), head, tuple(rows))
 
 
 # ---- sentences -------------------------------------------------------------------------------------------------------
@@ -226,7 +200,7 @@ def _compared(summary: Summary, best: OptimizerSummary, tied: Sequence[str]) -> 
 
 
 def mean_text(found: MeanInterval, unit: Unit, not_finite: int = 0, *, sign: bool = False) -> str:
-    """A mean error and half the length of its interval; a mean over survivors says so.
+    """A mean error and half the length of its interval; a mean over survivors is marked as such.
 
     Args:
         found: the mean.
@@ -272,24 +246,20 @@ def _rate(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
-def _from_reference(summary: Summary, name: str) -> PairedDifference | None:
-    for d in summary.differences:
-        if (d.first, d.second) == (name, summary.reference):
-            return d
-        if (d.second, d.first) == (name, summary.reference):
-            return replace(
-                d,
-                first=d.second,
-                second=d.first,
-                value=-d.value,
-                low=-d.high,
-                high=-d.low,
-                t_low=-d.t_high,
-                t_high=-d.t_low,
-                lost_first=d.lost_second,
-                lost_second=d.lost_first,
-            )
-    return None
+def _reversed(d: PairedDifference) -> PairedDifference:
+    """The same of second − first."""
+    return replace(
+        d,
+        first=d.second,
+        second=d.first,
+        value=-d.value,
+        low=-d.high,
+        high=-d.low,
+        t_low=-d.t_high,
+        t_high=-d.t_low,
+        lost_first=d.lost_second,
+        lost_second=d.lost_first,
+    )
 
 
 def _and(names: Sequence[str], word: str = "and") -> str:

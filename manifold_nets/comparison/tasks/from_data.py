@@ -44,7 +44,7 @@ def task_from_data(
         batch_size: examples per training step; 100 unless a data loader says otherwise.
 
     Raises:
-        TaskSourceError: the data have another form, or the number of classes is not given and cannot be told.
+        TaskSourceError: the data have another form, or the number of classes is not given and cannot be inferred.
 
     Example:
         >>> x, y = torch.randn(60, 3), torch.arange(60) % 2

@@ -35,7 +35,7 @@ _PARTS = {
 
 
 def read_idx(path: str | Path) -> NDArray[Any]:
-    """Read an idx file, compressed with gzip or not (told by its first bytes), as an array of native byte order.
+    """Read an idx file, compressed with gzip or not (detected by its first bytes), as an array of native byte order.
 
     Args:
         path: the file.
