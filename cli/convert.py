@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from rich.table import Table
 
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 
 from .options import INPUT_FILE, Number, OutputFile, Parsed, Request, model_options
 from .output import Outcome, columns_table, progress, reported, rows_table, styled

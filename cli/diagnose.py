@@ -12,8 +12,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from manifold_nets.errors import OptionError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import OptionError, listed
 
 from .options import Number, OutputFile, Request, model_options
 from .output import Outcome, columns_table, progress, reported, styled

@@ -19,8 +19,8 @@ from test_cli import NETS, SHAPE
 
 from manifold_nets.cli import main, output
 from manifold_nets.comparison import Progress, RunKey
-from manifold_nets.comparison import progress as shown
-from manifold_nets.comparison.records import EpochRecord, RunResult
+from manifold_nets.comparison import scheduler as shown
+from manifold_nets.comparison.results import EpochRecord, RunResult
 
 NAMED = """
 from torch import nn

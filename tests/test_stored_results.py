@@ -16,7 +16,7 @@ EXPERIMENTS = ("mnist_paper", "robustness", "beyond_vision", "where_it_does_not_
 
 def made_again(script, folder, monkeypatch):
     """The report that a script makes of the stored runs in a folder."""
-    module = example(script, "sklearn", "optuna", "matplotlib")
+    module = example(script, "sklearn", "sqlalchemy", "matplotlib")
     for file in RESULTS.glob("*_*"):
         shutil.copy(file, folder)
     (folder / f"{module.NAME}.md").unlink(missing_ok=True)
@@ -40,7 +40,7 @@ def rows_of(text):
 
 def check_summary(folder):
     """Every row of the summary of a folder of stored runs stands in docs/results.md."""
-    summary = example("evidence_summary", "sklearn", "optuna", "matplotlib").summary(folder)
+    summary = example("evidence_summary", "sklearn", "sqlalchemy", "matplotlib").summary(folder)
     assert len(rows_of(summary)) >= 15
     rows = [row.replace("](examples/", "](../examples/") for row in rows_of(summary)]
     assert [row for row in rows if row not in MEASURED] == []
