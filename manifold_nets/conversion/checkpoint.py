@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import geoopt
 import torch
 from torch import Tensor, nn
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.constraints import (
     ConstrainedWeight,
     attach,
