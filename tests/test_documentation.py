@@ -136,6 +136,11 @@ def test_commands_that_are_not_run_have_the_options_that_exist():
                 assert flag in written or flag in shared, f"{script} {flag}"
 
 
+def test_the_guide_names_the_optimizers_that_exist():
+    listed = TEXTS["docs/guides/compare.md"].partition("Optimizers by name: ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([a-z-]+)`", listed)) == set(mn.comparison.OPTIMIZERS)
+
+
 # ---- README and links ------------------------------------------------------------------------------------------------
 
 
