@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import numbers
 from collections.abc import Mapping
@@ -54,8 +53,6 @@ from manifold_nets.symmetry.weight_findings import (
 )
 
 __all__ = ["LARGEST_SEED", "diagnose"]
-
-_log = logging.getLogger(__name__)
 
 # Numpy takes seeds below 2³², and the points of the analysis are drawn from the seed and the two numbers after it.
 LARGEST_SEED = 2**32 - 3
@@ -138,18 +135,15 @@ def diagnose(
         inputs = _not_empty(split_inputs(example_inputs))
         if memory == "full" or meta:
             inputs = to_float64(inputs, torch.device("meta") if meta else None)
-        _log.info("tracing")
         graph = _trace(twin, inputs, meta)
         # The certificate comes last: it moves parameters of the twin.
         variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
         logits = not meta and sees_no_shift(loss, twin, inputs)
-        _log.info("following scales")
         if isinstance(graph, TracedGraph):
             joint, rows = solve_jointly(graph), row_shifts(graph, model, loss=logits)
             required = demanded_partitions(graph, joint, rows)
         else:
             required = natural_demands(twin)
-        _log.info("computing gradients in float64")
         searches = memory == "full" and not meta and isinstance(graph, TracedGraph)
         gradients = _gradients(twin, inputs, seed, required, logits=logits, memory=memory, searched=searches)
     if isinstance(graph, AnalysisError):
@@ -161,13 +155,11 @@ def diagnose(
     constrained = {weight.name for weight in constrained_weights(model)}
     judge = WeightFindings(twin, graph, test, variances)
     local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - gradients.passes - 1) if searches else None
-    _log.info("testing what the rules found")
     findings = _by_structure(judge, local, constrained)
     families = certified_families(joint, test)
     shifts = shift_symmetries(graph, model, rows, test, loss=logits)
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if local:
-        _log.info("searching for unexplained symmetries")
         left = MOST_PASSES - gradients.passes - local.passes
         search = NumericalSearch(graph, test, lambda: _second(twin, inputs, seed, left, logits=logits))
         unexplained = _of_the_model(search.unexplained(findings, families, shifts), not_finite)
@@ -177,7 +169,6 @@ def diagnose(
             unexplained = search.still_unexplained(unexplained, shifts, shown)
         del search  # the memory of the second point is what the copy takes that is moved
     if not meta:
-        _log.info("checking finite moves")
         move = FiniteMove(
             twin, inputs, gradients, seed + 2, tolerance, logits=logits, outward=has_written_eps(graph)
         )  # fmt: skip
