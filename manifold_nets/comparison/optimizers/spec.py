@@ -17,23 +17,7 @@ Form = Literal["plain", "converted"]
 
 
 class Objective(Protocol):
-    """The loss on the current batch as a function of the model's weights, to be evaluated any number of times.
-
-    Example:
-        >>> class Sum:
-        ...     def __init__(self, model):
-        ...         self.model = model
-        ...     def loss(self):
-        ...         return self.model(torch.ones(1, 2)).sum()
-        ...     def __call__(self):
-        ...         self.model.zero_grad()
-        ...         loss = self.loss()
-        ...         loss.backward()
-        ...         return loss.detach()
-        >>> objective: Objective = Sum(nn.Linear(2, 1))
-        >>> objective().requires_grad, objective.loss().requires_grad
-        (False, True)
-    """
+    """The loss on the current batch as a function of the model's weights, to be evaluated any number of times."""
 
     def loss(self) -> Tensor:
         """Evaluate the loss at the current weights, a scalar with its graph; no gradient is written."""
@@ -45,21 +29,7 @@ class Objective(Protocol):
 
 
 class Stepper(Protocol):
-    """An optimizer at work on one model.
-
-    Example:
-        >>> class SignDescent:
-        ...     def __init__(self, model, rate):
-        ...         self.parameters, self.rate, self.factor = list(model.parameters()), rate, 1.0
-        ...     def step(self, objective):
-        ...         loss = objective()
-        ...         for parameter in self.parameters:
-        ...             parameter.data -= self.factor * self.rate * parameter.grad.sign()
-        ...         return loss
-        ...     def set_learning_rate(self, factor):
-        ...         self.factor = factor
-        >>> stepper: Stepper = SignDescent(nn.Linear(2, 1), 0.1)
-    """
+    """An optimizer at work on one model."""
 
     def step(self, objective: Objective) -> float | Tensor:
         """Take one step; return the loss before it, a float or a detached scalar."""
@@ -86,12 +56,6 @@ class OptimizerSpec:
             but not the function that it computes.
         full_batch: whether a step sees all training examples; it then takes one step per epoch.
         description: one sentence.
-
-    Example:
-        >>> from manifold_nets.comparison import OPTIMIZERS
-        >>> spec = OPTIMIZERS["rsgd"]
-        >>> spec.name, spec.form, spec.library, spec.full_batch
-        ('rsgd', 'converted', 'manifold_nets', False)
     """
 
     name: str
