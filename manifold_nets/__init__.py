@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from manifold_nets import comparison, errors, layers, optim, sources
     from manifold_nets.comparison import Comparison, compare
     from manifold_nets.constraints import joint_spheres, restore
-    from manifold_nets.conversion import conversion_record, convert, load, project, save
-    from manifold_nets.conversion.balance import balance  # in a package, its module would hide a function of that name
-    from manifold_nets.conversion.plan import plan
+    from manifold_nets.conversion import balance, conversion_record, convert, load, project, save
+    from manifold_nets.conversion.plan import plan  # in a package, its module would hide a function of that name
     from manifold_nets.conversion.revert import revert
     from manifold_nets.conversion.verify import verify
     from manifold_nets.groups import Partition
