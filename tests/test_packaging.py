@@ -48,6 +48,8 @@ def undocumented(module: types.ModuleType) -> Iterator[str]:
             yield f"{module.__name__}.{name}"
         if inspect.isclass(value):
             for member, method in vars(value).items():
+                if member in getattr(value, "__dataclass_fields__", {}):
+                    continue  # described in the class; a default that is a function is no method
                 public = inspect.isroutine(method) or isinstance(method, (property, classmethod, staticmethod))
                 if public and not member.startswith("_") and not inspect.getdoc(getattr(value, member)):
                     yield f"{module.__name__}.{name}.{member}"
