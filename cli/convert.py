@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from manifold_nets.conversion import ConversionPlan, ConversionRecord
     from manifold_nets.conversion.actions import Remedy
 
-_REMEDIES = ("dead-biases", "balance", "spheres", "joint-spheres")
+_NAMES = "dead-biases,balance,spheres,joint-spheres"
+_OUTPUT = OutputFile(".safetensors", remedy="write ONNX and .pt2 files with manifold-nets export")
+_RADIUS = click.Choice(["unit", "keep"])
 _DEFAULTS = {"remedies": ("spheres",), "radius": "unit", "train_tolerance": 1e-4, "include": (), "exclude": ()}
 _DONE = {
     "remove": "biases removed",
@@ -34,44 +36,26 @@ def _chosen_remedies(text: str) -> tuple[Remedy, ...]:
 
 @click.command()
 @model_options
+@click.option("--output", type=_OUTPUT, help="safetensors file to write; without it, the result is only shown.")
 @click.option(
-    "--output",
-    type=OutputFile(".safetensors", remedy="write ONNX and .pt2 files with manifold-nets export"),
-    help="safetensors file to write; without it, the result is only shown.",
+    "--remedies", type=Parsed("NAMES", _chosen_remedies), default="spheres", help=f"'all', or some of {_NAMES}."
 )
 @click.option(
-    "--remedies",
-    type=Parsed("NAMES", _chosen_remedies),
-    default="spheres",
-    help=f"What to do: 'all', or some of {','.join(_REMEDIES)}.",
+    "--radius", type=_RADIUS, default="unit", help="Norm of every group: 1 where eps allows it, or what it is."
 )
 @click.option(
-    "--radius",
-    type=click.Choice(["unit", "keep"]),
-    default="unit",
-    help="Norm of every group: 1 where eps allows it, or what it is.",
-)
-@click.option(
-    "--train-tolerance",
-    type=Number(min=0),
-    default=1e-4,
-    help="A layer whose training-mode output eps would change by more keeps its norms.",
+    "--train-tolerance", type=Number(min=0), default=1e-4, help="A layer that eps changes more keeps its norms."
 )
 @click.option(
     "--max-train-difference",
     type=Number(min=0),
     default=1e-2,
-    help="Nothing is written where the network's training-mode output changes by more.",
+    help="Nothing is written if training-mode outputs change more.",
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Weights to convert, such as 'layer1.*'; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights to leave; repeatable.")
 @click.option("--write-plan", type=OutputFile(".json"), help="Write the plan as JSON, to read and edit.")
-@click.option(
-    "--plan",
-    "plan_file",
-    type=INPUT_FILE,
-    help="Carry out this edited plan; not together with the options that choose what to do.",
-)
+@click.option("--plan", "plan_file", type=INPUT_FILE, help="Edited plan to carry out, in place of the other choices.")
 @reported
 def convert(
     request: Request,

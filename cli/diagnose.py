@@ -21,33 +21,21 @@ if TYPE_CHECKING:
     from manifold_nets.symmetry import LearningRates, SymmetryReport, WeightFinding
     from manifold_nets.symmetry.report import ShiftSymmetry
 
+_TOLERANCE = Number(min=0, min_open=True, max=math.inf, max_open=True)
+_LOSS = click.Choice(["cross_entropy", "softmax"])
+_MEMORY = click.Choice(["full", "small"])
+_OPTIMIZERS = click.Choice(["sgd", "adam", "adamw"])
+
 
 @click.command()
 @model_options
-@click.option(
-    "--tolerance",
-    type=Number(min=0, min_open=True, max=math.inf, max_open=True),
-    metavar="NUMBER",
-    default=1e-8,
-    help="Largest certificate of an invariant group.",
-)
-@click.option(
-    "--loss",
-    type=click.Choice(["cross_entropy", "softmax"]),
-    help="What the outputs are logits of: shifts of all logits count as well.",
-)
-@click.option(
-    "--memory",
-    type=click.Choice(["full", "small"]),
-    default="full",
-    help="small: float64 for one weight at a time, and no search beyond what the structure explains.",
-)
+@click.option("--tolerance", type=_TOLERANCE, metavar="NUMBER", default=1e-8, help="Largest certificate of a symmetry.")
+@click.option("--loss", type=_LOSS, help="What the outputs are logits of: shifts of all logits count as well.")
+@click.option("--memory", type=_MEMORY, default="full", help="small: float64 for one weight at a time, and no search.")
 @click.option("--html", type=OutputFile(".html", ".htm"), help="Also write the report as one self-contained HTML page.")
 @reported
 @click.option(
-    "--optimizer",
-    type=click.Choice(["sgd", "adam", "adamw"]),
-    help="Optimizer of the plain network: also find the learning rates on spheres that match it.",
+    "--optimizer", type=_OPTIMIZERS, help="Optimizer of the plain network: find the matching rates on spheres."
 )
 @click.option("--lr", type=float, help="Its learning rate.")
 @click.option("--momentum", type=float, help="Momentum of sgd.  [default: 0]")

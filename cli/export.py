@@ -15,12 +15,7 @@ _FORMATS = ("safetensors", "onnx", "pt2")
 @click.command()
 @model_options
 @click.option("--output", type=OutputFile(), required=True, help="File to write.")
-@click.option(
-    "--format",
-    "file_format",
-    type=click.Choice(_FORMATS),
-    help="Default: by the name of the file, .onnx or .pt2, else safetensors.",
-)
+@click.option("--format", "file_format", type=click.Choice(_FORMATS), help="Default: by the ending, else safetensors.")
 @reported
 def export(request: Request, output: Path, file_format: str | None) -> Outcome:
     """Revert the converted MODEL (--weights FILE) to an ordinary one: weights, ONNX or .pt2.

@@ -186,28 +186,17 @@ class Request:
         return tuple(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
 
 
+_SHAPE, _SEED = Parsed("N,N,…", _shape), click.IntRange(0, 2**32 - 3)
+_SHAPE_HELP = "Shape of one input without the batch, such as 3,224,224; once for each input."
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec)),
     click.option("--kwargs", type=Parsed("JSON", _arguments), default="{}", help="Keyword arguments of the callable."),
-    click.option(
-        "--weights",
-        type=INPUT_FILE,
-        help="safetensors file, torch file of weights (no code is run), or converted model.",
-    ),
-    click.option(
-        "--input-shape",
-        "input_shapes",
-        type=Parsed("N,N,…", _shape),
-        multiple=True,
-        required=True,
-        help="Shape of one input without the batch, such as 3,224,224; once for each input.",
-    ),
+    click.option("--weights", type=INPUT_FILE, help="safetensors, torch file (no code is run), or converted model."),
+    click.option("--input-shape", "input_shapes", type=_SHAPE, multiple=True, required=True, help=_SHAPE_HELP),
     click.option("--batch-size", type=click.IntRange(min=1), default=4),
-    click.option("--token-ids", type=click.IntRange(min=2), metavar="N", help="Inputs are integers below N, no noise."),
+    click.option("--token-ids", type=click.IntRange(min=2), metavar="N", help="Inputs are integers below N."),
     click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model before its weights are loaded."),
-    click.option(
-        "--seed", type=click.IntRange(0, 2**32 - 3), metavar="N", default=0, help="Seed of weights and inputs."
-    ),
+    click.option("--seed", type=_SEED, metavar="N", default=0, help="Seed of weights and inputs."),
 )
 
 

@@ -144,32 +144,28 @@ def print_error(text: str) -> None:
 
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
-    """Show a text, the stage of a diagnosis and the elapsed time on standard error, where it is a terminal."""
-    console = _console(stderr=True)
+    """Show a text, the stage that the package logs, and the elapsed time on standard error, where it is a terminal."""
+    console, logger = _console(stderr=True), logging.getLogger("manifold_nets.symmetry")
     if not console.is_terminal:
         yield
         return
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar, _stages(bar.add_task(text, total=None), bar, text):
-        yield
+    bar = Progress(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
+        console=console, transient=True,
+    )  # fmt: skip
+    task, handler, level = bar.add_task(text, total=None), logging.Handler(), logger.level
 
+    def show_stage(record: logging.LogRecord) -> None:
+        bar.update(task, description=f"{text} {record.getMessage()}", refresh=True)
 
-@contextlib.contextmanager
-def _stages(task: Any, bar: Any, text: str) -> Iterator[None]:
-    """Add the stage that the package logs to the text of a progress bar."""
-
-    class Show(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            bar.update(task, description=f"{text} {record.getMessage()}")
-
-    logger, handler = logging.getLogger("manifold_nets.symmetry"), Show()
-    level = logger.level
+    handler.emit = show_stage  # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with bar:
+            yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -6,7 +6,6 @@ Importing this package imports neither torch nor geoopt: each public name is loa
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,11 +74,7 @@ if not TYPE_CHECKING:  # so that type checkers report names that do not exist
         if name.startswith("_"):
             raise missing
         try:
-            with warnings.catch_warnings():
-                # Importing geoopt scripts functions, which torch warns about; users cannot do anything about it.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                warnings.simplefilter("ignore", FutureWarning)
-                module = importlib.import_module(path)
+            module = importlib.import_module(path)
         except ModuleNotFoundError as error:
             if error.name != path:
                 raise

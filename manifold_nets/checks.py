@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import geoopt
 import torch
 from torch import Tensor
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.errors import OffManifoldError, PartitionError
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.radii import Radii

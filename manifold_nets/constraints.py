@@ -18,13 +18,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-import geoopt
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.errors import ConstraintError, JointSphereError, listed
 from manifold_nets.gathered import whole
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember

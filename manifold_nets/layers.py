@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import geoopt
 from torch import Tensor, nn
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.constraints import attach, constrained_weights
 from manifold_nets.gathered import is_sharded, write_whole_
 from manifold_nets.groups import filter_partition

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import geoopt
 import torch
 from torch import Tensor
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.checks import SphereChecks
 from manifold_nets.errors import PartitionError
 from manifold_nets.groups import Partition, accumulation_dtype, refuse_degenerate, root_sum_squares, wide

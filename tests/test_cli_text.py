@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +73,19 @@ def test_the_bar_shows_names_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
     with shown.shown_progress(True) as show:
         show(Progress(1, 2, (), 60.0, best, best))
     assert "25.00 % (my[/red]own, learning rate 0.1, seed 0)" in file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_stage_and_the_elapsed_time(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(output, "_console", lambda **_: Console(file=file, force_terminal=terminal, width=200))
+    logger = logging.getLogger("manifold_nets.symmetry")
+    with output.progress("Diagnosing a[red]b …"):
+        logging.getLogger("manifold_nets.symmetry.diagnose").info("tracing")
+    assert (
+        "Diagnosing a[red]b … tracing 0:00:00" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", file.getvalue())
+    ) == terminal
+    assert (logger.handlers, logger.level) == ([], logging.NOTSET)
 
 
 def test_in_a_file_a_line_stays_a_line(folder: Path) -> None:

@@ -48,6 +48,8 @@ def undocumented(module: types.ModuleType) -> Iterator[str]:
             yield f"{module.__name__}.{name}"
         if inspect.isclass(value):
             for member, method in vars(value).items():
+                if member in getattr(value, "__dataclass_fields__", {}):
+                    continue  # described in the class; a default that is a function is no method
                 public = inspect.isroutine(method) or isinstance(method, (property, classmethod, staticmethod))
                 if public and not member.startswith("_") and not inspect.getdoc(getattr(value, member)):
                     yield f"{module.__name__}.{name}.{member}"
@@ -75,11 +77,7 @@ def test_missing_docstrings_are_found() -> None:
     assert list(undocumented(module)) == found
 
 
-LACKING = set(
-    "Comparison LearningRates SymmetryReport conversion_record load plan ListedOptimizer Choice EpochRecord "
-    "LayerRecord Objective Progress RunKey RunResult Stepper Task join_comparison CostError Evaluations Iteration "
-    "NetworkProblem PointError hessian_asymmetry hessian_slope retraction_slope".split()
-)
+LACKING = {"ListedOptimizer", "OptimizerSpec", "Objective", "Stepper", "CostError", "PointError", "LearningRates"}
 PUBLIC = ("", ".layers", ".optim", ".comparison", ".pymanopt_bridge")
 
 
@@ -96,7 +94,7 @@ def without_example(module: types.ModuleType) -> Iterator[str]:
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_names_have_examples(name: str) -> None:
     module = importlib.import_module(f"manifold_nets{name}")
-    assert [name for name in without_example(module) if name not in LACKING] == []
+    assert set(without_example(module)) <= LACKING
 
 
 def test_missing_examples_are_found() -> None:
@@ -180,13 +178,15 @@ def test_names_that_help_shows_are_those_of_the_package() -> None:
     assert parameters["diagnose", "seed"].type.max == LARGEST_SEED
 
 
-def test_importing_is_silent() -> None:
-    """No warning escapes, even where all of them are shown."""
-    script = "import manifold_nets as mn, manifold_nets.cli\nfor name in mn.__all__:\n    getattr(mn, name)"
-    done = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=True)
-    ours = [line for line in done.stderr.splitlines() if "manifold_nets" in line or "geoopt" in line]
-    assert (done.stdout, ours) == ("", [])
-    assert "torch.jit.script" not in done.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["", "layers", "constraints", "optim", "conversion", "symmetry", "comparison", "pymanopt_bridge", "cli"]
+)
+def test_importing_is_silent(module: str) -> None:
+    """Not even geoopt's warnings escape, whatever is imported first."""
+    script = f"import torch; import manifold_nets.{module}" if module else "import manifold_nets as mn; mn.diagnose"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 GUARDED = """

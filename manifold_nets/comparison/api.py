@@ -346,6 +346,11 @@ def join_comparison(
         StorageError: the database cannot be opened or has no such study.
         CodeNotAllowedError: the study names code that is not allowed.
         ManifoldNetsError: what the study names cannot be found on this machine.
+
+    Example:
+        >>> join_comparison("sqlite:////gone/runs.db", "comparison")
+        Traceback (most recent call last):
+        manifold_nets.comparison.errors.StorageError: sqlite:////gone/runs.db: found unable to open database file; ...
     """
     _require_workers(workers)
     with contextlib.closing(_open_store(storage, study)) as store:

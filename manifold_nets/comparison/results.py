@@ -56,6 +56,10 @@ class LayerRecord(JsonRecord):
     Args:
         norm: mean Euclidean norm of its filters.
         rotation: mean angle in radians by which a filter turned in a step, over the steps that were sampled.
+
+    Example:
+        >>> LayerRecord(norm=1.0, rotation=0.02).rotation
+        0.02
     """
 
     norm: float
@@ -76,6 +80,11 @@ class EpochRecord(JsonRecord):
         validation_error: after the epoch; for classification the share of wrong answers, in [0, 1].
         seconds: training time since the start, without validation and measurements.
         layers: one record for each of `RunResult.layers`.
+
+    Example:
+        >>> record = EpochRecord(1, 32, 1.0, 0.9, 0.6, 0.25, 0.4, (LayerRecord(1.0, 0.02),))
+        >>> f"{record.validation_error:.0%} wrong after {record.steps} steps"
+        '25% wrong after 32 steps'
     """
 
     epoch: int
@@ -109,6 +118,13 @@ class RunResult(JsonRecord):
             where the test data, or the outputs for them, are.
         test_loss: likewise.
         validation_seconds: time for evaluating on the validation data.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> found = mn.compare("mlp:4", optimizers=["rsgd"], learning_rates=[0.1], seeds=1, epochs=1, progress=False)
+        >>> (run,) = found.results
+        >>> run.key.optimizer, run.status, len(run.epochs), run.test_error < 1
+        ('rsgd', 'finished', 1, True)
     """
 
     key: RunKey
@@ -171,6 +187,13 @@ class Choice(JsonRecord):
         diverged: how many runs diverged of each of them.
         reason: the same in words.
         weight_decay: chosen along with the learning rate; None where weight decay is not tuned.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> found = mn.compare("mlp:4", optimizers=["rsgd"], learning_rates=[0.1], seeds=1, epochs=1, progress=False)
+        >>> (choice,) = found.choices
+        >>> choice.learning_rate, len(choice.validation_errors), choice.diverged
+        (0.1, 1, (0,))
     """
 
     optimizer: str
@@ -253,6 +276,12 @@ class Comparison(JsonRecord):
         results: one for each of `Settings.run_keys`, in that order.
         choices: one for each optimizer and initial scale.
         environment: versions and machine.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> found = mn.compare("mlp:4", optimizers=["rsgd"], learning_rates=[0.1], seeds=1, epochs=1, progress=False)
+        >>> found.choices[0].optimizer, found.choices[0].learning_rate, len(found.results)
+        ('rsgd', 0.1, 1)
     """
 
     settings: Settings

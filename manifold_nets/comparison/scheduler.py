@@ -39,6 +39,10 @@ class Progress:
             workers; None before the first.
         best: the run of the smallest final validation error that this process knows of.
         last: the latest result; None at the start.
+
+    Example:
+        >>> Progress(done=3, total=12, running=(), seconds_left=90.0, best=None, last=None).done
+        3
     """
 
     done: int

@@ -219,6 +219,10 @@ class RunKey(JsonRecord):
         initial_scale: ``"plain"``, or ``"rescaled"``: every filter whose scale is absorbed by a normalization is
             multiplied by 10^u, u uniform on [-2, 2], before anything is converted.
         weight_decay: its weight decay where that is tuned; None where it is that of the settings.
+
+    Example:
+        >>> RunKey("rsgd", 0.1, seed=0) == RunKey("rsgd", 0.1, seed=0, initial_scale="plain")
+        True
     """
 
     optimizer: str

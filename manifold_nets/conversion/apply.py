@@ -56,7 +56,16 @@ class ConversionRecord:
 
 
 def conversion_record(model: nn.Module) -> ConversionRecord | None:
-    """Return what `convert` did to this model, or None where it was not converted in this process."""
+    """Return what `convert` did to this model, or None where it was not converted in this process.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        >>> record = conversion_record(convert(net, torch.randn(16, 4)))
+        >>> [(action.name, action.action) for action in record.plan.actions]
+        [('0.weight', 'sphere'), ('2.weight', 'leave')]
+        >>> record.verification.eval_difference < 1e-5, conversion_record(net) is None
+        (True, True)
+    """
     record = model.__dict__.get(CONVERSION_RECORD)
     return record if isinstance(record, ConversionRecord) else None
 

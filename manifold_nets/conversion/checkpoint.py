@@ -8,10 +8,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import geoopt
 import torch
 from torch import Tensor, nn
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.constraints import (
     ConstrainedWeight,
     attach,
@@ -116,7 +116,13 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         OSError: the file does not exist or cannot be read.
 
     Example:
-        See `save`.
+        >>> import tempfile, manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(4, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     mn.save(layer, f"{folder}/layer.safetensors")
+        ...     loaded = mn.load(torch.nn.Linear(4, 3), f"{folder}/layer.safetensors")
+        >>> bool((loaded.weight == layer.weight).all()), loaded.weight.manifold
+        (True, SphereProduct(3 filters of 4, radius 1) manifold)
     """
     return load_contents(model, path, storage.read(path))
 

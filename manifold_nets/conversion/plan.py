@@ -81,6 +81,12 @@ def plan(
         SelectionError: ``include`` or ``exclude`` matches no parameter that the remedies could be about.
         OptionError: ``remedies``, ``radius`` or ``train_tolerance`` has no meaning.
         ReportMismatchError: the report is of another model.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        >>> found = plan(net, torch.randn(16, 4), remedies="all")
+        >>> [(action.name, action.action) for action in found.actions if action.action != "leave"]
+        [('0.weight', 'sphere'), ('0.bias', 'remove'), ('balance 1', 'balance')]
     """
     chosen = chosen_remedies(remedies)
     if radius not in ("unit", "keep"):

@@ -1,5 +1,6 @@
 """Optimizers on products of spheres, their parameter groups, and the paper's learning-rate schedule."""
 
+from manifold_nets import _geoopt  # noqa: F401  # before the modules here import geoopt
 from manifold_nets.optim.angular_adam import AngularAdam
 from manifold_nets.optim.averaging import AveragedModel
 from manifold_nets.optim.carry_over import carry_momentum

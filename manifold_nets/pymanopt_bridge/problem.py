@@ -42,6 +42,16 @@ class Evaluations:
         cost: forward passes for a value.
         gradient: forward and backward passes.
         hessian: backward passes through the backward pass.
+
+    Example:
+        >>> import torch
+        >>> from manifold_nets import pymanopt_bridge as bridge
+        >>> inputs, targets = torch.randn(8, 2).double(), torch.randn(8, 1).double()
+        >>> problem = bridge.problem(torch.nn.Linear(2, 1).double(), torch.nn.functional.mse_loss, inputs, targets)
+        >>> before = problem.evaluations.cost
+        >>> _ = problem.cost(problem.manifold.random_point())
+        >>> problem.evaluations.cost - before
+        1
     """
 
     cost: int = 0
@@ -221,6 +231,13 @@ class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
         UnsupportedManifoldError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
         OffManifoldError: a weight is not on its spheres.
         CostError: the loss is not one finite number, or differs from one evaluation to the next.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(2, 1).double()
+        >>> found = NetworkProblem(net, lambda model: model(torch.ones(4, 2).double()).square().mean())
+        >>> [values.shape for values in found.initial_point()]
+        [(1, 2), (1,)]
     """
 
     def __init__(self, model: nn.Module, objective: Objective, *, on_cost: OnCost | None = None) -> None:

@@ -44,12 +44,30 @@ def hessian_slope(problem: pymanopt.Problem, point: Any = None, tangent_vector: 
     """Return the order in t at which ``f(Exp(t u))`` leaves its quadratic model: 3 for the true Hessian.
 
     A loss whose third derivative along ``u`` is zero gives 4. Args as in `gradient_slope`.
+
+    Example:
+        >>> import torch
+        >>> from manifold_nets import layers, pymanopt_bridge as bridge
+        >>> inputs, targets = torch.randn(8, 2).double(), torch.arange(8) % 3
+        >>> net = torch.nn.Sequential(layers.UnitNormLinear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3)).double()
+        >>> problem = bridge.problem(net, torch.nn.functional.cross_entropy, inputs, targets)
+        >>> round(hessian_slope(problem))
+        3
     """
     return _model_slope(problem, point, tangent_vector, quadratic=True)
 
 
 def hessian_asymmetry(problem: pymanopt.Problem, point: Any = None) -> float:
-    """Return ``|⟨u, H v⟩ − ⟨H u, v⟩| / (|⟨u, H v⟩| + |⟨H u, v⟩|)`` for random tangent vectors: 0 but for rounding."""
+    """Return ``|⟨u, H v⟩ − ⟨H u, v⟩| / (|⟨u, H v⟩| + |⟨H u, v⟩|)`` for random tangent vectors: 0 but for rounding.
+
+    Example:
+        >>> import torch
+        >>> from manifold_nets import pymanopt_bridge as bridge
+        >>> inputs, targets = torch.randn(8, 2).double(), torch.randn(8, 1).double()
+        >>> problem = bridge.problem(torch.nn.Linear(2, 1).double(), torch.nn.functional.mse_loss, inputs, targets)
+        >>> hessian_asymmetry(problem) < 1e-9
+        True
+    """
     manifold = problem.manifold
     point = manifold.random_point() if point is None else point
     u, v = (manifold.random_tangent_vector(point) for _ in range(2))
@@ -65,6 +83,12 @@ def retraction_slope(manifold: Manifold, point: Any = None, tangent_vector: Any 
         manifold: a manifold with `exp`, `retraction` and `dist`.
         point: where; drawn at random when left out.
         tangent_vector: along what; drawn at random when left out.
+
+    Example:
+        >>> from manifold_nets import Partition, SphereProduct, pymanopt_bridge as bridge
+        >>> manifold = bridge.SphereProductManifold(SphereProduct(Partition.filters((3, 4))))
+        >>> round(retraction_slope(manifold))
+        3
     """
     point = manifold.random_point() if point is None else point
     u = manifold.random_tangent_vector(point) if tangent_vector is None else tangent_vector

@@ -26,6 +26,15 @@ class Iteration:
         number: counted from 1.
         cost: the lowest cost that it has computed so far.
         point: where that was.
+
+    Example:
+        >>> import pymanopt, torch
+        >>> from manifold_nets import pymanopt_bridge as bridge
+        >>> inputs, targets = torch.randn(8, 2).double(), torch.randn(8, 1).double()
+        >>> problem = bridge.problem(torch.nn.Linear(2, 1).double(), torch.nn.functional.mse_loss, inputs, targets)
+        >>> optimizer = pymanopt.optimizers.SteepestDescent(verbosity=0, max_iterations=2)
+        >>> [iteration.number for iteration in bridge.iterations(optimizer, problem)]
+        [1, 2]
     """
 
     number: int

@@ -458,6 +458,15 @@ class SymmetryReport:
         shifts: constants that can be added to biases and rows: dead biases, ``W + 1vᵀ``, shifts of logits.
         unexplained: what the certificate, searching the other way, finds invariant beyond all of these.
         not_searched: what was left out of a model that could not be traced, in words; empty otherwise.
+
+    Example:
+        >>> import torch, manifold_nets as mn
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+        >>> report = mn.diagnose(net, torch.randn(16, 4))
+        >>> report["0.weight"].status, str(report["0.weight"].partition)
+        ('invariant', '8 filters of 4')
+        >>> [shift.parameters for shift in report.shifts]
+        [('0.bias',)]
     """
 
     model: str

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import geoopt
 import torch
 from torch import nn
 
+from manifold_nets._geoopt import geoopt
 from manifold_nets.comparison.optimizers.full_batch import PYMANOPT
 from manifold_nets.comparison.optimizers.spec import Form, Make, OptimizerSpec, Stepper, TorchStepper
 from manifold_nets.comparison.settings import Settings

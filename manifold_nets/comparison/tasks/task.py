@@ -152,6 +152,14 @@ class Task:
         summarize: scores from the sum of the counts; ``"error"``, which is minimized, is one of them.
         batch_size: examples per training step by default.
         description: where the data come from, how they were split and prepared.
+
+    Example:
+        >>> import torch
+        >>> from manifold_nets.comparison import task_from_data
+        >>> data = torch.randn(8, 4), torch.arange(8) % 2
+        >>> task = task_from_data(data, data, data, name="pairs")
+        >>> task.name, task.input_shape, task.outputs
+        ('pairs', (4,), 2)
     """
 
     name: str
