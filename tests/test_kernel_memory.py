@@ -17,7 +17,7 @@ from kernel_cases import CASES
 import manifold_nets as mn
 from manifold_nets.errors import EuclideanStepError, SphereOptionError, StepInputError
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD, ScaledMetricSGD
-from manifold_nets.optim.executions import kernel, native
+from manifold_nets.optim.backends import native
 
 HERE = Path(__file__).parent
 SPHERES = [name for name, row in OPTIMIZERS.items() if row.weights == "spheres"]
@@ -169,7 +169,7 @@ def test_sabotage_sharing_that_is_not_seen_goes_to_the_kernel(monkeypatch):
     monkeypatch.setattr(native, "step", lambda rule, jobs, threads: (seen.append(len(jobs)), step(rule, jobs, 1))[1])
     together(apart=False)
     assert seen == []
-    monkeypatch.setattr(kernel, "_apart", lambda jobs, members: jobs["rows"] > 0)
+    monkeypatch.setattr(native, "_apart", lambda jobs, members: jobs["rows"] > 0)
     together(apart=False)  # one thread, one job after the other: by luck
     assert seen == [2]
 

@@ -21,7 +21,7 @@ from manifold_nets.errors import ConstraintLostError, EuclideanStepError
 from manifold_nets.errors.base import listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.membership import name_at_step
+from manifold_nets.optim.param_groups import name_at_step
 
 __all__ = ["allow_euclidean"]
 

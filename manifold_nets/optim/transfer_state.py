@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import OptionError
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.radam import RiemannianAdam
-from manifold_nets.optim.rsgd import RiemannianSGD
+from manifold_nets.optim.adam import RiemannianAdam
+from manifold_nets.optim.sgd import RiemannianSGD
 
 __all__ = ["carry_momentum"]
 
