@@ -18,13 +18,13 @@ from toy_networks import TOYS, Lambda
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import finite_move
-from manifold_nets.symmetry.certificate.euler import euler_field
-from manifold_nets.symmetry.certificate.finite_move import Claim, FiniteMove, Part
-from manifold_nets.symmetry.network.graph import split_inputs, to_float64
-from manifold_nets.symmetry.network.twin import analysis_copy
-from manifold_nets.symmetry.structure.rules import RULES
-from manifold_nets.symmetry.structure.rules.shift_use import SHIFT_RULES
+from manifold_nets.models import analysis_copy
+from manifold_nets.running import split_inputs, to_float64
+from manifold_nets.symmetry import finite_move
+from manifold_nets.symmetry.finite_move import FiniteMove
+from manifold_nets.symmetry.generators import Generators, Part
+from manifold_nets.symmetry.gradients import gradient_pass
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES
 
 WIDTH = 8
 
@@ -222,7 +222,7 @@ def test_larger_inputs_that_are_refused_are_left_out() -> None:
 # ---- the search for what fails ---------------------------------------------------------------------------------------
 
 
-def three() -> tuple[FiniteMove, list[Claim]]:
+def three() -> tuple[FiniteMove, list[Generators]]:
     """Three matrices in front of normalizations, and their claims, of which the second is a lie."""
     torch.manual_seed(3)
     model = Lambda(
@@ -230,12 +230,12 @@ def three() -> tuple[FiniteMove, list[Claim]]:
         c=nn.Linear(5, 6), n=nn.BatchNorm1d(6), k=nn.BatchNorm1d(6),
     )  # fmt: skip
     twin, inputs = analysis_copy(model), to_float64(split_inputs(torch.randn(9, 5)))
-    move = FiniteMove(twin, inputs, euler_field(twin, inputs, 0), 1, 1e-8)
+    move = FiniteMove(twin, inputs, gradient_pass(twin, inputs, 0), 1, 1e-8)
     rows, numbers = Partition.filters((6, 5)), np.arange(6)
     claims = []
     for name in "abc":
         bias = Part(f"{name}.bias", Partition((6,), (6,), (0,)), numbers, numbers, np.ones(6))
-        claims.append(Claim((Part(f"{name}.weight", rows, numbers, numbers, np.ones(6)), bias), 6))
+        claims.append(Generators((Part(f"{name}.weight", rows, numbers, numbers, np.ones(6)), bias), 6))
     return move, claims
 
 
@@ -252,11 +252,11 @@ def test_half_of_a_claim_fails() -> None:
     for coefficient in (0.0, 2.0):
         move, claims = three()
         weight, bias = claims[0].parts
-        wrong = Claim((weight, replace(bias, coefficients=coefficient * np.ones(6))), 6)
+        wrong = Generators((weight, replace(bias, coefficients=coefficient * np.ones(6))), 6)
         # A bias in front of a batch normalization is dead: only together with what it is divided by it matters.
         assert not move.outcomes([wrong])[0].refuted
         columns = Partition((6, 5), (6, 5), (1,))
-        wrong = Claim((Part("a.weight", columns, np.arange(5), np.arange(5), np.ones(5)),), 5)
+        wrong = Generators((Part("a.weight", columns, np.arange(5), np.arange(5), np.ones(5)),), 5)
         assert move.outcomes([wrong])[0].refuted
 
 
@@ -269,8 +269,9 @@ def test_what_holds_for_equal_factors_only_fails() -> None:
     twin, inputs = analysis_copy(model), to_float64(split_inputs(torch.randn(9, 5)))
     whole, one = Partition.whole((6, 5)), (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(1))
     a, b = (Part(f"{name}.weight", whole, *one) for name in "ab")
-    for claims, expected in (([Claim((a, b), 1)], [False]), ([Claim((a,), 1), Claim((b,), 1)], [True, True])):
-        move = FiniteMove(twin, inputs, euler_field(twin, inputs, 0), 1, 1e-8)
+    for together, expected in (([(a, b)], [False]), ([(a,), (b,)], [True, True])):
+        move = FiniteMove(twin, inputs, gradient_pass(twin, inputs, 0), 1, 1e-8)
+        claims = [Generators(parts, 1) for parts in together]
         assert [outcome.refuted for outcome in move.outcomes(claims)] == expected
 
 

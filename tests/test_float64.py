@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from toy_networks import Lambda
 
 import manifold_nets as mn
+import manifold_nets.symmetry.trace as graph
+from manifold_nets import float64 as precision
+from manifold_nets import running
 from manifold_nets.errors import DoublePrecisionError
-from manifold_nets.symmetry.certificate import sharp
-from manifold_nets.symmetry.network import graph, precision
-from manifold_nets.symmetry.network.precision import in_float64, map_tensors, tensors_in
+from manifold_nets.float64 import in_float64, map_tensors, tensors_in
+from manifold_nets.symmetry import exact_mode
 
 N, D = 8, 6
 MIX = torch.eye(D) + 0.1  # a constant of the module of Python, in float32
@@ -186,7 +188,7 @@ def test_grids_of_pixels_follow_the_analysis(memory: Any) -> None:
 def test_without_the_mode_float64_fails(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin."""
     monkeypatch.setattr(precision._Float64, "__torch_function__", lambda s, f, t, a=(), k=None: f(*a, **(k or {})))
-    monkeypatch.setattr("manifold_nets.symmetry.network.twin.widened", lambda tensor: tensor)
+    monkeypatch.setattr("manifold_nets.models.widened", lambda tensor: tensor)
     model = network(name).double()
     with pytest.raises(DoublePrecisionError, match=r"at line \d+ of .*test_float64\.py, in"):
         mn.diagnose(model, torch.randn(N, D))
@@ -234,7 +236,8 @@ def test_tensors_inside_objects_are_inputs(memory: Any) -> None:
 def test_objects_that_are_not_looked_into_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin."""
     only_tensors = lambda change, tree: torch.utils._pytree.tree_map_only(Tensor, change, tree)  # noqa: E731
-    monkeypatch.setattr(graph, "map_tensors", only_tensors)
+    for module in (graph, running):
+        monkeypatch.setattr(module, "map_tensors", only_tensors)
     monkeypatch.setattr(graph, "holds_objects", lambda tree: False)
     report = mn.diagnose(Reads(), (Batch(torch.randn(N, D), SimpleNamespace(mix=torch.eye(D))), torch.ones(D)))
     assert report["fc.weight"].status == "unknown"
@@ -267,7 +270,7 @@ def test_an_operator_without_float64_is_named_by_the_line_of_the_model(memory: A
     model, x = Lambda(lambda m, x: Single.apply(hidden(m, x)), **inner()), torch.randn(N, D)
     with pytest.raises(DoublePrecisionError, match=r"line \d+ of .*test_float64\.py, in forward.*submodules") as caught:
         mn.diagnose(model, x, memory=memory)
-    assert "sharp.py" not in str(caught.value)
+    assert "exact_mode.py" not in str(caught.value)
     # The ways out that it names.
     assert mn.diagnose(nn.Sequential(model.fc, model.norm), x, memory=memory)["0.weight"].status == "invariant"
     model.function = lambda m, x: hidden(m, x).exp()
@@ -305,7 +308,7 @@ def test_other_threads_keep_their_dtype() -> None:
 
 def test_casts_are_what_the_certificate_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: with casts to float32 left in place the certificate sees rounding."""
-    monkeypatch.setattr(sharp, "in_float64", contextlib.nullcontext)
+    monkeypatch.setattr(exact_mode, "in_float64", contextlib.nullcontext)
     monkeypatch.setattr(graph, "following", lambda model: contextlib.nullcontext())
     model = Lambda(lambda m, x: m.norm(m.fc(x).to(torch.float32).to(x.dtype)), **inner())
     assert mn.diagnose(model, torch.randn(N, D))["fc.weight"].status == "disagreement"

@@ -16,9 +16,10 @@ from toy_networks import TOYS, Lambda, Toy
 
 import manifold_nets as mn
 from manifold_nets.cli import main
+from manifold_nets.running import split_inputs, to_float64
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 from manifold_nets.symmetry.joint import solve_jointly
-from manifold_nets.symmetry.network.graph import split_inputs, to_float64, trace
+from manifold_nets.symmetry.trace import trace
 
 # A change that no rounding can explain.
 NOTICEABLE = 1e6 * BRUTE_FORCE_TOLERANCE

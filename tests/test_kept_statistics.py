@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.symmetry.network import graph
+import manifold_nets.symmetry.trace as graph
 
 Memory = Literal["full", "small"]
 HOW = ("none", "copy", "assign", "fill", "slice", "average", "attribute", "without gradient")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
 from manifold_nets.symmetry.page import page_html
-from manifold_nets.symmetry.structure.rules import RULES
+from manifold_nets.symmetry.rules import RULES
 
 HEADS, SIZE, FEATURES = 2, 3, 5
 
@@ -81,7 +81,7 @@ def test_heads_beside_values_are_explained(kind: str, zeros: str) -> None:
 @pytest.mark.parametrize("zeros", ["buffer", "zeroed", "zeros_like"])
 def test_without_the_rule_keys_stay_unexplained(zeros: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: zeros that count as entries whose scale is fixed."""
-    monkeypatch.setattr("manifold_nets.symmetry.structure.rules.use._MOST_ZEROS", -1)
+    monkeypatch.setattr("manifold_nets.symmetry.rules.use._MOST_ZEROS", -1)
     monkeypatch.delitem(RULES, "zero")
     with pytest.raises(AssertionError):
         check(report_of("cosine", zeros), 2 * HEADS)

@@ -13,7 +13,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.errors import DegenerateGroupError
-from manifold_nets.symmetry.network.not_finite import draw_not_finite
+from manifold_nets.models import draw_not_finite
 
 Memory = Literal["full", "small"]
 X = torch.randn(6, 3, 7, 7, generator=torch.Generator().manual_seed(2))

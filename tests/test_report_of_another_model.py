@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
-from manifold_nets.conversion.same_model import require_same_model
+import manifold_nets.symmetry.trace as graph
+from manifold_nets.conversion.verify import require_same_model
 from manifold_nets.errors import ReportMismatchError
-from manifold_nets.symmetry.network import graph
 
 
 def net(*between: nn.Module, last: int = 2) -> nn.Sequential:

@@ -18,8 +18,7 @@ from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 from manifold_nets.symmetry.reverse.spans import Span
-from manifold_nets.symmetry.structure.rules import RULES
-from manifold_nets.symmetry.structure.rules.shift_use import SHIFT_RULES
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES
 
 ROWS = (12, 5)
 

@@ -17,7 +17,7 @@ from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 from manifold_nets.errors import LossError
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.report import ShiftSymmetry
 
 
 class Stream(nn.Module):
@@ -51,6 +51,13 @@ def in_view(m: Any, x: Tensor, *, add: bool) -> Tensor:
 def hidden(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
     """Build a layer, an operation on its result and the input, and a batch normalization."""
     return lambda: Lambda(lambda m, x: m.n(operation(m.a(x), x)), a=nn.Linear(5, 6), n=nn.BatchNorm1d(6))
+
+
+def sampled(beyond: str) -> Callable[[], nn.Module]:
+    """Build a convolution, of which a grid samples entries, and a batch normalization."""
+    grid = 3.0 * torch.rand(4, 5, 5, 2, generator=torch.Generator().manual_seed(2)) - 1.5
+    sample = lambda y: F.grid_sample(y, grid.to(y.dtype), padding_mode=beyond, align_corners=False)  # noqa: E731
+    return lambda: Lambda(lambda m, x: m.n(sample(m.c(x))), c=nn.Conv2d(3, 6, 3), n=nn.BatchNorm2d(6))
 
 
 C = nn.Conv2d
@@ -130,6 +137,15 @@ CASES: dict[str, Case] = {
     ),
     "a view is written over": (
         lambda: Lambda(lambda m, x: in_view(m, x, add=False), q=nn.Linear(5, 6), k=nn.Linear(5, 6)), SEQUENCE, {},
+    ),
+    "grid sampler": (sampled("border"), IMAGE, {("dead bias", "c.bias"): 6}),
+    "grid sampler, zeros beyond the border": (sampled("zeros"), IMAGE, {}),
+    "distances": (
+        lambda: Lambda(lambda m, x: torch.cdist(m.a(x), m.a(x.flip(0)) + m.a(x)[:1]), a=nn.Linear(5, 6)), ROWS, {},
+    ),
+    "distances of rows": (
+        lambda: Lambda(lambda m, x: torch.cdist(m.a(x), m.a(x.square())), a=nn.Linear(5, 6)), ROWS,
+        {("dead bias", "a.bias"): 6},
     ),
     "larger of two": (hidden(lambda h, x: torch.max(h, h.flip(0))), ROWS, {("dead bias", "a.bias"): 6}),
     "larger of two, one fixed": (hidden(lambda h, x: torch.max(h, x[:, :1])), ROWS, {}),

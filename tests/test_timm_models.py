@@ -10,7 +10,7 @@ from example_modules import example
 
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
-from manifold_nets.symmetry.findings.report import SymmetryReport
+from manifold_nets.symmetry.report import SymmetryReport
 
 FAMILIES = (
     "resnet|resnetv2|resnetv2 with group norm|nf_resnet|nfnet|densenet|dpn|vovnet|hrnet|ghostnet|repghost|levit|"
@@ -72,7 +72,7 @@ def test_the_suite_of_the_examples_is_the_one_that_is_tested(networks: Any) -> N
 
 def test_a_wrong_rule_is_a_contradiction(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the first test: a gate that is taken for one that a scale cannot reach."""
-    from manifold_nets.symmetry.structure.rules import RULES
+    from manifold_nets.symmetry.rules import RULES
 
     monkeypatch.setitem(RULES, "hardsigmoid", lambda use: None)
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_a_wrong_rule_is_a_contradiction(networks: Any, monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_a_rule_that_is_missing_leaves_groups_unexplained(networks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the share that is explained."""
-    from manifold_nets.symmetry.structure.rules import RULES
+    from manifold_nets.symmetry.rules import RULES
 
     monkeypatch.delitem(RULES, "batch_norm")
     torch.manual_seed(0)

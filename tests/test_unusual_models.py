@@ -24,10 +24,8 @@ from manifold_nets.errors import (
     NothingToConvertError,
     UnsupportedModelError,
 )
-from manifold_nets.symmetry.network.absent import absent
-from manifold_nets.symmetry.network.twin import analysis_copy, random_numbers
-from manifold_nets.symmetry.structure.rules import RULES
-from manifold_nets.symmetry.structure.rules.use import guarded
+from manifold_nets.models import absent, analysis_copy, random_numbers
+from manifold_nets.symmetry.rules import RULES, guarded
 from manifold_nets.symmetry.untraced import natural_partitions
 
 ROWS, IMAGES = (6, 5), (4, 3, 8, 8)

@@ -9,9 +9,9 @@ homogeneous linear equations, solved as they come; what they leave free are the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,62 +80,101 @@ class Break:
 class Scales:
     """Unknown scales and the linear equations between their logarithms, in solved form.
 
-    Forms are numbered: 0 is the empty form, ``k + 1`` the form that is just scale ``k``.
+    Forms are numbered: 0 is the empty form, ``k + 1`` the form that is just scale ``k``, and negative numbers stand for
+    products and powers. Nearly all equations are between single scales; they are solved in arrays.
     """
 
     def __init__(self, count: int = 0) -> None:
         self.count = 0
-        self._forms: list[Form] = [{}]
-        self._numbers: dict[tuple[tuple[int, float], ...], int] = {(): UNSCALED}
-        self._solved: dict[int, Form] = {}
-        self._reasons: dict[int, tuple[Break, tuple[int, ...]]] = {}
-        self._reduced: dict[int, int] = {}
+        # What takes the place of each scale (after the empty form) and of each product, in one step or several.
+        self._next = np.zeros(1, dtype=np.int64)
+        self._next_product = np.zeros(0, dtype=np.int64)
+        self._products: list[Form] = []
+        self._numbers: dict[tuple[tuple[int, float], ...], int] = {}
+        self._products_of: dict[int, list[int]] = {}
+        # Of each scale that is solved, what it was replaced by at first, and the number of the reason.
+        self._replaced = np.zeros(0, dtype=np.int64)
+        self._reason = np.zeros(0, dtype=np.int64)
+        self._reasons: list[Break] = []
         self._ends: dict[int, Break] = {}
+        self.solved = 0  # how many scales are expressed by others
         self.add(count)
 
     def add(self, count: int) -> Ids:
         """Introduce new scales and return the numbers of their forms."""
-        numbers = [self._number({k: 1.0}) for k in range(self.count, self.count + count)]
+        numbers = np.arange(self.count + 1, self.count + count + 1, dtype=np.int64)
         self.count += count
-        return np.array(numbers, dtype=np.int64)
+        self._next = np.concatenate([self._next, numbers])
+        self._replaced = np.concatenate([self._replaced, numbers])
+        self._reason = np.concatenate([self._reason, np.full(count, -1)])
+        return numbers
 
     # ---- forms -----------------------------------------------------------------------------------------------------
 
     def form(self, number: int) -> Form:
         """The form of this number in terms of the scales that are still free."""
-        return self._forms[self._reduce(number)]
+        root = self._root(number)
+        return self._products[-root - 1] if root < 0 else {root - 1: 1.0} if root else {}
+
+    def scales_in(self, ids: Ids) -> Ids:
+        """The free scales that occur in some forms, in order."""
+        roots = np.unique(self.roots(ids))
+        products = [np.fromiter(self._products[-n - 1], np.int64) for n in roots[roots < 0].tolist()]
+        return np.unique(np.concatenate([roots[roots > 0] - 1, *products]))
 
     def roots(self, ids: Ids) -> Ids:
         """Replace each form by what the equations make of it: equal forms get equal numbers."""
-        return self._each(ids, self._reduce)
+        found = self._step(ids)
+        steps = 1
+        while True:
+            further = self._step(found)
+            if np.array_equal(further, found):
+                break
+            found, steps = further, steps + 1
+        if steps > 2 and not (ids < 0).any():
+            self._next[ids] = found
+        return found
 
     def sum(self, left: Ids, right: Ids, sign: float = 1.0) -> Ids:
         """Numbers of the forms of a product (or, with sign −1, of a quotient), entry by entry."""
-        a, b, inverse, shape = _distinct_pairs(left, right)
-        pairs = zip(self.roots(a).tolist(), self.roots(b).tolist(), strict=True)
-        numbers = [self._number(_plus(self._forms[m], self._forms[n], sign)) for m, n in pairs]
-        return np.array(numbers, dtype=np.int64)[inverse].reshape(shape)
+        left, right = np.broadcast_arrays(self.roots(left), self.roots(right))
+        result = np.where(right == UNSCALED, left, right)
+        mixed = (right != UNSCALED) & (left != UNSCALED if sign == 1.0 else True)
+        if sign == -1.0:
+            result = np.where(left == right, UNSCALED, result)
+            mixed &= left != right
+        if mixed.any():
+            a, b, inverse = _distinct_pairs(left[mixed], right[mixed])
+            forms = (_plus(self.form(m), self.form(n), sign) for m, n in zip(a.tolist(), b.tolist(), strict=True))
+            result = result.copy()
+            result[mixed] = np.array([self._number(form) for form in forms], dtype=np.int64)[inverse]
+        return result
 
     def times(self, ids: Ids, exponent: float) -> Ids:
         """Numbers of the forms of a power."""
-        return self._each(self.roots(ids), lambda n: self._number({k: c * exponent for k, c in self._forms[n].items()}))
+        unique, inverse = np.unique(self.roots(ids), return_inverse=True)
+        forms = ({k: c * exponent for k, c in self.form(n).items()} for n in unique.tolist())
+        return np.array([self._number(form) for form in forms], dtype=np.int64)[inverse.reshape(-1)].reshape(ids.shape)
 
     # ---- conditions ------------------------------------------------------------------------------------------------
 
     def join(self, left: Ids, right: Ids, because: Break) -> None:
         """Require equal forms entry by entry."""
-        left, right, _, _ = _distinct_pairs(left, right)
-        left, right = self.roots(left), self.roots(right)
+        left, right = np.broadcast_arrays(self.roots(left), self.roots(right))
         different = left != right
-        if different.any():
-            a, b, _, _ = _distinct_pairs(left[different], right[different])
-            # A few equations often settle thousands: what they leave different goes on.
-            count = 64
-            while len(a):
-                for m, n in zip(a[:count].tolist(), b[:count].tolist(), strict=True):
-                    self._solve(_plus(self.form(m), self.form(n), -1.0), because)
-                a, b = self.roots(a[count:]), self.roots(b[count:])
-                a, b, count = a[a != b], b[a != b], 2 * count
+        if not different.any():
+            return
+        self._reasons.append(because)
+        left, right, _ = _distinct_pairs(left[different], right[different])
+        single = (left >= 0) & (right >= 0)
+        self._unite(left[single], right[single])
+        # A few equations between products often settle thousands: what they leave different goes on.
+        left, right, count = left[~single], right[~single], 64
+        while len(left):
+            for m, n in zip(left[:count].tolist(), right[:count].tolist(), strict=True):
+                self._solve(_plus(self.form(m), self.form(n), -1.0))
+            left, right = self.roots(left[count:]), self.roots(right[count:])
+            left, right, count = left[left != right], right[left != right], 2 * count
 
     def merge(self, ids: Ids, axes: Sequence[int], because: Break) -> Ids:
         """Require one form along the given axes and return the ids with these axes reduced to size 1."""
@@ -161,107 +200,139 @@ class Scales:
     @property
     def free(self) -> list[int]:
         """The scales that no equation expresses by others: one symmetry each."""
-        return [k for k in range(self.count) if k not in self._solved]
+        return np.flatnonzero(self._reason < 0).tolist()
+
+    def is_free(self, scales: Any) -> Any:
+        """Which of some scales no equation expresses by others."""
+        return self._reason[scales] < 0
 
     def is_pinned(self, number: int) -> bool:
         """Whether nothing is left of a form."""
-        return self._reduce(number) == UNSCALED
+        return self._root(number) == UNSCALED
 
     @property
     def all_pinned(self) -> bool:
         """True where no scale is free any more."""
-        return len(self._solved) == self.count
+        return self.solved == self.count
 
     def break_of(self, scale: int) -> Break | None:
         """Why the scale is pinned to 1, or None where it is not."""
         if self.form(scale + 1):
             return None
-        because, partners = self._reasons[scale]
-        for partner in partners:
-            found = self.break_of(partner) if partner in self._reasons else None
+        replaced = int(self._replaced[scale])
+        for partner in self._products[-replaced - 1] if replaced < 0 else [replaced - 1] if replaced else []:
+            found = self.break_of(partner)
             if found is not None:
                 return found
-        return because
+        return self._reasons[int(self._reason[scale])]
 
-    def end_of(self, number: int) -> Break | None:
-        """The first operation that a form ends at, if any."""
-        form = self.form(number)
-        return next(
-            (because for end, because in self._ends.items() if not form.keys().isdisjoint(self.form(end))), None
-        )
+    def ends(self) -> dict[int, Break]:
+        """For each free scale the first operation that it ends at, if any."""
+        found: dict[int, Break] = {}
+        for number, because in self._ends.items():
+            for scale in self.form(number):
+                found.setdefault(scale, because)
+        return found
 
     def classes(self, first: int | None = None) -> dict[int, list[int]]:
         """Scales, or the first ones of them, that have to be equal, by the number of their common form."""
         found: dict[int, list[int]] = {}
-        for scale in range(self.count if first is None else first):
-            found.setdefault(self._reduce(scale + 1), []).append(scale)
+        count = self.count if first is None else first
+        for scale, number in enumerate(self.roots(np.arange(1, count + 1, dtype=np.int64)).tolist()):
+            found.setdefault(number, []).append(scale)
         return found
 
     def allows(self, logarithms: NDArray[np.float64]) -> bool:
         """Whether these logarithms of the first scales satisfy every equation among them; later ones follow."""
-        return all(
-            abs(logarithms[scale] - sum(c * logarithms[k] for k, c in form.items())) <= _NOTHING
-            for scale, form in self._solved.items()
-            if scale < len(logarithms)
-        )
+        numbers = self.roots(np.arange(1, len(logarithms) + 1, dtype=np.int64))
+        values = np.append(0.0, logarithms)[np.maximum(numbers, 0)]
+        for place in np.flatnonzero(numbers < 0).tolist():
+            values[place] = sum(c * logarithms[k] for k, c in self._products[-numbers[place] - 1].items())
+        return bool((np.abs(values - logarithms) <= _NOTHING).all())
 
     # ---- elimination -----------------------------------------------------------------------------------------------
 
-    def _solve(self, equation: Form, because: Break) -> None:
+    def _unite(self, left: Ids, right: Ids) -> None:
+        """Require that pairs of single scales, or of a scale and nothing, are equal: the oldest of them stays."""
+        numbers, place = np.unique(np.concatenate([left, right]), return_inverse=True)
+        a, b = place[: len(left)], place[len(left) :]
+        oldest = np.arange(len(numbers))
+        while True:
+            before = oldest.copy()
+            low = np.minimum(oldest[a], oldest[b])
+            np.minimum.at(oldest, oldest[a], low)
+            np.minimum.at(oldest, oldest[b], low)
+            oldest = oldest[oldest]
+            if (oldest == before).all():
+                break
+        changed = oldest != np.arange(len(numbers))
+        self._replace(numbers[changed] - 1, numbers[oldest[changed]])
+
+    def _solve(self, equation: Form) -> None:
         """Solve ``equation = 0`` for its newest scale."""
-        if not equation:
-            return
-        pivot = max(equation)
-        rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
-        self._solved[pivot] = rest
-        self._reasons[pivot] = (because, tuple(rest))
-        self._reduced.clear()
+        if equation:
+            pivot = max(equation)
+            rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
+            self._replace(pivot, self._number(rest))
 
-    def _reduce(self, number: int) -> int:
-        form = self._forms[number]
-        if self._solved.keys().isdisjoint(form):
-            return number
-        known = self._reduced.get(number)
-        if known is None:
-            known = self._reduced[number] = self._number(self._expressed(form))
-        return known
+    def _replace(self, scales: Ids | int, numbers: Ids | int) -> None:
+        """Put forms in the place of free scales, also where these are factors of products."""
+        self._next[scales + 1] = self._replaced[scales] = numbers
+        self._reason[scales] = len(self._reasons) - 1
+        each = [scales] if isinstance(scales, int) else scales.tolist()
+        self.solved += len(each)
+        products = {n for k in each for n in self._products_of.pop(k, ())}
+        for place in sorted(products):
+            if self._next_product[place] == -place - 1:
+                form: Form = {}
+                for k, c in self._products[place].items():
+                    form = _plus(form, self.form(k + 1), c)
+                self._next_product[place] = self._number(form)
 
-    def _expressed(self, form: Form) -> Form:
-        if not any(k in self._solved for k in form):
-            return form
-        result: Form = {}
-        for k, c in form.items():
-            solved = self._solved.get(k)
-            if solved is None:
-                result = _plus(result, {k: 1.0}, c)
-            else:
-                # Kept in terms of free scales, so that chains of equations stay short.
-                solved = self._solved[k] = self._expressed(solved)
-                result = _plus(result, solved, c)
-        return result
+    def _root(self, number: int) -> int:
+        """`roots` of one number, without arrays."""
+        while True:
+            found = int(self._next_product[-number - 1] if number < 0 else self._next[number])
+            if found == number:
+                return found
+            number = found
+
+    def _step(self, ids: Ids) -> Ids:
+        """What takes the place of each form."""
+        if not self._products:
+            return self._next[ids]
+        return np.where(ids < 0, self._next_product[np.maximum(-ids - 1, 0)], self._next[np.maximum(ids, 0)])
 
     def _number(self, form: Form) -> int:
+        """The number of a form, a new one where it is not known."""
+        if not form:
+            return UNSCALED
+        if len(form) == 1:
+            ((scale, exponent),) = form.items()
+            if exponent == 1.0:
+                return scale + 1
         key = tuple(sorted(form.items()))
         number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[key] = len(self._forms)
-            self._forms.append(form)
+            place = len(self._products)
+            number = self._numbers[key] = -place - 1
+            self._products.append(form)
+            if place == len(self._next_product):
+                self._next_product = np.concatenate([self._next_product, np.arange(-place - 1, -2 * place - 65, -1)])
+            for k in form:
+                self._products_of.setdefault(k, []).append(place)
         return number
 
-    def _each(self, ids: Ids, function: Callable[[int], int]) -> Ids:
-        unique, inverse = np.unique(ids, return_inverse=True)
-        return np.array([function(n) for n in unique.tolist()], dtype=np.int64)[inverse.reshape(-1)].reshape(ids.shape)
 
-
-def _distinct_pairs(left: Ids, right: Ids) -> tuple[Ids, Ids, Ids, tuple[int, ...]]:
-    """The different pairs of numbers that meet, for each entry the number of its pair, and the common shape.
+def _distinct_pairs(left: Ids, right: Ids) -> tuple[Ids, Ids, NDArray[np.intp]]:
+    """The different pairs of numbers that meet, and for each entry the number of its pair.
 
     One integer for each pair: numpy sorts pairs as rows many times slower.
     """
-    left, right = np.broadcast_arrays(left, right)
-    base = int(right.max(initial=0)) + 1
-    keys, inverse = np.unique(left.ravel() * base + right.ravel(), return_inverse=True)
-    return keys // base, keys % base, inverse.reshape(-1), left.shape
+    low = int(right.min())
+    base = int(right.max()) - low + 1
+    keys, inverse = np.unique(left * base + (right - low), return_inverse=True)
+    return keys // base, keys % base + low, inverse.reshape(-1)
 
 
 def _plus(left: Form, right: Form, factor: float) -> Form:

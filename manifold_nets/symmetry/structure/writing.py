@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from manifold_nets.symmetry.network.graph import TracedGraph, op_name
-from manifold_nets.symmetry.network.operations import target_of
-from manifold_nets.symmetry.structure.rules.movement import VIEWS
-from manifold_nets.symmetry.structure.rules.use import Result, Use, aligned, shape_of
+from manifold_nets.symmetry.graph import op_name, target_of
+from manifold_nets.symmetry.rules import VIEWS, Result, Use, aligned, shape_of
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
+from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["write_back"]
 

@@ -1,0 +1,333 @@
+"""Copies of a user's model; above all the one that is analysed: in float64 and training mode, without dropout.
+
+A copy holds what `copy.deepcopy` refuses by itself (weights that old-style hooks compute), and no compilers or parallel
+wrappers. A model that cannot be analysed is refused, with the name of the module that is in the way. The model itself
+is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from manifold_nets.errors import AnalysisError, UnsupportedModelError
+from manifold_nets.float64 import copied, widened
+from manifold_nets.groups import Partition
+
+__all__ = [
+    "absent",
+    "analysis_copy",
+    "draw_not_finite",
+    "dtype_of",
+    "duplicate",
+    "groups_not_finite",
+    "holders",
+    "is_continuous",
+    "is_meta",
+    "named_tensors",
+    "one_module_per_name",
+    "random_numbers",
+]
+
+_DROPOUT_ATTRIBUTES = (
+    "p drop_prob drop_rate dropout dropout_p dropout_rate layerdrop encoder_layerdrop decoder_layerdrop "
+    "activation_dropout attention_dropout hidden_dropout"
+).split()
+# Wrappers that run another module, by class name and the name of its child: their machinery cannot be traced.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+_SCRIPTS: tuple[type, ...] = (torch.jit.ScriptModule,)
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+
+
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether the entries are real or complex numbers, so that there is something to differentiate.
+
+    Example:
+        >>> is_continuous(torch.zeros(2)), is_continuous(torch.zeros(2, dtype=torch.int8))
+        (True, False)
+    """
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def is_meta(model: nn.Module) -> bool:
+    """Whether some parameter has a shape but no values."""
+    # Here and elsewhere not `model.parameters()`, which some networks give another meaning.
+    return any(parameter.is_meta for parameter in nn.Module.parameters(model))
+
+
+@contextlib.contextmanager
+def random_numbers(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and Python, whose random numbers models draw, and give each its state back afterwards."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  models draw from this one
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(python_state)
+
+
+def duplicate(
+    model: nn.Module,
+    shared: dict[int, nn.Parameter] | None = None,
+    change: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> nn.Module:
+    """Deep copy of a model; tensors that hooks computed from parameters are copied as values.
+
+    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave such tensors as attributes, and `copy.deepcopy` refuses
+    them; the hooks compute them anew before the next forward pass.
+
+    Args:
+        model: the model.
+        shared: what takes the place of some parameters, by their `id`.
+        change: what becomes of tensors that are no parameters.
+
+    Raises:
+        AnalysisError: the model cannot be copied.
+
+    Example:
+        >>> type(duplicate(nn.Linear(2, 2))).__name__
+        'Linear'
+    """
+    memo: dict[int, Any] = {
+        id(value): change(value.detach().clone())
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    try:
+        model_copy: nn.Module = copied(model, change, {**memo, **(shared or {})})
+    except Exception as error:
+        raise AnalysisError(type(model).__name__, error, copying=True) from error
+    return model_copy
+
+
+def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -> nn.Module:
+    """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not touched.
+
+    Where parameters to share with the model are given, the copy keeps the model's precision.
+
+    Modules in evaluation mode inside a model in training mode stay in evaluation mode: that is how normalizations are
+    frozen. In a model that is in evaluation mode as a whole, nothing counts as frozen.
+
+    Raises:
+        AnalysisError: the model cannot be copied.
+        UnsupportedModelError: it is compiled to a script, quantized, or has parameters without a shape.
+    """
+    _refuse_unsupported(model)
+    model_copy = _unwrapped(duplicate(model, shared) if shared is not None else duplicate(model, change=widened))
+    frozen = [module for module in model_copy.modules() if not module.training] if model.training else []
+    if shared is None:
+        model_copy._apply(widened)  # type: ignore[no-untyped-call]
+    model_copy.train()
+    for module in frozen:
+        module.training = False
+    for module in model_copy.modules():
+        _disable_dropout(module)
+        if getattr(module, "momentum", 0.0) is None and isinstance(module, _BatchNorm):
+            # A cumulative average counts batches, which torch.export cannot follow; the outputs are the same.
+            module.momentum = 0.1
+        config = module.__dict__.get("config")
+        if config is not None:
+            _configure(config)
+    for parameter in nn.Module.parameters(model_copy):
+        parameter.grad = None
+        parameter.requires_grad_(is_continuous(parameter))
+    return model_copy
+
+
+def _configure(config: Any) -> None:
+    """Set what the configuration of a model of transformers decides, in the copy of it."""
+    _disable_dropout(config)
+    if getattr(config, "use_cache", None) is True:
+        config.use_cache = False  # what a language model remembers for the next token is no output
+    if getattr(config, "_experts_implementation", None) == "grouped_mm":
+        # torch has no grouped product of float64 matrices; the batched one computes the same function.
+        config._experts_implementation = "batched_mm"
+
+
+def _refuse_unsupported(model: nn.Module) -> None:
+    """Raise where the graph or the weights of a model are out of reach."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if isinstance(module, _SCRIPTS):
+            found = f"{path or 'the model'} is a {type(module).__name__}, compiled to a script"
+            raise UnsupportedModelError(name, found, "Pass the Python module that it was made from.")
+        if type(module).__module__.startswith(_QUANTIZED):
+            found = f"{path or 'the model'} is a quantized {type(module).__name__}, whose weights are packed integers"
+            raise UnsupportedModelError(name, found, "Analyse and convert the model before it is quantized.")
+    for path, parameter in model.named_parameters():
+        lazy: bool = is_lazy(parameter)  # named, as a guard of types would narrow the parameter
+        if lazy:
+            found = f"the parameter {path} of a lazy module has no shape yet"
+            raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Let compilers and parallel wrappers inside a copy run the module that they hold; names stay as they are."""
+    child = _WRAPPERS.get(type(module).__name__)
+    if child is not None and child in module._modules:
+        module = _Bare(child, module.get_submodule(child), training=module.training)
+    for name, inner in list(module.named_children()):
+        replaced = _unwrapped(inner)
+        if replaced is not inner:
+            module._modules[name] = replaced
+    return module
+
+
+class _Bare(nn.Module):
+    """Runs its only child under the name that a wrapper gave it."""
+
+    def __init__(self, name: str, inner: nn.Module, *, training: bool) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+        self._inner, self.training = name, training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._modules[self._inner](*args, **kwargs)  # type: ignore[misc]
+
+
+def _disable_dropout(holder: Any) -> None:
+    """Set the probabilities among the attributes of a module, or of a configuration that it reads, to zero."""
+    attributes = vars(holder) if hasattr(holder, "__dict__") else {}
+    for attribute in _DROPOUT_ATTRIBUTES:
+        if isinstance(attributes.get(attribute), float):
+            setattr(holder, attribute, 0.0)
+
+
+@contextlib.contextmanager
+def one_module_per_name(model: nn.Module) -> Iterator[None]:
+    """Give each name of a shared module an object of its own for a while.
+
+    `torch.export` names an operation after the module that runs it. Where one module has several names it records how
+    the forward pass got there instead, as in ``blocks.slice(1, None, None).0``, which is no name in the model.
+    """
+    replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+    seen = {id(model)}
+
+    def visit(parent: nn.Module) -> None:
+        for name, child in parent._modules.items():
+            if child is None:
+                continue
+            if id(child) in seen:
+                replaced.append((parent._modules, name, child))
+                parent._modules[name] = child = _alias(child)
+            seen.add(id(child))
+            visit(child)
+
+    visit(model)
+    try:
+        yield
+    finally:
+        for modules, name, child in replaced:
+            modules[name] = child
+
+
+def _alias(module: nn.Module) -> nn.Module:
+    """Another object with the attributes of a module, and with children that can be replaced by themselves."""
+    alias: nn.Module = object.__new__(type(module))
+    # Without children the very dictionary is shared: what forward assigns to one is seen by the other.
+    alias.__dict__ = {**module.__dict__, "_modules": {**module._modules}} if module._modules else module.__dict__
+    return alias
+
+
+def draw_not_finite(model_copy: nn.Module) -> dict[str, Tensor]:
+    """Draw the entries of a copy's parameters anew that are not finite, and return where they are.
+
+    What the gradient test says of the other groups then holds, as their symmetries do not depend on these values; the
+    tensors themselves are not written to, as they may be shared with the model.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> _ = nn.init.constant_(layer.weight[1], float("nan"))
+        >>> draw_not_finite(layer)
+        {'weight': tensor([[False, False],
+            [ True,  True]])}
+        >>> bool(layer.weight.isfinite().all())
+        True
+    """
+    found = {}
+    for name, parameter in model_copy.named_parameters():
+        if parameter.is_meta or not is_continuous(parameter) or not parameter.numel() or _is_finite(parameter.detach()):
+            continue
+        found[name] = ~parameter.detach().isfinite()
+        drawn = torch.randn(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        parameter.data = torch.where(found[name], drawn, parameter.detach())
+    return found
+
+
+def groups_not_finite(entries: Tensor, partition: Partition) -> list[int]:
+    """The numbers of the groups with such entries."""
+    counts = partition.sum(entries.to(torch.float64)).flatten()
+    return [int(number) for number in counts.nonzero().flatten().tolist()]
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all entries are finite, without a temporary tensor of their size."""
+    low, high = (torch.view_as_real(values) if values.is_complex() else values).aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+_READ: dict[Any, Any] = {
+    Tensor.tolist: lambda x: np.zeros(tuple(x.shape)).tolist(),
+    Tensor.numpy: lambda x: np.zeros(tuple(x.shape)),
+    Tensor.item: lambda x: 0.0,
+    Tensor.__float__: lambda x: 0.0,
+    Tensor.__int__: lambda x: 0,
+    Tensor.__bool__: lambda x: False,
+    Tensor.cpu: lambda x: x,
+}
+
+
+class _Absent(Tensor):
+    """A meta tensor: operations work out shapes only, and what is read from their results is zero."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = _READ.get(func)
+        if read is not None:
+            return read(args[0])
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def absent(shape: Sequence[int]) -> Tensor:
+    """Return zeros of a shape, float64, that stay zeros whatever is done to them.
+
+    Example:
+        >>> field = absent((100_000, 100_000))
+        >>> (field * field).sum(1)[:2].tolist()
+        [0.0, 0.0]
+    """
+    return torch.empty(tuple(shape), dtype=torch.float64, device="meta").as_subclass(_Absent)
+
+
+# ---- looking tensors up ----------------------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model under all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter; float32 where there is none."""
+    return next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), torch.float32)
+
+
+def holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a parameter, each with its attribute."""
+    return [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter]
