@@ -1,4 +1,4 @@
-"""Adam on products of spheres and plain parameters: with one second moment a sphere, or one an entry."""
+"""Adam on products of spheres and plain parameters: with one second moment per sphere, or one per entry."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     r"""Adam, or AMSGrad, on any mix of products of spheres and plain parameters.
 
     Plain parameters take the steps of `torch.optim.Adam`, bit for bit. A weight on a `manifold_nets.SphereProduct`
-    keeps a tangent first moment and *one second moment a sphere*: with radius r and Riemannian gradient ξ,
+    keeps a tangent first moment and *one second moment per sphere*: with radius r and Riemannian gradient ξ,
 
     .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ‖ξ‖^2/r^2, \quad
               d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \\
@@ -196,7 +196,7 @@ class AngularAdam(RiemannianAdam):
 
     As in the rotational form of AdamW and in methods that train matrices of fixed norm, the angle is set and only the
     direction is learned; the radius and the size of the loss decide nothing. Unlike `RiemannianAdam` it keeps one
-    second moment an entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
+    second moment per entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
     coordinates, as Adam does. A sphere whose direction is zero, or nothing but rounding, stays where it is. Under a
     constant rate such steps never become small: use a schedule. Plain parameters take the steps of
     `torch.optim.Adam`.

@@ -206,7 +206,7 @@ class SphereOptimizer(torch.optim.Optimizer):
     def _step_anew(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Step constrained weights for which there is no plan, and make one where the next step may be alike."""
         group, rule = self.param_groups[number], self._rule(self.param_groups[number])
-        inputs, places, idle, masters = [], [], [], {}
+        inputs, places, idle, master_weights = [], [], [], {}
         moving = in_motion(group["manifolds"], {k for k, gradient in enumerate(gradients) if gradient is not None})
         for place, parameter, manifold in self._spheres_of(group):
             weight, gradient = weights[place], gradients[place]
@@ -218,7 +218,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[parameter]
-                point = masters[weight] = master_weight_of(weight, state)
+                point = master_weights[weight] = master_weight_of(weight, state)
             places.append(place)
             inputs.append(self._input(group, state, point, gradient, manifold))
         # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask for
@@ -228,8 +228,13 @@ class SphereOptimizer(torch.optim.Optimizer):
         with joined(able) if moving else nullcontext(able) as together:
             batches = assign(rule, together, **options) if together else []
             run(rule, batches)
-        write_master_weights(masters)
-        if inputs and not moving and not masters and all(weights[place] is group["params"][place] for place in places):
+        write_master_weights(master_weights)
+        if (
+            inputs
+            and not moving
+            and not master_weights
+            and all(weights[place] is group["params"][place] for place in places)
+        ):
             plan = StepPlan(self._deciding(group), places, idle, inputs, self.state, batches)
             if plan.can_last:
                 self._plans[number] = plan

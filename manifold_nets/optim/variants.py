@@ -165,7 +165,7 @@ class ProjectedSGD(_Variant, RiemannianSGD):
 
 
 class AdamG(_Variant, RiemannianAdam):
-    r"""Adam-G: Adam with clipped gradients, one second moment a filter, and geodesics.
+    r"""Adam-G: Adam with clipped gradients, one second moment per filter, and geodesics.
 
     With the Riemannian gradient ξ of a filter, clipped to the length ν, in step t,
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends.compiled import step_compiled
+from manifold_nets.optim.backends.inputs import Batch
 from manifold_nets.optim.backends.momentum_step import follows_moment, step_along_moment
 from manifold_nets.optim.backends.products import Scalar, Spheres, some
 from manifold_nets.optim.backends.reference import combine_
@@ -33,7 +34,7 @@ from manifold_nets.optim.backends.views import (
 
 __all__ = ["run_batched", "run_compiled"]
 
-# Weights of at most so many entries are stepped together, up to a chunk at once.
+# Weights of at most this many entries are stepped together, up to a chunk at once.
 _SMALL = 2**15
 # Entries of a chunk where all that a step reads may have to be copied to float32.
 _COPIED = 2**18
@@ -41,7 +42,8 @@ _COPIED = 2**18
 
 def run_batched(rule: Rule, members: Sequence[StepInput]) -> None:
     """Step weights that `suits_rows` by torch's operations, large ones in chunks and small ones together."""
-    for (dampening, step, *_, is_precise), batch in _alike(members).items():
+    for alike, is_precise in _alike(members):
+        batch, dampening, step = [rows_of(m) for m in alike], alike[0].dampening, alike[0].step
         if is_precise and follows_moment(rule):
             step_along_moment(rule, batch, dampening, step)
             continue
@@ -51,23 +53,30 @@ def run_batched(rule: Rule, members: Sequence[StepInput]) -> None:
 
 def run_compiled(rule: Rule, members: Sequence[StepInput]) -> None:
     """Step weights that `suits_rows` by a kernel that torch compiles for matrices of any size."""
-    for (dampening, step, *_), batch in _alike(members).items():
-        step_compiled(rule, batch, dampening, step)
+    for alike, _ in _alike(members):
+        step_compiled(rule, [rows_of(m) for m in alike], alike[0].dampening, alike[0].step)
     # The kernel writes behind torch's back; autograd has to know.
     torch.autograd.graph.increment_version(
         [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
     )
 
 
-def _alike(members: Sequence[StepInput]) -> dict[Any, list[GroupView]]:
-    """Weights whose coefficients are computed together: after equally many steps, on one device."""
-    found: dict[Any, list[GroupView]] = defaultdict(list)
-    for m in members:
-        rows, compute = rows_of(m), accumulation_dtype(m.weight.dtype)
-        is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
-        kinds = (m.moment is None, m.second is None, compute, m.weight.device)
-        found[m.dampening, float(m.step), *kinds, is_precise].append(rows)
-    return found
+def _alike(members: Sequence[StepInput]) -> list[tuple[list[StepInput], bool]]:
+    """Weights whose coefficients are computed together: after equally many steps, on one device.
+
+    With each comes whether all is at hand in the dtype to compute in.
+    """
+    kept = members.kept if isinstance(members, Batch) else {}
+    if "alike" not in kept:
+        found: dict[Any, list[StepInput]] = defaultdict(list)
+        for m in members:
+            compute = accumulation_dtype(m.weight.dtype)
+            is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
+            kinds = (m.moment is None, m.second is None, compute, m.weight.device)
+            found[m.dampening, m.step, *kinds, is_precise].append(m)
+        kept["alike"] = [(alike, key[-1]) for key, alike in found.items()]
+    alike: list[tuple[list[StepInput], bool]] = kept["alike"]
+    return alike
 
 
 def _step_all(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:

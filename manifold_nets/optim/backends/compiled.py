@@ -47,11 +47,11 @@ from manifold_nets.optim.backends.views import GroupView
 
 __all__ = ["step_compiled"]
 
-# Up to so many entries of a row are added in sequence, lane by lane; that is exact to a few machine epsilons.
+# Up to this many entries of a row are added in sequence, lane by lane; that is exact to a few machine epsilons.
 _IN_SEQUENCE = 2**13
 # What kernels are compiled with: sizes that are worth threads, and of which none can be taken for another.
 _SHAPE, _LONG_SHAPE = (1031, 1021), (131, _IN_SEQUENCE + 3)
-# Tensors of more entries are numbered otherwise by kernels on accelerators.
+# Tensors of more entries are indexed otherwise by kernels on accelerators.
 _WIDE = 2**31 - 1
 # A dtype of flags that torch's compiler puts into no vectors.
 _FLAG = torch.int16

@@ -89,6 +89,7 @@ class StepPlan:
     """The checked inputs of a group's step, which serve again as long as all tensors lie where they did.
 
     It holds weights and states, so that no other memory can have their addresses; gradients it lets go after the step.
+    It cannot last where tensors are of other classes, or have no memory: these are checked in every step.
 
     Args:
         options: what of the group decides which inputs and backends a step has, with the manifolds.
@@ -111,12 +112,16 @@ class StepPlan:
         self.options, self.places, self.idle, self.inputs, self.batches = options, places, idle, inputs, batches
         self.weights = [member.weight for member in inputs]
         self.held = self._states_in(state)
-        self.can_last = all(type(x) in _ORDINARY for x in (*self.weights, *(m.gradient for m in inputs), *self.held))
-        if self.can_last:
+        gradients = [member.gradient for member in inputs]
+        self.can_last = all(type(x) in _ORDINARY for x in (*self.weights, *gradients, *self.held))
+        if not self.can_last:
+            return
+        try:
             with torch._C.DisableTorchFunctionSubclass():
-                gradients = [member.gradient for member in inputs]
                 self._memory = _memory([*self.weights, *self.held])
                 self._layouts, self._pointers = _layouts(gradients), _pointers(gradients)
+        except (RuntimeError, NotImplementedError):  # inside a transform
+            self.can_last = False
 
     def _states_in(self, state: States) -> list[Any]:
         return [value for weight in self.weights for value in state.get(weight, _EMPTY).values()]
@@ -142,7 +147,8 @@ class StepPlan:
             return False
         if pointers != self._pointers:
             pairs = zip(given, pointers, self._pointers, strict=True)
-            if any(_fault(gradient, written=False) for gradient, new, old in pairs if new != old):
+            # Zeros that have no memory are nothing that a kernel can read.
+            if 0 in pointers or any(_fault(gradient, written=False) for gradient, new, old in pairs if new != old):
                 return False
             self._pointers = pointers
         for member, gradient in zip(self.inputs, given, strict=True):
@@ -161,7 +167,7 @@ def _pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
     """How tensors lie in memory, wherever that is."""
-    of_each = Tensor.size, Tensor.stride, _dtype_of, Tensor.is_neg
+    of_each = Tensor.size, Tensor.stride, _dtype_of, Tensor.is_neg, _is_on_cpu
     return [list(map(ask, tensors)) for ask in of_each]
 
 
@@ -169,7 +175,7 @@ def _memory(tensors: Sequence[Tensor]) -> list[Any]:
     return [_pointers(tensors), *_layouts(tensors)]
 
 
-_dtype_of = attrgetter("dtype")
+_dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], name: Callable[[], str]) -> None:

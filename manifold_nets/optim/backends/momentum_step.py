@@ -33,10 +33,10 @@ __all__ = ["follows_moment", "step_along_moment"]
 
 # `torch.linalg.vector_norm` adds in sequence. Equal entries are rounded alike: at 8192 of them it is off by 50 machine
 # epsilons, at this many entries by two at most.
-_IN_SEQUENCE = 2**7
+_IN_SEQUENCE = 2**8
 # Runs that are shorter cost more than the products of all entries.
 _SHORT_RUN = 2**4
-# From so many matrices on, two calls for all cost less than one for each.
+# From this many matrices on, two calls for all cost less than one for each.
 _MANY = 8
 
 
@@ -48,9 +48,9 @@ def follows_moment(rule: Rule) -> bool:
 def step_along_moment(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:
     """Take one step of all rows, in place: large matrices chunk by chunk, small ones together."""
     first = matrices[0].weight
-    largest = max(rows.weight.numel() for rows in matrices)
     # Room for the products of two matrices: a new one every time would cost more than the products.
-    room = first.new_empty(min(largest, max(CHUNK, first.shape[1]))) if first.is_cpu else None
+    largest = max(min(rows.weight.numel(), max(CHUNK, rows.weight.shape[1])) for rows in matrices)
+    room = first.new_empty(largest) if first.is_cpu else None
     for portion in portions(chunk for rows in matrices for chunk in rows.chunks()):
         _Step(rule, portion, room).take(dampening, step)
 

@@ -4,7 +4,7 @@ Every rule writes linear combinations of a weight w, its gradient g and its mome
 
 .. math:: w' = A w + B b + C g, \qquad b' = D w + E b + F g .
 
-A rule is told by how it makes its momentum and its direction (`MomentumUpdate`), how far it goes, and how it comes back
+A rule is defined by how it makes its momentum and its direction (`MomentumUpdate`), how far it goes, and how it returns
 to the sphere: by normalization (`normalized_step`), along the geodesic (`geodesic_step`), by a Euclidean step that is
 normalized (`projected_step`), or not at all (`scaled_step`).
 
@@ -53,7 +53,9 @@ class StepInput:
         dampening: share of the new gradient that is left out; 0 in the first step.
         step: number of this step, counted from 1.
         fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
-        rows: the weight as a matrix of its groups, made at first use; see `manifold_nets.optim.backends.views`.
+        rows: weight, momentum, second moments and radii as a matrix of the groups and columns beside it, made at first
+            use by `manifold_nets.optim.backends.views.rows_of`.
+        stride: that of the weight then.
     """
 
     weight: Tensor
@@ -64,7 +66,8 @@ class StepInput:
     dampening: float = 0.0
     step: float = 1.0
     fits: tuple[bool, bool] | None = None
-    rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None
+    rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | Tensor] | None = None
+    stride: tuple[int, ...] = ()
 
 
 class MomentumUpdate(NamedTuple):

@@ -136,7 +136,7 @@ class GroupView(NamedTuple):
         return GroupView(*(x[start:end] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
 
     def chunks(self, entries: int = CHUNK) -> Iterator[GroupView]:
-        """Yield parts of about so many entries, which stay in a processor's cache; all at once on other devices.
+        """Yield parts of about this many entries, which stay in a processor's cache; all at once on other devices.
 
         The first axis has to number groups.
 
@@ -168,20 +168,18 @@ def suits_rows(member: StepInput) -> bool:
 
 def rows_of(member: StepInput) -> GroupView:
     """Return the matrix of a weight that `suits_rows`, with views of its memory; while no gradients are recorded."""
-    layout, weight, gradient = layout_of(member.manifold), member.weight, member.gradient
+    layout, gradient = layout_of(member.manifold), member.gradient
     matrix, column = ((layout.rows, layout.size), (layout.size, 1)), ((layout.rows, 1), (1, 1))
     if member.rows is None:
-        v, v_max = member.second or (None, None)
-        views = (weight, matrix), (member.moment, matrix), (v, column), (v_max, column)
+        (v, v_max), radius = member.second or (None, None), member.manifold.radius_for(member.weight)
+        views = (member.weight, matrix), (member.moment, matrix), (v, column), (v_max, column)
         w, b, v, v_max = (None if x is None else x.detach().as_strided(*shape) for x, shape in views)
-        member.rows = w, b, v, v_max
-    if gradient.stride() != weight.stride():
-        gradient = torch.empty_like(weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
-    radius = member.manifold.radius_for(weight)
-    if isinstance(radius, Tensor):
-        radius = radius.reshape(-1, 1)
-    w, b, v, v_max = member.rows
-    return GroupView(w, gradient.as_strided(*matrix), b, v, v_max, radius)  # type: ignore[arg-type]
+        member.rows = w, b, v, v_max, radius.reshape(-1, 1) if isinstance(radius, Tensor) else radius
+        member.stride = member.weight.stride()
+    if gradient.stride() != member.stride:
+        gradient = torch.empty_like(member.weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
+    w, *others = member.rows
+    return GroupView(w, gradient.as_strided(*matrix), *others)  # type: ignore[arg-type]
 
 
 def portions(matrices: Iterable[GroupView]) -> Iterator[list[GroupView]]:
