@@ -218,7 +218,7 @@ def scaled_metric_groups(
         SelectionError: a name is none of the model's weights of at least two dimensions.
 
     Example:
-        >>> import manifold_nets as mn
+        >>> import torch, manifold_nets as mn
         >>> net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2))
         >>> report = mn.diagnose(net, torch.randn(16, 4))
         >>> invariant = {weight.name: weight.partition for weight in report.weights if weight.status == "invariant"}
@@ -270,7 +270,7 @@ class ScaledMetricSGD(_Variant, RiemannianSGD):
         Badrinarayanan, Mishra, Cipolla, *Symmetry-invariant optimization in deep networks*, arXiv:1511.01754.
 
     Example:
-        >>> import manifold_nets as mn
+        >>> import torch, manifold_nets as mn
         >>> net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 2))
         >>> x = torch.randn(16, 4)
         >>> groups = mn.optim.scaled_metric_groups(net, {"0.weight": mn.Partition.filters((8, 4))})
