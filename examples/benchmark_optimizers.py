@@ -33,7 +33,7 @@ import torch
 from machine import machine
 from optimizer_workloads import SHAPES, TRAINING, Contestant, Step, Timed, contestants, steps_over, training_steps
 
-from manifold_nets.optim.executions import native
+from manifold_nets.optim.backends import native
 
 AT_LEAST = 20
 

@@ -58,6 +58,13 @@ def shared(w, state, g):
     return g
 
 
+def negated(w, state, g):
+    """The moment is the negative of what lies in its memory."""
+    for key in entries(state, SHAPE)[:1]:
+        state[key] = torch._neg_view(state[key])
+    return g
+
+
 def shifted(w, state, g):
     """The gradient begins one number after the weight."""
     memory = torch.cat([w.data.flatten(), g.flatten()[-1:]])
@@ -91,6 +98,7 @@ CASES = {
     "weight transposed": (weight(lambda x: x.t().contiguous().t()), "step"),
     "weight with gaps": (weight(lambda x: x.repeat(1, 2)[:, ::2].repeat_interleave(2, 1)[:, ::2]), "step"),
     "weight negated lazily": (weight(lambda x: torch._neg_view(-x)), "step"),
+    "weight negated in its place": (weight(torch._neg_view), "step"),
     "weight in float64": (weight(torch.Tensor.double), "step"),
     "gradient zero without memory": (gradient(lambda g: torch._efficientzerotensor(SHAPE)), "step"),
     "gradient negated lazily": (gradient(lambda g: torch._neg_view(-g)), "step"),
@@ -117,6 +125,7 @@ CASES = {
     "state with gaps": (each(lambda x: x.repeat(1, 2)[:, : x.shape[1]], MOMENTS, SPHERES), "step"),
     "state expanded": (each(lambda x: x[:1].clone().expand(x.shape), MOMENTS, SPHERES), "step"),
     "state negated lazily": (each(lambda x: torch._neg_view(-x), MOMENTS, SPHERES), "step"),
+    "moment negated in its place": (negated, "step"),
     "state on meta": (each(lambda x: x.to("meta"), MOMENTS, SPHERES, ()), None),
     "state with little memory": (each(lambda x: shrunk(x.clone(), 8), MOMENTS, SPHERES), None),
     "default device meta": (on_device("meta"), "step"),

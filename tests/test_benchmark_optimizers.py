@@ -9,7 +9,7 @@ from example_modules import example
 from torch import nn
 
 from manifold_nets.optim import OPTIMIZERS
-from manifold_nets.optim.executions import choice
+from manifold_nets.optim.backends import dispatch
 from manifold_nets.sources import import_torchvision
 
 SMALL = [(8, 3, 3, 3), (6, 8, 1, 1), (4, 6, 3, 3)]
@@ -53,7 +53,7 @@ def test_every_execution_is_timed_as_what_it_is(method, monkeypatch):
             continue
         called = []
         for how in ("run_native", "run_in_passes", "run_batched"):
-            monkeypatch.setattr(choice, how, lambda *_, how=how, called=called: called.append(how))
+            monkeypatch.setattr(dispatch, how, lambda *_, how=how, called=called: called.append(how))
         timed.step()
         monkeypatch.undo()
         name = timing.named(contestant, "cpu")

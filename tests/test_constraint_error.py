@@ -8,8 +8,7 @@ import torch
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS
-from manifold_nets.optim.executions import along_moment, build, native
-from manifold_nets.optim.rules import coefficients
+from manifold_nets.optim.backends import build, momentum_step, native, rule
 
 pytestmark = pytest.mark.slow
 DTYPES = [(torch.float32, 10_000), (torch.bfloat16, 2_000), (torch.float16, 2_000)]
@@ -45,12 +44,12 @@ def test_the_constraint_error_is_a_few_roundings(name, how, dtype, steps):
 
 
 def test_sabotage_norms_that_are_not_measured_drift(monkeypatch):
-    found = coefficients.coefficients
+    found = rule.normalized_step
 
-    def trusting(products, moments, lr):
-        return found(products._replace(ww=torch.ones_like(products.ww)), moments, lr)
+    def trusting(products, update, lr):
+        return found(products._replace(ww=torch.ones_like(products.ww)), update, lr)
 
-    monkeypatch.setattr(coefficients, "coefficients", trusting)
+    monkeypatch.setitem(rule._STEPS, "sgd", trusting)
     assert worst_error("rsgd", {"foreach": False}, torch.float32, 10_000) > 4
 
 
@@ -81,7 +80,7 @@ def test_equal_entries_whose_squares_are_rounded_alike_are_added_exactly(name, h
 
 
 def test_sabotage_long_chains_of_additions_are_off(monkeypatch, tmp_path):
-    monkeypatch.setattr(along_moment, "_IN_SEQUENCE", 2**13)
+    monkeypatch.setattr(momentum_step, "_IN_SEQUENCE", 2**13)
     assert worst_of_equal_entries("rsgd", {"foreach": True}, 8192) > 4
     if native.available() is not None:
         pytest.skip(native.available())

@@ -33,7 +33,7 @@ from manifold_nets.errors import (
     PlanError,
 )
 from manifold_nets.joint_sphere import JointSphereMember
-from manifold_nets.optim.rules.members import Member
+from manifold_nets.optim.backends.rule import StepInput
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -203,7 +203,7 @@ def test_steps_of_single_members_are_noticed(
     """Sabotage twin: each member steps as if it were alone on its sphere."""
 
     @contextlib.contextmanager
-    def alone(members: list[Member]) -> Iterator[list[Member]]:
+    def alone(members: list[StepInput]) -> Iterator[list[StepInput]]:
         spheres = [mn.SphereProduct(m.manifold.partition, radius=m.manifold.radii) for m in members]
         yield [dataclasses.replace(m, manifold=s) for m, s in zip(members, spheres, strict=True)]
 

@@ -13,7 +13,7 @@ import torch
 
 import manifold_nets as mn
 from manifold_nets.optim import RiemannianSGD
-from manifold_nets.optim.executions import build, choice, native
+from manifold_nets.optim.backends import build, dispatch, native
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
 
@@ -136,7 +136,7 @@ def test_files_that_a_killed_build_left_are_swept(cache):
 @pytest.mark.slow
 def test_several_processes_build_at_once(cache, tmp_path):
     code = (
-        "from manifold_nets.optim.executions import build, native; build.CHOICES = ((),);"
+        "from manifold_nets.optim.backends import build, native; build.CHOICES = ((),);"
         "assert native.available() is None, native.available()"
     )
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
@@ -147,7 +147,7 @@ def test_several_processes_build_at_once(cache, tmp_path):
 @pytest.fixture
 def unnoticed(monkeypatch):
     """Nothing has been said of a missing kernel."""
-    monkeypatch.setattr(choice, "_has_warned", False)
+    monkeypatch.setattr(dispatch, "_has_warned", False)
     native._library.cache_clear()
     yield
     native._library.cache_clear()

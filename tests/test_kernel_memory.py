@@ -17,7 +17,7 @@ from kernel_cases import CASES
 import manifold_nets as mn
 from manifold_nets.errors import EuclideanStepError, SphereOptionError, StepInputError
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD, ScaledMetricSGD
-from manifold_nets.optim.executions import kernel, native
+from manifold_nets.optim.backends import native
 
 HERE = Path(__file__).parent
 SPHERES = [name for name, row in OPTIMIZERS.items() if row.weights == "spheres"]
@@ -132,6 +132,32 @@ def test_sabotage_without_the_check_a_small_state_reaches_the_kernel(monkeypatch
     assert reached == [6, 6]
 
 
+@pytest.mark.parametrize("how", [{}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_was_checked_is_checked_again_only_where_something_has_moved(name, how, monkeypatch):
+    checked = []
+    check = mn.optim.base.check
+    monkeypatch.setattr(mn.optim.base, "check", lambda *given: (checked.append(given), check(*given)))
+    sphere, row = mn.SphereProduct((6, 5)), OPTIMIZERS[name]
+    weight = geoopt.ManifoldParameter(sphere.random(), manifold=sphere)
+    group = {"params": [weight]}
+    if row.weights == "plain":
+        weight = torch.nn.Parameter(weight.detach().as_subclass(torch.Tensor))
+        group = {"params": [weight], "partitions": [sphere.partition.to_dict()]}
+    optimizer = row.kind([group], lr=0.1, **({} if row.adaptive else {"momentum": 0.9}), **row.options, **how)
+    kept = []  # so that each gradient has memory of its own
+    for step in range(6):
+        weight.grad = torch.randn(6, 5)
+        kept.append(weight.grad)
+        optimizer.step()
+        assert len(checked) == (1 if step < 4 else step - 2)
+        if step == 3:
+            weight.data = weight.data.clone()
+        if step == 4:
+            moment = next(key for key, value in optimizer.state[weight].items() if value.shape == (6, 5))
+            optimizer.state[weight][moment] = optimizer.state[weight][moment].clone()
+
+
 def together(apart):
     """Two weights in one piece of memory, or each in its own; and what single steps make of them."""
     if native.available() is not None:
@@ -169,7 +195,7 @@ def test_sabotage_sharing_that_is_not_seen_goes_to_the_kernel(monkeypatch):
     monkeypatch.setattr(native, "step", lambda rule, jobs, threads: (seen.append(len(jobs)), step(rule, jobs, 1))[1])
     together(apart=False)
     assert seen == []
-    monkeypatch.setattr(kernel, "_apart", lambda jobs, members: jobs["rows"] > 0)
+    monkeypatch.setattr(native, "_apart", lambda jobs, members: jobs["rows"] > 0)
     together(apart=False)  # one thread, one job after the other: by luck
     assert seen == [2]
 

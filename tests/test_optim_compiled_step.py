@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD, ScaledMetricSGD
-from manifold_nets.optim.executions.traced import step_group_
+from manifold_nets.optim.backends.graph import step_group_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # from importing the compiler
 BATCHES = [torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -167,7 +167,7 @@ def test_a_copy_of_an_optimizer_is_another_one_to_a_graph():
 @pytest.mark.parametrize("kind", ["RiemannianSGD", "RiemannianAdam"])
 def test_kernels_are_compiled_ahead_of_time(kind):
     """Called with torch's guards a small weight's step takes twice as long."""
-    from manifold_nets.optim.executions import compiled
+    from manifold_nets.optim.backends import compiled
 
     layer = mn.layers.UnitNormLinear(27, 16, bias=False)
     layer.weight.grad = torch.randn(16, 27)

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manifold_nets as mn
 from manifold_nets.errors import NativeKernelError, OptionError
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.executions import batches, compiled, native, rows
-from manifold_nets.optim.executions import choice as executions
+from manifold_nets.optim.backends import batched, compiled, dispatch, native, reference, views
 
 EAGER = {"single": {"foreach": False}, "batched": {"foreach": True}, "kernel": {"fused": True}}
 ALL = [*EAGER.items(), ("default", {})]
@@ -162,7 +161,7 @@ def test_long_steps_on_many_circles_are_measured_as_they_come_out(how):
 
 
 def test_a_norm_that_is_predicted_everywhere_fails_for_long_steps(monkeypatch):
-    monkeypatch.setattr(mn.optim.rules.updates, "some", lambda _: False)
+    monkeypatch.setattr(reference, "some", lambda _: False)
     with pytest.raises(AssertionError, match="constraint error"):
         check_long_steps({"foreach": False}, RiemannianSGD, {"lr": 1.0, "momentum": 0.9}, 10.0, 1e4)
 
@@ -252,7 +251,7 @@ def test_the_kernel_for_accelerators_steps_all_rows_by_itself(complete, optimize
 @pytest.mark.slow
 @compiler_warns
 def test_sabotage_without_measuring_the_kernel_for_accelerators_leaves_the_spheres(complete, monkeypatch):
-    monkeypatch.setattr(mn.optim.rules.updates, "some", lambda _: False)
+    monkeypatch.setattr(reference, "some", lambda _: False)
     with pytest.raises(AssertionError, match="constraint error"):
         check_long_steps({"compile": True}, RiemannianSGD, {"lr": 1.0, "momentum": 0.9}, 10.0, 1e4)
 
@@ -261,7 +260,9 @@ def test_rows_that_the_compiled_kernel_leaves_are_looked_for_in_their_matrices_a
     torch.manual_seed(0)
     for share in (0.0, 0.01, 0.3, 1.0):
         sizes = torch.randint(1, 40, (30,)).tolist()
-        matrices = [rows.Rows(torch.zeros(size, 2), torch.zeros(size, 2), None, None, None, 1.0) for size in sizes]
+        matrices = [
+            views.GroupView(torch.zeros(size, 2), torch.zeros(size, 2), None, None, None, 1.0) for size in sizes
+        ]
         flags = [(torch.rand(size, 1) < share).to(torch.int16) for size in sizes]
         found = [(id(matrix), which.tolist()) for matrix, which in compiled._left(matrices, flags)]
         places = [flag.view(-1).nonzero().view(-1).tolist() for flag in flags]
@@ -351,7 +352,7 @@ def test_a_compiled_kernel_passes_twice_over_a_row_and_once_over_the_rows(monkey
 
 
 def test_a_difference_of_squares_is_not_exact_near_the_radius(monkeypatch):
-    monkeypatch.setattr(mn.optim.rules.products, "_SHORT", 0.0)
+    monkeypatch.setattr(mn.optim.backends.products, "_SHORT", 0.0)
     with pytest.raises(AssertionError):
         check_short_gradients({"foreach": False})
 
@@ -391,7 +392,7 @@ def test_without_a_compiler_the_default_goes_on_and_fused_says_why(monkeypatch, 
         native._load()
     missing = native.UnavailableError("no C compiler")
     monkeypatch.setattr(native, "_library", lambda: missing)
-    monkeypatch.setattr(executions, "_has_warned", False)
+    monkeypatch.setattr(dispatch, "_has_warned", False)
     with pytest.warns(UserWarning, match="not available"):
         check_rule(LAYOUTS[1], "uniform", torch.float32, *RULES[1])
     with pytest.raises(NativeKernelError, match="fused=True: found no C compiler"):
@@ -428,7 +429,7 @@ def test_the_default_is_the_kernel_on_the_cpu(monkeypatch):
     if native.available() is not None:
         pytest.skip(native.available())
     calls = []
-    monkeypatch.setattr(executions, "run_native", lambda rule, members: calls.append(len(members)))
+    monkeypatch.setattr(dispatch, "run_native", lambda rule, members: calls.append(len(members)))
     weight = mn.layers.UnitNormLinear(4, 3).weight
     weight.grad = torch.randn(3, 4)
     for options in ({}, {"fused": True}, {"fused": False}, {"foreach": True}, {"foreach": False}):
@@ -467,8 +468,8 @@ def test_no_temporary_is_larger_than_a_weight_in_float32(how, dtype):
 
 
 def test_batches_are_small_beside_a_large_weight():
-    assert rows.BLOCK <= 512 * 512 * 9 // 4  # a quarter of the largest weight of ResNet-50
-    assert batches._SMALL <= rows.BLOCK
+    assert views.CHUNK <= 512 * 512 * 9 // 4  # a quarter of the largest weight of ResNet-50
+    assert batched._SMALL <= views.CHUNK
 
 
 def check_constraint(optimizer, options, dtype, steps, allowed):

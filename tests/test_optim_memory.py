@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import geoopt
@@ -13,8 +14,8 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS
-from manifold_nets.optim.executions import pieces
-from manifold_nets.optim.rules.members import Member
+from manifold_nets.optim.backends import reference
+from manifold_nets.optim.backends.rule import StepInput
 
 STATUS = Path("/proc/self/status")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -65,10 +66,10 @@ def measure(cases, shape=(1024, 4096)):
     sys.stdout.write(json.dumps(found))
 
 
-def measured(cases):
+def measured(cases, before=""):
     """Measure in a process that gives freed memory back at once."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
-    code = f"from test_optim_memory import measure; measure({cases!r})"
+    code = f"from test_optim_memory import measure, reference; {before}measure({cases!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent,
         env=environment, timeout=600,
@@ -76,8 +77,8 @@ def measured(cases):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(cases, allowed=1.0):
-    for case, (taken, kept) in zip(cases, measured(cases), strict=True):
+def check(cases, allowed=1.0, before=""):
+    for case, (taken, kept) in zip(cases, measured(cases, before), strict=True):
         assert taken <= allowed, f"{case}: {taken:.2f} weights at the peak"
         # The moment, and one scalar a sphere in float32; one an entry where Adam's direction is wanted.
         entries = 4 / DTYPES[case[2]].itemsize if case[0] == "angular-adam" else 0
@@ -100,12 +101,13 @@ def test_a_compiled_step_writes_in_place(dtype):
 
 @linux
 @in_a_process
-def test_sabotage_the_reference_takes_float32_copies_of_the_whole_weight():
+def test_sabotage_the_reference_takes_float32_copies_of_a_weight_that_is_not_cut():
+    check([("rsgd", {"foreach": False}, "bfloat16")])
     with pytest.raises(AssertionError, match="weights at the peak"):
-        check([("rsgd", {"foreach": False}, "bfloat16")])
+        check([("rsgd", {"foreach": False}, "bfloat16")], before="reference._ENTRIES = 2**40; ")
 
 
-# ---- pieces ----------------------------------------------------------------------------------------------------------
+# ---- chunks ----------------------------------------------------------------------------------------------------------
 
 PARTITIONS = {
     "filters": mn.Partition.filters((10, 3, 2)),
@@ -117,60 +119,67 @@ PARTITIONS = {
 
 @pytest.mark.parametrize("radius", ["one", "each"])
 @pytest.mark.parametrize("name", PARTITIONS)
-def test_pieces_hold_whole_groups_with_their_radii(name, radius, monkeypatch):
+def test_chunks_hold_whole_groups_with_their_radii(name, radius):
     partition = PARTITIONS[name]
-    monkeypatch.setattr(pieces, "_ENTRIES", 2 * partition.n_groups * partition.group_size // partition.view[0])
-    pieces.cuts.cache_clear()
     radii = torch.linspace(0.5, 2.5, partition.n_groups) if radius == "each" else 1.5
     sphere = mn.SphereProduct(partition, radius=radii)
     weight = sphere.random(dtype=torch.float64).as_subclass(torch.Tensor)
     second = torch.arange(partition.n_groups).double().reshape(partition.spread_shape)
-    parts = [piece for _, piece in pieces.pieces(Member(weight, -weight, sphere, 2 * weight, (second, None)))]
-    pieces.cuts.cache_clear()
+    member = StepInput(weight, -weight, sphere, 2 * weight, (second, None))
+    view, _ = reference._view_of(member, partition, None, by_entries=False)
+    parts = list(view.chunks(2 * weight.numel() // partition.view[0]))
     assert len(parts) == partition.view[0] // 2 > 1
-    assert torch.equal(torch.cat([part.weight for part in parts]), weight)
-    assert torch.equal(torch.cat([part.gradient for part in parts]), -weight)
-    assert torch.equal(torch.cat([part.moment for part in parts]), 2 * weight)
-    assert torch.equal(torch.cat([part.second[0].flatten() for part in parts]), second.flatten())
-    assert torch.equal(torch.cat([part.manifold.radii for part in parts]), sphere.radii)
+    for number, expected in enumerate((weight, -weight, 2 * weight, second)):
+        assert torch.equal(torch.cat([part[number] for part in parts]).flatten(), expected.flatten())
     for part in parts:
-        assert part.weight.data_ptr() >= weight.data_ptr()
-        assert float(part.manifold.deviations(part.weight).max()) <= 8 * torch.finfo(torch.float64).eps
+        assert weight.data_ptr() <= part.weight.data_ptr() < weight.data_ptr() + weight.nbytes
+        norms = part.weight.square().sum(partition.reduced, keepdim=True).sqrt()
+        torch.testing.assert_close(norms, torch.as_tensor(part.radius).expand_as(norms).double())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("case", ["filters", "blocks"])
-def test_steps_in_pieces_are_those_of_whole_weights(name, case, monkeypatch):
+def test_steps_in_chunks_are_those_of_whole_weights(name, case, monkeypatch):
     partition = PARTITIONS[case]
     paths = []
     for entries in (2**20, partition.group_size):
-        monkeypatch.setattr(pieces, "_ENTRIES", entries)
-        pieces.cuts.cache_clear()
+        monkeypatch.setattr(reference, "_ENTRIES", entries)
         torch.manual_seed(0)
         sphere = mn.SphereProduct(partition, radius=torch.linspace(0.5, 2.5, partition.n_groups))
         weight = weight_of(name, sphere, torch.float64)
-        # What is stepped in batches has blocks of its own.
+        # What is stepped in batches has chunks of its own.
         optimizer = optimizer_of(name, weight, sphere, foreach=False)
         for _ in range(4):
             weight.grad = torch.randn(partition.shape, dtype=torch.float64)
             optimizer.step()
         paths.append((weight.detach().clone(), *(x.clone() for x in optimizer.state[weight].values())))
-        pieces.cuts.cache_clear()
     eps = torch.finfo(torch.float64).eps
     for whole, cut in zip(*paths, strict=True):
         # To the order in which processors take the entries of a loop and its rest.
         torch.testing.assert_close(whole, cut, rtol=64 * eps, atol=64 * eps)
 
 
-def test_angles_of_a_whole_weight_are_not_taken_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(pieces, "_ENTRIES", 6)
-    pieces.cuts.cache_clear()
+def test_angles_of_a_whole_weight_are_not_taken_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(reference, "_ENTRIES", 6)
     sphere = mn.SphereProduct((10, 3, 2))
     weight = weight_of("angular", sphere, torch.float64)
     before = weight.detach().clone()
     weight.grad = torch.randn(10, 3, 2, dtype=torch.float64)
     mn.optim.AngularSGD([weight], lr=0.25, per="weight").step()
-    pieces.cuts.cache_clear()
     angles = sphere.component_dist(before, weight.detach())
     assert float(angles.square().mean().sqrt()) == pytest.approx(0.25, rel=1e-7)
     assert float(angles.min()) < 0.24
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_are_let_go_after_a_step(name):
+    sphere = mn.SphereProduct((4, 3))
+    weight = weight_of(name, sphere, torch.float32)
+    for how in ({}, {"foreach": True}, {"foreach": False}):
+        optimizer = optimizer_of(name, weight, sphere, **how)
+        for _ in range(3):
+            weight.grad = torch.randn(4, 3)
+            alive = weakref.ref(weight.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert alive() is None

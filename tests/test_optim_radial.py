@@ -14,9 +14,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
-from manifold_nets.optim import angular_adam as angular_adam_step
-from manifold_nets.optim.executions import along_moment, choice, compiled, kernel, rows
-from manifold_nets.optim.rules import products
+from manifold_nets.optim.backends import compiled, momentum_step, native, products, reference, views
 
 SPHERES = {name: row for name, row in OPTIMIZERS.items() if row.weights == "spheres"}
 # Those of which the length of the gradient decides nothing, or little.
@@ -72,7 +70,7 @@ def test_a_gradient_along_the_radius_turns_nothing(name, layout, how):
 @pytest.mark.parametrize("how", [BACKENDS["single"], BACKENDS["batched"], BACKENDS["kernel"]], ids=BACKENDS)
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_sabotage_where_no_rounding_counts_as_zero_weights_turn(name, how, monkeypatch):
-    for module in (products, choice, rows, along_moment, kernel, angular_adam_step):
+    for module in (products, reference, views, momentum_step, native):
         monkeypatch.setattr(module, "rounding_of", lambda dtype: 0.0)
     assert turned_by_radial_gradients(name, how, LAYOUTS[1]) > 1e-3
 
@@ -165,7 +163,7 @@ def test_no_step_of_an_angle_is_longer_than_the_angle(how, name, dtype, exponent
 
 @pytest.mark.parametrize("how", [BACKENDS["single"], BACKENDS["batched"]], ids=["single", "batched"])
 def test_sabotage_lengths_from_products_let_adam_step_too_far(how, monkeypatch):
-    for module in (products, rows, along_moment):
+    for module in (products, views, momentum_step):
         if hasattr(module, "radial_share"):
             monkeypatch.setattr(module, "radial_share", lambda dots: torch.zeros_like(dots[0]))
     with pytest.raises(AssertionError):
@@ -232,7 +230,7 @@ def test_small_tangential_parts_are_exact(name, share, how):
 
 @pytest.mark.parametrize("how", [BACKENDS["single"], BACKENDS["batched"]], ids=["single", "batched"])
 def test_sabotage_a_gradient_that_keeps_its_radial_part_is_not_exact(how, monkeypatch):
-    for module in (products, rows, along_moment):
+    for module in (products, views, momentum_step):
         if hasattr(module, "radial_share"):
             monkeypatch.setattr(module, "radial_share", lambda dots: torch.zeros_like(dots[0]))
     with pytest.raises(AssertionError):
@@ -270,12 +268,12 @@ def test_mostly_radial_gradients_leave_long_rows_on_their_spheres(name, how):
 
 
 def test_sabotage_a_norm_that_forgets_what_was_taken_off_leaves_the_spheres(monkeypatch):
-    class Forgetful(along_moment._Step):
+    class Forgetful(momentum_step._Step):
         def take(self, dampening, step):
-            monkeypatch.setattr(along_moment, "some", lambda condition: False)
+            monkeypatch.setattr(momentum_step, "some", lambda condition: False)
             super().take(dampening, step)
 
-    monkeypatch.setattr(along_moment, "_Step", Forgetful)
+    monkeypatch.setattr(momentum_step, "_Step", Forgetful)
     assert worst_deviation("radam", {"foreach": True}, torch.float32, (40, 9)) > 100
 
 

@@ -19,7 +19,7 @@ import manifold_nets as mn
 from manifold_nets.constraints import attach
 from manifold_nets.errors import OptimizerStateError
 from manifold_nets.optim import AngularAdam, RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.executions import native
+from manifold_nets.optim.backends import native
 
 KINDS = pytest.mark.parametrize(
     ("kind", "options"),

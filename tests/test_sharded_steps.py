@@ -11,7 +11,7 @@ from training_cases import check_same_path
 import manifold_nets as mn
 from manifold_nets.errors import SphereOptionError
 from manifold_nets.optim import SGDG, AdamG, AngularAdam, AngularSGD, ProjectedSGD, RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.executions import sharding
+from manifold_nets.optim.backends import sharded
 
 STEPS = 5
 # Partition, axis that is cut, and whether groups cross the boundary or a process holds nothing.
@@ -120,8 +120,8 @@ def check_all(rank, world):
 
 def check_faults(mesh):
     """Sabotage: without the sum the paths are others, wherever groups cross the boundary."""
-    honest = sharding._adding_up
-    sharding._adding_up = lambda *_: lambda sums: sums
+    honest = sharded._adding_up
+    sharded._adding_up = lambda *_: lambda sums: sums
     try:
         for case, (_, _, crosses) in CASES.items():
             if crosses and case not in HELD_BY_ONE:
@@ -130,7 +130,7 @@ def check_faults(mesh):
         with pytest.raises(AssertionError):
             compare("filters", "angular by weight", mesh)
     finally:
-        sharding._adding_up = honest
+        sharded._adding_up = honest
 
 
 def check_refusal(mesh):
@@ -140,7 +140,7 @@ def check_refusal(mesh):
 
     sphere = mn.SphereProduct(mn.Partition.whole((8, 2)))
     weight = distribute_tensor(sphere.random().as_subclass(torch.Tensor), mesh, [Shard(0)], src_data_rank=None)
-    assert sharding.part_of(sphere, weight).combine is not None
+    assert sharded.part_of(sphere, weight).combine is not None
 
     class Scattered:
         """As a weight that is sharded by several methods at once."""
@@ -148,7 +148,7 @@ def check_refusal(mesh):
         device_mesh, placements = mesh, (_StridedShard(0, split_factor=2),)
 
     with pytest.raises(SphereOptionError, match="boxes"):
-        sharding.part_of(sphere, Scattered())
+        sharded.part_of(sphere, Scattered())
 
 
 def test_sharded_steps_are_those_of_whole_weights(tmp_path):

@@ -1,18 +1,24 @@
 """Optimizers on products of spheres, their parameter groups, and the paper's learning-rate schedule."""
 
 from manifold_nets import _geoopt  # noqa: F401  # before the modules here import geoopt
-from manifold_nets.optim.angular_adam import AngularAdam
+from manifold_nets.optim.adam import AngularAdam, RiemannianAdam
 from manifold_nets.optim.averaging import AveragedModel
-from manifold_nets.optim.carry_over import carry_momentum
 from manifold_nets.optim.clipping import clip_sphere_grad_norm_
-from manifold_nets.optim.grouping import param_groups
 from manifold_nets.optim.guard import allow_euclidean
-from manifold_nets.optim.radam import RiemannianAdam
-from manifold_nets.optim.relatives import SGDG, AdamG, AngularSGD, ProjectedSGD
-from manifold_nets.optim.rsgd import RiemannianSGD
-from manifold_nets.optim.scaled_metric import ScaledMetricSGD, scaled_metric_groups
+from manifold_nets.optim.param_groups import param_groups
 from manifold_nets.optim.schedules import BoldDriver
-from manifold_nets.optim.table import OPTIMIZERS, ListedOptimizer
+from manifold_nets.optim.sgd import RiemannianSGD
+from manifold_nets.optim.transfer_state import carry_momentum
+from manifold_nets.optim.variants import (
+    OPTIMIZERS,
+    SGDG,
+    AdamG,
+    AngularSGD,
+    ListedOptimizer,
+    ProjectedSGD,
+    ScaledMetricSGD,
+    scaled_metric_groups,
+)
 
 __all__ = [
     "OPTIMIZERS",

@@ -41,7 +41,7 @@ class AveragedModel(swa_utils.AveragedModel):
     .. math:: \bar m = \sum_t a_t w_t, \quad \bar w = r \bar m/‖\bar m‖
               = \arg\min_{‖w‖ = r} \sum_t a_t ‖w - w_t‖^2, \quad ρ = ‖\bar m‖/r
 
-    in each group. The mean :math:`\bar m` itself is kept too, as the point and one *resultant length* ρ a sphere, so
+    in each group. The mean :math:`\bar m` itself is kept too, as the point and one *resultant length* ρ per sphere, so
     that the recursion goes on from the mean and not from its projection: after any number of updates the result is
     the plain average, projected once. ρ is at most 1, and 1 where all averaged directions agree.
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,32 +20,25 @@ from manifold_nets.gathered import is_sharded, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.executions.choice import run
-from manifold_nets.optim.executions.inputs import check, mark_of
-from manifold_nets.optim.executions.joint import in_motion, joined
-from manifold_nets.optim.executions.layouts import layout_of
-from manifold_nets.optim.executions.masters import master_of, write_masters
-from manifold_nets.optim.executions.traced import register, standing_in, step_group_
-from manifold_nets.optim.membership import Group, constrained_of, name_at_step, resolve_manifolds
-from manifold_nets.optim.rules.members import Member, Rule, Seen
-from manifold_nets.optim.saving import check_loaded, describe_manifolds, keep_precision, ordered_by_name
+from manifold_nets.optim.backends.dispatch import assign, in_motion, joined, run
+from manifold_nets.optim.backends.graph import register, standing_in, step_group_
+from manifold_nets.optim.backends.inputs import StepPlan, check
+from manifold_nets.optim.backends.rule import Rule, StepInput
+from manifold_nets.optim.backends.views import layout_of
+from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
+from manifold_nets.optim.state import (
+    check_loaded,
+    describe_manifolds,
+    keep_precision,
+    master_weight_of,
+    ordered_by_name,
+    write_master_weights,
+)
 
 __all__ = ["SphereOptimizer"]
 
-_NOTHING: dict[str, Any] = {}
-
-
-def _versions(group: Group) -> list[int]:
-    """How often each constrained weight was written to; tensors made in inference mode do not count it."""
-    weights = [
-        weight for weight, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is not None
-    ]
-    try:
-        # Asked by a subclass of tensors, as parameters on manifolds are, it takes twice as long.
-        with torch._C.DisableTorchFunctionSubclass():
-            return [weight._version for weight in weights]
-    except RuntimeError:
-        return [0 for _ in weights]
+# What of a group decides which inputs a step has, and which backends.
+_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad")
 
 
 def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:
@@ -57,6 +51,9 @@ def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:
         if isinstance(other, JointSphereMember) and other.joint is manifold.joint
     }
     return float(manifold.joint.deviations([members[place] for place in sorted(members)]).max())
+
+
+_version_of = attrgetter("_version")
 
 
 class SphereOptimizer(torch.optim.Optimizer):
@@ -75,13 +72,16 @@ class SphereOptimizer(torch.optim.Optimizer):
     # Numbers of the groups that were given a learning rate of their own.
     _own_rate: tuple[int, ...] = ()
 
+    # Whether the weights that it steps lie on spheres.
+    _on_spheres = True
+
     def _prepare(self, **options: Any) -> None:
         """Take the options that torch's optimizer does not have, before it makes the groups."""
         if options["compile"] and (options["fused"] or options["foreach"]):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
         self._number = register(self)
-        self._written: dict[int, list[int]] = {}
+        self._forget()
         holds_manifolds(self)
 
     def _warn_of_plain_rates(self, ratio: Callable[[float, int], float], formula: str) -> None:
@@ -119,16 +119,15 @@ class SphereOptimizer(torch.optim.Optimizer):
         """Return the update rule of a group."""
         raise NotImplementedError
 
-    def _member(
+    def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
-    ) -> Member:
+    ) -> StepInput:
         """Return a constrained weight with its state, which is made where there is none yet."""
         raise NotImplementedError
 
-    def _step_members(self, group: Group, members: Sequence[Member]) -> None:
-        """Step the constrained weights of a group that have gradients."""
-        options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
-        run(self._rule(group), members, **options)
+    def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
+        """Let inputs of the last step serve in the next one: count the step."""
+        raise NotImplementedError
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform a single optimization step.
@@ -160,74 +159,136 @@ class SphereOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        every = []
+        if torch.compiler.is_compiling():
+            for number, group in enumerate(self.param_groups):
+                given = {place: p for place, p in enumerate(group["params"]) if p.grad is not None}
+                if given:
+                    step_group_(list(given.values()), [p.grad for p in given.values()], given, self._number, number)
+            return loss
+        # All that is read is checked before anything is changed.
+        gradients = [self._checked_gradients(number, group) for number, group in enumerate(self.param_groups)]
         for number, group in enumerate(self.param_groups):
-            pairs = ((place, p, p.grad) for place, p in enumerate(group["params"]))
-            every.append({place: (p, gradient) for place, p, gradient in pairs if gradient is not None})
-            self._check_inputs(number, every[-1])
-        for number, (group, given) in enumerate(zip(self.param_groups, every, strict=True)):
-            if not torch.compiler.is_compiling():
-                plain = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is None]
-                if plain:
-                    self._step_plain({**group, "params": plain})
-                self._step_spheres(group, given)
-            elif given:
-                weights, gradients = zip(*given.values(), strict=True)
-                step_group_(weights, gradients, given, self._number, number)
+            on_spheres = {place for place, _, _ in self._spheres_of(group)}
+            plain = [p for place, p in enumerate(group["params"]) if place not in on_spheres]
+            if plain:
+                self._step_plain({**group, "params": plain})
+            self._step_spheres(number, group["params"], gradients[number])
         return loss
 
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """Step parameters in some places of a group, whose values and gradients a compiled graph hands in."""
-        self._check_inputs(number, given)
         group = self.param_groups[number]
-        plain = {group["params"][place]: pair for place, pair in given.items() if group["manifolds"][place] is None}
+        weights = [given.get(place, (p, None))[0] for place, p in enumerate(group["params"])]
+        gradients = [given.get(place, (p, None))[1] for place, p in enumerate(group["params"])]
+        self._check_inputs(number, weights, gradients)
+        on_spheres = {place for place, _, _ in self._spheres_of(group)}
+        plain = {group["params"][place]: pair for place, pair in given.items() if place not in on_spheres}
         with standing_in(plain):
             if plain:
                 self._step_plain({**group, "params": list(plain)})
-        self._step_spheres(group, given)
+        self._step_spheres(number, weights, gradients)
 
     @torch.no_grad()
-    def _step_spheres(self, group: Group, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Step constrained weights, given as the tensors that hold values and gradient at their places in the group."""
-        members, masters = [], {}
-        self._warn_of_moved(group, given)
-        moving, known = in_motion(group["manifolds"], given), self._known()
-        for index, parameter, manifold in constrained_of(group):
-            weight, gradient = given.get(index, (parameter, None))
+    def _step_spheres(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Step the constrained weights of a group, given as the tensors that hold their values."""
+        group = self.param_groups[number]
+        self._warn_of_moved(number, weights)
+        plan = self._plans.get(number)
+        if plan is None:
+            self._step_anew(number, weights, gradients)
+        else:
+            self._advance(group, plan.inputs)
+            run(self._rule(group), plan.batches)
+            plan.let_go()
+        self._versions[number] = self._count_versions(group)
+
+    def _step_anew(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Step constrained weights for which there is no plan, and make one where the next step may be alike."""
+        group, rule = self.param_groups[number], self._rule(self.param_groups[number])
+        inputs, places, idle, master_weights = [], [], [], {}
+        moving = in_motion(group["manifolds"], {k for k, gradient in enumerate(gradients) if gradient is not None})
+        for place, parameter, manifold in self._spheres_of(group):
+            weight, gradient = weights[place], gradients[place]
             if gradient is None:
-                if not (moving and isinstance(manifold, JointSphereMember) and manifold.joint in moving):
+                if not (isinstance(manifold, JointSphereMember) and manifold.joint in moving):
+                    idle.append(place)
                     continue
                 gradient = torch.zeros_like(weight)
             state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[parameter]
-                point = masters[weight] = master_of(weight, state)
-            member = self._member(group, state, point, gradient, manifold)
-            if point is weight and id(parameter) in known:
-                member.seen = known[id(parameter)]
-            # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask
-            # for one of every parameter.
-            if layout_of(manifold).size > 1 or isinstance(manifold, JointSphereMember):
-                members.append(member)
-        if members:
-            with joined(members) if moving else nullcontext(members) as together:
-                self._step_members(group, together)
-        write_masters(masters)
-        self._note_versions(group)
+                point = master_weights[weight] = master_weight_of(weight, state)
+            places.append(place)
+            inputs.append(self._input(group, state, point, gradient, manifold))
+        # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask for
+        # one of every parameter.
+        able = [m for m in inputs if self._can_move(m.manifold)]
+        options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
+        with joined(able) if moving else nullcontext(able) as together:
+            batches = assign(rule, together, **options) if together else []
+            run(rule, batches)
+        write_master_weights(master_weights)
+        if (
+            inputs
+            and not moving
+            and not master_weights
+            and all(weights[place] is group["params"][place] for place in places)
+        ):
+            plan = StepPlan(self._deciding(group), places, idle, inputs, self.state, batches)
+            if plan.can_last:
+                self._plans[number] = plan
+                plan.let_go()
 
-    def _note_versions(self, group: Group) -> None:
-        """Remember how often the constrained weights of a group were written to."""
-        self._written[id(group["params"])] = _versions(group)
+    def _can_move(self, manifold: SphereProduct) -> bool:
+        return not self._on_spheres or layout_of(manifold).size > 1 or isinstance(manifold, JointSphereMember)
 
-    def _warn_of_moved(self, group: Group, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    def _deciding(self, group: Group) -> list[Any]:
+        groups = group.get("partitions") or group["manifolds"]
+        return [*map(group.get, _DECIDING), group.get("momentum") == 0, len(group["params"]), *groups]
+
+    def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
+        """Yield position, weight and groups of all weights that no step of torch's moves."""
+        return constrained_of(group)
+
+    def _checked_gradients(self, number: int, group: Group) -> list[Tensor | None]:
+        # The checks look at what a tensor is, for which its class need not be asked every time.
+        with torch._C.DisableTorchFunctionSubclass():
+            gradients = [p.grad for p in group["params"]]
+        self._check_inputs(number, group["params"], gradients)
+        return gradients
+
+    def _check_inputs(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Check what a step of a group reads and writes; keep its plan where it holds."""
+        group, plan = self.param_groups[number], self._plans.get(number)
+        with torch._C.DisableTorchFunctionSubclass():
+            if plan is not None and plan.holds(self._deciding(group), weights, gradients, self.state):
+                return
+            self._plans.pop(number, None)
+            for index, parameter, manifold in self._spheres_of(group):
+                weight, gradient = weights[index], gradients[index]
+                if gradient is not None or isinstance(manifold, JointSphereMember):
+                    name = partial(name_at_step, group, number, index)
+                    check(weight, gradient, manifold.partition, self.state.get(parameter, {}), name)
+
+    def _count_versions(self, group: Group) -> list[int]:
+        """How often each constrained weight was written to; tensors made in inference mode do not count it."""
+        weights = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is not None]
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                return list(map(_version_of, weights))
+        except RuntimeError:
+            return [0 for _ in weights]
+
+    def _warn_of_moved(self, number: int, weights: Sequence[Tensor]) -> None:
         """Warn where other code has moved weights off their spheres since the last step, which puts them back."""
-        before, now = self._written.get(id(group["params"])), _versions(group)
+        group = self.param_groups[number]
+        before, now = self._versions.get(number), self._count_versions(group)
         if before is None or before == now:
             return
         for (index, weight, manifold), old, new in zip(constrained_of(group), before, now, strict=True):
             # In a compiled graph other tensors stand in for the weights.
-            if old == new or given.get(index, (None,))[0] is not weight or is_sharded(weight):
+            if old == new or weights[index] is not weight or weight.grad is None or is_sharded(weight):
                 continue
             deviation = _deviation(group, weight, manifold)
             if deviation > NEAR:
@@ -239,31 +300,10 @@ class SphereOptimizer(torch.optim.Optimizer):
                     stacklevel=2,
                 )
 
-    def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
-        """Yield position, weight and groups of all weights that no step of torch's moves."""
-        return constrained_of(group)
-
-    def _check_inputs(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Check what a step of a group reads and writes; in a compiled graph, when it runs."""
-        if torch.compiler.is_compiling():
-            return
-        group, known = self.param_groups[number], self._known()
-        # The checks look at what a weight is, for which its class need not be asked every time.
-        with torch._C.DisableTorchFunctionSubclass():
-            for index, parameter, manifold in self._spheres_of(group):
-                weight, gradient = given.get(index, (parameter, None))
-                if gradient is None and not isinstance(manifold, JointSphereMember):
-                    continue
-                state, seen = self.state.get(parameter, _NOTHING), known.get(id(parameter))
-                mark = mark_of(weight, gradient, manifold, state)
-                if mark is None or seen is None or seen.mark != mark:
-                    check(weight, gradient, manifold.partition, state, partial(name_at_step, group, number, index))
-                    known[id(parameter)] = Seen(mark_of(weight, gradient, manifold, state))
-
-    def _known(self) -> dict[int, Seen]:
-        """Return what was found of the weights in the last step, by the identities of the parameters."""
-        known: dict[int, Seen] = self.__dict__.setdefault("_seen", {})
-        return known
+    def _forget(self) -> None:
+        """Forget what is known of the tensors of former steps."""
+        self._plans: dict[int, StepPlan] = {}
+        self._versions: dict[int, list[int]] = {}
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does.
@@ -273,7 +313,7 @@ class SphereOptimizer(torch.optim.Optimizer):
 
         Raises:
             ManifoldNetsError: a weight or an option cannot be trained on spheres, or a weight would be trained off
-                them; see `manifold_nets.optim.membership.resolve_manifolds`. The group is not added.
+                them; see `manifold_nets.optim.param_groups.resolve_manifolds`. The group is not added.
         """
         params = param_group["params"]
         if not isinstance(params, set):  # torch refuses sets
@@ -285,7 +325,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             for name, default in self._sphere_defaults.items():
                 param_group.setdefault(name, self.defaults.setdefault(name, default))
         super().add_param_group(param_group)
-        self._note_versions(self.param_groups[-1])
+        self._versions[len(self.param_groups) - 1] = self._count_versions(self.param_groups[-1])
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -345,7 +385,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         live = self.__dict__.get("param_groups")
         super().__setstate__(state)
         self._number = register(self)
-        self._written = {}
+        self._forget()
         holds_manifolds(self)
         if live is not None:
             for group, old in zip(self.param_groups, live, strict=True):
@@ -353,6 +393,7 @@ class SphereOptimizer(torch.optim.Optimizer):
 
     def _change_manifolds(self, new: Mapping[int, SphereProduct]) -> None:
         """Take other manifolds of the same groups, by the `id` of the present ones; directions of moments stay."""
+        self._plans.clear()
         for group in self.param_groups:
             for index, weight, manifold in constrained_of(group):
                 other = new.get(id(manifold))

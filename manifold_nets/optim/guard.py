@@ -20,7 +20,7 @@ from manifold_nets.constraints import last_change, lost_constraints, was_replace
 from manifold_nets.errors import ConstraintLostError, EuclideanStepError, listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.membership import name_at_step
+from manifold_nets.optim.param_groups import name_at_step
 
 __all__ = ["allow_euclidean"]
 

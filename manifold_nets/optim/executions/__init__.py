@@ -1,1 +1,5 @@
-"""How a step is carried out: single weights, batches, torch.compile, the kernel in C; shards and shared spheres."""
+"""Former place of `manifold_nets.optim.backends`."""
+
+from manifold_nets.optim.backends import build, native
+
+__all__ = ["build", "native"]

@@ -7,27 +7,18 @@ Adam), the step has no need of all inner products beforehand:
           w' = w r/‖w‖, \quad b' = p + w' \frac{t ‖p‖^2}{r (1 + t^2 ‖p‖^2)^½}
 
 with ``t`` the learning rate over r, times Adam's factor. Each operation passes over a block of rows; it is the step of
-`manifold_nets.optim.rules.updates` to rounding.
+`manifold_nets.optim.backends.reference` to rounding.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.executions.rows import (
-    Rows,
-    blocks_of,
-    keep_second_moments,
-    portions,
-    radii,
-    second_moments,
-)
-from manifold_nets.optim.rules.coefficients import adam_factor, bias_corrections
-from manifold_nets.optim.rules.members import Rule
-from manifold_nets.optim.rules.products import (
+from manifold_nets.optim.backends.products import (
     Scalar,
     noise_in,
     radial_share,
@@ -35,13 +26,17 @@ from manifold_nets.optim.rules.products import (
     some,
     tangential_of,
 )
+from manifold_nets.optim.backends.rule import Rule, adam_factor, bias_corrections
+from manifold_nets.optim.backends.views import CHUNK, GroupView, keep_second_moments, portions, radii, second_moments
 
 __all__ = ["follows_moment", "step_along_moment"]
 
 # `torch.linalg.vector_norm` adds in sequence. Equal entries are rounded alike: at 8192 of them it is off by 50 machine
 # epsilons, at this many entries by two at most.
-_IN_SEQUENCE = 2**7
-# From so many matrices on, two calls for all cost less than one for each.
+_IN_SEQUENCE = 2**8
+# Runs that are shorter cost more than the products of all entries.
+_SHORT_RUN = 2**4
+# From this many matrices on, two calls for all cost less than one for each.
 _MANY = 8
 
 
@@ -50,11 +45,20 @@ def follows_moment(rule: Rule) -> bool:
     return not rule.nesterov and rule.has_kernel
 
 
-def step_along_moment(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
-    """Take one step of all rows, in place: large matrices block by block, small ones together."""
-    blocks = (block for rows in matrices for block in blocks_of(rows))
-    for portion in portions(blocks):
-        _Step(rule, portion).take(dampening, step)
+def step_along_moment(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:
+    """Take one step of all rows, in place: large matrices chunk by chunk, small ones together."""
+    first = matrices[0].weight
+    # Room for the products of two matrices: a new one every time would cost more than the products.
+    largest = max(min(rows.weight.numel(), max(CHUNK, rows.weight.shape[1])) for rows in matrices)
+    room = first.new_empty(largest) if first.is_cpu else None
+    for portion in portions(chunk for rows in matrices for chunk in rows.chunks()):
+        _Step(rule, portion, room).take(dampening, step)
+
+
+@functools.lru_cache(maxsize=4096)
+def _run_of(size: int) -> int:
+    """Return the length of the runs in which the squares of a row are added in sequence: a divisor of its size."""
+    return next(run for run in range(min(size, _IN_SEQUENCE), 0, -1) if size % run == 0)
 
 
 class _Column:
@@ -67,8 +71,9 @@ class _Column:
 class _Step:
     """One step of some matrices, with the numbers of their rows in columns for all of them."""
 
-    def __init__(self, rule: Rule, matrices: Sequence[Rows]) -> None:
+    def __init__(self, rule: Rule, matrices: Sequence[GroupView], room: Tensor | None) -> None:
         self.rule, self.matrices = rule, matrices
+        self.room = room if len(matrices) < _MANY else None
         self.w = [rows.weight for rows in matrices]
         self.g = [rows.gradient for rows in matrices]
         self.b = [rows.moment for rows in matrices if rows.moment is not None]
@@ -77,13 +82,13 @@ class _Step:
 
     def take(self, dampening: float, step: float) -> None:
         w, b, radius, rule = self.w, self.b, self.radius, self.rule
-        norm, take, turn = self.norms(w), 1 - dampening, float(rule.lr) / radius
+        norm, gain, turn = self.norms(w), 1 - dampening, float(rule.lr) / radius
         norms = norm.values
         squares = norms.square()
         second = second_moments(self.matrices)
         if second is not None:
-            take, turn = 1 - rule.keep, turn * self.adam_factor(second, squares, step)
-        self.take_up((-take if rule.maximize else take) * radius * radius)
+            gain, turn = 1 - rule.beta1, turn * self.adam_factor(second, squares, step)
+        self.take_up((-gain if rule.maximize else gain) * radius * radius)
         slope = self.dots(w, b)
         slope.values.div_(squares)
         self.add(b, w, slope, -1)
@@ -111,17 +116,17 @@ class _Step:
 
     def take_up(self, share: Scalar) -> None:
         """Let the moment become ``μ b + share g``, in one pass where there is an operation for it."""
-        keep = self.rule.keep
+        beta = self.rule.beta1
         if isinstance(share, Tensor):
-            torch._foreach_mul_(self.b, keep)
+            torch._foreach_mul_(self.b, beta)
             self.add(self.b, self.g, _Column(share, self.sizes), 1)
-        elif share == 1 - keep:
+        elif share == 1 - beta:
             torch._foreach_lerp_(self.b, self.g, share)
         elif share == 1 and len(self.b) < _MANY:
             for b, g in zip(self.b, self.g, strict=True):
-                torch.add(g, b, alpha=keep, out=b)
+                torch.add(g, b, alpha=beta, out=b)
         else:
-            torch._foreach_mul_(self.b, keep)
+            torch._foreach_mul_(self.b, beta)
             torch._foreach_add_(self.b, self.g, alpha=share)
 
     def adam_factor(self, second: tuple[Tensor, Tensor | None], squares: Tensor, step: float) -> Tensor:
@@ -129,7 +134,7 @@ class _Step:
         rule = self.rule
         dots = self.without_radial_parts([squares, *self.products_of(self.g)])
         found = tangential_of(dots, self.radius * self.radius, maximize=rule.maximize)
-        corrections = bias_corrections(rule.keep, rule.beta2, step)
+        corrections = bias_corrections(rule.beta1, rule.beta2, step)
         factor = adam_factor(found, *second, beta2=rule.beta2, eps=rule.eps, corrections=corrections)
         keep_second_moments(self.matrices, second)
         return factor
@@ -159,15 +164,29 @@ class _Step:
 
     def dots(self, x: list[Tensor], y: list[Tensor]) -> _Column:
         found = self.column()
-        for product, out in zip(torch._foreach_mul(x, y), found.parts, strict=True):
+        if self.room is None:
+            products: Sequence[Tensor] = torch._foreach_mul(x, y)
+            for product, out in zip(products, found.parts, strict=True):
+                torch.sum(product, 1, keepdim=True, out=out)
+            return found
+        for a, b, out in zip(x, y, found.parts, strict=True):
+            product = torch.mul(a, b, out=self.room[: a.numel()].view(a.shape))
             torch.sum(product, 1, keepdim=True, out=out)
         return found
 
     def norms(self, x: list[Tensor]) -> _Column:
         found = self.column()
         for each, out in zip(x, found.parts, strict=True):
-            if each.shape[1] <= _IN_SEQUENCE:
-                torch.linalg.vector_norm(each, dim=1, keepdim=True, out=out)
-            else:
-                torch.sum(each * each, 1, keepdim=True, out=out).sqrt_()
+            _norms(each, out)
         return found
+
+
+def _norms(x: Tensor, out: Tensor) -> None:
+    """Take the norms of rows: of runs that may be added in sequence, then of the norms of these."""
+    while (size := x.shape[1]) > _IN_SEQUENCE:
+        run = _run_of(size)
+        if run < _SHORT_RUN:
+            torch.sum(x * x, 1, keepdim=True, out=out).sqrt_()
+            return
+        x = torch.linalg.vector_norm(x.view(-1, size // run, run), dim=2)
+    torch.linalg.vector_norm(x, dim=1, keepdim=True, out=out)

@@ -1,7 +1,7 @@
 """Steps inside a graph that the user compiles: one operation of the graph for each parameter group.
 
 The compiler sees which weights change and which gradients are read. What else belongs to a step (states, learning
-rate, which execution to take) is looked up when the operation runs, in the optimizer itself; so a schedule compiles
+rate, which backend to take) is looked up when the operation runs, in the optimizer itself; so a schedule compiles
 nothing anew, and a compiled step is the step.
 """
 

@@ -13,7 +13,7 @@ from manifold_nets.groups import accumulation_dtype, has_values
 __all__ = [
     "Scalar",
     "Spheres",
-    "Tangential",
+    "TangentProducts",
     "is_short",
     "mostly_radial",
     "noise_in",
@@ -79,7 +79,7 @@ class Spheres(NamedTuple):
         return tuple(sums) if self.combine is None else self.combine(torch.stack(sums)).unbind()
 
 
-class Tangential(NamedTuple):
+class TangentProducts(NamedTuple):
     """What the inner products of each group say in the coordinates of the unit sphere, ``w/r``, ``r g`` and ``b/r``.
 
     To maximize, the gradient counts as −g. Without a moment b its products are 0.
@@ -117,7 +117,7 @@ def pairs(weight: Tensor, gradient: Tensor, moment: Tensor | None) -> tuple[tupl
 
 def tangential_of(
     dots: Sequence[Tensor], square: Scalar, *, maximize: bool, taken: Scalar | None = None, eps: float | None = None
-) -> Tangential:
+) -> TangentProducts:
     """Return what the inner products of `pairs` say, three without a moment and six with one.
 
     Args:
@@ -140,7 +140,7 @@ def tangential_of(
     eps = torch.finfo(ww.dtype).eps if eps is None else eps
     # A number as the default would be an input of compiled graphs, which torch cannot compile ahead of time then.
     g_taken = 0.0 if taken is None else sign * square * taken
-    return Tangential(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total, g_taken, eps)
+    return TangentProducts(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total, g_taken, eps)
 
 
 def tangential(
@@ -152,7 +152,7 @@ def tangential(
     maximize: bool,
     sharp: bool,
     rounding: float | None = None,
-) -> tuple[Tangential, Tensor]:
+) -> tuple[TangentProducts, Tensor]:
     """Take all inner products of a step, before anything is written.
 
     Args:
@@ -182,7 +182,7 @@ def tangential(
     return tangential_of(again, spheres.square, maximize=maximize, taken=taken), gradient
 
 
-def is_short(found: Tangential) -> Tensor:
+def is_short(found: TangentProducts) -> Tensor:
     """Where the difference of squares has lost digits of the tangential gradient's length."""
     return found.gg < _SHORT * found.g_total
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import OptionError
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.radam import RiemannianAdam
-from manifold_nets.optim.rsgd import RiemannianSGD
+from manifold_nets.optim.adam import RiemannianAdam
+from manifold_nets.optim.sgd import RiemannianSGD
 
 __all__ = ["carry_momentum"]
 
@@ -29,9 +29,9 @@ def carry_momentum(
 
     .. math:: b_{sphere} = n r P b, \qquad m_{sphere} = n r P m, \qquad v_{sphere} = n^2 \sum_i v_i ,
 
-    with one second moment a sphere, the mean of ‖ξ‖²/r². P takes off what weight decay left along w. With the learning
-    rate η/n² the next step of SGD turns u as the plain step does, to first order in its length; that of Adam has the
-    direction of its first moment. Moments of plain parameters are copied; those on a joint sphere start anew.
+    with one second moment per sphere, the mean of ‖ξ‖²/r². P takes off what weight decay left along w. With the
+    learning rate η/n² the next step of SGD turns u as the plain step does, to first order in its length; that of Adam
+    has the direction of its first moment. Moments of plain parameters are copied; those on a joint sphere start anew.
 
     Args:
         plain: the model as it was trained; its weights are those before the conversion.

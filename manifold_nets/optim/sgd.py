@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.membership import Group
-from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.param_groups import Group
 
 __all__ = ["RiemannianSGD"]
 
@@ -33,8 +34,8 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     does one whose square is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.executions.native`). Other weights, and all without a compiler, are
-    stepped by batches of torch's operations. All executions agree to rounding.
+    compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all without a compiler, are
+    stepped by batches of torch's operations. All backends agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
@@ -56,7 +57,7 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     Raises:
         NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
-            `manifold_nets.optim.membership.resolve_manifolds`.
+            `manifold_nets.optim.param_groups.resolve_manifolds`.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029; Bonnabel, *Stochastic gradient descent on Riemannian
@@ -132,16 +133,20 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     def _rule(self, group: Group) -> Rule:
         return Rule("sgd", group["lr"], group["momentum"], group["nesterov"], group["maximize"])
 
-    def _member(
+    def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
-    ) -> Member:
+    ) -> StepInput:
         if group["momentum"] == 0:
-            return Member(weight, gradient, manifold)
+            return StepInput(weight, gradient, manifold)
         dampening = group["dampening"]
         if state.get("momentum_buffer") is None:
             # The first momentum is the gradient itself, as in torch.
             state["momentum_buffer"], dampening = torch.zeros_like(weight, requires_grad=False), 0.0
-        return Member(weight, gradient, manifold, state["momentum_buffer"], dampening=dampening)
+        return StepInput(weight, gradient, manifold, state["momentum_buffer"], dampening=dampening)
+
+    def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
+        for member in inputs:
+            member.dampening = group["dampening"]
 
 
 def _multi_tensor(group: Group, params: list[Tensor]) -> bool:

@@ -193,7 +193,7 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
     coefficients(rule, job, m, n, turned);
 }
 
-/* AngularAdam's step of one row: see angular_adam.py. The direction d is made of m and v wherever it is needed. */
+/* AngularAdam's step of one row: see reference.py. The direction d is made of m and v wherever it is needed. */
 static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, REAL *restrict w, const REAL *restrict g,
                                 REAL *restrict m, REAL *restrict v, int64_t n, REAL *restrict rest) {
     double square = square_of(job, row), radius = sqrt(square), ww = 0, wg = 0, gg = 0, wd = 0, dd = 0, wm = 0, dm = 0;

@@ -1,9 +1,9 @@
-"""States of the optimizers on disk: manifolds as plain data, checked when they come back, and no digits lost."""
+"""States of the optimizers: on disk and back with every digit, and float32 copies of half-precision weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 from manifold_nets.errors import OptimizerStateError, listed
+from manifold_nets.gathered import local_part
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.executions.inputs import PER_SPHERE, WIDE
-from manifold_nets.optim.membership import constrained_of, name_of
+from manifold_nets.optim.backends.inputs import PER_SPHERE, WIDE
+from manifold_nets.optim.param_groups import constrained_of, name_of
 
-__all__ = ["check_loaded", "describe_manifolds", "keep_precision", "ordered_by_name"]
+__all__ = [
+    "check_loaded",
+    "describe_manifolds",
+    "keep_precision",
+    "master_weight_of",
+    "ordered_by_name",
+    "write_master_weights",
+]
 
 StateDict = dict[str, Any]
 
@@ -186,3 +194,33 @@ def _constrained_states(
 
 def _summary(described: Any) -> str:
     return f"{SphereProduct.from_dict(described)}" if described else "no manifold"
+
+
+# ---- float32 copies of half-precision weights, which take the steps ------------------------------------------------
+
+
+def master_weight_of(weight: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return the copy of a weight that an optimizer steps, kept in its state as ``"master_weight"``.
+
+    It is taken anew where somebody else has changed the weight, such as by loading a checkpoint into the model. Values
+    are compared in every step: what is written through ``.data`` leaves no other trace.
+    """
+    master: Tensor | None = state.get("master_weight")
+    if master is None:
+        master = state["master_weight"] = weight.detach().to(accumulation_dtype(weight.dtype))
+        return master
+    # Sharded ones part by part: what another process holds, it looks at itself.
+    copy, held = local_part(master), local_part(weight.detach())
+    rounded = copy.to(held.dtype)
+    if not held.is_cpu:  # without waiting for the answer
+        torch.where((rounded != held).any(), held.to(copy.dtype), copy, out=copy)
+    elif not torch.equal(rounded, held):
+        copy.copy_(held)
+    return master
+
+
+def write_master_weights(master_weights: Mapping[Tensor, Tensor]) -> None:
+    """Round copies into their weights."""
+    if master_weights:
+        held = [local_part(weight.detach()) for weight in master_weights]
+        torch._foreach_copy_(held, [local_part(master) for master in master_weights.values()])

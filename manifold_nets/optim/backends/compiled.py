@@ -24,32 +24,34 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.optim.executions.rows import Rows
-from manifold_nets.optim.rules.coefficients import (
-    Coefficients,
-    adam_coefficients,
-    bias_corrections,
-    sgd_coefficients,
-)
-from manifold_nets.optim.rules.members import Rule
-from manifold_nets.optim.rules.products import (
+from manifold_nets.optim.backends.products import (
     Spheres,
-    Tangential,
+    TangentProducts,
     is_short,
     pairs,
     rounding_of,
     tangential,
     tangential_of,
 )
-from manifold_nets.optim.rules.updates import write_
+from manifold_nets.optim.backends.reference import step_, write_
+from manifold_nets.optim.backends.rule import (
+    Coefficients,
+    Rule,
+    adam_factor,
+    adam_update,
+    bias_corrections,
+    normalized_step,
+    sgd_update,
+)
+from manifold_nets.optim.backends.views import GroupView
 
 __all__ = ["step_compiled"]
 
-# Up to so many entries of a row are added in sequence, lane by lane; that is exact to a few machine epsilons.
+# Up to this many entries of a row are added in sequence, lane by lane; that is exact to a few machine epsilons.
 _IN_SEQUENCE = 2**13
 # What kernels are compiled with: sizes that are worth threads, and of which none can be taken for another.
 _SHAPE, _LONG_SHAPE = (1031, 1021), (131, _IN_SEQUENCE + 3)
-# Tensors of more entries are numbered otherwise by kernels on accelerators.
+# Tensors of more entries are indexed otherwise by kernels on accelerators.
 _WIDE = 2**31 - 1
 # A dtype of flags that torch's compiler puts into no vectors.
 _FLAG = torch.int16
@@ -91,17 +93,17 @@ class _Form(NamedTuple):
     one_radius: bool
 
 
-def step_compiled(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
+def step_compiled(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:
     """Take one step of all rows, in place, after equally many steps and on one device."""
     first = matrices[0]
     device, dtype = first.weight.device, accumulation_dtype(first.weight.dtype)
     complete = _completes(device)
     mixes = not complete and _mixes(rule, first)
     kind = _Kind(rule.kind, rule.nesterov, rule.maximize, mixes, complete, torch.get_num_threads() > 1)
-    corrections = bias_corrections(rule.keep, rule.beta2, step) if rule.kind == "adam" else (1.0, 1.0)
-    values = (rule.lr, rule.keep, dampening, rule.beta2, rule.eps, *corrections)
+    corrections = bias_corrections(rule.beta1, rule.beta2, step) if rule.kind == "adam" else (1.0, 1.0)
+    values = (rule.lr, rule.beta1, dampening, rule.beta2, rule.eps, *corrections)
     numbers = torch.tensor([float(value) for value in values], dtype=_precise(device), device=device)
-    share = (1 - rule.keep if rule.kind == "adam" else 1 - dampening) / rule.keep if kind.mixes else 1.0
+    share = (1 - rule.beta1 if rule.kind == "adam" else 1 - dampening) / rule.beta1 if kind.mixes else 1.0
     share = -share if rule.maximize else share
     uniform: dict[float, tuple[Tensor, Tensor]] = {}
     kernels: dict[_Form, Callable[..., Sequence[Tensor]]] = {}  # of this kind, which takes longer to look up
@@ -131,7 +133,7 @@ def _completes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _left(matrices: Sequence[Rows], flags: Sequence[Tensor]) -> Iterator[tuple[Rows, Tensor]]:
+def _left(matrices: Sequence[GroupView], flags: Sequence[Tensor]) -> Iterator[tuple[GroupView, Tensor]]:
     """Yield the matrices of which rows were left, and these rows."""
     left = torch.cat(list(flags)).view(-1).nonzero().squeeze(1)
     if len(left) == 0:
@@ -148,7 +150,7 @@ def _precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _form_of(rows: Rows, compute: torch.dtype, device: torch.device) -> _Form:
+def _form_of(rows: GroupView, compute: torch.dtype, device: torch.device) -> _Form:
     weight, moment, second, largest = rows.weight, rows.moment, rows.second, rows.largest
     count, size = weight.shape
     dtypes = (
@@ -163,8 +165,8 @@ def _form_of(rows: Rows, compute: torch.dtype, device: torch.device) -> _Form:
     return _Form(dtypes, compute, device, count == 1, size == 1, long, wide, one_radius)
 
 
-def _mixes(rule: Rule, rows: Rows) -> bool:
-    return rows.moment is not None and not rule.nesterov and rule.keep >= _LEAST_KEPT
+def _mixes(rule: Rule, rows: GroupView) -> bool:
+    return rows.moment is not None and not rule.nesterov and rule.beta1 >= _LEAST_KEPT
 
 
 def _radius_and_share(radius: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -271,7 +273,9 @@ def _columns(
     return [*kept, left.to(_FLAG)]
 
 
-def _tangential(kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Tensor, *, adaptive: bool) -> Tangential:
+def _tangential(
+    kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Tensor, *, adaptive: bool
+) -> TangentProducts:
     """Take the inner products that are needed: of a gradient that is in the moment, Adam's second moment's alone."""
     if not kind.mixes or b is None:
         dots = [(x * y).sum(1, keepdim=True) for x, y in pairs(w, g, b)]
@@ -286,21 +290,21 @@ def _tangential(kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Ten
 
 def _move(
     kind: _Kind,
-    found: Tangential,
+    found: TangentProducts,
     states: tuple[Tensor, Tensor | None] | None,
     numbers: Tensor,
     *,
     remembers: bool,
 ) -> Coefficients:
     """Return what to write, of options that are tensors, and update the second moments."""
-    lr, keep, dampening, beta2, eps, *corrections = numbers.unbind()
+    lr, beta1, dampening, beta2, eps, *corrections = numbers.unbind()
     # What a gradient counts for beside the moment may be in it already.
     apart: Any = 1.0 if kind.mixes else dampening
     if states is None:
-        momentum: Any = keep if remembers else 0.0
-        return sgd_coefficients(found, lr=lr, momentum=momentum, dampening=apart, nesterov=kind.nesterov)
-    options: Any = {"beta1": keep, "beta2": beta2, "eps": eps, "corrections": corrections}
-    return adam_coefficients(found, *states, lr=lr, dampening=apart, **options)
+        momentum: Any = beta1 if remembers else 0.0
+        return normalized_step(found, sgd_update(momentum, apart, nesterov=kind.nesterov), lr)
+    options: Any = {"beta2": beta2, "eps": eps, "corrections": corrections}
+    return normalized_step(found, adam_update(beta1, adam_factor(found, *states, **options), 1 - apart), lr)
 
 
 def _step_completely(
@@ -326,7 +330,7 @@ def _step_completely(
     return []
 
 
-def _step_left(rule: Rule, rows: Rows, which: Tensor, dampening: float, step: float) -> None:
+def _step_left(rule: Rule, rows: GroupView, which: Tensor, dampening: float, step: float) -> None:
     """Step rows that the kernel has left as they were, by the reference."""
     dtype = accumulation_dtype(rows.weight.dtype)
     radius = rows.radius[which] if isinstance(rows.radius, Tensor) else rows.radius
@@ -334,10 +338,8 @@ def _step_left(rule: Rule, rows: Rows, which: Tensor, dampening: float, step: fl
     w, g = rows.weight[which].to(dtype), rows.gradient[which].to(dtype)
     b, second, largest = (None if x is None else x[which].to(dtype) for x in rows[2:5])
     states = None if second is None else (second, largest)
-    options: Any = {"sharp": states is not None, "rounding": rounding_of(rows.gradient.dtype)}
-    found, g = tangential(w, g, b, spheres, maximize=rule.maximize, **options)
-    move = rule.coefficients(found, states, dampening=dampening, step=step)
-    write_(w, g, b, spheres, move, maximize=rule.maximize)
+    rounding = rounding_of(rows.gradient.dtype)
+    step_(rule, w, g, b, states, spheres, dampening=dampening, step=step, rounding=rounding)
     for old, new in zip((rows.weight, *rows[2:5]), (w, b, second, largest), strict=True):
         if old is not None and new is not None:
             old[which] = new.to(old.dtype)

@@ -1,4 +1,4 @@
-r"""Weights of which each process holds a part: what a step needs of the others is one sum of scalars.
+r"""Steps for DTensor weights: one all-reduce of a few scalars per sphere.
 
 A sharded weight (`torch.distributed.tensor.DTensor`, as ``fully_shard`` makes it) is stepped by its local part.
 
@@ -37,7 +37,7 @@ class Part:
         manifold: the spheres of the tensors that a rule works on.
         combine: adds up inner products over the processes; None where each holds whole groups.
         place: where the part stands in zeros of the whole shape; None where it is worked on as it is.
-        scalars: placements of one value a sphere.
+        scalars: placements of one value per sphere.
         elsewhere: adds up over processes that hold other groups, all of them whole.
     """
 
@@ -63,7 +63,7 @@ class Part:
 
 
 def zero_scalars(weight: Tensor, manifold: SphereProduct, dtype: torch.dtype) -> Tensor:
-    """Return zeros, one a sphere, in ``spread_shape``, sharded as the spheres are.
+    """Return zeros, one per sphere, in ``spread_shape``, sharded as the spheres are.
 
     Example:
         >>> zero_scalars(torch.ones(2, 3), SphereProduct((2, 3)), torch.float32)

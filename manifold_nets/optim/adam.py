@@ -1,8 +1,10 @@
-"""Adam on products of spheres and plain parameters."""
+"""Adam on products of spheres and plain parameters: with one second moment per sphere, or one per entry."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,14 +12,16 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
+from manifold_nets.errors import OptionError, SphereOptionError
 from manifold_nets.groups import accumulation_dtype
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends.rule import Rule, StepInput
+from manifold_nets.optim.backends.sharded import zero_scalars
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.executions.sharding import zero_scalars
-from manifold_nets.optim.membership import Group
-from manifold_nets.optim.rules.members import Member, Rule
+from manifold_nets.optim.param_groups import Group, constrained_of, name_of
 
-__all__ = ["RiemannianAdam"]
+__all__ = ["AngularAdam", "RiemannianAdam"]
 
 
 _TORCH_OPTIONS = (
@@ -30,7 +34,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     r"""Adam, or AMSGrad, on any mix of products of spheres and plain parameters.
 
     Plain parameters take the steps of `torch.optim.Adam`, bit for bit. A weight on a `manifold_nets.SphereProduct`
-    keeps a tangent first moment and *one second moment a sphere*: with radius r and Riemannian gradient ξ,
+    keeps a tangent first moment and *one second moment per sphere*: with radius r and Riemannian gradient ξ,
 
     .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ‖ξ‖^2/r^2, \quad
               d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \\
@@ -42,7 +46,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     .. math:: η \, \frac{1-β_1}{1-β_1^t} \Big(\frac{1-β_2^t}{1-β_2} \sum_{j<t} (β_1^2/β_2)^j\Big)^{1/2} ,
 
     which is η in the first. A tangential part that is nothing but rounding (shorter than 1.5 machine epsilons of its
-    gradient in float32 and float64, about one in half precision) counts as zero, in every execution. ``weight_decay``,
+    gradient in float32 and float64, about one in half precision) counts as zero, in every backend. ``weight_decay``,
     decoupled or not, acts on plain parameters only: on a sphere it would pull along the radius, where nothing can
     move, and it costs nothing there.
     Half-precision weights are stepped in float32 and rounded once; their second moments stay in float32. Gradients
@@ -50,8 +54,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.executions.native`). Other weights, and all without a compiler, are
-    stepped by batches of torch's operations. All executions agree to rounding.
+    compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all without a compiler, are
+    stepped by batches of torch's operations. All backends agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
@@ -75,7 +79,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     Raises:
         NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
-            `manifold_nets.optim.membership.resolve_manifolds`.
+            `manifold_nets.optim.param_groups.resolve_manifolds`.
 
     References:
         Bécigneul, Ganea, *Riemannian adaptive optimization methods*, ICLR 2019, arXiv:1810.00760.
@@ -92,6 +96,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     """
 
     _moments = ("step", "exp_avg", "exp_avg_sq")
+    # What its second moments are called in the state.
+    _second = "exp_avg_sq"
 
     def __init__(
         self,
@@ -135,6 +141,11 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         self._accelerator_graph_capture_health_check()
 
     def _step_plain(self, group: Group) -> None:
+        for p in group["params"] if group["amsgrad"] else ():
+            # Switched on in the middle of a run: the largest second moment is looked for from here on.
+            state = self.state.get(p)
+            if p.grad is not None and state and "max_exp_avg_sq" not in state:
+                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         params: list[Tensor] = []
         gradients: list[Tensor] = []
         moments: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
@@ -149,25 +160,91 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return Rule("adam", group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
 
-    def _member(
+    def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
-    ) -> Member:
+    ) -> StepInput:
         if "exp_avg" not in state:
-            state.update(initial_state(weight, manifold, group["amsgrad"]))
+            # The step on the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
+            state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+            state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False)
+            state[self._second] = self._zero_second_moments(weight, manifold)
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         state["step"] += 1
-        second = (state["exp_avg_sq"], state["max_exp_avg_sq"] if group["amsgrad"] else None)
-        return Member(weight, gradient, manifold, state["exp_avg"], second, step=float(state["step"]))
+        second = (state[self._second], state["max_exp_avg_sq"] if group["amsgrad"] else None)
+        return StepInput(weight, gradient, manifold, state["exp_avg"], second, step=float(state["step"]))
+
+    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
+        return zero_scalars(weight, manifold, accumulation_dtype(weight.dtype))
+
+    def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
+        steps = [self.state[member.weight]["step"] for member in inputs]
+        torch._foreach_add_(steps, 1)
+        for member, step in zip(inputs, steps, strict=True):
+            member.step = float(step)
 
 
-def initial_state(weight: Tensor, manifold: SphereProduct, amsgrad: bool) -> dict[str, Any]:
-    """Return zero moments: the first of the weight's shape and dtype, the second one a sphere in float32 or better."""
-    per_sphere = zero_scalars(weight, manifold, accumulation_dtype(weight.dtype))
-    state = {
-        # On the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
-        "step": torch.tensor(0.0, dtype=torch.float32, device="cpu"),
-        "exp_avg": torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False),
-        "exp_avg_sq": per_sphere,
-    }
-    if amsgrad:
-        state["max_exp_avg_sq"] = per_sphere.clone()
-    return state
+class AngularAdam(RiemannianAdam):
+    r"""Adam's direction, entry by entry, and in every step a turn of each sphere by the learning rate, in radians.
+
+    With ``u = w/r``, the Riemannian gradient ξ of the direction u, and squares, quotients and roots of entries,
+
+    .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ξ^2, \quad
+              d = \frac{m}{\sqrt{v/(1-β_2^t)} + ε}, \\
+              e = \frac{d - ⟨u, d⟩ u}{‖d - ⟨u, d⟩ u‖}, \quad u ← \cos η\, u - \sin η\, e,
+              \quad m ← m - ⟨u, m⟩ u .
+
+    As in the rotational form of AdamW and in methods that train matrices of fixed norm, the angle is set and only the
+    direction is learned; the radius and the size of the loss decide nothing. Unlike `RiemannianAdam` it keeps one
+    second moment per entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
+    coordinates, as Adam does. A sphere whose direction is zero, or nothing but rounding, stays where it is. Under a
+    constant rate such steps never become small: use a schedule. Plain parameters take the steps of
+    `torch.optim.Adam`.
+
+    Args:
+        params: best the groups of `manifold_nets.param_groups`.
+        lr: η, the angle in radians.
+        options: the other options of `RiemannianAdam`; AMSGrad is not defined. On spheres the kernel in C takes what it
+            can, by default and with ``fused=True``; else the step is taken chunk by chunk.
+
+    Raises:
+        SphereOptionError: a weight shares its sphere with other weights.
+
+    References:
+        The rotational form of AdamW: Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212;
+        Adam's direction at fixed norm: arXiv:2606.16899.
+
+    Example:
+        >>> import geoopt, manifold_nets as mn
+        >>> sphere = mn.SphereProduct((1, 2))
+        >>> weight = geoopt.ManifoldParameter(torch.tensor([[1.0, 0.0]]), manifold=sphere)
+        >>> optimizer = mn.optim.AngularAdam([weight], lr=torch.pi / 2)
+        >>> (5 * weight[0, 1]).backward()
+        >>> optimizer.step()
+        >>> weight.data.round(decimals=4) + 0.0
+        tensor([[ 0., -1.]])
+    """
+
+    _moments = ("step", "exp_avg", "entry_sq")
+    _second = "entry_sq"
+
+    def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
+        if options.get("amsgrad"):
+            raise OptionError("amsgrad", True, "False, as steps of a given angle have no such variant")
+        super().__init__(params, lr=lr, **options)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters, none of which shares its sphere with others."""
+        super().add_param_group(param_group)
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
+        for index, _, manifold in constrained_of(group):
+            if isinstance(manifold, JointSphereMember):
+                self.param_groups.pop()
+                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
+                raise SphereOptionError(name_of(group, number, index), "a joint sphere", expected)
+
+    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
+        return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype), requires_grad=False)
+
+    def _rule(self, group: Group) -> Rule:
+        return replace(super()._rule(group), kind="angular-adam")

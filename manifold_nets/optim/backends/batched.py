@@ -1,8 +1,8 @@
-"""Steps by torch's operations on matrices whose rows are groups: blocks that stay in cache, and many weights at once.
+"""Steps by torch's operations on matrices whose rows are groups: chunks that stay in cache, and many weights at once.
 
-Where the direction of a step is its moment, `manifold_nets.optim.executions.along_moment` takes it operation by
+Where the direction of a step is its moment, `manifold_nets.optim.backends.momentum_step` takes it operation by
 operation. Elsewhere the inner products of all weights come first, then the coefficients of all their groups at once,
-then the writing. Large weights are passed in blocks of rows, so that what the operations leave between them stays in
+then the writing. Large weights are passed in chunks of rows, so that what the operations leave between them stays in
 cache and takes little memory; small weights are stepped together.
 """
 
@@ -17,33 +17,33 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.optim.executions.along_moment import follows_moment, step_along_moment
-from manifold_nets.optim.executions.compiled import step_compiled
-from manifold_nets.optim.executions.rows import (
-    Rows,
-    blocks_of,
+from manifold_nets.optim.backends.compiled import step_compiled
+from manifold_nets.optim.backends.inputs import Batch
+from manifold_nets.optim.backends.momentum_step import follows_moment, step_along_moment
+from manifold_nets.optim.backends.products import Scalar, Spheres, some
+from manifold_nets.optim.backends.reference import combine_
+from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
+from manifold_nets.optim.backends.views import (
+    GroupView,
     dots_of,
     portions,
     rows_of,
     what_to_write,
     without_radial_parts,
 )
-from manifold_nets.optim.rules.coefficients import Coefficients
-from manifold_nets.optim.rules.members import Member, Rule
-from manifold_nets.optim.rules.products import Scalar, Spheres, some
-from manifold_nets.optim.rules.updates import combine_
 
 __all__ = ["run_batched", "run_compiled"]
 
-# Weights of at most so many entries are stepped together, up to a block at once.
+# Weights of at most this many entries are stepped together, up to a chunk at once.
 _SMALL = 2**15
-# Entries of a block where all that a step reads may have to be copied to float32.
+# Entries of a chunk where all that a step reads may have to be copied to float32.
 _COPIED = 2**18
 
 
-def run_batched(rule: Rule, members: Sequence[Member]) -> None:
-    """Step weights that `suits_rows` by torch's operations, large ones in blocks and small ones together."""
-    for (dampening, step, *_, is_precise), batch in _alike(members).items():
+def run_batched(rule: Rule, members: Sequence[StepInput]) -> None:
+    """Step weights that `suits_rows` by torch's operations, large ones in chunks and small ones together."""
+    for alike, is_precise in _alike(members):
+        batch, dampening, step = [rows_of(m) for m in alike], alike[0].dampening, alike[0].step
         if is_precise and follows_moment(rule):
             step_along_moment(rule, batch, dampening, step)
             continue
@@ -51,44 +51,51 @@ def run_batched(rule: Rule, members: Sequence[Member]) -> None:
             _step_all(rule, matrices, dampening, step)
 
 
-def run_compiled(rule: Rule, members: Sequence[Member]) -> None:
+def run_compiled(rule: Rule, members: Sequence[StepInput]) -> None:
     """Step weights that `suits_rows` by a kernel that torch compiles for matrices of any size."""
-    for (dampening, step, *_), batch in _alike(members).items():
-        step_compiled(rule, batch, dampening, step)
+    for alike, _ in _alike(members):
+        step_compiled(rule, [rows_of(m) for m in alike], alike[0].dampening, alike[0].step)
     # The kernel writes behind torch's back; autograd has to know.
     torch.autograd.graph.increment_version(
         [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
     )
 
 
-def _alike(members: Sequence[Member]) -> dict[Any, list[Rows]]:
-    """Weights whose coefficients are computed together: after equally many steps, on one device."""
-    found: dict[Any, list[Rows]] = defaultdict(list)
-    for m in members:
-        rows, compute = rows_of(m), accumulation_dtype(m.weight.dtype)
-        is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
-        kinds = (m.moment is None, m.second is None, compute, m.weight.device)
-        found[m.dampening, float(m.step), *kinds, is_precise].append(rows)
-    return found
+def _alike(members: Sequence[StepInput]) -> list[tuple[list[StepInput], bool]]:
+    """Weights whose coefficients are computed together: after equally many steps, on one device.
+
+    With each comes whether all is at hand in the dtype to compute in.
+    """
+    kept = members.kept if isinstance(members, Batch) else {}
+    if "alike" not in kept:
+        found: dict[Any, list[StepInput]] = defaultdict(list)
+        for m in members:
+            compute = accumulation_dtype(m.weight.dtype)
+            is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
+            kinds = (m.moment is None, m.second is None, compute, m.weight.device)
+            found[m.dampening, m.step, *kinds, is_precise].append(m)
+        kept["alike"] = [(alike, key[-1]) for key, alike in found.items()]
+    alike: list[tuple[list[StepInput], bool]] = kept["alike"]
+    return alike
 
 
-def _step_all(rule: Rule, matrices: Sequence[Rows], dampening: float, step: float) -> None:
+def _step_all(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:
     """Take the inner products of all matrices, find the coefficients of all their rows at once, and write."""
     taken: Scalar = 0.0
-    products = torch.cat([dots_of(block) for rows in matrices for block in blocks_of(rows, _COPIED)], 1)
+    products = torch.cat([dots_of(chunk) for rows in matrices for chunk in rows.chunks(_COPIED)], 1)
     if rule.needs_lengths:
         matrices, products, taken = without_radial_parts(matrices, products)
     factors, far, carried = what_to_write(rule, matrices, products, taken, dampening, step)
     is_far, start = some(far), 0
     for rows in matrices:
-        for block in blocks_of(rows, _COPIED):
-            end = start + len(block.weight)
+        for chunk in rows.chunks(_COPIED):
+            end = start + len(chunk.weight)
             beyond = far[start:end] if is_far else None
-            _combine(block, factors[start:end], None if beyond is None or not some(beyond) else beyond, carried=carried)
+            _combine(chunk, factors[start:end], None if beyond is None or not some(beyond) else beyond, carried=carried)
             start = end
 
 
-def _combine(rows: Rows, factors: Tensor, far: Tensor | None, *, carried: bool) -> None:
+def _combine(rows: GroupView, factors: Tensor, far: Tensor | None, *, carried: bool) -> None:
     """Write the linear combinations of each row, computed in float32 or better and rounded once."""
     dtype = accumulation_dtype(rows.weight.dtype)
     w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
@@ -103,10 +110,10 @@ def _combine(rows: Rows, factors: Tensor, far: Tensor | None, *, carried: bool) 
 
 
 @contextmanager
-def _small_together(batch: Sequence[Rows]) -> Iterator[list[Rows]]:
+def _small_together(batch: Sequence[GroupView]) -> Iterator[list[GroupView]]:
     """Join small weights with groups of one size to matrices, and write back what became of them."""
-    alike: dict[Any, list[Rows]] = defaultdict(list)
-    matrices: list[Rows] = []
+    alike: dict[Any, list[GroupView]] = defaultdict(list)
+    matrices: list[GroupView] = []
     for rows in batch:
         if rows.weight.numel() <= _SMALL:
             radius = rows.radius if isinstance(rows.radius, float) else None
@@ -124,7 +131,7 @@ def _small_together(batch: Sequence[Rows]) -> Iterator[list[Rows]]:
                     torch._foreach_copy_(parts, list(getattr(whole, name).split([len(part) for part in parts])))
 
 
-def _joined(portion: Sequence[Rows]) -> Rows:
+def _joined(portion: Sequence[GroupView]) -> GroupView:
     if len(portion) == 1:
         return portion[0]
-    return Rows(*(torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in zip(*portion, strict=True)))
+    return GroupView(*(torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in zip(*portion, strict=True)))

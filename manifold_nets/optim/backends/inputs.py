@@ -1,12 +1,14 @@
 """What a step reads and writes, checked before anything is changed: a kernel believes every pointer that it gets.
 
+A `StepPlan` remembers what was checked, so that the next step only compares where tensors lie.
 `check` covers what every backend needs: shapes, memory, layout, and the dtype and device of the state. The rest of what
-the kernel in C needs (strides, lazy negation, weights that share memory) is in `manifold_nets.optim.executions.kernel`.
+the kernel in C needs (strides, lazy negation, weights that share memory) is in `manifold_nets.optim.backends.native`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import geoopt
@@ -17,9 +19,9 @@ from torch._subclasses import FakeTensor
 from manifold_nets.errors import SparseGradientError, StepInputError
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, accumulation_dtype
-from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends.rule import StepInput
 
-__all__ = ["PER_SPHERE", "WIDE", "check", "mark_of"]
+__all__ = ["PER_SPHERE", "WIDE", "Batch", "StepPlan", "check"]
 
 # Moments of one value per sphere; every other tensor in a weight's state but the step count has the weight's shape.
 PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
@@ -70,34 +72,110 @@ def check(
         _check_state(weight, partition, state, name)
 
 
-def mark_of(
-    weight: Tensor, gradient: Tensor | None, manifold: SphereProduct, state: dict[str, Any]
-) -> tuple[object, ...] | None:
-    """Return where and how the tensors of a step lie in memory: what was found of them holds while that is the same.
+class Batch(list[StepInput]):
+    """Weights that one backend steps, and what it keeps of them from step to step."""
 
-    Memory that shrinks is moved. None for tensors of other classes, or without memory, which are checked every time.
+    def __init__(self, members: Iterable[StepInput]) -> None:
+        super().__init__(members)
+        self.kept: dict[str, Any] = {}
+
+
+States = Mapping[Tensor, dict[str, Any]]
+_EMPTY: dict[str, Any] = {}
+_NO_GRADIENT = torch.empty(0, device="cpu")
+
+
+class StepPlan:
+    """The checked inputs of a group's step, which serve again as long as all tensors lie where they did.
+
+    It holds weights and states, so that no other memory can have their addresses; gradients it lets go after the step.
+    It cannot last where tensors are of other classes, or have no memory: these are checked in every step.
+
+    Args:
+        options: what of the group decides which inputs and backends a step has, with the manifolds.
+        places: where the weights that are stepped stand in the group.
+        idle: where weights stand that have no gradient.
+        inputs: the weights that are stepped.
+        state: the state of the optimizer.
+        batches: the backends, and what they step.
     """
-    if type(weight) not in _ORDINARY or (gradient is not None and type(gradient) is not Tensor):
-        return None
-    try:
-        mark: list[object] = [
-            id(manifold),
-            weight.data_ptr(),
-            weight.shape,
-            weight.stride(),
-            weight.dtype,
-            weight.is_neg(),
-        ]
-        if gradient is not None:
-            mark += (gradient.data_ptr(), gradient.shape, gradient.stride(), gradient.dtype, gradient.is_neg())
-        for key, value in state.items():
-            if key == "step":
-                mark.append(id(value))
-            elif type(value) is Tensor:
-                mark += (key, value.data_ptr(), value.shape, value.stride(), value.dtype, value.is_neg())
-    except (RuntimeError, NotImplementedError):  # sparse, or inside a transform
-        return None
-    return tuple(mark)
+
+    def __init__(
+        self,
+        options: Sequence[Any],
+        places: Sequence[int],
+        idle: Sequence[int],
+        inputs: Sequence[StepInput],
+        state: States,
+        batches: Sequence[tuple[Any, Batch]],
+    ) -> None:
+        self.options, self.places, self.idle, self.inputs, self.batches = options, places, idle, inputs, batches
+        self.weights = [member.weight for member in inputs]
+        self.held = self._states_in(state)
+        gradients = [member.gradient for member in inputs]
+        self.can_last = all(type(x) in _ORDINARY for x in (*self.weights, *gradients, *self.held))
+        if not self.can_last:
+            return
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                self._memory = _memory([*self.weights, *self.held])
+                self._layouts, self._pointers = _layouts(gradients), _pointers(gradients)
+        except (RuntimeError, NotImplementedError):  # inside a transform
+            self.can_last = False
+
+    def _states_in(self, state: States) -> list[Any]:
+        return [value for weight in self.weights for value in state.get(weight, _EMPTY).values()]
+
+    def holds(
+        self, options: Sequence[Any], params: Sequence[Tensor], gradients: Sequence[Tensor | None], state: States
+    ) -> bool:
+        """Whether a step with these parameters and gradients reads and writes what the last one did.
+
+        If so, the inputs are given the gradients. Ask while `torch._C.DisableTorchFunctionSubclass`.
+        """
+        if options != self.options or any(gradients[place] is not None for place in self.idle):
+            return False
+        tensors = [params[place] for place in self.places] + self._states_in(state)
+        given: list[Any] = [gradients[place] for place in self.places]
+        if list(map(id, tensors)) != list(map(id, (*self.weights, *self.held))) or {*map(type, given)} != {Tensor}:
+            return False
+        try:
+            if _memory(tensors) != self._memory or _layouts(given) != self._layouts:
+                return False
+            pointers = _pointers(given)
+        except (RuntimeError, NotImplementedError):  # sparse, or inside a transform
+            return False
+        if pointers != self._pointers:
+            pairs = zip(given, pointers, self._pointers, strict=True)
+            # Zeros that have no memory are nothing that a kernel can read.
+            if 0 in pointers or any(_fault(gradient, written=False) for gradient, new, old in pairs if new != old):
+                return False
+            self._pointers = pointers
+        for member, gradient in zip(self.inputs, given, strict=True):
+            member.gradient = gradient
+        return True
+
+    def let_go(self) -> None:
+        """Forget the gradients, whose memory may be wanted before the next step."""
+        for member in self.inputs:
+            member.gradient = _NO_GRADIENT
+
+
+def _pointers(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
+    """How tensors lie in memory, wherever that is."""
+    of_each = Tensor.size, Tensor.stride, _dtype_of, Tensor.is_neg, _is_on_cpu
+    return [list(map(ask, tensors)) for ask in of_each]
+
+
+def _memory(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_pointers(tensors), *_layouts(tensors)]
+
+
+_dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 
 def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], name: Callable[[], str]) -> None:

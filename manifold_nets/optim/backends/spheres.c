@@ -1,11 +1,11 @@
 /* Steps of RiemannianSGD, RiemannianAdam and AngularAdam on the CPU, row by row in cache: the formulas of products.py,
- * coefficients.py and updates.py. A weight is a matrix whose rows are its groups. Short rows are stepped in blocks that
+ * rule.py and reference.py. A weight is a matrix whose rows are its groups. Short rows are stepped in blocks that
  * stay in cache, so that the second pass over them moves no memory; long rows are cut into pieces for all threads, with
  * a barrier between the passes. Sums run over pieces of PIECE entries in the compute type and over pieces in double:
  * equal entries are rounded alike, and a longer chain of additions would be off by more machine epsilons.
  * Other methods have their coefficients computed elsewhere, between a pass that measures and one that writes.
  *
- * Compiled at first use by manifold_nets.optim.executions.native, once a machine. */
+ * Compiled at first use by manifold_nets.optim.backends.native, once a machine. */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -15,7 +15,7 @@ enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum { SGD, ADAM, ANGULAR_ADAM };
 enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 256, BLOCK = 16384, ROWS = 64 };
-enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see angular_adam.py */
+enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see reference.py */
 
 typedef struct { double ww, wg, gg, wb, gb, bb; } Products;
 typedef struct { double ww, wb, wg, bw, bb, bg; } Row;
@@ -99,7 +99,7 @@ static int brief_gradient(const Rule *rule, const Job *job, const Measured *m, i
     return rule->kind == ADAM || rule->lr * rule->lr * m->gg[i] * square_of(job, row) > 1;
 }
 
-/* See coefficients.py. */
+/* See rule.py. */
 static void coefficients(const Rule *rule, const Job *job, const Measured *restrict m, int64_t n, Turned *restrict r) {
     double keep = job->b ? rule->keep : 0.0, take = job->b ? job->take : 0.0, ahead = 0.0, along = 1.0;
     double lr = rule->lr, first = job->first, correction = job->second, eps = rule->eps;

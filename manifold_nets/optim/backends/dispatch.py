@@ -1,0 +1,196 @@
+"""Which backend steps which weights, as torch's optimizers choose among theirs; all take the same step, to rounding."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import Tensor
+
+from manifold_nets.errors import NativeKernelError
+from manifold_nets.gathered import is_sharded, local_part
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends import native
+from manifold_nets.optim.backends.batched import run_batched, run_compiled
+from manifold_nets.optim.backends.inputs import Batch
+from manifold_nets.optim.backends.native import run_in_passes, run_native, suits_by_entries, suits_native
+from manifold_nets.optim.backends.reference import run_single
+from manifold_nets.optim.backends.rule import Rule, StepInput
+from manifold_nets.optim.backends.sharded import part_of
+from manifold_nets.optim.backends.views import suits_rows
+
+__all__ = ["Backend", "assign", "in_motion", "joined", "run"]
+
+# Steps weights, and may give some of them back.
+Backend = Callable[[Rule, Sequence[StepInput]], "list[StepInput] | None"]
+
+
+def assign(
+    rule: Rule, members: Sequence[StepInput], *, foreach: bool | None, fused: bool | None, compiled: bool | None
+) -> list[tuple[Backend, Batch]]:
+    """Return the backends of a step and what each steps: what its options name, else the fastest for each weight.
+
+    By default the kernel in C takes what it can, and batches of torch's operations the rest; without a kernel, or with
+    ``fused=False``, batches take all. ``foreach=False`` takes one weight after the other. Weights whose groups are not
+    runs of memory, and those with extreme radii, are always taken one after the other, and so are sharded weights with
+    groups across processes.
+
+    Rules that kernels do not know have their coefficients computed by torch, between two passes of the kernel in C, and
+    ``compiled`` says nothing of them. Steps with a second moment for every entry have no batches.
+
+    Raises:
+        NativeKernelError: ``fused`` is True and there is no kernel.
+    """
+    remaining = [_local(member) for member in members] if rule.by_groups else list(members)
+    found: list[tuple[Backend, Batch]] = []
+
+    def give(backend: Backend, suits: Callable[[StepInput], bool]) -> None:
+        fits = [suits(member) for member in remaining]
+        taken = [member for member, fit in zip(remaining, fits, strict=True) if fit]
+        remaining[:] = [member for member, fit in zip(remaining, fits, strict=True) if not fit]
+        if taken:
+            found.append((backend, Batch(taken)))
+
+    compiled = compiled and rule.has_kernel
+    if compiled:
+        give(run_compiled, suits_rows)
+    elif rule.by_groups and _wants_native(fused, foreach, members):
+        if rule.by_entries:
+            give(run_native, suits_by_entries)
+        else:
+            give(run_native if rule.has_kernel else run_in_passes, suits_native)
+    if rule.by_groups and not rule.by_entries and (foreach or (foreach is None and not compiled)):
+        give(run_batched, suits_rows)
+    give(run_single, lambda _: True)
+    return found
+
+
+def run(rule: Rule, batches: Sequence[tuple[Backend, Batch]]) -> None:
+    """Take the step; weights that share memory with others are given back, and taken one after the other."""
+    for backend, batch in batches:
+        run_single(rule, backend(rule, batch) or ())
+
+
+def _local(member: StepInput) -> StepInput:
+    """Return the part of a sharded weight that this process holds, where that is whole groups; others as they are."""
+    if not is_sharded(member.weight):
+        return member
+    part = part_of(member.manifold, member.weight)
+    if part.combine is not None:
+        return member
+    second = member.second
+    if second is not None:
+        second = (local_part(second[0]), None if second[1] is None else local_part(second[1]))
+    return replace(
+        member,
+        weight=part.read(member.weight),
+        gradient=part.read(member.gradient),
+        manifold=part.manifold,
+        moment=None if member.moment is None else part.read(member.moment),
+        second=second,
+    )
+
+
+# ---- the kernel in C -------------------------------------------------------------------------------------------------
+
+
+def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[StepInput]) -> bool:
+    wanted = fused or (fused is None and foreach is None)
+    if not wanted or not any(member.weight.is_cpu for member in members):
+        return False
+    problem = native.available()
+    if problem is not None:
+        if fused:
+            raise NativeKernelError(problem)
+        _warn_of_slow_steps(problem)
+    return problem is None
+
+
+_has_warned = False
+
+
+def _warn_of_slow_steps(problem: str) -> None:
+    """Warn once per process that steps which the kernel would take are taken by torch's operations."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"The compiled kernel for steps on spheres is not available ({problem}). Optimizer steps on the CPU use "
+            "torch's operations instead and take several times longer. Install gcc or clang, or set CC to a C "
+            "compiler; with foreach=True the optimizer uses torch's operations without this warning.",
+            stacklevel=_depth(),
+        )
+
+
+def _depth() -> int:
+    """Return how many callers up the code is that called the optimizer, for a warning in the function that asks."""
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("manifold_nets", "torch"):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+# ---- joint spheres ---------------------------------------------------------------------------------------------------
+
+
+def in_motion(manifolds: Sequence[SphereProduct | None], places: Container[int]) -> set[JointSphere]:
+    """Return the joint spheres of which a weight in one of these places has a gradient; missing ones count as zero."""
+    # What is asked first costs nothing, and holds for almost all.
+    other = [(place, m) for place, m in enumerate(manifolds) if m is not None and type(m) is not SphereProduct]
+    return {m.joint for place, m in other if isinstance(m, JointSphereMember) and place in places}
+
+
+@contextmanager
+def joined(members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
+    """Make one input of all weights of each joint sphere for the time of a step, then write what became of it.
+
+    Row c of its matrix holds group c of all weights, so that the inner products of a step run over all of them. Each
+    weight keeps a state of its own, in which the second moments are the joint ones.
+
+    Args:
+        members: weights of one parameter group; of a joint sphere all or none.
+    """
+    parts: dict[JointSphere, dict[int, StepInput]] = {}
+    together: list[StepInput] = []
+    for member in members:
+        if isinstance(member.manifold, JointSphereMember):
+            parts.setdefault(member.manifold.joint, {})[member.manifold.place] = member
+        else:
+            together.append(member)
+    ordered = {joint: [found[place] for place in sorted(found)] for joint, found in parts.items()}
+    wholes = {joint: _whole(joint, found) for joint, found in ordered.items()}
+    yield [*together, *wholes.values()]
+    for joint, whole in wholes.items():
+        _write_back(joint, ordered[joint], whole)
+
+
+def _whole(joint: JointSphere, members: Sequence[StepInput]) -> StepInput:
+    first, second = members[0], None
+    if first.second is not None:
+        columns = [None if x is None else x.clone().reshape(-1, 1) for x in first.second]
+        second = (columns[0], columns[1])
+    moments = [member.moment for member in members if member.moment is not None]
+    return StepInput(
+        joint.join([member.weight.detach() for member in members]),
+        joint.join([member.gradient.detach() for member in members]),
+        joint.sphere,
+        joint.join(moments) if moments else None,
+        second,  # type: ignore[arg-type]
+        first.dampening,
+        first.step,
+    )
+
+
+def _write_back(joint: JointSphere, members: Sequence[StepInput], whole: StepInput) -> None:
+    points = joint.split(whole.weight)
+    moments = joint.split(whole.moment) if whole.moment is not None else [None] * len(members)
+    for member, point, moment in zip(members, points, moments, strict=True):
+        pairs: list[tuple[Tensor | None, Tensor | None]] = [(member.weight.detach(), point), (member.moment, moment)]
+        pairs += zip(member.second or (), whole.second or (), strict=True)
+        for old, new in pairs:
+            if old is not None and new is not None:
+                old.copy_(new.reshape(old.shape))

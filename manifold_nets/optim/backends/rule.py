@@ -1,0 +1,373 @@
+r"""Update rules: what a step writes, as a few coefficients for each group.
+
+Every rule writes linear combinations of a weight w, its gradient g and its momentum b, with one number a group:
+
+.. math:: w' = A w + B b + C g, \qquad b' = D w + E b + F g .
+
+A rule is defined by how it makes its momentum and its direction (`MomentumUpdate`), how far it goes, and how it returns
+to the sphere: by normalization (`normalized_step`), along the geodesic (`geodesic_step`), by a Euclidean step that is
+normalized (`projected_step`), or not at all (`scaled_step`).
+
+Rounding does not add up. ⟨w, w⟩ and ⟨w, b⟩ are measured in every step, and a step starts from the nearest point of the
+sphere and the tangential part of the momentum. The norm after the step is predicted from the products, to a few machine
+epsilons where no part of the step is longer than a radian; elsewhere the new point is measured before it is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends.products import Scalar, TangentProducts
+
+__all__ = [
+    "Coefficients",
+    "MomentumUpdate",
+    "Rule",
+    "StepInput",
+    "adam_factor",
+    "adam_update",
+    "bias_corrections",
+    "normalized_step",
+    "sgd_update",
+]
+
+
+@dataclass(slots=True, eq=False)
+class StepInput:
+    """A weight in a step.
+
+    Attributes:
+        weight: the point; changed in place.
+        gradient: the Euclidean gradient; only read.
+        manifold: the spheres of the weight.
+        moment: the momentum, changed in place; None without momentum.
+        second: second moments, one for each sphere (for AngularAdam one for each entry), and the largest so far or
+            None, changed in place; None for SGD.
+        dampening: share of the new gradient that is left out; 0 in the first step.
+        step: number of this step, counted from 1.
+        fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
+        rows: weight, momentum, second moments and radii as a matrix of the groups and columns beside it, made at first
+            use by `manifold_nets.optim.backends.views.rows_of`.
+        stride: that of the weight then.
+    """
+
+    weight: Tensor
+    gradient: Tensor
+    manifold: SphereProduct
+    moment: Tensor | None = None
+    second: tuple[Tensor, Tensor | None] | None = None
+    dampening: float = 0.0
+    step: float = 1.0
+    fits: tuple[bool, bool] | None = None
+    rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | Tensor] | None = None
+    stride: tuple[int, ...] = ()
+
+
+class MomentumUpdate(NamedTuple):
+    """How a step makes the new momentum p and its direction d of the old momentum b and the Riemannian gradient ξ.
+
+    Attributes:
+        beta: decay of the momentum, and
+        gain: share of the gradient in it: ``p = beta b + gain ξ``.
+        follow: factor of the momentum in the direction, and
+        ahead: factor of the gradient in it: ``d = follow p + ahead ξ``.
+    """
+
+    beta: Scalar
+    gain: Scalar
+    follow: Scalar
+    ahead: Scalar
+
+    @property
+    def direction(self) -> tuple[Scalar, Scalar]:
+        """Factors of the old momentum and of the gradient in d."""
+        return self.follow * self.beta, self.follow * self.gain + self.ahead
+
+
+class Coefficients(NamedTuple):
+    """What a step writes: ``w' = ww w + wb b + wg g`` and ``b' = bw w + bb b + bg g``, in unit-sphere coordinates.
+
+    Attributes:
+        far: where a part of the step is longer than a radian, so that the norm of w' is to be measured.
+        carried: whether the momentum belongs in the tangent space of the new point, wherever that is measured.
+    """
+
+    ww: Scalar
+    wb: Scalar
+    wg: Scalar
+    bw: Scalar
+    bb: Scalar
+    bg: Scalar
+    far: Tensor
+    carried: bool = True
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule, with the options that all weights of a parameter group share.
+
+    Attributes:
+        kind: ``"sgd"``, ``"adam"``, ``"sgd-g"``, ``"adam-g"``, ``"angular"``, ``"angular-adam"``, ``"projected"`` or
+            ``"scaled-metric"``.
+        lr: learning rate.
+        beta1: decay of the momentum; that of the first moment for relatives of Adam.
+        nesterov: whether to look ahead.
+        maximize: whether to ascend.
+        beta2: decay of the second moment.
+        eps: what is added to the root of the second moment; under the root for Adam-G.
+        clip: the largest length of a gradient, for SGD-G and Adam-G.
+        per_weight: whether the groups of a weight turn by one angle in the mean, for angular steps.
+    """
+
+    kind: str
+    lr: float | Tensor
+    beta1: float
+    nesterov: bool = False
+    maximize: bool = False
+    beta2: float = 0.0
+    eps: float = 0.0
+    clip: float = math.inf
+    per_weight: bool = False
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels, in C and compiled by torch, know the rule; for others the one in C lends its passes."""
+        return self.kind in ("sgd", "adam")
+
+    @property
+    def by_entries(self) -> bool:
+        """Whether each entry has a second moment of its own, so that no coefficients of groups say all."""
+        return self.kind == "angular-adam"
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the length of the tangential gradient matters by itself, and has to be exact where it is short."""
+        return self.kind not in ("sgd", "scaled-metric")
+
+    @property
+    def by_groups(self) -> bool:
+        """Whether the step of a group depends on no other group, so that weights may be cut and joined."""
+        return not self.per_weight
+
+    def coefficients(
+        self,
+        found: TangentProducts,
+        second: tuple[Tensor, Tensor | None] | None,
+        *,
+        dampening: float,
+        step: float,
+        elsewhere: Callable[[Tensor], Tensor] | None = None,
+    ) -> Coefficients:
+        """Return what to write, and update the second moments in place.
+
+        Args:
+            found: what the inner products of each group say.
+            second: the second moment of each group, and the largest so far or None; None for SGD.
+            dampening: share of the gradient that is left out of the momentum.
+            step: number of the step, counted from 1.
+            elsewhere: adds up sums over groups of which other processes hold others.
+        """
+        clip = clip_factor(found, self.clip) if self.kind in ("sgd-g", "adam-g") else 1.0
+        if second is None:
+            update = sgd_update(self.beta1, dampening, nesterov=self.nesterov)
+            if isinstance(clip, Tensor):
+                update = update._replace(gain=update.gain * clip, ahead=update.ahead * clip)
+        else:
+            corrections = bias_corrections(self.beta1, self.beta2, step)
+            if self.kind == "adam-g":
+                v = second[0].lerp_(clip * clip * found.gg, 1 - self.beta2)
+                factor: Scalar = corrections[0] / (v * corrections[1] + self.eps).sqrt()
+            else:
+                factor = adam_factor(found, *second, beta2=self.beta2, eps=self.eps, corrections=corrections)
+            update = adam_update(self.beta1, factor, clip)
+        lr: Scalar = self.lr
+        if self.kind == "angular":
+            lr = angular_rate(found, update, lr, per_weight=self.per_weight, elsewhere=elsewhere)
+        return _STEPS[self.kind](found, update, lr)
+
+
+# ---- momentum and direction ------------------------------------------------------------------------------------------
+
+
+def sgd_update(momentum: Scalar, dampening: Scalar, *, nesterov: bool) -> MomentumUpdate:
+    """Return the update of stochastic gradient descent, with torch's semantics of dampening and Nesterov."""
+    if _is_nothing(momentum):
+        return MomentumUpdate(0.0, 0.0, 0.0, 1.0)
+    return MomentumUpdate(momentum, 1.0 - dampening, *((momentum, 1.0) if nesterov else (1.0, 0.0)))
+
+
+def adam_update(beta1: Scalar, factor: Scalar, share: Scalar = 1.0) -> MomentumUpdate:
+    """Return the update of Adam: the first moment times a factor; a share of the gradient enters it."""
+    return MomentumUpdate(beta1, (1 - beta1) * share, factor, 0.0)
+
+
+def adam_factor(
+    found: TangentProducts,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    beta2: Scalar,
+    eps: Scalar,
+    corrections: tuple[Scalar, Scalar],
+) -> Tensor:
+    """Return by what Adam multiplies the first moment of each group, and update the second moments in place."""
+    second = exp_avg_sq.lerp_(found.gg, 1 - beta2)
+    if max_exp_avg_sq is not None:
+        second = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, second))
+    return corrections[0] / ((second * corrections[1]).sqrt() + eps)
+
+
+def bias_corrections(beta1: Scalar, beta2: Scalar, step: Scalar) -> tuple[Scalar, Scalar]:
+    """Return what Adam multiplies the first and the second moment by, as both started at zero."""
+    return 1 / (1 - beta1**step), 1 / (1 - beta2**step)
+
+
+def clip_factor(found: TangentProducts, limit: float) -> Tensor:
+    """Return the factor, at most 1, that shortens the Riemannian gradient of each group to ``limit``."""
+    length = found.gg.sqrt()
+    # 0/0 where there is nothing to clip; a gradient that is not a number stays one.
+    return torch.where(length > limit, limit / length, 1.0 + 0.0 * length)
+
+
+# How often the machine epsilon of the products of b and g the squared norm of their sum has to be, so as to be known.
+_KNOWN = 16.0
+
+
+def angular_rate(
+    found: TangentProducts,
+    update: MomentumUpdate,
+    lr: Scalar,
+    *,
+    per_weight: bool,
+    elsewhere: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Return the learning rate at which a step is of ``lr`` radians, for each group or in root mean square over them.
+
+    A direction of length zero has none: its group stays where it is. So does one where momentum and gradient cancel up
+    to the rounding of their products. Where other processes hold other groups of the weight, ``elsewhere`` adds up
+    over them.
+    """
+    length, (d_b, d_g) = _length(found, update), update.direction
+    total = d_b * d_b * found.b_total + d_g * d_g * found.g_total
+    length = torch.where(length.square() <= _KNOWN * found.eps * total, 0.0, length)
+    if per_weight:
+        sums = torch.stack([length.square().sum(), length.new_tensor(float(length.numel()))])
+        total, count = sums if elsewhere is None else elsewhere(sums)
+        length = (total / count).sqrt().expand_as(length)
+    return torch.where(length == 0, 0.0, lr / length)
+
+
+def _length(found: TangentProducts, update: MomentumUpdate) -> Tensor:
+    """Return ‖d‖ of each group, in radians per unit of learning rate."""
+    d_b, d_g = update.direction
+    square = d_b * d_b * found.bb + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
+    return square.clamp_min(0).sqrt()
+
+
+def _is_nothing(factor: Scalar) -> bool:
+    return isinstance(factor, float | int) and factor == 0
+
+
+def _where_moved(lr: Scalar, factor: Tensor) -> Tensor:
+    """Return a factor of the weight, and 1 where the learning rate is 0: there nothing is put back to its norm."""
+    if isinstance(lr, Tensor):
+        return torch.where(lr == 0, 1.0, factor)
+    return factor if lr != 0 else torch.ones_like(factor)
+
+
+# ---- the way back to the sphere --------------------------------------------------------------------------------------
+
+
+def normalized_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
+    r"""Step and normalize, with transport of the momentum by projection.
+
+    As d is orthogonal to w, ``‖w − η d‖² = 1 + η² ‖d‖²``; so ``w' = (w − η d)/(1 + η² ‖d‖²)^½``, and the transport
+    ``b' = p − ⟨w', p⟩ w'`` has ``⟨w', p⟩ = −η ⟨d, p⟩/(1 + η² ‖d‖²)^½``. A learning rate of 0 leaves w bit for bit.
+    """
+    beta, gain, follow, ahead = update
+    alone = _is_nothing(gain) and _is_nothing(ahead)  # the momentum, with whatever is in it, is all there is
+    d_b, d_g = follow * beta, 0.0 if alone else follow * gain + ahead
+    p_w, d_w = -beta * found.b_slope, -d_b * found.b_slope
+    length, overlap = d_b * d_b * found.bb, d_b * beta * found.bb
+    if not alone:
+        p_w, d_w = p_w - gain * found.g_slope, d_w - d_g * found.g_slope
+        length = length + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
+        overlap = overlap + (d_b * gain + d_g * beta) * found.gb + d_g * gain * found.gg
+    length = length.clamp_min(0)
+    # Products out of range would send the group to zero without a word; 0·∞ makes it NaN, as a diverged step should.
+    scale = (1.0 + 0.0 * length) / (1.0 + lr * lr * length).sqrt()
+    root = _where_moved(lr, found.ww.rsqrt())
+    along, turn = -lr * scale, -lr * scale * overlap
+    w_w, w_b, w_g = scale * (root - lr * d_w), along * d_b, 0.0 if alone else along * d_g
+    reach = w_b * w_b * found.b_total
+    far = (reach if alone else reach + w_g * w_g * found.g_total) > 1
+    b_g = 0.0 if alone else gain - turn * w_g
+    return Coefficients(w_w, w_b, w_g, p_w - turn * w_w, beta - turn * w_b, b_g, far)
+
+
+def geodesic_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
+    r"""Step along the geodesic, with parallel transport of the momentum.
+
+    With ``θ = η‖d‖`` and ``e = d/‖d‖``, ``w' = cos θ w − sin θ e`` and
+    ``p' = p + ⟨e, p⟩ ((cos θ − 1) e + sin θ w)``.
+
+    References:
+        Absil, Mahony, Sepulchre, *Optimization Algorithms on Matrix Manifolds*, examples 5.4.1 and 8.1.1.
+    """
+    beta, gain, (d_b, d_g), length = update.beta, update.gain, update.direction, _length(found, update)
+    overlap = d_b * beta * found.bb + (d_b * gain + d_g * beta) * found.gb + d_g * gain * found.gg
+    angle = lr * length
+    inverse = torch.where(length == 0, 0.0, 1.0 / length)
+    # Of one angle, so that their squares add up to 1: torch.sinc would round it once more.
+    cosine, sine_rate = torch.cos(angle), torch.where(length == 0, lr, torch.sin(angle) * inverse)
+    root = _where_moved(lr, found.ww.rsqrt())
+    # Factors of d in w' and in p', and of w in p'; where d is zero the momentum stays as it is.
+    along, back = overlap * inverse * inverse * (cosine - 1.0), overlap * sine_rate
+    d_w = -(d_b * found.b_slope + d_g * found.g_slope)
+    p_w = -(beta * found.b_slope + gain * found.g_slope)
+    w_w, w_b, w_g = cosine * root - sine_rate * d_w, -sine_rate * d_b, -sine_rate * d_g
+    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
+    return Coefficients(w_w, w_b, w_g, p_w + along * d_w + back * root, beta + along * d_b, gain + along * d_g, far)
+
+
+def projected_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
+    r"""Take a Euclidean step of which only the result is put on the sphere.
+
+    ``p = beta b + gain g`` and ``d`` keep their radial parts, ``w' = (w − η d)/‖w − η d‖`` and ``b' = p``.
+    """
+    beta, gain, (d_b, d_g), length = update.beta, update.gain, update.direction, _length(found, update)
+    taken = d_g * found.g_taken
+    radial = d_b * found.b_slope + d_g * found.g_slope + taken  # of d, as a multiple of w
+    # w − η d has a part along w and a tangential part; they are orthogonal.
+    squared = (1.0 - lr * radial).square() * found.ww + (lr * length).square()
+    # Of a step that cancels the weight itself only rounding remains: the group stays where it is.
+    lr = lr * torch.ones_like(squared).masked_fill(squared <= (4.0 * found.eps) ** 2, 0.0)
+    scale = _where_moved(lr, (1.0 + 0.0 * squared) / squared.sqrt())
+    w_w, w_b, w_g = scale * (1.0 - lr * taken), -lr * scale * d_b, -lr * scale * d_g
+    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
+    return Coefficients(w_w, w_b, w_g, gain * found.g_taken, beta, gain, far, carried=False)
+
+
+def scaled_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
+    r"""Step in the scaled metric, ``p = beta b + gain ‖w‖ g`` and ``w' = w − η ‖w‖ d``."""
+    (d_b, d_g), norm = update.direction, found.ww.sqrt()
+    far = torch.zeros_like(norm, dtype=torch.bool)
+    return Coefficients(1.0, -lr * norm * d_b, -lr * found.ww * d_g, 0.0, update.beta, update.gain * norm, far)
+
+
+_STEPS: dict[str, Callable[[TangentProducts, MomentumUpdate, Scalar], Coefficients]] = {
+    "sgd": normalized_step,
+    "adam": normalized_step,
+    "sgd-g": geodesic_step,
+    "adam-g": geodesic_step,
+    "angular": geodesic_step,
+    "projected": projected_step,
+    "scaled-metric": scaled_step,
+}

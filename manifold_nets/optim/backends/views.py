@@ -1,0 +1,314 @@
+"""Weights viewed as their groups: whole or in chunks, in place wherever their memory allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from manifold_nets.groups import Partition, accumulation_dtype
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends.products import (
+    Scalar,
+    pairs,
+    radial_share,
+    rounding_of,
+    some,
+    tangential_of,
+    without_radial_part,
+)
+from manifold_nets.optim.backends.rule import Rule, StepInput
+
+__all__ = [
+    "CHUNK",
+    "GroupView",
+    "Layout",
+    "dots_of",
+    "keep_second_moments",
+    "layout_of",
+    "portions",
+    "radii",
+    "rows_of",
+    "second_moments",
+    "suits_rows",
+    "what_to_write",
+    "without_radial_parts",
+]
+
+# Entries of a chunk: a few of them, in float32, fit in the third level of a processor's cache.
+CHUNK = 2**19
+# Squares of radii in this range, and sums of a billion of them, are normal numbers of float32.
+_SMALLEST, _LARGEST = 2.0**-40, 2.0**40
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What of a manifold does not change from step to step.
+
+    Attributes:
+        partition: the groups.
+        to_unit: whether radii are so extreme that a step has to be taken at radius 1.
+        rows: number of groups.
+        size: entries of a group.
+        squares: squared radii, float64: one, or one a group.
+        address: where the squared radii lie.
+    """
+
+    partition: Partition
+    to_unit: bool
+    rows: int
+    size: int
+    squares: np.ndarray
+    address: int
+    _dense: dict[tuple[int, ...], bool] = field(default_factory=dict)
+
+    def has_rows(self, stride: tuple[int, ...]) -> bool:
+        """Whether a tensor of these strides holds its groups one after the other, each in one run of memory.
+
+        So lie filters, blocks of filters and whole tensors, also in channels-last formats; not the filters of
+        transposed convolutions.
+        """
+        known = self._dense.get(stride)
+        if known is None:
+            known = self._dense[stride] = _holds_rows(self.partition, stride)
+        return known
+
+
+# By identity: a manifold takes its layout along when it goes, and no number is used twice meanwhile.
+_layouts: dict[int, Layout] = {}
+
+
+def layout_of(manifold: SphereProduct) -> Layout:
+    """Return the layout of a manifold, made at the first call.
+
+    Example:
+        >>> layout_of(SphereProduct((8, 3, 5, 5))).has_rows((75, 1, 15, 3))
+        True
+    """
+    layout = _layouts.get(id(manifold))
+    if layout is None:
+        radii, partition = manifold.radii, manifold.partition
+        extreme = float(radii.min()) < _SMALLEST or float(radii.max()) > _LARGEST
+        squares = (radii[:1] if manifold.uniform_radius is not None else radii).square().numpy()
+        rows, size = partition.n_groups, partition.group_size
+        layout = _layouts[id(manifold)] = Layout(partition, extreme, rows, size, squares, squares.ctypes.data)
+        finalize(manifold, _layouts.pop, id(manifold))
+    return layout
+
+
+def _holds_rows(partition: Partition, stride: tuple[int, ...]) -> bool:
+    shape = partition.shape
+    if partition.kept != tuple(range(len(partition.kept))):
+        return False
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+        if step != expected:
+            return False  # there are gaps, or entries that share memory
+        expected *= size
+    contiguous = all(
+        size == 1 or step == math.prod(shape[axis + 1 :])
+        for axis, (step, size) in enumerate(zip(stride, shape, strict=True))
+    )
+    if contiguous or partition.n_groups == 1:
+        return True
+    # The order of the entries inside a group does not matter, if groups are made of whole slices of axis 0.
+    return stride[0] * shape[0] == expected and shape[0] % partition.n_groups == 0
+
+
+class GroupView(NamedTuple):
+    """A weight, or a part of it, in the view of its groups; second moments and radii broadcast over it."""
+
+    weight: Tensor
+    gradient: Tensor
+    moment: Tensor | None
+    second: Tensor | None
+    largest: Tensor | None
+    radius: float | Tensor
+
+    def between(self, start: int, end: int) -> GroupView:
+        """Return a part along the first axis, as views."""
+        return GroupView(*(x[start:end] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
+
+    def chunks(self, entries: int = CHUNK) -> Iterator[GroupView]:
+        """Yield parts of about this many entries, which stay in a processor's cache; all at once on other devices.
+
+        The first axis has to number groups.
+
+        Example:
+            >>> view = GroupView(torch.zeros(600, 2048), torch.zeros(600, 2048), None, None, None, 1.0)
+            >>> [len(chunk.weight) for chunk in view.chunks()]
+            [256, 256, 88]
+        """
+        count, total = len(self.weight), self.weight.numel()
+        at_once = max(1, entries * count // total) if self.weight.is_cpu and total else count
+        if at_once >= count:
+            yield self
+            return
+        for start in range(0, count, at_once):
+            yield self.between(start, start + at_once)
+
+
+def suits_rows(member: StepInput) -> bool:
+    """Whether the groups of a weight are the rows of a matrix that is a view of it."""
+    weight, moment = member.weight, member.moment
+    layout, stride = layout_of(member.manifold), weight.stride()
+    if hasattr(weight, "__tensor_flatten__") or layout.to_unit or not layout.has_rows(stride):
+        return False
+    # torch writes to several tensors at once only where none of them is lazily negated.
+    if weight.is_neg() or (moment is not None and moment.is_neg()):
+        return False
+    return moment is None or moment.stride() == stride
+
+
+def rows_of(member: StepInput) -> GroupView:
+    """Return the matrix of a weight that `suits_rows`, with views of its memory; while no gradients are recorded."""
+    layout, gradient = layout_of(member.manifold), member.gradient
+    matrix, column = ((layout.rows, layout.size), (layout.size, 1)), ((layout.rows, 1), (1, 1))
+    if member.rows is None:
+        (v, v_max), radius = member.second or (None, None), member.manifold.radius_for(member.weight)
+        views = (member.weight, matrix), (member.moment, matrix), (v, column), (v_max, column)
+        w, b, v, v_max = (None if x is None else x.detach().as_strided(*shape) for x, shape in views)
+        member.rows = w, b, v, v_max, radius.reshape(-1, 1) if isinstance(radius, Tensor) else radius
+        member.stride = member.weight.stride()
+    if gradient.stride() != member.stride:
+        gradient = torch.empty_like(member.weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
+    w, *others = member.rows
+    return GroupView(w, gradient.as_strided(*matrix), *others)  # type: ignore[arg-type]
+
+
+def portions(matrices: Iterable[GroupView]) -> Iterator[list[GroupView]]:
+    """Yield runs of matrices of together at most one chunk's entries; larger matrices by themselves."""
+    portion: list[GroupView] = []
+    entries = 0
+    for rows in matrices:
+        if portion and entries + rows.weight.numel() > CHUNK:
+            yield portion
+            portion, entries = [], 0
+        portion.append(rows)
+        entries += rows.weight.numel()
+    if portion:
+        yield portion
+
+
+def radii(matrices: Sequence[GroupView]) -> float | Tensor:
+    """Return the radius of all rows, or one for each of them as a column."""
+    found = [rows.radius for rows in matrices]
+    if len(found) == 1 or not any(isinstance(radius, Tensor) or radius != found[0] for radius in found):
+        return found[0]
+    first = matrices[0].weight
+    columns = [
+        r if isinstance(r, Tensor) else first.new_full((len(rows.weight), 1), r)
+        for rows, r in zip(matrices, found, strict=True)
+    ]
+    return torch.cat([column.to(accumulation_dtype(first.dtype)) for column in columns])
+
+
+def second_moments(matrices: Sequence[GroupView]) -> tuple[Tensor, Tensor | None] | None:
+    """Return the second moments of all rows and the largest so far, as copies in columns; None where there are none."""
+    both = [
+        None if any(x is None for x in column) else torch.cat(column)
+        for column in zip(*((rows.second, rows.largest) for rows in matrices), strict=True)
+    ]
+    return None if both[0] is None else (both[0], both[1])
+
+
+def keep_second_moments(matrices: Sequence[GroupView], second: tuple[Tensor, Tensor | None]) -> None:
+    """Write second moments of all rows back to where `second_moments` took them from."""
+    sizes = [len(rows.weight) for rows in matrices]
+    for whole, parts in zip(second, zip(*((r.second, r.largest) for r in matrices), strict=True), strict=True):
+        if whole is not None:
+            torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
+
+
+def dots_of(rows: GroupView) -> Tensor:
+    """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
+    dtype = accumulation_dtype(rows.weight.dtype)
+    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
+    return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
+
+
+def without_radial_parts(matrices: Sequence[GroupView], products: Tensor) -> tuple[list[GroupView], Tensor, Scalar]:
+    """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`.
+
+    Args:
+        matrices: weights, not yet changed.
+        products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
+
+    Returns:
+        The matrices with gradients of which nothing is written to, their products, and what was taken off.
+    """
+    taken = radial_share(products.unbind())
+    if not some(taken):
+        return list(matrices), products, 0.0
+    sizes, result, columns = [len(rows.weight) for rows in matrices], [], []
+    for rows, slope, known in zip(matrices, torch.split(taken, sizes), torch.split(products, sizes, 1), strict=True):
+        if not some(slope):
+            result.append(rows)
+            columns.append(known)
+            continue
+        gradient, start = torch.empty_like(rows.weight), 0
+        for chunk in rows.chunks():
+            end = start + len(chunk.weight)
+            gradient[start:end], found = _without_radial_part(chunk, slope[start:end], known[2, start:end])
+            columns.append(found.to(products.dtype))
+            start = end
+        result.append(rows._replace(gradient=gradient))
+    return result, torch.cat(columns, 1), taken
+
+
+def _without_radial_part(rows: GroupView, slope: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(part: Tensor) -> list[Tensor]:
+        return list(dots_of(rows._replace(gradient=part)).unsqueeze(-1).unbind())
+
+    dtype, slope, total = accumulation_dtype(rows.weight.dtype), slope.unsqueeze(-1), total.unsqueeze(-1)
+    rounding, weight, gradient = rounding_of(rows.gradient.dtype), rows.weight.to(dtype), rows.gradient.to(dtype)
+    part, found = without_radial_part(weight, gradient, slope, total, rounding, measure)
+    if dtype != rows.weight.dtype:  # what is written is of the rounded one
+        part = part.to(rows.weight.dtype)
+        found = measure(part)
+    return part, torch.stack(list(found)).squeeze(-1)
+
+
+def what_to_write(
+    rule: Rule, matrices: Sequence[GroupView], products: Tensor, taken: Scalar, dampening: float, step: float
+) -> tuple[Tensor, Tensor, bool]:
+    """Return the coefficients of all rows of all matrices, and update their second moments.
+
+    Args:
+        rule: the rule.
+        matrices: weights, not yet changed.
+        products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
+        taken: what `without_radial_parts` has taken off their gradients.
+        dampening: of all of them.
+        step: of all of them.
+
+    Returns:
+        A matrix with the six numbers of `Coefficients` for each row, of w, b and the Euclidean gradient; a column that
+        says which rows step farther than a radian; and whether their momenta are carried along.
+    """
+    radius, second, dtype = radii(matrices), second_moments(matrices), products.dtype
+    if isinstance(radius, Tensor):
+        radius = radius.to(dtype)
+    if second is not None:
+        second = second[0].to(dtype), None if second[1] is None else second[1].to(dtype)
+    taken = taken.unsqueeze(-1) if isinstance(taken, Tensor) else taken
+    eps = torch.finfo(accumulation_dtype(matrices[0].weight.dtype)).eps
+    found = tangential_of(
+        products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize, taken=taken, eps=eps
+    )
+    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
+    if second is not None:
+        keep_second_moments(matrices, second)
+    square = (-radius if rule.maximize else radius) * radius
+    *columns, far, carried = move._replace(wg=move.wg * square, bg=move.bg * square)
+    return (
+        torch.cat([torch.as_tensor(x, dtype=dtype, device=far.device).expand_as(far) for x in columns], 1),
+        far,
+        carried,
+    )

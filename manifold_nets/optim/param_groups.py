@@ -1,0 +1,270 @@
+"""Parameter groups: those of a model, and which parameter of a group lies on which product of spheres."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any
+
+import geoopt
+from torch import Tensor, nn
+
+from manifold_nets.constraints import NEAR, constrained_weights, lost_constraints, recorded_name
+from manifold_nets.errors import (
+    ConstraintLostError,
+    JointSphereError,
+    OptionError,
+    ParameterGroupError,
+    SphereOptionError,
+    UnsupportedManifoldError,
+)
+from manifold_nets.gathered import is_sharded, whole
+from manifold_nets.groups import refuse_degenerate
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.manifold import SphereProduct
+
+__all__ = ["Group", "constrained_of", "name_at_step", "name_of", "param_groups", "resolve_manifolds"]
+
+Group = dict[str, Any]
+
+_NORMALIZATIONS = (
+    nn.modules.batchnorm._NormBase,  # batch and instance normalization
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.LocalResponseNorm,
+)
+_PUT_BACK = (
+    "Put it back first: manifold_nets.project(model) scales what was converted with it along, so that the output "
+    "stays, or says why it cannot; `weight.copy_(manifold.projx(weight))` under torch.no_grad() scales the weight "
+    "alone."
+)
+
+
+def param_groups(
+    model: nn.Module, *, weight_decay: float = 0.0, sphere_lr: float | Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of a model: constrained, decayed, undecayed.
+
+    The manifold of a constrained weight is found through the model, so that the weight stays constrained where its
+    parameter object was replaced by a plain one (``load_state_dict(assign=True)``, ``to("meta")`` and ``to_empty``,
+    sharding). Undecayed are biases, the parameters of normalizations, and all others of less than two dimensions.
+    Frozen parameters are left out; a shared parameter stands in one group once. A group without parameters is left
+    out too, so that a model without constraints gives groups for any torch optimizer.
+
+    Args:
+        model: any module.
+        weight_decay: weight decay of the decayed group; the others get 0.
+        sphere_lr: learning rate of the constrained group, in radians; that of the optimizer when left out. Or one for
+            each weight by its name, as `manifold_nets.LearningRates.by_weight` gives them: each then is a group of its
+            own, constrained weights without one stay in a group at the rate of the optimizer, and names of weights
+            that are not constrained are passed over.
+
+    Returns:
+        Groups with ``"params"``, ``"param_names"`` and ``"weight_decay"``; constrained ones with ``"manifolds"``.
+
+    Raises:
+        OptionError: ``sphere_lr`` names no parameter of the model, or a rate or the weight decay is negative or not
+            finite.
+
+    Example:
+        >>> import torch, manifold_nets as mn
+        >>> model = torch.nn.Sequential(mn.layers.UnitNormLinear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+        >>> for group in mn.param_groups(model, weight_decay=5e-4):
+        ...     print(group["weight_decay"], group["param_names"])
+        0.0 ['0.weight']
+        0.0005 ['2.weight']
+        0.0 ['0.bias', '1.weight', '1.bias', '2.bias']
+    """
+    _require_rate("weight_decay", weight_decay)
+    for name, rate in sphere_lr.items() if isinstance(sphere_lr, Mapping) else [("", sphere_lr)]:
+        if rate is not None:
+            _require_rate(f"sphere_lr[{name!r}]" if name else "sphere_lr", rate)
+    manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(model)}
+    members = _by_kind(model, manifolds)
+    options: dict[str, dict[str, Any]] = {
+        "constrained": {"weight_decay": 0.0, "manifolds": [manifolds[id(p)] for _, p in members["constrained"]]},
+        "decayed": {"weight_decay": weight_decay},
+        "undecayed": {"weight_decay": 0.0},
+    }
+    if sphere_lr is not None and not isinstance(sphere_lr, Mapping):
+        options["constrained"]["lr"] = sphere_lr
+    groups = [
+        {"params": [p for _, p in named], "param_names": [name for name, _ in named], **options[kind]}
+        for kind, named in members.items()
+        if named
+    ]
+    if not isinstance(sphere_lr, Mapping):
+        return groups
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in sphere_lr:
+        if name not in names:
+            raise OptionError("sphere_lr", name, f"names of parameters of {type(model).__name__}")
+    return [part for group in groups for part in (_apart(group, sphere_lr) if "manifolds" in group else [group])]
+
+
+def _by_kind(model: nn.Module, constrained: Container[int]) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Names and parameters that are constrained (by their `id`), decayed, and undecayed; frozen ones are left out."""
+    normalization = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _NORMALIZATIONS)
+        for parameter in module.parameters(recurse=False)
+    }
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {"constrained": [], "decayed": [], "undecayed": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) in constrained:
+            kind = "constrained"
+        elif parameter.ndim < 2 or id(parameter) in normalization or name.rpartition(".")[2].endswith("bias"):
+            kind = "undecayed"
+        else:
+            kind = "decayed"
+        members[kind].append((name, parameter))
+    return members
+
+
+def _require_rate(option: str, rate: Any) -> None:
+    try:
+        holds = 0 <= float(rate) < math.inf
+    except (TypeError, ValueError):
+        holds = False
+    if not holds:
+        raise OptionError(option, rate, "a finite number ≥ 0")
+
+
+def _apart(group: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """A constrained group with one group for each weight that has a learning rate of its own."""
+    rows = list(zip(group["params"], group["param_names"], group["manifolds"], strict=True))
+    rest = [row for row in rows if row[1] not in rates]
+    parts = [([row], {"lr": rates[row[1]]}) for row in rows if row[1] in rates]
+    return [
+        {**group, "params": [p for p, _, _ in own], "param_names": [n for _, n, _ in own],
+         "manifolds": [m for _, _, m in own], **lr}
+        for own, lr in [*parts, *([(rest, {})] if rest else [])]
+    ]  # fmt: skip
+
+
+# ---- the manifolds of a group ----------------------------------------------------------------------------------------
+
+
+def constrained_of(group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
+    """Yield position, weight and manifold of each constrained weight of a group."""
+    for index, (weight, manifold) in enumerate(zip(group["params"], group["manifolds"], strict=True)):
+        if manifold is not None:
+            yield index, weight, manifold
+
+
+def name_of(group: Group, number: int, index: int) -> str:
+    """Return the name of a parameter, or where it stands in the optimizer, for messages."""
+    names = group.get("param_names")
+    if names is not None and index < len(names):
+        return str(names[index])
+    parameter = group["params"][index]
+    if isinstance(parameter, tuple):
+        return str(parameter[0])
+    shape = tuple(parameter.shape) if isinstance(parameter, Tensor) else type(parameter).__name__
+    return f"parameter {index} of group {number} ({shape})"
+
+
+def name_at_step(group: Group, number: int, index: int) -> str:
+    """Return the name of a parameter as `name_of` does; without names, that of its module, which takes a search."""
+    place = name_of(group, number, index)
+    recorded = None if group.get("param_names") is not None else recorded_name(group["params"][index])
+    return place if recorded is None else f"{recorded}, {place}"
+
+
+def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
+    """Return the manifold of each parameter of a group that is to be added, None for a plain parameter.
+
+    Args:
+        group: a parameter group with a list ``"params"`` of parameters, or of names and parameters, all options, and
+            optionally a list ``"manifolds"``.
+        number: number of the group in its optimizer.
+
+    Raises:
+        ConstraintLostError: a plain parameter stands in the place of a constrained weight.
+        UnsupportedManifoldError: a parameter lies on a manifold that is no product of spheres.
+        ParameterGroupError: the manifolds do not fit the parameters.
+        OffManifoldError: a weight is not on its spheres.
+        DegenerateGroupError: a group of a weight is zero or not finite.
+        JointSphereError: weights of a joint sphere are missing; all of them belong in one group.
+        SphereOptionError: a weight is not real, or an option of the group does not work on spheres.
+    """
+    # What is not a tensor is left for torch to refuse.
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+    given = group.get("manifolds") or [None] * len(tensors)
+    if len(given) != len(tensors):
+        raise ParameterGroupError(
+            f"group {number}", f"{len(given)} manifolds for {len(tensors)} parameters", "one for each, or none at all"
+        )
+    names = [name_of(group, number, index) for index in range(len(tensors))]
+    manifolds = [_manifold_of(*triple) for triple in zip(tensors, given, names, strict=True)]
+    _refuse_lost(tensors, manifolds)
+    for weight, manifold, name in zip(tensors, manifolds, names, strict=True):
+        if manifold is not None:
+            _require_trainable(weight, manifold, name, group)
+    _require_together(tensors, manifolds, rtol=NEAR, remedy="Put it back first: manifold_nets.project(model).")
+    return manifolds
+
+
+def _manifold_of(parameter: Any, given: Any, name: str) -> SphereProduct | None:
+    own = getattr(parameter, "manifold", None)
+    for manifold in (given, own):
+        if not (manifold is None or isinstance(manifold, (SphereProduct, geoopt.Euclidean))):
+            raise UnsupportedManifoldError(name, manifold)
+    own, given = (m if isinstance(m, SphereProduct) else None for m in (own, given))
+    if own is not None and given is not None and own.to_dict() != given.to_dict():
+        raise ParameterGroupError(name, f"the manifold {given}", f"the parameter's own, {own}")
+    return given if given is not None else own
+
+
+def _refuse_lost(tensors: Sequence[Any], manifolds: Sequence[SphereProduct | None]) -> None:
+    lost = lost_constraints(p for p, manifold in zip(tensors, manifolds, strict=True) if manifold is None)
+    if lost:
+        raise ConstraintLostError(lost)
+
+
+def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group: Group) -> None:
+    if not weight.is_floating_point():
+        raise SphereOptionError(name, f"dtype {weight.dtype}", "a real floating-point dtype")
+    for option in ("differentiable", "capturable"):
+        if group.get(option):
+            raise SphereOptionError(name, f"{option}=True", f"{option}=False")
+    if tuple(weight.shape) != manifold.partition.shape:
+        raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")
+    if weight.device.type == "meta" or isinstance(manifold, JointSphereMember):
+        return
+    point = whole(weight)
+    refuse_degenerate(manifold.partition.norms(point), name)
+    manifold.require_point(point, name, rtol=NEAR, remedy=_PUT_BACK)
+
+
+def _require_together(
+    params: Sequence[Tensor], manifolds: Sequence[SphereProduct | None], *, rtol: float, remedy: str
+) -> None:
+    """Raise where some weight of a joint sphere is missing, sharded, or off the sphere.
+
+    Raises:
+        JointSphereError: the parameters lack a weight of a joint sphere.
+        OffManifoldError: the joint norms are not the radii.
+        DegenerateGroupError: a joint group is zero or not finite.
+    """
+    found: dict[JointSphere, dict[int, Tensor]] = {}
+    for weight, manifold in zip(params, manifolds, strict=True):
+        if isinstance(manifold, JointSphereMember):
+            found.setdefault(manifold.joint, {})[manifold.place] = weight
+    for joint, weights in found.items():
+        missing = [name for place, name in enumerate(joint.names) if place not in weights]
+        if missing:
+            present = [joint.names[place] for place in sorted(weights)]
+            raise JointSphereError(present[0], missing, f"a parameter group without {', '.join(missing)}")
+        points = [weights[place] for place in range(len(joint.names))]
+        if any(is_sharded(point) for point in points):
+            raise JointSphereError(joint.names[0], joint.names[1:], "sharded weights")
+        if len({(point.dtype, point.device) for point in points}) > 1:
+            raise JointSphereError(joint.names[0], joint.names[1:], "different dtypes or devices")
+        if points[0].device.type != "meta":
+            joint.refuse_degenerate(points)
+            joint.require_point(points, rtol=rtol, remedy=remedy)
