@@ -177,6 +177,7 @@ class _ShiftWalk(_Walk):
         # Links of which no unknown was refused so far, and how many equations there were when that was last checked.
         self._open: list[Link] = []
         self._checked = self._seen = 0
+        self.scales.then = self._refuse_sources
 
     def _use(self, node: Node) -> ShiftUse:
         for source in node.all_input_nodes:
@@ -189,12 +190,9 @@ class _ShiftWalk(_Walk):
     def _drop_refused(self, node: Node) -> None:
         """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
         given = [label for label in as_list(self.labels.get(node)) if label is not None]
-        if given and not any(self.scales.roots(label.ids).any() for label in given):
+        alive = any(not self.scales.is_pinned(int(label.ids.flat[0])) for label in given)
+        if given and not alive and not any(self.scales.roots(label.ids).any() for label in given):
             self.labels[node] = None
-
-    def _visit(self, node: Node) -> None:
-        super()._visit(node)
-        self._refuse_sources()
 
     def _leave(self, use: Use) -> None:
         """A loss of logits does not see what is added to all of them; any other output is seen."""
@@ -211,6 +209,7 @@ class _ShiftWalk(_Walk):
 
     def _refuse_sources(self) -> None:
         """Refuse the sources of links whose results are not free, until nothing changes."""
+        self.scales.then = lambda: None
         self._open += self.links[self._seen :]
         self._seen = len(self.links)
         while self._open and self._checked != self.scales.solved:
@@ -220,6 +219,7 @@ class _ShiftWalk(_Walk):
             for link in refused:
                 self.scales.pin(link.sources, link.because)
                 self.scales.pin(link.results, link.because)
+        self.scales.then = self._refuse_sources
 
     def _is_free(self, link: Link) -> bool:
         return bool(self.scales.is_free(slice(link.unknowns.start, link.unknowns.stop)).all())

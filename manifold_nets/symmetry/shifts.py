@@ -41,6 +41,7 @@ __all__ = [
 
 # Larger parameters that are no biases get one shift a filter or a row instead of one an entry.
 _LARGEST_BY_ENTRY = 1024
+_NORMALIZATIONS = {"group_norm": "num_groups", "layer_norm": "normalized_shape"}
 _DROPOUT_ATTRIBUTES = ("p", "drop_prob", "drop_rate", "dropout", "dropout_p")
 
 
@@ -63,8 +64,9 @@ class RowShift:
 
 def row_shifts(graph: TracedGraph, model: nn.Module, *, loss: bool = False) -> list[RowShift]:
     """What the structure of a network allows to be added to its weights, row by row; see `shift_symmetries`."""
-    inactive = inactive_modules(model)
-    found = (row_shift(graph, name, inactive, loss) for name in dict.fromkeys(graph.parameters.values()))
+    inactive, normalized = inactive_modules(model), _normalized(graph)
+    names = dict.fromkeys(graph.parameters.values())
+    found = (row_shift(graph, name, inactive, loss, (), normalized) for name in names)
     return [row for row in found if row is not None]
 
 
@@ -196,7 +198,12 @@ def only_multiplies(sources: list[Node]) -> bool:
 
 
 def row_shift(
-    graph: TracedGraph, name: str, inactive: Callable[[str], bool], loss: bool, wanted: Iterable[Partition] = ()
+    graph: TracedGraph,
+    name: str,
+    inactive: Callable[[str], bool],
+    loss: bool,
+    wanted: Iterable[Partition] = (),
+    normalized: Iterable[tuple[str, int]] | None = None,
 ) -> RowShift | None:
     """``W → W + 1vᵀ``, one row for each block of filters: the finest blocks that cover the most.
 
@@ -206,6 +213,7 @@ def row_shift(
         inactive: whether a module drops nothing at random.
         loss: whether the outputs are logits of a loss that compares them along axis 1.
         wanted: blocks to try beside those that normalizations suggest.
+        normalized: what `_normalized` says of the graph, where that is known.
     """
     sources = [node for node in graph.placeholders_of(name) if node.users]
     users = [user for node in sources for user in node.users]
@@ -215,8 +223,9 @@ def row_shift(
         along = _shift_along_an_axis(graph, name, sources, inactive, loss)
         if along or not only_multiplies(sources):
             return along
+    normalized = _normalized(graph) if normalized is None else normalized
     best: tuple[float, Partition, list[int], list[Absorption]] | None = None
-    for blocks, partition in _row_partitions(graph, users, shape_of_source(sources[0]), wanted):
+    for blocks, partition in _row_partitions(normalized, users, shape_of_source(sources[0]), wanted):
         scales = Scales(blocks)
         ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in shape_of_source(sources[0])[1:]))
         absorbed = follow_shifts(graph, {name: ids}, scales, rows={name: blocks}, inactive=inactive, loss=loss)
@@ -246,7 +255,7 @@ def _shift_along_an_axis(
 
 
 def _row_partitions(
-    graph: TracedGraph, users: list[Node], shape: tuple[int, ...], wanted: Iterable[Partition] = ()
+    normalized: Iterable[tuple[str, int]], users: list[Node], shape: tuple[int, ...], wanted: Iterable[Partition] = ()
 ) -> Iterable[tuple[int, Partition]]:
     """Numbers of blocks to try, finest first, with the entries of the weight that are shifted together."""
     ops = {op_name(user) for user in users}
@@ -259,14 +268,17 @@ def _row_partitions(
     transposed = "transpose" in op_name(users[0]) or bool(arguments.get("transposed"))
     channels = shape[1] * groups if transposed else shape[0]
     counts = {1, groups}
-    for node in graph.order:
-        if op_name(node) == "group_norm":
-            counts.add(int(bound_arguments(node)["num_groups"]))
-        elif op_name(node) == "layer_norm":
-            counts.add(channels // int(np.prod(bound_arguments(node)["normalized_shape"])) or 1)
+    for op, size in normalized:
+        counts.add(size if op == "group_norm" else channels // size or 1)
     counts.update(p.view[0] for p in wanted if p == _row_partition(shape, p.view[0], 0) and not transposed)
     fitting = [n for n in sorted(counts, reverse=True) if n < channels and channels % n == 0 and n % groups == 0]
     return [(n, _row_partition(shape, n, groups if transposed else 0)) for n in fitting]
+
+
+def _normalized(graph: TracedGraph) -> frozenset[tuple[str, int]]:
+    """The numbers of groups, and of entries with a common statistic, that normalizations of a network have."""
+    given = ((op_name(node), bound_arguments(node)) for node in graph.order if op_name(node) in _NORMALIZATIONS)
+    return frozenset((op, int(np.prod(arguments[_NORMALIZATIONS[op]]))) for op, arguments in given)
 
 
 def _row_partition(shape: tuple[int, ...], blocks: int, transposed_groups: int) -> Partition:
