@@ -12,8 +12,8 @@ from test_planted_faults import PLANTED, toy
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.symmetry.certificate import blunt
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
+from manifold_nets.symmetry import low_variance
+from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.rules import RULES
 
 Memory = Literal["full", "small"]
@@ -99,7 +99,7 @@ def test_the_biases_of_other_channels_stay_certified() -> None:
 
 def test_rounding_and_eps_are_what_would_refute(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the tests above: nobody asks for the variances."""
-    monkeypatch.setattr(BluntChannels, "_masks", {})
+    monkeypatch.setattr(LowVariance, "_masks", {})
     assert contradictions(mn.diagnose(dead_channel(nn.BatchNorm2d(4)), torch.randn(4, 3, 8, 8)))
     torch.manual_seed(1)
     constant = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -112,7 +112,7 @@ def test_a_channel_that_varies_little_beside_its_mean_is_blunt_just_where_roundi
 
     def masks(deviation: float) -> bool:
         x = (1.0 + deviation * wave)[:, None]
-        judge = BluntChannels(None, nn.Identity(), ((), {}), 0, None, tolerance)  # type: ignore[arg-type]
+        judge = LowVariance(None, nn.Identity(), ((), {}), 0, None, tolerance)  # type: ignore[arg-type]
         mask = judge._is_blunt("batch_norm", x, {})
         assert mask is not None
         assert mask.shape == (1, 1)
@@ -127,8 +127,8 @@ def test_no_variance_is_asked_for_where_nothing_is_refuted_and_no_fault_is_excus
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Tensor] = []
-    is_blunt = BluntChannels._is_blunt
-    monkeypatch.setattr(BluntChannels, "_is_blunt", lambda *args: (asked.append(args[2]), is_blunt(*args))[1])
+    is_blunt = LowVariance._is_blunt
+    monkeypatch.setattr(LowVariance, "_is_blunt", lambda *args: (asked.append(args[2]), is_blunt(*args))[1])
     name, op, wrong = PLANTED[fault]
     model, x = build(toy(name)), toy(name).inputs()
     assert not mn.diagnose(model, x).disagreements
@@ -147,7 +147,7 @@ def test_the_pass_for_the_variances_leaves_no_trace() -> None:
 
 
 def test_places_in_words() -> None:
-    assert blunt.told([{"n (layer_norm)": set()}]) == (
+    assert low_variance.told([{"n (layer_norm)": set()}]) == (
         "there is hardly any variance in front of n (layer_norm) on these inputs"
     )
-    assert blunt.told([]) == ""
+    assert low_variance.told([]) == ""

@@ -11,8 +11,8 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.certifier import ROUNDED, Certifier
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
+from manifold_nets.symmetry.gradients import EVIDENCE_FLOOR, GradientPass
+from manifold_nets.symmetry.invariance import ROUNDED, Certifier
 
 TOLERANCE = 1e-8
 EPS = torch.finfo(torch.float64).eps
@@ -22,7 +22,7 @@ def verdict_of_second_row(product: float, size: float) -> str:
     """Verdict on a row with this Euler sum and this ‖w‖‖g‖, beside a row whose ‖w‖‖g‖ is 1."""
     weight = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
     gradient = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    certifier = Certifier(EulerField({"w": weight}, {"w": gradient}), TOLERANCE)
+    certifier = Certifier(GradientPass({"w": weight}, {"w": gradient}), TOLERANCE)
     found = certifier.verdict(*(torch.tensor([x], dtype=torch.float64) for x in (product, size, 1.0)))
     return found.verdict
 
@@ -54,7 +54,7 @@ def test_the_smallest_scale_that_matters_above_the_floor_is_still_refuted() -> N
 
 def test_without_the_allowance_rounding_would_refute(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin of the first test."""
-    monkeypatch.setattr("manifold_nets.symmetry.certificate.certifier.ROUNDED", 0.0)
+    monkeypatch.setattr("manifold_nets.symmetry.invariance.ROUNDED", 0.0)
     with pytest.raises(AssertionError):
         assert verdict_of_second_row(8 * EPS, 1e-9) == "no evidence"
 
@@ -62,12 +62,12 @@ def test_without_the_allowance_rounding_would_refute(monkeypatch: pytest.MonkeyP
 # ---- scales of filters ----------------------------------------------------------------------------------------------
 
 
-def field_of(scale: float) -> EulerField:
+def field_of(scale: float) -> GradientPass:
     """Four invariant rows beside one that is not, and the first of them multiplied by a scale, its gradient divided."""
     weight = torch.tensor([[1.0, 0.0]] * 5, dtype=torch.float64)
     gradient = torch.tensor([[0.0, 1.0]] * 4 + [[1.0, 1.0]], dtype=torch.float64)
     factors = torch.tensor([scale, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
-    return EulerField({"w": weight * factors}, {"w": gradient / factors})
+    return GradientPass({"w": weight * factors}, {"w": gradient / factors})
 
 
 SCALES = [1.0, 1e-6, 1e-14, 1e-40, 1e30]
@@ -100,7 +100,7 @@ def test_a_group_without_a_gradient_has_no_evidence_whatever_the_scales() -> Non
         field = field_of(scale)
         gradient = field.gradients["w"].clone()
         gradient[1] = 1e-3 * EVIDENCE_FLOOR * torch.ones(2, dtype=torch.float64)
-        found = Certifier(EulerField(field.weights, {"w": gradient}), TOLERANCE).alone("w", ROWS)
+        found = Certifier(GradientPass(field.weights, {"w": gradient}), TOLERANCE).alone("w", ROWS)
         assert (found.groups_certified, found.groups_refuted, found.groups_without_evidence) == (3, 1, 1)
 
 

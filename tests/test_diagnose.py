@@ -19,9 +19,9 @@ from toy_networks import TOYS, Lambda, Toy
 
 import manifold_nets as mn
 from manifold_nets.errors import AnalysisError, ExampleInputsError
-from manifold_nets.symmetry.certificate import sharp as certificate_module
+from manifold_nets.symmetry import exact_mode as certificate_module
 from manifold_nets.symmetry.diagnose import LARGEST_SEED
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 NEGLIGIBLE = 1e-30
 # Float64 rounding through a handful of layers, relative to outputs of order one.

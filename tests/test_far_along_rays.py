@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toy_networks import Lambda
 
 import manifold_nets as mn
-from manifold_nets.symmetry.certificate import finite_move
+from manifold_nets.symmetry import finite_move
 
 # The module, which the function of the same name hides.
 DIAGNOSE = sys.modules["manifold_nets.symmetry.diagnose"]

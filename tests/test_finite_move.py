@@ -20,10 +20,10 @@ from manifold_nets.errors import NothingToConvertError
 from manifold_nets.groups import Partition
 from manifold_nets.models import analysis_copy
 from manifold_nets.running import split_inputs, to_float64
-from manifold_nets.symmetry.certificate import finite_move
-from manifold_nets.symmetry.certificate.euler import euler_field
-from manifold_nets.symmetry.certificate.finite_move import FiniteMove
+from manifold_nets.symmetry import finite_move
+from manifold_nets.symmetry.finite_move import FiniteMove
 from manifold_nets.symmetry.generators import Generators, Part
+from manifold_nets.symmetry.gradients import gradient_pass
 from manifold_nets.symmetry.rules import RULES, SHIFT_RULES
 
 WIDTH = 8
@@ -230,7 +230,7 @@ def three() -> tuple[FiniteMove, list[Generators]]:
         c=nn.Linear(5, 6), n=nn.BatchNorm1d(6), k=nn.BatchNorm1d(6),
     )  # fmt: skip
     twin, inputs = analysis_copy(model), to_float64(split_inputs(torch.randn(9, 5)))
-    move = FiniteMove(twin, inputs, euler_field(twin, inputs, 0), 1, 1e-8)
+    move = FiniteMove(twin, inputs, gradient_pass(twin, inputs, 0), 1, 1e-8)
     rows, numbers = Partition.filters((6, 5)), np.arange(6)
     claims = []
     for name in "abc":
@@ -270,7 +270,7 @@ def test_what_holds_for_equal_factors_only_fails() -> None:
     whole, one = Partition.whole((6, 5)), (np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), np.ones(1))
     a, b = (Part(f"{name}.weight", whole, *one) for name in "ab")
     for together, expected in (([(a, b)], [False]), ([(a,), (b,)], [True, True])):
-        move = FiniteMove(twin, inputs, euler_field(twin, inputs, 0), 1, 1e-8)
+        move = FiniteMove(twin, inputs, gradient_pass(twin, inputs, 0), 1, 1e-8)
         claims = [Generators(parts, 1) for parts in together]
         assert [outcome.refuted for outcome in move.outcomes(claims)] == expected
 

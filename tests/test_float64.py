@@ -23,7 +23,7 @@ from manifold_nets import float64 as precision
 from manifold_nets import running
 from manifold_nets.errors import DoublePrecisionError
 from manifold_nets.float64 import in_float64, map_tensors, tensors_in
-from manifold_nets.symmetry.certificate import sharp
+from manifold_nets.symmetry import exact_mode
 
 N, D = 8, 6
 MIX = torch.eye(D) + 0.1  # a constant of the module of Python, in float32
@@ -270,7 +270,7 @@ def test_an_operator_without_float64_is_named_by_the_line_of_the_model(memory: A
     model, x = Lambda(lambda m, x: Single.apply(hidden(m, x)), **inner()), torch.randn(N, D)
     with pytest.raises(DoublePrecisionError, match=r"line \d+ of .*test_float64\.py, in forward.*submodules") as caught:
         mn.diagnose(model, x, memory=memory)
-    assert "sharp.py" not in str(caught.value)
+    assert "exact_mode.py" not in str(caught.value)
     # The ways out that it names.
     assert mn.diagnose(nn.Sequential(model.fc, model.norm), x, memory=memory)["0.weight"].status == "invariant"
     model.function = lambda m, x: hidden(m, x).exp()
@@ -308,7 +308,7 @@ def test_other_threads_keep_their_dtype() -> None:
 
 def test_casts_are_what_the_certificate_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: with casts to float32 left in place the certificate sees rounding."""
-    monkeypatch.setattr(sharp, "in_float64", contextlib.nullcontext)
+    monkeypatch.setattr(exact_mode, "in_float64", contextlib.nullcontext)
     monkeypatch.setattr(graph, "following", lambda model: contextlib.nullcontext())
     model = Lambda(lambda m, x: m.norm(m.fc(x).to(torch.float32).to(x.dtype)), **inner())
     assert mn.diagnose(model, torch.randn(N, D))["fc.weight"].status == "disagreement"

@@ -16,9 +16,9 @@ import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.models import analysis_copy
 from manifold_nets.running import split_inputs, to_float64
-from manifold_nets.symmetry.certificate import euler
-from manifold_nets.symmetry.certificate.local import LocalCertificates, _hands_on_nan
+from manifold_nets.symmetry import gradients
 from manifold_nets.symmetry.graph import op_name
+from manifold_nets.symmetry.local_certificates import LocalCertificates, _hands_on_nan
 from manifold_nets.symmetry.rules import RULES
 from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.trace import TracedGraph, trace
@@ -187,7 +187,7 @@ def passes_of(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[mn.Sym
     with monkeypatch.context() as patch:
         patch.setattr(torch.autograd, "grad", counting("backward", torch.autograd.grad))
         patch.setattr(TracedGraph, "interpret", counting("forward", TracedGraph.interpret))
-        patch.setattr(euler, "sharp_outputs", counting("forward", euler.sharp_outputs))
+        patch.setattr(gradients, "differentiable_outputs", counting("forward", gradients.differentiable_outputs))
         report = mn.diagnose(model, torch.randn(X))
     return report, counts["backward"], counts["forward"] - counts["backward"]
 

@@ -14,8 +14,8 @@ from toy_networks import TOYS
 import manifold_nets as mn
 from manifold_nets.errors import OptionError
 from manifold_nets.models import analysis_copy
-from manifold_nets.symmetry.certificate.euler import euler_field
-from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
+from manifold_nets.symmetry.gradients import gradient_pass
+from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
 
 # Largest peak of the process during the analysis, the model included, over the bytes of the model.
 LARGEST_SHARE = 3.0
@@ -86,10 +86,10 @@ def test_gradients_are_those_of_the_full_pass_rounded() -> None:
     torch.manual_seed(2)
     model, x = Tied(), torch.randn(7, 5)
     inputs = ((x.double(),), {})
-    full = euler_field(analysis_copy(model), inputs, 3)
-    twin = lean_copy(model)
+    full = gradient_pass(analysis_copy(model), inputs, 3)
+    twin = low_memory_copy(model)
     widen_vectors(twin)
-    lean = lean_field(twin, inputs, 3)
+    lean = low_memory_pass(twin, inputs, 3)
     assert set(lean.gradients) == set(full.gradients)
     for name, gradient in full.gradients.items():
         assert torch.equal(full.weights[name], lean.weights[name])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate import reductions
-from manifold_nets.symmetry.certificate.reductions import coarsened, group_sums
+from manifold_nets.symmetry import group_sums as reductions
+from manifold_nets.symmetry.group_sums import coarsened, group_sums
 
 SHAPE = (8, 12, 3, 3)
 PARTITIONS = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import manifold_nets as mn
-from manifold_nets.symmetry.certificate import euler
+from manifold_nets.symmetry import gradients
 
 Memory = Literal["full", "small"]
 # Rounding of one pass: in float64, and with gradients in float32.
@@ -61,6 +61,6 @@ def test_with_the_eps_of_the_model_in_the_backward_pass_they_are_not(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sabotage twin of the test above: tensors in place of edges take the function mode off."""
-    monkeypatch.setattr(euler, "get_gradient_edge", lambda tensor: tensor)
+    monkeypatch.setattr(gradients, "get_gradient_edge", lambda tensor: tensor)
     with pytest.raises(AssertionError):
         assert largest_value(name, "full") <= LIMITS["full"]

@@ -17,7 +17,7 @@ from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 from manifold_nets.errors import LossError
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.report import ShiftSymmetry
 
 
 class Stream(nn.Module):

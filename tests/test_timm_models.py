@@ -10,7 +10,7 @@ from example_modules import example
 
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
-from manifold_nets.symmetry.findings.report import SymmetryReport
+from manifold_nets.symmetry.report import SymmetryReport
 
 FAMILIES = (
     "resnet|resnetv2|resnetv2 with group norm|nf_resnet|nfnet|densenet|dpn|vovnet|hrnet|ghostnet|repghost|levit|"

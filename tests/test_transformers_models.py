@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import manifold_nets as mn
 from manifold_nets.errors import NothingToConvertError
 from manifold_nets.running import output_tensors
-from manifold_nets.symmetry.certificate import sharp as certificate_module
+from manifold_nets.symmetry import exact_mode as certificate_module
 
 # Groups of each invariant weight, by pattern; SYMMETRY: normalized heads, normalized projections, normalized outputs.
 WHOLE = dict.fromkeys(("*.v_proj.weight", "*.o_proj.weight", "*.up_proj.weight", "*.down_proj.weight"), 1)

@@ -1,7 +1,8 @@
 """Which weight-space symmetries a network has: structure from its graph, proof from the Euler certificate."""
 
 from manifold_nets.symmetry.diagnose import diagnose
-from manifold_nets.symmetry.findings.report import (
+from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
+from manifold_nets.symmetry.report import (
     Absorber,
     Certificate,
     FamilyMember,
@@ -10,7 +11,6 @@ from manifold_nets.symmetry.findings.report import (
     SymmetryReport,
     WeightFinding,
 )
-from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
 
 __all__ = [
     "Absorber",

@@ -8,11 +8,10 @@ from torch import nn
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.joint import JointStructure
-from manifold_nets.symmetry.judge import owner_of
 from manifold_nets.symmetry.shifts import RowShift, only_multiplies
 from manifold_nets.symmetry.structure.partitions import seed_partition
 from manifold_nets.symmetry.trace import TracedGraph
-from manifold_nets.symmetry.untraced import natural_partitions
+from manifold_nets.symmetry.weight_findings import natural_partitions, owner_of
 
 __all__ = ["demanded_partitions", "natural_demands"]
 

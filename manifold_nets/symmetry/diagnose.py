@@ -17,29 +17,40 @@ from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputs
 from manifold_nets.float64 import following
 from manifold_nets.models import analysis_copy, draw_not_finite, is_continuous, is_meta, random_numbers
 from manifold_nets.running import Inputs, run, split_inputs, to_float64
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
-from manifold_nets.symmetry.certificate.certifier import Certifier
-from manifold_nets.symmetry.certificate.euler import MOST_PASSES, EulerField, euler_field, silent_field
-from manifold_nets.symmetry.certificate.finite_move import FiniteMove
-from manifold_nets.symmetry.certificate.lean import ROUNDING, lean_copy, lean_field, widen_vectors
-from manifold_nets.symmetry.certificate.local import LocalCertificates
-from manifold_nets.symmetry.certificate.points import replace_zeros, second_field
-from manifold_nets.symmetry.certificate.shifts import Loss, sees_no_shift
 from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.families import certified_families
+from manifold_nets.symmetry.finite_move import FiniteMove, has_written_eps, moved_claims, moved_numbers
+from manifold_nets.symmetry.gradients import (
+    MOST_PASSES,
+    GradientPass,
+    gradient_pass,
+    pass_without_values,
+    replace_zeros,
+    second_pass,
+)
 from manifold_nets.symmetry.graph import bound_arguments, op_name
-from manifold_nets.symmetry.joint import certified_families, solve_jointly
-from manifold_nets.symmetry.judge import Judge, owner_of
+from manifold_nets.symmetry.invariance import InvarianceTest
+from manifold_nets.symmetry.joint import solve_jointly
+from manifold_nets.symmetry.local_certificates import LocalCertificates
+from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
+from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.mixed import with_mixed_weights
 from manifold_nets.symmetry.module_graph import module_graph
-from manifold_nets.symmetry.moves import has_written_eps, moved_claims, moved_numbers
-from manifold_nets.symmetry.reverse.scales import search_unexplained, still_unexplained
+from manifold_nets.symmetry.report import SymmetryReport, UnexplainedSymmetry, WeightFinding
+from manifold_nets.symmetry.search import NumericalSearch, searched_partitions
+from manifold_nets.symmetry.shift_findings import Loss, sees_no_shift
 from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
 from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
 from manifold_nets.symmetry.trace import TracedGraph, trace
-from manifold_nets.symmetry.untraced import NOT_SEARCHED, finding_without_graph, integer_finding, qualified
+from manifold_nets.symmetry.weight_findings import (
+    NOT_SEARCHED,
+    WeightFindings,
+    finding_without_graph,
+    integer_finding,
+    owner_of,
+    qualified,
+)
 
 __all__ = ["LARGEST_SEED", "diagnose"]
 
@@ -61,9 +72,9 @@ def diagnose(
 
     Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
     normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
-    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.certificate.euler`). What both confirm is carried out by
+    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.invariance`). What both confirm is carried out by
     finite amounts, all at once, on the inputs and on ten times these, and the outputs must not change (see
-    `manifold_nets.symmetry.certificate.finite_move`). A contradiction is reported as a disagreement. Of a weight that
+    `manifold_nets.symmetry.finite_move`). A contradiction is reported as a disagreement. Of a weight that
     provably no output depends on, the certificate is taken at the output of the normalization that absorbs it, and its
     ``taken_at`` says so (with full memory only). Entries that are not finite are drawn anew for the certificate, and
     the groups that they are in are named. The model, its mode, buffers, gradients and the random state are left as they
@@ -119,7 +130,7 @@ def diagnose(
     _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
-        twin = lean_copy(model) if memory == "small" else analysis_copy(model)
+        twin = low_memory_copy(model) if memory == "small" else analysis_copy(model)
         meta, not_finite = is_meta(twin), draw_not_finite(twin)
         inputs = _not_empty(split_inputs(example_inputs))
         if memory == "full" or meta:
@@ -130,37 +141,37 @@ def diagnose(
         logits = not meta and sees_no_shift(loss, twin, inputs)
         if isinstance(graph, TracedGraph):
             joint, rows = solve_jointly(graph), row_shifts(graph, model, loss=logits)
-            wanted = demanded_partitions(graph, joint, rows)
+            required = demanded_partitions(graph, joint, rows)
         else:
-            wanted = natural_demands(twin)
-        twice = memory == "full" and isinstance(graph, TracedGraph)
-        field, again = _fields(twin, inputs, seed, wanted, logits=logits, memory=memory, twice=twice)
-
-    def mover() -> FiniteMove:
-        outward = isinstance(graph, TracedGraph) and has_written_eps(graph)
-        return FiniteMove(twin, inputs, field, seed + 2, tolerance, logits=logits, outward=outward)
-
+            required = natural_demands(twin)
+        searches = memory == "full" and not meta and isinstance(graph, TracedGraph)
+        gradients = _gradients(twin, inputs, seed, required, logits=logits, memory=memory, searched=searches)
     if isinstance(graph, AnalysisError):
-        return _by_certificate(model, twin, Certifier(field, tolerance, not_finite), graph, example_inputs)
-    unexplained: tuple[UnexplainedSymmetry, ...] = ()
+        return _by_certificate(
+            model, twin, InvarianceTest(gradients, tolerance, None, not_finite), graph, example_inputs
+        )
+    low_variance = None if meta else LowVariance(graph, twin, inputs, seed, gradients, tolerance)
+    test = InvarianceTest(gradients, tolerance, low_variance, not_finite)
     constrained = {weight.name for weight in constrained_weights(model)}
-    local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - field.passes - again.passes) if again else None
-    blunt = None if meta else BluntChannels(graph, twin, inputs, seed, field, tolerance)
-    judge = Judge(twin, graph, field, variances, tolerance, blunt, not_finite)
+    judge = WeightFindings(twin, graph, test, variances)
+    local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - gradients.passes - 1) if searches else None
     findings = _by_structure(judge, local, constrained)
-    families = certified_families(joint, field, tolerance, blunt, not_finite)
-    shifts = shift_symmetries(graph, model, rows, field, tolerance, loss=logits, blunt=blunt)
-    if again and local:
-        again = replace(again, passes=again.passes + local.passes)
-        unexplained = search_unexplained((field, again), findings, families, shifts, tolerance, graph)
-        unexplained = _of_the_model(unexplained, not_finite)
-        shown = shown_shifts(graph, model, unexplained, field, tolerance, loss=logits, blunt=blunt)
+    families = certified_families(joint, test)
+    shifts = shift_symmetries(graph, model, rows, test, loss=logits)
+    unexplained: tuple[UnexplainedSymmetry, ...] = ()
+    if local:
+        left = MOST_PASSES - gradients.passes - local.passes
+        search = NumericalSearch(graph, test, lambda: _second(twin, inputs, seed, left, logits=logits))
+        unexplained = _of_the_model(search.unexplained(findings, families, shifts), not_finite)
+        shown = shown_shifts(graph, model, unexplained, test, loss=logits)
         if shown:
             shifts = with_shown(shifts, shown)
-            unexplained = still_unexplained(unexplained, (field, again), shifts, shown, tolerance)
+            unexplained = search.still_unexplained(unexplained, shifts, shown)
+        del search  # the memory of the second point is what the copy takes that is moved
     if not meta:
-        again = local = None  # their memory is what the copy takes that is moved
-        move = mover()
+        move = FiniteMove(
+            twin, inputs, gradients, seed + 2, tolerance, logits=logits, outward=has_written_eps(graph)
+        )  # fmt: skip
         findings, families, shifts = moved_claims(move, findings, families, shifts)
         findings, unexplained = moved_numbers(move, findings, unexplained, judge.alone_invariant)
     told, families = with_mixed_weights(findings, families)
@@ -187,34 +198,41 @@ def _require_options(tolerance: object, seed: object, memory: object) -> None:
         raise OptionError("memory", memory, "'full' or 'small'")
 
 
-def _fields(
+def _gradients(
     twin: nn.Module,
     inputs: Inputs,
     seed: int,
-    wanted: Demands,
+    required: Demands,
     *,
     logits: bool,
     memory: Literal["full", "small"],
-    twice: bool,
-) -> tuple[EulerField, EulerField | None]:
-    """The Euler field, and the one at a second point where that is asked for."""
+    searched: bool,
+) -> GradientPass:
+    """The gradients at the weights as they are."""
     if is_meta(twin):
-        return silent_field(twin), None
+        return pass_without_values(twin)
     if memory == "small":
         widen_vectors(twin)
-        return lean_field(twin, to_float64(inputs), seed, wanted, logits=logits), None
+        return low_memory_pass(twin, to_float64(inputs), seed, required, logits=logits)
     replace_zeros(twin, seed)
-    field = replace(euler_field(twin, inputs, seed, logits=logits), wanted=wanted)
-    return field, second_field(twin, inputs, seed, logits=logits) if twice else None
+    found = gradient_pass(twin, inputs, seed, logits=logits)
+    partitions = {name: searched_partitions(shape) for name, shape in found.shapes.items()} if searched else {}
+    return replace(found, required=required, searched=partitions)
 
 
-def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
+def _second(twin: nn.Module, inputs: Inputs, seed: int, passes: int, *, logits: bool) -> GradientPass:
+    """The gradients at a second point."""
+    with random_numbers(seed):
+        return second_pass(twin, inputs, seed, logits=logits, passes=passes)
+
+
+def _by_structure(judge: WeightFindings, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
     """Judge every weight of a traced model, those without influence on the outputs at the normalizations inside."""
     findings: dict[str, WeightFinding] = {}
     silent: dict[str, Structure] = {}
-    for name, parameter in _weights(judge.twin):
+    for name, parameter in _weights(judge.model_copy):
         if not is_continuous(parameter):
-            findings[name] = integer_finding(name, parameter, owner_of(judge.twin, name))
+            findings[name] = integer_finding(name, parameter, owner_of(judge.model_copy, name))
             continue
         structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
         findings[name] = qualified(judge.finding(name, structure, name in constrained), parameter)
@@ -222,12 +240,12 @@ def _by_structure(judge: Judge, local: LocalCertificates | None, constrained: se
             silent[name] = structure
     for name, inside in (local.fields(silent.values()) if local else {}).items():
         found = judge.finding(name, silent[name], name in constrained, inside)
-        findings[name] = qualified(found, judge.twin.get_parameter(name))
+        findings[name] = qualified(found, judge.model_copy.get_parameter(name))
     return list(findings.values())
 
 
 def _by_certificate(
-    model: nn.Module, twin: nn.Module, certifier: Certifier, refusal: AnalysisError, example_inputs: Any
+    model: nn.Module, twin: nn.Module, test: InvarianceTest, refusal: AnalysisError, example_inputs: Any
 ) -> SymmetryReport:
     """Report what the certificate says where there is no graph."""
     findings, found = [], []
@@ -236,12 +254,12 @@ def _by_certificate(
         if not is_continuous(parameter):
             findings.append(integer_finding(name, parameter, owner))
             continue
-        finding, invariant = finding_without_graph(name, parameter, owner, certifier, refusal.why)
+        finding, invariant = finding_without_graph(name, parameter, owner, test, refusal.why)
         findings.append(finding)
         found += [invariant] if invariant is not None else []
     return SymmetryReport(
-        type(model).__name__, tuple(findings), certifier.tolerance, example_inputs,
-        unexplained=_of_the_model(tuple(found), certifier.not_finite), not_searched=NOT_SEARCHED,
+        type(model).__name__, tuple(findings), test.tolerance, example_inputs,
+        unexplained=_of_the_model(tuple(found), test.not_finite), not_searched=NOT_SEARCHED,
     )  # fmt: skip
 
 

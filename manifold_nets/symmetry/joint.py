@@ -10,23 +10,15 @@ Source: the symmetries of Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, sec
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.models import groups_not_finite
-from manifold_nets.symmetry.certificate.blunt import BluntChannels, Places, told
-from manifold_nets.symmetry.certificate.certifier import ROUNDED
-from manifold_nets.symmetry.certificate.euler import EVIDENCE_FLOOR, EulerField
-from manifold_nets.symmetry.findings.report import Certificate, FamilyMember, SymmetryFamily
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
@@ -34,7 +26,7 @@ from manifold_nets.symmetry.structure.partitions import seed_label, seed_partiti
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["JointStructure", "certified_families", "solve_jointly"]
+__all__ = ["JointStructure", "solve_jointly"]
 
 # Larger parameters that are no linear maps get one scale along their last axis instead of one an entry.
 _LARGEST_BY_ENTRY = 4096
@@ -80,15 +72,6 @@ class JointStructure:
             yield name, seed.part, seed.partition, self.scales.roots(seed.ids), 1.0
         for name, ids in self.columns.items():
             yield name, "columns", self.partitions[name], self.scales.roots(ids), -1.0
-
-    def symmetries(self) -> dict[int, dict[tuple[str, Part], dict[int, float]]]:
-        """For each free scale the exponents of the indices of all parts, without those that stay as they are."""
-        found: dict[int, dict[tuple[str, Part], dict[int, float]]] = {}
-        for name, part, _, ids, sign in self.parts():
-            for index, number in enumerate(ids.tolist()):
-                for scale, exponent in self.scales.form(number).items():
-                    found.setdefault(scale, {}).setdefault((name, part), {})[index] = sign * exponent
-        return found
 
 
 def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStructure:
@@ -152,128 +135,3 @@ def _column_partition(graph: TracedGraph, name: str) -> Partition:
         return Partition.filters(shape)
     groups = int(arguments.get("groups", 1) or 1)
     return Partition(shape, (groups, shape[0] // groups, *shape[1:]), (0, 2))
-
-
-def certified_families(
-    joint: JointStructure,
-    euler: EulerField,
-    tolerance: float,
-    blunt: BluntChannels | None = None,
-    not_finite: Mapping[str, Tensor] = MappingProxyType({}),
-) -> tuple[SymmetryFamily, ...]:
-    """Sort the symmetries into families of the same make-up, each with the certificate of all its members.
-
-    For a symmetry with exponents c the certificate is ``|Σ c_i Σ_i w ⊙ ∂L/∂w|`` over ``Σ |c_i| ‖w_i‖ ‖∂L/∂w_i‖``.
-    Where some are refuted, ``blunt`` is asked of which of them the pass could tell nothing. Those that move entries
-    which are ``not_finite`` in the model have no evidence.
-    """
-    # Plain lists: there is one symmetry a channel, and each reads a few numbers.
-    sums: dict[tuple[str, Part], list[float]] = {}
-    sizes: dict[tuple[str, Part], list[float]] = {}
-    for name, part, partition, _, _ in joint.parts():
-        own = euler.sums(name, partition)
-        most = 0.0 if euler.silent else euler.size(name)
-        sums[name, part] = own.products.tolist()
-        most = most if math.isfinite(most) else math.inf
-        sizes[name, part] = (own.weights.sqrt() * own.gradients.sqrt()).clamp_max(most).tolist()
-        # What was drawn anew is not what the model has there.
-        for index in groups_not_finite(not_finite[name], partition) if name in not_finite else ():
-            sizes[name, part][index] = math.nan
-    finite = (size for each in sizes.values() for size in each if math.isfinite(size))
-    floor = EVIDENCE_FLOOR * max(finite, default=0.0)
-    families: dict[Any, _Tally] = {}
-    symmetries = joint.symmetries()
-    for scale, members in symmetries.items():
-        key = tuple((name, part, _common(exponents), len(exponents)) for (name, part), exponents in members.items())
-        moved = [(place, index, c) for place, exponents in members.items() for index, c in exponents.items()]
-        total = sum(c * sums[place][index] for place, index, c in moved)
-        reach = sum(abs(c) * sizes[place][index] for place, index, c in moved)
-        families.setdefault(key, _Tally()).add(scale, abs(total), reach, floor, tolerance)
-    if blunt is not None and any(tally.refuted for tally in families.values()):
-        places = blunt.scales(joint.scales, joint.absorptions)
-        for tally in families.values():
-            for scale in tally.refuted:
-                for (name, _), exponents in symmetries[scale].items():
-                    places.setdefault(scale, {}).update(blunt.behind(name, exponents))
-            tally.excuse(places)
-    partitions = {(name, part): partition for name, part, partition, _, _ in joint.parts()}
-    return tuple(
-        tally.family(
-            [FamilyMember(*entry) for entry in key],
-            [symmetries[scale] for scale in tally.scales],
-            {(name, part): partitions[name, part] for name, part, *_ in key},
-            absorbed=not joint.absorbed.isdisjoint(tally.scales),
-        )
-        for key, tally in families.items()
-    )
-
-
-def _common(exponents: dict[int, float]) -> float | None:
-    """The exponent that all indices of a part share, or None."""
-    values = set(exponents.values())
-    return values.pop() if len(values) == 1 else None
-
-
-@dataclass
-class _Tally:
-    scales: list[int] = field(default_factory=list)
-    values: dict[int, float] = field(default_factory=dict)
-    refuted: list[int] = field(default_factory=list)
-    because: str = ""
-
-    def add(self, scale: int, total: float, size: float, floor: float, tolerance: float) -> None:
-        self.scales.append(scale)
-        if not math.isfinite(size):
-            self.because = "entries or gradients are not finite"
-            return
-        if (not size > floor and total <= floor) or tolerance * size < total <= ROUNDED * floor:
-            return
-        value = total / size
-        self.values[scale] = value
-        if not value <= tolerance:
-            self.refuted.append(scale)
-
-    def excuse(self, places: Mapping[int, Places]) -> None:
-        """Take what was refuted at these scales for no evidence."""
-        without = [scale for scale in self.refuted if places.get(scale)]
-        self.refuted = [scale for scale in self.refuted if not places.get(scale)]
-        self.values = {scale: value for scale, value in self.values.items() if scale not in without}
-        self.because = "; ".join(filter(None, (self.because, told(places[scale] for scale in without))))
-
-    def family(
-        self,
-        members: list[FamilyMember],
-        symmetries: list[Any],
-        partitions: dict[tuple[str, str], Partition],
-        *,
-        absorbed: bool,
-    ) -> SymmetryFamily:
-        exponents = [member.exponent for member in members]
-        kind: Literal["scale", "rescaling"] = (
-            "scale" if all(e is not None and e > 0 for e in exponents) else "rescaling"
-        )
-        certificate = Certificate(
-            value=max(self.values.values()) if self.values else None,
-            verdict="not invariant" if self.refuted else "invariant" if self.values else "no evidence",
-            groups_certified=len(self.values) - len(self.refuted),
-            groups_refuted=len(self.refuted),
-            groups_without_evidence=len(self.scales) - len(self.values),
-            because=self.because,
-            silent=tuple(number for number, scale in enumerate(self.scales) if scale not in self.values),
-        )
-        remedy = _remedy(kind, members, certificate, absorbed=absorbed)
-        return SymmetryFamily(
-            kind, tuple(members), len(self.scales), certificate, remedy, absorbed, tuple(symmetries), partitions
-        )  # fmt: skip
-
-
-def _remedy(kind: str, members: list[FamilyMember], certificate: Certificate, *, absorbed: bool) -> str:
-    if certificate.verdict == "not invariant":
-        return "leave it and report it: structure and certificate contradict each other"
-    if kind == "scale":
-        return (
-            "keep each group on a sphere" if len(members) == 1 else "keep each group on one sphere across its tensors"
-        )
-    if absorbed:
-        return "leave it: stored statistics and eps would have to follow"
-    return "balance: move to the point of the orbit with the smallest norm; the function stays"

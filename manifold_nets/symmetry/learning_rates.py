@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import ArgumentTypeError, OptionError, ParameterNameError, ReportMismatchError
 from manifold_nets.groups import Partition, refuse_degenerate
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.optimizer_settings import DEFAULT_BETAS, OptimizerSettings
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 __all__ = ["LearningRates", "Spread", "WeightRates", "matched_learning_rates"]
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from manifold_nets.symmetry.findings.families import SymmetryFamily
-from manifold_nets.symmetry.findings.weights import WeightFinding
+from manifold_nets.symmetry.report import SymmetryFamily, WeightFinding
 
 __all__ = ["with_mixed_weights"]
 

@@ -16,13 +16,12 @@ from torch import nn
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.shifts import Direction, ShiftJudge
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.invariance import InvarianceTest
 from manifold_nets.symmetry.propagate import follow_shifts
+from manifold_nets.symmetry.report import ShiftSymmetry
 from manifold_nets.symmetry.rules import LARGEST_LINK, Absorption
+from manifold_nets.symmetry.shift_findings import Direction, ShiftFindings
 from manifold_nets.symmetry.structure.partitions import only_looked_up
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.trace import TracedGraph
@@ -74,11 +73,9 @@ def shift_symmetries(
     graph: TracedGraph,
     model: nn.Module,
     rows: Sequence[RowShift],
-    euler: EulerField,
-    tolerance: float,
+    test: InvarianceTest,
     *,
     loss: bool = False,
-    blunt: BluntChannels | None = None,
 ) -> tuple[ShiftSymmetry, ...]:
     """Find the shift symmetries of a network, each with its certificate.
 
@@ -86,15 +83,13 @@ def shift_symmetries(
         graph: the graph of the model in training mode.
         model: the model as the user has it: its probabilities of dropout count.
         rows: what `row_shifts` found for them.
-        euler: gradients of the network for cotangents that sum to zero along axis 1 where ``loss`` is given.
-        tolerance: largest certificate value of a symmetry.
+        test: tests them, by gradients for cotangents that sum to zero along axis 1 where ``loss`` is given.
         loss: whether the outputs are logits of a loss that compares them along axis 1.
-        blunt: tells, of what is refuted, whether what absorbs it has no variance.
 
     Returns:
         The symmetries of single parameters and of several, parameter by parameter.
     """
-    judge = ShiftJudge(euler, tolerance, drops_samples(model), blunt)
+    judge = ShiftFindings(test, drops_samples(model))
     found = _added_parameters(graph, judge, inactive_modules(model), loss)
     found += [judge.rows(row.name, row.partition, row.free, row.absorptions) for row in rows]
     return tuple(found)
@@ -127,7 +122,7 @@ def drops_samples(model: nn.Module) -> bool:
 
 
 def _added_parameters(
-    graph: TracedGraph, judge: ShiftJudge, inactive: Callable[[str], bool], loss: bool
+    graph: TracedGraph, judge: ShiftFindings, inactive: Callable[[str], bool], loss: bool
 ) -> list[ShiftSymmetry]:
     """Shifts of biases, all at once, and of larger parameters that are added, one after the other."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -144,7 +139,7 @@ def _added_parameters(
 def shifts_of(
     graph: TracedGraph,
     shapes: dict[str, tuple[int, ...]],
-    judge: ShiftJudge,
+    judge: ShiftFindings,
     inactive: Callable[[str], bool],
     loss: bool,
 ) -> list[ShiftSymmetry]:

@@ -14,12 +14,10 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from manifold_nets.symmetry.certificate.blunt import BluntChannels
-from manifold_nets.symmetry.certificate.euler import EulerField
-from manifold_nets.symmetry.certificate.shifts import ShiftJudge
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
-from manifold_nets.symmetry.findings.unexplained import UnexplainedSymmetry
+from manifold_nets.symmetry.invariance import InvarianceTest
 from manifold_nets.symmetry.propagate import follow_shifts
+from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
+from manifold_nets.symmetry.shift_findings import ShiftFindings
 from manifold_nets.symmetry.shifts import (
     drops_samples,
     inactive_modules,
@@ -41,11 +39,9 @@ def shown_shifts(
     graph: TracedGraph,
     model: nn.Module,
     shown: Iterable[UnexplainedSymmetry],
-    euler: EulerField,
-    tolerance: float,
+    test: InvarianceTest,
     *,
     loss: bool = False,
-    blunt: BluntChannels | None = None,
 ) -> tuple[ShiftSymmetry, ...]:
     """What the structure says of shifts that the numbers show, each with its certificate.
 
@@ -53,15 +49,13 @@ def shown_shifts(
         graph: the graph of the model in training mode.
         model: the model as the user has it.
         shown: what the reverse search found.
-        euler: gradients of the network.
-        tolerance: largest certificate value of a symmetry.
+        test: tests what the structure explains.
         loss: whether the outputs are logits of a loss that compares them along axis 1.
-        blunt: tells, of what is refuted, whether what absorbs it has no variance.
 
     Returns:
         The symmetries that structure explains, parameter by parameter.
     """
-    judge = ShiftJudge(euler, tolerance, drops_samples(model), blunt)
+    judge = ShiftFindings(test, drops_samples(model))
     groups: dict[str, list[UnexplainedSymmetry]] = {}
     for one in shown:
         if one.kind == "shift" and len(one.parameters) == 1:
@@ -101,7 +95,7 @@ def _explained(
     graph: TracedGraph,
     name: str,
     members: Sequence[UnexplainedSymmetry],
-    judge: ShiftJudge,
+    judge: ShiftFindings,
     inactive: Callable[[str], bool],
     loss: bool,
 ) -> list[ShiftSymmetry]:
@@ -124,7 +118,7 @@ def _of_groups(
     graph: TracedGraph,
     name: str,
     members: Iterable[UnexplainedSymmetry],
-    judge: ShiftJudge,
+    judge: ShiftFindings,
     inactive: Callable[[str], bool],
     loss: bool,
 ) -> Iterator[ShiftSymmetry]:

@@ -12,8 +12,6 @@ from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
 from manifold_nets.page import Section, document
 from manifold_nets.page.markup import dotted, escape, facts, listed, plural, table
-from manifold_nets.symmetry.findings.report import SymmetryFamily, SymmetryReport, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.page.charts import Norms, certificate_chart, group_norms, histogram
 from manifold_nets.symmetry.page.families import families, joint_families, shifts
 from manifold_nets.symmetry.page.markup import (
@@ -26,6 +24,7 @@ from manifold_nets.symmetry.page.markup import (
     symbols,
 )
 from manifold_nets.symmetry.page.network import network
+from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, SymmetryReport, WeightFinding
 
 __all__ = ["page_html", "write_page"]
 

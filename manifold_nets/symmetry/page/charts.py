@@ -11,8 +11,8 @@ from torch import Tensor
 
 from manifold_nets.groups import Partition
 from manifold_nets.page.markup import escape, number, plural
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.page.markup import status_style
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 __all__ = ["Norms", "certificate_chart", "group_norms", "histogram"]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from manifold_nets.page.markup import dotted, escape, facts, listed, plural
-from manifold_nets.symmetry.findings.report import FamilyMember, SymmetryFamily, SymmetryReport
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
 from manifold_nets.symmetry.page.markup import certificate_text, remedy_text
+from manifold_nets.symmetry.report import FamilyMember, ShiftSymmetry, SymmetryFamily, SymmetryReport
 
 __all__ = ["families", "joint_families", "shifts"]
 

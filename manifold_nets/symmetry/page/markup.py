@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from manifold_nets.page.markup import escape, number, plural
-from manifold_nets.symmetry.findings.report import Certificate, SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.findings.shifts import ShiftSymmetry
+from manifold_nets.symmetry.report import Certificate, ShiftSymmetry, SymmetryFamily, WeightFinding
 
 __all__ = [
     "STATUSES",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from manifold_nets.page.markup import escape, plural
-from manifold_nets.symmetry.findings.report import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.module_graph import GraphNode
 from manifold_nets.symmetry.page.markup import groups_text, mark, status_style
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 __all__ = ["Part", "network", "parts"]
 

@@ -1,0 +1,164 @@
+"""Spheres: which weights go on spheres of their own or on joint ones, at which radius, and why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.conversion.actions import Action
+from manifold_nets.conversion.moves import ScaledWeight
+from manifold_nets.groups import Partition, refuse_degenerate
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.structure.partitions import joined_partition
+
+__all__ = ["joint_actions", "joint_sphere_of", "sphere_action"]
+
+
+def sphere_action(
+    finding: WeightFinding, state: Mapping[str, Tensor], radius: Literal["unit", "keep"], tolerance: float
+) -> Action:
+    """Decide how a weight goes on spheres, if it does.
+
+    Args:
+        finding: what `diagnose` says of the weight.
+        state: parameters and buffers by name, as they are when the weight goes on spheres.
+        radius: which radius is asked for.
+        tolerance: largest relative change of a layer's normalized training output.
+
+    Raises:
+        DegenerateGroupError: a group is zero or not finite.
+    """
+    name, partition = finding.name, finding.partition
+    weight, move = state[name].detach(), ScaledWeight.of(finding, math.sqrt(finding.filters_per_group))
+    if finding.status == "constrained":
+        return Action(name, "already", "it is on its spheres", partition, move=move)
+    if finding.status == "no evidence" and partition is not None and not (weight.is_meta or weight.is_complex()):
+        norms = partition.norms(weight).flatten()
+        if not bool(norms.isfinite().all()):  # no direction, and no evidence for that reason
+            refuse_degenerate(norms, name)
+    if finding.status != "invariant" or partition is None:
+        why = finding.broken_by or f"{finding.status}: certificate {finding.certificate}"
+        return Action(name, "leave", why, move=move)
+    _, factors = move.factors(partition, weight)
+    why_keep: str | None = "asked for"
+    deviation: float | None = None
+    if radius == "unit":
+        why_keep, deviation = move.why_norms_stay(weight.dtype, state, factors, tolerance)
+    if why_keep is not None:
+        reason = f"keeps its norms as radii: {why_keep}"
+        return Action(name, "sphere", reason, partition, "keep", 0.0, move=replace(move, radius=None))
+    reason = f"training-mode output of its normalization changes by {deviation:.1e} through eps"
+    return Action(name, "sphere", reason, partition, "unit", deviation, move=move)
+
+
+# ---- spheres across weights ------------------------------------------------------------------------------------------
+
+
+def joint_actions(
+    model: nn.Module, report: SymmetryReport, state: Mapping[str, Tensor], on_spheres: set[str]
+) -> list[Action]:
+    """Decide which scales that several weights share go on joint spheres; nothing is changed.
+
+    Args:
+        model: the network.
+        report: what `diagnose` returned for it.
+        state: parameters and buffers by name, as they are when weights go on spheres.
+        on_spheres: names of the weights that go on spheres of their own.
+    """
+    weights = {weight.name for weight in report.weights}
+    present = {w.name: isinstance(w.manifold, JointSphereMember) for w in constrained_weights(model)}
+    actions: list[Action] = []
+    for family in report.families:
+        shared = [name for name in family.parameters if name in weights]
+        if family.kind != "scale" or len(shared) < 2:
+            continue
+        spheres = f"{family.count} spheres, each across" if family.count > 1 else "one sphere across"
+        action = Action(
+            f"joint sphere {len(actions) + 1}",
+            "joint sphere",
+            f"{spheres} {len(shared)} weights, whose joint norms are the radii",
+            remedy="joint-spheres",
+            members=tuple(str(member) for member in family.members if member.parameter in weights),
+            move=family,
+        )
+        if all(present.get(weight, False) for weight in shared):
+            action = replace(action, action="already", reason="they are on it")
+        elif why := _why_left(family, shared, state, on_spheres | present.keys()):
+            action = action.left(why)
+        actions.append(action)
+    return actions
+
+
+def joint_sphere_of(family: SymmetryFamily, state: Mapping[str, Tensor]) -> JointSphere:
+    """Return the sphere of the weights of a family, whose radii are the norms that they have together.
+
+    Raises:
+        DegenerateGroupError: a joint group is zero or not finite.
+    """
+    partitions = _partitions(family, [name for name in family.parameters if state[name].ndim >= 2])
+    if isinstance(partitions, str):
+        raise ValueError(f"{family}: {partitions}")
+    points = [state[name].detach() for name in partitions]
+    unit = JointSphere(partitions)
+    unit.refuse_degenerate(points)
+    return JointSphere(partitions, unit.norms(points))
+
+
+def _why_left(
+    family: SymmetryFamily, shared: Sequence[str], state: Mapping[str, Tensor], taken: set[str]
+) -> str | None:
+    """Why the weights of a family cannot go on one sphere per group, or None."""
+    if family.certificate.verdict != "invariant":
+        return f"certificate {family.certificate}"
+    on_others = [name for name in shared if name in taken]
+    if on_others:
+        return f"{on_others[0]} is on spheres"
+    if len({(state[name].dtype, state[name].device) for name in shared}) > 1:
+        return "its weights differ in dtype or device"
+    exponents = {member.exponent for member in family.members if member.parameter in shared}
+    if len(exponents) > 1 or None in exponents:
+        return "its weights are scaled by different powers, so that no sphere holds them"
+    partitions = _partitions(family, shared)
+    return partitions if isinstance(partitions, str) else None
+
+
+def _partitions(family: SymmetryFamily, shared: Sequence[str]) -> dict[str, Partition] | str:
+    """The groups of each weight, one for each symmetry of the family in the same order, or why there are none."""
+    found: dict[str, Partition] = {}
+    first: list[int] | None = None
+    for name in shared:
+        places = [place for place in family.partitions if place[0] == name]
+        if len(places) > 1:
+            return f"it moves rows and columns of {name} at once"
+        seed = family.partitions[places[0]]
+        classes = [sorted(symmetry.get(places[0], {})) for symmetry in family.symmetries]
+        if sorted(index for members in classes for index in members) != list(range(seed.n_groups)):
+            return f"only some of the {places[0][1]} of {name} belong to it"
+        partition = joined_partition(seed, classes) if len(classes) > 1 else Partition.whole(seed.shape)
+        if partition.n_groups != len(classes):
+            return f"no view of {name} has its groups"
+        order = _order(seed, partition, classes)
+        first = order if first is None else first
+        if order != first:
+            return f"the groups of {name} are in another order than those of {shared[0]}"
+        found[name] = partition
+    return found
+
+
+def _order(seed: Partition, partition: Partition, classes: Sequence[Sequence[int]]) -> list[int]:
+    """For each group of a joined partition the number of the class that it holds."""
+    if len(classes) == 1:
+        return [0]
+    class_of = torch.empty(seed.n_groups, dtype=torch.int64)
+    for number, members in enumerate(classes):
+        class_of[list(members)] = number
+    order = torch.empty(partition.n_groups, dtype=torch.int64)
+    order[partition.group_ids().flatten()] = class_of[seed.group_ids().flatten()]
+    return order.tolist()

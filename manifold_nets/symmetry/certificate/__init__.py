@@ -1,1 +1,0 @@
-"""What the numbers say: derivatives that vanish exactly where the function is invariant."""

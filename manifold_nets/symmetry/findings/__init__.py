@@ -1,1 +1,0 @@
-"""What was found, as frozen data with a readable text and a JSON form."""

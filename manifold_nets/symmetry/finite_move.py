@@ -1,0 +1,486 @@
+"""The third witness: what is called a symmetry is carried out, by finite amounts, and the outputs are compared.
+
+A derivative does not see jumps: ``h · (|h| < 4)`` has that of ``h`` almost everywhere, and a rule of the structure may
+be wrong in the same place. So all claims are moved at once, on the example inputs and on ten times these: every group
+by a random factor between 10⁻² and 10², with the biases that follow it, and every shift by a random amount of either
+sign between 10⁻² and 10². In training mode the outputs must stay what they were.
+
+Factors are powers of two, by which nothing is rounded: a symmetry leaves the outputs alone bit for bit, in any dtype,
+up to the eps of the normalizations (1e-30 here, and 1e-60 where that may matter) and to kernels that add in another
+order. Shifts are added before the
+factors and do round, and so may a network amplify what is left. So a change counts only where it exceeds the
+tolerance of the certificate, and also ten times what a relative change of 2⁻⁴² of every parameter and input does,
+before or after the move: some thousand roundings, more than those of a product of matrices. A network whose outputs
+that changes in the first digit, as one that remembers its last call, is no witness.
+
+Where the outputs change, claims are added one after the other, by bisection: the first whose addition changes them
+contradicts itself, as it left them alone in the claims before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import map_tensors, tensors_in
+from manifold_nets.groups import Partition
+from manifold_nets.models import is_continuous, random_numbers
+from manifold_nets.running import Inputs, run, to_float64
+from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS, exact_mode
+from manifold_nets.symmetry.generators import Generators, Part, single_entries
+from manifold_nets.symmetry.gradients import GradientPass
+from manifold_nets.symmetry.graph import op_name
+from manifold_nets.symmetry.report import (
+    Certificate,
+    ShiftSymmetry,
+    SymmetryFamily,
+    UnexplainedSymmetry,
+    WeightFinding,
+)
+from manifold_nets.symmetry.rules import LARGEST_EPS
+from manifold_nets.symmetry.trace import TracedGraph
+
+__all__ = ["MOST_RUNS", "FiniteMove", "Outcome", "has_written_eps", "moved_claims", "moved_numbers"]
+
+# Decades by which groups are multiplied and shifts differ from 1, up and down.
+_DECADES = 2.0
+# Everything is moved twice, by other factors: on the inputs as they are, and on real inputs this much larger.
+_INPUT_FACTOR = 10.0
+# The relative change of all parameters and inputs by which the conditioning is measured, and how far above counts.
+_JITTER = 2.0**-42
+_MARGIN = 10.0
+# The eps for groups that are so small already that smaller ones would come near to the usual one. It is not taken at
+# once: of a channel that is constant it makes large numbers, beside which nothing else is seen.
+_SMALLER_EPS = NEGLIGIBLE_EPS**2
+# Forward passes after which a search for the claims that fail ends, and takes all that are not cleared to fail; where
+# none does it takes four.
+MOST_RUNS = 40
+_REMEDY = "leave it and report it: structure and certificate call it invariant, and moving it changes the outputs"
+_NOT_INVARIANT = "leave it: its scale matters to the function"
+# Their eps is made negligible, wherever it comes from.
+_NORMALIZATIONS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
+Found = TypeVar("Found", WeightFinding, SymmetryFamily, ShiftSymmetry)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the finite move says of a claim.
+
+    Args:
+        refuted: whether it changes the outputs.
+        change: the largest relative change of an output; None where the move told nothing.
+    """
+
+    refuted: bool = False
+    change: float | None = None
+
+
+@dataclass
+class _Point:
+    """Inputs, the outputs there, and what the claims are moved by."""
+
+    inputs: Inputs
+    before: list[Tensor]
+    draws: list[NDArray[np.float64]]
+    limits: list[float] = field(default_factory=list)
+    eps: float = NEGLIGIBLE_EPS
+
+
+def has_written_eps(graph: TracedGraph) -> bool:
+    """Whether an operation of a network reads a constant as small as an eps."""
+    return any(
+        isinstance(value, float) and 0 < value <= LARGEST_EPS
+        for node in graph.order
+        if node.op == "call_function" and op_name(node) not in _NORMALIZATIONS
+        for value in (*node.args, *node.kwargs.values())
+    )
+
+
+class FiniteMove:
+    """Carries claims out on the copy that is analysed.
+
+    Args:
+        twin: the copy; it is left as it was, but for the values of its parameters, which are those of ``field``.
+        inputs: its inputs.
+        field: the first field, whose weights are moved.
+        seed: seed of the factors, and of what the network draws.
+        tolerance: largest relative change of the outputs.
+        logits: whether constants along axis 1 of the outputs do not matter.
+        outward: whether to make groups larger only where they cannot be made smaller as well: an eps that is written
+            by hand may be out of reach.
+    """
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        inputs: Inputs,
+        field: GradientPass,
+        seed: int,
+        tolerance: float,
+        *,
+        logits: bool = False,
+        outward: bool = False,
+    ) -> None:
+        self.twin, self.seed, self.tolerance, self.logits, self.outward = twin, seed, tolerance, logits, outward
+        self.inputs, self.runs = to_float64(inputs), 0
+        for name, parameter in twin.named_parameters():
+            if parameter.dtype == torch.float64:
+                parameter.data = field.weights[name]
+        self._state = _State(twin)
+
+    def outcomes(self, claims: Sequence[Generators]) -> list[Outcome]:
+        """Move all claims at once, and find those that fail."""
+        found = [Outcome() for _ in claims]
+        most = self.runs + MOST_RUNS
+        for number, (inputs, before) in enumerate(self._points if claims else ()):
+            point = _Point(inputs, before, [_draws(c, (self.seed, k), number) for k, c in enumerate(claims)])
+            alive = [index for index, outcome in enumerate(found) if not outcome.refuted]
+            if not self._settled(point, claims, alive, found):
+                for adds in (False, True):
+                    part = [index for index in alive if claims[index].adds is adds]
+                    if part:
+                        self._search(point, claims, part, found, most)
+        return found
+
+    @cached_property
+    def _points(self) -> list[tuple[Inputs, list[Tensor]]]:
+        """The inputs at which claims are moved, with the outputs: as they are, and larger ones where these work."""
+        first = self._outputs(self.inputs, {})
+        if first is None:
+            return []
+        larger = _multiplied(self.inputs, _INPUT_FACTOR)
+        outputs = self._outputs(larger, {}) if larger is not None else None
+        there = (self.inputs, first) if larger is None or outputs is None else (larger, outputs)
+        return [(self.inputs, first), there]
+
+    def _settled(self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome]) -> bool:
+        """Whether the outputs stay the same when all claims are moved, as far as the tolerance tells."""
+        changes = self._changes(point, claims, alive)
+        point.limits = [self.tolerance] * len(point.before)
+        if changes is None:
+            return True
+        if any(change > self.tolerance for change in changes):
+            return False
+        _survive(found, alive, max(changes, default=0.0))
+        return True
+
+    def _search(
+        self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome], most: int
+    ) -> None:
+        """Find the claims that change the outputs, as many as the passes that are left allow."""
+        if self._settled(point, claims, alive, found):
+            return
+        before = self._outputs(point.inputs, {}, eps=_SMALLER_EPS)
+        if before is not None:
+            point = replace(point, before=before, eps=_SMALLER_EPS)
+            if self._settled(point, claims, alive, found):
+                return
+        if self.outward and not claims[alive[0]].adds:
+            for index in alive:
+                point.draws[index] = np.abs(point.draws[index])
+            if self._settled(point, claims, alive, found):
+                return
+        point.limits = self._limits(point, claims, alive)
+        good = 0
+        while (change := self._excess(point, claims, alive)) is not None:
+            if self.runs >= most:
+                for index in alive[good:]:
+                    found[index] = Outcome(True, change)
+                return
+            bad = len(alive)
+            while bad - good > 1:
+                middle = (good + bad) // 2
+                excess = self._excess(point, claims, alive[:middle])
+                good, bad, change = (middle, bad, change) if excess is None else (good, middle, excess)
+            found[alive.pop(bad - 1)] = Outcome(True, change)
+
+    def _excess(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> float | None:
+        """The largest change of an output beyond its limit; None where there is none."""
+        changes = self._changes(point, claims, moved) or []
+        beyond = [change for change, limit in zip(changes, point.limits, strict=False) if not change <= limit]
+        return max(beyond) if beyond else None
+
+    def _limits(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float]:
+        """How much each output may change: the tolerance, or what rounding may do to it before or after the move."""
+        limits = [self.tolerance] * len(point.before)
+        for moves in ({}, self._moves(point, claims, moved)):
+            exact = self._outputs(point.inputs, moves, eps=point.eps) if moves else point.before
+            jittered = self._outputs(point.inputs, moves, _JITTER, eps=point.eps)
+            if exact is None or jittered is None or not len(exact) == len(jittered) == len(limits):
+                continue
+            both = zip(point.before, exact, jittered, strict=True)
+            changes = [_change(one, other, before) for before, one, other in both]
+            # A move into what is not finite excuses nothing.
+            noise = [change if math.isfinite(change) else 0.0 for change in changes]
+            limits = [max(limit, _MARGIN * change) for limit, change in zip(limits, noise, strict=True)]
+        return limits
+
+    def _changes(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float] | None:
+        """The relative change of each output when some claims are moved; None where the network refuses."""
+        if not moved:
+            return [0.0] * len(point.before)
+        after = self._outputs(point.inputs, self._moves(point, claims, moved), eps=point.eps)
+        if after is None:
+            return None
+        if len(after) != len(point.before):
+            return [math.inf] * len(point.before)
+        return [_change(a, b, a) for a, b in zip(point.before, after, strict=True)]
+
+    def _moves(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> dict[str, _Movement]:
+        """What happens to each parameter."""
+        found: dict[str, _Movement] = {}
+        for index in moved:
+            for part in claims[index].parts:
+                values = part.coefficients * point.draws[index][part.numbers]
+                found.setdefault(part.parameter, _Movement()).add(part, values, claims[index].adds)
+        return found
+
+    def _outputs(
+        self, inputs: Inputs, moves: Mapping[str, _Movement], jitter: float = 0.0, *, eps: float = NEGLIGIBLE_EPS
+    ) -> list[Tensor] | None:
+        """The outputs of the copy with some parameters moved; None where it refuses."""
+        self.runs += 1
+        # Some networks differentiate in their forward pass.
+        for mode in (torch.no_grad, torch.enable_grad):
+            try:
+                # As the passes of the certificate do: what the network draws is the same in all runs.
+                jittered = _Jitter(jitter, self.seed)
+                with random_numbers(self.seed), mode(), _moved(self.twin, moves, jittered) as reading:
+                    given = map_tensors(jittered, inputs)
+                    with exact_mode(self.twin, reading, eps=eps):
+                        outputs = [output.detach().clone() for output in run(self.twin, given)]
+            except (ExampleInputsError, DoublePrecisionError):
+                continue
+            finally:
+                self._state.restore()
+            return [o - o.mean(1, keepdim=True) if self.logits and o.ndim >= 2 else o for o in outputs]
+        return None
+
+
+def _change(one: Tensor, other: Tensor, before: Tensor) -> float:
+    """The largest difference of two outputs, relative to the largest entry of the output that nothing has moved."""
+    if not one.shape == other.shape == before.shape:
+        return math.inf
+    known = before.isfinite()
+    if not bool(known.any()):
+        return 0.0
+    size, change = float(before[known].abs().max()), float((one - other)[known].abs().max())
+    return 0.0 if change == 0 else change / size if size > 0 and math.isfinite(change) else math.inf
+
+
+def _survive(found: list[Outcome], alive: Sequence[int], change: float) -> None:
+    for index in alive:
+        found[index] = Outcome(False, max(change, found[index].change or 0.0))
+
+
+def _draws(claim: Generators, seed: tuple[int, int], number: int) -> NDArray[np.float64]:
+    """The binary logarithms of the factors of a claim, whole numbers, or its constants."""
+    # What goes as far as it can goes the other way at the second point.
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], claim.count) * (-1.0) ** number
+    decades = np.random.default_rng((*seed, number)).uniform(-_DECADES, _DECADES, claim.count)
+    if claim.adds:
+        return np.asarray(signs * 10.0 ** (_DECADES if claim.far else decades))
+    return np.asarray(np.round((_DECADES * signs if claim.far else decades) * math.log2(10.0)))
+
+
+def _multiplied(inputs: Inputs, factor: float) -> Inputs | None:
+    """Larger inputs; None where there are no real ones."""
+    larger: Inputs = map_tensors(lambda x: x * factor if x.is_floating_point() else x, inputs)
+    return larger if any(tensor.is_floating_point() for tensor in tensors_in(inputs)) else None
+
+
+class _Jitter:
+    """Changes every entry of real and complex tensors by a relative amount, at random."""
+
+    def __init__(self, size: float, seed: int) -> None:
+        self.size, self.generator = size, torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.size or not is_continuous(x) or x.layout != torch.strided:
+            return x
+        noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
+        return x * noise.mul_(self.size).add_(1).to(x.device)
+
+
+class _Movement:
+    """What is added to the groups of a parameter, and the binary logarithms of what they are then multiplied by."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[bool, Partition], NDArray[np.float64]] = {}
+
+    def add(self, part: Part, values: NDArray[np.float64], adds: bool) -> None:
+        total = self.steps.setdefault((adds, part.partition), np.zeros(part.partition.n_groups))
+        np.add.at(total, part.groups, values)
+
+    def carried_out(self, values: Tensor) -> Tensor:
+        """Move a contiguous tensor in place."""
+        for (adds, partition), numbers in sorted(self.steps.items(), key=lambda step: not step[0][0]):
+            by = torch.from_numpy(numbers if adds else np.exp2(numbers)).to(values.device)
+            viewed = values.view(partition.view)
+            viewed.add_(partition.spread(by)) if adds else viewed.mul_(partition.spread(by))
+        return values
+
+
+@contextlib.contextmanager
+def _moved(twin: nn.Module, moves: Mapping[str, _Movement], jitter: _Jitter) -> Iterator[TorchFunctionMode | None]:
+    """Give a copy moved parameters; those in less than float64 are moved whenever an operation reads them."""
+
+    def moved(name: str, values: Tensor) -> Tensor:
+        wide = torch.complex128 if values.is_complex() else torch.float64
+        values = values.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        if name in moves:
+            values = moves[name].carried_out(values)
+        return jitter(values)
+
+    narrow: dict[int, tuple[str, Tensor]] = {}
+    saved: list[tuple[Tensor, Tensor]] = []
+    try:
+        for name, parameter in twin.named_parameters():
+            if is_continuous(parameter) and parameter.dtype not in (torch.float64, torch.complex128):
+                narrow[id(parameter)] = name, parameter
+            elif is_continuous(parameter) and (name in moves or jitter.size):
+                saved.append((parameter, parameter.data))
+                parameter.data = moved(name, parameter.data)
+        yield _Reading(narrow, moved) if narrow else None
+    finally:
+        for moving, values in saved:
+            moving.data = values
+
+
+class _Reading(TorchFunctionMode):
+    """Lets every operation read parameters in float64, and moved."""
+
+    def __init__(self, narrow: Mapping[int, tuple[str, Tensor]], moved: Any) -> None:
+        super().__init__()
+        self.narrow, self.moved = narrow, moved
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            return func(*args, **(kwargs or {}))
+
+        def read(leaf: Any) -> Any:
+            known = self.narrow.get(id(leaf))
+            return leaf if known is None else self.moved(*known)
+
+        args, kwargs = pytree.tree_map(read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+class _State:
+    """What modules remember from one call to the next: buffers, and attributes that are assigned anew."""
+
+    def __init__(self, twin: nn.Module) -> None:
+        self.modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in twin.modules()]
+        self.values = [
+            (b, b.detach().clone()) for _, _, buffers in self.modules for b in buffers.values() if b is not None
+        ]
+
+    def restore(self) -> None:
+        for module, attributes, buffers in self.modules:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, values in self.values:
+                buffer.copy_(values)
+
+
+def moved_claims(
+    move: FiniteMove,
+    findings: Sequence[WeightFinding],
+    families: Sequence[SymmetryFamily],
+    shifts: Sequence[ShiftSymmetry],
+) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
+    """Move what structure claims and the certificate confirms, group by group; what fails is a contradiction."""
+    claims = {
+        (kind, number): found.generators.without(found.certificate.no_evidence)
+        for kind, several in (("weight", findings), ("family", families), ("shift", shifts))
+        for number, found in enumerate(several)
+        if found.certificate.verdict == "invariant" and found.generators.count
+    }
+    outcomes = dict(zip(claims, move.outcomes(list(claims.values())), strict=True))
+
+    def said(kind: str, number: int, found: Found) -> Found:
+        outcome = outcomes.get((kind, number), Outcome())
+        certificate = _certificate(found.certificate, outcome)
+        remedy = _REMEDY if outcome.refuted else found.remedy
+        return replace(found, certificate=certificate, remedy=remedy)
+
+    weights = [said("weight", number, finding) for number, finding in enumerate(findings)]
+    return (
+        [replace(w, status="disagreement") if w.remedy == _REMEDY else w for w in weights],
+        tuple(said("family", number, family) for number, family in enumerate(families)),
+        tuple(said("shift", number, shift) for number, shift in enumerate(shifts)),
+    )
+
+
+def moved_numbers(
+    move: FiniteMove,
+    findings: Sequence[WeightFinding],
+    unexplained: Sequence[UnexplainedSymmetry],
+    alone: Mapping[str, Partition],
+) -> tuple[list[WeightFinding], tuple[UnexplainedSymmetry, ...]]:
+    """Move what only the numbers call invariant, as far as it goes; of what fails the structure is right.
+
+    Args:
+        move: carries it out.
+        findings: of weights, of which structure claims something or not.
+        unexplained: what the search found.
+        alone: the partition of each weight that the certificate calls invariant, and the structure does not.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in move.twin.named_parameters()}
+    doubted = [number for number, w in enumerate(findings) if w.name in alone and w.certificate.verdict == "invariant"]
+    partitions = [alone[findings[n].name] for n in doubted]
+    claims = [
+        Generators.of_groups(findings[n].name, partition, range(partition.n_groups), far=True).without(
+            findings[n].certificate.no_evidence
+        )
+        for n, partition in zip(doubted, partitions, strict=True)
+    ]
+    claims += [_of_unexplained(found, shapes) for found in unexplained]
+    outcomes = move.outcomes(claims)
+    weights = list(findings)
+    for number, outcome in zip(doubted, outcomes, strict=False):
+        found, certificate = weights[number], _certificate(weights[number].certificate, outcome)
+        weights[number] = replace(found, certificate=certificate)
+        if outcome.refuted and found.status == "disagreement":
+            weights[number] = replace(weights[number], status="not invariant", remedy=_NOT_INVARIANT)
+    kept = zip(unexplained, outcomes[len(doubted) :], strict=True)
+    return weights, tuple(found for found, outcome in kept if not outcome.refuted)
+
+
+def _certificate(certificate: Certificate, outcome: Outcome) -> Certificate:
+    if not outcome.refuted:
+        return replace(certificate, moved=outcome.change)
+    return replace(
+        certificate, verdict="not invariant", groups_certified=0, moved=outcome.change,
+        groups_refuted=certificate.groups_refuted + certificate.groups_certified,
+    )  # fmt: skip
+
+
+def _of_unexplained(found: UnexplainedSymmetry, shapes: Mapping[str, tuple[int, ...]]) -> Generators:
+    generators = Generators.of_groups(
+        found.parameters[0], found.partition, found.groups, adds=found.kind == "shift", far=True
+    )
+    parts = list(generators.parts)
+    ids = found.partition.group_ids()
+    for name in found.parameters[1:]:
+        # The entries of the vector belong to slices of the tensor, and each slice to one group.
+        slices = (ids.movedim(axis, 0).flatten(1) if ids.ndim > 1 else ids[:, None] for axis in range(ids.ndim))
+        of_entry = next(s[:, 0] for s in slices if s.shape[0] == shapes[name][0] and bool((s == s[:, :1]).all()))
+        for number, group in enumerate(found.groups):
+            entries = np.flatnonzero(of_entry.numpy() == group)
+            numbers = np.full(len(entries), number)
+            parts.append(Part(name, single_entries(shapes[name]), entries, numbers, np.ones(len(entries))))
+    return replace(generators, parts=tuple(parts))

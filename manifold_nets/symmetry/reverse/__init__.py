@@ -1,1 +1,0 @@
-"""The certificate the other way: symmetries that the numbers show and the structure does not explain."""
