@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manifold_nets.conversion import ConversionPlan
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 from manifold_nets.symmetry import SymmetryReport, WeightFinding
 from manifold_nets.symmetry.report import ShiftSymmetry
 

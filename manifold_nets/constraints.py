@@ -25,8 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
-from manifold_nets.errors import ConstraintError, JointSphereError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import ConstraintError, JointSphereError, listed
 from manifold_nets.gathered import whole
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct

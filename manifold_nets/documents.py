@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any, NoReturn
 
-from manifold_nets.errors.base import near_matches
+from manifold_nets.errors import near_matches
 
 __all__ = ["Schema", "crc32", "is_intact", "parse_json", "printable", "with_checksum"]
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from manifold_nets.errors.files import DiskFullError, OutputFileError
+from manifold_nets.errors import OutputFileError
 
 __all__ = ["atomic_file", "is_link_loop", "is_stream", "path_of_open", "resolved"]
 
@@ -34,7 +34,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the folder does not exist.
         OutputFileError: the path is that of a folder, a block device or a socket, or a loop of symbolic links.
-        DiskFullError: there is no room for the file.
+        OutputFileError: there is no room for the file.
 
     Example:
         >>> import tempfile
@@ -52,7 +52,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         full = _no_room(error)
         if full is None:
             raise
-        raise DiskFullError(path, full) from error
+        raise OutputFileError(
+            f"{os.fspath(path)}: it could not be written ({full}); a file that it would have replaced is unchanged. "
+            "Make room, or choose another path."
+        ) from error
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     if any(is_kind(mode) for is_kind in _STREAMS):
         return True
     if not stat.S_ISREG(mode):
-        raise OutputFileError(path, _KINDS.get(stat.S_IFMT(mode), "something that is no file"))
+        raise _no_file(path, _KINDS.get(stat.S_IFMT(mode), "something that is no file"))
     return False
 
 
@@ -121,8 +124,15 @@ def resolved(path: str | os.PathLike[str]) -> Path:
         OutputFileError: they lead round in a circle.
     """
     if is_link_loop(path):
-        raise OutputFileError(path, "symbolic links that lead back to themselves")
+        raise _no_file(path, "symbolic links that lead back to themselves")
     return Path(path).resolve()
+
+
+def _no_file(path: str | os.PathLike[str], found: str) -> OutputFileError:
+    return OutputFileError(
+        f"{os.fspath(path)}: found {found}; expected a file, a path where there is none yet, a named pipe or a "
+        "character device; nothing was written. Choose another path."
+    )
 
 
 def is_link_loop(path: str | os.PathLike[str]) -> bool:

@@ -25,10 +25,13 @@ __all__ = [
     "absent",
     "analysis_copy",
     "draw_not_finite",
+    "dtype_of",
     "duplicate",
     "groups_not_finite",
+    "holders",
     "is_continuous",
     "is_meta",
+    "named_tensors",
     "one_module_per_name",
     "random_numbers",
 ]
@@ -315,3 +318,24 @@ def absent(shape: Sequence[int]) -> Tensor:
         [0.0, 0.0]
     """
     return torch.empty(tuple(shape), dtype=torch.float64, device="meta").as_subclass(_Absent)
+
+
+# ---- looking tensors up ----------------------------------------------------------------------------------------------
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model under all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating-point parameter; float32 where there is none."""
+    return next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), torch.float32)
+
+
+def holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
+    """The modules that hold a parameter, each with its attribute."""
+    return [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter]

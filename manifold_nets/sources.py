@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError
-from manifold_nets.errors.base import near_matches
+from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError, near_matches
 from manifold_nets.files import is_link_loop
 from manifold_nets.weights import load_weights
 

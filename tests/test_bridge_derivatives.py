@@ -24,7 +24,7 @@ pymanopt = pytest.importorskip("pymanopt")
 
 from manifold_nets import pymanopt_bridge as bridge  # noqa: E402
 from manifold_nets.pymanopt_bridge import NetworkProblem  # noqa: E402
-from manifold_nets.pymanopt_bridge.cost import NetworkCost  # noqa: E402
+from manifold_nets.pymanopt_bridge.problem import NetworkCost  # noqa: E402
 
 
 def flat_loss(problem: NetworkProblem, inputs: Tensor, targets: Tensor):

@@ -20,8 +20,8 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.conversion.checkpoint import load, save
+from manifold_nets.conversion.remedies.dead_biases import put_back_bias, remove_bias, removed_biases
 from manifold_nets.errors import CheckpointError, CheckpointFormatError, CheckpointMismatchError
 from manifold_nets.weights import load_weights
 
@@ -159,14 +159,31 @@ def rewrite(path, net, **changes):
 
 
 SPHERES = {"shape": [2, 3], "view": [2, 3], "kept": [0], "radius": [1]}
+ABSORBER = {
+    "op": "batch_norm", "module": "", "kind": "batch", "eps": 1e-5, "weight": None, "bias": None,
+    "running_mean": None, "running_var": None, "calls": 1, "groups": [],
+}  # fmt: skip
+
+
+def moved(**changes):
+    """What a conversion moved, as a document says it, for the layer of `small`."""
+    weight = {"radius": 1.0, "biases": {}, "absorbers": [], **changes}
+    return {"": {"tolerance": None, "weights": {"weight": weight}, "biases": {}}}
+
+
 MEMBER = {"name": "weight", "shape": [2, 3], "view": [2, 3], "kept": [0]}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2, "manifolds": None}, "format version 2.*upgrade"),
-        ({"version": 0}, "version: 1 was expected"),
+        ({"version": 3, "manifolds": None}, "format version 3.*upgrade"),
+        ({"version": 0}, r"version: 0 is not one of \[1, 2\]"),
+        ({"conversions": {}}, "conversions"),
+        ({"conversions": moved(radius=-1.0)}, "conversions//weights/weight/radius: -1.0"),
+        ({"conversions": moved(biases={"bias": [0, 2]})}, "does not fit 'bias'"),
+        ({"conversions": moved(biases={"bias": [0]})}, "does not fit 'bias'"),
+        ({"conversions": moved(absorbers=[{**ABSORBER, "running_var": "bias", "groups": [1, 0, 1]}])}, "fit 'bias'"),
         ({"format": "something else"}, "unreadable"),
         ({"more": 1}, "'more' was unexpected"),
         ({"manifolds": {"weight": {}}}, "manifolds/weight: 'shape' is a required property"),

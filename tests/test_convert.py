@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
-from manifold_nets.conversion import apply as apply_module
 from manifold_nets.conversion import moves as moves_module
-from manifold_nets.conversion.algebra import rescaled_variance, train_mode_deviation
+from manifold_nets.conversion.moves import rescaled_variance, train_mode_deviation
 from manifold_nets.errors import (
     DegenerateGroupError,
     FunctionChangedError,
@@ -107,9 +106,9 @@ def test_forgetting_eps_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("forgotten", ["running_mean", "bias"])
 def test_forgetting_what_moves_along_is_noticed(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = apply_module.rescaled_along
+    original = moves_module.rescaled_along
     monkeypatch.setattr(
-        apply_module,
+        moves_module,
         "rescaled_along",
         lambda *args: {k: v for k, v in original(*args).items() if not k.endswith(forgotten)},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from typing import Any
 
 import pytest
@@ -12,13 +11,11 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.conversion import balance as balance_function
-from manifold_nets.conversion import descent as descent_module
-from manifold_nets.conversion.descent import LARGEST_IMBALANCE, Descent, descend
-from manifold_nets.conversion.energies import Energies, Exponents
+from manifold_nets.conversion.remedies import balance as balance_module
+from manifold_nets.conversion.remedies.balance import LARGEST_IMBALANCE, Descent, descend
+from manifold_nets.conversion.remedies.energies import Energies, exponents_of
 from manifold_nets.groups import Partition
 
-balance_module = sys.modules[balance_function.__module__]
 EPS = torch.finfo(torch.float64).eps
 
 
@@ -45,10 +42,10 @@ def energies_of(weights: list[Tensor]) -> tuple[list[Energies], int]:
         exponents = {}
         if number < len(weights) - 1:
             entries = [(unit, first[number] + unit, 1.0) for unit in range(len(weight))]
-            exponents[rows] = Exponents.of(entries, (len(weight), count))
+            exponents[rows] = exponents_of(entries, (len(weight), count))
         if number:
             entries = [(unit, first[number - 1] + unit, -1.0) for unit in range(weight.shape[1])]
-            exponents[columns] = Exponents.of(entries, (weight.shape[1], count))
+            exponents[columns] = exponents_of(entries, (weight.shape[1], count))
         found.append(Energies.of(weight, exponents))
     return found, count
 
@@ -88,12 +85,12 @@ def test_a_long_chain_reaches_the_minimum_of_many_sweeps_in_few(spread: float) -
 def test_sabotage_without_steps_in_all_symmetries_it_does_not_converge_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(descent_module._Problem, "newton", lambda self, point, free: point)
+    monkeypatch.setattr(balance_module._Problem, "newton", lambda self, point, free: point)
     with pytest.raises(AssertionError):
         check_reference(chain(5, *[8] * 24, 3))
     energies, count = energies_of(chain(5, *[8] * 24, 3))
     found = descend(energies, zeros(count))
-    assert (found.converged, found.sweeps) == (False, descent_module._SWEEPS)
+    assert (found.converged, found.sweeps) == (False, balance_module._SWEEPS)
     assert found.energies[1] < found.energies[0]
     assert "smallest norm not reached after 100 sweeps, imbalance" in str(found)
 
@@ -109,9 +106,9 @@ def test_any_exponents_reach_the_minimum_of_a_general_optimizer(seed: int) -> No
     columns = torch.randint(-2, 3, (5, count), generator=generator).double()
     ends = torch.cat([torch.eye(count), -1.5 * torch.eye(count)]).double()
 
-    def sparse(matrix: Tensor) -> Exponents:
+    def sparse(matrix: Tensor) -> Tensor:
         places = [(int(i), int(s), float(matrix[i, s])) for i, s in matrix.nonzero()]
-        return Exponents.of(places, (len(matrix), count))
+        return exponents_of(places, (len(matrix), count))
 
     partitions = {Partition.filters(shape): sparse(rows), Partition(shape, shape, (1,)): sparse(columns)}
     weights = [Energies.of(weight, partitions), Energies.of(held, {Partition.filters((8,)): sparse(ends)})]
@@ -134,7 +131,7 @@ def test_any_exponents_reach_the_minimum_of_a_general_optimizer(seed: int) -> No
     assert found.energies[1] == pytest.approx(reference.fun, rel=1e-12)
     assert torch.allclose(found.steps, torch.tensor(reference.x), atol=1e-6)
     # No sweep raises the norm, even without the steps in all symmetries together.
-    problem = descent_module._Problem(weights, count)
+    problem = balance_module._Problem(weights, count)
     point, free = problem.at(zeros(count)), torch.ones(count, dtype=torch.bool)
     for _ in range(20):
         moved = problem.separately(point, free)
@@ -245,7 +242,7 @@ def test_sabotage_a_plan_that_keeps_its_factors_is_noticed(monkeypatch: pytest.M
 def test_a_balance_that_does_not_converge_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(descent_module, "_SWEEPS", 2)
+    monkeypatch.setattr(balance_module, "_SWEEPS", 2)
     model, x = perceptron(), inputs()
     report = mn.diagnose(model, x)
     balanced, record = mn.balance(model, report)

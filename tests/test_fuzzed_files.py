@@ -34,7 +34,7 @@ from manifold_nets.comparison.report.build import summarise
 from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.biases import removed_biases
+from manifold_nets.conversion.remedies.dead_biases import removed_biases
 from manifold_nets.documents import with_checksum
 from manifold_nets.errors import ManifoldNetsError
 from manifold_nets.joint_sphere import JointSphere

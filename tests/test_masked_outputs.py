@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.conversion import rounding
-from manifold_nets.conversion.apply import duplicate
 from manifold_nets.conversion.verify import compare_outputs, eval_limit
+from manifold_nets.models import duplicate
+
+verify_module = importlib.import_module("manifold_nets.conversion.verify")  # the package has a function of this name
 
 INF, NAN = math.inf, math.nan
 
@@ -74,9 +75,7 @@ def test_places_without_a_number(before: list[float], after: list[float], expect
 
 def test_a_difference_that_skips_what_is_no_number_hides_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: entries that are no numbers are passed over, wherever they are."""
-    # manifold_nets.conversion.verify is the function; the module of that name is what imports find.
-    verify = importlib.import_module("manifold_nets.conversion.verify")
-    monkeypatch.setattr(verify, "_relative", lambda a, b: float((a - b).nan_to_num(0, 0, 0).abs().max()))
+    monkeypatch.setattr(verify_module, "_relative", lambda a, b: float((a - b).nan_to_num(0, 0, 0).abs().max()))
     with pytest.raises(AssertionError):
         test_places_without_a_number([1.0, 0.0], [1.0, NAN], INF)
 
@@ -87,5 +86,5 @@ def test_buffers_that_hold_infinities_are_their_own_rounding(fault: str | None, 
     values = {name: value.clone() for name, value in model.state_dict().items()}
     if fault is not None:
         values[fault][2] = 0.0
-    found = rounding.compare_in_float64(duplicate(model), values, x, lambda twin: None)
-    assert found == rounding.WideComparison(0.0, told and f"{told}, rounded")
+    found = verify_module.compare_in_float64(duplicate(model), values, x, lambda twin: None)
+    assert found == verify_module.Float64Comparison(0.0, told and f"{told}, rounded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from toy_networks import Lambda
 
 import manifold_nets as mn
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.conversion import loading
-from manifold_nets.conversion.biases import removed_biases
+from manifold_nets.conversion import moves as moves_module
+from manifold_nets.conversion import projection as loading
+from manifold_nets.conversion.remedies.dead_biases import removed_biases
 from manifold_nets.errors import DegenerateGroupError, OffManifoldError, PlainStateError
 from manifold_nets.manifold import SphereProduct
 
@@ -212,6 +214,37 @@ def test_states_on_their_spheres_are_loaded_bit_for_bit() -> None:
         assert all(a is w.manifold for a, w in zip(manifolds, constrained_weights(model), strict=True))
 
 
+def loaded_from_a_file(model: nn.Module, build: Callable[[], nn.Module], folder: Path) -> nn.Module:
+    mn.save(model, folder / "net.safetensors")
+    return mn.load(build(), folder / "net.safetensors")
+
+
+@pytest.mark.parametrize("remedies", ["all", "spheres,dead-biases"])
+@pytest.mark.parametrize("radius", ["unit", "keep"])
+@pytest.mark.parametrize("build", [conv_net, gated, residual])
+def test_a_model_from_a_file_converts_plain_states_too(
+    build: Callable[[], nn.Module], radius: Any, remedies: str, tmp_path: Path
+) -> None:
+    x, plain = images(), perturbed(build())
+    model = mn.convert(build(), x, radius=radius, remedies=remedies)
+    inside = loaded_from_a_file(nn.Sequential(model), lambda: nn.Sequential(build()), tmp_path)[0]
+    for loaded in (loaded_from_a_file(model, build, tmp_path), inside):
+        assert moves_module.moves_of(loaded) == moves_module.moves_of(model)
+        optimizer = optimizer_of(loaded)
+        loaded.load_state_dict(plain.state_dict())
+        check_loaded(plain, loaded, optimizer, x)
+
+
+def test_without_the_record_in_the_file_a_plain_state_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Sabotage, and what files of older releases do."""
+    monkeypatch.setattr("manifold_nets.conversion.checkpoint.moves_within", lambda _: ())
+    model = loaded_from_a_file(mn.convert(conv_net(), images()), conv_net, tmp_path)
+    with pytest.raises(OffManifoldError, match=r"load it into the plain network"):
+        model.load_state_dict(other_net().state_dict())
+
+
 def test_the_state_that_is_loaded_is_not_written_to() -> None:
     model, plain = mn.convert(conv_net(), images()), other_net()
     state = plain.state_dict()
@@ -371,6 +404,33 @@ def test_a_state_that_one_layer_refuses_changes_nothing(monkeypatch: pytest.Monk
     assert not refused_state_leaves_all(x)
 
 
+def at_once(_: Any, module: nn.Module, __: str, old: SphereProduct, new: SphereProduct) -> None:
+    mn.constraints.change_manifolds(module, {id(old): new})
+
+
+def failing_hook_leaves_radii_with_values(kind: Any) -> bool:
+    """Whether a hook of a layer that raises leaves each weight on the spheres of the values that it has."""
+    model = mn.convert(conv_net(), images(), radius="keep")
+    handle = model[3].register_load_state_dict_pre_hook(lambda *_: 1 / 0)
+    optimizer = kind(mn.param_groups(model), lr=1e-30)
+    with pytest.raises(ZeroDivisionError):
+        model.load_state_dict(other_net().state_dict())
+    handle.remove()
+    assert torch.equal(model[3].weight.detach(), conv_net()[3].weight)
+    assert torch.equal(model[0].weight.detach(), other_net()[0].weight)
+    eps = torch.finfo(torch.float64).eps
+    same = all(float(w.manifold.deviations(w.parameter).max()) <= 4 * eps for w in constrained_weights(model))
+    return same and optimizer.param_groups[0]["manifolds"] == [w.manifold for w in constrained_weights(model)]
+
+
+@pytest.mark.parametrize("kind", [mn.optim.RiemannianSGD, mn.optim.RiemannianAdam])
+def test_a_hook_that_raises_leaves_the_radii_of_the_values(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert failing_hook_leaves_radii_with_values(kind)
+    # Sabotage: all weights change their spheres at once.
+    monkeypatch.setattr(loading._TakesRadii, "__init__", at_once)
+    assert not failing_hook_leaves_radii_with_values(kind)
+
+
 def test_reverted_models_load_as_torch_does() -> None:
     plain = mn.revert(mn.convert(conv_net(), images(), remedies="all"))
     state = other_net().state_dict()
@@ -397,9 +457,9 @@ def test_without_the_hook_the_first_step_would_change_the_function(monkeypatch: 
 def test_forgetting_what_moves_along_is_noticed(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = images()
     model = mn.convert(conv_net(), x)
-    original = loading.rescaled_along
+    original = moves_module.rescaled_along
     monkeypatch.setattr(
-        loading, "rescaled_along",
+        moves_module, "rescaled_along",
         lambda *args: {k: v for k, v in original(*args).items() if not k.endswith(forgotten)},
     )  # fmt: skip
     model.load_state_dict(other_net().state_dict())

@@ -20,10 +20,10 @@ from toy_networks import Lambda
 
 import manifold_nets as mn
 from manifold_nets.cli import main
-from manifold_nets.conversion import dead_biases as dead_biases_module
 from manifold_nets.conversion import write_plan
 from manifold_nets.conversion.actions import chosen_remedies
-from manifold_nets.conversion.biases import removed_biases
+from manifold_nets.conversion.remedies import dead_biases as dead_biases_module
+from manifold_nets.conversion.remedies.dead_biases import removed_biases
 from manifold_nets.errors import FunctionChangedError, OptionError, PlanError
 
 

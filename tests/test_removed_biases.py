@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.conversion import biases
-from manifold_nets.conversion.biases import removed_biases
+from manifold_nets.conversion.remedies import dead_biases as biases
+from manifold_nets.conversion.remedies.dead_biases import removed_biases
 
 
 def twice() -> nn.Module:

@@ -15,7 +15,7 @@ from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
 import manifold_nets.symmetry.trace as graph
-from manifold_nets.conversion.same_model import require_same_model
+from manifold_nets.conversion.verify import require_same_model
 from manifold_nets.errors import ReportMismatchError
 
 

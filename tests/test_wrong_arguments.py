@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.errors import ArgumentTypeError, ParameterNameError
-from manifold_nets.errors.base import near_matches
+from manifold_nets.errors import ArgumentTypeError, ParameterNameError, near_matches
 
 
 @pytest.mark.parametrize(("model", "found"), [("resnet18", "'resnet18'"), (nn.Linear, "the class Linear"), (3, "3")])

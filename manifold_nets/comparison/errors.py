@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 
-from manifold_nets.errors import ManifoldNetsError
-from manifold_nets.errors.base import listed, near_matches
+from manifold_nets.errors import ManifoldNetsError, listed, near_matches
 
 __all__ = [
     "CodeNotAllowedError",

@@ -23,10 +23,10 @@ from manifold_nets.comparison.models.loading import ModelSource, is_built_in
 from manifold_nets.comparison.protocols import Contestant
 from manifold_nets.comparison.records import InitialScale, RunKey, Settings
 from manifold_nets.comparison.tasks import TASK_NAMES, Selection, Task, load_task
-from manifold_nets.conversion.algebra import gather, rescaled_variance
-from manifold_nets.conversion.same_model import named_tensors
+from manifold_nets.conversion.moves import gather, rescaled_variance
 from manifold_nets.errors import ManifoldNetsError, MissingExtraError
 from manifold_nets.groups import Partition
+from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.report import WeightFinding
 

@@ -1,11 +1,13 @@
 """Putting a network's weights on spheres and giving them back: plan, apply, verify, revert, save, load."""
 
+import sys
+
+from manifold_nets import models
+from manifold_nets.conversion import moves
 from manifold_nets.conversion.actions import REMEDIES, Action, ConversionPlan
-from manifold_nets.conversion.apply import ConversionRecord, conversion_record, convert
-from manifold_nets.conversion.balance import BalanceRecord, balance
+from manifold_nets.conversion.apply import BalanceRecord, ConversionRecord, balance, conversion_record, convert
 from manifold_nets.conversion.checkpoint import load, save
-from manifold_nets.conversion.edited import EditedPlan, edited_plan, write_plan
-from manifold_nets.conversion.plan import plan
+from manifold_nets.conversion.plan import EditedPlan, edited_plan, plan, write_plan
 from manifold_nets.conversion.projection import project
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, verify
@@ -30,3 +32,7 @@ __all__ = [
     "verify",
     "write_plan",
 ]
+
+# Where these stood before; to be removed when nothing imports them from there.
+sys.modules[f"{__name__}.algebra"] = moves
+sys.modules[f"{__name__}.same_model"] = models

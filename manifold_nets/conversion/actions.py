@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from manifold_nets.conversion.balance import Rescaling
-from manifold_nets.errors import OptionError, ParameterNameError
-from manifold_nets.errors.base import near_matches
+from manifold_nets.conversion.moves import RemovedBias, ScaledWeight
+from manifold_nets.conversion.remedies.balance import Rescaling
+from manifold_nets.errors import OptionError, ParameterNameError, near_matches
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry import SymmetryFamily, WeightFinding
-from manifold_nets.symmetry.report import ShiftSymmetry
+from manifold_nets.symmetry import SymmetryFamily
 
 __all__ = ["ACTION_OF", "REMEDIES", "Action", "ConversionPlan", "Remedy", "chosen_remedies"]
 
@@ -40,12 +39,9 @@ class Action:
         radius: ``"unit"``: each group gets norm √k, k filters in it; ``"keep"``: each group keeps its norm.
         train_deviation: relative change of the training-mode output of the layer's normalization on the example
             inputs that unit radius causes; None where it was not computed, 0 where nothing changes.
-        finding: what `diagnose` says of the weight.
         remedy: which of `REMEDIES` the action belongs to.
         members: the parts of parameters that take part, where there are several.
-        symmetry: what `diagnose` says of a bias or of several parameters.
-        shifts: for the removal of a bias, what is subtracted from each running mean behind it, channel by channel.
-        direct: whether each of these is the bias itself, whatever its values are.
+        move: what moves with what when the action is carried out; not part of the JSON form.
     """
 
     name: str
@@ -54,17 +50,18 @@ class Action:
     partition: Partition | None = None
     radius: Literal["unit", "keep"] | None = None
     train_deviation: float | None = None
-    finding: WeightFinding | None = field(default=None, repr=False, compare=False)
     remedy: Remedy = "spheres"
     members: tuple[str, ...] = ()
-    symmetry: SymmetryFamily | ShiftSymmetry | None = field(default=None, repr=False, compare=False)
-    shifts: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False, compare=False)
-    direct: bool = field(default=False, repr=False, compare=False)
+    move: ScaledWeight | RemovedBias | SymmetryFamily | None = field(default=None, repr=False, compare=False)
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that the action is about."""
-        return (self.name,) if self.symmetry is None else self.symmetry.parameters
+        return (self.name,) if self.move is None else self.move.parameters
+
+    def left(self, reason: str) -> Action:
+        """The same, but left as it is."""
+        return self if self.action == "leave" else replace(self, action="leave", reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -96,8 +93,8 @@ class ConversionPlan:
         model: name of the network.
         actions: what is done.
         example_inputs: what the result is compared on.
-        rescaling: the factors that `balance` actions were planned with; where the weights are others by the time that
-            the plan is carried out, the descent goes on from there.
+        rescaling: the factors that `balance` actions were planned with. If the weights have changed by the time the
+            plan is carried out, the search for the smallest norm starts from these.
     """
 
     model: str
@@ -113,6 +110,11 @@ class ConversionPlan:
     def spheres(self) -> tuple[Action, ...]:
         """The actions that put a weight on spheres."""
         return self.of("sphere")
+
+    def without_data(self) -> ConversionPlan:
+        """Drop what a model should not carry into its copies and pickles: inputs, and numbers channel by channel."""
+        actions = tuple(replace(action, move=None) for action in self.actions)
+        return replace(self, actions=actions, example_inputs=None, rescaling=None)
 
     @property
     def effective(self) -> tuple[Action, ...]:

@@ -11,27 +11,31 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import attach, copy_attributes, detach, note_converted
-from manifold_nets.conversion.actions import REMEDIES, ConversionPlan, Remedy
-from manifold_nets.conversion.biases import remove_bias
-from manifold_nets.conversion.edited import EditedPlan, edited_plan
-from manifold_nets.conversion.joint import joint_sphere_of
-from manifold_nets.conversion.loading import convert_when_loaded
-from manifold_nets.conversion.moves import ConvertedWeight, record_moves, rescaled_along
-from manifold_nets.conversion.plan import Selector, early_actions, late_actions, staged
+from manifold_nets.constraints import attach, detach, note_converted
+from manifold_nets.conversion.actions import REMEDIES, ConversionPlan
+from manifold_nets.conversion.moves import Moves, RemovedBias, ScaledWeight, moves_of, set_moves
+from manifold_nets.conversion.plan import EditedPlan, Selector, early_actions, edited_plan, late_actions, staged
 from manifold_nets.conversion.plan import plan as make_plan
-from manifold_nets.conversion.rounding import compare_in_float64
-from manifold_nets.conversion.same_model import named_tensors
-from manifold_nets.conversion.spheres import sphere_of
-from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit
-from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError
+from manifold_nets.conversion.projection import convert_when_loaded
+from manifold_nets.conversion.remedies.balance import smallest_norm
+from manifold_nets.conversion.remedies.dead_biases import remove_bias
+from manifold_nets.conversion.remedies.spheres import joint_sphere_of
+from manifold_nets.conversion.revert import CONVERSION_RECORD, copy_of
+from manifold_nets.conversion.verify import (
+    Verification,
+    both_modes,
+    compare_in_float64,
+    compare_outputs,
+    eval_limit,
+    report_of,
+)
+from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError, listed
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.models import duplicate
-from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
+from manifold_nets.models import dtype_of, holders, named_tensors
+from manifold_nets.symmetry import SymmetryFamily
 
-__all__ = ["ConversionRecord", "conversion_record", "convert"]
+__all__ = ["BalanceRecord", "ConversionRecord", "balance", "conversion_record", "convert"]
 
-_RECORD = "_manifold_nets_conversion"
 _DEFAULTS = {"remedies": "spheres", "radius": "unit", "include": None, "exclude": None, "train_tolerance": 1e-4}
 _log = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class ConversionRecord:
 
 def conversion_record(model: nn.Module) -> ConversionRecord | None:
     """Return what `convert` did to this model, or None where it was not converted in this process."""
-    record = model.__dict__.get(_RECORD)
+    record = model.__dict__.get(CONVERSION_RECORD)
     return record if isinstance(record, ConversionRecord) else None
 
 
@@ -113,90 +117,93 @@ def convert(
         >>> type(net[0].weight).__name__, net[0].weight.manifold.partition.n_groups
         ('ManifoldParameter', 8)
     """
-    chosen = _chosen(
-        model,
-        report_or_example_inputs,
-        remedies=remedies,
-        radius=radius,
-        include=include,
-        exclude=exclude,
-        train_tolerance=train_tolerance,
-        edited=plan,
-    )
+    options = {
+        "remedies": remedies,
+        "radius": radius,
+        "include": include,
+        "exclude": exclude,
+        "train_tolerance": train_tolerance,
+    }
+    chosen = _chosen(model, report_or_example_inputs, plan, options)
     if not chosen.effective:
-        remedies_left = [] if plan is not None else _effective_remedies(model, report_or_example_inputs)
-        raise NothingToConvertError(chosen.model, [(a.name, a.reason) for a in chosen.actions], remedies_left)
+        raise _nothing_to_convert(
+            chosen, [] if plan is not None else _effective_remedies(model, report_or_example_inputs)
+        )
     if inplace and any(tensor.is_inference() for tensor in named_tensors(model).values()):
         found = "its weights were made in inference mode, where nothing can be trained"
         remedy = "Leave inplace out, and take the copy; or make the model outside of torch.inference_mode()."
         raise UnsupportedModelError(chosen.model, found, remedy)
-    before = both_modes(model, chosen.example_inputs)
-    target = model if inplace else duplicate(model)
-    if not inplace:
-        for old, new in zip(nn.Module.parameters(model), nn.Module.parameters(target), strict=True):
-            copy_attributes(old, new, share=False)
-    undo = _carry_out(target, chosen)
-    try:
-        verification = compare_outputs(before, both_modes(target, chosen.example_inputs))
-    except BaseException:
-        undo()
-        raise
-    if not verification.eval_difference <= eval_limit(_dtype(target)):
-        verification = _confirmed_in_float64(model, target, chosen, verification, undo)
-    target.__dict__[_RECORD] = record = ConversionRecord(_without_inputs(chosen), verification)
-    record_moves(target, chosen, math.inf if plan is not None else train_tolerance)
+    target, verification = _rewritten(model, chosen, inplace=inplace)
+    record = ConversionRecord(chosen.without_data(), verification)
+    target.__dict__[CONVERSION_RECORD] = record
+    set_moves(target, _moves_after(moves_of(target), chosen, math.inf if plan is not None else train_tolerance))
     convert_when_loaded(target)
     _log.info("%s", record)
     return target
 
 
-def _confirmed_in_float64(
-    model: nn.Module, target: nn.Module, chosen: ConversionPlan, found: Verification, undo: Callable[[], None]
-) -> Verification:
-    """Carry the plan out on a float64 copy; take everything back and raise where more than rounding is different."""
-    values = {name: tensor.detach().clone() for name, tensor in named_tensors(target).items()}
-    undo()
-    wide = compare_in_float64(model, values, chosen.example_inputs, lambda twin: _carry_out(twin, chosen))
-    if wide.why_not is not None:
-        limit = eval_limit(_dtype(model))
-        raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, wide.why_not)
-    _carry_out(target, chosen)
-    return replace(found, float64_eval_difference=wide.difference)
-
-
-def _chosen(
-    model: nn.Module, report_or_example_inputs: Any, *, edited: EditedPlan | None, **options: Any
-) -> ConversionPlan:
+def _chosen(model: nn.Module, given: Any, edited: EditedPlan | None, options: dict[str, Any]) -> ConversionPlan:
     """Make a plan, or check the one that was given."""
     if edited is None:
-        return make_plan(model, report_or_example_inputs, **options)
+        return make_plan(model, given, **options)
     changed = [name for name, value in options.items() if value != _DEFAULTS[name]]
     if changed:
         raise OptionError(changed[0], options[changed[0]], "its default beside a plan, which says all")
-    return edited_plan(model, report_or_example_inputs, edited)
+    return edited_plan(model, given, edited)
 
 
-def _effective_remedies(model: nn.Module, report_or_example_inputs: Any) -> list[Remedy]:
+def _effective_remedies(model: nn.Module, report_or_example_inputs: Any) -> list[str]:
     """Names of the remedies that would do something beside spheres."""
-    given = report_or_example_inputs
-    report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
+    report = report_of(model, report_or_example_inputs)
     actions = early_actions(model, report, REMEDIES) + late_actions(model, report, named_tensors(model), (), REMEDIES)
     useful = {action.remedy for action in actions if action.action != "leave"}
     return [remedy for remedy in REMEDIES if remedy in useful]
 
 
-def _without_inputs(chosen: ConversionPlan) -> ConversionPlan:
-    """Drop what a model should not carry into its copies and pickles: inputs, and findings channel by channel."""
-    return replace(
-        chosen,
-        actions=tuple(replace(a, finding=None, symmetry=None, shifts={}) for a in chosen.actions),
-        example_inputs=None,
-        rescaling=None,
+def _nothing_to_convert(chosen: ConversionPlan, remedies: list[str]) -> NothingToConvertError:
+    left = listed((f"{action.name} ({action.reason})" for action in chosen.actions), 12) or "no weights"
+    also = f"pass remedies={','.join(remedies)!r} (--remedies on the command line) for its other symmetries, or "
+    return NothingToConvertError(
+        f"{chosen.model}: nothing to convert: no selected weight is scale-invariant. Left: {left}. Scale-invariant "
+        f"weights stand in front of a normalization; {also if remedies else ''}train this model as it is."
     )
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), torch.float32)
+def _moves_after(before: Moves | None, chosen: ConversionPlan, tolerance: float) -> Moves:
+    """What a plan did to a model, in addition to what earlier conversions did."""
+    moves = replace(before or Moves(), tolerance=tolerance)
+    moves.weights, moves.biases = dict(moves.weights), dict(moves.biases)
+    for action in chosen.effective:
+        if action.action == "sphere" and isinstance(action.move, ScaledWeight):
+            moves.weights[action.name] = action.move.without_data()
+        elif action.action == "joint sphere":
+            moves.weights.update((name, ScaledWeight(name)) for name in action.parameters)
+        elif action.action == "remove" and isinstance(action.move, RemovedBias):
+            moves.biases[action.name] = replace(action.move, means=dict.fromkeys(action.move.means, ()))
+    return moves
+
+
+def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tuple[nn.Module, Verification]:
+    """Carry a plan out on a copy or on the model, and take it back where the function changes by more than rounding."""
+    inputs = chosen.example_inputs
+    before = both_modes(model, inputs)
+    target = model if inplace else copy_of(model)
+    undo = _carry_out(target, chosen)
+    try:
+        found = compare_outputs(before, both_modes(target, inputs))
+    except BaseException:
+        undo()
+        raise
+    limit = eval_limit(dtype_of(target))
+    if found.eval_difference <= limit:
+        return target, found
+    values = {name: tensor.detach().clone() for name, tensor in named_tensors(target).items()}
+    undo()
+    wide = compare_in_float64(model, values, inputs, lambda twin: _carry_out(twin, chosen))
+    if wide.why_not is not None:
+        raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, wide.why_not)
+    _carry_out(target, chosen)
+    return target, replace(found, float64_eval_difference=wide.difference)
 
 
 def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
@@ -205,30 +212,28 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
     before_spheres, _ = staged(state, chosen.actions, chosen.rescaling)
     manifolds, changed = _on_spheres(chosen, before_spheres)
     changed = {name: v for name, v in before_spheres.items() if v is not state[name]} | changed
-    removed = {action.name for action in chosen.of("remove")}
     points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
-    changed = {name: value for name, value in changed.items() if name not in removed}
-    # Nothing has been written so far; from here on nothing can fail for reasons of the values.
-    saved = {name: state[name].detach().clone() for name in changed}
+    removed = [action.name for action in chosen.of("remove")]
+    # Nothing has been written so far; from here on nothing can fail because of the values.
+    saved = {name: state[name].detach().clone() for name in changed if name not in removed}
     with torch.no_grad():
-        for name, value in changed.items():
-            state[name].copy_(value)
+        for name in saved:
+            state[name].copy_(changed[name])
             state[name].grad = None
-    holders = {name: _holders(model, state[name]) for name in manifolds}
-    originals = {name: state[name] for name in manifolds}
+    places = {name: holders(model, state[name]) for name in (*manifolds, *removed)}
     for name, manifold in manifolds.items():
-        norm = float(manifold.partition.norms(originals[name].detach()).median())
-        _attach_everywhere(holders[name], manifold, points[name], norm)
-    put_back = [remove_bias(*place) for name in removed for place in _holders(model, state[name])]
+        norm = float(manifold.partition.norms(state[name].detach()).median())
+        _attach_everywhere(places[name], manifold, points[name], norm)
+    put_back = [remove_bias(*place) for name in removed for place in places[name]]
 
     def undo() -> None:
         with torch.no_grad():
             for name, value in saved.items():
                 state[name].copy_(value)
-        for name, places in holders.items():
-            for module, leaf in places:
+        for name in manifolds:
+            for module, leaf in places[name]:
                 detach(module, leaf)
-                setattr(module, leaf, originals[name])
+                setattr(module, leaf, state[name])
         for restore in put_back:
             restore()
 
@@ -241,25 +246,16 @@ def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[
     changed: dict[str, Tensor] = {}
 
     def current(name: str) -> Tensor:
-        return changed.get(name, state[name].detach().to(torch.float64))
+        return changed[name] if name in changed else state[name].detach().to(torch.float64)
 
-    for action in chosen.spheres:
-        manifold, factors = sphere_of(action, state[action.name])
-        manifolds[action.name] = manifold
-        if action.radius == "unit":
-            spread = manifold.partition.spread(factors)
-            changed[action.name] = manifold.partition.multiply(current(action.name), spread)
-            if action.finding is not None:
-                changed.update(rescaled_along(ConvertedWeight.of(action.finding, None), factors, current))
-    for action in chosen.of("joint sphere"):
-        if isinstance(action.symmetry, SymmetryFamily):
-            joint = joint_sphere_of(action.symmetry, state)
+    for action in chosen.effective:
+        if action.action == "sphere" and isinstance(action.move, ScaledWeight) and action.partition is not None:
+            manifolds[action.name], values = action.move.onto_spheres(action.partition, current)
+            changed.update(values)
+        elif action.action == "joint sphere" and isinstance(action.move, SymmetryFamily):
+            joint = joint_sphere_of(action.move, state)
             manifolds.update(zip(joint.names, joint.manifolds, strict=True))
     return manifolds, changed
-
-
-def _holders(model: nn.Module, parameter: Tensor) -> list[tuple[nn.Module, str]]:
-    return [(m, leaf) for m in model.modules() for leaf, p in m._parameters.items() if p is parameter]
 
 
 def _attach_everywhere(
@@ -273,3 +269,92 @@ def _attach_everywhere(
         setattr(module, leaf, first.get_parameter(first_leaf))
     for module, leaf in places:
         note_converted(module, leaf, norm)
+
+
+# ---- balancing alone -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BalanceRecord:
+    """What balancing did.
+
+    Args:
+        balanced: one line for each family that was balanced.
+        left: one line for each rescaling family that was left, with the reason.
+        norm_before: Euclidean norm of all parameters that take part, before.
+        norm_after: the same, after.
+        sweeps: how often all symmetries were moved.
+        converged: whether the smallest norm was reached; where not, the function stays all the same.
+        imbalance: what grows and what shrinks with a symmetry weigh the same at the minimum: the largest difference of
+            the two over their sum; at most 1e-9 where it converged.
+        verification: how far the function is from what it was.
+    """
+
+    balanced: tuple[str, ...]
+    left: tuple[str, ...]
+    norm_before: float
+    norm_after: float
+    sweeps: int
+    converged: bool
+    imbalance: float
+    verification: Verification
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**vars(self), "verification": self.verification.to_dict()}
+
+
+def balance(
+    model: nn.Module, report_or_example_inputs: Any, *, inplace: bool = False
+) -> tuple[nn.Module, BalanceRecord]:
+    """Move a network to the point of smallest norm on the orbit of its rescaling symmetries; its function stays.
+
+    Only rescalings that leave every stored statistic alone are carried out, so that the function is the same in both
+    modes up to rounding. Families that touch a weight on spheres are left: balance first, then convert.
+
+    The norm is the smallest where what grows with a symmetry weighs as much as what shrinks, for each of them:
+    ``Σ_{c > 0} c ‖w_i‖² = Σ_{c < 0} |c| ‖w_i‖²`` over the parts i that are multiplied by ``α^c``. The descent ends
+    where the two differ by no more than 1e-9 of their sum, or after 100 sweeps: then the record and a warning in the
+    log say so.
+
+    Args:
+        model: the network; left as it is unless ``inplace``.
+        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
+        inplace: change the values of the model itself.
+
+    Returns:
+        The balanced copy, or the model itself, and what was done.
+
+    Raises:
+        ReportMismatchError: the report is of another model.
+        FunctionChangedError: the outputs would change by more than rounding; nothing was changed.
+
+    References:
+        Sinkhorn-like balancing of rescaling orbits: Stock, Graham, Gribonval, Jégou, *Equi-normalization of neural
+        networks*, ICLR 2019, arXiv:1902.10416.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.mul_(100)
+        >>> balanced, record = balance(net, torch.randn(8, 4))
+        >>> record.norm_after < record.norm_before
+        True
+    """
+    report = report_of(model, report_or_example_inputs)
+    actions = early_actions(model, report, ["balance"])
+    families = [a.move for a in actions if a.action == "balance" and isinstance(a.move, SymmetryFamily)]
+    rescaling = smallest_norm(families, dict(model.named_parameters()))
+    chosen = ConversionPlan(report.model, tuple(actions), report.example_inputs, rescaling)
+    target, verification = _rewritten(model, chosen, inplace=inplace)
+    descent = rescaling.descent
+    return target, BalanceRecord(
+        balanced=tuple(str(family) for family in families),
+        left=tuple(f"{action.move}: {action.reason}" for action in actions if action.action == "leave"),
+        norm_before=math.sqrt(descent.energies[0]),
+        norm_after=math.sqrt(descent.energies[1]),
+        sweeps=descent.sweeps,
+        converged=descent.converged,
+        imbalance=descent.imbalance,
+        verification=verification,
+    )

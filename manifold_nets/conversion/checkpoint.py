@@ -23,17 +23,17 @@ from manifold_nets.constraints import (
     trusted_values,
 )
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.biases import absent_bias, put_back_bias, remove_bias, removed_biases
-from manifold_nets.conversion.projection import way_back
-from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.conversion.moves import moves_within, set_moves
+from manifold_nets.conversion.projection import convert_when_loaded, way_back
+from manifold_nets.conversion.remedies.dead_biases import absent_bias, put_back_bias, remove_bias, removed_biases
+from manifold_nets.conversion.revert import replace_everywhere
 from manifold_nets.documents import printable
 from manifold_nets.errors import (
-    CheckpointFormatError,
     CheckpointMismatchError,
     CheckpointTensorError,
     OffManifoldError,
+    listed,
 )
-from manifold_nets.errors.base import listed
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
@@ -77,12 +77,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for weight in constrained_weights(model):
         stored = aliases.get(weight.name, weight.name)
         if stored not in tensors:
-            found = "constrained, but has no entry in the state_dict"
-            raise CheckpointTensorError(path, weight.name, found, "Remove the hook that renames or drops it.")
+            raise CheckpointTensorError(
+                path,
+                f"{weight.name} is constrained, but has no entry in the state_dict. Remove the hook of the model that "
+                "renames or drops it.",
+            )
         manifolds[stored] = weight.manifold
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
     _require_points(tensors, manifolds, lambda name: f"{_WHY} {way_back(model, name)}")
-    storage.write(path, storage.Contents(tensors, manifolds, aliases, tuple(removed_biases(model))))
+    removed, conversions = tuple(removed_biases(model)), {prefix: moves for prefix, _, moves in moves_within(model)}
+    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -120,23 +124,43 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     """The same as `load`, for a file that has been read."""
     differences = [printable(text) for text in _differences(model, contents)]
     if differences:
-        raise CheckpointMismatchError(path, type(model).__name__, differences)
+        raise _mismatch(path, model, differences)
     try:
         _require_points(contents.tensors, contents.manifolds, lambda _: "")
     except OffManifoldError as error:
-        raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+        raise storage.unreadable(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+    stored = contents.expanded()
     # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
     with unchanged_on_failure(model), trusted_values(), torch.no_grad():
-        _put_back_biases(model, contents)
+        for name, place in removed_biases(model).items():
+            if name in stored:
+                put_back_bias(*place)
         # The biases that the file has not are removed afterwards as well.
-        found = model.load_state_dict(contents.expanded(), strict=False)
+        found = model.load_state_dict(stored, strict=False)
         untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
         if untaken:
-            differences = [f"hooks of the model did not take {listed(sorted(untaken))}"]
-            raise CheckpointMismatchError(path, type(model).__name__, differences)
-    _remove_biases(model, contents)
+            raise _mismatch(path, model, [f"hooks of the model did not take {listed(sorted(untaken))}"])
+    for name in contents.removed:
+        prefix, _, leaf = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if module._parameters.get(leaf) is not None:
+            remove_bias(module, leaf)
     _set_manifolds(model, contents)
+    for prefix, moves in contents.conversions.items():
+        converted = model.get_submodule(prefix.rstrip("."))
+        set_moves(converted, moves)
+        convert_when_loaded(converted)
     return model
+
+
+def _mismatch(path: str | os.PathLike[str], model: nn.Module, differences: list[str]) -> CheckpointMismatchError:
+    return CheckpointMismatchError(
+        path,
+        f"does not fit this {type(model).__name__}, which was left as it was: {'; '.join(differences)}. Make the model "
+        "with the arguments it was saved with, in the same dtype, and save and load the bare module rather than one "
+        "wrapped by torch.compile or a parallel trainer.",
+        differences,
+    )
 
 
 @contextmanager
@@ -161,20 +185,28 @@ def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tenso
     """Return the entries of the state_dict, or refuse by name what safetensors cannot hold."""
     state: Mapping[str, object] = model.state_dict()
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointTensorError(path, name, f"a {type(value).__name__}", "Keep it outside of the state_dict.")
-        if nn.parameter.is_lazy(value):
-            raise CheckpointTensorError(path, name, "a lazy parameter without a shape", "Run the model once first.")
-        if hasattr(value, "__tensor_flatten__"):
-            kind = type(value).__name__
-            raise CheckpointTensorError(path, name, f"a {kind}", "Gather or dequantize it to a plain tensor first.")
-        if value.layout != torch.strided:
-            raise CheckpointTensorError(path, name, f"a {value.layout} tensor", "Call to_dense() on it first.")
-        if value.is_meta:
-            raise CheckpointTensorError(path, name, "on the meta device", "Give it values: to_empty, then load them.")
-        if value.dtype not in _DTYPES:
-            raise CheckpointTensorError(path, name, f"of {value.dtype}", "Cast it to a dtype that safetensors has.")
+        fault = _why_not_storable(value)
+        if fault is not None:
+            found, remedy = fault
+            raise CheckpointTensorError(path, f"{name} is {found}; expected a dense tensor with values. {remedy}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _why_not_storable(value: object) -> tuple[str, str] | None:
+    """What is wrong with an entry of a state_dict, and what to do."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}", "Keep it outside of the state_dict."
+    if nn.parameter.is_lazy(value):
+        return "a lazy parameter without a shape", "Run the model once first."
+    if hasattr(value, "__tensor_flatten__"):
+        return f"a {type(value).__name__}", "Gather or dequantize it to a plain tensor first."
+    if value.layout != torch.strided:
+        return f"a {value.layout} tensor", "Call to_dense() on it first."
+    if value.is_meta:
+        return "on the meta device", "Give it values: to_empty, then load them."
+    if value.dtype not in _DTYPES:
+        return f"of {value.dtype}", "Cast it to a dtype that safetensors has."
+    return None
 
 
 # What safetensors 0.4 and later store.
@@ -262,6 +294,9 @@ def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
         prefix, _, leaf = name.rpartition(".")
         if prefix not in places or leaf != "bias" or leaf not in places[prefix]._parameters:
             found.append(f"{name!r} is a removed bias in the file, but no bias of the model")
+    strange = [prefix for prefix in contents.conversions if prefix and prefix[:-1] not in places]
+    if strange:
+        found.append(f"the model has no modules {listed(prefix[:-1] for prefix in strange)}, which were converted")
     shared = [name for name in in_model if name in in_file]
     each = [(name, _difference(in_file[name], in_model[name])) for name in shared]
     each += [(name, "constrained in the file, but no parameter of the model") for name in contents.manifolds
@@ -292,90 +327,55 @@ def _difference(stored: Tensor, present: object) -> str | None:
 
 def _ties(aliases: Mapping[str, str], present: Mapping[str, object]) -> list[str]:
     """Say which tensors are tied in the file alone or in the model alone."""
-    in_file = _groups({name: aliases.get(name, name) for name in present})
-    in_model = _groups({name: (isinstance(value, Tensor) and _place(value)) or name for name, value in present.items()})
+    in_file: dict[object, set[str]] = {}
+    in_model: dict[object, set[str]] = {}
+    for name, value in present.items():
+        in_file.setdefault(aliases.get(name, name), set()).add(name)
+        in_model.setdefault((isinstance(value, Tensor) and _place(value)) or name, set()).add(name)
     return [
         f"{', '.join(sorted(names))} are one tensor in the {where}, but not in the {other}"
-        for where, other, sets in (("file", "model", in_file - in_model), ("model", "file", in_model - in_file))
-        for names in sorted(sets, key=sorted)
-        if len(names) > 1
+        for where, other, own, others in (("file", "model", in_file, in_model), ("model", "file", in_model, in_file))
+        for names in sorted(own.values(), key=sorted)
+        if len(names) > 1 and names not in others.values()
     ]
 
 
-def _groups(labels: Mapping[str, object]) -> set[frozenset[str]]:
-    """Return the sets of names that have the same label."""
-    groups: dict[object, set[str]] = {}
-    for name, label in labels.items():
-        groups.setdefault(label, set()).add(name)
-    return {frozenset(names) for names in groups.values()}
-
-
-def _cut(texts: list[str], limit: int = 8) -> list[str]:
-    return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]
-
-
 def _returning_biases(model: nn.Module, in_file: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The biases that `_put_back_biases` will make, by all their names."""
+    """The biases that loading will put back, by all their names."""
     made: dict[tuple[nn.Module, str], Tensor] = {}
     places = {name: place for name, place in removed_biases(model).items() if name in in_file}
     return {name: made.setdefault(place, absent_bias(*place)) for name, place in places.items()}
 
 
-def _put_back_biases(model: nn.Module, contents: storage.Contents) -> None:
-    """Put back the removed biases of a model that a file holds."""
-    stored = contents.expanded()
-    for name, (module, leaf) in removed_biases(model).items():
-        if name in stored:
-            put_back_bias(module, leaf)
-
-
-def _remove_biases(model: nn.Module, contents: storage.Contents) -> None:
-    """Remove the biases of a model that are removed in a file."""
-    for name in contents.removed:
+def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
+    """Constrain the weights that the file constrains, and no others; parameter objects that fit are kept."""
+    wanted = contents.manifolds
+    present = {contents.aliases.get(weight.name, weight.name): weight for weight in constrained_weights(model)}
+    kept = {name for name, weight in present.items() if name in wanted and _is_on(weight, wanted[name])}
+    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
+    split = {getattr(wanted[name], "joint", None) for name in wanted.keys() - kept} - {None}
+    replaced = []
+    for name in {**present, **wanted}:
+        manifold = wanted.get(name)
+        if name in kept and getattr(manifold, "joint", None) not in split:
+            continue
         prefix, _, leaf = name.rpartition(".")
         module = model.get_submodule(prefix)
-        if module._parameters.get(leaf) is not None:
-            remove_bias(module, leaf)
-
-
-def _stored_name(weight: ConstrainedWeight, contents: storage.Contents) -> str:
-    return contents.aliases.get(weight.name, weight.name)
-
-
-def _is_on(weight: ConstrainedWeight, name: str, wanted: Mapping[str, SphereProduct]) -> bool:
-    """Whether a parameter object lies on the manifold that it should have."""
-    manifold = wanted.get(name)
-    same = manifold is not None and manifold.to_dict() == weight.manifold.to_dict()
-    return same and isinstance(weight.parameter, geoopt.ManifoldParameter)
-
-
-def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
-    """Make the weights that the file constrains, and no others, constrained."""
-    owners = {
-        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
-        for prefix, module in model.named_modules(remove_duplicate=False)
-        for leaf in module._parameters
-    }
-    wanted = dict(contents.manifolds)
-    replaced = []
-    present = list(constrained_weights(model))
-    defined = {id(weight.parameter): weight.parameter for weight in present if not is_converted(weight)}
-    same = {name: weight for weight in present if _is_on(weight, name := _stored_name(weight, contents), wanted)}
-    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
-    split = {wanted[name].joint for name in wanted.keys() - same.keys() if isinstance(wanted[name], JointSphereMember)}
-    for weight in present:
-        name = _stored_name(weight, contents)
-        if name in same and getattr(wanted[name], "joint", None) not in split:
-            del wanted[name]
-        elif name not in wanted:
-            old = weight.parameter
-            detach(weight.module, weight.leaf)
-            replaced.append((old, weight.module.get_parameter(weight.leaf)))
-    for name, manifold in wanted.items():
-        module, leaf = owners[name]
-        old = module.get_parameter(leaf)
-        attach(module, leaf, manifold)
-        if id(old) not in defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
-            note_converted(module, leaf, None)
+        old, defined = module.get_parameter(leaf), name in present and not is_converted(present[name])
+        if manifold is None:
+            detach(module, leaf)
+        else:
+            attach(module, leaf, manifold)
+            if not defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+                note_converted(module, leaf, None)
         replaced.append((old, module.get_parameter(leaf)))
     replace_everywhere(model, replaced)
+
+
+def _is_on(weight: ConstrainedWeight, manifold: SphereProduct) -> bool:
+    """Whether a parameter object lies on the manifold that it should have."""
+    return isinstance(weight.parameter, geoopt.ManifoldParameter) and manifold.to_dict() == weight.manifold.to_dict()
+
+
+def _cut(texts: list[str], limit: int = 8) -> list[str]:
+    return texts if len(texts) <= limit else [*texts[:limit], f"and {len(texts) - limit} more of these"]

@@ -23,6 +23,7 @@ from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit, verify
 from manifold_nets.errors import ExportError, FunctionChangedError, MissingExtraError, OptionError
 from manifold_nets.files import atomic_file
+from manifold_nets.models import dtype_of
 from manifold_nets.running import Inputs, output_tensors, split_inputs
 
 __all__ = ["ExportRecord", "FileFormat", "export_model"]
@@ -102,8 +103,7 @@ def export_model(
         _require_onnx()
     plain = revert(model)
     verification = verify(model, plain, example_inputs)
-    dtype = next((p.dtype for p in nn.Module.parameters(plain) if p.is_floating_point()), torch.float32)
-    limit = eval_limit(dtype)
+    limit = eval_limit(dtype_of(plain))
     for mode, difference in (("evaluation", verification.eval_difference), ("training", verification.train_difference)):
         if not difference <= limit:
             raise FunctionChangedError(type(model).__name__, mode, difference, limit)

@@ -1,59 +1,75 @@
-"""What a conversion did, kept on the model so that values of the plain network can be converted the same way later.
+"""What changes together: the description of a remedy from which a model is converted, converted again and projected.
 
-The record follows deep copies and pickles. It names tensors as the converted model does, and holds one number for each
-channel of a normalization, but no values of weights.
+A conversion moves parameters along symmetries of the network. `ScaledWeight` is a move along ``c ⊙ w``: the groups of a
+weight are multiplied by factors, and biases and running statistics follow. `RemovedBias` is a move along a constant d:
+a bias goes to zero, and running means follow. `convert` carries them out; `Moves` keeps them on the model and in its
+checkpoint, so that `load_state_dict`, `load` and `project` do the same to other values of the plain network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.conversion.actions import ConversionPlan
-from manifold_nets.conversion.algebra import gather, rescaled_variance
-from manifold_nets.conversion.biases import removed_biases
-from manifold_nets.symmetry import Absorber, SymmetryFamily
-from manifold_nets.symmetry.report import ScaledAlong, WeightFinding
+from manifold_nets.groups import Partition, refuse_degenerate
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.symmetry.report import Absorber, ScaledAlong, WeightFinding
 
 __all__ = [
-    "ConvertedWeight",
+    "Current",
     "Moves",
+    "RemovedBias",
+    "ScaledWeight",
     "forget_moves",
-    "known_weights",
+    "gather",
     "moves_of",
     "moves_within",
-    "record_moves",
     "rescaled_along",
+    "rescaled_variance",
+    "set_moves",
+    "train_mode_deviation",
 ]
 
+Current = Callable[[str], Tensor]
+"""Gives the present values of a parameter or buffer, in float64."""
+
 _RECORD = "_manifold_nets_moves"
+# A running variance whose rounding is magnified by more than this is no longer exact in evaluation mode.
+_LARGEST_CANCELLATION = 8.0
+# The fields of a normalization that a checkpoint stores, besides the groups of its channels.
+_STORED = ("op", "module", "kind", "eps", "weight", "bias", "running_mean", "running_var", "calls")
 
 
 @dataclass(frozen=True)
-class ConvertedWeight:
-    """How a weight was put on its spheres, and what changes with its scale.
+class ScaledWeight:
+    """A weight that goes on its spheres by a factor for each group, and what is scaled with it.
 
     Args:
+        name: the weight.
         radius: the radius of unit filters, √k for k filters in a group; None where the groups keep their norms.
         biases: the biases that are scaled along.
-        absorbers: the normalizations behind, whose running statistics are scaled along.
+        absorbers: the normalizations behind the weight, whose running statistics are scaled along.
     """
 
-    radius: float | None
+    name: str
+    radius: float | None = None
     biases: tuple[ScaledAlong, ...] = ()
     absorbers: tuple[Absorber, ...] = ()
 
     @classmethod
-    def of(cls, finding: WeightFinding, radius: float | None) -> ConvertedWeight:
-        """Keep of a finding what is needed to scale it again."""
-        return cls(radius, finding.scaled_along, tuple(replace(a, variances=()) for a in finding.absorbers))
+    def of(cls, finding: WeightFinding, radius: float | None) -> ScaledWeight:
+        """Take from a finding what is needed to scale the weight."""
+        return cls(finding.name, radius, finding.scaled_along, finding.absorbers)
 
-    def without(self, names: Container[str]) -> ConvertedWeight:
-        """Leave biases out that the model does not have any more."""
-        return replace(self, biases=tuple(bias for bias in self.biases if bias.name not in names))
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The weight alone: what follows is no choice."""
+        return (self.name,)
 
     @property
     def along(self) -> tuple[str, ...]:
@@ -61,24 +77,150 @@ class ConvertedWeight:
         buffers = [n for a in self.absorbers for n in (a.running_mean, a.running_var) if n is not None]
         return tuple(dict.fromkeys([*(bias.name for bias in self.biases), *buffers]))
 
+    def without(self, names: Container[str]) -> ScaledWeight:
+        """Leave out biases that the model no longer has."""
+        return replace(self, biases=tuple(bias for bias in self.biases if bias.name not in names))
+
+    def without_data(self) -> ScaledWeight:
+        """Leave out what was measured on the example inputs."""
+        return replace(self, absorbers=tuple(replace(a, variances=()) for a in self.absorbers))
+
+    def with_running_variances(self, state: Mapping[str, Tensor]) -> ScaledWeight:
+        """Take the running variance for that of a batch, and only the affine parameters that are given."""
+        absorbers = []
+        for a in self.absorbers:
+            variance = None if a.running_var is None else state.get(a.running_var)
+            weight, bias = (name if name in state else None for name in (a.weight, a.bias))
+            variances = () if variance is None else tuple(variance.tolist())
+            absorbers.append(replace(a, variances=variances, weight=weight, bias=bias))
+        return replace(self, absorbers=tuple(absorbers))
+
+    def factors(self, partition: Partition, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm of each group and its factor to the radius, float64.
+
+        Raises:
+            DegenerateGroupError: a group is zero or not finite.
+        """
+        norms = partition.norms(weight.detach().to(torch.float64)).flatten()
+        refuse_degenerate(norms, self.name)
+        return norms, torch.ones_like(norms) if self.radius is None else self.radius / norms
+
+    def onto_spheres(self, partition: Partition, current: Current) -> tuple[SphereProduct, dict[str, Tensor]]:
+        """The manifold of the weight, and the new float64 values of all that changes; nothing where norms are kept."""
+        weight = current(self.name)
+        norms, factors = self.factors(partition, weight)
+        if self.radius is None:
+            return SphereProduct(partition, radius=norms), {}
+        scaled = partition.multiply(weight, partition.spread(factors))
+        changed = {self.name: scaled, **rescaled_along(self, factors, current)}
+        return SphereProduct(partition, radius=self.radius), changed
+
+    def why_norms_stay(
+        self, dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor, tolerance: float
+    ) -> tuple[str | None, float | None]:
+        """Return why the weight cannot be rescaled, or None, and what that changes in training mode.
+
+        Args:
+            dtype: that of the weight.
+            state: parameters and buffers by name.
+            factors: the factor of each group.
+            tolerance: largest relative change of a layer's normalized training output.
+        """
+        why = _obstacle(self.absorbers, dtype, state, factors)
+        if why is not None:
+            return why, None
+        deviation = max((_deviation(absorber, state, factors) for absorber in self.absorbers), default=0.0)
+        if not deviation <= tolerance:
+            why = (
+                f"unit radius would change its training-mode output by {deviation:.1e} through eps, more than "
+                f"train_tolerance={tolerance:g}"
+            )
+        return why, deviation
+
+
+@dataclass(frozen=True)
+class RemovedBias:
+    """A bias without effect that is removed, and the running means that contain what it adds.
+
+    Args:
+        name: the bias.
+        means: what is subtracted from each running mean behind it, channel by channel.
+        direct: whether that is the bias itself, whatever its values are; else it was measured.
+    """
+
+    name: str
+    means: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    direct: bool = True
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The bias."""
+        return (self.name,)
+
+    def values(self, current: Current) -> dict[str, Tensor]:
+        """The float64 values without the bias: zeros in its place, and the running means without it."""
+        bias = current(self.name)
+        changed = {self.name: torch.zeros_like(bias)}
+        for mean, shift in self.means.items():
+            changed[mean] = current(mean) - (bias if self.direct else bias.new_tensor(shift))
+        return changed
+
 
 @dataclass
 class Moves:
-    """What a conversion did to a model.
+    """What a conversion did to a model; names are those of the converted model.
 
     Args:
-        weights: the weights that it put on spheres, by name.
-        biases: the running means that hold a removed bias itself; None where they hold something that was measured.
+        weights: the weights that it put on spheres.
+        biases: the biases that it removed.
         tolerance: largest relative change of a layer's normalized training output that unit radius may cause.
     """
 
-    weights: dict[str, ConvertedWeight] = field(default_factory=dict)
-    biases: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+    weights: dict[str, ScaledWeight] = field(default_factory=dict)
+    biases: dict[str, RemovedBias] = field(default_factory=dict)
     tolerance: float = 1e-4
+
+    def present(self, removed: Container[str]) -> dict[str, ScaledWeight]:
+        """The weights with what changes with them now, as removed biases do not."""
+        return {name: weight.without(removed) for name, weight in self.weights.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        weights = {
+            name: {
+                "radius": weight.radius,
+                "biases": {bias.name: list(bias.groups) for bias in weight.biases},
+                "absorbers": [
+                    {**{key: getattr(a, key) for key in _STORED}, "groups": list(a.groups)} for a in weight.absorbers
+                ],
+            }
+            for name, weight in self.weights.items()
+        }
+        biases = {name: list(bias.means) if bias.direct else None for name, bias in self.biases.items()}
+        tolerance = self.tolerance if math.isfinite(self.tolerance) else None
+        return {"tolerance": tolerance, "weights": weights, "biases": biases}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Moves:
+        """Rebuild a record from `to_dict`."""
+        weights = {
+            name: ScaledWeight(
+                name,
+                entry["radius"],
+                tuple(ScaledAlong(bias, tuple(groups)) for bias, groups in entry["biases"].items()),
+                tuple(Absorber(**{**a, "groups": tuple(a["groups"])}) for a in entry["absorbers"]),
+            )
+            for name, entry in data["weights"].items()
+        }
+        biases = {
+            name: RemovedBias(name, dict.fromkeys(means or (), ()), direct=means is not None)
+            for name, means in data["biases"].items()
+        }
+        return cls(weights, biases, math.inf if data["tolerance"] is None else data["tolerance"])
 
 
 def moves_of(model: nn.Module) -> Moves | None:
-    """Return the record on a model, None where it was not converted in this process."""
+    """Return the record on a model; None where no conversion is known. It follows deep copies and pickles."""
     record = model.__dict__.get(_RECORD)
     return record if isinstance(record, Moves) else None
 
@@ -91,26 +233,9 @@ def moves_within(model: nn.Module) -> Iterator[tuple[str, nn.Module, Moves]]:
             yield f"{name}." if name else "", module, record
 
 
-def record_moves(model: nn.Module, chosen: ConversionPlan, tolerance: float) -> None:
-    """Note what a plan did to a model, in addition to what earlier conversions did."""
-    record = moves_of(model) or Moves()
-    weights, biases = dict(record.weights), dict(record.biases)
-    for action in chosen.spheres:
-        if action.finding is not None:
-            unit = float(action.finding.filters_per_group) ** 0.5
-            weights[action.name] = ConvertedWeight.of(action.finding, unit if action.radius == "unit" else None)
-    for action in chosen.of("joint sphere"):
-        if isinstance(action.symmetry, SymmetryFamily):
-            weights.update(dict.fromkeys(action.symmetry.parameters, ConvertedWeight(None)))
-    for action in chosen.of("remove"):
-        biases[action.name] = tuple(action.shifts) if action.direct else None
-    model.__dict__[_RECORD] = Moves(weights, biases, tolerance)
-
-
-def known_weights(model: nn.Module, record: Moves) -> dict[str, ConvertedWeight]:
-    """What changes with each converted weight, as the model is now: removed biases do not."""
-    removed = removed_biases(model)
-    return {name: weight.without(removed) for name, weight in record.weights.items()}
+def set_moves(model: nn.Module, moves: Moves) -> None:
+    """Put a record on a model."""
+    model.__dict__[_RECORD] = moves
 
 
 def forget_moves(model: nn.Module) -> None:
@@ -118,33 +243,101 @@ def forget_moves(model: nn.Module) -> None:
     model.__dict__.pop(_RECORD, None)
 
 
-def rescaled_along(weight: ConvertedWeight, factors: Tensor, current: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+# ---- a rescaling in front of a batch normalization -------------------------------------------------------------------
+# A filter multiplied by f gives the normalization an input with mean f m and variance f² v.
+
+
+def rescaled_along(weight: ScaledWeight, factors: Tensor, current: Current) -> dict[str, Tensor]:
     """New float64 values of the biases and running statistics that change when a weight's groups are multiplied.
 
     Args:
         weight: what changes with it.
         factors: the factor of each group, float64.
-        current: gives the present values of a tensor, in float64.
+        current: gives the present values.
     """
     changed: dict[str, Tensor] = {}
     for bias in weight.biases:
         old = current(bias.name)
         changed[bias.name] = old * gather(factors, bias.groups).reshape(old.shape)
-    seen: set[str] = set()
     for absorber in weight.absorbers:
-        if absorber.running_mean is None or absorber.running_var is None or absorber.running_var in seen:
+        mean, variance = absorber.running_mean, absorber.running_var
+        if mean is None or variance is None or variance in changed:
             continue
-        seen.add(absorber.running_var)
-        changed.update(_rescaled_statistics(absorber, factors, current))
+        factor, old = gather(factors, absorber.groups), current(variance)
+        reached = torch.tensor(absorber.groups, device=factor.device) >= 0
+        changed[mean] = current(mean) * factor
+        changed[variance] = torch.where(reached, rescaled_variance(old, absorber.eps or 0.0, factor), old)
     return changed
 
 
-def _rescaled_statistics(absorber: Absorber, factors: Tensor, current: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    mean, variance = str(absorber.running_mean), str(absorber.running_var)
+def gather(values: Tensor, groups: tuple[int, ...]) -> Tensor:
+    """Spread one factor per group over entries by their group numbers; 1 where an entry is in no group."""
+    index = torch.tensor(groups, dtype=torch.int64, device=values.device)
+    return torch.where(index < 0, torch.ones((), dtype=values.dtype, device=values.device), values[index.clamp_min(0)])
+
+
+def rescaled_variance(variance: Tensor, eps: float, factor: Tensor) -> Tensor:
+    """Running variance that keeps evaluation mode exact: ``v' = (v + eps) f² − eps``.
+
+    Then ``f (z − m)/√(v' + eps) = (z − m)/√(v + eps)``. The result can be negative; ``v' + eps`` never is.
+
+    Args:
+        variance: running variance ``v``, shape (C,).
+        eps: eps of the normalization.
+        factor: factor ``f`` of each channel, shape (C,).
+    """
+    return (variance + eps) * factor.square() - eps
+
+
+def train_mode_deviation(variance: Tensor, eps: float, scale: Tensor, shift: Tensor, factor: Tensor) -> float:
+    """Relative change of a batch normalization's training output when its input channels are multiplied by ``f``.
+
+    The normalized channel is multiplied by ``ρ = √((v + eps)/(v + eps/f²))``, so with ``a = γ² v/(v + eps)`` the mean
+    square of its scaled part the change is ``√(Σ a (ρ − 1)² / Σ (a + β²))``.
+
+    Args:
+        variance: batch variance ``v`` on the example inputs, shape (C,).
+        eps: eps of the normalization.
+        scale: γ, shape (C,).
+        shift: β, shape (C,).
+        factor: ``f``, shape (C,).
+    """
+    energy = scale.square() * variance / (variance + eps)
+    ratio = ((variance + eps) / (variance + eps / factor.square())).sqrt()
+    total = float((energy + shift.square()).sum())
+    return math.sqrt(float((energy * (ratio - 1).square()).sum()) / total) if total > 0 else 0.0
+
+
+def _deviation(absorber: Absorber, state: Mapping[str, Tensor], factors: Tensor) -> float:
+    """Relative change of the training-mode output over the channels that a weight scales."""
     factor = gather(factors, absorber.groups)
     reached = torch.tensor(absorber.groups, device=factor.device) >= 0
-    new_variance = rescaled_variance(current(variance), absorber.eps or 0.0, factor)
-    return {
-        mean: current(mean) * factor,
-        variance: torch.where(reached, new_variance, current(variance)),
-    }
+    variance = torch.tensor(absorber.variances, dtype=torch.float64, device=factor.device)
+    scale = state[absorber.weight].detach().double() if absorber.weight else torch.ones_like(variance)
+    shift = state[absorber.bias].detach().double() if absorber.bias else torch.zeros_like(variance)
+    kept = [values[reached] for values in (scale, shift, factor)]
+    return train_mode_deviation(variance[reached], absorber.eps or 0.0, *kept)
+
+
+def _obstacle(
+    absorbers: Sequence[Absorber], dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor
+) -> str | None:
+    """Why the rescaling to unit radius could not be exact in evaluation mode, or None."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return "rescaling half-precision weights would round every entry"
+    for absorber in absorbers:
+        if absorber.kind != "batch" or absorber.running_var is None or absorber.running_mean is None:
+            return f"{absorber} has no running statistics that could take up its eps"
+        if -2 in absorber.groups:
+            return f"{absorber} absorbs a product of scales"
+        if len(absorber.variances) != len(absorber.groups):
+            return f"the batch variances in front of {absorber} are not known"
+        same = [a for a in absorbers if a.running_var == absorber.running_var]
+        if any(a.groups != absorber.groups for a in same) or len(same) != absorber.calls:
+            return f"the running statistics of {absorber} are shared with another tensor"
+        eps = absorber.eps or 0.0
+        rescaled = rescaled_variance(state[absorber.running_var].double(), eps, gather(factors, absorber.groups))
+        # By how much rounding v' is magnified in v' + eps.
+        if len(rescaled) and float((rescaled.abs() / (rescaled + eps)).max()) > _LARGEST_CANCELLATION:
+            return f"running variances of {absorber} are too small against its eps"
+    return None

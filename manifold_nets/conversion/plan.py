@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.conversion.actions import Action, ConversionPlan, chosen_remedies
-from manifold_nets.conversion.balance import Rescaling, rescaling_families, smallest_norm
-from manifold_nets.conversion.dead_biases import dead_bias_actions
-from manifold_nets.conversion.joint import joint_actions
-from manifold_nets.conversion.same_model import named_tensors, require_same_model
-from manifold_nets.conversion.spheres import sphere_action
-from manifold_nets.errors import OptionError, SelectionError
-from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, diagnose
+from manifold_nets.conversion.actions import ACTION_OF, REMEDIES, Action, ConversionPlan, chosen_remedies
+from manifold_nets.conversion.moves import RemovedBias
+from manifold_nets.conversion.remedies.balance import Rescaling, rescaling_families, smallest_norm
+from manifold_nets.conversion.remedies.dead_biases import dead_bias_actions
+from manifold_nets.conversion.remedies.spheres import joint_actions, sphere_action
+from manifold_nets.conversion.verify import report_of
+from manifold_nets.documents import Schema, parse_json
+from manifold_nets.errors import OptionError, PlanError, SelectionError
+from manifold_nets.files import atomic_file
+from manifold_nets.models import named_tensors
+from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 
-__all__ = [
-    "Selector",
-    "early_actions",
-    "late_actions",
-    "outcome_said",
-    "plan",
-    "staged",
-    "weight_actions",
-]
+__all__ = ["EditedPlan", "Selector", "early_actions", "edited_plan", "late_actions", "plan", "staged", "write_plan"]
 
 Selector = str | Sequence[str] | Callable[[str], bool] | None
+EditedPlan = ConversionPlan | Mapping[str, Any] | str | os.PathLike[str]
+
+_SCHEMA = Schema.packaged("manifold_nets.conversion", "plan.schema.json")
 
 
 @torch.inference_mode(False)  # gradients are needed
@@ -85,31 +87,28 @@ def plan(
         raise OptionError("radius", radius, "'unit' or 'keep'")
     if not train_tolerance >= 0:
         raise OptionError("train_tolerance", train_tolerance, "a number ≥ 0")
-    given = report_or_example_inputs
-    report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
-    require_same_model(model, report)
+    report = report_of(model, report_or_example_inputs)
     early = early_actions(model, report, chosen)
-    moved = [name for a in early for name in a.parameters]
+    moved = [name for action in early for name in action.parameters]
     if "joint-spheres" in chosen:
         moved += [name for family in report.families for name in family.parameters]
-    names = dict.fromkeys([w.name for w in report.weights] + moved)
-    wanted = _selected(list(names), include, "include", default=True)
-    wanted -= _selected(list(names), exclude, "exclude", default=False)
-    early = [_if_selected(action, wanted) for action in early]
-    state, rescaling = staged(named_tensors(model), early)
-    early = outcome_said(early, rescaling)
-    weights = weight_actions(report, state, radius, train_tolerance, wanted if "spheres" in chosen else set())
-    late = late_actions(model, report, state, weights, chosen)
-    actions = (*weights, *early, *(_if_selected(action, wanted) for action in late))
-    return ConversionPlan(report.model, actions, report.example_inputs, rescaling)
+    names = list(dict.fromkeys([w.name for w in report.weights] + moved))
+    wanted = _selected(names, include, "include", default=True)
+    wanted -= _selected(names, exclude, "exclude", default=False)
+    early, state, rescaling = _after(named_tensors(model), [_if_selected(action, wanted) for action in early])
+    weights = _weight_actions(report, state, radius, train_tolerance, wanted if "spheres" in chosen else set())
+    late = [_if_selected(action, wanted) for action in late_actions(model, report, state, weights, chosen)]
+    return ConversionPlan(report.model, (*weights, *early, *late), report.example_inputs, rescaling)
 
 
 def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[str]) -> list[Action]:
     """Return the actions that come before spheres, in the order in which they are carried out."""
     actions = dead_bias_actions(model, report) if "dead-biases" in remedies else []
     if "balance" in remedies:
-        families = rescaling_families(model, report)
-        actions += [_balance_action(number, *found) for number, found in enumerate(families, 1)]
+        for number, (family, why_left) in enumerate(rescaling_families(model, report), 1):
+            reason, members = f"{family.count} rescalings go to their smallest norm", tuple(map(str, family.members))
+            action = Action(f"balance {number}", "balance", reason, remedy="balance", members=members, move=family)
+            actions.append(action if why_left is None else action.left(why_left))
     return actions
 
 
@@ -126,24 +125,6 @@ def late_actions(
     return joint_actions(model, report, state, {a.name for a in weights if a.action == "sphere"})
 
 
-def weight_actions(
-    report: SymmetryReport,
-    state: dict[str, Tensor],
-    radius: Literal["unit", "keep"],
-    tolerance: float,
-    wanted: set[str],
-) -> list[Action]:
-    """Return what is done with each weight by itself."""
-    actions = []
-    for finding in report.weights:
-        if finding.status == "invariant" and finding.name not in wanted:
-            action = Action(finding.name, "leave", "not selected", finding.partition, finding=finding)
-        else:
-            action = sphere_action(finding, state, radius, tolerance)
-        actions.append(action)
-    return actions
-
-
 def staged(
     state: dict[str, Tensor], actions: Sequence[Action], start: Rescaling | None = None
 ) -> tuple[dict[str, Tensor], Rescaling | None]:
@@ -157,40 +138,49 @@ def staged(
         start: a rescaling that was found before, for these values or for others.
     """
     changed: dict[str, Tensor] = {}
+
+    def current(name: str) -> Tensor:
+        return changed[name] if name in changed else state[name].detach().double()
+
     for action in actions:
-        if action.action == "remove":
-            changed[action.name] = torch.zeros_like(state[action.name], dtype=torch.float64)
-            for mean, shift in action.shifts.items():
-                old = changed.get(mean, state[mean].double())
-                changed[mean] = old - old.new_tensor(shift)
-    families = [a.symmetry for a in actions if a.action == "balance" and isinstance(a.symmetry, SymmetryFamily)]
+        if action.action == "remove" and isinstance(action.move, RemovedBias):
+            changed.update(action.move.values(current))
+    families = [a.move for a in actions if a.action == "balance" and isinstance(a.move, SymmetryFamily)]
     rescaling = smallest_norm(families, {**state, **changed}, start) if families else None
-    rounded = {name: value.to(state[name].dtype) for name, value in changed.items()}
     if rescaling is not None:
-        values = rescaling.values({**state, **changed})
-        rounded.update((name, value.to(state[name].dtype)) for name, value in values)
-    return {**state, **rounded}, rescaling
+        changed |= dict(rescaling.values({**state, **changed}))
+    return {**state, **{name: value.to(state[name].dtype) for name, value in changed.items()}}, rescaling
 
 
-def outcome_said(actions: Sequence[Action], rescaling: Rescaling | None) -> list[Action]:
-    """Say it in the reasons of `balance` actions where their descent did not converge."""
-    if rescaling is None or rescaling.descent.converged:
-        return list(actions)
-    return [replace(a, reason=f"{a.reason}; {rescaling.descent}") if a.action == "balance" else a for a in actions]
+def _after(
+    state: dict[str, Tensor], actions: Sequence[Action], start: Rescaling | None = None
+) -> tuple[list[Action], dict[str, Tensor], Rescaling | None]:
+    """Stage actions, and say so in the reasons of `balance` actions where their search did not converge."""
+    state, rescaling = staged(state, actions, start)
+    if rescaling is not None and not rescaling.descent.converged:
+        said = rescaling.descent
+        actions = [replace(a, reason=f"{a.reason}; {said}") if a.action == "balance" else a for a in actions]
+    return list(actions), state, rescaling
 
 
-def _balance_action(number: int, family: SymmetryFamily, why_left: str | None) -> Action:
-    reason = why_left or f"{family.count} rescalings go to their smallest norm"
-    return Action(
-        f"balance {number}", "balance" if why_left is None else "leave", reason, remedy="balance",
-        members=tuple(map(str, family.members)), symmetry=family,
-    )  # fmt: skip
+def _weight_actions(
+    report: SymmetryReport,
+    state: dict[str, Tensor],
+    radius: Literal["unit", "keep"],
+    tolerance: float,
+    wanted: set[str],
+) -> list[Action]:
+    """Return what is done with each weight by itself."""
+    return [
+        Action(finding.name, "leave", "not selected", finding.partition)
+        if finding.status == "invariant" and finding.name not in wanted
+        else sphere_action(finding, state, radius, tolerance)
+        for finding in report.weights
+    ]
 
 
 def _if_selected(action: Action, wanted: set[str]) -> Action:
-    if action.action == "leave" or wanted.issuperset(action.parameters):
-        return action
-    return replace(action, action="leave", reason="not selected")
+    return action if wanted.issuperset(action.parameters) else action.left("not selected")
 
 
 def _selected(names: list[str], selector: Selector, option: str, *, default: bool) -> set[str]:
@@ -198,15 +188,136 @@ def _selected(names: list[str], selector: Selector, option: str, *, default: boo
         return set(names) if default else set()
     patterns = [selector] if isinstance(selector, str) else selector
     if callable(patterns):
-        return set(_required(option, "a predicate", [name for name in names if patterns(name)], names))
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")]
-        found.update(_required(option, pattern, matches, names))
-    return found
+        matches = {"a predicate": [name for name in names if patterns(name)]}
+    else:
+        matches = {
+            pattern: [n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")]
+            for pattern in patterns
+        }
+    for pattern, found in matches.items():
+        if not found:
+            raise SelectionError(option, pattern, names)
+    return {name for found in matches.values() for name in found}
 
 
-def _required(option: str, pattern: str, matches: list[str], names: list[str]) -> list[str]:
-    if not matches:
-        raise SelectionError(option, pattern, names)
-    return matches
+# ---- plans that a person has edited ----------------------------------------------------------------------------------
+
+
+def write_plan(chosen: ConversionPlan, path: str | os.PathLike[str]) -> None:
+    """Write a plan as JSON for a person to read and edit; the file appears whole or not at all.
+
+    Each action has a ``"name"``, an ``"action"`` (``"leave"``, or what its ``"remedy"`` does: ``"sphere"`` for
+    ``"spheres"``, ``"remove"`` for ``"dead-biases"``, ``"balance"`` for ``"balance"``, ``"joint sphere"`` for
+    ``"joint-spheres"``) and, for spheres, a ``"radius"`` (``"unit"`` or ``"keep"``). What else is there explains;
+    changing it has no effect, except that the ``"members"`` of an action that moves several parameters must be those
+    of the network.
+
+    Args:
+        chosen: what `manifold_nets.plan` returned.
+        path: file to write.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(chosen.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedPlan) -> ConversionPlan:
+    """Turn an edited plan into one that can be carried out, or say what is wrong with it.
+
+    Weights that the edited plan does not name are left. Unit radius is taken whatever it changes in training mode: who
+    asks for it by name gets it, and the deviation is reported.
+
+    Args:
+        model: the network.
+        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
+        edited: a plan, its `to_dict`, or the file that `write_plan` wrote.
+
+    Raises:
+        PlanError: the plan is no JSON of a plan, has a key that means nothing, names a weight that is not there or one
+            twice, or asks for what is impossible.
+    """
+    source = os.fspath(edited) if isinstance(edited, (str, os.PathLike)) else "plan"
+    wanted = _read(source, edited)
+    report = report_of(model, report_or_example_inputs)
+    doing = {remedy for (_, remedy), entry in wanted.items() if entry["action"] not in ("leave", "already")}
+    asked = [remedy for remedy in REMEDIES if remedy in doing]
+    early = [_decided(source, action, wanted) for action in early_actions(model, report, asked)]
+    start = edited.rescaling if isinstance(edited, ConversionPlan) else None
+    early, state, rescaling = _after(named_tensors(model), early, start)
+    # A weight that stays as it is may have groups without a direction.
+    spheres = {name for (name, _), entry in wanted.items() if entry["action"] == "sphere"}
+    unit, keep = (_weight_actions(report, state, radius, math.inf, spheres) for radius in ("unit", "keep"))
+    weights = [_decided_weight(source, *pair, wanted) for pair in zip(unit, keep, strict=True)]
+    late = [_decided(source, action, wanted) for action in late_actions(model, report, state, weights, asked)]
+    actions = (*weights, *early, *late)
+    known = {remedy: sorted(a.name for a in actions if a.remedy == remedy) for remedy in (*asked, "spheres")}
+    for (name, remedy), entry in wanted.items():
+        # What is left need not be known.
+        skipped = remedy != "spheres" and entry["action"] == "leave"
+        if remedy in known and name not in known[remedy] and not skipped:
+            found = f"action {entry['action']!r} for {name!r}"
+            names = ", ".join(known[remedy]) or "none, as there is nothing to do"
+            raise PlanError(source, found, f"one of {names}")
+    return ConversionPlan(report.model, actions, report.example_inputs, rescaling)
+
+
+_Wanted = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def _read(source: str, edited: EditedPlan) -> _Wanted:
+    """The entries of a plan by name and remedy."""
+    data: Any = edited.to_dict() if isinstance(edited, ConversionPlan) else edited
+    if isinstance(data, (str, os.PathLike)):
+        try:
+            data = parse_json(Path(data).read_bytes())
+        except (OSError, ValueError) as error:
+            raise PlanError(source, f"{type(error).__name__}: {error}", "a file that write_plan wrote") from error
+    fault = _SCHEMA.fault(data)
+    if fault is not None:
+        raise PlanError(source, fault, 'a plan: {"actions": [{"name": …, "action": …}, …]}')
+    remedies = {what: remedy for remedy, what in ACTION_OF.items()}
+    wanted: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for entry in data["actions"]:
+        # The remedy of an action is known by what it does; of one that does nothing, by what it says.
+        said = entry.get("remedy", "spheres")
+        remedy = remedies.get(entry["action"], said)
+        if entry.get("remedy", remedy) != remedy:
+            pairs = ", ".join(f"{what!r} with {each!r}" for each, what in ACTION_OF.items())
+            found = f"action {entry['action']!r} with remedy {said!r} for {entry['name']!r}"
+            raise PlanError(source, found, f"one of {pairs}")
+        if (entry["name"], remedy) in wanted:  # neither would be known to be meant
+            raise PlanError(source, f"two actions of {remedy} for {entry['name']!r}", "one")
+        wanted[entry["name"], remedy] = entry
+    return wanted
+
+
+def _decided(source: str, action: Action, wanted: _Wanted) -> Action:
+    """Carry an action out where the plan asks for it, and leave it otherwise."""
+    entry = wanted.get((action.name, action.remedy), {"action": "leave"})
+    if entry["action"] == "leave":
+        return action.left("left by the plan")
+    if entry["action"] != action.action:
+        raise PlanError(source, f"{entry['action']!r} for {action.name}", f"{action.action!r}: {action.reason}")
+    members = entry.get("members")
+    if members is not None and members != list(action.members):
+        raise PlanError(source, f"members {members} of {action.name}", f"those of the network: {list(action.members)}")
+    return action
+
+
+def _decided_weight(source: str, unit: Action, keep: Action, wanted: _Wanted) -> Action:
+    """The action for a weight that the plan asks for, where it is possible at this radius."""
+    entry = wanted.get((unit.name, "spheres"), {"action": "leave" if unit.action != "already" else "already"})
+    what, radius = entry["action"], entry.get("radius")
+    if what == "already" and unit.action == "already":
+        return unit
+    if what == "leave" and unit.action != "already":
+        return Action(unit.name, "leave", "left by the plan", unit.partition)
+    if what != "sphere" or radius not in ("unit", "keep"):
+        found = f"action {what!r} with radius {radius!r} for {unit.name}"
+        expected = "'leave', 'sphere' with radius 'unit' or 'keep', or 'already' where the weight is on spheres"
+        raise PlanError(source, found, expected)
+    possible = unit if radius == "unit" else keep
+    if possible.action != "sphere":
+        raise PlanError(source, f"'sphere' for {unit.name}", f"'{possible.action}': {possible.reason}")
+    if possible.radius != radius:
+        raise PlanError(source, f"radius 'unit' for {unit.name}", f"'keep': it {possible.reason}")
+    return possible

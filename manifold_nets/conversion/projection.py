@@ -1,31 +1,258 @@
-"""Putting weights back on their spheres that other code has moved off them, with what changes along."""
+"""Values of the plain network in a converted model: loaded, or moved off their spheres, they are converted once more.
+
+A `state_dict` of the plain network has the keys and shapes of the converted model's. Loaded as it is, it computes the
+plain network's function until the next optimizer step puts the weights on their spheres, and biases and running
+statistics stay behind. So a hook of `load_state_dict` makes of such a state what `convert` makes of that network, and
+`project` does the same with the values that a model has.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import (
+    NEAR,
     ConstrainedWeight,
+    are_trusted,
     change_manifolds,
+    check_values_last,
     constrained_weights,
+    has_norms,
     is_converted,
     joint_spheres,
+    remove_load_hook,
+    require_loadable,
 )
-from manifold_nets.conversion.loading import convert_values, rounding_of
-from manifold_nets.conversion.moves import ConvertedWeight, Moves, known_weights, moves_within
-from manifold_nets.conversion.same_model import named_tensors
-from manifold_nets.errors import ProjectionError
+from manifold_nets.conversion.moves import Moves, ScaledWeight, moves_of, moves_within
+from manifold_nets.conversion.remedies.dead_biases import removed_biases
+from manifold_nets.errors import PlainStateError, ProjectionError, listed
 from manifold_nets.gathered import whole, write_whole_
-from manifold_nets.joint_sphere import JointSphereMember
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryReport, WeightFinding, diagnose
 
-__all__ = ["project", "way_back"]
+__all__ = ["convert_when_loaded", "leave_as_loaded", "project", "way_back"]
 
-_REVERT = "Take the plain network, which computes the same as this model: manifold_nets.revert(model)."
+
+# ---- converting values -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Converted:
+    """What becomes of some values.
+
+    Args:
+        given: the values by the first names of their tensors.
+        prefix: what to write in front of names in messages.
+        values: the tensors that change, float64, by name.
+        manifolds: the manifolds that change, as the norms are their radii, by the `id` of the present ones.
+    """
+
+    given: Mapping[str, Tensor]
+    prefix: str = ""
+    values: dict[str, Tensor] = field(default_factory=dict)
+    manifolds: dict[int, SphereProduct] = field(default_factory=dict)
+
+    def current(self, name: str) -> Tensor:
+        """The value as it is now, float64."""
+        return self.values[name] if name in self.values else whole(self.given[name]).double()
+
+    def missing(self, names: tuple[str, ...]) -> list[str]:
+        return [self.prefix + name for name in names if name not in self.given]
+
+    def partial(self, name: str, found: str, missing: list[str]) -> PlainStateError:
+        return PlainStateError(
+            self.prefix + name,
+            f"{found}, and the state lacks {listed(missing)}, which change with it. Load all of them together, or load "
+            "the state into the plain network, and convert that with manifold_nets.convert.",
+        )
+
+
+def _convert_values(model: nn.Module, record: Moves, found: _Converted) -> None:
+    """Convert values of the plain network as its conversion did; those on their spheres to rounding stay as they are.
+
+    Raises:
+        DegenerateGroupError: a group is zero or not finite.
+        PlainStateError: a weight is off its spheres, and what changes with it is not among the values.
+    """
+    known = record.present(removed_biases(model))
+    for weight in constrained_weights(model):
+        name, manifold = weight.name, weight.manifold
+        if name not in known or isinstance(manifold, JointSphereMember):
+            continue
+        if has_norms(found.given.get(name), manifold):
+            _convert_weight(weight, known[name], record.tolerance, found)
+    _convert_joint(model, record, found)
+
+
+def _convert_weight(weight: ConstrainedWeight, move: ScaledWeight, tolerance: float, found: _Converted) -> None:
+    given, manifold = found.given[weight.name], weight.manifold
+    deviation = float(manifold.deviations(whole(given)).max())
+    if deviation <= _rounding(given, weight.parameter):
+        return
+    move = replace(move, name=found.prefix + weight.name)
+    _, factors = move.factors(manifold.partition, whole(given))
+    if move.radius is not None:
+        missing = found.missing(move.along)
+        if missing and deviation > NEAR:
+            raise found.partial(weight.name, f"its norms are off its spheres by {deviation:.2g}", missing)
+        if missing:
+            return
+        affine = [n for a in move.absorbers for n in (a.weight, a.bias) if n is not None and n in found.given]
+        state = {name: found.current(name) for name in (*move.along, *affine)}
+        if move.with_running_variances(state).why_norms_stay(given.dtype, state, factors, tolerance)[0] is not None:
+            move = replace(move, radius=None)
+    new, values = replace(move, name=weight.name).onto_spheres(manifold.partition, found.current)
+    found.values.update(values)
+    if not torch.equal(new.radii, manifold.radii):
+        found.manifolds[id(manifold)] = new
+
+
+def _convert_joint(model: nn.Module, record: Moves, found: _Converted) -> None:
+    """Take the joint norms of the values for radii, with the present values of weights that are not given."""
+    for joint, members in joint_spheres(model):
+        if not any(has_norms(found.given.get(member.name), member.manifold) for member in members):
+            continue
+        points = [whole(found.given.get(member.name, member.parameter)) for member in members]
+        deviation = float(joint.deviations(points).max())
+        if deviation <= _rounding(*points) or not record.weights.keys() >= {member.name for member in members}:
+            continue
+        joint.refuse_degenerate(points)
+        new = JointSphere(dict(zip(joint.names, joint.partitions, strict=True)), joint.norms(points))
+        pairs = zip(members, new.manifolds, strict=True)
+        found.manifolds.update((id(member.manifold), manifold) for member, manifold in pairs)
+
+
+def _rounding(*tensors: Tensor) -> float:
+    """Relative deviation of a norm that rounding explains, for values of the coarsest of some dtypes.
+
+    A point in half precision is one that was rounded once; the optimizers keep others within 4 machine epsilons.
+    """
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
+    return eps if eps > torch.finfo(torch.float32).eps else 8 * eps
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+class _Hook:
+    """A hook that runs before a module is loaded; knows its module, also after a deep copy or a pickle."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+        module._register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+        check_values_last(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "module": self.module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module = state["module"]
+        vars(self).update(state, module=(lambda: None) if module is None else weakref.ref(module))
+
+
+class _WhenLoaded(_Hook):
+    """Converts the values of a plain network before they are loaded into a converted model."""
+
+    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        # A shallow copy may outlive the model; then each layer refuses what is off its spheres.
+        model = self.module()
+        record = None if model is None or are_trusted() else moves_of(model)
+        if model is not None and record is not None:
+            _convert_state(model, record, state_dict, prefix)
+
+
+class _TakesRadii(_Hook):
+    """Gives a weight its new radii right before it gets its values: a hook of another layer may raise before that."""
+
+    def __init__(self, module: nn.Module, leaf: str, old: SphereProduct, new: SphereProduct) -> None:
+        super().__init__(module)
+        self.leaf, self.old, self.new = leaf, old, new
+
+    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        module, value = self.module(), state_dict.get(prefix + self.leaf)
+        # It stays where loading failed, and may meet other values then.
+        if module is None or not has_norms(value, self.new):
+            return
+        if float(self.new.deviations(whole(value)).max()) <= _rounding(value):
+            change_manifolds(module, {id(self.old): self.new})
+
+
+def convert_when_loaded(model: nn.Module) -> None:
+    """Have `load_state_dict` convert the state of a plain network, from now on and in copies of the model."""
+    leave_as_loaded(model)
+    _WhenLoaded(model)
+
+
+def leave_as_loaded(model: nn.Module) -> None:
+    """Take off what `convert_when_loaded` put on."""
+    remove_load_hook(model, _Hook)
+
+
+def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], prefix: str) -> None:
+    """Replace the values of a plain network by those of its converted form."""
+    first: dict[int, str] = {}
+    first_name = {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(model).items()}
+    given = {
+        first_name.get(name[len(prefix) :], name[len(prefix) :]): value
+        for name, value in state_dict.items()
+        if name.startswith(prefix) and isinstance(value, Tensor)
+    }
+    found = _Converted(given, prefix)
+    removed = removed_biases(model).keys() & record.biases.keys()
+    _remove_biases(record, sorted(removed & given.keys()), found)
+    _convert_values(model, record, found)
+    constrained = {id(weight.parameter): weight.manifold for weight in constrained_weights(model)}
+    for name in removed:
+        state_dict.pop(prefix + name, None)
+    for alias, name in first_name.items():
+        if name in found.values and prefix + alias in state_dict:
+            new = torch.empty_like(given[name])
+            write_whole_(new, found.values[name].to(new.device))
+            state_dict[prefix + alias] = new
+    if found.manifolds:
+        # A layer that refuses its values afterwards would leave weights on the new manifolds unloaded.
+        require_loadable(model, state_dict, prefix, found.manifolds)
+    at_once = dict(found.manifolds)
+    for module in model.modules():
+        if module is model:
+            continue  # its values come next
+        remove_load_hook(module, _TakesRadii)
+        for leaf, parameter in module._parameters.items():
+            old = constrained.get(id(parameter))
+            if old is not None and id(old) in found.manifolds and not isinstance(old, JointSphereMember):
+                _TakesRadii(module, leaf, old, found.manifolds[id(old)])
+                at_once.pop(id(old), None)
+    if at_once:
+        change_manifolds(model, at_once)
+
+
+def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
+    """Take the biases that conversion removed out of the running means of a state."""
+    for name in names:
+        move = record.biases[name]
+        if not bool(whole(found.given[name]).any()):
+            continue  # as revert gives it back
+        if not move.direct:
+            raise PlainStateError(
+                found.prefix + name,
+                "the conversion removed this bias, and what it adds to running means has to be measured. Load the "
+                "state into the plain network, and convert that with manifold_nets.convert.",
+            )
+        missing = found.missing(tuple(move.means))
+        if missing:
+            raise found.partial(name, "the conversion removed this bias", missing)
+        found.values.update(move.values(found.current))
+
+
+# ---- putting weights back on their spheres ---------------------------------------------------------------------------
 
 
 def way_back(model: nn.Module, name: str) -> str:
@@ -33,7 +260,8 @@ def way_back(model: nn.Module, name: str) -> str:
     weight = next(weight for weight in constrained_weights(model) if weight.name == name)
     for _, part, record in moves_within(model):
         tensors = named_tensors(part)
-        own = [known for n, known in known_weights(part, record).items() if tensors.get(n) is weight.parameter]
+        known = record.present(removed_biases(part)).items()
+        own = [move for n, move in known if tensors.get(n) is weight.parameter]
         if own and tensors.keys() >= set(own[0].along):
             return (
                 "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, "
@@ -67,7 +295,8 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
     Args:
         model: the model.
         report_or_example_inputs: what `diagnose` returned for this model as it is, or example inputs. Needed for a
-            converted weight of which it is not known what changes with it, as after `load` into a plain model.
+            converted weight of which it is not known what changes with it, as after `load` of a file that an older
+            release wrote.
 
     Returns:
         Name of each constrained weight, and the largest relative deviation ``|‖w_G‖/r_G − 1|`` of its groups before.
@@ -88,47 +317,52 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
     """
     weights = {id(weight.parameter): weight for weight in constrained_weights(model)}
     deviations = _deviations(model, weights)
+    off = {name for name, by in deviations.items() if by > _rounding(model.get_parameter(name))}
     given = report_or_example_inputs
     if given is None:
         records = list(moves_within(model))
     else:
-        report = given if isinstance(given, SymmetryReport) else _diagnosed(model, given)
-        records = [("", model, _moves_found(report, weights, deviations))]
-    values: dict[int, tuple[Tensor, Tensor]] = {}
+        records = [("", model, _moves_found(model, given, weights, off))]
+    values: list[tuple[Tensor, Tensor]] = []
     manifolds: dict[int, SphereProduct] = {}
     settled: set[int] = set()
     for prefix, part, record in records:
         tensors = named_tensors(part)
-        for name, known in known_weights(part, record).items():
+        for name, move in record.present(removed_biases(part)).items():
             weight = weights.get(id(tensors.get(name)))
-            if weight is not None and deviations[weight.name] > rounding_of(weight.parameter):
-                _require_along(prefix, name, known, tensors)
-        found = convert_values(part, record, tensors, prefix)
-        values |= {id(tensors[name]): (tensors[name], value) for name, value in found.values.items()}
+            gone = [prefix + along for along in move.along if along not in tensors]
+            if weight is not None and weight.name in off and gone:  # as after fusing layers
+                why = f"{gone[0]}, which changes with it, is not in the model any more"
+                raise _would_change(prefix + name, why)
+        found = _Converted(tensors, prefix)
+        _convert_values(part, record, found)
+        values += [(tensors[name], value) for name, value in found.values.items()]
         manifolds |= found.manifolds
         settled |= {id(tensors[name]) for name in record.weights if name in tensors}
     rest = {key: weight for key, weight in weights.items() if key not in settled}
     for weight in rest.values():
-        if is_converted(weight) and deviations[weight.name] > rounding_of(weight.parameter):
-            raise ProjectionError(
+        if is_converted(weight) and weight.name in off:
+            raise _would_change(
                 weight.name,
                 "it is not known which biases and running statistics change with it",
-                f"Pass example inputs, manifold_nets.project(model, example_inputs), to find out. {_REVERT}",
+                "Pass example inputs, manifold_nets.project(model, example_inputs), to find out. ",
             )
-    values |= _nearest(model, rest)
-    for parameter, value in values.values():
+    for parameter, value in [*values, *_nearest(model, rest)]:
         write_whole_(parameter, value.to(parameter.device))
     if manifolds:
         change_manifolds(model, manifolds)
     return deviations
 
 
-def _diagnosed(model: nn.Module, example_inputs: Any) -> SymmetryReport:
-    with torch.enable_grad(), torch.inference_mode(False):
-        return diagnose(model, example_inputs)
+def _would_change(name: str, why: str, remedy: str = "") -> ProjectionError:
+    return ProjectionError(
+        name,
+        f"putting it on its spheres would change what the model computes: {why}; nothing was changed. {remedy}Take the "
+        "plain network, which computes the same as this model: manifold_nets.revert(model).",
+    )
 
 
-def _deviations(model: nn.Module, weights: dict[int, ConstrainedWeight]) -> dict[str, float]:
+def _deviations(model: nn.Module, weights: Mapping[int, ConstrainedWeight]) -> dict[str, float]:
     found = {w.name: 0.0 for w in weights.values()}
     for weight in weights.values():
         if not isinstance(weight.manifold, JointSphereMember):
@@ -141,24 +375,21 @@ def _deviations(model: nn.Module, weights: dict[int, ConstrainedWeight]) -> dict
     return found
 
 
-def _require_along(prefix: str, name: str, known: ConvertedWeight, tensors: dict[str, Tensor]) -> None:
-    """Raise where something that changes with a weight is not in the model any more, as after fusing layers."""
-    gone = [prefix + along for along in known.along if along not in tensors]
-    if gone:
-        raise ProjectionError(prefix + name, f"{gone[0]}, which changes with it, is not in the model any more", _REVERT)
-
-
-def _moves_found(report: SymmetryReport, weights: dict[int, ConstrainedWeight], deviations: dict[str, float]) -> Moves:
+def _moves_found(model: nn.Module, given: Any, weights: Mapping[int, ConstrainedWeight], off: set[str]) -> Moves:
     """What changes with each constrained weight, as a report says."""
+    if not isinstance(given, SymmetryReport):
+        with torch.enable_grad(), torch.inference_mode(False):
+            given = diagnose(model, given)
+    findings = {finding.name: finding for finding in given.weights}
     record = Moves()
     for weight in weights.values():
-        finding = next((found for found in report.weights if found.name == weight.name), None)
+        finding = findings.get(weight.name)
         if isinstance(weight.manifold, JointSphereMember):
-            record.weights[weight.name] = ConvertedWeight(None)
+            record.weights[weight.name] = ScaledWeight(weight.name)
         elif finding is not None and finding.status == "constrained" and finding.partition == weight.manifold.partition:
-            record.weights[weight.name] = ConvertedWeight.of(finding, weight.manifold.uniform_radius)
-        elif deviations[weight.name] > rounding_of(weight.parameter):
-            raise ProjectionError(weight.name, _why_it_changes(finding), _REVERT)
+            record.weights[weight.name] = ScaledWeight.of(finding, weight.manifold.uniform_radius)
+        elif weight.name in off:
+            raise _would_change(weight.name, _why_it_changes(finding))
     return record
 
 
@@ -170,16 +401,15 @@ def _why_it_changes(finding: WeightFinding | None) -> str:
     return f"its scale has a meaning ({finding.broken_by or finding.status})"
 
 
-def _nearest(model: nn.Module, weights: dict[int, ConstrainedWeight]) -> dict[int, tuple[Tensor, Tensor]]:
+def _nearest(model: nn.Module, weights: Mapping[int, ConstrainedWeight]) -> list[tuple[Tensor, Tensor]]:
     """The nearest points of weights that are scaled by themselves."""
-    points = {
-        key: (weight.parameter, weight.manifold.projx(whole(weight.parameter)))
-        for key, weight in weights.items()
+    points = [
+        (weight.parameter, weight.manifold.projx(whole(weight.parameter)))
+        for weight in weights.values()
         if not isinstance(weight.manifold, JointSphereMember)
-    }
+    ]
     for joint, members in joint_spheres(model):
         parameters = [member.parameter for member in members]
         if weights.keys() >= {id(parameter) for parameter in parameters}:
-            pairs = zip(parameters, joint.projx(parameters), strict=True)
-            points |= {id(parameter): (parameter, point) for parameter, point in pairs}
+            points += zip(parameters, joint.projx(parameters), strict=True)
     return points

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights, copy_attributes, detach
-from manifold_nets.conversion.apply import _RECORD
-from manifold_nets.conversion.biases import put_back_bias, removed_biases
-from manifold_nets.conversion.loading import leave_as_loaded
 from manifold_nets.conversion.moves import forget_moves
-from manifold_nets.conversion.ties import replace_everywhere
+from manifold_nets.conversion.projection import leave_as_loaded
+from manifold_nets.conversion.remedies.dead_biases import put_back_bias, removed_biases
 from manifold_nets.layers import UNIT_NORM_LAYERS
-from manifold_nets.models import duplicate
+from manifold_nets.models import duplicate, holders
 
-__all__ = ["revert"]
+__all__ = ["CONVERSION_RECORD", "copy_of", "replace_everywhere", "revert"]
 
+CONVERSION_RECORD = "_manifold_nets_conversion"
 _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items()}
 
 
@@ -43,7 +44,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         >>> type(plain[0]).__name__, type(plain[0].weight).__name__
         ('Linear', 'Parameter')
     """
-    plain = model if inplace else _copy(model)
+    plain = model if inplace else copy_of(model, gradients=True)
     for module, leaf in removed_biases(plain).values():
         put_back_bias(module, leaf)
     replaced = []
@@ -53,7 +54,7 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         replaced.append((old, weight.module.get_parameter(weight.leaf)))
     replace_everywhere(plain, replaced)
     for module in plain.modules():
-        module.__dict__.pop(_RECORD, None)
+        module.__dict__.pop(CONVERSION_RECORD, None)
         forget_moves(module)
         leave_as_loaded(module)
         if type(module) in _PLAIN_LAYERS:
@@ -62,11 +63,34 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return plain
 
 
-def _copy(model: nn.Module) -> nn.Module:
-    """Deep copy, with the gradients, attributes and hooks of parameters, which copying drops."""
+def copy_of(model: nn.Module, *, gradients: bool = False) -> nn.Module:
+    """Deep copy, with the attributes and hooks of parameters, which copying drops, and gradients where asked for."""
     copied = duplicate(model)
     for old, new in zip(nn.Module.parameters(model), nn.Module.parameters(copied), strict=True):
         copy_attributes(old, new, share=False)
-        if old.grad is not None:
+        if gradients and old.grad is not None:
             new.grad = old.grad.detach().clone()
     return copied
+
+
+def replace_everywhere(model: nn.Module, replacements: Sequence[tuple[Tensor, nn.Parameter]]) -> None:
+    """Put each new parameter where a module still holds the old one, so that tied weights stay tied.
+
+    The record that a module has of the old parameter's manifold goes with it.
+
+    Args:
+        model: the model; modules that already hold the new parameters are left alone.
+        replacements: pairs of an old and a new parameter.
+
+    Example:
+        >>> first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        >>> second.weight = first.weight
+        >>> old, first.weight = first.weight, nn.Parameter(first.weight.detach())
+        >>> replace_everywhere(nn.Sequential(first, second), [(old, first.weight)])
+        >>> second.weight is first.weight
+        True
+    """
+    for old, new in replacements:
+        for module, leaf in holders(model, old):
+            detach(module, leaf)
+            setattr(module, leaf, new)

@@ -2,17 +2,18 @@
 
 The document, under the key ``manifold_nets``, holds the format's name and version, the manifold of each constrained
 weight, the names under which a tied tensor is known besides the one it is stored under, the biases that were removed,
-and a checksum of all that
-and of the tensors' bytes. The tensors themselves can be read by any safetensors reader. Nothing is ever unpickled.
+what conversions moved, and a checksum of all that and of the tensors' bytes. The tensors themselves can be read by any
+safetensors reader. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from manifold_nets.conversion.moves import Moves
 from manifold_nets.documents import Schema, crc32, parse_json, printable
 from manifold_nets.errors import CheckpointFormatError, PartitionError
 from manifold_nets.files import atomic_file, path_of_open
@@ -40,7 +42,8 @@ __all__ = [
 ]
 
 FORMAT = "manifold_nets checkpoint"
-VERSION = 1
+# Version 2 added the conversions; a file without any is still written as version 1, for older releases.
+VERSION = 2
 # One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
 _KEY = "manifold_nets"
 # What stands in every document, and hardly twice in the metadata of other files.
@@ -57,12 +60,14 @@ class Contents:
         manifolds: the manifold of each constrained weight.
         aliases: other names of stored tensors.
         removed: names of biases that conversion has removed.
+        conversions: what conversions moved, by the prefix of the names of the converted module, as ``"net."``.
     """
 
     tensors: Mapping[str, Tensor]
     manifolds: Mapping[str, SphereProduct]
     aliases: Mapping[str, str]
     removed: tuple[str, ...] = ()
+    conversions: Mapping[str, Moves] = field(default_factory=dict)
 
     def expanded(self) -> dict[str, Tensor]:
         """Return the tensors under all their names."""
@@ -73,16 +78,23 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     """Write a checkpoint file atomically. The tensors are dense, contiguous and in the main memory."""
     document: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if contents.conversions else 1,
         "manifolds": {name: manifold.to_dict() for name, manifold in contents.manifolds.items()},
         "aliases": dict(contents.aliases),
     }
     if contents.removed:
         document["removed_biases"] = list(contents.removed)
+    if contents.conversions:
+        document["conversions"] = {prefix: moves.to_dict() for prefix, moves in contents.conversions.items()}
     document["checksum"] = _checksum(contents.tensors, document)
     metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
+
+
+def unreadable(path: str | os.PathLike[str], found: str, remedy: str) -> CheckpointFormatError:
+    """The error about a file that is no checkpoint that can be read."""
+    return CheckpointFormatError(path, f"found {found}; expected a checkpoint written by manifold_nets.save. {remedy}")
 
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:
@@ -113,7 +125,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         OSError: the file does not exist or cannot be read.
     """
     if Path(path).is_dir():
-        raise CheckpointFormatError(path, "a folder", "Pass the file that manifold_nets.save wrote.")
+        raise unreadable(path, "a folder", "Pass the file that manifold_nets.save wrote.")
     try:
         with Path(path).open("rb") as file:
             tensors, metadata = read_tensors(file)
@@ -121,9 +133,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         raise
     except Exception as error:  # noqa: BLE001 (see read_tensors)
         found = f"no readable safetensors file ({error})"
-        raise CheckpointFormatError(
-            path, found, "It is of another kind, truncated or damaged: save it again."
-        ) from None
+        raise unreadable(path, found, "It is of another kind, truncated or damaged: save it again.") from None
     return contents_of(path, tensors, metadata)
 
 
@@ -136,24 +146,26 @@ def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metada
     document = _document(path, metadata)
     fault = _SCHEMA.fault(document)
     if fault is None and document["checksum"] != _checksum(tensors, document):
-        raise CheckpointFormatError(
+        raise unreadable(
             path, "contents that do not match their checksum", "It is damaged, or was edited: save it again."
         )
     fault = fault or _inconsistency(tensors, document)
     if fault is None:
-        aliases, removed = document["aliases"], tuple(document.get("removed_biases", ()))
+        removed = tuple(document.get("removed_biases", ()))
+        conversions = {prefix: Moves.from_dict(data) for prefix, data in document.get("conversions", {}).items()}
         try:
-            return Contents(tensors, manifolds_from_dicts(document["manifolds"]), aliases, removed)
+            manifolds = manifolds_from_dicts(document["manifolds"])
+            return Contents(tensors, manifolds, document["aliases"], removed, conversions)
         except PartitionError as error:
             fault = str(error)
     found = f"metadata {_KEY!r} that cannot be read ({printable(fault)})"
-    raise CheckpointFormatError(path, found, "It is damaged: save it again.")
+    raise unreadable(path, found, "It is damaged: save it again.")
 
 
 def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Parse the JSON document, and refuse files of another kind and of newer versions."""
     if _KEY not in metadata and not is_checkpoint(metadata):
-        raise CheckpointFormatError(
+        raise unreadable(
             path,
             f"a safetensors file without the metadata {_KEY!r}",
             "Read a plain one with safetensors.torch.load_file and model.load_state_dict, then call "
@@ -165,9 +177,9 @@ def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict
         document = None
     version = document.get("version") if isinstance(document, dict) else None
     if not isinstance(document, dict) or document.get("format") != FORMAT or not isinstance(version, int):
-        raise CheckpointFormatError(path, f"unreadable metadata {_KEY!r}", "It is damaged: save it again.")
+        raise unreadable(path, f"unreadable metadata {_KEY!r}", "It is damaged: save it again.")
     if version > VERSION:
-        raise CheckpointFormatError(
+        raise unreadable(
             path, f"format version {version}", f"This release reads versions up to {VERSION}: upgrade manifold_nets."
         )
     return document
@@ -185,7 +197,27 @@ def _inconsistency(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -
     for name in removed:
         if name in tensors or name in aliases:
             return f"removed_biases: the file holds {name!r}"
-    return None
+    return next(_unfit_moves(tensors, document), None)
+
+
+def _unfit_moves(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Iterator[str]:
+    """Say where the moves of a conversion number groups that a weight does not have, or entries of no tensor."""
+    aliases, manifolds = document["aliases"], document["manifolds"]
+    for prefix, data in document.get("conversions", {}).items():
+        for name, entry in data["weights"].items():
+            where = f"conversions/{prefix!r}/weights/{name!r}"
+            manifold = manifolds.get(aliases.get(prefix + name, prefix + name))
+            if manifold is None:
+                continue  # the constraint was taken off
+            count = math.prod(manifold["view"][axis] for axis in manifold["kept"] if axis < len(manifold["view"]))
+            along = list(entry["biases"].items())
+            for absorber in entry["absorbers"]:
+                buffers = (absorber["running_mean"], absorber["running_var"])
+                along += [(buffer, absorber["groups"]) for buffer in buffers if buffer is not None]
+            for tensor, groups in along:
+                present = tensors.get(aliases.get(prefix + tensor, prefix + tensor))
+                if max(groups, default=-1) >= count or (present is not None and present.numel() != len(groups)):
+                    yield f"{where} does not fit {tensor!r}"
 
 
 def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:

@@ -1,20 +1,37 @@
-"""Comparing what two models compute, in evaluation and in training mode."""
+"""Comparing models: what two of them compute, and whether a report was made of this one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.errors import ExampleInputsError
-from manifold_nets.models import duplicate, random_numbers
-from manifold_nets.running import output_tensors, split_inputs
+from manifold_nets.errors import ExampleInputsError, ReportMismatchError
+from manifold_nets.float64 import in_float64, widened
+from manifold_nets.models import duplicate, named_tensors, random_numbers
+from manifold_nets.running import output_tensors, split_inputs, to_float64
+from manifold_nets.symmetry import SymmetryReport, diagnose
 
-__all__ = ["Verification", "both_modes", "compare_outputs", "eval_limit", "verify"]
+__all__ = [
+    "Float64Comparison",
+    "Verification",
+    "both_modes",
+    "compare_in_float64",
+    "compare_outputs",
+    "eval_limit",
+    "report_of",
+    "require_same_model",
+    "verify",
+]
 
 _EVAL_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
+# Each value is rounded once for each remedy that changes it, and magnified a little where these cancel.
+_ROUNDINGS = 8
+# Torch's normalizations: the eps of the operation is the attribute.
+_NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 @dataclass(frozen=True)
@@ -24,8 +41,8 @@ class Verification:
     Args:
         eval_difference: largest |a − b| over largest |a|, over all outputs, in evaluation mode.
         train_difference: the same in training mode, with the same random numbers.
-        float64_eval_difference: the first one between float64 copies, where it was more than rounding should be in the
-            precision of the models; None where that was not asked.
+        float64_eval_difference: the first one between float64 copies, where it was larger than rounding in the
+            precision of the models explains; None where it was not needed.
     """
 
     eval_difference: float
@@ -33,7 +50,7 @@ class Verification:
     float64_eval_difference: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        """Return plain data for JSON, without what was not asked."""
+        """Return plain data for JSON, without what was not needed."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -42,6 +59,32 @@ class Verification:
             f"largest relative difference {self.eval_difference:.1e}{wide} in evaluation mode, "
             f"{self.train_difference:.1e} in training mode"
         )
+
+
+def verify(model: nn.Module, other: nn.Module, example_inputs: Any, *, seed: int = 0) -> Verification:
+    """Compare what two models compute on example inputs, in both modes; neither is changed.
+
+    Args:
+        model: the reference.
+        other: the model to compare with it.
+        example_inputs: as for `diagnose`.
+        seed: seed of the random numbers that both use, for instance for dropout.
+
+    Returns:
+        A `Verification` with the largest relative difference ``max |a − b| / max |a|`` in each mode, over the outputs
+        that are numbers. Infinities and NaN in the same places are no difference; in one model only, they are an
+        infinite one.
+
+    Raises:
+        ExampleInputsError: a model refuses the inputs.
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> verify(net, net, torch.randn(4, 3)).eval_difference
+        0.0
+    """
+    before = both_modes(model, example_inputs, seed=seed)
+    return compare_outputs(before, both_modes(other, example_inputs, seed=seed))
 
 
 def eval_limit(dtype: torch.dtype) -> float:
@@ -76,41 +119,10 @@ def compare_outputs(before: dict[str, list[Tensor]], after: dict[str, list[Tenso
     return Verification(_largest(before["eval"], after["eval"]), _largest(before["train"], after["train"]))
 
 
-def verify(model: nn.Module, other: nn.Module, example_inputs: Any, *, seed: int = 0) -> Verification:
-    """Compare what two models compute on example inputs, in both modes; neither is changed.
-
-    Args:
-        model: the reference.
-        other: the model to compare with it.
-        example_inputs: as for `diagnose`.
-        seed: seed of the random numbers that both use, for instance for dropout.
-
-    Returns:
-        A `Verification` with the largest relative difference ``max |a − b| / max |a|`` in each mode, over the outputs
-        that are numbers. Infinities and NaN in the same places are no difference; in one model only, they are an
-        infinite one.
-
-    Raises:
-        ExampleInputsError: a model refuses the inputs.
-
-    Example:
-        >>> net = nn.Linear(3, 2)
-        >>> verify(net, net, torch.randn(4, 3)).eval_difference
-        0.0
-    """
-    before = both_modes(model, example_inputs, seed=seed)
-    return compare_outputs(before, both_modes(other, example_inputs, seed=seed))
-
-
 def _largest(before: list[Tensor], after: list[Tensor]) -> float:
     if [t.shape for t in before] != [t.shape for t in after]:
         return float("inf")
-    largest = 0.0
-    for a, b in zip(before, after, strict=True):
-        if a.numel() == 0 or torch.equal(a, b):
-            continue
-        largest = max(largest, _relative(a.double(), b.double()))
-    return largest
+    return max((_relative(a.double(), b.double()) for a, b in zip(before, after, strict=True)), default=0.0)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -123,8 +135,146 @@ def _relative(a: Tensor, b: Tensor) -> float:
     numbers = a.isfinite() & b.isfinite()
     if not bool((same | numbers).all()):
         return float("inf")
-    a, b = a[numbers], b[numbers]
-    if a.numel() == 0 or torch.equal(a, b):
+    if bool(same.all()):
         return 0.0
+    a, b = a[numbers], b[numbers]
     size, difference = float(a.abs().max()), float((a - b).abs().max())
     return difference / size if size > 0 else float("inf")
+
+
+# ---- the same conversion in float64 ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Float64Comparison:
+    """What the same conversion does to float64 copies.
+
+    Args:
+        difference: largest relative difference of the outputs of the float64 copies, in evaluation mode.
+        why_not: what differs by more than rounding; None where nothing does.
+    """
+
+    difference: float
+    why_not: str | None
+
+
+def compare_in_float64(
+    model: nn.Module, values: Mapping[str, Tensor], example_inputs: Any, carry_out: Callable[[nn.Module], object]
+) -> Float64Comparison:
+    """Convert a float64 copy of a model and compare its outputs with the model's, and its values with given ones.
+
+    Rounding can be magnified without bound: where it decides which of two nearly equal values a max-pooling takes and
+    the index is used again, or where a network is badly conditioned. Then the outputs in float32 say little about the
+    conversion. Two numbers tell: how far the outputs of float64 copies are apart, of which one is converted by the
+    same plan, and how far the converted values are from those of that copy.
+
+    Args:
+        model: the model before the conversion.
+        values: parameters and buffers after the conversion, in the precision of the model.
+        example_inputs: as for `diagnose`.
+        carry_out: converts a copy of the model in place.
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> compare_in_float64(net, net.state_dict(), torch.randn(4, 3), lambda twin: None)
+        Float64Comparison(difference=0.0, why_not=None)
+    """
+    twin: nn.Module = duplicate(model, change=widened)._apply(widened)  # type: ignore[no-untyped-call]
+    inputs = to_float64(split_inputs(example_inputs))
+    with in_float64():
+        before = both_modes(twin, inputs)
+    carry_out(twin)
+    with in_float64():
+        difference = compare_outputs(before, both_modes(twin, inputs)).eval_difference
+    limit = eval_limit(torch.float64)
+    if not difference <= limit:
+        return Float64Comparison(difference, f"float64 copies differ by {difference:.3g}, at most {limit:.0e} expected")
+    wide = named_tensors(twin)
+    wrong = [name for name, value in values.items() if not _is_rounded(value, wide.get(name))]
+    return Float64Comparison(difference, f"{wrong[0]} is not what it is in a float64 copy, rounded" if wrong else None)
+
+
+def _is_rounded(value: Tensor, exact: Tensor | None) -> bool:
+    """Whether a tensor is another one in lower precision."""
+    if exact is None or value.shape != exact.shape:
+        return False
+    if not value.is_floating_point():
+        return bool(torch.equal(value, exact))
+    limits = torch.finfo(value.dtype)
+    allowed = _ROUNDINGS * limits.eps * exact.abs() + limits.tiny
+    # An infinity or NaN of a mask stays what it is: no number is its rounding, and ∞ − ∞ is none.
+    same = (value == exact) | (value.isnan() & exact.isnan())
+    near = exact.isfinite() & ((value.double() - exact).abs() <= allowed)
+    return bool((same | near).all())
+
+
+# ---- whether a report is of a model ----------------------------------------------------------------------------------
+
+
+def report_of(model: nn.Module, report_or_example_inputs: Any) -> SymmetryReport:
+    """Return the report that was given, or diagnose the model with the example inputs.
+
+    Raises:
+        ReportMismatchError: the report is of another model.
+    """
+    given = report_or_example_inputs
+    report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
+    require_same_model(model, report)
+    return report
+
+
+def require_same_model(model: nn.Module, report: SymmetryReport) -> None:
+    """Raise `ReportMismatchError` where a report is of another model.
+
+    Compared are the names and shapes of all parameters with at least two dimensions; the names of all other parameters
+    and of the buffers that the report speaks of, and their shapes where it knows them; the class of the model and of
+    every module that takes part in its graph; and the eps of torch's normalizations. The dtype, the device and the
+    values may be others.
+
+    Example:
+        >>> import torch, manifold_nets as mn
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        >>> report = mn.diagnose(net, torch.randn(8, 4))
+        >>> require_same_model(net.double(), report)
+        >>> require_same_model(nn.Sequential(net[0], nn.ReLU(), net[2]), report)
+        Traceback (most recent call last):
+            ...
+        manifold_nets.errors.ReportMismatchError: report: it was made for Sequential, but Sequential differs
+        from it in 1 (ReLU, BatchNorm1d in the report), 1.weight (missing), ...
+    """
+    differences: dict[str, None] = {}
+    for name, found, reported in _compared(model, report):
+        if found is None and reported is not None:
+            differences[f"{name} (missing)"] = None
+        elif found != reported:
+            differences[f"{name} ({found}, {'not' if reported is None else reported} in the report)"] = None
+    if differences:
+        raise ReportMismatchError(type(model).__name__, report.model, list(differences))
+
+
+def _compared(model: nn.Module, report: SymmetryReport) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name of each thing that is compared, what the model has and what the report says; None for nothing."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
+    reported = {weight.name: tuple(weight.shape) for weight in report.weights}
+    for name in {**reported, **shapes}:
+        yield name, shapes.get(name), reported.get(name)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    yield "its class", type(model).__name__, report.model
+    for node in report.graph:
+        # The node of a call is named after its module; operations between modules stand under other names.
+        if node.module and node.name.partition(" #")[0] == node.module:
+            module = modules.get(node.module)
+            yield node.module, None if module is None else type(module).__name__, node.label
+    tensors = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    named: list[str] = [name for shift in report.shifts for name in shift.parameters]
+    named += [along.name for weight in report.weights for along in weight.scaled_along]
+    absorbers = [a for weight in report.weights for a in weight.absorbers]
+    for absorber in absorbers + [a for shift in report.shifts for a in shift.absorbers]:
+        layer = modules.get(absorber.module)
+        if absorber.eps is not None and isinstance(layer, _NORMALIZATIONS):
+            yield f"{absorber.module}.eps", layer.eps, absorber.eps
+        tensors_of = (absorber.weight, absorber.bias, absorber.running_mean, absorber.running_var)
+        named += [name for name in tensors_of if name is not None]
+    for family in report.families:
+        yield from ((name, tensors.get(name), p.shape) for (name, _), p in family.partitions.items())
+    yield from ((name, "present" if name in tensors else None, "present") for name in named)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from manifold_nets.constraints import last_change, lost_constraints, was_replaced
-from manifold_nets.errors import ConstraintLostError, EuclideanStepError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import ConstraintLostError, EuclideanStepError, listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.membership import name_at_step

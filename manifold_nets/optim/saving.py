@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import OptimizerStateError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import OptimizerStateError, listed
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.executions.inputs import PER_SPHERE, WIDE

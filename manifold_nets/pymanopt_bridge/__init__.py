@@ -33,12 +33,16 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("pymanopt", "the optimizers of manifold_nets.pymanopt_bridge", "pymanopt") from error
 
-from manifold_nets.pymanopt_bridge.cost import Evaluations
-from manifold_nets.pymanopt_bridge.errors import CostError, PointError
-from manifold_nets.pymanopt_bridge.parameters import parameter_names, point_of, product_manifold, write_back
-from manifold_nets.pymanopt_bridge.problem import NetworkProblem, problem
+from manifold_nets.errors import CostError, PointError
+from manifold_nets.pymanopt_bridge.manifold import (
+    SphereProductManifold,
+    parameter_names,
+    point_of,
+    product_manifold,
+    write_back,
+)
+from manifold_nets.pymanopt_bridge.problem import Evaluations, NetworkProblem, problem
 from manifold_nets.pymanopt_bridge.slopes import gradient_slope, hessian_asymmetry, hessian_slope, retraction_slope
-from manifold_nets.pymanopt_bridge.sphere_product import SphereProductManifold
 from manifold_nets.pymanopt_bridge.stepping import Iteration, iterations
 
 __all__ = [

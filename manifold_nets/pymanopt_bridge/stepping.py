@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from manifold_nets.pymanopt_bridge.parameters import Point
+from manifold_nets.pymanopt_bridge.manifold import Point
 from manifold_nets.pymanopt_bridge.problem import NetworkProblem
 
 __all__ = ["Iteration", "iterations"]

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 from manifold_nets.groups import Partition
 from manifold_nets.models import groups_not_finite
 from manifold_nets.symmetry.generators import Generators

@@ -20,8 +20,8 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.structure.find import propagate
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph

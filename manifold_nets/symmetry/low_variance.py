@@ -22,7 +22,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 from manifold_nets.running import Inputs, to_float64
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.gradients import GradientPass

@@ -18,12 +18,12 @@ from torch.fx import Node
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.invariance import InvarianceTest
+from manifold_nets.symmetry.propagate import follow_shifts
 from manifold_nets.symmetry.report import ShiftSymmetry
 from manifold_nets.symmetry.rules import LARGEST_LINK, Absorption
 from manifold_nets.symmetry.shift_findings import Direction, ShiftFindings
 from manifold_nets.symmetry.structure.partitions import only_looked_up
 from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
-from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = [

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from manifold_nets.symmetry.invariance import InvarianceTest
+from manifold_nets.symmetry.propagate import follow_shifts
 from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
 from manifold_nets.symmetry.shift_findings import ShiftFindings
 from manifold_nets.symmetry.shifts import (
@@ -26,7 +27,6 @@ from manifold_nets.symmetry.shifts import (
     shifts_of,
 )
 from manifold_nets.symmetry.structure.scales import UNSCALED, Scales
-from manifold_nets.symmetry.structure.shift_walk import follow_shifts
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["shown_shifts", "with_shown"]

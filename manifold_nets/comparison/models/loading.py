@@ -18,8 +18,7 @@ from manifold_nets.comparison.models.towers import TwoTowers
 from manifold_nets.comparison.models.transformer import CharacterTransformer
 from manifold_nets.comparison.tasks.errors import TaskNameError, TaskSourceError
 from manifold_nets.comparison.tasks.task import Task
-from manifold_nets.errors import ModelSpecError
-from manifold_nets.errors.base import near_matches
+from manifold_nets.errors import ModelSpecError, near_matches
 from manifold_nets.sources import ModelSpec, load_model, load_object
 
 __all__ = ["MODEL_NAMES", "build_model", "is_built_in"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from manifold_nets.errors import ManifoldNetsError
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import ManifoldNetsError, listed
 
 __all__ = ["DataFileError", "DataFolderError", "TaskNameError", "TaskSourceError"]
 

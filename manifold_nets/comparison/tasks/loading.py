@@ -14,8 +14,7 @@ from manifold_nets.comparison.tasks.series import SERIES, time_series
 from manifold_nets.comparison.tasks.streets import camvid
 from manifold_nets.comparison.tasks.task import Task
 from manifold_nets.comparison.tasks.text import python_manual
-from manifold_nets.errors import ModelSpecError
-from manifold_nets.errors.base import near_matches
+from manifold_nets.errors import ModelSpecError, near_matches
 from manifold_nets.sources import ModelSpec, load_object
 
 __all__ = ["DATA_VARIABLE", "TASK_NAMES", "load_task"]

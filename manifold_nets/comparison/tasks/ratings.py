@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from manifold_nets.comparison.tasks.errors import DataFileError, DataFolderError
 from manifold_nets.comparison.tasks.scores import classification_scores, hits
 from manifold_nets.comparison.tasks.task import Task, TensorPart
-from manifold_nets.errors.base import listed
+from manifold_nets.errors import listed
 
 __all__ = ["movielens"]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.graph import is_region, region_graph
-from manifold_nets.symmetry.rules import RULES, Absorption, Adoption, Result, Use, as_list, of_real_numbers
+from manifold_nets.symmetry.propagate import propagate
+from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.structure.claims import Structure
 from manifold_nets.symmetry.structure.partitions import (
     is_linear_map,
@@ -20,11 +18,10 @@ from manifold_nets.symmetry.structure.partitions import (
     seed_label,
     seed_partition,
 )
-from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
-from manifold_nets.symmetry.structure.writing import write_back
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["Structure", "follow_weight", "propagate"]
+__all__ = ["Structure", "follow_weight"]
 
 # Up to this many scales are followed one by one.
 _MOST_SCALES = 8192
@@ -72,7 +69,7 @@ def _kept_in_buffers(graph: TracedGraph, seeds: dict[Node, Label], scales: Scale
         return []
     strict, ids = Scales(count), np.arange(1, count + 1, dtype=np.int64)
     propagate(graph, seeds, strict)
-    kept = ids[[strict.is_pinned(n) and not scales.is_pinned(n) for n in ids.tolist()]]
+    kept = ids[(strict.roots(ids) == UNSCALED) & (scales.roots(ids) != UNSCALED)]
     if not len(kept):
         return []
     found = []
@@ -120,102 +117,3 @@ def _follow_rows(graph: TracedGraph, name: str, sources: list[Node]) -> Structur
     rows = np.arange(1, table.n_groups + 1, dtype=np.int64)
     reached = [replace(absorption, ids=rows) for absorption in absorptions]
     return Structure(name, table, Scales(table.n_groups), reached, {})
-
-
-def propagate(
-    graph: TracedGraph,
-    seeds: dict[Node, Label],
-    scales: Scales,
-    columns: dict[str, Ids] | None = None,
-    *,
-    stored: bool = True,
-) -> tuple[list[Absorption], list[Adoption]]:
-    """Follow the labels of some placeholders through the graph, in its order, as far as outputs depend on them.
-
-    Args:
-        graph: the graph.
-        seeds: labels to start from.
-        scales: takes the conditions that the operations put on the scales.
-        columns: where given, weights may undo the scales of their inputs; see `Use`.
-        stored: whether the buffers count as outputs that training mode writes and only evaluation reads.
-
-    Returns:
-        The normalizations that absorb scales, and the biases that have to be scaled along.
-    """
-    live = graph.live_or_stored if stored else graph.live
-    if live.isdisjoint(seeds):
-        live = frozenset(graph.order)  # no output depends on them: what does depend on them is asked
-    walk = _Walk(graph, scales, dict(seeds), columns, live)
-    walk.run(seeds)
-    return walk.absorptions, walk.adoptions
-
-
-@dataclass
-class _Walk:
-    """Labels on their way through a graph."""
-
-    graph: TracedGraph
-    scales: Scales
-    labels: dict[Node, Result]
-    columns: dict[str, Ids] | None
-    live: frozenset[Node]
-    absorptions: list[Absorption] = field(default_factory=list)
-    adoptions: list[Adoption] = field(default_factory=list)
-
-    def run(self, seeds: Iterable[Node]) -> None:
-        """Visit everything that a label reaches, in the order of the graph."""
-        order = self.graph.order
-        queue: list[tuple[int, Node]] = []
-        queued: set[Node] = set()
-
-        def visit_users(node: Node, after: int) -> None:
-            for user in node.users:
-                if order[user] > after and user not in queued and user in self.live:
-                    queued.add(user)
-                    heapq.heappush(queue, (order[user], user))
-
-        for node in seeds:
-            visit_users(node, -1)
-        while queue and not self.scales.all_pinned:
-            _, node = heapq.heappop(queue)
-            result = self._visit(node)
-            for target in self.graph.flow.written(node):
-                for view in (self.graph.flow.root(target), *self.graph.flow.views(target)):
-                    if any(label is not None for label in as_list(self.labels.get(view))):
-                        visit_users(view, order[node])
-            if any(label is not None for label in as_list(result)):
-                visit_users(node, -1)
-
-    def _visit(self, node: Node) -> Result:
-        use = Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
-        result = self.labels[node] = self._enter(use) if is_region(node) else _apply(use)
-        write_back(use, result)
-        return result
-
-    def _enter(self, use: Use) -> Result:
-        """Follow the labels through the graph of a region that runs under autocast or in another gradient mode."""
-        inner, arguments = region_graph(use.node)
-        given = iter(arguments)
-        for node in inner.nodes:
-            if node.op == "placeholder":
-                argument = next(given)
-                self.labels[node] = self.labels.get(argument) if isinstance(argument, Node) else None
-            elif node.op == "output":
-                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                return [found if isinstance(found := self.labels.get(r), Label) else None for r in results]
-            elif node in self.live:
-                self._visit(node)
-        return None
-
-
-def _apply(use: Use) -> Result:
-    if use.node.op == "output":
-        use.pin("is reached without a normalization", certainty="smooth")
-        return None
-    if not any(label is not None for node in use.node.all_input_nodes for label in as_list(use.labels.get(node))):
-        return None
-    known = RULES.get(use.key)
-    if known is None:
-        use.pin("has no rule: what it does to a scale is unknown", unknown=True)
-        return None
-    return of_real_numbers(use, known(use))

@@ -97,6 +97,7 @@ class Scales:
         self._reason = np.zeros(0, dtype=np.int64)
         self._reasons: list[Break] = []
         self._ends: dict[int, Break] = {}
+        self.solved = 0  # how many scales are expressed by others
         self.add(count)
 
     def add(self, count: int) -> Ids:
@@ -212,7 +213,7 @@ class Scales:
     @property
     def all_pinned(self) -> bool:
         """True where no scale is free any more."""
-        return bool((self._reason >= 0).all())
+        return self.solved == self.count
 
     def break_of(self, scale: int) -> Break | None:
         """Why the scale is pinned to 1, or None where it is not."""
@@ -225,12 +226,13 @@ class Scales:
                 return found
         return self._reasons[int(self._reason[scale])]
 
-    def end_of(self, number: int) -> Break | None:
-        """The first operation that a form ends at, if any."""
-        form = self.form(number)
-        return next(
-            (because for end, because in self._ends.items() if not form.keys().isdisjoint(self.form(end))), None
-        )
+    def ends(self) -> dict[int, Break]:
+        """For each free scale the first operation that it ends at, if any."""
+        found: dict[int, Break] = {}
+        for number, because in self._ends.items():
+            for scale in self.form(number):
+                found.setdefault(scale, because)
+        return found
 
     def classes(self, first: int | None = None) -> dict[int, list[int]]:
         """Scales, or the first ones of them, that have to be equal, by the number of their common form."""
@@ -271,15 +273,15 @@ class Scales:
         if equation:
             pivot = max(equation)
             rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
-            self._replace(np.array([pivot]), np.array([self._number(rest)]))
+            self._replace(pivot, self._number(rest))
 
-    def _replace(self, scales: Ids, numbers: Ids) -> None:
+    def _replace(self, scales: Ids | int, numbers: Ids | int) -> None:
         """Put forms in the place of free scales, also where these are factors of products."""
         self._next[scales + 1] = self._replaced[scales] = numbers
         self._reason[scales] = len(self._reasons) - 1
-        if not self._products_of:
-            return
-        products = {n for k in scales.tolist() for n in self._products_of.pop(k, ())}
+        each = [scales] if isinstance(scales, int) else scales.tolist()
+        self.solved += len(each)
+        products = {n for k in each for n in self._products_of.pop(k, ())}
         for place in sorted(products):
             if self._next_product[place] == -place - 1:
                 form: Form = {}
@@ -288,7 +290,12 @@ class Scales:
                 self._next_product[place] = self._number(form)
 
     def _root(self, number: int) -> int:
-        return int(self.roots(np.array([number]))[0])
+        """`roots` of one number, without arrays."""
+        while True:
+            found = int(self._next_product[-number - 1] if number < 0 else self._next[number])
+            if found == number:
+                return found
+            number = found
 
     def _step(self, ids: Ids) -> Ids:
         """What takes the place of each form."""

@@ -1,21 +1,64 @@
-"""Spheres across weights: which scales that several weights share can be kept on one sphere a group, and why not."""
+"""Spheres: which weights go on spheres of their own or on joint ones, at which radius, and why not."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.actions import Action
-from manifold_nets.groups import Partition
+from manifold_nets.conversion.moves import ScaledWeight
+from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
-from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
+from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
 from manifold_nets.symmetry.structure.partitions import joined_partition
 
-__all__ = ["joint_actions", "joint_sphere_of"]
+__all__ = ["joint_actions", "joint_sphere_of", "sphere_action"]
+
+
+def sphere_action(
+    finding: WeightFinding, state: Mapping[str, Tensor], radius: Literal["unit", "keep"], tolerance: float
+) -> Action:
+    """Decide how a weight goes on spheres, if it does.
+
+    Args:
+        finding: what `diagnose` says of the weight.
+        state: parameters and buffers by name, as they are when the weight goes on spheres.
+        radius: which radius is asked for.
+        tolerance: largest relative change of a layer's normalized training output.
+
+    Raises:
+        DegenerateGroupError: a group is zero or not finite.
+    """
+    name, partition = finding.name, finding.partition
+    weight, move = state[name].detach(), ScaledWeight.of(finding, math.sqrt(finding.filters_per_group))
+    if finding.status == "constrained":
+        return Action(name, "already", "it is on its spheres", partition, move=move)
+    if finding.status == "no evidence" and partition is not None and not (weight.is_meta or weight.is_complex()):
+        norms = partition.norms(weight).flatten()
+        if not bool(norms.isfinite().all()):  # no direction, and no evidence for that reason
+            refuse_degenerate(norms, name)
+    if finding.status != "invariant" or partition is None:
+        why = finding.broken_by or f"{finding.status}: certificate {finding.certificate}"
+        return Action(name, "leave", why, move=move)
+    _, factors = move.factors(partition, weight)
+    why_keep: str | None = "asked for"
+    deviation: float | None = None
+    if radius == "unit":
+        why_keep, deviation = move.why_norms_stay(weight.dtype, state, factors, tolerance)
+    if why_keep is not None:
+        reason = f"keeps its norms as radii: {why_keep}"
+        return Action(name, "sphere", reason, partition, "keep", 0.0, move=replace(move, radius=None))
+    reason = f"training-mode output of its normalization changes by {deviation:.1e} through eps"
+    return Action(name, "sphere", reason, partition, "unit", deviation, move=move)
+
+
+# ---- spheres across weights ------------------------------------------------------------------------------------------
 
 
 def joint_actions(
@@ -36,21 +79,19 @@ def joint_actions(
         shared = [name for name in family.parameters if name in weights]
         if family.kind != "scale" or len(shared) < 2:
             continue
-        name = f"joint sphere {len(actions) + 1}"
-        members = tuple(str(member) for member in family.members if member.parameter in weights)
         spheres = f"{family.count} spheres, each across" if family.count > 1 else "one sphere across"
         action = Action(
-            name,
+            f"joint sphere {len(actions) + 1}",
             "joint sphere",
             f"{spheres} {len(shared)} weights, whose joint norms are the radii",
             remedy="joint-spheres",
-            members=members,
-            symmetry=family,
+            members=tuple(str(member) for member in family.members if member.parameter in weights),
+            move=family,
         )
         if all(present.get(weight, False) for weight in shared):
             action = replace(action, action="already", reason="they are on it")
         elif why := _why_left(family, shared, state, on_spheres | present.keys()):
-            action = replace(action, action="leave", reason=why)
+            action = action.left(why)
         actions.append(action)
     return actions
 
@@ -73,7 +114,7 @@ def joint_sphere_of(family: SymmetryFamily, state: Mapping[str, Tensor]) -> Join
 def _why_left(
     family: SymmetryFamily, shared: Sequence[str], state: Mapping[str, Tensor], taken: set[str]
 ) -> str | None:
-    """Why the weights of a family cannot go on one sphere a group, or None."""
+    """Why the weights of a family cannot go on one sphere per group, or None."""
     if family.certificate.verdict != "invariant":
         return f"certificate {family.certificate}"
     on_others = [name for name in shared if name in taken]
@@ -118,8 +159,6 @@ def _order(seed: Partition, partition: Partition, classes: Sequence[Sequence[int
     class_of = torch.empty(seed.n_groups, dtype=torch.int64)
     for number, members in enumerate(classes):
         class_of[list(members)] = number
-    if partition == seed:
-        return class_of.tolist()
     order = torch.empty(partition.n_groups, dtype=torch.int64)
     order[partition.group_ids().flatten()] = class_of[seed.group_ids().flatten()]
     return order.tolist()

@@ -1,0 +1,308 @@
+"""Dead biases: constants that a normalization or a softmax takes away again, and what has to follow their removal.
+
+In training mode a batch normalization subtracts the mean of the batch, and with it any bias in front. In evaluation
+mode it subtracts the running mean, which contains the bias: without the bias, ``running_mean − shift`` leaves the
+output as it was. The shift is the bias itself where nothing but the layer stands in front of the normalization; in
+general it is measured, as the difference of the normalization's input with and without the bias.
+
+A removed bias is recorded on its layer, so that it can be put back as zeros. The layer has ``bias = None``, as if it
+had been built with ``bias=False``, and its key leaves the `state_dict`. The record follows deep copies and pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.conversion.actions import Action
+from manifold_nets.conversion.moves import RemovedBias
+from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
+from manifold_nets.float64 import in_float64
+from manifold_nets.models import analysis_copy, random_numbers
+from manifold_nets.running import Inputs, run, split_inputs, to_float64
+from manifold_nets.symmetry import SymmetryReport
+from manifold_nets.symmetry.report import ShiftSymmetry
+
+__all__ = ["absent_bias", "dead_bias_actions", "put_back_bias", "remove_bias", "removed_biases"]
+
+_RECORD = "_manifold_nets_removed_biases"
+# Layers whose bias may be None.
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+# Relative to the largest shift: far above the rounding of a float64 forward pass, far below any real difference.
+_CONSTANT = 1e-9
+
+
+# ---- removing a bias -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Removed:
+    """What is needed to make the bias anew."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+def remove_bias(module: nn.Module, leaf: str) -> Callable[[], None]:
+    """Replace a bias by None, and return a function that undoes it.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> _ = remove_bias(layer, "bias")
+        >>> list(layer.state_dict()), list(removed_biases(layer))
+        (['weight'], ['bias'])
+    """
+    bias = module.get_parameter(leaf)
+    module.register_parameter(leaf, None)
+    record = module.__dict__.setdefault(_RECORD, {})
+    record[leaf] = _Removed(tuple(bias.shape), bias.dtype, bias.requires_grad)
+    return lambda: _set_bias(module, leaf, bias)
+
+
+def put_back_bias(module: nn.Module, leaf: str) -> None:
+    """Make a removed bias again, of zeros, on the device and in the dtype of the layer's weight.
+
+    A bias that is there again, as that of a module with two names after the first of them, is left as it is.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> _ = remove_bias(layer, "bias")
+        >>> put_back_bias(layer, "bias")
+        >>> layer.bias.tolist(), list(removed_biases(layer))
+        ([0.0, 0.0], [])
+    """
+    if leaf in module.__dict__.get(_RECORD, {}):
+        _set_bias(module, leaf, absent_bias(module, leaf))
+
+
+def absent_bias(module: nn.Module, leaf: str) -> nn.Parameter:
+    """Return what `put_back_bias` would set; the module is not changed."""
+    removed: _Removed = module.__dict__[_RECORD][leaf]
+    weight = module._parameters.get("weight")
+    device, dtype = (None, removed.dtype) if weight is None else (weight.device, weight.dtype)
+    zeros = torch.zeros(removed.shape, dtype=dtype, device=device)
+    return nn.Parameter(zeros, requires_grad=removed.requires_grad)
+
+
+def removed_biases(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Return the modules and attributes of all removed biases, by the names that they had.
+
+    A module that stands in several places had its bias under as many names, and all of them left the `state_dict`.
+    """
+    return {
+        f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for leaf in module.__dict__.get(_RECORD, {})
+        if module._parameters.get(leaf) is None
+    }
+
+
+def _set_bias(module: nn.Module, leaf: str, bias: nn.Parameter) -> None:
+    setattr(module, leaf, bias)
+    module.__dict__[_RECORD].pop(leaf)
+    if not module.__dict__[_RECORD]:
+        del module.__dict__[_RECORD]
+
+
+# ---- which ones can be removed ---------------------------------------------------------------------------------------
+
+
+def dead_bias_actions(model: nn.Module, report: SymmetryReport) -> list[Action]:
+    """Decide for every bias without effect whether it can be removed; the model is not changed."""
+    dead = [shift for shift in report.shifts if shift.kind == "dead bias" and len(shift.parameters) == 1]
+    reasons = [_why_left(model, shift, dead) for shift in dead]
+    possible = [shift for shift, why in zip(dead, reasons, strict=True) if why is None]
+    measured = _Measurement(model, report.example_inputs).moves(possible) if possible else {}
+    actions = []
+    for shift, why in zip(dead, reasons, strict=True):
+        name = shift.parameters[0]
+        found = measured[name] if why is None else why
+        move = found if isinstance(found, RemovedBias) else RemovedBias(name)
+        follows = f"; {', '.join(move.means)} takes it up" if move.means else ""
+        reason = f"it does nothing: its key leaves the state_dict{follows}"
+        action = Action(name, "remove", reason, remedy="dead-biases", move=move)
+        actions.append(action.left(found) if isinstance(found, str) else action)
+    return actions
+
+
+def _why_left(model: nn.Module, shift: ShiftSymmetry, dead: Sequence[ShiftSymmetry]) -> str | None:
+    """Why a bias is not removed, as far as its structure tells."""
+    if shift.certificate.verdict != "invariant":
+        return f"certificate {shift.certificate}"
+    if shift.condition is not None:
+        return f"it does nothing only {shift.condition}"
+    bias = dict(model.named_parameters(remove_duplicate=False))[shift.parameters[0]]
+    counts = [other.count for other in dead if other.parameters == shift.parameters]
+    if sum(counts) < bias.numel():
+        return f"{sum(counts)} of its {bias.numel()} entries do nothing, the others do"
+    if len(counts) > 1:
+        return "its entries are absorbed by different operations"
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is bias and not (leaf == "bias" and isinstance(module, _LAYERS)):
+                return f"{type(module).__name__} {prefix} needs it"
+    return None
+
+
+def _means(shift: ShiftSymmetry) -> set[str]:
+    return {absorber.running_mean for absorber in shift.absorbers if absorber.running_mean is not None}
+
+
+class _Measurement:
+    """Forward passes of a float64 copy with and without biases."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        self.model = analysis_copy(model)
+        self.inputs: Inputs = to_float64(split_inputs(example_inputs))
+        self.parameters = dict(self.model.named_parameters(remove_duplicate=False))
+
+    def moves(self, shifts: Sequence[ShiftSymmetry]) -> dict[str, RemovedBias | str]:
+        """For each bias what it adds to every running mean behind it, or why it cannot be removed."""
+        found: dict[str, RemovedBias | str] = {s.parameters[0]: RemovedBias(s.parameters[0]) for s in shifts}
+        waiting = [shift for shift in shifts if _means(shift)]
+        if waiting:
+            reference = self._inputs_of({mean for shift in waiting for mean in _means(shift)})
+            # A change that is like no other shows what arrives as it is, also where the bias itself is zero; what
+            # arrives as something else is measured with the bias.
+            for probing in (True, False):
+                for shift, measured, change in self._measured(waiting, reference, probing):
+                    name = shift.parameters[0]
+                    if isinstance(measured, str):
+                        found[name] = measured
+                    elif not probing:
+                        found[name] = RemovedBias(name, {m: tuple((-v).tolist()) for m, v in measured.items()}, False)
+                    elif all(torch.equal(by_channel, change) for by_channel in measured.values()):
+                        found[name] = RemovedBias(name, dict.fromkeys(measured, tuple(self._bias(name).tolist())))
+                    else:
+                        continue
+                    waiting = [other for other in waiting if other is not shift]
+        return found | self._needed([name for name, move in found.items() if isinstance(move, RemovedBias)])
+
+    def _bias(self, name: str) -> Tensor:
+        return self.parameters[name].detach()
+
+    def _measured(
+        self, shifts: Sequence[ShiftSymmetry], reference: Mapping[str, list[Tensor]], probing: bool
+    ) -> Iterator[tuple[ShiftSymmetry, dict[str, Tensor] | str, Tensor]]:
+        """What a change of each bias adds to its running means, and the change; `_shifts_of` says why where nothing."""
+        generator = torch.Generator().manual_seed(0)
+        left = list(shifts)
+        while left:
+            # Biases without a running mean in common are measured in one pass.
+            together: list[ShiftSymmetry] = []
+            for shift in left:
+                if all(_means(shift).isdisjoint(_means(other)) for other in together):
+                    together.append(shift)
+            left = [shift for shift in left if not any(shift is other for other in together)]
+            changes = {}
+            for name in (shift.parameters[0] for shift in together):
+                bias = self._bias(name)
+                probe = 0.5 + torch.rand(bias.shape, generator=generator, dtype=torch.float64)
+                changes[name] = probe.to(bias.device) * max(float(bias.abs().max()), 1.0) if probing else -bias
+            with self._changed(changes):
+                moved = self._inputs_of({mean for shift in together for mean in _means(shift)})
+            for shift in together:
+                change = changes[shift.parameters[0]]
+                channels = {mean: self.model.get_buffer(mean).numel() for mean in sorted(_means(shift))}
+                yield shift, _shifts_of(channels, reference, moved, change), change
+
+    @contextmanager
+    def _changed(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
+        saved = {name: self._bias(name).clone() for name in changes}
+        with torch.no_grad():
+            for name, change in changes.items():
+                self.parameters[name].add_(change)
+            try:
+                yield
+            finally:
+                for name, value in saved.items():
+                    self.parameters[name].copy_(value)
+
+    def _inputs_of(self, means: set[str]) -> dict[str, list[Tensor]]:
+        """Inputs of the modules that own some running means, one for each call, in training mode.
+
+        The pass leaves the buffers as they were: another one, which is compared with it, has to begin where it did. A
+        spectral norm computes its weight from vectors that it improves at every pass.
+        """
+        seen: dict[str, list[Tensor]] = {mean: [] for mean in means}
+        handles = []
+        for mean in means:
+
+            def look(_: nn.Module, args: tuple[Any, ...], mean: str = mean) -> None:
+                seen[mean].extend(x.detach().clone() for x in args[:1] if isinstance(x, Tensor))
+
+            module = self.model.get_submodule(mean.rpartition(".")[0])
+            handles.append(module.register_forward_pre_hook(look))
+        places = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
+        saved = [(buffers, name, b, b.clone()) for buffers, name, b in places if b is not None]
+        args, kwargs = self.inputs
+        try:
+            with torch.no_grad(), random_numbers(0), in_float64():
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for buffers, name, buffer, value in saved:
+                buffers[name] = buffer.copy_(value)
+        return seen
+
+    def _needed(self, names: Sequence[str]) -> dict[str, str]:
+        """Why biases stay without which the model's code fails, as where it joins the biases of several layers."""
+        if not names or self._runs_without(names) or not self._runs_without([]):
+            return {}
+        return {
+            name: "the code of the model reads it outside of its layer"
+            for name in names
+            if not self._runs_without([name])
+        }
+
+    def _runs_without(self, names: Sequence[str]) -> bool:
+        undo = []
+        try:
+            for name in names:
+                prefix, _, leaf = name.rpartition(".")
+                undo.append(remove_bias(self.model.get_submodule(prefix), leaf))
+            with torch.no_grad(), random_numbers(0), in_float64():
+                for training in (True, False):
+                    run(self.model.train(training), self.inputs)
+        except (DoublePrecisionError, ExampleInputsError):
+            return False
+        finally:
+            for put_back in undo:
+                put_back()
+        return True
+
+
+def _shifts_of(
+    channels: Mapping[str, int],
+    reference: Mapping[str, list[Tensor]],
+    moved: Mapping[str, list[Tensor]],
+    change: Tensor,
+) -> dict[str, Tensor] | str:
+    """What a change of a bias adds to each running mean, or why there is no such constant.
+
+    Args:
+        channels: how many channels each running mean has.
+        reference: inputs of its normalization without the change.
+        moved: the same with it.
+        change: the change.
+    """
+    found = {}
+    for mean, count in channels.items():
+        if len(reference[mean]) != 1 or len(moved[mean]) != 1 or reference[mean][0].shape[1] != count:
+            return f"{mean} is not the running mean of one normalization that is called once"
+        difference = (moved[mean][0] - reference[mean][0]).transpose(0, 1).flatten(1)
+        by_channel = difference.mean(1)
+        limit = _CONSTANT * max(float(change.abs().max()), float(by_channel.abs().max()))
+        if not float((difference - by_channel[:, None]).abs().max()) <= limit:
+            return f"it is not a constant in front of {mean}"
+        # Where the bias itself arrives, no rounding need come in between.
+        same = by_channel.shape == change.shape and float((by_channel - change).abs().max()) <= limit
+        found[mean] = change if same else by_channel
+    return found

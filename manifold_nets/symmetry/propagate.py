@@ -1,0 +1,244 @@
+"""The one walk over a graph: labels of scales, or of shifts, on their way from parameters to what absorbs them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch.fx import Node
+
+from manifold_nets.symmetry.graph import is_region, region_graph
+from manifold_nets.symmetry.rules import (
+    RULES,
+    Absorption,
+    Adoption,
+    Link,
+    Result,
+    ShiftUse,
+    Use,
+    apply_rule,
+    as_list,
+    of_real_numbers,
+)
+from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
+from manifold_nets.symmetry.structure.writing import write_back
+from manifold_nets.symmetry.trace import TracedGraph
+
+__all__ = ["follow_shifts", "propagate"]
+
+
+def propagate(
+    graph: TracedGraph,
+    seeds: dict[Node, Label],
+    scales: Scales,
+    columns: dict[str, Ids] | None = None,
+    *,
+    stored: bool = True,
+) -> tuple[list[Absorption], list[Adoption]]:
+    """Follow the scales of some placeholders through the graph, in its order, as far as outputs depend on them.
+
+    Args:
+        graph: the graph.
+        seeds: labels to start from.
+        scales: takes the conditions that the operations put on the scales.
+        columns: where given, weights may undo the scales of their inputs; see `Use`.
+        stored: whether the buffers count as outputs that training mode writes and only evaluation reads.
+
+    Returns:
+        The normalizations that absorb scales, and the biases that have to be scaled along.
+    """
+    live = graph.live_or_stored if stored else graph.live
+    if live.isdisjoint(seeds):
+        live = frozenset(graph.order)  # no output depends on them: what does depend on them is asked
+    walk = _Walk(graph, scales, live, columns)
+    walk.run(seeds)
+    return walk.absorptions, walk.adoptions
+
+
+def follow_shifts(
+    graph: TracedGraph, seeds: dict[str, Ids], scales: Scales, *, rows: dict[str, int] | None = None,
+    inactive: Callable[[str], bool] = lambda module: False, loss: bool = False,
+) -> dict[int, list[Absorption]]:  # fmt: skip
+    """Follow the shifts of some parameters through a graph.
+
+    Args:
+        graph: the graph.
+        seeds: for each parameter the number of the form of each entry; broadcasts to its shape.
+        scales: the unknown shifts; takes the equations that the network puts on them.
+        rows: the weights whose shift is ``W → W + 1vᵀ``, with their number of blocks of output channels.
+        inactive: whether a module drops nothing at random.
+        loss: whether the outputs are logits, compared along axis 1.
+
+    Returns:
+        For each unknown that is free the operations that absorb it, directly or after linear maps.
+    """
+    nodes = {name: graph.placeholders_of(name) for name in seeds}
+    blocks = {node: count for name, count in (rows or {}).items() for node in nodes[name]}
+    walk = _ShiftWalk(graph, scales, graph.live_or_stored, rows=blocks, inactive=inactive, loss=loss)
+    walk.run({node: Label(ids) for name, ids in seeds.items() for node in nodes[name]})
+    return walk.absorbed()
+
+
+@dataclass
+class _Walk:
+    """Labels of scales on their way through a graph, and what the network demands of them."""
+
+    graph: TracedGraph
+    scales: Scales
+    live: Collection[Node]
+    columns: dict[str, Ids] | None = None
+    labels: dict[Node, Result] = field(default_factory=dict)
+    absorptions: list[Absorption] = field(default_factory=list)
+    adoptions: list[Adoption] = field(default_factory=list)
+
+    def run(self, seeds: dict[Node, Label]) -> None:
+        """Visit everything that a label reaches, in the order of the graph."""
+        self.labels.update(seeds)
+        order, flow, queued = self.graph.order, self.graph.flow, set(seeds)
+        queue: list[tuple[int, Node]] = []
+
+        def visit_users(node: Node, after: int = -1) -> None:
+            for user in node.users:
+                if order[user] > after and user not in queued and user in self.live:
+                    queued.add(user)
+                    heapq.heappush(queue, (order[user], user))
+
+        for node in seeds:
+            visit_users(node)
+        while queue and not self.scales.all_pinned:
+            _, node = heapq.heappop(queue)
+            self._visit(node)
+            for target in flow.written(node):
+                for view in (flow.root(target), *flow.views(target)):
+                    if self._is_labelled(view):
+                        visit_users(view, order[node])
+            if self._is_labelled(node):
+                visit_users(node)
+
+    def _is_labelled(self, node: Node) -> bool:
+        return any(label is not None for label in as_list(self.labels.get(node)))
+
+    def _visit(self, node: Node) -> None:
+        use = self._use(node)
+        if node.op == "output":
+            self.labels[node] = self._leave(use)
+        elif is_region(node):
+            self.labels[node] = self._enter(node)
+        elif any(self._is_labelled(source) for source in node.all_input_nodes):
+            self.labels[node] = self._apply(use)
+        else:
+            self.labels[node] = None
+        write_back(use, self.labels[node])
+
+    def _enter(self, region: Node) -> Result:
+        """Follow the labels through the graph of a region that runs under autocast or in another gradient mode."""
+        inner, arguments = region_graph(region)
+        given = iter(arguments)
+        for node in inner.nodes:
+            if node.op == "placeholder":
+                argument = next(given)
+                self.labels[node] = self.labels.get(argument) if isinstance(argument, Node) else None
+            elif node.op == "output":
+                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
+                return [found if isinstance(found := self.labels.get(r), Label) else None for r in results]
+            elif node in self.live:
+                self._visit(node)
+        return None
+
+    # ---- what differs between scales and shifts ----------------------------------------------------------------------
+
+    def _use(self, node: Node) -> Use:
+        return Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
+
+    def _leave(self, use: Use) -> None:
+        use.pin("is reached without a normalization", certainty="smooth")
+
+    def _apply(self, use: Use) -> Result:
+        known = RULES.get(use.key)
+        if known is None:
+            use.pin("has no rule: what it does to a scale is unknown", unknown=True)
+            return None
+        return of_real_numbers(use, known(use))
+
+
+@dataclass
+class _ShiftWalk(_Walk):
+    """Labels of shifts on their way through a graph."""
+
+    rows: dict[Node, int] = field(default_factory=dict)
+    inactive: Callable[[str], bool] = lambda module: False
+    loss: bool = False
+    links: list[Link] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.first_link = self.scales.count
+        # Links of which no unknown was refused so far, and how many equations there were when that was last checked.
+        self._open: list[Link] = []
+        self._checked = self._seen = 0
+
+    def _use(self, node: Node) -> ShiftUse:
+        for source in node.all_input_nodes:
+            self._drop_refused(source)
+        return ShiftUse(
+            node, self.graph, self.scales, self.labels, self.absorptions, links=self.links, rows=self.rows,
+            inactive=self.inactive, first_link=self.first_link,
+        )  # fmt: skip
+
+    def _drop_refused(self, node: Node) -> None:
+        """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
+        given = [label for label in as_list(self.labels.get(node)) if label is not None]
+        if given and not any(self.scales.roots(label.ids).any() for label in given):
+            self.labels[node] = None
+
+    def _visit(self, node: Node) -> None:
+        super()._visit(node)
+        self._refuse_sources()
+
+    def _leave(self, use: Use) -> None:
+        """A loss of logits does not see what is added to all of them; any other output is seen."""
+        for node in use.node.all_input_nodes:
+            label = use.label_of(node)
+            if label is not None and self.loss and label.ids.ndim >= 2:
+                ids = use.merge(label.ids, [1], "compares logits that are shifted differently")
+                self.absorptions.append(Absorption(use.node, "loss", "loss", "", ids))
+            elif label is not None:
+                use.pin("is reached without a normalization", label)
+
+    def _apply(self, use: Use) -> Result:
+        return apply_rule(use)  # type: ignore[arg-type]
+
+    def _refuse_sources(self) -> None:
+        """Refuse the sources of links whose results are not free, until nothing changes."""
+        self._open += self.links[self._seen :]
+        self._seen = len(self.links)
+        while self._open and self._checked != self.scales.solved:
+            self._checked = self.scales.solved
+            refused = [link for link in self._open if not self._is_free(link)]
+            self._open = [link for link in self._open if self._is_free(link)]
+            for link in refused:
+                self.scales.pin(link.sources, link.because)
+                self.scales.pin(link.results, link.because)
+
+    def _is_free(self, link: Link) -> bool:
+        return bool(self.scales.is_free(slice(link.unknowns.start, link.unknowns.stop)).all())
+
+    def absorbed(self) -> dict[int, list[Absorption]]:
+        """For each unknown of a parameter the operations that absorb it, directly or after linear maps."""
+        link_of = np.full(self.scales.count, UNSCALED)
+        behind: list[Ids] = []
+
+        def sources(ids: Ids) -> Ids:
+            found = self.scales.scales_in(ids)
+            links = np.unique(link_of[found[found >= self.first_link]])
+            return np.unique(np.concatenate([found[found < self.first_link], *(behind[n] for n in links.tolist())]))
+
+        for number, link in enumerate(self.links):
+            link_of[link.unknowns.start : link.unknowns.stop] = number
+            behind.append(sources(link.sources))
+        result: dict[int, list[Absorption]] = {}
+        for absorption in self.absorptions:
+            for k in sources(absorption.ids).tolist():
+                result.setdefault(k, []).append(absorption)
+        return result
