@@ -162,11 +162,9 @@ def diagnose(
     if local:
         left = MOST_PASSES - gradients.passes - local.passes
         search = NumericalSearch(graph, test, lambda: _second(twin, inputs, seed, left, logits=logits))
+        shown = shown_shifts(graph, model, search.shown_shifts(shifts), test, loss=logits)
+        shifts = with_shown(shifts, shown)
         unexplained = _of_the_model(search.unexplained(findings, families, shifts), not_finite)
-        shown = shown_shifts(graph, model, unexplained, test, loss=logits)
-        if shown:
-            shifts = with_shown(shifts, shown)
-            unexplained = search.still_unexplained(unexplained, shifts, shown)
         del search  # the memory of the second point is what the copy takes that is moved
     if not meta:
         move = FiniteMove(
