@@ -32,10 +32,10 @@ PASSES = 4
 # The functions that `diagnose` calls, by phase; what they call in turn counts for the inner one.
 PHASES = {
     "trace": ("_trace",),
-    "walk": ("solve_jointly", "row_shifts", "follow_weight", "shift_symmetries", "shown_shifts"),
+    "walk": ("solve_jointly", "required_partitions", "follow_weight", "shift_symmetries", "recheck_shifts"),
     "passes": ("_gradients", "_second", "_batch_variances"),
-    "test": ("_by_structure", "certified_families"),
-    "search": ("NumericalSearch.unexplained", "NumericalSearch.still_unexplained"),
+    "test": ("_tested_weights", "certified_families"),
+    "search": ("NumericalSearch.unexplained", "NumericalSearch.shown_shifts"),
     "finite move": ("moved_claims", "moved_numbers"),
 }
 

@@ -123,7 +123,8 @@ class _Walk:
     def _visit(self, node: Node) -> None:
         use = self._use(node)
         if node.op == "output":
-            self.labels[node] = self._leave(use)
+            self._leave(use)
+            self.labels[node] = None
         elif is_region(node):
             self.labels[node] = self._enter(node)
         elif any(self._is_labelled(source) for source in node.all_input_nodes):

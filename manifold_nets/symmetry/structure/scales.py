@@ -146,10 +146,15 @@ class Scales:
             mixed &= left != right
         if mixed.any():
             a, b, inverse = _distinct_pairs(left[mixed], right[mixed])
-            forms = (_plus(self.form(m), self.form(n), sign) for m, n in zip(a.tolist(), b.tolist(), strict=True))
+            forms = (self._sum(m, n, sign) for m, n in zip(a.tolist(), b.tolist(), strict=True))
             result = result.copy()
             result[mixed] = np.array([self._number(form) for form in forms], dtype=np.int64)[inverse]
         return result
+
+    def _sum(self, left: int, right: int, sign: float) -> Form:
+        if left > 0 and right > 0 and left != right:
+            return {left - 1: 1.0, right - 1: sign}
+        return _plus(self.form(left), self.form(right), sign)
 
     def times(self, ids: Ids, exponent: float) -> Ids:
         """Numbers of the forms of a power."""
