@@ -178,7 +178,7 @@ class _ShiftWalk(_Walk):
         # Links of which no unknown was refused so far, and how many equations there were when that was last checked.
         self._open: list[Link] = []
         self._checked = self._seen = 0
-        self.scales.then = self._refuse_sources
+        self.scales.on_solved = self._refuse_sources
 
     def _use(self, node: Node) -> ShiftUse:
         for source in node.all_input_nodes:
@@ -210,7 +210,7 @@ class _ShiftWalk(_Walk):
 
     def _refuse_sources(self) -> None:
         """Refuse the sources of links whose results are not free, until nothing changes."""
-        self.scales.then = lambda: None
+        self.scales.on_solved = lambda: None
         self._open += self.links[self._seen :]
         self._seen = len(self.links)
         while self._open and self._checked != self.scales.solved:
@@ -220,7 +220,7 @@ class _ShiftWalk(_Walk):
             for link in refused:
                 self.scales.pin(link.sources, link.because)
                 self.scales.pin(link.results, link.because)
-        self.scales.then = self._refuse_sources
+        self.scales.on_solved = self._refuse_sources
 
     def _is_free(self, link: Link) -> bool:
         return bool(self.scales.is_free(slice(link.unknowns.start, link.unknowns.stop)).all())

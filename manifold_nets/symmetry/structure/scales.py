@@ -22,8 +22,10 @@ Ids = NDArray[np.int64]
 Form = dict[int, float]
 Certainty = Literal["smooth", "jump", "cautious"]
 UNSCALED = 0
-# Exponents are small rationals; what is left of one by cancellation is rounding.
+# Exponents are small rationals; what is left of one by cancellation is rounding. Those whose denominator divides this
+# number are kept as exactly as floats can, so that three thirds are one.
 _NOTHING = 1e-9
+_DENOMINATORS = 55_440
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Scales:
         self._reasons: list[Break] = []
         self._ends: dict[int, Break] = {}
         # Called after equations were solved: may add what follows from them.
-        self.then: Callable[[], None] = lambda: None
+        self.on_solved: Callable[[], None] = lambda: None
         self.add(count)
 
     def add(self, count: int) -> Ids:
@@ -161,7 +163,7 @@ class Scales:
         roots = self.roots(ids)
         result = np.zeros_like(roots)
         for number in self._distinct(roots).tolist():
-            power = {k: c * exponent for k, c in self.form(number).items()}
+            power = {k: _exact(c * exponent) for k, c in self.form(number).items()}
             result[roots == number] = self._number(power)
         return result
 
@@ -178,7 +180,7 @@ class Scales:
         left, right = left[different], right[different]
         single = (left >= 0) & (right >= 0)
         self._unite(left[single], right[single], reason)
-        self.then()
+        self.on_solved()
         if single.all():
             return
         left, right, _ = _distinct_pairs(left[~single], right[~single])
@@ -187,7 +189,7 @@ class Scales:
         while len(left):
             for m, n in zip(left[:count].tolist(), right[:count].tolist(), strict=True):
                 self._solve(_plus(self.form(m), self.form(n), -1.0), reason)
-            self.then()
+            self.on_solved()
             left, right = self.roots(left[count:]), self.roots(right[count:])
             left, right, count = left[left != right], right[left != right], 2 * count
 
@@ -294,7 +296,7 @@ class Scales:
         """Solve ``equation = 0`` for its newest scale."""
         if equation:
             pivot = max(equation)
-            rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
+            rest = {k: _exact(-c / equation[pivot]) for k, c in equation.items() if k != pivot}
             self._replace(np.array([pivot]), self._number(rest), reason)
 
     def _replace(self, scales: Ids, numbers: Ids | int, reason: int) -> None:
@@ -371,7 +373,14 @@ def _plus(left: Form, right: Form, factor: float) -> Form:
     for k, c in right.items():
         total = result.get(k, 0.0) + factor * c
         if abs(total) > _NOTHING:
-            result[k] = round(total, 12)
+            result[k] = _exact(total)
         else:
             result.pop(k, None)
     return result
+
+
+def _exact(exponent: float) -> float:
+    """An exponent without the rounding of what it was computed from."""
+    numerator = round(exponent * _DENOMINATORS)
+    near = abs(exponent * _DENOMINATORS - numerator) <= _DENOMINATORS * _NOTHING
+    return numerator / _DENOMINATORS if near else round(exponent, 12)
