@@ -542,7 +542,9 @@ def random_equations(seed: int) -> tuple[Scales, list[tuple[int, np.ndarray]], n
     for _ in range(12):
         (a, x), (b, y) = (known[k] for k in rng.integers(len(known), size=2))
         sign, power = rng.choice([-1.0, 1.0]), rng.choice([0.5, 1.0, 2.0])
-        known.append((int(scales.sum(scales.times(np.array([a]), power), np.array([b]), sign)[0]), power * x + sign * y))
+        known.append(
+            (int(scales.sum(scales.times(np.array([a]), power), np.array([b]), sign)[0]), power * x + sign * y)
+        )
         if rng.random() < 0.5:
             (a, x), (b, y) = (known[k] for k in rng.integers(len(known), size=2))
             scales.join(np.array([a, a]), np.array([b, b]), Break("op", "", "why"))
