@@ -175,9 +175,8 @@ class _ShiftWalk(_Walk):
 
     def __post_init__(self) -> None:
         self.first_link = self.scales.count
-        # Links of which no unknown was refused so far, and how many equations there were when that was last checked.
-        self._open: list[Link] = []
-        self._checked = self._seen = 0
+        self._refused: set[int] = set()  # numbers of links
+        self._checked = 0  # how many unknowns were solved when links were last checked
         self.scales.on_solved = self._refuse_sources
 
     def _use(self, node: Node) -> ShiftUse:
@@ -211,19 +210,16 @@ class _ShiftWalk(_Walk):
     def _refuse_sources(self) -> None:
         """Refuse the sources of links whose results are not free, until nothing changes."""
         self.scales.on_solved = lambda: None
-        self._open += self.links[self._seen :]
-        self._seen = len(self.links)
-        while self._open and self._checked != self.scales.solved:
+        while self.links and self._checked != self.scales.solved:
             self._checked = self.scales.solved
-            refused = [link for link in self._open if not self._is_free(link)]
-            self._open = [link for link in self._open if self._is_free(link)]
-            for link in refused:
+            solved = self.first_link + np.flatnonzero(~self.scales.is_free(slice(self.first_link, None)))
+            starts = [link.unknowns.start for link in self.links]
+            refused = set(np.unique(np.searchsorted(starts, solved, "right") - 1).tolist()) - self._refused
+            self._refused |= refused
+            for link in (self.links[number] for number in sorted(refused)):
                 self.scales.pin(link.sources, link.because)
                 self.scales.pin(link.results, link.because)
         self.scales.on_solved = self._refuse_sources
-
-    def _is_free(self, link: Link) -> bool:
-        return bool(self.scales.is_free(slice(link.unknowns.start, link.unknowns.stop)).all())
 
     def absorbed(self) -> dict[int, list[Absorption]]:
         """For each unknown of a parameter the operations that absorb it, directly or after linear maps."""

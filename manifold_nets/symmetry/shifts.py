@@ -170,12 +170,12 @@ class ShiftStructure:
         """What may be added to the weights, row by row."""
         return [row for name in self.shapes if (row := self.row(name)) is not None]
 
-    def row(self, name: str, wanted: Iterable[Partition] = ()) -> RowShift | None:
+    def row(self, name: str, suggested: Iterable[Partition] = ()) -> RowShift | None:
         """``W → W + 1vᵀ``, one row for each block of filters: the finest blocks that cover the most.
 
         Args:
             name: the weight.
-            wanted: blocks to try beside those that normalizations suggest.
+            suggested: blocks to try beside those of the normalizations.
         """
         shape, sources = self.shapes.get(name, ()), self.sources(name)
         if len(shape) < 2:
@@ -186,7 +186,7 @@ class ShiftStructure:
                 return along
         best: RowShift | None = None
         covered = 0.0
-        for blocks, partition in self._row_partitions(name, wanted):
+        for blocks, partition in self._row_partitions(name, suggested):
             scales = Scales(blocks)
             ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in shape[1:]))
             free, reached = self.absorbed(name, ids, scales, blocks)
@@ -205,7 +205,7 @@ class ShiftStructure:
                 return RowShift(name, Partition(shape, shape, (axis,)), free, reached)
         return None
 
-    def _row_partitions(self, name: str, wanted: Iterable[Partition]) -> Iterable[tuple[int, Partition]]:
+    def _row_partitions(self, name: str, suggested: Iterable[Partition]) -> Iterable[tuple[int, Partition]]:
         """Numbers of blocks to try, finest first, with the entries of the weight that are shifted together."""
         shape, users = self.shapes[name], [user for node in self.sources(name) for user in node.users]
         ops = {op_name(user) for user in users}
@@ -220,7 +220,7 @@ class ShiftStructure:
         counts = {1, groups}
         for op, size in self._normalized:
             counts.add(size if op == "group_norm" else channels // size or 1)
-        counts.update(p.view[0] for p in wanted if p == _row_partition(shape, p.view[0], 0) and not transposed)
+        counts.update(p.view[0] for p in suggested if p == _row_partition(shape, p.view[0], 0) and not transposed)
         fitting = [n for n in sorted(counts, reverse=True) if n < channels and channels % n == 0 and n % groups == 0]
         return [(n, _row_partition(shape, n, groups if transposed else 0)) for n in fitting]
 

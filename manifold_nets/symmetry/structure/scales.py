@@ -278,9 +278,13 @@ class Scales:
     def _unite(self, left: Ids, right: Ids, reason: int) -> None:
         """Require that pairs of single scales, or of a scale and nothing, are equal: the oldest of them stays."""
         numbers = self._distinct(np.concatenate([left, right]))
-        place = np.zeros(self.count + 1, dtype=np.int64)
-        place[numbers] = np.arange(len(numbers))
-        a, b, oldest = place[left], place[right], np.arange(len(numbers))
+        oldest = np.arange(len(numbers))
+        if 16 * len(left) < self.count:
+            a, b = np.searchsorted(numbers, left), np.searchsorted(numbers, right)
+        else:
+            place = np.zeros(self.count + 1, dtype=np.int64)
+            place[numbers] = oldest
+            a, b = place[left], place[right]
         while True:
             before = oldest.copy()
             low = np.minimum(oldest[a], oldest[b])
@@ -326,6 +330,8 @@ class Scales:
 
     def _distinct(self, ids: Ids) -> Ids:
         """The different numbers among many, without sorting them. Products count from the end, as numpy does it."""
+        if 16 * ids.size < self.count:
+            return np.unique(ids)
         seen = np.zeros(self.count + 1 + len(self._products), dtype=bool)
         seen[ids] = True
         numbers = np.flatnonzero(seen)
