@@ -11,12 +11,14 @@ to 32 transformer layers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +32,10 @@ PASSES = 4
 # The functions that `diagnose` calls, by phase; what they call in turn counts for the inner one.
 PHASES = {
     "trace": ("_trace",),
-    "walk": ("solve_jointly", "row_shifts", "follow_weight", "shift_symmetries", "shown_shifts"),
-    "passes": ("_fields", "_batch_variances"),
-    "search": ("search_unexplained", "still_unexplained"),
+    "walk": ("solve_jointly", "required_partitions", "follow_weight", "shift_symmetries", "recheck_shifts"),
+    "passes": ("_gradients", "_second", "_batch_variances"),
+    "test": ("_tested_weights", "certified_families"),
+    "search": ("NumericalSearch.unexplained", "NumericalSearch.shown_shifts"),
     "finite move": ("moved_claims", "moved_numbers"),
 }
 
@@ -80,17 +83,15 @@ class Stopwatch:
 def diagnose(model: nn.Module, inputs: Tensor) -> Counter[str]:
     """Processor seconds of each phase of an analysis."""
     module = sys.modules[diagnose_function.__module__]
-    names = {name: phase for phase, several in PHASES.items() for name in several if hasattr(module, name)}
-    originals = {name: getattr(module, name) for name in names}
     watch = Stopwatch()
-    try:
-        for name, phase in names.items():
-            setattr(module, name, watch.timed(phase, originals[name]))
+    with contextlib.ExitStack() as patches:
+        for phase, names in PHASES.items():
+            for name in names:
+                *owner, last = name.split(".")
+                place = getattr(module, owner[0]) if owner else module
+                patches.enter_context(mock.patch.object(place, last, watch.timed(phase, getattr(place, last))))
         mn.diagnose(model, inputs)
         watch.switch()
-    finally:
-        for name, function in originals.items():
-            setattr(module, name, function)
     return watch.seconds
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import manifold_nets as mn
-from manifold_nets.symmetry import gradients, low_memory
+from manifold_nets.symmetry import gradients, low_memory, propagate
 from manifold_nets.symmetry.group_sums import group_sums
+from manifold_nets.symmetry.shifts import ShiftStructure
+from manifold_nets.symmetry.trace import trace
 
 # The number promised: forward-and-backward passes in float64.
 MOST_PASSES = 4
@@ -84,3 +86,36 @@ def test_the_counter_counts() -> None:
     with pytest.raises(AssertionError):
         assert max(Counting.counts.values()) <= MOST_PASSES
     assert pytree.tree_leaves(Counting.counts) == [MOST_PASSES + 1] * 2
+
+
+class Dense(nn.Module):
+    """Convolutions that read all that comes before, each behind a normalization."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(2 + 2 * k, 2, 1, bias=False) for k in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(2 + 2 * k) for k in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = torch.cat([x, convolution(torch.relu(norm(x)))], 1)
+        return x.mean((2, 3))
+
+
+def visits(depth: int) -> int:
+    """How many operations the shifts of all rows of a dense network are followed through."""
+    count: list[Any] = []
+    visit = propagate._ShiftWalk._visit
+    model = Dense(depth)
+    structure = ShiftStructure(trace(model, ((torch.randn(3, 2, 4, 4),), {})), model, loss=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(propagate._ShiftWalk, "_visit", lambda walk, node: (count.append(node), visit(walk, node)))
+        assert structure.rows is not None
+    return len(count)
+
+
+def test_a_refused_shift_is_followed_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the depth, twice the way; the sabotage twin does not refuse, and the way grows with the square."""
+    assert visits(12) <= 2.5 * visits(6)
+    monkeypatch.setattr(propagate._ShiftWalk, "_refuse_sources", lambda walk: None)
+    assert visits(12) > 3 * visits(6)

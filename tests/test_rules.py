@@ -532,3 +532,52 @@ def test_scales_of_products_and_powers() -> None:
     assert scales.form(3) == {}
     assert scales.form(2) == {0: -1.0}
     assert scales.free == [0]
+
+
+def random_equations(seed: int) -> tuple[Scales, list[tuple[int, np.ndarray]], np.ndarray]:
+    """Random forms of seven scales, some of which have to be equal, beside their exponents and those equations."""
+    rng = np.random.default_rng(seed)
+    scales, known = Scales(7), [(k + 1, np.eye(7)[k]) for k in range(7)]
+    equations = [np.zeros(7)]
+    for _ in range(12):
+        (a, x), (b, y) = (known[k] for k in rng.integers(len(known), size=2))
+        sign, power = rng.choice([-1.0, 1.0]), rng.choice([0.5, 1.0, 2.0])
+        known.append(
+            (int(scales.sum(scales.times(np.array([a]), power), np.array([b]), sign)[0]), power * x + sign * y)
+        )
+        if rng.random() < 0.5:
+            (a, x), (b, y) = (known[k] for k in rng.integers(len(known), size=2))
+            scales.join(np.array([a, a]), np.array([b, b]), Break("op", "", "why"))
+            equations.append(x - y)
+    return scales, known, np.array(equations)
+
+
+def disagreements(seed: int) -> list[str]:
+    """What the solved equations say otherwise than dense linear algebra."""
+    scales, known, equations = random_equations(seed)
+    _, sizes, rows = np.linalg.svd(equations)
+    rank = int((sizes > 1e-9).sum())
+    found = [] if len(scales.free) == 7 - rank else ["the number of free scales"]
+    allowed = np.random.default_rng(seed).standard_normal(7 - rank) @ rows[rank:]
+    values = [float(x @ allowed) for _, x in known]
+    roots = scales.roots(np.array([number for number, _ in known])).tolist()
+    for (number, _), value in zip(known, values, strict=True):
+        if abs(sum(c * allowed[k] for k, c in scales.form(number).items()) - value) > 1e-9:
+            found.append(f"form {number}")
+    same = {(m, n) for m, a in enumerate(values) for n, b in enumerate(values) if abs(a - b) <= 1e-9}
+    if same != {(m, n) for m, a in enumerate(roots) for n, b in enumerate(roots) if a == b}:
+        found.append("which forms are equal")
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_solved_equations_agree_with_dense_linear_algebra(seed: int) -> None:
+    assert disagreements(seed) == []
+
+
+def test_an_equation_that_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sabotage twin: equations between products are dropped, or those between single scales."""
+    for name in ("_solve", "_unite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Scales, name, lambda *_: None)
+            assert any(disagreements(seed) for seed in range(40))

@@ -125,7 +125,7 @@ def test_structure_explains_them_and_carrying_them_out_changes_nothing(name: str
 def test_unasked_it_misses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sabotage twin: without the question they stay unexplained."""
     module = sys.modules["manifold_nets.symmetry.diagnose"]  # the package has a function of this name
-    monkeypatch.setattr(module, "shown_shifts", lambda *a, **k: ())
+    monkeypatch.setattr(module, "recheck_shifts", lambda *a, **k: ())
     assert mn.diagnose(*made("softmaxes over blocks")).unexplained_shifts > 0
 
 

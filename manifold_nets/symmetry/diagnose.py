@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import AnalysisError, ArgumentTypeError, ExampleInputsError, OptionError
 from manifold_nets.float64 import following
+from manifold_nets.groups import Partition
 from manifold_nets.models import analysis_copy, draw_not_finite, is_continuous, is_meta, random_numbers
 from manifold_nets.running import Inputs, run, split_inputs, to_float64
-from manifold_nets.symmetry.demands import Demands, demanded_partitions, natural_demands
 from manifold_nets.symmetry.families import certified_families
 from manifold_nets.symmetry.finite_move import FiniteMove, has_written_eps, moved_claims, moved_numbers
 from manifold_nets.symmetry.gradients import (
@@ -30,17 +30,17 @@ from manifold_nets.symmetry.gradients import (
 )
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.invariance import InvarianceTest
-from manifold_nets.symmetry.joint import solve_jointly
+from manifold_nets.symmetry.joint import required_partitions, solve_jointly
 from manifold_nets.symmetry.local_certificates import LocalCertificates
 from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
 from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.mixed import with_mixed_weights
 from manifold_nets.symmetry.module_graph import module_graph
+from manifold_nets.symmetry.recheck import recheck_shifts, shift_symmetries, with_shown
 from manifold_nets.symmetry.report import SymmetryReport, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.search import NumericalSearch, searched_partitions
 from manifold_nets.symmetry.shift_findings import Loss, sees_no_shift
-from manifold_nets.symmetry.shifts import row_shifts, shift_symmetries
-from manifold_nets.symmetry.shown_shifts import shown_shifts, with_shown
+from manifold_nets.symmetry.shifts import ShiftStructure
 from manifold_nets.symmetry.structure.find import Structure, follow_weight
 from manifold_nets.symmetry.trace import TracedGraph, trace
 from manifold_nets.symmetry.weight_findings import (
@@ -48,6 +48,7 @@ from manifold_nets.symmetry.weight_findings import (
     WeightFindings,
     finding_without_graph,
     integer_finding,
+    natural_partitions,
     owner_of,
     qualified,
 )
@@ -109,11 +110,11 @@ def diagnose(
         ExampleInputsError: the model refuses the inputs.
         DoublePrecisionError: the model cannot compute in float64.
         AnalysisError: the model cannot be copied, or its gradients cannot be taken.
-        UnsupportedModelError: it is a script or quantized, or has parameters without a shape.
+        UnsupportedModelError: the model is a script or quantized, or has parameters without a shape.
         OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
-            ``memory`` neither of both.
+            ``memory`` is neither ``"full"`` nor ``"small"``.
         LossError: the loss is no function and no name of one, or does not accept the outputs.
-        ArgumentTypeError: the model is none.
+        ArgumentTypeError: ``model`` is no `torch.nn.Module`.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, for the symmetries; Euler's theorem on homogeneous functions
@@ -130,55 +131,89 @@ def diagnose(
     _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
-        twin = low_memory_copy(model) if memory == "small" else analysis_copy(model)
-        meta, not_finite = is_meta(twin), draw_not_finite(twin)
-        inputs = _not_empty(split_inputs(example_inputs))
-        if memory == "full" or meta:
-            inputs = to_float64(inputs, torch.device("meta") if meta else None)
-        graph = _trace(twin, inputs, meta)
-        # The certificate comes last: it moves parameters of the twin.
-        variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
-        logits = not meta and sees_no_shift(loss, twin, inputs)
+        network = _network(model, example_inputs, loss, seed, memory)
+        graph, copy = network.graph, network.copy
         if isinstance(graph, TracedGraph):
-            joint, rows = solve_jointly(graph), row_shifts(graph, model, loss=logits)
-            required = demanded_partitions(graph, joint, rows)
+            joint, structure = solve_jointly(graph), ShiftStructure(graph, model, loss=network.logits)
+            gradients = _gradients(network, required_partitions(joint, structure))
         else:
-            required = natural_demands(twin)
-        searches = memory == "full" and not meta and isinstance(graph, TracedGraph)
-        gradients = _gradients(twin, inputs, seed, required, logits=logits, memory=memory, searched=searches)
+            gradients = _gradients(network, _natural_partitions(copy))
     if isinstance(graph, AnalysisError):
-        return _by_certificate(
-            model, twin, InvarianceTest(gradients, tolerance, None, not_finite), graph, example_inputs
-        )
-    low_variance = None if meta else LowVariance(graph, twin, inputs, seed, gradients, tolerance)
-    test = InvarianceTest(gradients, tolerance, low_variance, not_finite)
-    constrained = {weight.name for weight in constrained_weights(model)}
-    judge = WeightFindings(twin, graph, test, variances)
-    local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - gradients.passes - 1) if searches else None
-    findings = _by_structure(judge, local, constrained)
+        test = InvarianceTest(gradients, tolerance, None, network.not_finite)
+        return _by_gradients_alone(network, test, graph, example_inputs)
+    low_variance = None if network.meta else LowVariance(graph, copy, network.inputs, seed, gradients, tolerance)
+    test = InvarianceTest(gradients, tolerance, low_variance, network.not_finite)
+    weights, local = WeightFindings(copy, graph, test, network.variances), _local_certificates(network, gradients)
+    findings = _tested_weights(weights, local, {weight.name for weight in constrained_weights(model)})
     families = certified_families(joint, test)
-    shifts = shift_symmetries(graph, model, rows, test, loss=logits)
+    shifts = shift_symmetries(structure, test)
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if local:
-        left = MOST_PASSES - gradients.passes - local.passes
-        search = NumericalSearch(graph, test, lambda: _second(twin, inputs, seed, left, logits=logits))
-        unexplained = _of_the_model(search.unexplained(findings, families, shifts), not_finite)
-        shown = shown_shifts(graph, model, unexplained, test, loss=logits)
-        if shown:
-            shifts = with_shown(shifts, shown)
-            unexplained = search.still_unexplained(unexplained, shifts, shown)
+        search = NumericalSearch(graph, test, lambda: _second(network, MOST_PASSES - gradients.passes - local.passes))
+        shifts = with_shown(shifts, recheck_shifts(structure, search.shown_shifts(shifts), test))
+        unexplained = _of_the_model(search.unexplained(findings, families, shifts), network.not_finite)
         del search  # the memory of the second point is what the copy takes that is moved
-    if not meta:
-        move = FiniteMove(
-            twin, inputs, gradients, seed + 2, tolerance, logits=logits, outward=has_written_eps(graph)
-        )  # fmt: skip
+    if not network.meta:
+        move = _finite_move(network, gradients, tolerance)
         findings, families, shifts = moved_claims(move, findings, families, shifts)
-        findings, unexplained = moved_numbers(move, findings, unexplained, judge.alone_invariant)
-    told, families = with_mixed_weights(findings, families)
+        findings, unexplained = moved_numbers(move, findings, unexplained, weights.alone_invariant)
+    reported, families = with_mixed_weights(findings, families)
     return SymmetryReport(
-        type(model).__name__, told, tolerance, example_inputs, module_graph(graph), families, shifts,
-        unexplained,
-    )  # fmt: skip
+        type(model).__name__, reported, tolerance, example_inputs, module_graph(graph), families, shifts, unexplained
+    )
+
+
+@dataclass(frozen=True)
+class _Network:
+    """What is analysed: a copy of the model, which the gradients and the finite move change, and its graph.
+
+    Args:
+        model: the model as the user has it.
+        copy: a copy of it.
+        inputs: its inputs, in float64 with full memory.
+        graph: the graph, or why there is none.
+        seed: seed of all that is random.
+        memory: ``"full"`` or ``"small"``.
+        not_finite: for some parameters which of their entries are not finite in the model.
+        logits: whether the loss does not see what is added to all outputs along axis 1.
+        variances: for each batch normalization the variance of its channels.
+    """
+
+    model: nn.Module
+    copy: nn.Module
+    inputs: Inputs
+    graph: TracedGraph | AnalysisError
+    seed: int
+    memory: Literal["full", "small"]
+    not_finite: Mapping[str, Tensor]
+    logits: bool
+    variances: dict[Any, Tensor]
+
+    @property
+    def meta(self) -> bool:
+        """Whether it has no values."""
+        return is_meta(self.copy)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether symmetries are searched that the structure does not explain."""
+        return self.memory == "full" and not self.meta and isinstance(self.graph, TracedGraph)
+
+
+def _network(
+    model: nn.Module, example_inputs: Any, loss: Loss | None, seed: int, memory: Literal["full", "small"]
+) -> _Network:
+    """Copy a model and trace the copy."""
+    copy = low_memory_copy(model) if memory == "small" else analysis_copy(model)
+    meta, not_finite = is_meta(copy), draw_not_finite(copy)
+    inputs = _not_empty(split_inputs(example_inputs))
+    if memory == "full" or meta:
+        inputs = to_float64(inputs, torch.device("meta") if meta else None)
+    graph = _trace(copy, inputs, meta)
+    # Before the gradients are taken, which moves parameters of the copy.
+    variances = _batch_variances(graph, copy, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
+    logits = not meta and sees_no_shift(loss, copy, inputs)
+    return _Network(model, copy, inputs, graph, seed, memory, not_finite, logits, variances)
 
 
 def _not_empty(inputs: Inputs) -> Inputs:
@@ -198,35 +233,44 @@ def _require_options(tolerance: object, seed: object, memory: object) -> None:
         raise OptionError("memory", memory, "'full' or 'small'")
 
 
-def _gradients(
-    twin: nn.Module,
-    inputs: Inputs,
-    seed: int,
-    required: Demands,
-    *,
-    logits: bool,
-    memory: Literal["full", "small"],
-    searched: bool,
-) -> GradientPass:
-    """The gradients at the weights as they are."""
-    if is_meta(twin):
-        return pass_without_values(twin)
-    if memory == "small":
-        widen_vectors(twin)
-        return low_memory_pass(twin, to_float64(inputs), seed, required, logits=logits)
-    replace_zeros(twin, seed)
-    found = gradient_pass(twin, inputs, seed, logits=logits)
-    partitions = {name: searched_partitions(shape) for name, shape in found.shapes.items()} if searched else {}
-    return replace(found, required=required, searched=partitions)
+def _gradients(network: _Network, required: Mapping[str, tuple[Partition, ...]]) -> GradientPass:
+    """The gradients at the weights as they are; ``required`` are the partitions whose sums will be asked for."""
+    copy, inputs, seed = network.copy, network.inputs, network.seed
+    if network.meta:
+        return pass_without_values(copy)
+    if network.memory == "small":
+        widen_vectors(copy)
+        return low_memory_pass(copy, to_float64(inputs), seed, required, logits=network.logits)
+    replace_zeros(copy, seed)
+    found = gradient_pass(copy, inputs, seed, logits=network.logits)
+    searched = {name: searched_partitions(shape) for name, shape in found.shapes.items()} if network.is_searched else {}
+    return replace(found, required=required, searched=searched)
 
 
-def _second(twin: nn.Module, inputs: Inputs, seed: int, passes: int, *, logits: bool) -> GradientPass:
+def _second(network: _Network, passes: int) -> GradientPass:
     """The gradients at a second point."""
-    with random_numbers(seed):
-        return second_pass(twin, inputs, seed, logits=logits, passes=passes)
+    with random_numbers(network.seed):
+        return second_pass(network.copy, network.inputs, network.seed, logits=network.logits, passes=passes)
 
 
-def _by_structure(judge: WeightFindings, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
+def _local_certificates(network: _Network, gradients: GradientPass) -> LocalCertificates | None:
+    """Certificates inside of the network, for weights without influence on the outputs."""
+    if not network.is_searched or isinstance(network.graph, AnalysisError):
+        return None
+    left = MOST_PASSES - gradients.passes - 1  # one is for the second point
+    return LocalCertificates(network.copy, network.graph, network.inputs, network.seed, left)
+
+
+def _finite_move(network: _Network, gradients: GradientPass, tolerance: float) -> FiniteMove:
+    outward = isinstance(network.graph, TracedGraph) and has_written_eps(network.graph)
+    return FiniteMove(
+        network.copy, network.inputs, gradients, network.seed + 2, tolerance, logits=network.logits, outward=outward
+    )
+
+
+def _tested_weights(
+    judge: WeightFindings, local: LocalCertificates | None, constrained: set[str]
+) -> list[WeightFinding]:
     """Judge every weight of a traced model, those without influence on the outputs at the normalizations inside."""
     findings: dict[str, WeightFinding] = {}
     silent: dict[str, Structure] = {}
@@ -244,13 +288,22 @@ def _by_structure(judge: WeightFindings, local: LocalCertificates | None, constr
     return list(findings.values())
 
 
-def _by_certificate(
-    model: nn.Module, twin: nn.Module, test: InvarianceTest, refusal: AnalysisError, example_inputs: Any
+def _natural_partitions(model: nn.Module) -> dict[str, tuple[Partition, ...]]:
+    """For each weight of a network without a graph the partitions that its layer suggests, without sums of these."""
+    found = {}
+    for name, parameter in _weights(model):
+        first, *others = natural_partitions(owner_of(model, name), parameter.shape)
+        found[name] = (first, *(p for p in others if p.kept == (1,)))
+    return found
+
+
+def _by_gradients_alone(
+    network: _Network, test: InvarianceTest, refusal: AnalysisError, example_inputs: Any
 ) -> SymmetryReport:
-    """Report what the certificate says where there is no graph."""
+    """Report what the gradients say where there is no graph."""
     findings, found = [], []
-    for name, parameter in _weights(twin):
-        owner = owner_of(twin, name)
+    for name, parameter in _weights(network.copy):
+        owner = owner_of(network.copy, name)
         if not is_continuous(parameter):
             findings.append(integer_finding(name, parameter, owner))
             continue
@@ -258,7 +311,7 @@ def _by_certificate(
         findings.append(finding)
         found += [invariant] if invariant is not None else []
     return SymmetryReport(
-        type(model).__name__, tuple(findings), test.tolerance, example_inputs,
+        type(network.model).__name__, tuple(findings), test.tolerance, example_inputs,
         unexplained=_of_the_model(tuple(found), test.not_finite), not_searched=NOT_SEARCHED,
     )  # fmt: skip
 

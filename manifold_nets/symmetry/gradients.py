@@ -66,6 +66,7 @@ class GradientPass:
     required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
+    _sizes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -95,9 +96,11 @@ class GradientPass:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
-        groups = (self.sums(name, partition) for partition in partitions)
-        return min(float((sums.weights.sqrt() * sums.gradients.sqrt()).sum()) for sums in groups)
+        if name not in self._sizes:
+            partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
+            groups = (self.sums(name, partition) for partition in partitions)
+            self._sizes[name] = min(float((sums.weights.sqrt() * sums.gradients.sqrt()).sum()) for sums in groups)
+        return self._sizes[name]
 
     def forget(self, name: str, partition: Partition) -> None:
         """Give the memory of some sums back."""

@@ -22,11 +22,12 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.shifts import ShiftStructure, only_multiplies
 from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
 from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["JointStructure", "solve_jointly"]
+__all__ = ["JointStructure", "required_partitions", "solve_jointly"]
 
 # Larger parameters that are no linear maps get one scale along their last axis instead of one an entry.
 _LARGEST_BY_ENTRY = 4096
@@ -63,8 +64,7 @@ class JointStructure:
     @cached_property
     def absorbed(self) -> frozenset[int]:
         """The free scales that some normalization absorbs."""
-        numbers = {n for a in self.absorptions for n in np.unique(self.scales.roots(a.ids)).tolist()}
-        return frozenset(scale for n in numbers for scale in self.scales.form(n))
+        return frozenset(scale for a in self.absorptions for scale in self.scales.scales_in(a.ids).tolist())
 
     def parts(self) -> Iterator[tuple[str, Part, Partition, Ids, float]]:
         """Yield every part of every parameter with its partition, the forms of its indices, and their sign."""
@@ -96,6 +96,22 @@ def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStr
     absorptions, _ = propagate(graph, labels, scales, columns)
     partitions = {name: _column_partition(graph, name) for name in columns}
     return JointStructure(scales, seeds, columns, partitions, absorptions)
+
+
+def required_partitions(joint: JointStructure, shifts: ShiftStructure) -> dict[str, tuple[Partition, ...]]:
+    """For each weight of a network the partitions whose sums serve all its certificates.
+
+    Parameters that are added are missing: a shift may move any of their entries.
+    """
+    found: dict[str, dict[Partition, None]] = {}
+    for name, shape in shifts.shapes.items():
+        if len(shape) >= 2 and only_multiplies(shifts.sources(name)):
+            found[name] = {seed_partition(shifts.sources(name)): None}
+    for name, _, partition, _, _ in joint.parts():
+        found.get(name, {})[partition] = None
+    for row in shifts.rows:
+        found.get(row.name, {})[row.partition] = None
+    return {name: tuple(partitions) for name, partitions in found.items()}
 
 
 def _seed(sources: list[Node]) -> tuple[Part, Partition, Ids]:

@@ -1,7 +1,7 @@
 """Weights of which only some filters are scale-invariant, as the queries and keys of a fused projection.
 
-Families of the solved equations explain and certify such groups one by one. A manifold holds a whole weight, so that
-they are left where they are; the finding of the weight says how many there are, and what could be done.
+The families of the joint walk explain and certify such groups. A manifold holds a whole weight, so they are left where
+they are; the finding of the weight says how many there are and what could be done.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def with_mixed_weights(
             filters[name] += family.count * weights[0].size
             remedy = _LEAVE
         marked.append(replace(family, remedy=remedy, partial=True))
-    told = [_told(w, groups[w.name], filters[w.name]) if groups.get(w.name) else w for w in findings]
-    return tuple(told), tuple(marked)
+    counted = [_with_count(w, groups[w.name], filters[w.name]) if groups.get(w.name) else w for w in findings]
+    return tuple(counted), tuple(marked)
 
 
-def _told(finding: WeightFinding, groups: int, filters: int) -> WeightFinding:
+def _with_count(finding: WeightFinding, groups: int, filters: int) -> WeightFinding:
     count = finding.shape[0]
     each = f"{groups} group{'s' if groups > 1 else ''} of its filters"
     if filters == count:

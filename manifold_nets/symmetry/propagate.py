@@ -123,7 +123,8 @@ class _Walk:
     def _visit(self, node: Node) -> None:
         use = self._use(node)
         if node.op == "output":
-            self.labels[node] = self._leave(use)
+            self._leave(use)
+            self.labels[node] = None
         elif is_region(node):
             self.labels[node] = self._enter(node)
         elif any(self._is_labelled(source) for source in node.all_input_nodes):
@@ -174,9 +175,9 @@ class _ShiftWalk(_Walk):
 
     def __post_init__(self) -> None:
         self.first_link = self.scales.count
-        # Links of which no unknown was refused so far, and how many equations there were when that was last checked.
-        self._open: list[Link] = []
-        self._checked = self._seen = 0
+        self._refused: set[int] = set()  # numbers of links
+        self._checked = 0  # how many unknowns were solved when links were last checked
+        self.scales.on_solved = self._refuse_sources
 
     def _use(self, node: Node) -> ShiftUse:
         for source in node.all_input_nodes:
@@ -189,12 +190,9 @@ class _ShiftWalk(_Walk):
     def _drop_refused(self, node: Node) -> None:
         """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
         given = [label for label in as_list(self.labels.get(node)) if label is not None]
-        if given and not any(self.scales.roots(label.ids).any() for label in given):
+        alive = any(not self.scales.is_pinned(int(label.ids.flat[0])) for label in given)
+        if given and not alive and not any(self.scales.roots(label.ids).any() for label in given):
             self.labels[node] = None
-
-    def _visit(self, node: Node) -> None:
-        super()._visit(node)
-        self._refuse_sources()
 
     def _leave(self, use: Use) -> None:
         """A loss of logits does not see what is added to all of them; any other output is seen."""
@@ -211,18 +209,17 @@ class _ShiftWalk(_Walk):
 
     def _refuse_sources(self) -> None:
         """Refuse the sources of links whose results are not free, until nothing changes."""
-        self._open += self.links[self._seen :]
-        self._seen = len(self.links)
-        while self._open and self._checked != self.scales.solved:
+        self.scales.on_solved = lambda: None
+        while self.links and self._checked != self.scales.solved:
             self._checked = self.scales.solved
-            refused = [link for link in self._open if not self._is_free(link)]
-            self._open = [link for link in self._open if self._is_free(link)]
-            for link in refused:
+            solved = self.first_link + np.flatnonzero(~self.scales.is_free(slice(self.first_link, None)))
+            starts = [link.unknowns.start for link in self.links]
+            refused = set(np.unique(np.searchsorted(starts, solved, "right") - 1).tolist()) - self._refused
+            self._refused |= refused
+            for link in (self.links[number] for number in sorted(refused)):
                 self.scales.pin(link.sources, link.because)
                 self.scales.pin(link.results, link.because)
-
-    def _is_free(self, link: Link) -> bool:
-        return bool(self.scales.is_free(slice(link.unknowns.start, link.unknowns.stop)).all())
+        self.scales.on_solved = self._refuse_sources
 
     def absorbed(self) -> dict[int, list[Absorption]]:
         """For each unknown of a parameter the operations that absorb it, directly or after linear maps."""

@@ -96,7 +96,13 @@ class NumericalSearch:
         shifts: Sequence[ShiftSymmetry],
     ) -> tuple[UnexplainedSymmetry, ...]:
         """The groups that no combination of what structure found and the certificate confirms accounts for."""
-        return (*self._scales(findings, families, shifts), *self.shifts(shifts))
+        found = self._scales(findings, families, shifts)
+        # The second point is asked only where the first one shows something.
+        return (*found, *(self._shifts(shifts, self.both()) if self.shown_shifts(shifts) else ()))
+
+    def shown_shifts(self, shifts: Iterable[ShiftSymmetry]) -> list[UnexplainedSymmetry]:
+        """The groups whose gradients sum to zero at the first point, without what the shifts explain."""
+        return self._shifts(shifts, self.points[:1])
 
     # ---- scales ------------------------------------------------------------------------------------------------------
 
@@ -156,35 +162,17 @@ class NumericalSearch:
 
     # ---- shifts ------------------------------------------------------------------------------------------------------
 
-    def shifts(self, shifts: Iterable[ShiftSymmetry], only: Iterable[str] | None = None) -> list[UnexplainedSymmetry]:
-        """The groups whose gradients sum to zero at both points, without what the shifts explain.
-
-        All parameters are searched, or those named in ``only``.
-        """
+    def _shifts(self, shifts: Iterable[ShiftSymmetry], points: Sequence[_Point]) -> list[UnexplainedSymmetry]:
         known: dict[str, list[ShiftSymmetry]] = {}
         for shift in shifts:
             if len(shift.parameters) == 1 and shift.certificate.verdict == "invariant":
                 known.setdefault(shift.parameters[0], []).append(shift)
         found: list[UnexplainedSymmetry] = []
-        for name in self.shapes if only is None else dict.fromkeys(only):
-            shape = self.shapes[name]
-            if not shape or 0 in shape or not all(point.has_gradient(name) for point in self.points):
-                continue
-            search = _vector_shifts if len(shape) == 1 else _tensor_shifts
-            if any(True for _ in search(self, name, known.get(name, []), self.points[:1])):
-                found += search(self, name, known.get(name, []), self.both())
+        for name, shape in self.shapes.items():
+            if shape and 0 not in shape and all(point.has_gradient(name) for point in points):
+                search = _vector_shifts if len(shape) == 1 else _tensor_shifts
+                found += search(self, name, known.get(name, []), points)
         return found
-
-    def still_unexplained(
-        self,
-        unexplained: Iterable[UnexplainedSymmetry],
-        shifts: Iterable[ShiftSymmetry],
-        shown: Iterable[ShiftSymmetry],
-    ) -> tuple[UnexplainedSymmetry, ...]:
-        """What is left of unexplained symmetries now that more shifts are known, those of ``shown``."""
-        names = dict.fromkeys(name for shift in shown for name in shift.parameters)
-        kept = [found for found in unexplained if found.kind == "scale" or names.keys().isdisjoint(found.parameters)]
-        return (*kept, *self.shifts(shifts, names))
 
     def beside(self, name: str, point: _Point) -> float:
         """The largest gradient of another parameter of the same module."""
@@ -207,6 +195,16 @@ class _Point:
             sums = self.gradients.sums(name, _slices(self.gradients.shapes[name])[axis])
             self._known[name, axis] = torch.stack([sums.products, sums.weights, sums.gradients]).cpu().numpy()
         return self._known[name, axis]
+
+    def slopes(self, name: str, partition: Partition) -> Floats:
+        """Σ g and Σ g² of each group of a tensor; those of blocks of rows are added up from the finest ones."""
+        finest, *blocks = _blocks_of_rows(partition.shape)
+        sums = self.gradients.sums(name, finest if partition in blocks else partition)
+        found = torch.stack([sums.slopes, sums.gradients]).cpu().numpy()
+        if partition in blocks:
+            count = partition.view[0]
+            found = found.reshape(2, count, finest.view[0] // count, -1).sum(2).reshape(2, -1)
+        return found
 
     def has_gradient(self, name: str) -> bool:
         return bool(self.slices(name, 0)[2].any())
@@ -372,13 +370,13 @@ class _ScaleSearch:
 # ---- shifts ----------------------------------------------------------------------------------------------------------
 
 
-def _shift_values(sums: Iterable[tuple[Tensor, Tensor, float]], size: int) -> Floats:
-    """Largest value of each group over the points, from the sums of its gradients, their squares, and the floor."""
+def _shift_values(sums: Iterable[tuple[Floats, Floats, _Point]], size: int) -> Floats:
+    """Largest value of each group over the points, from the sums of its gradients and of their squares."""
     worst = np.zeros(1)
-    for slopes, squares, floor in sums:
-        norms = squares.sqrt().cpu().numpy()
+    for slopes, squares, point in sums:
+        norms = np.sqrt(squares.ravel())
         values = np.full(len(norms), np.inf)
-        np.divide(np.abs(slopes.cpu().numpy()), norms * size**0.5, out=values, where=norms > floor)
+        np.divide(np.abs(slopes.ravel()), norms * size**0.5, out=values, where=norms > point.slope_floor)
         worst = np.maximum(values, worst)
     return worst
 
@@ -393,7 +391,8 @@ def _vector_shifts(
     for shift in shifts:
         for part in shift.generators.parts:
             known.add(part.numbers, part.groups, part.coefficients)
-    sizes = [point.gradients.gradients[name].abs().cpu().numpy() for point in points]
+    gradients = [point.gradients.gradients[name].cpu().numpy() for point in points]
+    sizes = [np.abs(gradient) for gradient in gradients]
     beside = [search.beside(name, point) for point in points]
     for blocks in (n for n in (3, 2, 1) if count % n == 0):
         entries = index.reshape(blocks, -1)[_dead_blocks(sizes, beside, blocks)].reshape(-1, 1)
@@ -401,18 +400,16 @@ def _vector_shifts(
         if len(new):
             value = max(float(s[new].max()) / b for s, b in zip(sizes, beside, strict=True))
             yield UnexplainedSymmetry("shift", (name,), single_entries((count,)), tuple(new.tolist()), value)
-    floors = [point.slope_floor for point in points]
-    (silent,) = np.nonzero(np.any([s <= floor for s, floor in zip(sizes, floors, strict=True)], axis=0))
+    (silent,) = np.nonzero(np.any([s <= point.slope_floor for s, point in zip(sizes, points, strict=True)], axis=0))
     known.add(np.arange(len(silent)), silent, np.ones(len(silent)))
     for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
         size = count // blocks
         for partition in dict.fromkeys(
             (Partition((count,), (blocks, size), (0,)), Partition((count,), (size, blocks), (1,)))
         ):
-            sums = [point.gradients.sums(name, partition) for point in points]
-            values = _shift_values(
-                ((s.slopes, s.gradients, floor) for s, floor in zip(sums, floors, strict=True)), size
-            )
+            viewed = [gradient.reshape(partition.view) for gradient in gradients]
+            terms = ((g.sum(partition.reduced), (g * g).sum(partition.reduced)) for g in viewed)
+            values = _shift_values(((*pair, point) for pair, point in zip(terms, points, strict=True)), size)
             members = index.reshape(partition.view)
             members = members if partition.kept == (0,) else members.T
             numbers = np.flatnonzero(values <= search.tolerance)
@@ -446,9 +443,7 @@ def _tensor_shifts(
     partitions += [p for p in (Partition.filters(shape), Partition.whole(shape)) if p.group_size > 1]
     labels: list[Tensor] | None = None
     for partition in partitions:
-        sums = [point.gradients.sums(name, partition) for point in points]
-        terms = ((s.slopes, s.gradients, point.slope_floor) for s, point in zip(sums, points, strict=True))
-        values = _shift_values(terms, partition.group_size)
+        values = _shift_values(((*point.slopes(name, partition), point) for point in points), partition.group_size)
         numbers = np.flatnonzero(values <= search.tolerance)
         if not len(numbers):
             continue

@@ -9,7 +9,7 @@ homogeneous linear equations, solved as they come; what they leave free are the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ Ids = NDArray[np.int64]
 Form = dict[int, float]
 Certainty = Literal["smooth", "jump", "cautious"]
 UNSCALED = 0
-# Exponents are small rationals; what is left of one by cancellation is rounding.
+# Exponents are small rationals; what is left of one by cancellation is rounding. Those whose denominator divides this
+# number are kept as exactly as floats can, so that three thirds are one.
 _NOTHING = 1e-9
+_DENOMINATORS = 55_440
 
 
 @dataclass(frozen=True)
@@ -90,14 +92,15 @@ class Scales:
         self._next = np.zeros(1, dtype=np.int64)
         self._next_product = np.zeros(0, dtype=np.int64)
         self._products: list[Form] = []
-        self._numbers: dict[tuple[tuple[int, float], ...], int] = {}
-        self._products_of: dict[int, list[int]] = {}
+        self._numbers: dict[frozenset[tuple[int, float]], int] = {}
+        self._solved: set[int] = set()
         # Of each scale that is solved, what it was replaced by at first, and the number of the reason.
         self._replaced = np.zeros(0, dtype=np.int64)
         self._reason = np.zeros(0, dtype=np.int64)
         self._reasons: list[Break] = []
         self._ends: dict[int, Break] = {}
-        self.solved = 0  # how many scales are expressed by others
+        # Called after equations were solved: may add what follows from them.
+        self.on_solved: Callable[[], None] = lambda: None
         self.add(count)
 
     def add(self, count: int) -> Ids:
@@ -118,21 +121,21 @@ class Scales:
 
     def scales_in(self, ids: Ids) -> Ids:
         """The free scales that occur in some forms, in order."""
-        roots = np.unique(self.roots(ids))
+        roots = self._distinct(self.roots(ids))
         products = [np.fromiter(self._products[-n - 1], np.int64) for n in roots[roots < 0].tolist()]
         return np.unique(np.concatenate([roots[roots > 0] - 1, *products]))
 
     def roots(self, ids: Ids) -> Ids:
         """Replace each form by what the equations make of it: equal forms get equal numbers."""
-        found = self._step(ids)
-        steps = 1
-        while True:
+        found = ids
+        while self._solved:
+            if self._products:
+                for number in self._distinct(found[found < 0]).tolist():
+                    self._refresh(number)
             further = self._step(found)
             if np.array_equal(further, found):
                 break
-            found, steps = further, steps + 1
-        if steps > 2 and not (ids < 0).any():
-            self._next[ids] = found
+            found = further
         return found
 
     def sum(self, left: Ids, right: Ids, sign: float = 1.0) -> Ids:
@@ -145,16 +148,24 @@ class Scales:
             mixed &= left != right
         if mixed.any():
             a, b, inverse = _distinct_pairs(left[mixed], right[mixed])
-            forms = (_plus(self.form(m), self.form(n), sign) for m, n in zip(a.tolist(), b.tolist(), strict=True))
+            forms = (self._sum(m, n, sign) for m, n in zip(a.tolist(), b.tolist(), strict=True))
             result = result.copy()
             result[mixed] = np.array([self._number(form) for form in forms], dtype=np.int64)[inverse]
         return result
 
+    def _sum(self, left: int, right: int, sign: float) -> Form:
+        if left > 0 and right > 0 and left != right:
+            return {left - 1: 1.0, right - 1: sign}
+        return _plus(self.form(left), self.form(right), sign)
+
     def times(self, ids: Ids, exponent: float) -> Ids:
         """Numbers of the forms of a power."""
-        unique, inverse = np.unique(self.roots(ids), return_inverse=True)
-        forms = ({k: c * exponent for k, c in self.form(n).items()} for n in unique.tolist())
-        return np.array([self._number(form) for form in forms], dtype=np.int64)[inverse.reshape(-1)].reshape(ids.shape)
+        roots = self.roots(ids)
+        result = np.zeros_like(roots)
+        for number in self._distinct(roots).tolist():
+            power = {k: _exact(c * exponent) for k, c in self.form(number).items()}
+            result[roots == number] = self._number(power)
+        return result
 
     # ---- conditions ------------------------------------------------------------------------------------------------
 
@@ -165,14 +176,20 @@ class Scales:
         if not different.any():
             return
         self._reasons.append(because)
-        left, right, _ = _distinct_pairs(left[different], right[different])
+        reason = len(self._reasons) - 1
+        left, right = left[different], right[different]
         single = (left >= 0) & (right >= 0)
-        self._unite(left[single], right[single])
+        self._unite(left[single], right[single], reason)
+        self.on_solved()
+        if single.all():
+            return
+        left, right, _ = _distinct_pairs(left[~single], right[~single])
         # A few equations between products often settle thousands: what they leave different goes on.
-        left, right, count = left[~single], right[~single], 64
+        count = 8
         while len(left):
             for m, n in zip(left[:count].tolist(), right[:count].tolist(), strict=True):
-                self._solve(_plus(self.form(m), self.form(n), -1.0))
+                self._solve(_plus(self.form(m), self.form(n), -1.0), reason)
+            self.on_solved()
             left, right = self.roots(left[count:]), self.roots(right[count:])
             left, right, count = left[left != right], right[left != right], 2 * count
 
@@ -188,14 +205,20 @@ class Scales:
 
     def pin(self, ids: Ids, because: Break) -> None:
         """Require that nothing is scaled here."""
-        self.join(ids, np.zeros_like(ids), because)
+        numbers = self._distinct(self.roots(ids))
+        self.join(numbers, np.zeros_like(numbers), because)
 
     def end(self, ids: Ids, because: Break) -> None:
         """Note that an operation whose result does not depend on these scales reads what they multiply."""
-        for number in np.unique(self.roots(ids)).tolist():
+        for number in self._distinct(self.roots(ids)).tolist():
             self._ends.setdefault(number, because)
 
     # ---- what is left ----------------------------------------------------------------------------------------------
+
+    @property
+    def solved(self) -> int:
+        """How many scales equations express by others."""
+        return len(self._solved)
 
     @property
     def free(self) -> list[int]:
@@ -252,50 +275,68 @@ class Scales:
 
     # ---- elimination -----------------------------------------------------------------------------------------------
 
-    def _unite(self, left: Ids, right: Ids) -> None:
+    def _unite(self, left: Ids, right: Ids, reason: int) -> None:
         """Require that pairs of single scales, or of a scale and nothing, are equal: the oldest of them stays."""
-        numbers, place = np.unique(np.concatenate([left, right]), return_inverse=True)
-        a, b = place[: len(left)], place[len(left) :]
+        numbers = self._distinct(np.concatenate([left, right]))
         oldest = np.arange(len(numbers))
+        if 16 * len(left) < self.count:
+            a, b = np.searchsorted(numbers, left), np.searchsorted(numbers, right)
+        else:
+            place = np.zeros(self.count + 1, dtype=np.int64)
+            place[numbers] = oldest
+            a, b = place[left], place[right]
         while True:
             before = oldest.copy()
             low = np.minimum(oldest[a], oldest[b])
-            np.minimum.at(oldest, oldest[a], low)
-            np.minimum.at(oldest, oldest[b], low)
+            np.minimum.at(oldest, before[a], low)
+            np.minimum.at(oldest, before[b], low)
             oldest = oldest[oldest]
             if (oldest == before).all():
                 break
         changed = oldest != np.arange(len(numbers))
-        self._replace(numbers[changed] - 1, numbers[oldest[changed]])
+        self._replace(numbers[changed] - 1, numbers[oldest[changed]], reason)
 
-    def _solve(self, equation: Form) -> None:
+    def _solve(self, equation: Form, reason: int) -> None:
         """Solve ``equation = 0`` for its newest scale."""
         if equation:
             pivot = max(equation)
-            rest = {k: -c / equation[pivot] for k, c in equation.items() if k != pivot}
-            self._replace(pivot, self._number(rest))
+            rest = {k: _exact(-c / equation[pivot]) for k, c in equation.items() if k != pivot}
+            self._replace(np.array([pivot]), self._number(rest), reason)
 
-    def _replace(self, scales: Ids | int, numbers: Ids | int) -> None:
-        """Put forms in the place of free scales, also where these are factors of products."""
+    def _replace(self, scales: Ids, numbers: Ids | int, reason: int) -> None:
+        """Put forms in the place of free scales."""
         self._next[scales + 1] = self._replaced[scales] = numbers
-        self._reason[scales] = len(self._reasons) - 1
-        each = [scales] if isinstance(scales, int) else scales.tolist()
-        self.solved += len(each)
-        products = {n for k in each for n in self._products_of.pop(k, ())}
-        for place in sorted(products):
-            if self._next_product[place] == -place - 1:
-                form: Form = {}
-                for k, c in self._products[place].items():
-                    form = _plus(form, self.form(k + 1), c)
-                self._next_product[place] = self._number(form)
+        self._reason[scales] = reason
+        self._solved.update(scales.tolist())
+
+    def _refresh(self, number: int) -> None:
+        """Write a product in terms of free scales."""
+        form = self._products[-number - 1]
+        if self._next_product[-number - 1] == number and not self._solved.isdisjoint(form):
+            kept = {k: c for k, c in form.items() if k not in self._solved}
+            for k in form.keys() - kept.keys():
+                kept = _plus(kept, self.form(k + 1), form[k])
+            self._next_product[-number - 1] = self._number(kept)
 
     def _root(self, number: int) -> int:
         """`roots` of one number, without arrays."""
         while True:
+            if number < 0:
+                self._refresh(number)
             found = int(self._next_product[-number - 1] if number < 0 else self._next[number])
             if found == number:
                 return found
             number = found
+
+    def _distinct(self, ids: Ids) -> Ids:
+        """The different numbers among many, without sorting them. Products count from the end, as numpy does it."""
+        if 16 * ids.size < self.count:
+            return np.unique(ids)
+        seen = np.zeros(self.count + 1 + len(self._products), dtype=bool)
+        seen[ids] = True
+        numbers = np.flatnonzero(seen)
+        numbers[numbers > self.count] -= len(seen)
+        return numbers
 
     def _step(self, ids: Ids) -> Ids:
         """What takes the place of each form."""
@@ -311,7 +352,7 @@ class Scales:
             ((scale, exponent),) = form.items()
             if exponent == 1.0:
                 return scale + 1
-        key = tuple(sorted(form.items()))
+        key = frozenset(form.items())
         number = self._numbers.get(key)
         if number is None:
             place = len(self._products)
@@ -319,8 +360,6 @@ class Scales:
             self._products.append(form)
             if place == len(self._next_product):
                 self._next_product = np.concatenate([self._next_product, np.arange(-place - 1, -2 * place - 65, -1)])
-            for k in form:
-                self._products_of.setdefault(k, []).append(place)
         return number
 
 
@@ -340,7 +379,14 @@ def _plus(left: Form, right: Form, factor: float) -> Form:
     for k, c in right.items():
         total = result.get(k, 0.0) + factor * c
         if abs(total) > _NOTHING:
-            result[k] = round(total, 12)
+            result[k] = _exact(total)
         else:
             result.pop(k, None)
     return result
+
+
+def _exact(exponent: float) -> float:
+    """An exponent without the rounding of what it was computed from."""
+    numerator = round(exponent * _DENOMINATORS)
+    near = abs(exponent * _DENOMINATORS - numerator) <= _DENOMINATORS * _NOTHING
+    return numerator / _DENOMINATORS if near else round(exponent, 12)
