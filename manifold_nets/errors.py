@@ -553,14 +553,32 @@ class LearningRateWarning(UserWarning):
 
 
 class PointError(ManifoldNetsError, ValueError):
-    """The parameters of a model cannot be made a point, or a point does not fit the model."""
+    """The parameters of a model cannot be made a point, or a point does not fit the model.
+
+    Example:
+        >>> import torch
+        >>> from manifold_nets import pymanopt_bridge as bridge
+        >>> net = torch.nn.Linear(2, 2).requires_grad_(False)
+        >>> bridge.problem(net, torch.nn.functional.mse_loss, torch.ones(8, 2), torch.ones(8, 2))
+        Traceback (most recent call last):
+        manifold_nets.errors.PointError: Linear: found no parameter that requires a gradient; expected at least one...
+    """
 
     def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{name}: found {found}; expected {expected}. {remedy}")
 
 
 class CostError(ManifoldNetsError, ValueError):
-    """A loss is not a deterministic, differentiable number."""
+    """A loss is not a deterministic, differentiable number.
+
+    Example:
+        >>> import torch
+        >>> from manifold_nets import pymanopt_bridge as bridge
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+        >>> bridge.problem(net, torch.nn.functional.mse_loss, torch.ones(8, 2), torch.ones(8, 2))
+        Traceback (most recent call last):
+        manifold_nets.errors.CostError: loss: found ... for the same parameters; expected ...
+    """
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"loss: found {found}; expected {expected}. {remedy}")

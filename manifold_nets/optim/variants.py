@@ -338,6 +338,11 @@ class ListedOptimizer:
         adaptive: whether it is a relative of Adam; of SGD otherwise.
         source: where it comes from.
         options: what to pass beside parameters, learning rate and, for a relative of SGD, momentum.
+
+    Example:
+        >>> row = OPTIMIZERS["rsgd"]
+        >>> row.kind.__name__, row.weights, row.adaptive
+        ('RiemannianSGD', 'spheres', False)
     """
 
     kind: type[SphereOptimizer]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ from manifold_nets.symmetry.weight_findings import (
 )
 
 __all__ = ["LARGEST_SEED", "diagnose"]
+
+_log = logging.getLogger(__name__)
 
 # Numpy takes seeds below 2³², and the points of the analysis are drawn from the seed and the two numbers after it.
 LARGEST_SEED = 2**32 - 3
@@ -131,8 +134,10 @@ def diagnose(
     _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
+        _log.info("tracing")
         network = _network(model, example_inputs, loss, seed, memory)
         graph, copy = network.graph, network.copy
+        _log.info("following scales and computing gradients")
         if isinstance(graph, TracedGraph):
             joint, structure = solve_jointly(graph), ShiftStructure(graph, model, loss=network.logits)
             gradients = _gradients(network, required_partitions(joint, structure))
@@ -143,17 +148,20 @@ def diagnose(
         return _by_gradients_alone(network, test, graph, example_inputs)
     low_variance = None if network.meta else LowVariance(graph, copy, network.inputs, seed, gradients, tolerance)
     test = InvarianceTest(gradients, tolerance, low_variance, network.not_finite)
+    _log.info("testing what the rules found")
     weights, local = WeightFindings(copy, graph, test, network.variances), _local_certificates(network, gradients)
     findings = _tested_weights(weights, local, {weight.name for weight in constrained_weights(model)})
     families = certified_families(joint, test)
     shifts = shift_symmetries(structure, test)
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if local:
+        _log.info("searching for unexplained symmetries")
         search = NumericalSearch(graph, test, lambda: _second(network, MOST_PASSES - gradients.passes - local.passes))
         shifts = with_shown(shifts, recheck_shifts(structure, search.shown_shifts(shifts), test))
         unexplained = _of_the_model(search.unexplained(findings, families, shifts), network.not_finite)
         del search  # the memory of the second point is what the copy takes that is moved
     if not network.meta:
+        _log.info("checking finite moves")
         move = _finite_move(network, gradients, tolerance)
         findings, families, shifts = moved_claims(move, findings, families, shifts)
         findings, unexplained = moved_numbers(move, findings, unexplained, weights.alone_invariant)

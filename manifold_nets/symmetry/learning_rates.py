@@ -88,6 +88,13 @@ class LearningRates:
         weights: one entry for each scale-invariant weight.
         next_step: spread over all groups of all weights; None where there are none.
         equilibrium: likewise; None unless known for all weights.
+
+    Example:
+        >>> import torch, manifold_nets as mn
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+        >>> rates = mn.matched_learning_rates(net, mn.diagnose(net, torch.randn(16, 4)), lr=0.1)
+        >>> rates["0.weight"].groups, list(rates.by_weight())
+        (8, ['0.weight'])
     """
 
     model: str

@@ -18,7 +18,23 @@ Form = Literal["plain", "converted"]
 
 
 class Objective(Protocol):
-    """The loss on the current batch as a function of the model's weights, to be evaluated any number of times."""
+    """The loss on the current batch as a function of the model's weights, to be evaluated any number of times.
+
+    Example:
+        >>> class Sum:
+        ...     def __init__(self, model):
+        ...         self.model = model
+        ...     def loss(self):
+        ...         return self.model(torch.ones(1, 2)).sum()
+        ...     def __call__(self):
+        ...         self.model.zero_grad()
+        ...         loss = self.loss()
+        ...         loss.backward()
+        ...         return loss.detach()
+        >>> objective: Objective = Sum(nn.Linear(2, 1))
+        >>> objective().requires_grad, objective.loss().requires_grad
+        (False, True)
+    """
 
     def loss(self) -> Tensor:
         """Evaluate the loss at the current weights, a scalar with its graph; no gradient is written."""
@@ -30,7 +46,21 @@ class Objective(Protocol):
 
 
 class Stepper(Protocol):
-    """An optimizer at work on one model."""
+    """An optimizer at work on one model.
+
+    Example:
+        >>> class SignDescent:
+        ...     def __init__(self, model, rate):
+        ...         self.parameters, self.rate, self.factor = list(model.parameters()), rate, 1.0
+        ...     def step(self, objective):
+        ...         loss = objective()
+        ...         for parameter in self.parameters:
+        ...             parameter.data -= self.factor * self.rate * parameter.grad.sign()
+        ...         return loss
+        ...     def set_learning_rate(self, factor):
+        ...         self.factor = factor
+        >>> stepper: Stepper = SignDescent(nn.Linear(2, 1), 0.1)
+    """
 
     def step(self, objective: Objective) -> float | Tensor:
         """Take one step; return the loss before it, a float or a detached scalar."""
