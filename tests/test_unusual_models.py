@@ -26,7 +26,7 @@ from manifold_nets.errors import (
 )
 from manifold_nets.models import absent, analysis_copy, random_numbers
 from manifold_nets.symmetry.rules import RULES, guarded
-from manifold_nets.symmetry.untraced import natural_partitions
+from manifold_nets.symmetry.weight_findings import natural_partitions
 
 ROWS, IMAGES = (6, 5), (4, 3, 8, 8)
 EVAL_LIMIT = 1e-5  # float32, as in manifold_nets.conversion.verify

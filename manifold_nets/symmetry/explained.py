@@ -2,9 +2,9 @@
 
 The slices of every parameter are coordinates, and a symmetry is a direction: its exponent at each slice that it moves.
 One random vector that is orthogonal to all known directions stands for their span: a group of slices follows from them
-exactly where its sum vanishes. The vector is found by elimination, whole rounds at once: a direction with one coordinate
-left makes it zero, and one with a coordinate that no other direction has is solved for it at the end. What then is left
-is small, and solved densely.
+exactly where its sum vanishes. The vector is found by elimination, whole rounds at once: a direction with one
+coordinate left makes it zero, and one with a coordinate that no other direction has is solved for it at the end. What
+then is left is small, and solved densely.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Explained"]
+__all__ = ["NOTHING", "Explained"]
 
 # A sum this small against its terms is rounding.
-_NOTHING = 1e-9
+NOTHING = 1e-9
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -138,10 +138,10 @@ class Explained:
 
 def _without_rounding(sums: Floats, sizes: Floats | float) -> Floats:
     """Zeros in the place of sums that are small against their terms."""
-    return np.where(np.abs(sums) <= _NOTHING * sizes, 0.0, sums)
+    return np.where(np.abs(sums) <= NOTHING * sizes, 0.0, sums)
 
 
 def _row_space(matrix: Floats) -> Floats:
     """An orthonormal basis of the rows of a matrix."""
     _, sizes, basis = np.linalg.svd(matrix, full_matrices=False)
-    return np.asarray(basis[sizes > _NOTHING * sizes.max(initial=1.0)])
+    return np.asarray(basis[sizes > NOTHING * sizes.max(initial=1.0)])

@@ -1,4 +1,4 @@
-"""Families: the symmetries of the solved equations of a network, sorted by what they move, each with its certificate."""
+"""Families: the symmetries of the solved equations of a network by what they move, each with its certificate."""
 
 from __future__ import annotations
 

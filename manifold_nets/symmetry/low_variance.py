@@ -128,7 +128,7 @@ class LowVariance:
         return found
 
     def _is_low(self, op: str, x: Tensor, arguments: Mapping[str, Any]) -> NDArray[np.bool_] | None:
-        """Which statistics of an input have low variance: eps, or the rounding of what is subtracted, reaches the tolerance."""
+        """Where eps, or the rounding of what a statistic subtracts from its input, reaches the tolerance."""
         if not x.numel():
             return None
         x, axes = _STATISTICS[op](x, arguments)
