@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-slow test-wheel lint format types check clean
+.PHONY: help install demo test test-slow test-wheel docs lint format types check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,9 @@ test-slow: install ## the tests that take more than a few seconds each
 test-wheel: install ## the fast tests against the built wheel, in an environment and a folder of its own
 	PYTHON=$(PYTHON) BUILD=$(abspath $(BIN))/python bash .ci/test-wheel
 
+docs: install ## build the documentation in docs/_build; warnings are errors
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build
+
 lint: install ## ruff, rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +48,4 @@ types: install ## strict mypy
 check: lint types test ## what to run before a commit
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist demo docs/_build docs/reports .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,8 +1,9 @@
-"""The command line `manifold-nets`: each command parses, calls the package, and renders what comes back."""
+"""The command line `manifold-nets`: each command parses, calls the package, and shows what comes back.
+
+The modules here import no torch before a command runs, so that help, version and completion answer at once.
+"""
 
 from __future__ import annotations
-
-import importlib.metadata
 
 import click
 
@@ -14,8 +15,11 @@ from .export import export
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(importlib.metadata.version("manifold_nets"), prog_name="manifold-nets")
+@click.group(
+    commands=[diagnose, convert, export, compare],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+)
+@click.version_option(package_name="manifold_nets", prog_name="manifold-nets")
 def main() -> None:
     """Find the weight-space symmetries of a network, and move it to the manifold that removes them.
 
@@ -29,7 +33,3 @@ def main() -> None:
     Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 the work failed or
     a check did not hold, 2 wrong usage.
     """  # noqa: D301 (click reads the control character)
-
-
-for _command in (diagnose, convert, export, compare):
-    main.add_command(_command)

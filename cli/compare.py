@@ -1,4 +1,4 @@
-"""``manifold-nets compare``: a fair contest of optimizers, resumed where it stopped."""
+"""``manifold-nets compare``: a fair comparison of optimizers, resumed where it stopped."""
 
 from __future__ import annotations
 
@@ -6,47 +6,46 @@ import dataclasses
 import json
 import math
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from manifold_nets.comparison import Comparison, Settings
-from manifold_nets.comparison.entry import compare_settings
-from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
-from manifold_nets.comparison.joining import join_comparison, study_name
-from manifold_nets.comparison.records import Schedule
-from manifold_nets.comparison.starts import foreign_code
-from manifold_nets.comparison.storage import PASSWORD_VARIABLE, completed, redacted
-from manifold_nets.comparison.tasks import load_task
-from manifold_nets.comparison.tasks.errors import TaskNameError
 from manifold_nets.errors import ManifoldNetsError
 
 from .options import OutputFolder
-from .outcome import running_code_of
-from .render import complain, put_out
+from .output import echo, print_error, running_code_of
+
+if TYPE_CHECKING:
+    from manifold_nets.comparison import Comparison, Settings
 
 __all__ = ["compare"]
 
-
-class _Names(click.ParamType[tuple[str, ...]]):
-    name = "NAME,NAME,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        return value if isinstance(value, tuple) else tuple(name.strip() for name in value.split(",") if name.strip())
+_PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 
 
-class _Rates(click.ParamType[tuple[float, ...]]):
-    name = "LOW:HIGH:COUNT"
+class _Listed(click.ParamType[tuple[Any, ...]]):
+    """Values in one text, such as names or numbers separated by commas.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
+    Args:
+        name: how they are written.
+        read: makes the values of a text; raises ValueError where it has none.
+        fault: what an error says about a text without values.
+    """
+
+    def __init__(self, name: str, read: Callable[[str], tuple[Any, ...]], fault: str = "") -> None:
+        self.name, self._read, self._fault = name, read, fault
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         try:
-            return _rates(value)
+            return value if isinstance(value, tuple) else self._read(str(value))
         except ValueError:
-            expected = "positive rates such as 0.01,0.1, or LOW:HIGH:COUNT such as 1e-3:1:7"
-            self.fail(f"{value!r} names no learning rates; expected {expected}", param, ctx)
+            self.fail(f"{value!r} {self._fault}", param, ctx)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -60,50 +59,48 @@ def _rates(text: str) -> tuple[float, ...]:
     return tuple(float(f"{10 ** (first + (last - first) * i / max(steps, 1)):.6g}") for i in range(steps + 1))
 
 
-class _Decays(click.ParamType[tuple[float, ...]]):
-    name = "A,B,…"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        try:
-            return value if isinstance(value, tuple) else tuple(float(word) for word in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} names no weight decays; expected numbers such as 5e-4, or 0,1e-4,1e-3", param, ctx)
-
-
-class _Counts(click.ParamType[tuple[int, ...]]):
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        words = str(value).split(",")
-        if isinstance(value, tuple):
-            return value
-        if len(words) != len(self.name.split(",")) or not all(word.strip().isdecimal() for word in words):
-            self.fail(f"{value!r} does not fit; expected {self.name}, whole numbers", param, ctx)
+def _counts(form: str) -> _Listed:
+    def read(text: str) -> tuple[int, ...]:
+        words = text.split(",")
+        if len(words) != len(form.split(",")) or not all(word.strip().isdecimal() for word in words):
+            raise ValueError(text)
         return tuple(int(word) for word in words)
+
+    return _Listed(form, read, f"does not fit; expected {form}, whole numbers")
+
+
+_NAMES = _Listed("NAME,NAME,…", _names)
+_RATES = _Listed(
+    "LOW:HIGH:COUNT",
+    _rates,
+    "names no learning rates; expected positive rates such as 0.01,0.1, or LOW:HIGH:COUNT such as 1e-3:1:7",
+)
+_DECAYS = _Listed(
+    "A,B,…",
+    lambda text: tuple(float(word) for word in text.split(",")),
+    "names no weight decays; expected numbers such as 5e-4, or 0,1e-4,1e-3",
+)
 
 
 @click.command()
-@click.option(
-    "--task", default="digits", show_default=True, help="digits, mnist, fashion-mnist, idx, camvid, or F.py:F."
-)
-@click.option("--model", default="mlp:100,100", show_default=True, help="mlp:…, resnet:…, segnet-basic, or any MODEL.")
+@click.option("--task", default="digits", show_default=True, help="digits, mnist, fashion-mnist, idx, or F.py:F.")
+@click.option("--model", default="mlp:100,100", show_default=True, help="mlp:…, mlp-plain:…, resnet:…, or any MODEL.")
 @click.option(
     "--optimizers",
-    type=_Names(),
+    type=_NAMES,
     default="sgd,adam,rsgd,radam",
     show_default=True,
     help="Names, or F.py:CLASS of yours.",
 )
-@click.option("--lr", "learning_rates", type=_Rates(), default="1e-3:1:7", show_default=True, help="Or A,B,…")
+@click.option("--lr", "learning_rates", type=_RATES, default="1e-3:1:7", show_default=True, help="Or A,B,…")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
 @click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the data.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Examples a step.  [default: the task's own]")
-@click.option("--weight-decay", type=_Decays(), default="0", show_default=True, help="Off the spheres; A,B,… to tune.")
-@click.option("--momentum", type=float, default=0.9, show_default=True, help="Of the relatives of SGD.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.  [default: the task's own]")
+@click.option("--weight-decay", type=_DECAYS, default="0", show_default=True, help="Off the spheres; A,B,… to tune.")
+@click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD and its variants.")
 @click.option(
     "--schedule",
-    type=click.Choice(get_args(Schedule)),
+    type=click.Choice(["constant", "cosine", "bold-driver", "exponential"]),
     default="constant",
     show_default=True,
     help="Of the learning rate.",
@@ -116,25 +113,25 @@ class _Counts(click.ParamType[tuple[int, ...]]):
     help="The model's own, or filters of norm 1 and biases 0.",
 )
 @click.option("--early-stop", is_flag=True, help="End runs whose training has come to rest, from epoch 25 on.")
-@click.option("--subset", type=_Counts("TRAIN,VALIDATION"), help="Use only so many examples.")
+@click.option("--subset", type=_counts("TRAIN,VALIDATION"), help="Use only this many examples.")
 @click.option(
-    "--tune-on", type=_Counts("TRAIN,VALIDATION,EPOCHS"), help="Choose learning rates on so many examples and epochs."
+    "--tune-on", type=_counts("TRAIN,VALIDATION,EPOCHS"), help="Choose learning rates on fewer examples and epochs."
 )
-@click.option("--tune-seeds", type=click.IntRange(min=1), help="With so many of the seeds.  [default: all]")
-@click.option("--target-error", type=float, default=0.05, show_default=True, help="Time how soon it is reached.")
-@click.option("--initial-scales", type=_Names(), default="plain", show_default=True, help="plain, rescaled, or both.")
+@click.option("--tune-seeds", type=click.IntRange(min=1), help="With this many of the seeds.  [default: all]")
+@click.option("--target-error", type=float, default=0.05, show_default=True, help="Validation error to time.")
+@click.option("--initial-scales", type=_NAMES, default="plain", show_default=True, help="plain, rescaled, or both.")
 @click.option("--data", type=click.Path(file_okay=False), help="Folder with the files of the task.")
 @click.option("--device", default="cpu", show_default=True, help="Where runs take place: cpu, cuda, …")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads of a run.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that do runs.")
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads per run.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes.")
 @click.option("--output", type=OutputFolder(), metavar="DIR", help="Folder of the runs and the report.")
 @click.option(
     "--storage",
     metavar="URL",
-    help=f"Shared PostgreSQL or MySQL database, for several machines; password in {PASSWORD_VARIABLE}[_FILE].",
+    help=f"Shared PostgreSQL or MySQL database, for several machines; password in {_PASSWORD_VARIABLE}[_FILE].",
 )
 @click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
-@click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; once for each.")
+@click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; repeatable.")
 @click.option(
     "--report-only", type=OutputFolder(), metavar="DIR", help="Write the report of a finished comparison anew."
 )
@@ -166,8 +163,10 @@ def compare(
     except (ManifoldNetsError, OSError) as error:
         if as_json:
             failure = {"command": "compare", "ok": False, "failures": [str(error)], "error": type(error).__name__}
-            put_out(json.dumps(failure, indent=2, ensure_ascii=False))
-        complain(str(error))
+            echo(json.dumps(failure, indent=2, ensure_ascii=False))
+        print_error(str(error))
+        from manifold_nets.comparison.errors import OptimizerNameError, SettingsError, TaskNameError
+
         usage = isinstance(error, (SettingsError, OptimizerNameError, TaskNameError))
         context.exit(2 if usage else 1)
 
@@ -181,9 +180,12 @@ def _carry_out(
     allow: tuple[str, ...],
     options: dict[str, Any],
 ) -> tuple[Comparison, Path] | None:
-    """Do what was asked for; return the comparison and its folder, or None for a worker, which has neither."""
+    """Carry out the command; return the comparison and its folder, or None for a worker."""
+    from manifold_nets.comparison import Comparison, join_comparison
+    from manifold_nets.comparison.api import compare_settings
+
     if report_only is not None:
-        from manifold_nets.comparison.report import write_report  # what it draws with is an extra
+        from manifold_nets.comparison.report import write_report  # it needs an extra
 
         finished = Comparison.read(report_only)
         write_report(finished, report_only)
@@ -203,17 +205,24 @@ def _carry_out(
 
 
 def _worker(settings: Settings, storage: str, output: Path) -> str:
-    """What a machine needs to help, and the command, which has no password in it."""
+    """What another machine needs to help, and the command, which has no password in it."""
+    from manifold_nets.comparison.api import study_name
+    from manifold_nets.comparison.database_url import redacted, with_password
+    from manifold_nets.comparison.experiment import foreign_code
+
     shown = redacted(storage)
     words = ["manifold-nets", "compare", "--worker", study_name(settings, output), "--storage", shown]
     for spec in foreign_code(settings):
         words += ["--allow", spec]
-    secret = shown != storage or completed(storage) != storage
-    needed = f"the same packages{f' and the password in {PASSWORD_VARIABLE}' if secret else ''}"
+    secret = shown != storage or with_password(storage) != storage
+    needed = f"the same packages{f' and the password in {_PASSWORD_VARIABLE}' if secret else ''}"
     return f"{needed}: {shlex.join(words)}"
 
 
 def _settings(options: dict[str, Any]) -> Settings:
+    from manifold_nets.comparison import Settings
+    from manifold_nets.comparison.tasks import load_task
+
     if options["batch_size"] is None:
         options["batch_size"] = load_task(options["task"], data=options["data"]).batch_size
     seeds, decays = tuple(range(options.pop("seeds"))), options.pop("weight_decay")
@@ -226,6 +235,6 @@ def _show(comparison: Comparison, folder: Path, as_json: bool) -> None:
     report = folder / "report.html"
     if as_json:
         document = {"command": "compare", "ok": True, "failures": [], "report": str(report), **comparison.to_dict()}
-        put_out(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+        echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    put_out(f"{comparison}\nReport: {report}")
+    echo(f"{comparison}\nReport: {report}")

@@ -1,23 +1,24 @@
-"""`manifold-nets convert`: the scale-invariant weights of a model put on their spheres, and written to a file."""
+"""`manifold-nets convert`: the scale-invariant weights of a model put on spheres, and written to a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
+from rich.table import Table
 
-from manifold_nets.conversion import REMEDIES, ConversionRecord, conversion_record
-from manifold_nets.conversion import convert as put_on_spheres
-from manifold_nets.conversion import write_plan as write_plan_file
-from manifold_nets.conversion.actions import chosen_remedies
-from manifold_nets.conversion.checkpoint import save
-from manifold_nets.errors import OptionError
+from manifold_nets.errors import listed
 
-from .options import Number, OutputFile, Request, model_options
-from .outcome import Outcome, reported
-from .render import plan_table, progress, rows_table
+from .options import INPUT_FILE, Number, OutputFile, Parsed, Request, model_options
+from .output import Outcome, columns_table, progress, reported, rows_table, styled
 
+if TYPE_CHECKING:
+    from manifold_nets.conversion import ConversionPlan, ConversionRecord
+    from manifold_nets.conversion.actions import Remedy
+
+_REMEDIES = ("dead-biases", "balance", "spheres", "joint-spheres")
+_DEFAULTS = {"remedies": ("spheres",), "radius": "unit", "train_tolerance": 1e-4, "include": (), "exclude": ()}
 _DONE = {
     "remove": "biases removed",
     "balance": "families of rescalings balanced",
@@ -25,11 +26,10 @@ _DONE = {
 }
 
 
-def _remedies(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    try:
-        return chosen_remedies(value)
-    except OptionError as error:
-        raise click.BadParameter(str(error), context, parameter) from error
+def _chosen_remedies(text: str) -> tuple[Remedy, ...]:
+    from manifold_nets.conversion.actions import chosen_remedies
+
+    return chosen_remedies(text)
 
 
 @click.command()
@@ -41,31 +41,26 @@ def _remedies(context: click.Context, parameter: click.Parameter, value: str) ->
 )
 @click.option(
     "--remedies",
-    callback=_remedies,
+    type=Parsed("NAMES", _chosen_remedies),
     default="spheres",
-    show_default=True,
-    metavar="NAMES",
-    help=f"What to do: 'all', or some of {','.join(REMEDIES)}.",
+    help=f"What to do: 'all', or some of {','.join(_REMEDIES)}.",
 )
 @click.option(
     "--radius",
     type=click.Choice(["unit", "keep"]),
     default="unit",
-    show_default=True,
     help="Norm of every group: 1 where eps allows it, or what it is.",
 )
 @click.option(
     "--train-tolerance",
     type=Number(min=0),
     default=1e-4,
-    show_default=True,
     help="A layer whose training-mode output eps would change by more keeps its norms.",
 )
 @click.option(
     "--max-train-difference",
     type=Number(min=0),
     default=1e-2,
-    show_default=True,
     help="Nothing is written where the network's training-mode output changes by more.",
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Weights to convert, such as 'layer1.*'; repeatable.")
@@ -74,63 +69,74 @@ def _remedies(context: click.Context, parameter: click.Parameter, value: str) ->
 @click.option(
     "--plan",
     "plan_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=INPUT_FILE,
     help="Carry out this edited plan; not together with the options that choose what to do.",
 )
 @reported
 def convert(
     request: Request,
     output: Path | None,
-    remedies: tuple[str, ...],
-    radius: Literal["unit", "keep"],
-    train_tolerance: float,
     max_train_difference: float,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
     write_plan: Path | None,
     plan_file: Path | None,
+    **choices: Any,
 ) -> Outcome:
     """Put the scale-invariant weights of MODEL on spheres, or carry out other remedies, check that it computes the
     same, and write it.
     """
-    changed = remedies != ("spheres",) or radius != "unit" or include or exclude or train_tolerance != 1e-4
-    if plan_file is not None and changed:
-        raise click.UsageError(
-            "--plan says all that --remedies, --radius, --train-tolerance, --include and --exclude say."
-        )
+    from manifold_nets import conversion
+
+    if plan_file is not None and choices != _DEFAULTS:
+        options = "--remedies, --radius, --train-tolerance, --include and --exclude"
+        raise click.UsageError(f"--plan replaces {options}. Leave them out, or edit the plan.")
+    choices |= {name: choices[name] or None for name in ("include", "exclude")}
+    if plan_file is not None:
+        del choices["remedies"]
     with progress(f"Converting {request.spec} and comparing both …"):
         model = request.model()
-        converted = put_on_spheres(
-            model,
-            request.inputs(model),
-            remedies="spheres" if plan_file is not None else remedies,
-            radius=radius,
-            include=include or None,
-            exclude=exclude or None,
-            train_tolerance=train_tolerance,
-            plan=plan_file,
-        )
-    record = cast("ConversionRecord", conversion_record(converted))
-    found, in_float64 = record.verification, record.verification.float64_eval_difference
+        converted = conversion.convert(model, request.inputs(model), plan=plan_file, **choices)
+    record = cast("ConversionRecord", conversion.conversion_record(converted))
     if write_plan is not None:
-        write_plan_file(record.plan, write_plan)
-    failures, nothing = [], "nothing" if write_plan is None else f"nothing but the plan, {write_plan},"
-    if not found.train_difference <= max_train_difference:
-        failures.append(
-            f"{request.spec}: its output in training mode would change by {found.train_difference:.3g}, relative, more "
-            f"than {max_train_difference:.3g}; {nothing} was written. Lower --train-tolerance, or use --radius keep."
-        )
+        conversion.write_plan(record.plan, write_plan)
+    failures: tuple[str, ...] = ()
+    difference = record.verification.train_difference
+    if not difference <= max_train_difference:
+        written = "nothing" if write_plan is None else f"nothing but the plan, {write_plan},"
+        change = f"would change by {difference:.3g}, relative, more than {max_train_difference:.3g}"
+        remedy = "Lower --train-tolerance, or use --radius keep."
+        failures = (f"{request.spec}: its output in training mode {change}; {written} was written. {remedy}",)
+        output = None
     elif output is not None:
-        save(converted, output)
-    written = output if output is not None and not failures else None
-    rows = {
-        "weights on spheres": sum(action.action in ("sphere", "already") for action in record.plan.actions),
-        **{label: len(record.plan.of(what)) for what, label in _DONE.items() if record.plan.of(what)},
+        conversion.save(converted, output)
+    document = {"output": None if output is None else str(output), **record.to_dict()}
+    return Outcome(document, (_plan_table(record.plan), _result_table(record, output, write_plan)), failures)
+
+
+def _result_table(record: ConversionRecord, output: Path | None, plan_file: Path | None) -> Table:
+    """Tabulate what was done, how much the outputs changed, and what was written."""
+    plan, found = record.plan, record.verification
+    rows: dict[str, object] = {
+        "weights on spheres": len(plan.of("sphere")) + len(plan.of("already")),
+        **{label: len(plan.of(action)) for action, label in _DONE.items() if plan.of(action)},
         "largest relative difference, evaluation mode": found.eval_difference,
-        **({} if in_float64 is None else {"the same of float64 copies": in_float64}),
-        "largest relative difference, training mode": found.train_difference,
-        "written": written or "nothing",
-        **({} if write_plan is None else {"plan written": write_plan}),
     }
-    document = {"output": None if written is None else str(written), **record.to_dict()}
-    return Outcome(document, (plan_table(record.plan), rows_table("Result", rows)), tuple(failures))
+    if found.float64_eval_difference is not None:
+        rows["the same of float64 copies"] = found.float64_eval_difference
+    rows |= {"largest relative difference, training mode": found.train_difference, "written": output or "nothing"}
+    if plan_file is not None:
+        rows["plan written"] = plan_file
+    return rows_table("Result", rows)
+
+
+def _plan_table(plan: ConversionPlan) -> Table:
+    """Tabulate a plan, one row per weight: what is done, what eps changes in training mode, and why."""
+    columns = ("weight", "action", "groups", "radius", "eps effect", "reason")
+    table = columns_table(*columns, title=f"{plan.model}: conversion")
+    for action in plan.actions:
+        groups = "" if action.partition is None else str(action.partition)
+        effect = "" if action.train_deviation is None else f"{action.train_deviation:.1e}"
+        reason = "" if action.radius == "unit" else action.reason
+        if action.members:
+            reason = f"{listed(action.members, limit=3)}: {reason}"
+        table.add_row(action.name, styled(action.action), groups, action.radius or "", effect, reason)
+    return table

@@ -1,4 +1,4 @@
-"""What every command reads alike: the model, its weights, and the shape of its inputs."""
+"""The options that commands share: the model, its weights, its inputs, and the files to write."""
 
 from __future__ import annotations
 
@@ -6,69 +6,71 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
-from torch import Tensor, nn
 
 from manifold_nets.errors import OutputFileError
 from manifold_nets.files import is_stream
-from manifold_nets.sources import ModelSpec, load_model
-from manifold_nets.symmetry.diagnose import LARGEST_SEED
-from manifold_nets.weights import load_weights
 
-__all__ = ["Number", "OutputFile", "OutputFolder", "Request", "model_options", "require_ending"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    from manifold_nets.sources import ModelSpec
+
+INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class _Model(click.ParamType[ModelSpec]):
-    name = "MODEL"
+class Parsed(click.ParamType[Any]):
+    """Text that a function turns into a value.
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> ModelSpec:
+    Args:
+        name: what help calls the text.
+        parse: the function; its ValueError is shown as wrong usage.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse, except while a shell completes the command, where nothing is checked."""
+        if not isinstance(value, str) or (ctx is not None and ctx.resilient_parsing):
+            return value
         try:
-            return value if isinstance(value, ModelSpec) else ModelSpec.parse(value)
+            return self._parse(value)
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class _Shape(click.ParamType[tuple[int, ...]]):
-    name = "N,N,…"
+def _model_spec(text: str) -> ModelSpec:
+    from manifold_nets.sources import ModelSpec
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            shape = tuple(int(size) for size in value.split(","))
-        except ValueError:
-            shape = (0,)
-        if min(shape) < 1:
-            self.fail(
-                f"{value!r} is no shape; expected positive sizes without the batch, such as 3,224,224", param, ctx
-            )
-        return shape
+    return ModelSpec.parse(text)
 
 
-class _Arguments(click.ParamType[dict[str, Any]]):
-    name = "JSON"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return value
-        try:
-            arguments = json.loads(value)
-        except ValueError as error:
-            self.fail(f"{value!r} is no JSON ({error}); expected an object such as '{{\"width\": 64}}'", param, ctx)
-        if not isinstance(arguments, dict):
-            self.fail(f"{value!r} is no JSON object; expected one such as '{{\"width\": 64}}'", param, ctx)
-        return arguments
+def _shape(text: str) -> tuple[int, ...]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{text!r} is no shape; expected positive sizes without the batch, such as 3,224,224")
+    return tuple(int(word) for word in words)
 
 
-# Endings of names that say what is in a file. What has another ending, or none, may hold anything.
+def _arguments(text: str) -> dict[str, Any]:
+    expected = "expected an object such as '{\"width\": 64}'"
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no JSON ({error}); {expected}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"{text!r} is no JSON object; {expected}")
+    return arguments
+
+
+# Endings that say what is in a file. A file with another ending, or with none, may hold anything.
 _ENDINGS = frozenset(
     ".safetensors .onnx .pt2 .pt .pth .bin .ckpt .pkl .pickle .npy .npz .h5 .hdf5 .tflite .pb .gguf .mlmodel .py "
     ".json .yaml .yml .toml .csv .html .htm .pdf .png .svg .db .zip .gz .tar".split()
@@ -76,15 +78,15 @@ _ENDINGS = frozenset(
 
 
 def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None:
-    """Refuse a name whose ending says that the file is of another kind than what is written into it.
+    """Refuse a file name whose ending belongs to another kind of file than is written.
 
     Args:
-        path: the name.
-        written: endings for what is written.
-        remedy: what to do instead, where there is something.
+        path: the file name.
+        written: the endings of the kind that is written.
+        remedy: what else the user can do.
 
     Raises:
-        click.UsageError: the ending is that of another kind of file.
+        click.UsageError: the ending belongs to another kind of file.
     """
     ending = path.suffix.lower()
     if ending in _ENDINGS and ending not in written:
@@ -93,11 +95,11 @@ def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None
 
 
 class OutputFile(click.Path):
-    """A file that a command is to write: its folder must exist, and it must not be a folder itself.
+    """A file to write, checked before any work is done: its folder exists, and it is not a folder itself.
 
     Args:
-        endings: of names that say what is written; any when left out.
-        remedy: what to do to get another kind of file.
+        endings: of the kind of file that is written; any if left out.
+        remedy: how to get another kind of file.
     """
 
     def __init__(self, *endings: str, remedy: str = "") -> None:
@@ -105,7 +107,7 @@ class OutputFile(click.Path):
         self._endings, self._remedy = endings, remedy
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Refuse, before any work is done, a path that could not be written in the end, or holds something else."""
+        """Refuse a path that could not be written in the end, or that holds something else."""
         if os.path.basename(os.fspath(value)) in ("", ".", ".."):  # noqa: PTH119 (pathlib drops the separator)
             self.fail(f"{value!r} names a folder; expected the name of a file", param, ctx)
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
@@ -121,13 +123,13 @@ class OutputFile(click.Path):
 
 
 class OutputFolder(click.Path):
-    """A folder that a command is to write into."""
+    """A folder to write into."""
 
     def __init__(self) -> None:
         super().__init__(file_okay=False, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Refuse a file, and what is named like one."""
+        """Refuse a file, and a name that looks like one."""
         path = Path(super().convert(value, param, ctx))  # type: ignore[arg-type]
         if path.suffix.lower() in _ENDINGS and not path.is_dir():
             self.fail(f"{value!r} is named like a file; expected the name of a folder", param, ctx)
@@ -135,7 +137,7 @@ class OutputFolder(click.Path):
 
 
 class Number(click.FloatRange):
-    """A number in a range, which NaN never is, though it compares as neither too small nor too large."""
+    """A number in a range; unlike `click.FloatRange` it refuses NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Refuse NaN, and what is out of the range."""
@@ -147,7 +149,7 @@ class Number(click.FloatRange):
 
 @dataclass(frozen=True)
 class Request:
-    """A model and its inputs, as asked for on the command line."""
+    """A model and its inputs, as named on the command line."""
 
     spec: ModelSpec
     kwargs: dict[str, Any]
@@ -155,19 +157,26 @@ class Request:
     input_shapes: tuple[tuple[int, ...], ...]
     batch_size: int
     token_ids: int | None
-    dtype: torch.dtype | None
+    dtype: str | None
     seed: int
 
     def model(self) -> nn.Module:
-        """Build the model, from the seed where it has no weights of its own."""
+        """Build the model from the seed, and load its weights if there are any."""
+        import torch
+
+        from manifold_nets.sources import load_model
+        from manifold_nets.weights import load_weights
+
         torch.manual_seed(self.seed)
         model = load_model(self.spec, kwargs=self.kwargs)
         if self.dtype is not None:
-            model = model.to(self.dtype)
+            model = model.to(getattr(torch, self.dtype))
         return model if self.weights is None else load_weights(model, self.weights)
 
     def inputs(self, model: nn.Module) -> tuple[Tensor, ...]:
         """Draw a batch of random inputs: standard normal in the model's dtype, or token ids."""
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed)
         shapes = [(self.batch_size, *shape) for shape in self.input_shapes]
         if self.token_ids is not None:
@@ -178,33 +187,26 @@ class Request:
 
 
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    click.argument("spec", metavar="MODEL", type=_Model()),
-    click.option("--kwargs", type=_Arguments(), default="{}", help="Keyword arguments of the callable."),
+    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec)),
+    click.option("--kwargs", type=Parsed("JSON", _arguments), default="{}", help="Keyword arguments of the callable."),
     click.option(
         "--weights",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=INPUT_FILE,
         help="safetensors file, torch file of weights (no code is run), or converted model.",
     ),
     click.option(
         "--input-shape",
         "input_shapes",
-        type=_Shape(),
+        type=Parsed("N,N,…", _shape),
         multiple=True,
         required=True,
         help="Shape of one input without the batch, such as 3,224,224; once for each input.",
     ),
-    click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True),
+    click.option("--batch-size", type=click.IntRange(min=1), default=4),
+    click.option("--token-ids", type=click.IntRange(min=2), metavar="N", help="Inputs are integers below N, no noise."),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model before its weights are loaded."),
     click.option(
-        "--token-ids", type=click.IntRange(min=2), metavar="N", help="Inputs are integers below N, not normal noise."
-    ),
-    click.option("--dtype", type=click.Choice(list(DTYPES)), help="Cast the model before its weights are loaded."),
-    click.option(
-        "--seed",
-        type=click.IntRange(0, LARGEST_SEED),
-        metavar="N",
-        default=0,
-        show_default=True,
-        help="Seed of weights and inputs.",
+        "--seed", type=click.IntRange(0, 2**32 - 3), metavar="N", default=0, help="Seed of weights and inputs."
     ),
 )
 
@@ -214,10 +216,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(command)
     def parsed(**given: Any) -> Any:
-        dtype = given.pop("dtype")
-        names = ("spec", "kwargs", "weights", "input_shapes", "batch_size", "token_ids", "seed")
-        request = Request(**{name: given.pop(name) for name in names}, dtype=DTYPES[dtype] if dtype else None)
-        _require_different_files(request, given)
+        request = Request(**{name: given.pop(name) for name in Request.__dataclass_fields__})
+        _require_different_files(request)
         return command(request, **given)
 
     decorated: Callable[..., Any] = parsed
@@ -226,13 +226,13 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
-def _require_different_files(request: Request, given: Mapping[str, Any]) -> None:
+def _require_different_files(request: Request) -> None:
     """Refuse to write a file that the command reads, or one file twice."""
-    read = [("--weights", request.weights)] if request.weights is not None else []
-    read += [("MODEL", Path(request.spec.place))] if request.spec.kind == "file" else []
+    context = click.get_current_context()
+    read = [("MODEL", Path(request.spec.place))] if request.spec.kind == "file" else []
     written: list[tuple[str, Path]] = []
-    for parameter in click.get_current_context().command.params:
-        path = given.get(parameter.name or "")
+    for parameter in context.command.params:
+        path = context.params.get(parameter.name or "")
         if isinstance(path, Path) and not is_stream(path):
             files = written if isinstance(parameter.type, OutputFile) else read
             files.append((parameter.opts[0], path))

@@ -25,18 +25,14 @@ import torch
 from machine import machine
 from torch import nn
 
-from manifold_nets.comparison import Comparison, Settings
-from manifold_nets.comparison.contestants import TorchStepper
-from manifold_nets.comparison.crew import Member, ThisProcess
-from manifold_nets.comparison.engine import Progress, Workplace, conclude, work
-from manifold_nets.comparison.environment import environment
-from manifold_nets.comparison.protocols import Stepper
-from manifold_nets.comparison.queue import RunQueue
-from manifold_nets.comparison.records import RunKey, RunResult
+from manifold_nets.comparison import Comparison, Progress, RunKey, RunResult, Settings, Stepper, Task, TorchStepper
+from manifold_nets.comparison.experiment import derived_seed
+from manifold_nets.comparison.pool import InProcessExecutor, Worker
 from manifold_nets.comparison.report import write_report
-from manifold_nets.comparison.starts import derived_seed
-from manifold_nets.comparison.tasks import Task
-from manifold_nets.comparison.training import BatchObjective
+from manifold_nets.comparison.results import environment
+from manifold_nets.comparison.run import BatchObjective
+from manifold_nets.comparison.scheduler import Scheduler, conclude
+from manifold_nets.comparison.store import RunStore
 
 EXAMPLE = "sgd,adam,rsgd,radam,geoopt-rsgd,geoopt-radam,sgdp,adamp,pbwn,sm,pymanopt-cg"
 Times = tuple[float, float]
@@ -107,36 +103,36 @@ class BareLoop:
         return total / len(self.everything["validation"])
 
 
-class Alternating(ThisProcess):
-    """A crew of one that trains every run by the bare loop first.
+class Alternating(InProcessExecutor):
+    """An executor that trains every run by the bare loop first.
 
     Args:
-        member: who carries out the runs of the comparison.
+        worker: carries out the runs of the comparison.
         bare: the bare loop.
     """
 
-    def __init__(self, member: Member, bare: BareLoop) -> None:
-        super().__init__(member)
-        self.member, self.bare = member, bare
+    def __init__(self, worker: Worker, bare: BareLoop) -> None:
+        super().__init__(worker)
+        self.worker, self.bare = worker, bare
         self.order: list[RunKey] = []
         self.by_hand: list[Times] = []
         self.by_us: list[Times] = []
         self.losses: dict[RunKey, list[tuple[float, float]]] = {}
         self.mark = clock()
 
-    def start(self, ticket: int, key: RunKey) -> None:
+    def start(self, run_id: int, key: RunKey) -> None:
         """Train by hand. What the comparison did since the last such training belongs to the run before."""
         self.lap()
-        starts, settings = self.member.starts, self.bare.settings
-        model = starts.model(key)
+        initial, settings = self.worker.initial_models, self.bare.settings
+        model = initial.model(key)
         start = clock()
-        stepper = starts.subjects.contestants[key.optimizer].make(model, key.learning_rate, settings)
+        stepper = initial.experiment.optimizers[key.optimizer].make(model, key.learning_rate, settings)
         with contextlib.suppress(ValueError, RuntimeError, ArithmeticError):  # of numbers that are not finite
             self.losses[key] = self.bare.train(model, stepper, key)
         self.by_hand.append(since(start))
         self.order.append(key)
         self.mark = clock()
-        super().start(ticket, key)
+        super().start(run_id, key)
 
     def lap(self) -> None:
         """The comparison's part of a run ends."""
@@ -163,24 +159,24 @@ def repetition(settings: Settings, folder: Path, once: dict[str, float]) -> Iter
         action()
         once[name] = since(start)[1]
 
-    queue = RunQueue(f"sqlite:///{folder / 'study.db'}", "comparison")
-    members: list[Member] = []
-    timed("the study", lambda: (queue.create(settings, environment()), queue.fill(settings.run_keys())))
-    timed("data, network, analysis", lambda: members.append(Member(settings, None, folder / "weights")))
-    crew = Alternating(members[0], BareLoop(members[0].runner._task, settings))
-    place = Workplace(queue, settings, crew, False, folder / "weights", told)
+    store = RunStore(f"sqlite:///{folder / 'study.db'}", "comparison")
+    workers: list[Worker] = []
+    timed("the study", lambda: (store.create(settings, environment()), store.add_missing(settings.run_keys())))
+    timed("data, network, analysis", lambda: workers.append(Worker(settings, None, folder / "weights")))
+    executor = Alternating(workers[0], BareLoop(workers[0].runner._task, settings))
+    scheduler = Scheduler(store, settings, executor, False, folder / "weights", show)
     torch.set_num_threads(1)
-    work(place)
-    crew.lap()
-    crew.check(place.results)
+    scheduler.run()
+    executor.lap()
+    executor.check(scheduler.results)
     ended: list[Comparison] = []
-    timed("choices, tests", lambda: ended.append(conclude(queue, settings, folder / "weights", lambda: members[0])))
+    timed("choices, tests", lambda: ended.append(conclude(store, settings, folder / "weights", lambda: workers[0])))
     timed("files and report", lambda: (ended[0].write(folder), write_report(ended[0], folder)))
-    queue.close()
-    yield from zip(crew.order, crew.by_hand, crew.by_us, strict=True)
+    store.close()
+    yield from zip(executor.order, executor.by_hand, executor.by_us, strict=True)
 
 
-def told(progress: Progress) -> None:
+def show(progress: Progress) -> None:
     """Show how far it is."""
     if sys.stderr.isatty():
         print(f"\r{progress.done} of {progress.total} runs", end="", file=sys.stderr)

@@ -112,14 +112,21 @@ def _of_sgd(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name in ("sgd", "rsgd"))
 
 
+def _spec(name: str) -> str:
+    """Where a task or a network is: ``conv1d:16,32,16`` is ``paper/series.py:conv1d_16x32x16``."""
+    file = {"movielens": "ratings", "towers": "ratings", "python-manual": "text", "transformer": "text"}
+    place = Path(__file__).parent / "paper" / f"{file.get(name.partition(':')[0], 'series')}.py"
+    return f"{place}:{name.replace('-', '_').replace(':', '_').replace(',', 'x')}"
+
+
 def arms() -> list[Arm]:
     """All comparisons."""
     return [
         Arm(
             part.name,
             {
-                "model": subject.model,
-                "task": subject.task,
+                "model": _spec(subject.model),
+                "task": _spec(subject.task),
                 "optimizers": entrants(part.optimizers),
                 "learning_rates": part.rates,
                 "seeds": subject.seeds,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from camvid_scores import Key, Stored
 from numpy.typing import NDArray
+from paper.camvid import CLASSES, VOID
 
-from manifold_nets.comparison.report.figures.style import rate_axis
-from manifold_nets.comparison.tasks.camvid import CLASSES, VOID
+from manifold_nets.comparison.report.style import rate_axis
 from manifold_nets.files import atomic_file
 from manifold_nets.page.plots import plot_settings, save_figure
 

@@ -17,18 +17,20 @@ import numpy as np
 import torch
 from evidence import Arm, Runs, read_runs, write_text
 from numpy.typing import NDArray
+from paper.camvid import CLASSES
 from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison, RunKey, Task
-from manifold_nets.comparison.models import build_model, converted_form
-from manifold_nets.comparison.starts import derived_seed
+from manifold_nets.comparison.experiment import derived_seed
+from manifold_nets.comparison.final_weights import kept_weights
+from manifold_nets.comparison.initial_models import converted_form
+from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.tasks import load_task
-from manifold_nets.comparison.tasks.camvid import CLASSES
-from manifold_nets.comparison.weights import kept_weights
 from manifold_nets.files import atomic_file
 
 NAME = "camvid"
+PAPER = Path(__file__).parent / "paper" / "camvid.py"
 PICTURES = 4  # test images that are shown
 PICTURED = ("SGD", "larger images, sgd", "larger images, rsgd")  # what later arms show replaces what earlier ones do
 
@@ -186,6 +188,8 @@ def _curve(arm: str, comparison: Comparison, key: RunKey) -> Curve:
 def _about(comparison: Comparison, task: Task) -> dict[str, Any]:
     """Settings, data, radii, versions and machine, without paths."""
     settings = {name: value for name, value in comparison.settings.to_dict().items() if name != "data"}
+    for name in ("task", "model"):
+        settings[name] = settings[name].replace(str(PAPER), "examples/paper/camvid.py")
     return {
         "settings": settings,
         "task": task.to_dict(),

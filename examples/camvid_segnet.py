@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from camvid_report import findings, write_report
-from camvid_scores import NAME, read_stored, store
+from camvid_scores import NAME, PAPER, read_stored, store
 from evidence import Arm, Runs, collect, options_for, read_runs
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.comparison import Contestant, Settings, TorchStepper
+from manifold_nets.comparison import OptimizerSpec, Settings, TorchStepper
 from manifold_nets.comparison.tasks import load_task
 
 SGD_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -60,8 +60,8 @@ class Protocol:
         """Keyword arguments of `manifold_nets.compare`."""
         width, height = (scale * side for side in self.size)
         return {
-            "model": f"segnet-basic:{self.filters},{self.blocks}",
-            "task": f"camvid:{width}x{height}",
+            "model": f"{PAPER}:segnet_basic_{self.filters}x{self.blocks}",
+            "task": f"{PAPER}:camvid_{width}x{height}",
             "schedule": "cosine",
             **{name: getattr(self, name) for name in ("epochs", "seeds", "data", "device", "threads")},
         }
@@ -101,13 +101,13 @@ class MatchedRates:
         return TorchStepper(mn.optim.RiemannianSGD(groups, lr=rate, momentum=settings.momentum))
 
 
-def recipes(protocol: Protocol) -> list[Contestant]:
+def recipes(protocol: Protocol) -> list[OptimizerSpec]:
     """Other ways to set the learning rates of spheres."""
     task = load_task(protocol.options()["task"], data=protocol.data)
     matched = MatchedRates(task.example_inputs().to(protocol.device))
     return [
-        Contestant("rsgd-matched", "plain", "sgd", "manifold_nets", matched),
-        Contestant("rsgd-own-rate", "converted", "sgd", "manifold_nets", own_rate_for_spheres),
+        OptimizerSpec("rsgd-matched", "plain", "sgd", "manifold_nets", matched),
+        OptimizerSpec("rsgd-own-rate", "converted", "sgd", "manifold_nets", own_rate_for_spheres),
     ]
 
 

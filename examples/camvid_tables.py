@@ -9,10 +9,10 @@ import numpy as np
 from camvid_figures import LABELS
 from camvid_scores import Key, Scores, Stored
 from evidence import table
+from paper.camvid import CLASSES
 
 from manifold_nets.comparison.measures import Sensitivity, learning_rate_sensitivity
 from manifold_nets.comparison.statistics import PairedDifference, holm, mean_interval, paired_difference
-from manifold_nets.comparison.tasks.camvid import CLASSES
 
 SGD, RSGD = ("SGD", "sgd", "plain"), ("SGD", "rsgd", "plain")
 ADAM, RADAM = ("Adam", "adam", "plain"), ("Riemannian Adam", "radam", "plain")

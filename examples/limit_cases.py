@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from manifold_nets.comparison.tasks import Task, load_task
-from manifold_nets.comparison.tasks.task import TensorPart
+from manifold_nets.comparison.tasks import Task, TensorPart, load_task
 
 __all__ = ["CASES", "COMMON", "Case", "Entry"]
 
@@ -73,7 +72,7 @@ def few_wrong_labels() -> Task:
 
 @dataclass(frozen=True)
 class Entry:
-    """One contestant of a case.
+    """One optimizer of a case.
 
     Args:
         role: ``"reference"``, ``"spheres"`` or ``"remedy"``.

@@ -28,6 +28,7 @@ from typing import Any
 
 from evidence import Arm, collect, options_for, show
 from mnist_report import NAME, as_markdown, draw, paper_arm, today_arm
+from paper.protocol import sm_columns, un
 from sphere_recipes import EUCLIDEAN, SPHERES, entrants
 
 HALF_DECADES = tuple(10 ** (-half / 2) for half in range(11))
@@ -39,11 +40,11 @@ WIDTH = 100
 def paper_arms(options: argparse.Namespace) -> list[Arm]:
     """Both architectures and depths under both schedules."""
     found = []
-    for architecture, kind, methods in (("Arch1", "mlp-plain", ("sgd", "un")), ("Arch2", "mlp", ("sgd", "un", "sm"))):
+    for architecture, kind, methods in (("Arch1", "mlp-plain", ("sgd", un)), ("Arch2", "mlp", ("sgd", un, sm_columns))):
         for depth in (2, 4):
             for schedule in ("bold-driver", "exponential"):
                 protocol = {
-                    "optimizers": [{"sm": "sm-columns"}.get(name, name) for name in methods],
+                    "optimizers": list(methods),
                     "learning_rates": HALF_DECADES,
                     "momentum": 0.0,
                     "initialization": "balanced",

@@ -20,7 +20,7 @@ NAME = "mnist_paper"
 ARCHITECTURES = ("Arch1", "Arch2")
 DEPTHS = (2, 4)
 SCHEDULES = ("bold-driver", "exponential")
-#: Names of the paper for contestants of a comparison.
+#: Names of the paper for optimizers of a comparison.
 METHODS = {"sgd": "B-SGD", "un": "UN", "sm-columns": "SM"}
 
 

@@ -40,7 +40,7 @@ class Sample:
 
     Args:
         arm: name of the comparison.
-        optimizer: name of the contestant.
+        optimizer: name of the optimizer.
         scale: of the initial weights, ``"plain"`` or ``"rescaled"``.
         rates: learning rates, increasing.
         chosen: the one that validation chose; NaN where all runs diverged.

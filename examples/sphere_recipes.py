@@ -1,6 +1,6 @@
 """Recipes for spheres: how to set the optimizer, the rates of the spheres and those of the rest, by one number.
 
-Each is a contestant of `manifold_nets.compare` with one learning rate η, as SGD and AdamW have, so that the same grid
+Each is an optimizer of `manifold_nets.compare` with one learning rate η, as SGD and AdamW have, so that the same grid
 tunes all. d is the number of weights of one filter (a row of a matrix), and η√d the angle by which AdamW with rate η
 turns filters of norm 1 in its first step; it depends on shapes alone, so that the recipes stay invariant to scales.
 
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.comparison.contestants import CONTESTANTS, contestant
-from manifold_nets.comparison.protocols import Contestant, Objective
-from manifold_nets.comparison.records import Settings
+from manifold_nets.comparison import OPTIMIZERS, Objective, OptimizerSpec, Settings
+from manifold_nets.comparison.optimizers import optimizer_spec
 
 __all__ = ["EUCLIDEAN", "RECIPES", "SPHERES", "by_size", "entrants"]
 
@@ -86,13 +85,13 @@ def _with_adamw(
     return make
 
 
-def _recipe(name: str, family: str, make: Callable[[nn.Module, float, Settings], JointStepper]) -> Contestant:
-    return Contestant(name, "converted", family, "manifold_nets", make)
+def _recipe(name: str, family: str, make: Callable[[nn.Module, float, Settings], JointStepper]) -> OptimizerSpec:
+    return OptimizerSpec(name, "converted", family, "manifold_nets", make)
 
 
 _NOISE = math.sqrt((1 - 0.9) / (1 + 0.9))
 
-#: Contestants on spheres beside those that `manifold_nets.compare` knows.
+#: Optimizers on spheres beside those that `manifold_nets.compare` knows.
 RECIPES = {
     found.name: found
     for found in (
@@ -109,6 +108,6 @@ EUCLIDEAN = ("sgd", "adamw")
 SPHERES = ("rsgd", "radam", *RECIPES)
 
 
-def entrants(names: Sequence[str]) -> list[Contestant]:
-    """The contestants of these names."""
-    return [contestant(name) if name in CONTESTANTS else RECIPES[name] for name in names]
+def entrants(names: Sequence[str]) -> list[OptimizerSpec]:
+    """The optimizers of these names."""
+    return [optimizer_spec(name) if name in OPTIMIZERS else RECIPES[name] for name in names]

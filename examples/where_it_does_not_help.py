@@ -14,10 +14,10 @@ from choices import difference, verdict, with_interval
 from difference_figure import DifferenceRow, draw_differences
 from evidence import Arm, Run, Runs, collect, options_for, preamble, show, table
 from limit_cases import CASES, COMMON, Case, Entry
-from limit_contestants import LIMIT_CONTESTANTS
+from limit_optimizers import LIMIT_OPTIMIZERS
 from sphere_recipes import entrants
 
-from manifold_nets.comparison.protocols import Contestant
+from manifold_nets.comparison import OptimizerSpec
 from manifold_nets.comparison.statistics import PairedDifference, mean_interval
 
 NAME = "limits"
@@ -31,7 +31,7 @@ def arms() -> list[Arm]:
         for entry in case.entries:
             found.setdefault(entry.arm(case), (case, entry, []))[2].append(entry.optimizer)
     return [
-        Arm(name, {**_loaded({**COMMON, **case.options, **entry.options}), "optimizers": contestants(names)})
+        Arm(name, {**_loaded({**COMMON, **case.options, **entry.options}), "optimizers": optimizers(names)})
         for name, (case, entry, names) in found.items()
     ]
 
@@ -41,9 +41,9 @@ def _loaded(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "task": options["task"]() if callable(options["task"]) else options["task"]}
 
 
-def contestants(names: list[str]) -> list[Contestant]:
-    """The contestants of these names."""
-    return [LIMIT_CONTESTANTS.get(name) or entrants([name])[0] for name in names]
+def optimizers(names: list[str]) -> list[OptimizerSpec]:
+    """The optimizers of these names."""
+    return [LIMIT_OPTIMIZERS.get(name) or entrants([name])[0] for name in names]
 
 
 def chosen(runs: Runs, case: Case, entry: Entry) -> tuple[Run, ...]:
@@ -62,7 +62,7 @@ def judged(found: PairedDifference) -> str:
 
 
 def row_of(runs: Runs, case: Case, entry: Entry) -> list[str]:
-    """One contestant of a case."""
+    """One optimizer of a case."""
     own = chosen(runs, case, entry)
     if not own:
         return [case.name, entry.role, entry.optimizer, entry.told, "none", "every run diverged", "", "", ""]
@@ -96,7 +96,7 @@ HEAD = (
 
 
 def present(runs: Runs) -> list[Case]:
-    """The cases all of whose contestants have runs."""
+    """The cases all of whose optimizers have runs."""
     stored = {(run.arm, run.optimizer) for run in runs.rows}
     return [case for case in CASES if all((entry.arm(case), entry.optimizer) in stored for entry in case.entries)]
 
@@ -147,7 +147,7 @@ def as_markdown(runs: Runs) -> str:
             preamble(runs) + "\n",
             (
                 f"{counts(runs)}. Differences of test errors are paired by seed, with Student's interval of 95 %; each"
-                " contestant has the learning rate that validation data chose from the same grid.\n"
+                " optimizer has the learning rate that validation data chose from the same grid.\n"
             ),
             *(statement(runs, case) for case in cases),
             "",
@@ -157,7 +157,7 @@ def as_markdown(runs: Runs) -> str:
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Difference from the reference with its interval, a row a contestant."""
+    """Difference from the reference with its interval, one row per optimizer."""
     rows = [
         DifferenceRow(
             f"{case.name}: {entry.optimizer}" + (f" ({entry.told})" if entry.told else ""),

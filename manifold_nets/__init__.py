@@ -1,23 +1,29 @@
-"""Finding the weight-space symmetries of a neural network and training it on the manifold that removes them."""
+"""Find the weight-space symmetries of a PyTorch network, and train it on the manifold that removes them.
 
+Importing this package imports neither torch nor geoopt: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
 import warnings
+from typing import TYPE_CHECKING, Any
 
-with warnings.catch_warnings():
-    # Importing geoopt scripts a few functions, and torch warns about that; nothing a user of this package can act on.
-    warnings.simplefilter("ignore", DeprecationWarning)
-    warnings.simplefilter("ignore", FutureWarning)
-    import geoopt  # noqa: F401
-
-from manifold_nets import comparison, errors, layers, optim, sources
-from manifold_nets.comparison import Comparison, compare
-from manifold_nets.constraints import joint_spheres, restore
-from manifold_nets.conversion import balance, conversion_record, convert, load, plan, project, revert, save, verify
-from manifold_nets.groups import Partition
-from manifold_nets.joint_sphere import JointSphere
-from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim import param_groups
-from manifold_nets.symmetry import SymmetryReport, diagnose
-from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates
+if TYPE_CHECKING:
+    from manifold_nets import comparison, errors, layers, optim, sources
+    from manifold_nets.comparison import Comparison, compare
+    from manifold_nets.constraints import joint_spheres, restore
+    from manifold_nets.conversion import conversion_record, convert, load, project, save
+    from manifold_nets.conversion.balance import balance  # in a package, its module would hide a function of that name
+    from manifold_nets.conversion.plan import plan
+    from manifold_nets.conversion.revert import revert
+    from manifold_nets.conversion.verify import verify
+    from manifold_nets.groups import Partition
+    from manifold_nets.joint_sphere import JointSphere
+    from manifold_nets.manifold import SphereProduct
+    from manifold_nets.optim import param_groups
+    from manifold_nets.symmetry import LearningRates, SymmetryReport, matched_learning_rates
+    from manifold_nets.symmetry.diagnose import diagnose
 
 __all__ = [
     "Comparison",
@@ -47,3 +53,41 @@ __all__ = [
     "sources",
     "verify",
 ]
+
+_NAMES = {
+    "comparison": ("Comparison", "compare"),
+    "constraints": ("joint_spheres", "restore"),
+    "conversion": ("balance", "conversion_record", "convert", "load", "plan", "project", "revert", "save", "verify"),
+    "groups": ("Partition",),
+    "joint_sphere": ("JointSphere",),
+    "manifold": ("SphereProduct",),
+    "optim": ("param_groups",),
+    "symmetry": ("LearningRates", "SymmetryReport", "diagnose", "matched_learning_rates"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
+
+
+if not TYPE_CHECKING:  # so that type checkers report names that do not exist
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a module of the package, when it is first used."""
+        path = f"{__name__}.{_MODULE_OF.get(name, name)}"
+        missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name.startswith("_"):
+            raise missing
+        try:
+            with warnings.catch_warnings():
+                # Importing geoopt scripts functions, which torch warns about; users cannot do anything about it.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.simplefilter("ignore", FutureWarning)
+                module = importlib.import_module(path)
+        except ModuleNotFoundError as error:
+            if error.name != path:
+                raise
+            raise missing from None
+        value = globals()[name] = getattr(module, name) if name in _MODULE_OF else module
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,13 @@ from manifold_nets.radii import Radii
 
 __all__ = ["SphereProduct", "on_first_instance"]
 
-_on_first_instance: list[Callable[[], None]] = []
+
+def _load_optimizers() -> None:
+    """Import what watches constrained weights: it lies above this module, and need not have been imported."""
+    importlib.import_module("manifold_nets.optim")
+
+
+_on_first_instance: list[Callable[[], None]] = [_load_optimizers]
 
 
 def on_first_instance(action: Callable[[], None]) -> None:

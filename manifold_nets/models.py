@@ -1,7 +1,8 @@
-"""The twin of a model that is analysed in its stead: a float64 copy in training mode without dropout.
+"""Copies of a user's model; above all the one that is analysed: in float64 and training mode, without dropout.
 
-A model is copied with everything that `copy.deepcopy` refuses by itself (weights that old-style hooks compute),
-stripped of compilers and parallel wrappers, and refused by name where it cannot be analysed; it is never changed.
+A copy holds what `copy.deepcopy` refuses by itself (weights that old-style hooks compute), and no compilers or parallel
+wrappers. A model that cannot be analysed is refused, with the name of the module that is in the way. The model itself
+is never changed.
 """
 
 from __future__ import annotations
@@ -41,11 +42,7 @@ _DROPOUT_ATTRIBUTES = (
     "activation_dropout attention_dropout hidden_dropout"
 ).split()
 # Wrappers that run another module, by class name and the name of its child: their machinery cannot be traced.
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-}
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _SCRIPTS: tuple[type, ...] = (torch.jit.ScriptModule,)
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
@@ -109,12 +106,11 @@ def duplicate(
         for value in module.__dict__.values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    memo.update(shared or {})
     try:
-        copy_of_model: nn.Module = copied(model, change, memo)
-        return copy_of_model
+        model_copy: nn.Module = copied(model, change, {**memo, **(shared or {})})
     except Exception as error:
         raise AnalysisError(type(model).__name__, error, copying=True) from error
+    return model_copy
 
 
 def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -> nn.Module:
@@ -130,12 +126,14 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
         UnsupportedModelError: it is compiled to a script, quantized, or has parameters without a shape.
     """
     _refuse_unsupported(model)
-    twin = _unwrapped(duplicate(model, shared) if shared is not None else duplicate(model, change=widened))
-    frozen = [module for module in twin.modules() if not module.training] if model.training else []
-    twin = (_to_float64(twin) if shared is None else twin).train()
+    model_copy = _unwrapped(duplicate(model, shared) if shared is not None else duplicate(model, change=widened))
+    frozen = [module for module in model_copy.modules() if not module.training] if model.training else []
+    if shared is None:
+        model_copy._apply(widened)  # type: ignore[no-untyped-call]
+    model_copy.train()
     for module in frozen:
         module.training = False
-    for module in twin.modules():
+    for module in model_copy.modules():
         _disable_dropout(module)
         if getattr(module, "momentum", 0.0) is None and isinstance(module, _BatchNorm):
             # A cumulative average counts batches, which torch.export cannot follow; the outputs are the same.
@@ -143,14 +141,14 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
         config = module.__dict__.get("config")
         if config is not None:
             _configure(config)
-    for parameter in nn.Module.parameters(twin):
+    for parameter in nn.Module.parameters(model_copy):
         parameter.grad = None
         parameter.requires_grad_(is_continuous(parameter))
-    return twin
+    return model_copy
 
 
 def _configure(config: Any) -> None:
-    """Set what the configuration of a model of transformers decides, in the copy of it that the twin reads."""
+    """Set what the configuration of a model of transformers decides, in the copy of it."""
     _disable_dropout(config)
     if getattr(config, "use_cache", None) is True:
         config.use_cache = False  # what a language model remembers for the next token is no output
@@ -170,7 +168,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
             found = f"{path or 'the model'} is a quantized {type(module).__name__}, whose weights are packed integers"
             raise UnsupportedModelError(name, found, "Analyse and convert the model before it is quantized.")
     for path, parameter in model.named_parameters():
-        lazy: bool = is_lazy(parameter)
+        lazy: bool = is_lazy(parameter)  # named, as a guard of types would narrow the parameter
         if lazy:
             found = f"the parameter {path} of a lazy module has no shape yet"
             raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
@@ -198,12 +196,6 @@ class _Bare(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._modules[self._inner](*args, **kwargs)  # type: ignore[misc]
-
-
-def _to_float64(twin: nn.Module) -> nn.Module:
-    """Cast real tensors to float64 and complex ones to complex128."""
-    twin._apply(widened)  # type: ignore[no-untyped-call]
-    return twin
 
 
 def _disable_dropout(holder: Any) -> None:
@@ -250,10 +242,10 @@ def _alias(module: nn.Module) -> nn.Module:
     return alias
 
 
-def draw_not_finite(twin: nn.Module) -> dict[str, Tensor]:
+def draw_not_finite(model_copy: nn.Module) -> dict[str, Tensor]:
     """Draw the entries of a copy's parameters anew that are not finite, and return where they are.
 
-    What the certificate says of the other groups then holds, as their symmetries do not depend on these values; the
+    What the gradient test says of the other groups then holds, as their symmetries do not depend on these values; the
     tensors themselves are not written to, as they may be shared with the model.
 
     Example:
@@ -266,7 +258,7 @@ def draw_not_finite(twin: nn.Module) -> dict[str, Tensor]:
         True
     """
     found = {}
-    for name, parameter in twin.named_parameters():
+    for name, parameter in model_copy.named_parameters():
         if parameter.is_meta or not is_continuous(parameter) or not parameter.numel() or _is_finite(parameter.detach()):
             continue
         found[name] = ~parameter.detach().isfinite()

@@ -110,9 +110,9 @@ def _in_single_precision(model: nn.Module, inputs: Inputs) -> Exception | None:
 
     try:
         args, kwargs = map_tensors(narrow, inputs)
-        copy_of_model: nn.Module = copied(model, narrow)
+        model_copy: nn.Module = copied(model, narrow)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            copy_of_model._apply(narrow)(*args, **kwargs)  # type: ignore[no-untyped-call]
+            model_copy._apply(narrow)(*args, **kwargs)  # type: ignore[no-untyped-call]
     except Exception as error:  # noqa: BLE001 (it is the answer)
         return error
     return None

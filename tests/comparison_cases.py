@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from manifold_nets.comparison.records import (
+from manifold_nets.comparison.results import (
     Choice,
+    Comparison,
     Environment,
     EpochRecord,
     InitialScale,
@@ -16,7 +17,6 @@ from manifold_nets.comparison.records import (
     RunResult,
     Settings,
 )
-from manifold_nets.comparison.result import Comparison
 
 ELEVEN = ("sgd", "adam", "rsgd", "radam", "geoopt-rsgd", "geoopt-radam", "sgdp", "adamp", "pbwn", "sm", "pymanopt-cg")
 RATES = (0.001, 0.01, 0.1, 1.0)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison, Settings, Task, task_from_data
-from manifold_nets.comparison.contestants import contestant
-from manifold_nets.comparison.records import MEASURED_FIELDS
-from manifold_nets.comparison.starts import Starts, Subjects
+from manifold_nets.comparison.experiment import Experiment
+from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.optimizers import optimizer_spec
+from manifold_nets.comparison.results import MEASURED_FIELDS
 from manifold_nets.comparison.tasks import TensorPart
 
 COUNT = 60
@@ -72,12 +73,12 @@ def tiny(**changes: Any) -> Comparison:
     return mn.compare(tiny_network, **{"task": tiny_task(), **options, **changes})
 
 
-def tiny_starts(**changes: Any) -> tuple[Starts, Settings]:
+def tiny_starts(**changes: Any) -> tuple[InitialModels, Settings]:
     """The starts of two optimizers on the tiny task, and the settings."""
     task = tiny_task()
     settings = Settings(
         **{"optimizers": ("sgd", "rsgd"), "learning_rates": (0.05,), "seeds": (0, 1), "epochs": 2, "batch_size": 20}
         | changes
     )
-    subjects = Subjects(task, tiny_network, {name: contestant(name) for name in settings.optimizers})
-    return Starts(subjects, settings), settings
+    subjects = Experiment(task, tiny_network, {name: optimizer_spec(name) for name in settings.optimizers})
+    return InitialModels(subjects, settings), settings

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+import manifold_nets
+
 # Before geoopt, whose import warns: the package keeps that warning from its users, and warnings are errors here.
-import manifold_nets  # noqa: F401
+manifold_nets.SphereProduct  # noqa: B018
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def example(name: str, *packages: str) -> ModuleType:
     """Import an example as a module; skip where it or one of the packages is missing."""
-    if not (EXAMPLES / f"{name}.py").is_file():
+    if not (EXAMPLES / f"{name.replace('.', '/')}.py").is_file():
         pytest.skip("the examples are not beside the tests")
     for package in packages:
         if importlib.util.find_spec(package) is None:

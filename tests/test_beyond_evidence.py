@@ -39,7 +39,7 @@ def evidence():
 
 def tiny(script, monkeypatch, tmp_path, keep):
     """Let a script carry out only some of its arms, on one seed or two and one epoch."""
-    module = example(script, "sklearn", "optuna", "matplotlib")
+    module = example(script, "sklearn", "sqlalchemy", "matplotlib")
     wanted = [arm for arm in module.arms() if re.fullmatch(keep, arm.name)]
     assert wanted
     small = {"learning_rates": (0.01, 0.1, 0.3), "seeds": 2, "epochs": 1}
@@ -183,7 +183,7 @@ def check_rates(recipes, model, made):
 
 
 def settings():
-    from manifold_nets.comparison.records import Settings
+    from manifold_nets.comparison.settings import Settings
 
     return Settings(optimizers=("sgd",), learning_rates=(0.01,), seeds=(0,), epochs=1)
 
@@ -219,12 +219,12 @@ def test_every_recipe_keeps_the_spheres_and_trains_the_rest(converted):
 
 
 def test_a_layer_put_on_spheres_keeps_its_function_or_gets_the_radius():
-    contestants = example("limit_contestants", "sklearn")
+    optimizers = example("limit_optimizers", "sklearn")
     layer, x = nn.Linear(4, 3), torch.randn(5, 4)
     before = layer(x).detach()
-    contestants.on_sphere(layer)
+    optimizers.on_sphere(layer)
     torch.testing.assert_close(layer(x), before)
-    contestants.on_sphere(layer, 10.0)
+    optimizers.on_sphere(layer, 10.0)
     torch.testing.assert_close(layer.weight.norm(dim=1), torch.full((3,), 10.0))
 
 

@@ -9,7 +9,7 @@ import pytest
 from example_modules import EXAMPLES, example
 from test_comparison_data import data_folder
 
-pytest.importorskip("optuna")
+pytest.importorskip("sqlalchemy")
 pytest.importorskip("PIL")
 pytest.importorskip("matplotlib")
 
@@ -190,7 +190,8 @@ def test_good_rates_are_those_of_nine_tenths_of_the_best_score():
 def test_the_full_network_is_an_option():
     chosen = script.parser().parse_args(["--full", "--device", "cuda", "--seeds", "1"])
     options = script.protocol_of(chosen).options()
-    assert (options["task"], options["model"]) == ("camvid:480x360", "segnet-basic:64,4")
+    paper = EXAMPLES / "paper" / "camvid.py"
+    assert (options["task"], options["model"]) == (f"{paper}:camvid_480x360", f"{paper}:segnet_basic_64x4")
     assert (options["device"], options["seeds"]) == ("cuda", 1)
     assert script.command_of(chosen).endswith("--write examples/results --full --seeds 1 --device cuda")
 
@@ -236,7 +237,7 @@ def test_the_real_images(tmp_path, capsys):
     run("--data", data, "--output", tmp_path, "--write", tmp_path, "--arms", "SGD, constant", *size)
     assert "No report: it needs the arm SGD." in capsys.readouterr().out
     stored = scores_of.read_stored(tmp_path)
-    labels = script.load_task("camvid:60x45", data=data).parts["test"].targets
+    labels = script.load_task(f"{script.PAPER}:camvid_60x45", data=data).parts["test"].targets
     for optimizer in ("sgd", "rsgd"):
         found = stored.of(("SGD, constant rate", optimizer, "plain"))[0]
         assert found.counts.sum() == int((labels != 11).sum())

@@ -151,12 +151,14 @@ def test_inputs_of_every_kind(folder: Path, arguments: tuple[str, ...], invarian
 
 
 def test_a_disagreement_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diagnose = mn.diagnose
+
     def disagreeing(*args: Any, **kwargs: Any) -> SymmetryReport:
-        report = mn.diagnose(*args, **kwargs)
+        report = diagnose(*args, **kwargs)
         first = dataclasses.replace(report.weights[0], status="disagreement", remedy="look closer")
         return dataclasses.replace(report, weights=(first, *report.weights[1:]))
 
-    monkeypatch.setattr(importlib.import_module("manifold_nets.cli.diagnose"), "find_symmetries", disagreeing)
+    monkeypatch.setattr("manifold_nets.symmetry.diagnose", disagreeing)
     result = run("diagnose", "nets.py:Net", *SHAPE)
     check_failed(result, "disagree on 0.weight: look closer", folder)
     assert "0.weight" in result.stdout

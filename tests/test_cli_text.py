@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from test_cli import NETS, SHAPE
 
-from manifold_nets.cli import main, render
+from manifold_nets.cli import main, output
 from manifold_nets.comparison import Progress, RunKey
-from manifold_nets.comparison import progress as shown
-from manifold_nets.comparison.records import EpochRecord, RunResult
+from manifold_nets.comparison import scheduler as shown
+from manifold_nets.comparison.results import EpochRecord, RunResult
 
 NAMED = """
 from torch import nn
@@ -99,7 +99,7 @@ def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     with monkeypatch.context() as context:
         context.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(Full())))
         with pytest.raises(click.exceptions.Exit) as ended:
-            render.show("a result")
+            output.show("a result")
         sys.stdout.flush()  # as Python does when it ends
         sys.stdout.close()
     assert (ended.value.exit_code, capsys.readouterr().err) == (1, SAID)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from manifold_nets.cli import main, outcome
+from manifold_nets.cli import main, output
 from manifold_nets.sources import load_model, load_object
 
 NETS = """
@@ -94,7 +94,7 @@ def test_an_exit_with_any_status_or_text_is_the_same_error() -> None:
 
 
 def test_without_the_guard_an_exit_is_the_commands_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outcome, "running_code_of", contextlib.nullcontext)
+    monkeypatch.setattr(output, "running_code_of", contextlib.nullcontext)
     with pytest.raises(AssertionError):
         check_an_error(run("diagnose", "nets.py:Leaves", *SHAPE))
 

@@ -10,10 +10,10 @@ from comparison_runs import small_settings, tiny
 from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.comparison.checks import require_device
-from manifold_nets.comparison.contestants import contestant
-from manifold_nets.comparison.errors import ContestantError, OptimizerNameError, SettingsError
-from manifold_nets.comparison.starts import Starts
+from manifold_nets.comparison.errors import OptimizerBuildError, OptimizerNameError, SettingsError
+from manifold_nets.comparison.experiment import require_device
+from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.optimizers import optimizer_spec
 from manifold_nets.errors import ArgumentTypeError
 
 
@@ -25,8 +25,8 @@ from manifold_nets.errors import ArgumentTypeError
         ("learning_rates", ["large"], r"found \['large'\]; expected a sequence of numbers"),
         ("seeds", 0.5, r"found 0\.5; expected a sequence of numbers\. Write 3"),
         ("seeds", [0.5], r"found \[0\.5\]; expected a sequence of numbers"),
-        ("optimizers", 3, r"found 3; expected names, optimizer classes or Contestants\. Write them as"),
-        ("optimizers", ["sgd", 8], "found 8; expected names, optimizer classes or Contestants"),
+        ("optimizers", 3, r"found 3; expected names, optimizer classes or OptimizerSpecs\. Write them as"),
+        ("optimizers", ["sgd", 8], "found 8; expected names, optimizer classes or OptimizerSpecs"),
         ("task", [1], r"found \[1\]; expected a name or a Task"),
         ("model", nn.Linear(4, 2), "found an object of type Linear; .*fresh weights: pass the class"),
         ("model", 8, "found 8; expected a name, or a callable"),
@@ -39,7 +39,7 @@ def test_arguments_of_another_kind_are_refused_by_name(name, value, message):
 
 def test_one_optimizer_need_not_be_in_a_list():
     assert tiny(optimizers="sgd", seeds=1, epochs=1).settings.optimizers == ("sgd",)
-    own = replace(contestant("sgd"), name="own")
+    own = replace(optimizer_spec("sgd"), name="own")
     assert tiny(optimizers=own, seeds=1, epochs=1).settings.optimizers == ("own",)
     with pytest.raises(OptimizerNameError, match="found 'rsdg'"):
         mn.compare(optimizers="sgd, rsdg")
@@ -59,19 +59,19 @@ def test_a_wrong_setting_leaves_nothing_that_the_corrected_one_is_refused_for(tm
 def test_a_study_that_is_there_is_not_checked_again(tmp_path, monkeypatch):
     """A finished comparison is read without a contestant being made."""
     found = tiny(seeds=1, epochs=1, output=tmp_path)
-    monkeypatch.setattr(Starts, "model", None)
+    monkeypatch.setattr(InitialModels, "model", None)
     assert tiny(seeds=1, epochs=1, output=tmp_path) == found
 
 
 def test_the_check_of_contestants_serves_the_runs(monkeypatch):
     """The network is analysed once a comparison."""
-    made, honest = [], Starts.__init__
+    made, honest = [], InitialModels.__init__
 
     def counted(self, *args):
         made.append(self)
         honest(self, *args)
 
-    monkeypatch.setattr(Starts, "__init__", counted)
+    monkeypatch.setattr(InitialModels, "__init__", counted)
     tiny(seeds=1, epochs=1)
     assert len(made) == 1
 
@@ -82,10 +82,12 @@ def test_contestants_are_tried_at_every_initial_scale(tmp_path):
     def make(model, rate, settings):
         if float(model[0].weight.detach().norm(dim=1).max()) > 3:
             raise ValueError("too large.")
-        return contestant("sgd").make(model, rate, settings)
+        return optimizer_spec("sgd").make(model, rate, settings)
 
-    own = replace(contestant("sgd"), name="own", make=make)
-    with pytest.raises(ContestantError, match=r"^run own, .*, rescaled: found ValueError: too large; expected an opti"):
+    own = replace(optimizer_spec("sgd"), name="own", make=make)
+    with pytest.raises(
+        OptimizerBuildError, match=r"^run own, .*, rescaled: found ValueError: too large; expected an opti"
+    ):
         tiny(optimizers=["sgd", own], initial_scales=("plain", "rescaled"), output=tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,22 +1,19 @@
-"""Reading idx files and CamVid: against independent parsers, hand-made files, and files that are wrong."""
+"""Reading idx files: against an independent parser, hand-made files, and files that are wrong."""
 
 import gzip
 import os
 import struct
 import tracemalloc
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from manifold_nets.comparison.tasks.camvid import CLASSES, VOID, median_frequency_weights, read_camvid, read_pairs
-from manifold_nets.comparison.tasks.errors import DataFileError, DataFolderError
+from manifold_nets.comparison.errors import DataFileError, DataFolderError
 from manifold_nets.comparison.tasks.idx import find_idx_files, read_idx, read_images_and_labels
 
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
@@ -167,146 +164,3 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         read_images_and_labels(train[0], test[1])
     with pytest.raises(DataFileError, match="unsigned bytes with 3 axes"):
         read_images_and_labels(train[1], train[0])
-
-
-# ---- CamVid ----------------------------------------------------------------------------------------------------------
-
-
-def write_camvid_like(folder: Path, *, prefix: str = "") -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Write a data set of a few small images in the layout of the tutorial; return what it holds."""
-    image_module = pytest.importorskip("PIL.Image")
-    generator = np.random.default_rng(1)
-    held = {}
-    for part, count in (("train", 4), ("val", 2), ("test", 3)):
-        for name in (part, f"{part}annot"):
-            (folder / name).mkdir(parents=True)
-        x = generator.integers(0, 256, (count, 6, 8, 3)).astype(np.uint8)
-        y = generator.integers(0, VOID + 1, (count, 6, 8)).astype(np.uint8)
-        lines = []
-        for index in range(count):
-            files = f"{part}/{index}.png", f"{part}annot/{index}.png"
-            for file, array in zip(files, (x[index], y[index]), strict=True):
-                image_module.fromarray(array).save(folder / file)
-            lines.append(" ".join(prefix + file for file in files))
-        (folder / f"{part}.txt").write_text("\n".join(lines) + "\n")
-        held[{"val": "validation"}.get(part, part)] = x, y
-    return held
-
-
-@pytest.mark.parametrize("prefix", ["", "/SegNet/CamVid/"])
-def test_camvid_is_read_as_it_was_written(prefix: str, tmp_path: Path) -> None:
-    held = write_camvid_like(tmp_path, prefix=prefix)
-    for part, (images, labels) in read_camvid(tmp_path).items():
-        x, y = held[part]
-        assert images.dtype == torch.uint8
-        assert labels.dtype == torch.int64
-        np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), x)
-        np.testing.assert_array_equal(labels.numpy(), y)
-
-
-def test_reduced_images_are_box_averages_and_labels_are_taken_from_the_middle(tmp_path: Path) -> None:
-    held = write_camvid_like(tmp_path)
-    images, labels = read_camvid(tmp_path, size=(4, 3))["train"]
-    x, y = held["train"]
-    means = x.reshape(4, 3, 2, 4, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), means, rtol=0, atol=1)  # rounded twice
-    np.testing.assert_array_equal(labels.numpy(), y[:, 1::2, 1::2])
-
-
-@pytest.mark.parametrize("size", [(9, 6), (8, 7)])
-def test_images_are_not_enlarged(size: tuple[int, int], tmp_path: Path) -> None:
-    write_camvid_like(tmp_path)
-    expected = rf"0\.png: found 8×6 pixels; expected at least the {size[0]}×{size[1]} that images are reduced to"
-    with pytest.raises(DataFileError, match=expected):
-        read_camvid(tmp_path, size=size)
-
-
-def by_hand(labels: np.ndarray, classes: int, void: int | None) -> list[float]:
-    """Median-frequency weights by counting, in exact fractions."""
-    own, around = Counter(), Counter()
-    for image in labels:
-        counts = Counter(value for value in image.ravel().tolist() if value != void)
-        for value, count in counts.items():
-            own[value] += count
-            around[value] += sum(counts.values())
-    frequency = {value: Fraction(own[value], around[value]) for value in own}
-    ranked = sorted(frequency.values())
-    median = (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
-    return [float(median / frequency[value]) if value in frequency else 0.0 for value in range(classes)]
-
-
-def check_weights(weights) -> None:
-    generator = np.random.default_rng(2)
-    labels = generator.choice([0, 1, 2, 3, 4, 6, 11], (7, 6, 5), p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02])
-    labels[3:][labels[3:] == 1] = 0  # a class that some images lack
-    found = weights(torch.from_numpy(labels), 8, VOID)
-    np.testing.assert_allclose(found.numpy(), by_hand(labels, 8, VOID), rtol=4e-7)
-
-
-def test_class_weights_are_those_counted_by_hand() -> None:
-    check_weights(median_frequency_weights)
-
-
-def test_sabotage_frequencies_over_all_images_are_noticed() -> None:
-    def over_all(labels: torch.Tensor, classes: int, void: int) -> torch.Tensor:
-        counts = torch.bincount(labels[labels != void], minlength=classes)[:classes].double()
-        return torch.where(counts > 0, counts[counts > 0].quantile(0.5) / counts, 0).float()
-
-    with pytest.raises(AssertionError):
-        check_weights(over_all)
-
-
-def test_sabotage_void_counted_as_a_class_is_noticed() -> None:
-    with pytest.raises(AssertionError):
-        check_weights(lambda labels, classes, void: median_frequency_weights(labels, classes))
-
-
-@pytest.mark.slow
-def test_the_weights_of_camvid_are_near_the_published_ones() -> None:
-    """Those of the tutorial count void as a twelfth class; its weight of signs is known to be off."""
-    parts = read_camvid(data_folder("camvid-240x180"))
-    assert {part: len(images) for part, (images, _) in parts.items()} == {"train": 367, "validation": 101, "test": 233}
-    published = [0.2595, 0.1826, 4.5640, 0.1417, 0.9051, 0.3826, None, 1.8418, 0.6823, 6.2478, 7.3614, 1.0974]
-    found = median_frequency_weights(parts["train"][1], len(CLASSES) + 1)
-    for weight, expected in zip(found.tolist(), published, strict=True):
-        assert expected is None or abs(weight / expected - 1) < 0.12
-
-
-def test_folders_and_lists_that_are_wrong_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataFolderError, match="no such folder"):
-        read_pairs(tmp_path / "absent")
-    write_camvid_like(tmp_path)
-    lists = {name: (tmp_path / name).read_text() for name in ("train.txt", "val.txt", "test.txt")}
-    flawed = {
-        r"val\.txt, line 1: found 1 words": ("val.txt", "val/0.png\n"),
-        r"val\.txt, line 2: found no file .*9\.png": (
-            "val.txt",
-            lists["val.txt"].splitlines()[0] + "\nval/9.png a/b\n",
-        ),
-        r"test\.txt: found no lines": ("test.txt", "\n"),
-        r"test\.txt: found 0\.png, which the train list names too": ("test.txt", lists["train.txt"]),
-    }
-    for message, (name, text) in flawed.items():
-        (tmp_path / name).write_text(text)
-        with pytest.raises(DataFileError, match=message):
-            read_pairs(tmp_path)
-        (tmp_path / name).write_text(lists[name])
-    (tmp_path / "val.txt").unlink()
-    with pytest.raises(DataFolderError, match=r"no val\.txt"):
-        read_pairs(tmp_path)
-
-
-def test_images_that_are_wrong_are_refused(tmp_path: Path) -> None:
-    image_module = pytest.importorskip("PIL.Image")
-    write_camvid_like(tmp_path)
-    good = (tmp_path / "trainannot/1.png").read_bytes()
-    (tmp_path / "trainannot/1.png").write_bytes(good[:40])
-    with pytest.raises(DataFileError, match=r"1\.png: found no readable image"):
-        read_camvid(tmp_path)
-    for array, message in (
-        (np.full((6, 8), 30, np.uint8), "label 30; expected 0 … 10, or 11 for void"),
-        (np.zeros((5, 8), np.uint8), "8×5 pixels; expected the image's 8×6"),
-    ):
-        image_module.fromarray(array).save(tmp_path / "trainannot/1.png")
-        with pytest.raises(DataFileError, match=message):
-            read_camvid(tmp_path)

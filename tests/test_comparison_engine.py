@@ -13,8 +13,6 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison, EpochRecord, RunKey, task_from_data
-from manifold_nets.comparison.choosing import choose
-from manifold_nets.comparison.contestants import CONTESTANTS, TorchStepper, contestant
 from manifold_nets.comparison.errors import (
     ComparisonFolderError,
     OptimizerNameError,
@@ -22,12 +20,13 @@ from manifold_nets.comparison.errors import (
     RunFailedError,
     SettingsError,
 )
+from manifold_nets.comparison.final_weights import keep_weights, kept_weights, weights_file
+from manifold_nets.comparison.initial_models import InitialModels
 from manifold_nets.comparison.observation import FilterWatch
-from manifold_nets.comparison.protocols import Contestant
-from manifold_nets.comparison.starts import Starts
+from manifold_nets.comparison.optimizers import OPTIMIZERS, OptimizerSpec, TorchStepper, optimizer_spec
+from manifold_nets.comparison.run import Runner
+from manifold_nets.comparison.selection import choose
 from manifold_nets.comparison.tasks import TensorPart
-from manifold_nets.comparison.training import Runner
-from manifold_nets.comparison.weights import keep_weights, kept_weights, weights_file
 from manifold_nets.groups import Partition
 
 # ---- records ---------------------------------------------------------------------------------------------------------
@@ -98,14 +97,14 @@ def test_weights_kept_until_the_test_are_those_that_were_written(tmp_path, monke
     assert kept_weights(tmp_path, other) is None  # of another run
     assert kept_weights(tmp_path, key) is None  # none
     # Sabotage: a changed number passes without its checksum.
-    monkeypatch.setattr("manifold_nets.comparison.weights.tensors_checksum", lambda *_: "crc32:00000000")
+    monkeypatch.setattr("manifold_nets.comparison.final_weights.tensors_checksum", lambda *_: "crc32:00000000")
     keep_weights(tmp_path, key, weights)
     data = path.read_bytes()
     assert kept(data[:-1] + bytes([data[-1] ^ 1])) is not None
 
 
 def test_weights_that_cannot_be_read_back_end_the_comparison_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("manifold_nets.comparison.engine.kept_weights", lambda *_: None)
+    monkeypatch.setattr("manifold_nets.comparison.scheduler.kept_weights", lambda *_: None)
     with pytest.raises(RunFailedError, match="weights that cannot be read back"):
         tiny(output=tmp_path, seeds=1, epochs=1)
 
@@ -124,7 +123,7 @@ def seen_by_contestants():
             return super().batch(rows)
 
     def watched(name):
-        inner = contestant(name)
+        inner = optimizer_spec(name)
 
         def make(model, rate, settings):
             outputs.append(model.eval()(inputs).detach())
@@ -164,7 +163,7 @@ def test_every_contestant_starts_from_the_same_function_in_the_same_order():
 
 
 def test_sabotage_another_start_is_noticed(monkeypatch):
-    honest = Starts.model
+    honest = InitialModels.model
 
     def another(self, key):
         model = honest(self, key)
@@ -173,7 +172,7 @@ def test_sabotage_another_start_is_noticed(monkeypatch):
                 model[4].weight += 0.01
         return model
 
-    monkeypatch.setattr(Starts, "model", another)
+    monkeypatch.setattr(InitialModels, "model", another)
     with pytest.raises(AssertionError):
         check_equal_chances(seen_by_contestants())
 
@@ -194,7 +193,7 @@ def check_device(starts, settings):
     """Models are made and analysed beside the data as they were read; a run has model and data on its device."""
     runner, key = Runner(starts, settings), RunKey("rsgd", 0.05, 0)
     inputs, targets = runner._train.batch(torch.arange(4))
-    loss = starts.subjects.task.loss(starts.model(key)(inputs), targets)
+    loss = starts.experiment.task.loss(starts.model(key)(inputs), targets)
     assert {loss.device.type, starts.inputs.device.type} == {"meta", "cpu"}
 
 
@@ -244,7 +243,7 @@ def test_test_data_are_read_once_and_after_all_choices(tmp_path):
 
 
 def test_sabotage_choosing_by_test_data_is_noticed(monkeypatch):
-    from manifold_nets.comparison import training
+    from manifold_nets.comparison import run as training
 
     honest = training.scores_of
     monkeypatch.setattr(training, "scores_of", lambda model, task, part, rows: honest(model, task, "test", rows))
@@ -270,7 +269,7 @@ def test_a_contestant_that_fails_stops_the_comparison_and_is_named(tmp_path):
     def broken(model, rate, settings):
         raise RuntimeError("no such thing")
 
-    own = Contestant("mine", "plain", "own", "here", broken)
+    own = OptimizerSpec("mine", "plain", "own", "here", broken)
     with pytest.raises(RunFailedError, match=r"mine, learning rate 0\.05, seed 0: found RuntimeError: no such thing"):
         tiny(optimizers=["sgd", own], output=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -287,7 +286,7 @@ def test_a_contestant_of_ones_own_and_schedules():
     def make(model, rate, settings):
         return Watched(torch.optim.SGD(model.parameters(), rate))
 
-    own = Contestant("mine", "plain", "own", "here", make)
+    own = OptimizerSpec("mine", "plain", "own", "here", make)
     found = tiny(optimizers=[own], learning_rates=[0.5], seeds=1, schedule="cosine")
     assert [run.status for run in found.results] == ["finished"]
     taken = rates[-6:]
@@ -307,7 +306,7 @@ def test_records_of_a_run_are_plausible():
         assert 0 < record.layers[0].rotation < 1
     assert run.peak_memory_bytes is not None
     assert run.peak_memory_bytes > 3 * 4 * (4 * 6 + 6 * 2)
-    assert set(CONTESTANTS) >= {"sgd", "adam", "rsgd", "radam"}
+    assert set(OPTIMIZERS) >= {"sgd", "adam", "rsgd", "radam"}
 
 
 # ---- data that are not finite ----------------------------------------------------------------------------------------

@@ -1,18 +1,17 @@
 """Networks of a comparison: they fit their tasks, depend on the seed alone, and convert."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
-from test_comparison_data import data_folder, write_camvid_like
 from test_comparison_tasks import examples
 from torch import Tensor, nn
 
 import manifold_nets as mn
-from manifold_nets.comparison.models import build_model, converted_form
+from manifold_nets.comparison.errors import TaskNameError, TaskSourceError
+from manifold_nets.comparison.initial_models import converted_form
+from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.tasks import Task, evaluate, load_task, task_from_data
-from manifold_nets.comparison.tasks.errors import TaskNameError, TaskSourceError
 from manifold_nets.errors import FunctionChangedError, ModelNotFoundError
 
 pytest.importorskip("sklearn")
@@ -83,16 +82,6 @@ def test_rounding_that_decides_keeps_the_radii() -> None:
     assert torch.allclose(manifold.radii.float(), model.features.weight.norm(dim=1))
 
 
-def test_segnet_fits_images_whose_sides_are_odd(tmp_path: Path) -> None:
-    write_camvid_like(tmp_path)
-    task = load_task("camvid:7x5", data=tmp_path)
-    model = build_model("segnet-basic:4,2", task, seed=0)
-    assert model(task.example_inputs(2)).shape == (2, 11, 5, 7)
-    converted = mn.convert(model, task.example_inputs(4))
-    assert len(list(mn.constraints.constrained_weights(converted))) == 4
-    assert [m.weight.shape[-1] for m in model.modules() if isinstance(m, nn.Conv2d)] == [7, 7, 7, 7, 1]
-
-
 def test_architectures_of_timm_get_the_channels_and_classes_of_the_task() -> None:
     if importlib.util.find_spec("timm") is None:
         pytest.skip("timm is not installed")
@@ -112,33 +101,17 @@ def test_callables_of_any_signature() -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("mlpp", TaskNameError, "Choose one of these"),
+        ("mlpp", TaskNameError, "Correct the name"),
         ("mpl:8", TaskNameError, r"'mpl:8'; expected mlp:WIDTHS, .*Near matches: mlp"),
         ("torchvison:resnet18", ModelNotFoundError, "no module 'torchvison'. Near matches: torchvision"),
         ("mlp:10,x", TaskNameError, "positive whole numbers with commas"),
         ("mlp:", TaskNameError, "positive whole numbers with commas"),
         ("resnet:9", TaskNameError, "depth: found 9; expected 6n"),
         ("resnet:8,4,2", TaskNameError, "at most two settings"),
-        ("segnet-basic:4,1", TaskSourceError, r"inputs of shape \(1, 8, 8\) and 10 outputs"),
+        ("torch.nn:Identity", TaskSourceError, r"inputs of shape \(1, 8, 8\) and 10 outputs"),
+        ("segnet-basic:4,1", TaskNameError, "use --model examples/paper/camvid.py:segnet_basic"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(name: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_model(name, load_task("digits"), seed=0)
-
-
-@pytest.mark.slow
-def test_segmentation_networks_can_be_compared() -> None:
-    """At this size rounding decides some indices of the pooling: the converted form keeps its radii."""
-    pytest.importorskip("optuna")
-    found = mn.compare(
-        "segnet-basic:8,2",
-        task="camvid:60x45",
-        data=str(data_folder("camvid-240x180")),
-        optimizers=["sgd", "rsgd"],
-        learning_rates=[0.1],
-        seeds=1,
-        epochs=1,
-    )
-    assert [run.status for run in found.results] == ["finished", "finished"]
-    assert all(run.test_error is not None and run.test_error < 0.95 for run in found.results)

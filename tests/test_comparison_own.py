@@ -12,26 +12,25 @@ from comparison_runs import reproducible, small_settings, tiny, tiny_network, ti
 
 import manifold_nets as mn
 from manifold_nets.cli import main
-from manifold_nets.comparison import Contestant, TorchStepper
-from manifold_nets.comparison.contestants import CONTESTANTS, contestant, own_contestant
-from manifold_nets.comparison.entry import compare_settings
-from manifold_nets.comparison.environment import environment
+from manifold_nets.comparison import OptimizerSpec, TorchStepper
+from manifold_nets.comparison.api import compare_settings, join_comparison, study_name
 from manifold_nets.comparison.errors import (
     CodeNotAllowedError,
-    ContestantError,
+    OptimizerBuildError,
     OptimizerNameError,
     RunFailedError,
     SettingsError,
 )
-from manifold_nets.comparison.joining import join_comparison, study_name
-from manifold_nets.comparison.queue import RunQueue
-from manifold_nets.comparison.starts import foreign_code, unpacked
+from manifold_nets.comparison.experiment import foreign_code, unpacked
+from manifold_nets.comparison.optimizers import OPTIMIZERS, optimizer_spec, spec_of
+from manifold_nets.comparison.results import environment
+from manifold_nets.comparison.store import RunStore
 from manifold_nets.errors import ModelNotFoundError
 
 MINE = """
 import torch
 from torch import nn
-from manifold_nets.comparison import Contestant, TorchStepper, task_from_data
+from manifold_nets.comparison import OptimizerSpec, TorchStepper, task_from_data
 
 class Signs(torch.optim.Optimizer):
     def __init__(self, params, lr=0.1, weight_decay=9.0):
@@ -49,7 +48,7 @@ def plain(params, lr):
 def stepper(model, rate, settings):
     return TorchStepper(torch.optim.SGD(model.parameters(), rate))
 
-WHOLE = Contestant("x", "converted", "own", "own", stepper)
+WHOLE = OptimizerSpec("x", "converted", "own", "own", stepper)
 
 def wrong(params, lr):
     return "no optimizer"
@@ -84,30 +83,33 @@ def arguments(*more: str) -> list[str]:
 
 
 def test_optimizers_of_a_file_are_found_by_name(mine):
-    assert contestant("rsgd") is CONTESTANTS["rsgd"]
+    assert optimizer_spec("rsgd") is OPTIMIZERS["rsgd"]
     model = tiny_network()
     settings = small_settings(weight_decay=0.25)
     for name, kind in (("mine.py:Signs", "Signs"), ("mine.py:plain", "SGD"), ("torch.optim:Rprop", "Rprop")):
-        found = contestant(name)
+        found = optimizer_spec(name)
         assert (found.name, found.form) == (name, "plain")
         optimizer = found.make(model, 0.5, settings).optimizer
         assert type(optimizer).__name__ == kind
         assert {group["lr"] for group in optimizer.param_groups} == {0.5}
         # The weight decay is the comparison's, never the optimizer's own default.
         assert {group["weight_decay"] for group in optimizer.param_groups} == {0.25, 0.0}
-    assert (contestant("mine.py:WHOLE").name, contestant("mine.py:WHOLE").form) == ("mine.py:WHOLE", "converted")
+    assert (optimizer_spec("mine.py:WHOLE").name, optimizer_spec("mine.py:WHOLE").form) == (
+        "mine.py:WHOLE",
+        "converted",
+    )
 
 
 def test_what_is_no_optimizer_is_refused_by_name(mine):
     for name in ("mine", "torchvision:resnet18", "mine.py:"):
         with pytest.raises(OptimizerNameError, match=r"file\.py:NAME of an optimizer class"):
-            contestant(name)
+            optimizer_spec(name)
     with pytest.raises(ModelNotFoundError, match="Sings"):
-        contestant("mine.py:Sings")
+        optimizer_spec("mine.py:Sings")
     for name in ("mine.py:without_rate", "mine.py:torch.__name__"):
         with pytest.raises(SettingsError, match="a function of params and lr"):
-            contestant(name)
-    with pytest.raises(ContestantError, match=r"mine\.py:wrong.*not a torch\.optim\.Optimizer"):
+            optimizer_spec(name)
+    with pytest.raises(OptimizerBuildError, match=r"mine\.py:wrong.*not a torch\.optim\.Optimizer"):
         mn.compare("mine.py:net", task="mine.py:make_task", optimizers="mine.py:wrong", seeds=1, epochs=1)
 
 
@@ -159,7 +161,7 @@ def test_two_workers_take_what_only_this_process_knows():
         return mn.compare(
             lambda: tiny_network(),
             task=tiny_task(),
-            optimizers=["sgd", Scaled, Contestant("mine", "plain", "own", "here", lambda m, r, s: made(m, r))],
+            optimizers=["sgd", Scaled, OptimizerSpec("mine", "plain", "own", "here", lambda m, r, s: made(m, r))],
             learning_rates=[0.05],
             seeds=2,
             epochs=1,
@@ -184,7 +186,7 @@ def test_what_cannot_be_sent_is_named_and_nothing_is_written(part, tmp_path):
 
     task = tiny_task()
     locked = replace(task, loss=lambda outputs, targets: task.loss(outputs, targets) if lock else None)
-    own = Contestant("mine", "plain", "own", "here", make)
+    own = OptimizerSpec("mine", "plain", "own", "here", make)
     options = {
         "model": network if part == "model" else tiny_network,
         "task": locked if part == "task" else task,
@@ -213,7 +215,7 @@ def test_what_cannot_be_made_again_in_a_worker_is_named():
 
 @pytest.mark.slow
 def test_a_worker_names_the_optimizer_that_it_cannot_make(tmp_path):
-    own = replace(own_contestant(torch.optim.Rprop, "mine"), description=Unmade())
+    own = replace(spec_of(torch.optim.Rprop, "mine"), description=Unmade())
     with pytest.raises(RunFailedError, match="optimizer mine cannot be made again in a worker"):
         tiny(optimizers=["sgd", own], workers=2)
 
@@ -242,9 +244,9 @@ def shared_study(folder, **changes):
     (folder / "evil.py").write_text(f"open({str(folder / 'trace')!r}, 'w').close()\nfrom torch.optim import SGD\n")
     settings = small_settings(learning_rates=(0.1,), seeds=(0,), epochs=1, **changes)
     url = f"sqlite:///{folder / 'shared.db'}"
-    queue = RunQueue(url, study_name(settings))
+    queue = RunStore(url, study_name(settings))
     queue.create(settings, environment())
-    queue.fill(settings.run_keys())
+    queue.add_missing(settings.run_keys())
     queue.close()
     return url, study_name(settings)
 
@@ -272,9 +274,8 @@ def test_a_worker_runs_the_code_that_its_own_command_names(allowed, tmp_path, mo
     done = CliRunner().invoke(main, ["compare", "--worker", study, "--storage", url, *allowed])
     assert done.exit_code == 0, done.stderr
     assert (tmp_path / "trace").exists()
-    queue = RunQueue(url, study)
-    queue.join()
-    assert queue.done() == 2
+    queue = RunStore(url, study)
+    assert queue.count_done() == 2
     queue.close()
 
 
@@ -282,7 +283,7 @@ def test_names_with_control_characters_are_refused():
     for name in ("sgd\n", "\x1b[31msgd", "s\u202egd", ""):
         with pytest.raises(SettingsError, match=r"optimizers: found .*without control characters"):
             small_settings(optimizers=(name,))
-        own = Contestant(name, "plain", "own", "here", CONTESTANTS["sgd"].make)
+        own = OptimizerSpec(name, "plain", "own", "here", OPTIMIZERS["sgd"].make)
         with pytest.raises(SettingsError, match="without control characters"):
             tiny(optimizers=[own])
     with pytest.raises(SettingsError, match="task: found"):

@@ -10,19 +10,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 from comparison_runs import CountingPart, reproducible, tiny_task
+from example_modules import EXAMPLES, example
 from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.cli import main
-from manifold_nets.comparison import Comparison, RunKey, Settings
-from manifold_nets.comparison.contestants import TorchStepper, contestant
+from manifold_nets.comparison import Comparison, OptimizerSpec, RunKey, Settings, TorchStepper, scheduler, selection
 from manifold_nets.comparison.errors import DifferentCommandError, SettingsError
-from manifold_nets.comparison.initialization import balance_weights
-from manifold_nets.comparison.models.forms import constrained_form
-from manifold_nets.comparison.protocols import Contestant
-from manifold_nets.comparison.report.build import summarise
-from manifold_nets.comparison.schedules import is_time_to_stop, learning_rate_factor
-from manifold_nets.comparison.starts import Starts, Subjects
+from manifold_nets.comparison.experiment import Experiment
+from manifold_nets.comparison.initial_models import InitialModels, balance_weights
+from manifold_nets.comparison.optimizers import optimizer_spec
+from manifold_nets.comparison.report import summarise
+from manifold_nets.comparison.run import learning_rate_factor, should_stop
+
+protocol = example("paper.protocol")
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -59,16 +60,16 @@ def bold_driver_by_hand(costs: list[float]) -> float:
 
 def check_bold_driver(rule: Callable[..., float]) -> None:
     for costs in ([1.0], [1.0, 1.0], [2.0, 1.0, 1.5, 1.4, 1.4], [1.0, math.nan, 0.5], [3.0, 2.0, 1.0]):
-        found = rule("bold-driver", epoch=len(costs) + 1, share=0.0, epochs=9, costs=costs)
+        found = rule("bold-driver", epoch=len(costs) + 1, share=0.0, epochs=9, losses=costs)
         assert found == pytest.approx(bold_driver_by_hand(costs), rel=1e-12)
 
 
 def test_the_bold_driver_grows_and_cuts_by_the_mean_cost_of_epochs():
     check_bold_driver(learning_rate_factor)
-    assert learning_rate_factor("bold-driver", epoch=1, share=0.0, epochs=9, costs=[]) == 1.0
+    assert learning_rate_factor("bold-driver", epoch=1, share=0.0, epochs=9, losses=[]) == 1.0
 
-    def never_cut(schedule, *, costs, **_):
-        return 1.1 ** (len(costs) - 1)
+    def never_cut(schedule, *, losses, **_):
+        return 1.1 ** (len(losses) - 1)
 
     with pytest.raises(AssertionError):
         check_bold_driver(never_cut)
@@ -83,7 +84,9 @@ def rates_taken(schedule: str) -> tuple[list[float], Comparison]:
             rates.append(self.optimizer.param_groups[0]["lr"])
             return super().step(objective)
 
-    own = Contestant("mine", "plain", "own", "here", lambda m, rate, _: Watched(torch.optim.SGD(m.parameters(), rate)))
+    own = OptimizerSpec(
+        "mine", "plain", "own", "here", lambda m, rate, _: Watched(torch.optim.SGD(m.parameters(), rate))
+    )
     found = tiny(optimizers=[own], learning_rates=[20.0], seeds=1, epochs=6, schedule=schedule)
     return rates[-18:], found
 
@@ -107,22 +110,22 @@ def test_runs_take_the_learning_rates_of_their_schedule():
 
 def test_runs_end_early_by_the_three_rules_and_never_before_epoch_25():
     falling = [1 / n for n in range(1, 31)]
-    assert not is_time_to_stop([1e-9] * 24, [0.1] * 24)
-    assert is_time_to_stop([*falling[:24], 9e-6], [0.1] * 25)
-    assert is_time_to_stop([*falling[:24], falling[23] - 9e-6], [0.1] * 25)
+    assert not should_stop([1e-9] * 24, [0.1] * 24)
+    assert should_stop([*falling[:24], 9e-6], [0.1] * 25)
+    assert should_stop([*falling[:24], falling[23] - 9e-6], [0.1] * 25)
     rising = [0.1] * 26 + [0.2] * 4
-    assert is_time_to_stop(falling, rising)
-    assert not is_time_to_stop(falling[:29], rising[:29])
-    assert not is_time_to_stop(falling, falling)
+    assert should_stop(falling, rising)
+    assert not should_stop(falling[:29], rising[:29])
+    assert not should_stop(falling, falling)
 
 
 def test_a_run_that_ends_early_is_finished_and_is_told_as_such():
     # At such a rate no cost changes by 1e-5: the end comes with epoch 25.
-    options = {"learning_rates": [1e-9], "optimizers": ["sgd", "un"], "epochs": 27, "model": bare_network}
+    options = {"learning_rates": [1e-9], "optimizers": ["sgd", protocol.un], "epochs": 27, "model": bare_network}
     found = tiny(**options, early_stop=True, batch_size=60)
     assert {(run.status, len(run.epochs)) for run in found.results} == {("finished", 25)}
     assert all(run.test_error is not None for run in found.results)
-    errors = summarise(found).contestants[0].errors[0]
+    errors = summarise(found).optimizers[0].errors[0]
     assert errors[24:] == (errors[24],) * 3
     whole = tiny(**options, batch_size=60)
     assert {len(run.epochs) for run in whole.results} == {27}
@@ -165,7 +168,7 @@ def test_weight_decay_is_tuned_along_with_the_learning_rate(tmp_path):
     assert len({run.epochs[-1].train_loss for run in found.runs("sgd", 0.5, weight_decay=0.0)}) == 2
     losses = {found.runs("sgd", 0.5, weight_decay=decay)[0].epochs[-1].train_loss for decay in DECAYS}
     assert len(losses) == 2
-    assert summarise(found).contestants[0].sensitivity.rates == (0.05, 0.5)
+    assert summarise(found).optimizers[0].sensitivity.rates == (0.05, 0.5)
     # A single decay is that of a comparison without tuning of it.
     single = tiny(weight_decay=0.1)
     assert single.runs("sgd", 0.5)[0].epochs[-1].train_loss in losses
@@ -173,15 +176,13 @@ def test_weight_decay_is_tuned_along_with_the_learning_rate(tmp_path):
 
 
 def test_sabotage_a_choice_by_another_rule_or_fewer_trials_are_noticed(monkeypatch):
-    from manifold_nets.comparison import choosing, engine
-
     def first_pair(settings, results):
         return tuple(
-            choosing.choose(settings, results, name, "plain", trials=[(0.05, 0.1)]) for name in settings.optimizers
+            selection.choose(settings, results, name, "plain", trials=[(0.05, 0.1)]) for name in settings.optimizers
         )
 
     with monkeypatch.context() as planted:
-        planted.setattr(engine, "choose_all", first_pair)
+        planted.setattr(scheduler, "choose_all", first_pair)
         unfair = decayed()
     with pytest.raises(AssertionError):
         check_pairs(unfair)
@@ -234,7 +235,7 @@ def test_learning_rates_are_chosen_on_few_examples_and_used_on_all(tmp_path):
     assert len(found.results[0].epochs) == 2
     # No example of the tests is read before every run has ended, and each once for every run.
     assert (max(before), CountingPart.reads) == (0, 4 * 30)
-    assert summarise(found).contestants[0].learning_rate == found.choice("sgd").learning_rate
+    assert summarise(found).optimizers[0].learning_rate == found.choice("sgd").learning_rate
 
 
 def test_tuning_is_resumed_and_gives_the_same(tmp_path):
@@ -262,7 +263,7 @@ def test_a_contestant_that_always_diverges_keeps_the_smallest_rate():
     def hopeless(model, rate, settings):
         return TorchStepper(torch.optim.SGD(model.parameters(), 1e30 * rate))
 
-    own = Contestant("mine", "plain", "own", "here", hopeless)
+    own = OptimizerSpec("mine", "plain", "own", "here", hopeless)
     found = tuned(optimizers=["sgd", own])
     assert found.settings.trials("mine") == ((0.05, None),)
     assert all(run.diverged for run in found.results if run.key.optimizer == "mine")
@@ -312,10 +313,18 @@ def test_a_balanced_start_has_unit_filters_and_unit_columns_of_the_classifier():
         check_balanced(network())
 
 
+def spec(name: str) -> OptimizerSpec:
+    return getattr(protocol, name.replace("-", "_"), None) or optimizer_spec(name)
+
+
 def starts(model: Callable[[], nn.Module], *names: str) -> list[nn.Module]:
     settings = Settings(names, (0.1,), (0,), 1, initialization="balanced")
-    made = Starts(Subjects(tiny_task(), model, {name: contestant(name) for name in names}), settings)
-    return [made.model(RunKey(name, 0.1, 0)) for name in names]
+    specs = {name: spec(name) for name in names}
+    made = InitialModels(Experiment(tiny_task(), model, specs), settings)
+    models = [made.model(RunKey(name, 0.1, 0)) for name in names]
+    for found, started in zip(specs.values(), models, strict=True):
+        found.make(started, 0.1, settings)
+    return models
 
 
 def check_same_function(models: list[nn.Module]) -> None:
@@ -336,7 +345,7 @@ def test_held_norms_start_from_the_same_function_with_and_without_normalization(
     # Norms that are not 1 are kept.
     plain = bare_network()
     norms = plain[0].weight.detach().double().norm(dim=1)
-    (weight,) = mn.constraints.constrained_weights(constrained_form(plain))
+    (weight,) = mn.constraints.constrained_weights(protocol.constrained_form(plain))
     assert torch.equal(weight.manifold.radii, norms)
     # Sabotage: another start.
     with torch.no_grad():
@@ -368,7 +377,7 @@ class Batch:
 
 def after_steps(name: str, model: nn.Module, steps: int = 4, **changes) -> list[Tensor]:
     settings = Settings((name,), (0.1,), (0,), 1, **changes)
-    stepper = contestant(name).make(model, 0.1, settings)
+    stepper = spec(name).make(model, 0.1, settings)
     for _ in range(steps):
         stepper.step(Batch(model))
     return [parameter.detach() for parameter in model.parameters()]
@@ -406,7 +415,7 @@ def balanced_bare() -> nn.Module:
 
 
 def check_steps(name: str, rule: Callable[[str, Tensor, Tensor], Tensor]) -> None:
-    ours = after_steps(name, constrained_form(balanced_bare()) if name == "un" else balanced_bare())
+    ours = after_steps(name, balanced_bare())
     for found, expected in zip(ours, by_hand(balanced_bare(), rule), strict=True):
         assert (found - expected).abs().max() <= 1e3 * torch.finfo(torch.float64).eps
 
@@ -431,14 +440,14 @@ def test_sabotage_a_classifier_by_rows_and_a_step_without_projection_are_noticed
 
 
 def test_un_takes_no_momentum_and_the_unknown_metric_is_refused():
-    plain = after_steps("un", constrained_form(balanced_bare()), momentum=0.0)
-    assert all(map(torch.equal, plain, after_steps("un", constrained_form(balanced_bare()), momentum=0.9)))
+    plain = after_steps("un", balanced_bare(), momentum=0.0)
+    assert all(map(torch.equal, plain, after_steps("un", balanced_bare(), momentum=0.9)))
     deep = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     with pytest.raises(SettingsError, match=r"2 hidden layers and no normalization after 0.*no metric is known"):
-        contestant("sm-columns").make(deep, 0.1, Settings(("sm-columns",), (0.1,), (0,), 1))
+        protocol.sm_columns.make(deep, 0.1, Settings(("sm-columns",), (0.1,), (0,), 1))
     half = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
     with pytest.raises(SettingsError, match="no normalization after 3"):
-        contestant("sm-columns").make(half, 0.1, Settings(("sm-columns",), (0.1,), (0,), 1))
+        protocol.sm_columns.make(half, 0.1, Settings(("sm-columns",), (0.1,), (0,), 1))
     assert len(after_steps("sm-columns", network().double())) == 10
 
 
@@ -447,7 +456,18 @@ def test_un_takes_no_momentum_and_the_unknown_metric_is_refused():
 
 @pytest.mark.slow
 def test_the_command_line_takes_the_options_of_the_protocol(tmp_path):
-    small = ["--model", "mlp-plain:8", "--optimizers", "sgd,un", "--lr", "0.1,0.3", "--seeds", "1", "--epochs", "2"]
+    small = [
+        "--model",
+        "mlp-plain:8",
+        "--optimizers",
+        f"sgd,{EXAMPLES}/paper/protocol.py:un",
+        "--lr",
+        "0.1,0.3",
+        "--seeds",
+        "1",
+        "--epochs",
+        "2",
+    ]
     protocol = ["--weight-decay", "0,1e-3", "--schedule", "bold-driver", "--initialization", "balanced", "--early-stop"]
     tuning = ["--subset", "300,100", "--tune-on", "100,50,2", "--tune-seeds", "1", "--momentum", "0"]
     command = ["compare", *small, *protocol, *tuning, "--output", str(tmp_path), "--json"]

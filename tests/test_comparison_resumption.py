@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import random
@@ -28,21 +29,20 @@ from sqlalchemy import event, make_url
 
 from manifold_nets.cli import main
 from manifold_nets.cli.compare import compare as command_line
-from manifold_nets.comparison import Contestant, engine
-from manifold_nets.comparison.engine import Progress
-from manifold_nets.comparison.entry import compare_settings
-from manifold_nets.comparison.environment import environment
+from manifold_nets.comparison import OptimizerSpec, Progress, scheduler, store
+from manifold_nets.comparison.api import compare_settings, join_comparison, study_name
+from manifold_nets.comparison.database_url import PASSWORD_VARIABLE, redacted, with_password, without_secrets
 from manifold_nets.comparison.errors import (
-    ContestantError,
     DifferentCommandError,
     FolderInUseError,
+    OptimizerBuildError,
     SettingsError,
     StorageError,
 )
-from manifold_nets.comparison.joining import join_comparison, study_name
-from manifold_nets.comparison.queue import GRACE_SECONDS, RunQueue
-from manifold_nets.comparison.report.data import runs_csv
-from manifold_nets.comparison.storage import PASSWORD_VARIABLE, completed, redacted, without_secrets
+from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.report.tables import runs_csv
+from manifold_nets.comparison.results import environment
+from manifold_nets.comparison.store import GRACE_SECONDS, RunStore
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +85,21 @@ def seconds_left_after_a_late_start(whole, monkeypatch) -> list[float | None]:
         for run in whole.results[:2]
     ]
     now, told = [100.0], []
-    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    crew = SimpleNamespace(running=dict)
-    place = engine.Workplace(None, whole.settings, crew, False, None, lambda progress: told.append(progress))
-    clock = engine._Clock(place, 8)
-    clock.tell(None)
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    executor = SimpleNamespace(running=dict)
+    made = scheduler.Scheduler(None, whole.settings, executor, False, None, lambda progress: told.append(progress))
+    made.report(None)
     for run, ended in zip(runs, (161.0, 162.0), strict=True):
         now[0] = ended
-        place.results[run.key] = run
-        clock.tell(run)
+        made.results[run.key] = run
+        made.report(run)
     return [progress.seconds_left for progress in told]
 
 
 def test_the_time_left_is_that_of_runs_without_the_start_of_their_workers(whole, monkeypatch):
     assert seconds_left_after_a_late_start(whole, monkeypatch) == [None, 7.0, 6.0]
     # Sabotage: the minute before the first run counts as its own.
-    monkeypatch.setattr(engine, "_seconds", lambda run: math.inf)
+    monkeypatch.setattr(scheduler, "_seconds", lambda run: math.inf)
     with pytest.raises(AssertionError):
         assert seconds_left_after_a_late_start(whole, monkeypatch) == [None, 7.0, 6.0]
 
@@ -170,8 +169,8 @@ def test_an_extension_that_cannot_work_leaves_the_study_as_it_was(tmp_path, whol
     def broken(model, rate, settings):
         raise RuntimeError("no such thing")
 
-    with pytest.raises(ContestantError, match=r"mine.*no such thing"):
-        tiny(output=tmp_path, optimizers=["sgd", "rsgd", Contestant("mine", "plain", "own", "here", broken)])
+    with pytest.raises(OptimizerBuildError, match=r"mine.*no such thing"):
+        tiny(output=tmp_path, optimizers=["sgd", "rsgd", OptimizerSpec("mine", "plain", "own", "here", broken)])
     assert runs_csv(tiny(output=tmp_path)) == runs_csv(whole)
 
 
@@ -195,17 +194,64 @@ def test_a_tuned_study_is_extended_too(tmp_path):
     assert runs_csv(tiny(**tuned, **MORE)) == runs_csv(tiny(tune_on=(30, 15, 1), **MORE))
 
 
+def as_optuna_stored_it(place: Path) -> None:
+    """Move a study into the tables of Optuna, as version 0.1.0.dev0 had them; results were cut into pieces."""
+    with contextlib.closing(sqlite3.connect(place)) as old:
+        ((name, settings, machine),) = old.execute("SELECT name, settings, environment FROM manifold_nets_studies")
+        runs = list(old.execute("SELECT key, state, result, test FROM manifold_nets_runs ORDER BY id"))
+        old.executescript(
+            "DROP TABLE manifold_nets_studies; DROP TABLE manifold_nets_runs;"
+            "CREATE TABLE studies (study_id INTEGER, study_name TEXT);"
+            "CREATE TABLE study_user_attributes (id INTEGER PRIMARY KEY, study_id INTEGER, key TEXT, value_json TEXT);"
+            "CREATE TABLE trials (trial_id INTEGER, study_id INTEGER, state TEXT);"
+            "CREATE TABLE trial_user_attributes (id INTEGER PRIMARY KEY, trial_id INTEGER, key TEXT, value_json TEXT);"
+        )
+        old.execute("INSERT INTO studies VALUES (1, ?)", (name,))
+        values = {"settings": settings, "environment": machine} | {
+            f"test {key}": json.loads(t) for key, *_, t in runs if t
+        }
+        for key, value in values.items():
+            statement = "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, ?, ?)"
+            old.execute(statement, (key, json.dumps(value)))
+        for i, (key, state, result, _) in enumerate(runs):
+            old.execute("INSERT INTO trials VALUES (?, 1, ?)", (i, {"done": "COMPLETE"}.get(state, "FAIL")))
+            for attribute, value in {
+                "key": key,
+                "result-0": (result or "")[:99],
+                "result-1": (result or "")[99:],
+            }.items():
+                statement = "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)"
+                old.execute(statement, (i, attribute, json.dumps(value)))
+        old.commit()
+
+
+@pytest.mark.parametrize("stop_at", [3, None])
+def test_a_study_that_an_earlier_version_stored_goes_on(stop_at, tmp_path, whole, monkeypatch):
+    def interrupt(progress):
+        if progress.done == stop_at:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        tiny(output=tmp_path, progress=interrupt)
+    as_optuna_stored_it(tmp_path / "study.db")
+    seen: list[Progress] = []
+    if stop_at is None:  # nothing is carried out and no test is read again
+        monkeypatch.setattr(InitialModels, "model", None)
+    assert reproducible(tiny(output=tmp_path, progress=seen.append)) == reproducible(whole)
+    assert [progress.done for progress in seen[:1]] == ([] if stop_at is None else [stop_at])
+
+
 def test_who_knows_the_study_before_it_grew_takes_none_of_the_new_runs(tmp_path):
     settings = small_settings()
-    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
+    queue = RunStore(f"sqlite:///{tmp_path / 'study.db'}", "test")
     queue.create(settings, environment())
     more = small_settings(seeds=(0, 1, 2))
     queue.extend(more)
-    queue.fill(more.run_keys())
+    queue.add_missing(more.run_keys())
     known = frozenset(settings.run_keys())
     claimed = dict(filter(None, (queue.claim(among=known) for _ in range(20))))
     assert sorted(claimed.values()) == sorted(known)
-    assert queue.done(known) == 0
+    assert queue.count_done(known) == 0
     queue.close()
 
 
@@ -322,25 +368,24 @@ def test_ten_kills_give_the_same_file(tmp_path):
 
 def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
     settings = small_settings()
-    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
+    queue = RunStore(f"sqlite:///{tmp_path / 'study.db'}", "test")
     queue.create(settings, environment())
     for _ in range(2):
-        queue.fill(settings.run_keys())
+        queue.add_missing(settings.run_keys())
     claimed = dict(filter(None, (queue.claim() for _ in range(9))))
     assert sorted(claimed.values()) == sorted(settings.run_keys())
-    queue.fill(settings.run_keys())
+    queue.add_missing(settings.run_keys())
     assert queue.claim() is None
-    again = RunQueue(queue.url, "test")
-    again.join()
+    again = RunStore(queue.url, "test")
     assert again.claim() is None
     again.close()
     # Those that show no beat are stale after a while, those that do are not.
     alive = min(claimed)
-    assert queue.give_up_stale(0.0) == 0
-    queue.beat([alive])
-    assert queue.give_up_stale(1.0) == 0
-    assert queue.give_up_stale(GRACE_SECONDS + 0.5) == 7
-    queue.fill(settings.run_keys())
+    assert queue.mark_stale_failed(0.0) == 0
+    queue.heartbeat([alive])
+    assert queue.mark_stale_failed(1.0) == 0
+    assert queue.mark_stale_failed(GRACE_SECONDS + 0.5) == 7
+    queue.add_missing(settings.run_keys())
     again = dict(filter(None, (queue.claim() for _ in range(8))))
     assert sorted(again.values()) == sorted(key for ticket, key in claimed.items() if ticket != alive)
     queue.close()
@@ -348,22 +393,22 @@ def test_every_run_is_queued_once_and_stale_ones_are_given_up(tmp_path):
 
 def test_one_that_is_alone_claims_each_run_once_and_leaves_no_trace(tmp_path):
     settings = small_settings()
-    queue = RunQueue(f"sqlite:///{tmp_path / 'study.db'}", "test")
+    queue = RunStore(f"sqlite:///{tmp_path / 'study.db'}", "test")
     queue.create(settings, environment())
-    queue.fill(settings.run_keys())
+    queue.add_missing(settings.run_keys())
     claimed = dict(filter(None, (queue.claim(alone=True) for _ in range(9))))
     assert sorted(claimed.values()) == sorted(settings.run_keys())
     assert queue.claim(alone=True) is None
-    assert queue._running() == {}
+    assert queue.running() == {}
     ticket, key = next(iter(claimed.items()))
     run = tiny(seeds=1, epochs=1).results[0]
     queue.finish(ticket, dataclasses.replace(run, key=key))
-    queue.give_up(next(reversed(claimed)))
+    queue.mark_failed([next(reversed(claimed))])
     queue.close()
     # Killed, and started again: all but what has ended is still to be done.
-    after = RunQueue(queue.url, "test")
+    after = RunStore(queue.url, "test")
     after.create(settings, environment())
-    after.fill(settings.run_keys())
+    after.add_missing(settings.run_keys())
     assert set(after.results()) == {key}
     rest = dict(filter(None, (after.claim(alone=True) for _ in range(9))))
     assert sorted(rest.values()) == sorted(set(settings.run_keys()) - {key})
@@ -378,15 +423,15 @@ def check_what_reaches_the_disk(place: Path) -> None:
         levels.append(connection.connection.driver_connection.execute("PRAGMA synchronous").fetchone()[0])
 
     run = tiny(seeds=1, epochs=1).results[0]
-    queue = RunQueue(f"sqlite:///{place}", "test")
+    queue = RunStore(f"sqlite:///{place}", "test")
     queue.create(small_settings(), environment())
-    queue.fill([run.key])
-    event.listen(queue._storage.engine, "commit", note)
+    queue.add_missing([run.key])
+    event.listen(queue._engine, "commit", note)
     ticket, _ = queue.claim()
     assert set(levels) == {1}
     levels.clear()
     queue.finish(ticket, run)
-    assert levels == [1, 2]
+    assert levels == [2]
     queue.record_test(run.key, 0.1, 0.2)
     assert levels[-1] == 2
     assert queue.results() == {run.key: run}
@@ -398,7 +443,7 @@ def check_what_reaches_the_disk(place: Path) -> None:
 def test_a_result_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     check_what_reaches_the_disk(tmp_path / "study.db")
     # Sabotage: nobody waits for the disk.
-    monkeypatch.setattr("manifold_nets.comparison.queue._flushed", contextlib.nullcontext)
+    monkeypatch.setitem(store._SYNCHRONOUS, True, "NORMAL")
     with pytest.raises(AssertionError):
         check_what_reaches_the_disk(tmp_path / "other.db")
 
@@ -406,11 +451,11 @@ def test_a_result_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_worker_joins_through_a_shared_database(tmp_path):
     settings, url = small_settings(), f"sqlite:///{tmp_path / 'shared.db'}"
-    queue = RunQueue(url, study_name(settings))
+    queue = RunStore(url, study_name(settings))
     queue.create(settings, environment())
-    queue.fill(settings.run_keys())
+    queue.add_missing(settings.run_keys())
     assert join_comparison(url, study_name(settings)) == settings
-    assert queue.done() == 8
+    assert queue.count_done() == 8
     queue.close()
     # The one that started it has no weights of these runs, and carries the chosen ones out again.
     shared = compare_settings(settings, tmp_path / "shared", storage=url, report=False)
@@ -420,7 +465,7 @@ def test_a_worker_joins_through_a_shared_database(tmp_path):
 def test_a_worker_without_the_device_of_the_study_is_refused(tmp_path):
     """The machine that made the study has it; this one does not."""
     settings = small_settings(device="cuda:999")
-    queue = RunQueue(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
+    queue = RunStore(f"sqlite:///{tmp_path / 'x.db'}", study_name(settings))
     queue.create(settings, environment())
     queue.close()
     with pytest.raises(SettingsError, match=r"^device: found 'cuda:999'; expected a device that torch has"):
@@ -459,7 +504,7 @@ def check_hidden(shown: str) -> None:
 def test_no_password_of_a_url_is_shown(url, tmp_path, monkeypatch):
     check_hidden(redacted(url))
     with pytest.raises(StorageError) as caught:
-        RunQueue(url, "x")
+        RunStore(url, "x")
     check_hidden("".join(traceback.format_exception(caught.value)))
     assert str(caught.value).endswith("Correct the URL (--storage).")
     done = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", url, "--output", str(tmp_path / "x")])
@@ -483,19 +528,19 @@ def test_passwords_of_any_letters_are_left_out(secret, form):
 def test_the_password_comes_from_the_environment_or_a_file(tmp_path, monkeypatch):
     url = "postgresql+psycopg://me@host/db"
     monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
-    assert completed(url) == url
+    assert with_password(url) == url
     (tmp_path / "password").write_text("a@b:c\n")
     monkeypatch.setenv(f"{PASSWORD_VARIABLE}_FILE", str(tmp_path / "password"))
-    assert make_url(completed(url)).password == "a@b:c"
+    assert make_url(with_password(url)).password == "a@b:c"
     monkeypatch.setenv(PASSWORD_VARIABLE, "d e/f")
-    assert make_url(completed(url)).password == "d e/f"
+    assert make_url(with_password(url)).password == "d e/f"
     # What the URL has counts, and a file needs none.
     for other in ("postgresql://me:own@host/db", "postgresql://me@host/db?password=own", "sqlite:///a.db"):
-        assert completed(other) == other
+        assert with_password(other) == other
     monkeypatch.delenv(PASSWORD_VARIABLE)
     monkeypatch.setenv(f"{PASSWORD_VARIABLE}_FILE", str(tmp_path / "absent"))
     with pytest.raises(StorageError, match=f"^{PASSWORD_VARIABLE}_FILE: found .*absent"):
-        completed(url)
+        with_password(url)
 
 
 def test_the_command_for_other_workers_is_one_that_works(tmp_path, monkeypatch):
@@ -506,4 +551,4 @@ def test_the_command_for_other_workers_is_one_that_works(tmp_path, monkeypatch):
     assert f"and the password in {PASSWORD_VARIABLE}: " in line
     words = shlex.split(line.partition(": manifold-nets ")[2])
     monkeypatch.setenv(PASSWORD_VARIABLE, "secret")
-    assert make_url(completed(words[words.index("--storage") + 1])) == make_url(given)
+    assert make_url(with_password(words[words.index("--storage") + 1])) == make_url(given)

@@ -14,15 +14,14 @@ import uuid
 
 import pytest
 from comparison_runs import small_settings
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 
 from manifold_nets.comparison import Settings
-from manifold_nets.comparison.entry import compare_settings
-from manifold_nets.comparison.environment import environment
-from manifold_nets.comparison.joining import study_name
-from manifold_nets.comparison.queue import RunQueue
-from manifold_nets.comparison.report.data import runs_csv
-from manifold_nets.comparison.storage import PASSWORD_VARIABLE
+from manifold_nets.comparison.api import compare_settings, study_name
+from manifold_nets.comparison.database_url import PASSWORD_VARIABLE
+from manifold_nets.comparison.report.tables import runs_csv
+from manifold_nets.comparison.results import environment
+from manifold_nets.comparison.store import RunStore
 
 SERVER = os.environ.get("MANIFOLD_NETS_STORAGE")
 
@@ -33,15 +32,15 @@ pytestmark = [
 
 # Short beats: whoever is killed is noticed after seconds.
 IMPATIENT = """
-import manifold_nets.comparison.engine as engine, manifold_nets.comparison.queue as queue
-engine.BEAT_SECONDS, queue.GRACE_SECONDS = 1.0, 5.0
+import manifold_nets.comparison.scheduler as scheduler, manifold_nets.comparison.store as store
+scheduler.HEARTBEAT_SECONDS, store.GRACE_SECONDS = 1.0, 5.0
 from manifold_nets.cli import main
 main()
 """
 
 KILLED = """
 import os, signal, sys
-from manifold_nets.comparison.joining import join_comparison
+from manifold_nets.comparison.api import join_comparison
 
 def die(progress):
     if progress.done == 2 and progress.running:
@@ -55,11 +54,13 @@ join_comparison(*sys.argv[1:], progress=die)
 def shared():
     """Settings whose study is in no database yet, and the empty study in the named one; it is deleted at the end."""
     settings = small_settings(target_error=float(f"0.05{uuid.uuid4().int % 10**6:06}"))
-    queue = RunQueue(SERVER, study_name(settings))
+    queue = RunStore(SERVER, study_name(settings))
     queue.create(settings, environment())
-    queue.fill(settings.run_keys())
+    queue.add_missing(settings.run_keys())
     yield settings, queue
-    queue._storage.delete_study(queue._study)
+    with queue._transaction() as connection:
+        for name in ("runs WHERE study", "studies WHERE name"):
+            connection.execute(text(f"DELETE FROM manifold_nets_{name} = :study"), {"study": queue.study})
     queue.close()
 
 
@@ -83,14 +84,14 @@ def test_a_killed_worker_in_a_shared_database_changes_nothing(shared, tmp_path):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     # Two runs are stored, and one is claimed by a process that is no more.
-    assert (queue.done(), len(queue._running())) == (2, 1)
+    assert (queue.count_done(), len(queue.running())) == (2, 1)
     command = started("compare", *arguments_of(settings), "--storage", SERVER, "--output", str(tmp_path))
     announced = next(line for line in command.stderr if "One more worker" in line)
     helper = started(*shlex.split(announced.partition(": manifold-nets ")[2]))
     for process in (helper, command):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
-    assert queue.done() == 8
+    assert queue.count_done() == 8
     alone = compare_settings(settings, tmp_path / "alone", report=False)
     assert (tmp_path / "runs.csv").read_text() == runs_csv(alone)
     # Sabotage: another seed gives another file.
@@ -100,8 +101,7 @@ def test_a_killed_worker_in_a_shared_database_changes_nothing(shared, tmp_path):
 
 def test_processes_take_each_run_once(shared):
     settings, queue = shared
-    other = RunQueue(SERVER, study_name(settings))
-    other.join()
+    other = RunStore(SERVER, study_name(settings))
     assert other.settings() == settings
     claimed = [found for _ in range(5) for taker in (queue, other) if (found := taker.claim()) is not None]
     assert sorted(key for _, key in claimed) == sorted(settings.run_keys())

@@ -13,17 +13,8 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from manifold_nets.comparison.statistics import (
-    all_differences,
-    cliques,
-    critical_difference,
-    differences,
-    friedman,
-    holm,
-    mean_interval,
-    paired_difference,
-    rank_runs,
-)
+from manifold_nets.comparison.ranks import cliques, critical_difference, friedman, rank_runs
+from manifold_nets.comparison.statistics import RESAMPLES, all_differences, holm, mean_interval, paired_difference
 from manifold_nets.errors import OptionError
 
 NAN, INF = float("nan"), float("inf")
@@ -203,7 +194,7 @@ def test_holm_lies_between_none_and_bonferroni_and_keeps_the_order(p: np.ndarray
 
 
 def false_alarms(adjust: Callable, trials: int = 400) -> float:
-    """How often five equal contestants are told apart."""
+    """How often five equal optimizers are told apart."""
     draws = np.random.default_rng(0).normal(size=(trials, 5, 6))
     return float(np.mean([any(adjust(_p_values(draw)) <= 0.05) for draw in draws]))
 
@@ -213,7 +204,7 @@ def _p_values(draw: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_equal_contestants_are_told_apart_as_rarely_as_promised() -> None:
+def test_equal_optimizers_are_told_apart_as_rarely_as_promised() -> None:
     assert false_alarms(holm) <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
     assert false_alarms(lambda p: p) > 0.15  # Sabotage: no correction.
 
@@ -320,7 +311,7 @@ def test_sabotage_a_clique_too_large_is_noticed() -> None:
         (lambda: mean_interval([1.0], confidence=95), "between 0 and 1"),
         (lambda: paired_difference([1.0, 2.0], [1.0]), "2, one for each"),
         (lambda: holm([0.5, 1.5]), "between 0 and 1"),
-        (lambda: rank_runs([]), "contestants"),
+        (lambda: rank_runs([]), "optimizers"),
     ],
 )
 def test_bad_input_is_named(call: Callable, told: str) -> None:
@@ -329,4 +320,4 @@ def test_bad_input_is_named(call: Callable, told: str) -> None:
 
 
 def test_the_bootstrap_has_many_samples() -> None:
-    assert differences.RESAMPLES >= 9999
+    assert RESAMPLES >= 9999

@@ -59,7 +59,7 @@ SLOW_PROMISES = {
     ),
 }
 
-NEEDED = {"compare_own_network": ["optuna"], "train_with_pymanopt": ["pymanopt", "sklearn"]}
+NEEDED = {"compare_own_network": ["sqlalchemy"], "train_with_pymanopt": ["pymanopt", "sklearn"]}
 
 
 def run(name, folder, *arguments):

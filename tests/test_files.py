@@ -216,7 +216,7 @@ def test_a_full_device_is_said_in_one_line() -> None:
 @pytest.mark.parametrize("limit", [3_000, 100_000, 260_000])
 def test_a_comparison_without_room_ends_in_one_line(tmp_path: Path, limit: int) -> None:
     """The first limit is below the empty study, the others end it among its runs and in the report."""
-    pytest.importorskip("optuna")
+    pytest.importorskip("sqlalchemy")
     said = run_without_room(
         tmp_path,
         """

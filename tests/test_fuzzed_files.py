@@ -28,10 +28,10 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
+from manifold_nets.comparison.api import STUDY_NAME_FILE, study_name
 from manifold_nets.comparison.errors import RecordError, StorageError
-from manifold_nets.comparison.joining import STUDY_NAME_FILE, study_name
-from manifold_nets.comparison.report.build import summarise
-from manifold_nets.comparison.report.data import epochs_csv, runs_csv, summary_json, times_csv
+from manifold_nets.comparison.report import summarise
+from manifold_nets.comparison.report.tables import epochs_csv, runs_csv, summary_json, times_csv
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion import storage
 from manifold_nets.conversion.remedies.dead_biases import removed_biases
@@ -315,23 +315,24 @@ def test_many_studies(tmp_path: Path) -> None:
     fuzz_studies(tmp_path, 100, seed=1)
 
 
-@pytest.mark.parametrize("change", ["key = NULL", "value_json = NULL", "value_json = '[]'"])
+def changed_study(folder: Path, statement: str) -> None:
+    with closing(sqlite3.connect(folder / "study.db")) as connection:
+        connection.execute(statement)
+        connection.commit()
+
+
+@pytest.mark.parametrize("change", ["key = NULL", "result = NULL", "result = '[]'"])
 def test_a_result_without_its_name_or_value_is_an_error_of_ours(tmp_path: Path, change: str) -> None:
     tiny(output=tmp_path, seeds=1, epochs=1)
-    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
-        row = "(SELECT min(trial_user_attribute_id) FROM trial_user_attributes WHERE key = 'result-0')"
-        connection.execute(f"UPDATE trial_user_attributes SET {change} WHERE trial_user_attribute_id = {row}")
-        connection.commit()
+    changed_study(tmp_path, f"UPDATE manifold_nets_runs SET {change} WHERE id = 1")
     with pytest.raises(StorageError, match=r"study\.db"):
         tiny(output=tmp_path, seeds=1, epochs=1)
 
 
 def test_rows_of_a_study_that_is_lost_are_an_error_of_ours(tmp_path: Path) -> None:
     tiny(output=tmp_path, seeds=1, epochs=1)
-    with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
-        connection.execute("DELETE FROM studies")
-        connection.commit()
-    with pytest.raises(StorageError, match=r"study comparison in sqlite.*rows of a study that is not there"):
+    changed_study(tmp_path, "DELETE FROM manifold_nets_studies")
+    with pytest.raises(StorageError, match=r"study comparison in sqlite.*runs without the study"):
         tiny(output=tmp_path, seeds=1, epochs=1)
 
 
@@ -348,19 +349,11 @@ def test_a_damaged_name_of_a_study_is_an_error_of_ours(tmp_path: Path, content: 
 def test_sabotage_without_checksums_a_study_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tiny(output=tmp_path)
 
-    def tampered() -> None:
-        with closing(sqlite3.connect(tmp_path / "study.db")) as connection:
-            key, text = connection.execute(
-                "SELECT trial_user_attribute_id, value_json FROM trial_user_attributes WHERE key = 'result-0'"
-            ).fetchone()
-            text = text.replace('\\"validation_error\\": 0.', '\\"validation_error\\": 0.9', 1)
-            connection.execute(
-                "UPDATE trial_user_attributes SET value_json = ? WHERE trial_user_attribute_id = ?", (text, key)
-            )
-            connection.commit()
-
-    tampered()
+    error = '"validation_error": 0.'
+    changed_study(
+        tmp_path, f"UPDATE manifold_nets_runs SET result = replace(result, '{error}', '{error}9') WHERE id = 1"
+    )
     with pytest.raises(ManifoldNetsError, match="do not match their checksum"):
         tiny(output=tmp_path)
-    monkeypatch.setattr("manifold_nets.comparison.plain.is_intact", lambda _: True)
+    monkeypatch.setattr("manifold_nets.comparison.json_records.is_intact", lambda _: True)
     assert reproducible(tiny(output=tmp_path)) != reproducible(whole)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import manifold_nets as mn
-from manifold_nets.comparison.contestants.builders import from_table
-from manifold_nets.comparison.records import Settings
+from manifold_nets.comparison.optimizers.builtin import from_table
+from manifold_nets.comparison.settings import Settings
 from manifold_nets.errors import LearningRateWarning
 
 EPS = torch.finfo(torch.float64).eps

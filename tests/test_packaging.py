@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -13,11 +14,17 @@ import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import manifold_nets as mn
+from manifold_nets.cli import main
+from manifold_nets.comparison.settings import Initialization, Schedule
+from manifold_nets.conversion import REMEDIES
+from manifold_nets.conversion.export import FileFormat
+from manifold_nets.symmetry.diagnose import LARGEST_SEED
+from manifold_nets.symmetry.optimizer_settings import OPTIMIZERS
 
 TOP = Path(__file__).resolve().parent.parent
 
@@ -68,6 +75,38 @@ def test_missing_docstrings_are_found() -> None:
     assert list(undocumented(module)) == found
 
 
+LACKING = set(
+    "Comparison LearningRates SymmetryReport conversion_record load plan ListedOptimizer Choice Contestant EpochRecord "
+    "LayerRecord Objective Progress RunKey RunResult Stepper Task join_comparison CostError Evaluations Iteration "
+    "NetworkProblem PointError hessian_asymmetry hessian_slope retraction_slope".split()
+)
+PUBLIC = ("", ".layers", ".optim", ".comparison", ".pymanopt_bridge")
+
+
+def without_example(module: types.ModuleType) -> Iterator[str]:
+    """Public names whose docstring has no section Example with code; a doctest runs those that have."""
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            _, found, example = (value.__doc__ or "").partition("Example:\n")
+            if not found or ">>>" not in example:
+                yield name
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_examples(name: str) -> None:
+    module = importlib.import_module(f"manifold_nets{name}")
+    assert [name for name in without_example(module) if name not in LACKING] == []
+
+
+def test_missing_examples_are_found() -> None:
+    module = types.ModuleType("planted")
+    source = "def bare():\n    'Nothing.'\ndef fine():\n    'Fine.\\n\\n    Example:\\n        >>> fine()\\n    '\n"
+    exec(source, vars(module))
+    module.__all__ = ["bare", "fine"]
+    assert list(without_example(module)) == ["bare"]
+
+
 @pytest.mark.parametrize("name", modules())
 def test_public_names_exist(name: str) -> None:
     module = importlib.import_module(name)
@@ -76,32 +115,101 @@ def test_public_names_exist(name: str) -> None:
     assert all(hasattr(module, entry) for entry in exported)
 
 
-def imported(statement: str) -> set[str]:
+def imported(statement: str, **environment: str) -> set[str]:
     """Top-level packages in memory after a statement, in a Python of its own."""
-    script = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    script = f"import atexit, sys\natexit.register(lambda: print('\\n' + ' '.join(sys.modules)))\n{statement}"
+    variables = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=variables)
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
-OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript"}
-# jsonschema is required, but not imported before a file is read.
+OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript", "optuna"}
+# jsonschema is required, but not imported before a file is read; scipy comes with geoopt.
 OPTIONAL |= {"jsonschema", "onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
+HEAVY = {"torch", "geoopt", "numpy", "scipy"}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert imported("import manifold_nets") & (OPTIONAL | HEAVY) == set()
+    assert set(mn.__all__) <= set(dir(mn))
+    with pytest.raises(AttributeError, match="has no attribute 'diagnoze'"):
+        _ = mn.diagnoze
 
 
 def test_the_core_imports_no_optional_package() -> None:
-    assert imported("import manifold_nets") & OPTIONAL == set()
+    statement = "import manifold_nets as mn\nfor name in mn.__all__:\n    getattr(mn, name)"
+    found = imported(statement)
+    assert found & OPTIONAL == set()
+    assert found > HEAVY
 
 
 def test_an_optional_package_would_be_seen() -> None:
-    assert imported("import manifold_nets, manifold_nets.cli") & OPTIONAL == {"click", "rich"}
+    assert imported("import manifold_nets.cli") & (OPTIONAL | HEAVY) == {"click", "rich"}
+
+
+@pytest.mark.parametrize("command", ["", "diagnose", "convert", "export", "compare"])
+def test_help_version_and_completion_import_no_torch(command: str) -> None:
+    start = "from manifold_nets.cli import main; "
+    asked = [command, "--help"] if command else ["--help"]
+    found = imported(f"{start}main({asked})")
+    assert "click" in found
+    assert found & HEAVY == set()
+    assert imported(f"{start}main(['--version'])") & HEAVY == set()
+    words = f"manifold-nets {command} torchvision:resnet18 --input-shape 3,8,8 --remedies all --"
+    completing = {"_MANIFOLD_NETS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    assert imported(f"{start}main(prog_name='manifold-nets')", **completing) & HEAVY == set()
+
+
+def test_torch_would_be_seen() -> None:
+    start = "from manifold_nets.cli import main; "
+    spec = ["diagnose", "torch.nn:Identity", "--input-shape", "4"]
+    assert imported(f"{start}main({spec})") > HEAVY
+
+
+def test_names_that_help_shows_are_those_of_the_package() -> None:
+    """Help imports no torch, and so repeats a few names that are defined elsewhere."""
+    parameters = {(name, p.name): p for name, command in main.commands.items() for p in command.params}
+    expected = {
+        ("diagnose", "optimizer"): OPTIMIZERS,
+        ("export", "file_format"): get_args(FileFormat),
+        ("compare", "schedule"): get_args(Schedule),
+        ("compare", "initialization"): get_args(Initialization),
+    }
+    assert {key: tuple(parameters[key].type.choices) for key in expected} == expected
+    assert f"some of {','.join(REMEDIES)}." in parameters["convert", "remedies"].help
+    assert parameters["diagnose", "seed"].type.max == LARGEST_SEED
 
 
 def test_importing_is_silent() -> None:
     """No warning escapes, even where all of them are shown."""
-    script = "import manifold_nets, manifold_nets.cli"
+    script = "import manifold_nets as mn, manifold_nets.cli\nfor name in mn.__all__:\n    getattr(mn, name)"
     done = subprocess.run([sys.executable, "-W", "always", "-c", script], capture_output=True, text=True, check=True)
     ours = [line for line in done.stderr.splitlines() if "manifold_nets" in line or "geoopt" in line]
     assert (done.stdout, ours) == ("", [])
+    assert "torch.jit.script" not in done.stderr
+
+
+GUARDED = """
+import torch
+{before}
+from manifold_nets.layers import UnitNormLinear
+from manifold_nets.errors import EuclideanStepError
+layer = UnitNormLinear(4, 3)
+layer(torch.ones(2, 4)).sum().backward()
+try:
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+except EuclideanStepError:
+    raise SystemExit(3)
+"""
+
+
+def test_weights_are_guarded_though_no_optimizer_of_ours_was_imported() -> None:
+    def status(before: str) -> int:
+        return subprocess.run([sys.executable, "-c", GUARDED.format(before=before)], check=False).returncode
+
+    assert status("") == 3
+    # Sabotage: nothing waits for the first weight on spheres.
+    assert status("import manifold_nets.manifold as m; m._on_first_instance.clear()") == 0
 
 
 # ---- the files of the project, where they are at hand ----------------------------------------------------------------
@@ -168,7 +276,7 @@ def test_the_extras_of_the_contract_exist() -> None:
     extras = project()["project"]["optional-dependencies"]
     assert {"pymanopt", "compare", "vision", "dev", "all"} <= extras.keys()
     everything = set(re.findall(r"\[(.+)\]", extras["all"][0])[0].split(","))
-    assert everything == extras.keys() - {"all", "dev"}
+    assert everything == extras.keys() - {"all", "dev", "docs"}
 
 
 def test_what_a_wheel_must_carry() -> None:

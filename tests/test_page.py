@@ -21,9 +21,8 @@ from manifold_nets.cli import main
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.symmetry import SymmetryReport
 from manifold_nets.symmetry.page import page_html, write_page
-from manifold_nets.symmetry.page.charts import group_norms, histogram
-from manifold_nets.symmetry.page.markup import STATUSES
-from manifold_nets.symmetry.page.network import parts
+from manifold_nets.symmetry.page.drawings import STATUSES, group_norms, histogram
+from manifold_nets.symmetry.page.graph import parts
 
 
 def check_true(text: str, report: SymmetryReport) -> None:

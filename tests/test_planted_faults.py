@@ -24,7 +24,7 @@ Rule = Callable[[Any], Any]
 
 
 def always_passes(use: Any) -> Any:
-    return elementwise.homogeneous(use)
+    return elementwise.passes(use)
 
 
 def always_absorbs(use: Any) -> Any:
@@ -143,7 +143,7 @@ def test_a_jump_that_the_rules_overlook_changes_the_function(name: str, monkeypa
     cut, key = JUMPS[name]
     torch.manual_seed(0)
     model, x = before_normalization(cut), torch.randn(32, 6)
-    monkeypatch.setitem(RULES, key, elementwise.sign if key == "lt.Scalar" else elementwise.homogeneous)
+    monkeypatch.setitem(RULES, key, elementwise.sign if key == "lt.Scalar" else elementwise.passes)
     assert mn.diagnose(model, x)["fc.weight"].partition is not None
     with pytest.raises(AssertionError):
         assert far_change(model, x, 8) <= BRUTE_FORCE_TOLERANCE
@@ -250,7 +250,7 @@ def test_a_convolution_used_twice_of_which_one_use_is_overlooked_is_caught(monke
 def test_a_rescaling_that_leaks_through_a_gate_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = TOYS["squeeze-excite"]
     assert not mn.diagnose(build(gate), gate.inputs()).refuted_families
-    monkeypatch.setitem(RULES, "sigmoid", elementwise.homogeneous)
+    monkeypatch.setitem(RULES, "sigmoid", elementwise.passes)
     assert mn.diagnose(build(gate), gate.inputs()).refuted_families
 
 
@@ -258,6 +258,8 @@ SHIFT_FAULTS: dict[str, tuple[str, str, Rule]] = {
     "relu": ("conv-relu-bn", "relu", lambda use: use.label("self")),
     "a mean that is not subtracted": ("linear-rms", "rms_norm", lambda use: SHIFT_RULES["layer_norm"](use)),
     "zeros of the padding": ("conv-padded mean-bn", "avg_pool2d", lambda use: use.label("self")),
+    "zeros beyond the border": ("grid sampler, zeros beyond the border", "grid_sampler", elementwise.passes),
+    "distances": ("distances", "cdist", lambda use: use.absorb("difference", use.ids("x1"))),
     "the larger of two": ("larger of two, one fixed", "max.other", lambda use: use.label("self")),
     "queries": ("stream", "scaled_dot_product_attention", lambda use: use.absorb("softmax", use.label("query").ids)),
 }

@@ -21,21 +21,22 @@ from hypothesis import strategies as st
 from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 
 from manifold_nets.cli import main
-from manifold_nets.comparison.report import Summary, markdown_report, page_html, summarise, write_report
-from manifold_nets.comparison.report.data import epochs_csv, runs_csv, times_csv
+from manifold_nets.comparison.report import Summary, latex_report, markdown_report, page_html, summarise, write_report
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
-from manifold_nets.comparison.report.figures.style import look
-from manifold_nets.comparison.report.formats import latex
+from manifold_nets.comparison.report.style import look
 from manifold_nets.comparison.report.tables import (
     Table,
     conclusions,
+    epochs_csv,
     explanation,
+    latex,
     rescaled_table,
     result_table,
     robustness_table,
+    runs_csv,
+    times_csv,
 )
-from manifold_nets.comparison.report.write import latex_report
-from manifold_nets.comparison.result import Comparison
+from manifold_nets.comparison.results import Comparison
 from manifold_nets.errors import MissingExtraError
 from manifold_nets.page.plots import SERIES, figure_svg, plot_settings, save_figure, settled
 
@@ -47,7 +48,7 @@ PLOTS = {drawing.name for drawing in FIGURES}
 
 def check_summary(found: Summary, of: Comparison) -> None:
     """Every number of the table is recomputed from the records."""
-    for contestant in found.contestants:
+    for contestant in found.optimizers:
         choice = of.choice(contestant.name)
         runs = [
             r
@@ -83,7 +84,7 @@ def test_summaries_are_true_to_the_runs() -> None:
 def test_diverged_runs_rank_last_and_are_named() -> None:
     found = summarise(TROUBLES["one lost altogether"])
     assert found.friedman is not None
-    names = [contestant.name for contestant in found.contestants]
+    names = [contestant.name for contestant in found.optimizers]
     assert found.friedman.mean_ranks[names.index("adam")] == 3.0
     told = " ".join(conclusions(found))
     assert "Runs of adam diverged at every learning rate" in told
@@ -96,7 +97,7 @@ def test_diverged_runs_rank_last_and_are_named() -> None:
 
 
 def test_passes_over_the_data_are_counted_as_they_were_made() -> None:
-    found = {contestant.name: contestant for contestant in summarise(TROUBLES["eleven"]).contestants}
+    found = {contestant.name: contestant for contestant in summarise(TROUBLES["eleven"]).optimizers}
     assert found["sgd"].passes == (1, 2, 3, 4, 5, 6)
     assert found["pymanopt-cg"].passes == (3, 6, 9, 12, 15, 18)
 
@@ -415,7 +416,7 @@ def test_latex_tables_have_the_cells_of_the_others(name: str, monkeypatch: pytes
     assert len(set(re.findall(r"\\label\{(.*?)\}", report))) == 4
     named = Table("x", ("a", "b"), (("a_b", "1 %"),))
     check_latex(latex(named, "x"), named)
-    monkeypatch.setattr("manifold_nets.comparison.report.formats._LATEX", {})
+    monkeypatch.setattr("manifold_nets.comparison.report.tables._LATEX", {})
     with pytest.raises(AssertionError):  # Sabotage: nothing is escaped.
         check_latex(latex(named, "x"), named)
 
@@ -472,10 +473,10 @@ def check_curve(axes: object, contestant: object) -> None:
 def test_learning_curves_are_medians_of_the_runs() -> None:
     summary = summarise(TROUBLES["three"])
     figure = draw("learning-curves", summary)
-    for contestant in summary.contestants:
+    for contestant in summary.optimizers:
         check_curve(figure.axes[1], contestant)
     with pytest.raises(AssertionError):  # Sabotage: the training loss in place of the error.
-        check_curve(figure.axes[0], summary.contestants[0])
+        check_curve(figure.axes[0], summary.optimizers[0])
 
 
 def test_a_curve_ends_where_most_runs_are_lost() -> None:
@@ -498,7 +499,7 @@ def test_sensitivity_shows_the_grid_and_where_runs_diverged() -> None:
     hollow = [line for line in upper.lines if line.get_markerfacecolor() == "none"]
     assert [list(line.get_xdata()) for line in hollow] == [[1.0]]
     crosses = [list(line.get_xdata()) for line in lower.lines if line.get_marker() == "x"]
-    assert crosses == [[0.001, 1.0], []]
+    assert crosses == [[0.001], [1.0]]
 
 
 def test_critical_differences_join_what_belongs_together() -> None:
@@ -517,8 +518,8 @@ def test_critical_differences_join_what_belongs_together() -> None:
 
 def test_looks_differ_beyond_colour() -> None:
     looks = [look(i) for i in range(12)]
-    assert len({a.marker for a in looks}) == 12
-    assert len({(a.colour, str(a.line)) for a in looks}) == 12
+    assert len({a["marker"] for a in looks}) == 12
+    assert len({(a["color"], str(a["linestyle"])) for a in looks}) == 12
 
 
 def texts_of(figure: object) -> list:

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+import manifold_nets as mn
 from manifold_nets.symmetry.graph import overload_key
-from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, reshape_ids
+from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, elementwise, movement
+from manifold_nets.symmetry.rules.movement import reshape_ids
 from manifold_nets.symmetry.structure.find import follow_weight
-from manifold_nets.symmetry.structure.scales import Break, Scales
+from manifold_nets.symmetry.structure.scales import Break, Label, Scales
 from manifold_nets.symmetry.trace import trace
 
 FILTERS = 6
@@ -84,6 +86,7 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda y: y[:, 1:5:2],
     "slice rows": lambda y: y[:, :, 1:],
     "narrow": lambda y: y.narrow(1, 2, 3),
+    "crop channels": lambda y: F.pad(y.transpose(1, 3), (-1, -1)),
     "flip": lambda y: y.flip(1),
     "roll": lambda y: y.roll(2, 1),
     "chunk": lambda y: y.chunk(2, 1)[1],
@@ -167,6 +170,23 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
     "einsum with an ellipsis": lambda y: torch.einsum("...hw,wk->...hk", y, _w(5, 2)),
     "einsum without a result": lambda y: torch.einsum("cbij,ik", y, _w(5, 2)),
     "vector product": lambda y: y[0, 1].flatten() @ y[0, 2].flatten() * y,
+    "roll all": lambda y: y.roll(3),
+    "product over space": lambda y: y.flatten(2)[:, :, :3].prod(2),
+    "product over channels": lambda y: y[:, :3].prod(1),
+    "grid sampler": lambda y: F.grid_sample(y, _w(4, 3, 3, 2), align_corners=False),
+    "grid sampler in space and time": lambda y: F.grid_sample(
+        y[:, :, None], _w(4, 1, 3, 3, 3), mode="nearest", padding_mode="border", align_corners=True
+    ),
+    "numbers for what is not finite": lambda y: y.nan_to_num(),
+    "outer product": lambda y: torch.outer(y[0, :, 0, 0], y[1, :, 1, 1]),
+    "broadcast tensors": lambda y: torch.broadcast_tensors(y, FIXED[0], y[:, :, :1])[2] * FIXED,
+    "complex numbers and back": lambda y: torch.view_as_real(torch.view_as_complex(y[..., :2].contiguous()) * 2j),
+    "sorted in their own": lambda y: y * torch.searchsorted(y.flatten(2).sort(2)[0], y.flatten(2)).view_as(y),
+    "bins of zero": lambda y: y * torch.bucketize(y, torch.zeros(1, dtype=y.dtype)),
+    "lists of products": lambda y: torch._foreach_mul([y, FIXED], 2.0)[0],
+    "lists of products in place": lambda y: _in_place(
+        y.clone(), lambda z: torch._foreach_mul_([z, FIXED.clone()], 3.0)
+    ),
     "vmap": lambda y: torch.vmap(lambda z: F.relu(z) * z.mean((1, 2), keepdim=True))(y),
 }
 # What demands the same scale of several filters, then passes it.
@@ -198,6 +218,12 @@ JOINS: dict[str, Callable[[Tensor], Tensor]] = {
     "addbmm": lambda y: torch.addbmm(torch.zeros(25, 3, dtype=y.dtype), y.flatten(2).mT, _w(4, 6, 3)),
     "addmm": lambda y: torch.addmm(torch.zeros(3, dtype=y.dtype), y.flatten(2)[0].T, _w(6, 3)),
     "entries below zero are set to others": lambda y: _set(y, lambda z: z < 0, y.mean()),
+    "distances": lambda y: torch.cdist(y[:, :3].flatten(2), y[:, 3:].flatten(2)),
+    "distances along channels": lambda y: torch.cdist(y[0], y[1], p=1.0),
+    "sorted in another": lambda y: y[0] * torch.searchsorted(y[1].sort(-1)[0], y[0].flip(0)),
+    "complex numbers of channels": lambda y: torch.view_as_real(
+        torch.view_as_complex(y[:, :2].movedim(1, -1).contiguous()) * 2j
+    ),
     "embedding bag": lambda y: F.embedding_bag(torch.tensor([[0, 2], [1, 1]]), y[0].flatten(1), mode="max"),
 }
 # What refuses scales.
@@ -211,11 +237,17 @@ REFUSES: dict[str, Callable[[Tensor], Tensor]] = {
     "plus a constant": lambda y: y + 1,
     "plus a tensor": lambda y: y + FIXED,
     "pad with a constant, then sum": lambda y: F.pad(y, (1, 1), value=2.0).sum(3),
-    "crop channels": lambda y: F.pad(y.transpose(1, 3), (-1, -1)),
     "cat then sum": lambda y: torch.cat([y, FIXED], 1).sum(1),
     "attention queries": lambda y: F.scaled_dot_product_attention(y, FIXED, FIXED),
     "where": lambda y: torch.where(FIXED > 0, y, FIXED),
     "compared with a constant": lambda y: y * (y.abs() < 0.5),
+    "grid": lambda y: F.grid_sample(FIXED, y[:, :2].movedim(1, -1), align_corners=False),
+    "distances to a tensor": lambda y: torch.cdist(y, FIXED),
+    "bins": lambda y: y * torch.bucketize(y, torch.tensor([-0.3, 0.2], dtype=y.dtype)),
+    "sorted in a tensor": lambda y: y * torch.searchsorted(FIXED.sort(-1)[0], y),
+    "another number for what is not finite": lambda y: y.sqrt().nan_to_num(nan=2.0),
+    "lists of products with each other": lambda y: torch._foreach_mul([y], [y])[0],
+    "rows of a norm that is at most one": lambda y: F.embedding(torch.tensor([0, 1]), y[0, 0] + 0, max_norm=1.0),
     "compared with a tensor": lambda y: y * (y < FIXED),
     "smaller of two": lambda y: torch.min(y, torch.tensor(0.3, dtype=y.dtype)),
     "larger of two": lambda y: torch.maximum(FIXED, y),
@@ -294,23 +326,45 @@ def test_a_rule_that_refuses_scales(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert free < FILTERS
 
 
+def pads_with_zeros(use: Any) -> Any:
+    """The rule of a padding, taken for one with zeros."""
+    use.args["value"] = 0.0
+    return movement.pad(use)
+
+
 @pytest.mark.parametrize(
     ("name", "op", "wrong"),
     [
-        ("sigmoid", "sigmoid", elementwise.homogeneous),
-        ("transpose", "transpose.int", elementwise.homogeneous),
-        ("roll", "roll", elementwise.homogeneous),
+        ("sigmoid", "sigmoid", elementwise.passes),
+        ("transpose", "transpose.int", elementwise.passes),
+        ("roll", "roll", elementwise.passes),
         ("sum of two channels", "add.Tensor", lambda use: use.label("self")),
-        ("pow", "pow.Tensor_Scalar", elementwise.homogeneous),
-        ("channel shuffle", "channel_shuffle", elementwise.homogeneous),
-        ("reflect channels", "pad", elementwise.homogeneous),
-        ("pad with a constant", "pad", elementwise.homogeneous),
-        ("linear attention, values", "pad", elementwise.homogeneous),
+        ("pow", "pow.Tensor_Scalar", elementwise.passes),
+        ("channel shuffle", "channel_shuffle", elementwise.passes),
+        ("reflect channels", "pad", elementwise.passes),
+        ("pad with a constant", "pad", elementwise.passes),
+        ("linear attention, values", "pad", pads_with_zeros),
         ("compared with a constant", "lt.Scalar", elementwise.sign),
-        ("smaller of two", "min.other", elementwise.homogeneous),
+        ("smaller of two", "min.other", elementwise.passes),
         ("integers", "to.dtype", lambda use: None),
         ("entries below zero are set to one", "index_put", lambda use: use.label("self")),
-        ("added through a view", "add.Tensor", elementwise.homogeneous),
+        ("added through a view", "add.Tensor", elementwise.passes),
+        ("product over channels", "prod.dim_int", elementwise.passes),
+        ("grid", "grid_sampler", elementwise.shape_only),
+        ("outer product", "outer", lambda use: None),
+        ("distances to a tensor", "cdist", lambda use: Label(use.label("x1").ids[..., :1])),
+        ("bins", "bucketize.Tensor", elementwise.sign),
+        ("sorted in another", "searchsorted.Tensor", elementwise.sign),
+        ("another number for what is not finite", "nan_to_num", elementwise.passes),
+        ("broadcast tensors", "broadcast_tensors", lambda use: [None] * 3),
+        ("complex numbers of channels", "view_as_complex", lambda use: Label(use.label("self").ids[..., 0])),
+        ("lists of products", "_foreach_mul.Scalar", lambda use: [None] * 2),
+        (
+            "lists of products with each other",
+            "_foreach_mul.List",
+            lambda use: [use.label_of(use.args["self"][0])],
+        ),
+        ("rows of a norm that is at most one", "embedding_renorm", elementwise.passes),
         ("sorted channels", "sort", lambda use: [use.label("self"), None]),
         ("einsum of two", "einsum", lambda use: use.label_of(use.args["tensors"][0])),
         ("variance and mean", "var_mean.dim", lambda use: [use.label("self")] * 2),
@@ -322,6 +376,47 @@ def test_a_wrong_rule_is_noticed(name: str, op: str, wrong: Any, monkeypatch: py
     operation = {**PASSES, **JOINS, **REFUSES}[name]
     with pytest.raises((AssertionError, ValueError)):
         assert label_error(operation, monkeypatch)[0] <= TOLERANCE
+
+
+class TermBeforeNormalization(nn.Module):
+    """Something is added to the result of a convolution: a number, or a term for each sample and channel."""
+
+    def __init__(self, normalization: nn.Module, number: float | None = None) -> None:
+        super().__init__()
+        self.conv, self.term, self.head = nn.Conv2d(3, 6, 3, bias=False), nn.Linear(4, 6), nn.Conv2d(6, 2, 1)
+        self.normalization, self.number = normalization, number
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        term: Any = self.term(t)[:, :, None, None] if self.number is None else self.number
+        return self.head(self.normalization((self.conv(x) + term).contiguous()).relu())
+
+
+TERMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "one channel a group": (lambda: TermBeforeNormalization(nn.GroupNorm(6, 6)), 6),
+    "two channels a group": (lambda: TermBeforeNormalization(nn.GroupNorm(3, 6)), 0),
+    "a number, three channels a group": (lambda: TermBeforeNormalization(nn.GroupNorm(2, 6), 0.5), 2),
+    "a number, instance normalization": (lambda: TermBeforeNormalization(nn.InstanceNorm2d(6), 0.5), 6),
+    "a number, its mean is stored": (lambda: TermBeforeNormalization(nn.BatchNorm2d(6), 0.5), 0),
+}
+
+
+def groups_of(model: nn.Module) -> tuple[int, str]:
+    found = mn.diagnose(model, (torch.randn(4, 3, 8, 8), torch.randn(4, 4)))["conv.weight"]
+    return 0 if found.partition is None else found.partition.n_groups, found.status
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_what_a_normalization_subtracts_does_not_hinder_a_scale(name: str) -> None:
+    build, groups = TERMS[name]
+    torch.manual_seed(0)
+    assert groups_of(build())[0] == groups
+
+
+def test_a_term_that_is_wrongly_taken_for_subtracted_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sabotage twin: the channels of a group are forgotten."""
+    monkeypatch.setattr(elementwise, "_subtracts", lambda user, source, shape: all(n == 1 for n in shape[2:]))
+    torch.manual_seed(0)
+    assert groups_of(TERMS["two channels a group"][0]()) == (3, "disagreement")
 
 
 # Overloads of operations with a rule that are left unknown on purpose, each for a reason of its own.

@@ -17,7 +17,7 @@ from toy_networks import TOYS
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison
-from manifold_nets.comparison.plain import schema_of
+from manifold_nets.comparison.json_records import schema_of
 
 SCHEMA = json.loads(
     resources.files("manifold_nets.symmetry").joinpath("report.schema.json").read_text(encoding="utf-8")

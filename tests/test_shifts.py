@@ -53,6 +53,13 @@ def hidden(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Mod
     return lambda: Lambda(lambda m, x: m.n(operation(m.a(x), x)), a=nn.Linear(5, 6), n=nn.BatchNorm1d(6))
 
 
+def sampled(beyond: str) -> Callable[[], nn.Module]:
+    """Build a convolution, of which a grid samples entries, and a batch normalization."""
+    grid = 3.0 * torch.rand(4, 5, 5, 2, generator=torch.Generator().manual_seed(2)) - 1.5
+    sample = lambda y: F.grid_sample(y, grid.to(y.dtype), padding_mode=beyond, align_corners=False)  # noqa: E731
+    return lambda: Lambda(lambda m, x: m.n(sample(m.c(x))), c=nn.Conv2d(3, 6, 3), n=nn.BatchNorm2d(6))
+
+
 C = nn.Conv2d
 IMAGE, LARGE_IMAGE, ROWS, SEQUENCE = (4, 3, 9, 9), (2, 3, 40, 40), (6, 5), (4, 7, 5)
 Expected = dict[tuple[str, str], int]
@@ -130,6 +137,15 @@ CASES: dict[str, Case] = {
     ),
     "a view is written over": (
         lambda: Lambda(lambda m, x: in_view(m, x, add=False), q=nn.Linear(5, 6), k=nn.Linear(5, 6)), SEQUENCE, {},
+    ),
+    "grid sampler": (sampled("border"), IMAGE, {("dead bias", "c.bias"): 6}),
+    "grid sampler, zeros beyond the border": (sampled("zeros"), IMAGE, {}),
+    "distances": (
+        lambda: Lambda(lambda m, x: torch.cdist(m.a(x), m.a(x.flip(0)) + m.a(x)[:1]), a=nn.Linear(5, 6)), ROWS, {},
+    ),
+    "distances of rows": (
+        lambda: Lambda(lambda m, x: torch.cdist(m.a(x), m.a(x.square())), a=nn.Linear(5, 6)), ROWS,
+        {("dead bias", "a.bias"): 6},
     ),
     "larger of two": (hidden(lambda h, x: torch.max(h, h.flip(0))), ROWS, {("dead bias", "a.bias"): 6}),
     "larger of two, one fixed": (hidden(lambda h, x: torch.max(h, x[:, :1])), ROWS, {}),

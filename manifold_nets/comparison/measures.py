@@ -1,4 +1,4 @@
-"""How robust and how fast a contestant is: functions of arrays, one entry a run."""
+"""How robust and how fast an optimizer is: functions of arrays, one entry per run."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def cost_ratio(costs: ArrayLike, reference: ArrayLike) -> CostRatio | None:
     """Seconds or bytes a step relative to the reference's; None where either was not measured.
 
     Args:
-        costs: one number a run; what is not finite was not measured.
+        costs: one number per run; what is not finite was not measured.
         reference: the same of the reference.
 
     Example:

@@ -1,4 +1,4 @@
-"""What is watched while a contestant trains: norms and rotation of the filters, and the memory of a step."""
+"""What is watched while an optimizer trains: norms and rotation of the filters, and the memory of a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from manifold_nets.comparison.records import LayerRecord
+from manifold_nets.comparison.results import LayerRecord
 from manifold_nets.groups import Partition, wide
 
 __all__ = ["FilterWatch", "peak_memory", "sampled_steps"]

@@ -1,4 +1,4 @@
-"""What a comparison is told, and which runs follow from it."""
+"""The settings of a comparison, and the runs that follow from them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
 from manifold_nets.comparison.errors import SettingsError
-from manifold_nets.comparison.plain import PlainRecord
+from manifold_nets.comparison.json_records import JsonRecord
 
 __all__ = ["InitialScale", "RunKey", "Schedule", "Settings", "Trial", "Tuned"]
 
@@ -23,11 +23,11 @@ Trial = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
-class Tuned(PlainRecord):
-    """What a contestant trains with after it was tuned on few examples.
+class Tuned(JsonRecord):
+    """The learning rate and weight decay that tuning on few examples chose for an optimizer.
 
     Args:
-        optimizer: name of the contestant.
+        optimizer: name of the optimizer.
         initial_scale: of its runs.
         learning_rate: the one chosen; the smallest of the grid where every run diverged.
         weight_decay: likewise; None where weight decay was not tuned.
@@ -40,30 +40,30 @@ class Tuned(PlainRecord):
 
 
 @dataclass(frozen=True)
-class Settings(PlainRecord):
-    """All that determines the results of a comparison.
+class Settings(JsonRecord):
+    """Everything that determines the results of a comparison.
 
     Args:
         task: name of the task, or ``file.py:callable``.
         model: name of the model, such as ``mlp:100,100``, or ``file.py:callable``.
-        optimizers: names of the contestants, in the order in which they are shown; the first is the reference.
-        learning_rates: the grid, the same for every contestant; positive.
+        optimizers: names of the optimizers, in the order in which they are shown; the first is the reference.
+        learning_rates: the grid, the same for every optimizer; positive.
         seeds: each gives initial weights and an order of the data.
         epochs: passes over the training data.
-        batch_size: examples a step; contestants that need the full batch take one step of all examples an epoch.
+        batch_size: examples per step; full-batch optimizers take one step per epoch.
         weight_decay: coefficient of weight decay on the weights that are not on spheres.
-        weight_decays: several coefficients to tune along with the learning rate, the same for every contestant;
+        weight_decays: several coefficients to tune along with the learning rate, the same for every optimizer;
             ``weight_decay`` alone when empty.
-        momentum: of the contestants that have one.
-        schedule: of the learning rate; see `schedules.learning_rate_factor`.
-        target_error: validation error whose reaching is timed.
+        momentum: of the optimizers that have one.
+        schedule: of the learning rate; see `learning_rate_factor`.
+        target_error: validation error whose time to reach is reported.
         initial_scales: ``"plain"`` initial weights, ``"rescaled"`` ones, or both; see `RunKey`.
         data: folder of the data, for tasks that read files.
         device: torch device.
         threads: torch threads of each run; results of different numbers differ by rounding.
         initialization: the model's own, or ``"balanced"``: filters and the columns of the classifier of norm 1 and
             random direction, biases 0.
-        early_stop: whether runs may end before the last epoch; see `schedules.is_time_to_stop`.
+        early_stop: whether runs may end before the last epoch; see `should_stop`.
         subset: how many training and validation examples to use of those of the task; all when left out.
         tune_on: how many training examples, validation examples and epochs to choose learning rate and weight decay
             with; the runs on all data have only the chosen ones. When left out, they are chosen by the runs themselves.
@@ -71,7 +71,7 @@ class Settings(PlainRecord):
         tuned: what was chosen so; filled in by the comparison.
 
     Raises:
-        SettingsError: a value has no meaning.
+        SettingsError: a value is invalid.
 
     Example:
         >>> settings = Settings(optimizers=("sgd", "rsgd"), learning_rates=(0.01, 0.1), seeds=(0, 1, 2), epochs=2)
@@ -116,39 +116,40 @@ class Settings(PlainRecord):
         self._require_meaning()
 
     def _require_meaning(self) -> None:
-        rates, finite = self.learning_rates, math.isfinite
-        self._require("learning_rates", all(finite(r) and r > 0 for r in rates), "positive finite numbers")
-        for name in ("task", "model", "optimizers"):
-            texts = getattr(self, name)
-            shown = all(text and text.isprintable() for text in ((texts,) if isinstance(texts, str) else texts))
-            self._require(name, shown, "names without control characters")
-        self._require("seeds", all(0 <= s < 2**31 for s in self.seeds), "integers from 0")
-        self._require("epochs", self.epochs >= 1, "at least 1")
-        self._require("batch_size", self.batch_size >= 1, "at least 1")
-        self._require("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0")
-        self._require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
-        self._require("schedule", self.schedule in get_args(Schedule), "constant, cosine, bold-driver or exponential")
-        self._require("target_error", self.target_error >= 0, "an error of at least 0")
-        known = set(self.initial_scales) <= {"plain", "rescaled"}
-        self._require("initial_scales", known, "plain, rescaled, or both")
-        self._require("threads", self.threads >= 1, "at least 1")
-        decays = all(finite(d) and d >= 0 for d in self.weight_decays)
-        self._require("weight_decays", decays, "numbers of at least 0")
-        self._require("weight_decay", not (self.weight_decay and self.weight_decays), "0 beside weight_decays")
-        self._require("initialization", self.initialization in get_args(Initialization), "default or balanced")
-        self._require("subset", _are_counts(self.subset, 2), "two counts of examples, at least 1")
-        counts = {len(self.trials(name, scale)) for name, scale in product(self.optimizers, self.initial_scales)}
-        self._require("tuned", len(counts) == 1 and 0 not in counts, "as many choices for each optimizer and scale")
-        seeds = self.tune_seeds is None or (self.tune_on is not None and 1 <= self.tune_seeds <= len(self.seeds))
-        self._require("tune_seeds", seeds, "a number of the seeds, beside tune_on")
-        self._require("tune_on", _are_counts(self.tune_on, 3), "examples to train on, to validate by, and epochs")
-
-    def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise SettingsError(name, getattr(self, name), expected)
+        finite = math.isfinite
+        names = {name: getattr(self, name) for name in ("task", "model", "optimizers")}
+        printable = {
+            name: all(text and text.isprintable() for text in ((texts,) if isinstance(texts, str) else texts))
+            for name, texts in names.items()
+        }
+        trials = {len(self.trials(name, scale)) for name, scale in product(self.optimizers, self.initial_scales)}
+        tune_seeds = self.tune_seeds is None or (self.tune_on is not None and 1 <= self.tune_seeds <= len(self.seeds))
+        rules: tuple[tuple[str, bool, str], ...] = (
+            ("learning_rates", all(finite(r) and r > 0 for r in self.learning_rates), "positive finite numbers"),
+            *((name, holds, "names without control characters") for name, holds in printable.items()),
+            ("seeds", all(0 <= s < 2**31 for s in self.seeds), "integers from 0"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("weight_decay", finite(self.weight_decay) and self.weight_decay >= 0, "a number of at least 0"),
+            ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
+            ("schedule", self.schedule in get_args(Schedule), "constant, cosine, bold-driver or exponential"),
+            ("target_error", self.target_error >= 0, "an error of at least 0"),
+            ("initial_scales", set(self.initial_scales) <= {"plain", "rescaled"}, "plain, rescaled, or both"),
+            ("threads", self.threads >= 1, "at least 1"),
+            ("weight_decays", all(finite(d) and d >= 0 for d in self.weight_decays), "numbers of at least 0"),
+            ("weight_decay", not (self.weight_decay and self.weight_decays), "0 beside weight_decays"),
+            ("initialization", self.initialization in get_args(Initialization), "default or balanced"),
+            ("subset", _are_counts(self.subset, 2), "two counts of examples, at least 1"),
+            ("tuned", len(trials) == 1 and 0 not in trials, "as many choices for each optimizer and scale"),
+            ("tune_seeds", tune_seeds, "a number of the seeds, beside tune_on"),
+            ("tune_on", _are_counts(self.tune_on, 3), "examples to train on, to validate by, and epochs"),
+        )
+        for name, holds, expected in rules:
+            if not holds:
+                raise SettingsError(name, getattr(self, name), expected)
 
     def run_keys(self) -> Iterator[RunKey]:
-        """All runs, seeds first and contestants last, so that every contestant has runs early on."""
+        """All runs, ordered by seed first and optimizer last, so that every optimizer has runs early on."""
         for seed, scale in product(self.seeds, self.initial_scales):
             grids = [self.trials(optimizer, scale) for optimizer in self.optimizers]
             for trial in zip(*grids, strict=True):
@@ -156,7 +157,7 @@ class Settings(PlainRecord):
                     yield RunKey(optimizer, rate, seed, scale, decay)
 
     def trials(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[Trial, ...]:
-        """The learning rates and weight decays of a contestant, as many as every other has.
+        """The learning rates and weight decays of an optimizer, as many as every other has.
 
         Returns:
             Pairs of a learning rate and a weight decay, None where weight decay is not tuned: the grid, or the one pair
@@ -170,6 +171,10 @@ class Settings(PlainRecord):
     def decay_of(self, key: RunKey) -> float:
         """The weight decay of a run."""
         return self.weight_decay if key.weight_decay is None else key.weight_decay
+
+    def of_run(self, key: RunKey) -> Settings:
+        """The settings that the optimizer of a run gets, which have the weight decay of that run."""
+        return replace(self, weight_decay=self.decay_of(key), weight_decays=())
 
     def canonical_json(self) -> str:
         """The settings as one line of JSON in which equal settings are equal texts."""
@@ -204,13 +209,13 @@ def _are_counts(values: tuple[int, ...] | None, count: int) -> bool:
 
 
 @dataclass(frozen=True, order=True)
-class RunKey(PlainRecord):
+class RunKey(JsonRecord):
     """Which run: everything in a run's result follows from the settings and this.
 
     Args:
-        optimizer: name of the contestant.
+        optimizer: name of the optimizer.
         learning_rate: its learning rate.
-        seed: of initial weights and of the order of the data; both are the same for every contestant.
+        seed: of initial weights and of the order of the data; both are the same for every optimizer.
         initial_scale: ``"plain"``, or ``"rescaled"``: every filter whose scale is absorbed by a normalization is
             multiplied by 10^u, u uniform on [-2, 2], before anything is converted.
         weight_decay: its weight decay where that is tuned; None where it is that of the settings.

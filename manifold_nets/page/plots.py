@@ -32,6 +32,34 @@ SERIES = (
 )
 
 
+# Settings of matplotlib beside colors and sizes, and which of its colors are which of the page.
+_STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.handlelength": 3.0,  # long enough for dashes
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.6,
+    "axes.facecolor": "none",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "manifold_nets",
+    "text.parse_math": False,  # names may hold dollars
+}
+_COLORED = {
+    "ink": "axes.titlecolor text.color",
+    "soft": "axes.labelcolor xtick.color ytick.color",
+    "line": "grid.color",
+    "edge": "axes.edgecolor",
+    "panel": "figure.facecolor savefig.facecolor",
+}
+
+
 def series_style_sheet() -> str:
     """The colours of the series as custom properties, for light and dark pages."""
     light, dark = (";".join(f"--series-{i}:{pair[k]}" for i, pair in enumerate(SERIES)) for k in (0, 1))
@@ -52,42 +80,12 @@ def plot_settings(font: float) -> Iterator[None]:
         import matplotlib
     except ImportError:
         raise MissingExtraError("matplotlib", "the plots of a report", "compare") from None
-    settings: dict[str, Any] = {
-        "font.family": "DejaVu Sans",
-        "font.size": font,
-        "axes.titlesize": font,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.labelsize": font,
-        "xtick.labelsize": 0.92 * font,
-        "ytick.labelsize": 0.92 * font,
-        "legend.fontsize": 0.92 * font,
-        "legend.frameon": False,
-        "legend.handlelength": 3.0,  # long enough for dashes
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": COLOURS["line"],
-        "grid.linewidth": 0.6,
-        "axes.edgecolor": COLOURS["edge"],
-        "axes.labelcolor": COLOURS["soft"],
-        "axes.titlecolor": COLOURS["ink"],
-        "xtick.color": COLOURS["soft"],
-        "ytick.color": COLOURS["soft"],
-        "text.color": COLOURS["ink"],
-        "axes.facecolor": "none",
-        "figure.facecolor": COLOURS["panel"],
-        "savefig.facecolor": COLOURS["panel"],
-        "lines.linewidth": 1.6,
-        "lines.markersize": 5,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "manifold_nets",
-        "text.parse_math": False,  # names may hold dollars
-    }
+    small = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+    colors = {key: COLOURS[name] for name, keys in _COLORED.items() for key in keys.split()}
+    sizes = {"font.size": font, "axes.titlesize": font, "axes.labelsize": font, **dict.fromkeys(small, 0.92 * font)}
     # Only what the package draws with; everything else at matplotlib's own defaults.
     chosen: Any = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    chosen.update(settings)
+    chosen.update(**_STYLE, **colors, **sizes)
     with matplotlib.rc_context(chosen):
         yield
 

@@ -99,7 +99,8 @@ def is_in_place(node: Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     first = node.target._schema.arguments[:1]
-    return bool(first and first[0].alias_info is not None and first[0].alias_info.is_write)
+    is_tensor = bool(first) and str(first[0].type) == "Tensor"  # and no list of them, as of `torch._foreach_mul_`
+    return is_tensor and first[0].alias_info is not None and first[0].alias_info.is_write
 
 
 def target_of(node: Node) -> Node | None:
@@ -112,11 +113,13 @@ def target_of(node: Node) -> Node | None:
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:
-    """Arguments of an operation by their schema names, defaults filled in."""
+    """Arguments of an operation by their schema names, defaults filled in, without those that take the result."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {str(i): argument for i, argument in enumerate(node.args)}
     bound: dict[str, Any] = {}
     for position, argument in enumerate(node.target._schema.arguments):
+        if argument.is_out:
+            continue
         if position < len(node.args) and not argument.kwarg_only:
             bound[argument.name] = node.args[position]
         elif argument.name in node.kwargs:

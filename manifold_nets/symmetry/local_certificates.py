@@ -42,8 +42,9 @@ __all__ = ["LocalCertificates"]
 
 # Operations that may return a number where they read a NaN, though they depend on what is there.
 _SWALLOWING = frozenset(
-    "argsort bucketize copysign embedding_bag fmax fmin heaviside histc index_reduce kthvalue mode msort nan_to_num "
-    "nanmean nanmedian nanquantile nansum renorm scatter_reduce searchsorted sgn sign sort topk".split()
+    "argsort bucketize copysign embedding_bag embedding_renorm fmax fmin grid_sampler grid_sampler_2d grid_sampler_3d "
+    "heaviside histc index_reduce kthvalue mode msort nan_to_num nanmean nanmedian nanquantile nansum renorm "
+    "scatter_reduce searchsorted sgn sign sort topk".split()
 )
 # What may lie behind the weight.
 _HANDING_ON = {key.partition(".")[0] for key in RULES} - _SWALLOWING

@@ -56,7 +56,6 @@ class TracedGraph:
         program: what `torch.export` returned.
         parameters: the name of the parameter behind each placeholder; tied names are the first one of the model.
         buffers: the name of the buffer behind each placeholder.
-        order: the position of each node, those inside of regions included.
         flow: what depends on what.
         zeros: nodes whose entries are all zero when they are made, whatever the inputs: constants, and what operations
             fill with zeros.
@@ -67,10 +66,14 @@ class TracedGraph:
     program: torch.export.ExportedProgram
     parameters: dict[Node, str]
     buffers: dict[Node, str]
-    order: dict[Node, int]
     flow: DataFlow
     zeros: frozenset[Node] = frozenset()
     stored: frozenset[Node] = frozenset()
+
+    @property
+    def order(self) -> dict[Node, int]:
+        """The position of each node, those inside of regions included."""
+        return self.flow.order
 
     def module_of(self, node: Node) -> str:
         """Qualified name of the innermost module that runs the operation; empty for the model itself."""
@@ -140,7 +143,6 @@ class TracedGraph:
         ``fetch`` turns an argument of the node into its value. What ``visit`` returns takes the place of the result;
         with None the operation is carried out.
         """
-        graph = self
 
         class Visitor(Interpreter):
             def run_node(self, n: Node) -> Any:
@@ -149,29 +151,19 @@ class TracedGraph:
                     given = visit(n, lambda argument: self.env[argument] if isinstance(argument, Node) else argument)
                 return super().run_node(n) if given is None else given
 
-        state = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
         signature = self.program.graph_signature
-        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        constants = {
+        name_of = {
+            **signature.inputs_to_parameters,
+            **signature.inputs_to_buffers,
             **signature.inputs_to_lifted_tensor_constants,
-            **getattr(signature, "inputs_to_lifted_custom_objs", {}),
+            **signature.inputs_to_lifted_custom_objs,
         }
-        flat_inputs = iter(tensors_in(inputs) if holds_objects(inputs) else pytree.tree_leaves(inputs))
-        values: list[Any] = []
-        for node in self.program.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in named:
-                values.append(
-                    state[named[node.name]] if named[node.name] in state else graph.program.state_dict[named[node.name]]
-                )
-            elif node.name in constants:
-                values.append(self.program.constants[constants[node.name]])
-            else:
-                values.append(next(flat_inputs))
+        state: dict[str, Any] = {**self.program.constants, **self.program.state_dict}
+        state.update(model.named_parameters(remove_duplicate=False))
+        state.update(model.named_buffers(remove_duplicate=False))
+        leaves = iter(tensors_in(inputs) if holds_objects(inputs) else pytree.tree_leaves(inputs))
+        names = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
+        values = [state[name_of[name]] if name in name_of else next(leaves) for name in names]
         return Visitor(self.program.graph_module).run(*values)
 
 
@@ -185,22 +177,13 @@ def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:
     first_name = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     by_name = dict(model.named_parameters(remove_duplicate=False))
     signature = program.graph_signature
-    nodes = list(program.graph.nodes)
-    parameters = {
-        node: first_name[id(by_name[signature.inputs_to_parameters[node.name]])]
-        for node in nodes
-        if node.op == "placeholder" and node.name in signature.inputs_to_parameters
-    }
-    buffers = {
-        node: signature.inputs_to_buffers[node.name]
-        for node in nodes
-        if node.op == "placeholder" and node.name in signature.inputs_to_buffers
-    }
-    flow = DataFlow(program.graph)
-    graph = TracedGraph(program, parameters, buffers, flow.order, flow, zero_nodes(program))
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    own_names = signature.inputs_to_parameters.items()
+    parameters = {placeholders[place]: first_name[id(by_name[name])] for place, name in own_names}
+    buffers = {placeholders[place]: name for place, name in signature.inputs_to_buffers.items()}
+    graph = TracedGraph(program, parameters, buffers, DataFlow(program.graph), zero_nodes(program))
     graph = replace(graph, stored=_stored_buffers(graph, model, inputs))
-    flow = _without_dead_ends(graph)
-    return replace(graph, order=flow.order, flow=flow)
+    return replace(graph, flow=_without_dead_ends(graph))
 
 
 def _without_dead_ends(graph: TracedGraph) -> DataFlow:

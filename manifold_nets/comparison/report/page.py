@@ -7,18 +7,9 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
+from manifold_nets.comparison.report import tables
 from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing
 from manifold_nets.comparison.report.summary import Summary
-from manifold_nets.comparison.report.tables import (
-    Table,
-    conclusions,
-    difference_table,
-    explanation,
-    mean_text,
-    rescaled_table,
-    result_table,
-    robustness_table,
-)
 from manifold_nets.page import Section, document
 from manifold_nets.page.markup import escape, facts, plural, table
 from manifold_nets.page.plots import figure_svg, plot_settings, series_style_sheet, settled
@@ -53,7 +44,7 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
     """Return a comparison as a self-contained page: conclusions, tables, and figures for wide and narrow windows.
 
     Args:
-        summary: what is to be told.
+        summary: what to show.
         figures: what `draw_figures` made of it; drawn where left out.
 
     Raises:
@@ -76,15 +67,15 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
 
 
 def _opening(summary: Summary) -> str:
-    robustness = robustness_table(summary)
-    said = " ".join(escape(sentence) for sentence in conclusions(summary))
+    robustness = tables.robustness_table(summary)
+    sentences = " ".join(escape(sentence) for sentence in tables.conclusions(summary))
     return (
-        f'<p class="lead">{said}</p><p>{escape(explanation(summary))}</p>'
-        f"{_table(result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
+        f'<p class="lead">{sentences}</p><p>{escape(tables.explanation(summary))}</p>'
+        f"{_table(tables.result_table(summary))}<p>{escape(robustness.caption)}.</p>{_table(robustness)}"
     )
 
 
-def _table(found: Table) -> str:
+def _table(found: tables.Table) -> str:
     rows = [[_unbroken(escape(cell)) for cell in row] for row in found.rows]
     head = [escape(name if name.startswith("p ") else name[:1].upper() + name[1:]) for name in found.head]
     if not rows:
@@ -95,27 +86,27 @@ def _table(found: Table) -> str:
 
 
 def _unbroken(text: str) -> str:
-    """The same with intervals that no line breaks."""
+    """The same, with intervals that are not broken across lines."""
     return re.sub(r"\[[^]]*\]|\([\d. …]*\)|\S* ± \S*", lambda found: found[0].replace(" ", "\u00a0"), text)
 
 
 def _figure(drawing: Drawing, summary: Summary, pair: tuple[Figure, Figure]) -> str:
     titles = {
-        f"series-{i}": f"{c.name}: test error {mean_text(c.test, summary.unit, c.not_finite, sign=True)}"
-        for i, c in enumerate(summary.contestants)
+        f"series-{i}": f"{o.name}: test error {tables.mean_text(o.test, summary.unit, o.not_finite, sign=True)}"
+        for i, o in enumerate(summary.optimizers)
     }
-    told = drawing.told(summary)
+    caption = drawing.caption(summary)
     drawn = []
     for figure, size, css in zip(pair, (WIDE, NARROW), ("wide", "narrow"), strict=True):
-        label, prefix = f"{drawing.title}. {told}", f"{drawing.name}-{css}"
+        label, prefix = f"{drawing.title}. {caption}", f"{drawing.name}-{css}"
         with plot_settings(size.font):
             drawn.append(figure_svg(figure, label=label, prefix=prefix, titles=titles, css=css))
-    beside = _table(rescaled_table(summary)) if drawing.name == "rescaled" else ""
-    return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(told)}</figcaption></figure>{beside}'
+    beside = _table(tables.rescaled_table(summary)) if drawing.name == "rescaled" else ""
+    return f'<figure class="plot-card">{"".join(drawn)}<figcaption>{escape(caption)}</figcaption></figure>{beside}'
 
 
 def _differences(summary: Summary) -> str:
-    found = difference_table(summary)
+    found = tables.difference_table(summary)
     if not found.rows:
         return ""
     return f"<details><summary>{plural(len(found.rows), 'pair')}</summary>{_table(found)}</details>"

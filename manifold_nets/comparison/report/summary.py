@@ -1,14 +1,91 @@
-"""What a report tells of each contestant and of their differences, as the data of tables and figures."""
+"""What a report shows of each optimizer and of their differences: the data of tables and figures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
-from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
-from manifold_nets.comparison.report.unit import Unit
-from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference
+import numpy as np
 
-__all__ = ["ContestantSummary", "LayerTrace", "RescaledStart", "Summary"]
+from manifold_nets.comparison.measures import (
+    CostRatio,
+    Reach,
+    Sensitivity,
+    cost_ratio,
+    learning_rate_sensitivity,
+    reach,
+)
+from manifold_nets.comparison.ranks import Friedman, cliques, critical_difference, friedman
+from manifold_nets.comparison.results import Comparison, RunResult
+from manifold_nets.comparison.settings import InitialScale, Settings
+from manifold_nets.comparison.statistics import MeanInterval, PairedDifference, all_differences, mean_interval
+
+__all__ = ["LayerTrace", "OptimizerSummary", "RescaledStart", "Summary", "Unit", "summarise"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit of errors.
+
+    Args:
+        scale: what an error is multiplied by.
+        sign: written behind it; empty for none.
+    """
+
+    scale: float
+    sign: str
+
+    def label(self, text: str) -> str:
+        """A heading with the unit.
+
+        Example:
+            >>> PERCENT.label("test error"), PLAIN.label("test error")
+            ('test error (%)', 'test error')
+        """
+        return f"{text} ({self.sign})" if self.sign else text
+
+    def number(self, value: float) -> str:
+        """Two decimals of a percent, or four significant digits."""
+        return f"{self.scale * value:.2f}" if self.sign else f"{value:.4g}"
+
+    def signed(self, value: float) -> str:
+        """The same of a difference, with its sign; zero has none.
+
+        Example:
+            >>> PERCENT.signed(0.0123), PERCENT.signed(-1e-7), PLAIN.signed(-0.5)
+            ('+1.23', '0.00', '−0.5')
+        """
+        text = self.number(abs(value))
+        if float(text) == 0:
+            return text
+        return f"{'−' if value < 0 else '+'}{text}"
+
+    def short(self, value: float) -> str:
+        """At most three significant digits, and the sign.
+
+        Example:
+            >>> PERCENT.short(0.0312), PERCENT.short(0.25), PLAIN.short(1.5)
+            ('3.12 %', '25 %', '1.5')
+        """
+        return self.behind(f"{self.scale * value:.3g}" if math.isfinite(value) else "∞")
+
+    def behind(self, text: str) -> str:
+        """A text with the sign behind it."""
+        return f"{text} {self.sign}" if self.sign else text
+
+
+PERCENT, PLAIN = Unit(100.0, "%"), Unit(1.0, "")
+
+
+def unit_of(errors: Iterable[float]) -> Unit:
+    """Percent where no error exceeds 1, as those that are shares; what is not finite is no error.
+
+    Example:
+        >>> unit_of([0.1, 1.0, float("inf")]).sign, unit_of([0.1, 1.5]).sign
+        ('%', '')
+    """
+    return PERCENT if all(error <= 1 for error in errors if math.isfinite(error)) else PLAIN
 
 
 @dataclass(frozen=True)
@@ -17,7 +94,7 @@ class LayerTrace:
 
     Args:
         name: the weight's name.
-        rotation: angle in radians by which a filter turns in a step, after each epoch.
+        rotation: angle in radians by which a filter turns per step, after each epoch.
         norm: mean norm of its filters after each epoch.
     """
 
@@ -44,24 +121,24 @@ class RescaledStart:
 
 
 @dataclass(frozen=True)
-class ContestantSummary:
-    """One contestant: its runs at the learning rate that validation data chose, and its grid.
+class OptimizerSummary:
+    """One optimizer: its runs at the learning rate that validation data chose, and its grid.
 
     Args:
-        name: what it is called.
+        name: its name.
         sensitivity: validation error over the grid of learning rates.
         learning_rate: the one chosen.
         seeds: of its runs.
-        test_errors: one a seed; infinite for a run that diverged.
+        test_errors: one per seed; infinite for a run that diverged.
         test: their mean.
-        not_finite: how many of the runs have not diverged, and a test error that is NaN or infinite.
+        not_finite: how many runs have not diverged but have a test error that is NaN or infinite.
         at_edge: whether the chosen rate is the smallest or the largest of several.
         losses: training loss, runs × epochs, infinite from where a run diverged.
         errors: validation error, likewise.
         passes: passes over the training data to the end of each epoch.
         seconds: training time to the end of each epoch, likewise.
-        reach: how soon it comes to the target.
-        step_seconds: median seconds a step; NaN where not measured.
+        reach: how soon it reaches the target.
+        step_seconds: median seconds per step; NaN where not measured.
         step_ratio: the same relative to the reference.
         memory_ratio: peak memory relative to the reference.
         layers: rotation and norms.
@@ -98,21 +175,21 @@ class Summary:
 
     Args:
         title: the task and the model.
-        contestants: in the order in which they were named.
+        optimizers: in the order of the settings.
         reference: the name of the one that costs and differences are relative to.
         differences: all pairs of test errors, seed by seed.
-        friedman: the test on ranks of test errors; none with fewer than two seeds or contestants.
+        friedman: the test on ranks of test errors; none with fewer than two seeds or optimizers.
         critical_difference: of mean ranks; NaN where there is no test.
-        cliques: contestants that it cannot tell apart, as places in `contestants`.
-        unit: what errors are shown in; they are stored as they are.
+        cliques: optimizers that it cannot distinguish, as indices into `optimizers`.
+        unit: the unit that errors are shown in; they are stored as they are.
         target: the validation error of the time-to-target table.
-        choices: how each learning rate was chosen, contestant and reason.
+        choices: how each learning rate was chosen, optimizer and reason.
         settings: what was run, name and value.
-        notes: what else a reader has to know, in sentences; see `Comparison.notes`.
+        notes: further remarks, in sentences; see `Comparison.notes`.
     """
 
     title: str
-    contestants: tuple[ContestantSummary, ...]
+    optimizers: tuple[OptimizerSummary, ...]
     reference: str
     differences: tuple[PairedDifference, ...]
     friedman: Friedman | None
@@ -123,3 +200,165 @@ class Summary:
     choices: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+
+
+def summarise(comparison: Comparison) -> Summary:
+    """Work out means, intervals, differences, ranks, robustness and cost of every optimizer.
+
+    The runs of an optimizer are those at the learning rate that validation data chose for it. An optimizer whose runs
+    diverged at every rate is shown as one that diverged on every seed. Test errors are compared; grids and learning
+    curves are those of the validation data.
+
+    Args:
+        comparison: a finished comparison.
+    """
+    settings = comparison.settings
+    scale: InitialScale = "plain" if "plain" in settings.initial_scales else settings.initial_scales[0]
+    runs = {
+        name: [run for run in comparison.results if (run.key.optimizer, run.key.initial_scale) == (name, scale)]
+        for name in settings.optimizers
+    }
+    optimizers = tuple(_optimizer(comparison, name, scale, runs) for name in settings.optimizers)
+    tests = {found.name: found.test_errors for found in optimizers}
+    ranked = len(optimizers) > 1 and len(settings.seeds) > 1
+    ranks = friedman(np.array([found.test_errors for found in optimizers]).T) if ranked else None
+    difference = critical_difference(len(optimizers), len(settings.seeds)) if ranked else math.nan
+    every = [epoch.validation_error for run in comparison.results for epoch in run.epochs]
+    every += [_number(run.test_error) for run in comparison.results]
+    return Summary(
+        title=f"{settings.task}, {settings.model}",
+        optimizers=optimizers,
+        reference=settings.optimizers[0],
+        differences=all_differences(tests),
+        friedman=ranks,
+        critical_difference=difference,
+        cliques=() if ranks is None else cliques(ranks.mean_ranks, difference),
+        unit=unit_of(every),
+        target=settings.target_error,
+        choices=tuple((str(choice), choice.reason) for choice in comparison.choices),
+        settings=_described(comparison),
+        notes=comparison.notes(),
+    )
+
+
+def _optimizer(
+    comparison: Comparison, name: str, scale: InitialScale, every: dict[str, list[RunResult]]
+) -> OptimizerSummary:
+    settings, choice, runs = comparison.settings, comparison.choice(name, scale), comparison.chosen_runs(name, scale)
+    reference = every[settings.optimizers[0]]
+    seconds_per_step, memory = (
+        [
+            [float(cost) for run in costed if (cost := getattr(run, field)) is not None]
+            for costed in (every[name], reference)
+        ]
+        for field in ("seconds_per_step", "peak_memory_bytes")
+    )
+    losses, errors, seconds = (
+        _padded(runs, settings, field) for field in ("train_loss", "validation_error", "seconds")
+    )
+    passes = _passes(runs, settings)
+    tests = tuple(_number(run.test_error) for run in runs) or (math.inf,) * len(settings.seeds)
+    return OptimizerSummary(
+        name=name,
+        sensitivity=learning_rate_sensitivity(*_grid(comparison, name, scale)),
+        learning_rate=_number(choice.learning_rate, math.nan),
+        seeds=settings.seeds,
+        test_errors=tests,
+        test=mean_interval(tests),
+        not_finite=sum(run.test_error is not None and not math.isfinite(run.test_error) for run in runs),
+        at_edge=comparison.is_at_edge(choice),
+        losses=losses,
+        errors=errors,
+        passes=passes,
+        seconds=seconds,
+        reach=reach(errors, [passes] * len(errors), seconds, settings.target_error),
+        step_seconds=float(np.median(seconds_per_step[0])) if seconds_per_step[0] else math.nan,
+        step_ratio=cost_ratio(*seconds_per_step),
+        memory_ratio=cost_ratio(*memory),
+        layers=_layers(runs, settings),
+        rescaled=_rescaled(comparison, name),
+        failed=sum(run.diverged for run in every[name]),
+        runs=len(every[name]),
+    )
+
+
+def _passes(runs: Sequence[RunResult], settings: Settings) -> tuple[float, ...]:
+    """Passes over the training data to the end of each epoch: those of the run that needed most."""
+    passes = list(map(float, range(1, settings.epochs + 1)))
+    for run in runs:
+        for i, epoch in enumerate(run.epochs[: settings.epochs]):
+            passes[i] = max(passes[i], round(epoch.evaluations, 6))
+    return tuple(np.maximum.accumulate(passes).tolist())
+
+
+def _number(value: float | None, missing: float = math.inf) -> float:
+    return missing if value is None else value
+
+
+def _grid(comparison: Comparison, name: str, scale: InitialScale) -> tuple[list[float], list[list[float]]]:
+    """Learning rates and validation errors at the end of training: a row per learning rate, a column per seed.
+
+    Where weight decay is tuned, those at the chosen one; at the first where every run diverged.
+    """
+    trials, chosen = comparison.settings.trials(name, scale), comparison.choice(name, scale)
+    decay = trials[0][1] if chosen.trial is None else chosen.weight_decay
+    rates = [rate for rate, other in trials if other == decay]
+    return rates, [[_number(r.validation_error) for r in comparison.runs(name, rate, scale, decay)] for rate in rates]
+
+
+def _padded(runs: Sequence[RunResult], settings: Settings, field: str) -> tuple[tuple[float, ...], ...]:
+    """A field over the epochs of each run: infinite from where it diverged, the last value from where it stopped."""
+    rows = []
+    for run in runs:
+        values = tuple(float(getattr(epoch, field)) for epoch in run.epochs[: settings.epochs])
+        filling = math.inf if run.diverged or not values else values[-1]
+        rows.append(values + (filling,) * (settings.epochs - len(values)))
+    return tuple(rows) or ((math.inf,) * settings.epochs,) * len(settings.seeds)
+
+
+def _layers(runs: Sequence[RunResult], settings: Settings) -> tuple[LayerTrace, ...]:
+    traces = []
+    for place, name in enumerate(runs[0].layers if runs else ()):
+        steps = [[run.epochs[i].layers[place] for run in runs if i < len(run.epochs)] for i in range(settings.epochs)]
+        rotation, norm = (
+            tuple(float(np.median([getattr(layer, field) for layer in step])) if step else math.nan for step in steps)
+            for field in ("rotation", "norm")
+        )
+        traces.append(LayerTrace(name, rotation, norm))
+    return tuple(traces)
+
+
+def _rescaled(comparison: Comparison, name: str) -> RescaledStart | None:
+    """The rescaled start at the plain start's learning rate and at its own, where both starts were run."""
+    if set(comparison.settings.initial_scales) != {"plain", "rescaled"}:
+        return None
+    lost = [math.inf] * len(comparison.settings.seeds)
+    trial = comparison.choice(name, "plain").trial
+    plain, same = lost, lost
+    if trial is not None and trial in comparison.settings.trials(name, "rescaled"):
+        starts: tuple[InitialScale, InitialScale] = ("plain", "rescaled")
+        plain, same = (
+            [_number(run.validation_error) for run in comparison.runs(name, trial[0], start, trial[1])]
+            for start in starts
+        )
+    tests = [_number(run.test_error) for run in comparison.chosen_runs(name, "rescaled")] or lost
+    rate = _number(comparison.choice(name, "rescaled").learning_rate, math.nan)
+    return RescaledStart(mean_interval(plain), mean_interval(same), rate, mean_interval(tests))
+
+
+def _described(comparison: Comparison) -> tuple[tuple[str, str], ...]:
+    """Every setting that has a value, and where it ran."""
+    values = {field.name: getattr(comparison.settings, field.name) for field in fields(comparison.settings)}
+    shown = [
+        (name.replace("_", " "), _text(value))
+        for name, value in values.items()
+        if value is not None and value != () and name != "tuned"
+    ]
+    versions = ", ".join(f"{package} {version}" for package, version in comparison.environment.versions)
+    return (*shown, ("versions", versions), ("machine", comparison.environment.machine))
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_text, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

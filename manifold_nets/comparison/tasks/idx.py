@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from manifold_nets.comparison.tasks.errors import DataFileError, DataFolderError
+from manifold_nets.comparison.errors import DataFileError, DataFolderError
 
 __all__ = ["find_idx_files", "read_idx", "read_images_and_labels"]
 

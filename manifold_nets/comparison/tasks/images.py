@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from manifold_nets.comparison.tasks.errors import TaskNameError
+from manifold_nets.comparison.errors import TaskNameError
+from manifold_nets.comparison.tasks.from_data import classification
 from manifold_nets.comparison.tasks.idx import find_idx_files, read_images_and_labels
-from manifold_nets.comparison.tasks.scores import classification_scores, hits
-from manifold_nets.comparison.tasks.task import Task, TensorPart
+from manifold_nets.comparison.tasks.task import Task
 from manifold_nets.errors import MissingExtraError
 
 __all__ = ["Standardize", "digits", "idx_images"]
@@ -25,8 +24,8 @@ class Standardize:
     """Subtract a mean and divide by a spread, channel by channel; unsigned bytes become float32.
 
     Args:
-        mean: one number a channel.
-        spread: one number a channel.
+        mean: one number per channel.
+        spread: one number per channel.
     """
 
     mean: tuple[float, ...]
@@ -113,18 +112,12 @@ def _classification(name: str, parts: dict[str, tuple[Tensor, Tensor]], source: 
     x, _ = parts["train"]
     standardize = Standardize.of(x)
     classes = int(max(y.max() for _, y in parts.values())) + 1
-    return Task(
-        name=name,
-        parts={part: TensorPart(standardize(images), y) for part, (images, y) in parts.items()},
-        input_shape=tuple(x.shape[1:]),
+    return classification(
+        name,
+        {part: (standardize(images), y) for part, (images, y) in parts.items()},
         outputs=classes,
-        loss=cross_entropy,
-        measure=hits,
-        summarize=classification_scores,
         batch_size=batch_size,
-        description={
-            "source": source,
-            "split": f"a permutation with seed {_SPLIT_SEED}",
-            "preprocessing": f"pixels minus {standardize.mean[0]:.6g}, over {standardize.spread[0]:.6g}",
-        },
+        source=source,
+        split=f"a permutation with seed {_SPLIT_SEED}",
+        preprocessing=f"pixels minus {standardize.mean[0]:.6g}, over {standardize.spread[0]:.6g}",
     )

@@ -1,4 +1,4 @@
-"""A task: data in three parts, a loss to train with, and scores to judge by."""
+"""A task: data in three parts, a loss for training, and scores for evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from manifold_nets.comparison.tasks.errors import TaskSourceError
+from manifold_nets.comparison.errors import TaskSourceError
 
-__all__ = ["PART_NAMES", "DatasetPart", "Part", "Selection", "Task", "TensorPart", "evaluate", "scores_of"]
+__all__ = ["PART_NAMES", "DatasetPart", "Part", "Subset", "Task", "TensorPart", "evaluate", "scores_of"]
 
 PART_NAMES = ("train", "validation", "test")
 _EXAMPLE_NUMBERS = 50_000
-# Entries of outputs that are kept until they are counted.
-_COUNTED_TOGETHER = 2**18
 
 
 class Part(Protocol):
@@ -77,7 +75,7 @@ class DatasetPart:
     """Examples of a `torch.utils.data.Dataset`, read when they are asked for.
 
     What a dataset draws at random (augmentation) it should draw from torch's global generator, which a comparison
-    seeds alike for every contestant.
+    seeds alike for every optimizer.
 
     Args:
         dataset: a map-style dataset of inputs and targets.
@@ -111,7 +109,7 @@ class DatasetPart:
 
 
 @dataclass(frozen=True)
-class Selection:
+class Subset:
     """Some examples of a part.
 
     Args:
@@ -120,7 +118,7 @@ class Selection:
 
     Example:
         >>> part = TensorPart(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 1]))
-        >>> Selection(part, torch.tensor([2])).batch(torch.tensor([0]))
+        >>> Subset(part, torch.tensor([2])).batch(torch.tensor([0]))
         (tensor([[4., 5.]]), tensor([1]))
     """
 
@@ -134,7 +132,7 @@ class Selection:
         """Return inputs and targets of some of the examples, which are numbered from 0."""
         return self.part.batch(self.rows[rows])
 
-    def to(self, device: torch.device | str) -> Selection:
+    def to(self, device: torch.device | str) -> Subset:
         """Return the same examples with their tensors on a device."""
         return replace(self, part=self.part.to(device))
 
@@ -152,7 +150,7 @@ class Task:
         loss: mean loss of outputs and targets, to train with.
         measure: what one batch adds to the counts from which scores are made: of outputs and targets, one tensor.
         summarize: scores from the sum of the counts; ``"error"``, which is minimized, is one of them.
-        batch_size: examples a training step, unless told otherwise.
+        batch_size: examples per training step by default.
         description: where the data come from, how they were split and prepared.
     """
 
@@ -211,7 +209,7 @@ def evaluate(
         model: the network.
         task: what it is judged on.
         part: ``"train"``, ``"validation"`` or ``"test"``.
-        batch_size: examples a forward pass.
+        batch_size: examples per forward pass.
         rows: examples to take; all when left out.
 
     Returns:
@@ -237,24 +235,11 @@ def scores_of(model: nn.Module, task: Task, part: str, batches: Sequence[Tensor]
         batches: numbers of the examples of each forward pass.
     """
     total, counts = 0.0, None
-    waiting: list[tuple[Any, Tensor]] = []
-    for chosen in batches:
-        inputs, targets = task.parts[part].batch(chosen)
+    for rows in batches:
+        inputs, targets = task.parts[part].batch(rows)
         outputs = model(inputs)
-        total += float(task.loss(outputs, targets)) * len(chosen)
-        waiting.append((outputs, targets))
-        if not isinstance(outputs, Tensor) or outputs.numel() * len(waiting) > _COUNTED_TOGETHER:
-            counts = _counted(task, waiting, counts)
-    counts = _counted(task, waiting, counts)
-    scores = task.summarize(counts) if counts is not None else {}
+        total += float(task.loss(outputs, targets)) * len(rows)
+        added = task.measure(outputs, targets).cpu()
+        counts = added if counts is None else counts + added
+    scores = {} if counts is None else task.summarize(counts)
     return {"loss": total / sum(map(len, batches)), **scores}
-
-
-def _counted(task: Task, waiting: list[tuple[Any, Tensor]], counts: Tensor | None) -> Tensor | None:
-    """Add what batches have in them: of small outputs of all at once, as each operation takes longer than its work."""
-    if not waiting:
-        return counts
-    outputs, targets = waiting[0] if len(waiting) == 1 else (torch.cat(column) for column in zip(*waiting, strict=True))
-    waiting.clear()
-    added = task.measure(outputs, targets).cpu()
-    return added if counts is None else counts + added

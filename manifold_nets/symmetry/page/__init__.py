@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -11,20 +12,23 @@ from torch import Tensor, nn
 from manifold_nets.errors import ReportMismatchError
 from manifold_nets.files import atomic_file
 from manifold_nets.page import Section, document
-from manifold_nets.page.markup import dotted, escape, facts, listed, plural, table
-from manifold_nets.symmetry.page.charts import Norms, certificate_chart, group_norms, histogram
-from manifold_nets.symmetry.page.families import families, joint_families, shifts
-from manifold_nets.symmetry.page.markup import (
+from manifold_nets.page.markup import dotted, escape, listed, plural, table
+from manifold_nets.symmetry.page.drawings import (
     STATUSES,
+    Norms,
+    card,
+    certificate_chart,
     certificate_text,
+    group_norms,
     groups_text,
+    histogram,
     mark,
     remedy_text,
     status_style,
     symbols,
 )
-from manifold_nets.symmetry.page.network import network
-from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.page.graph import network
+from manifold_nets.symmetry.report import FamilyMember, ShiftSymmetry, SymmetryFamily, SymmetryReport, WeightFinding
 
 __all__ = ["page_html", "write_page"]
 
@@ -67,81 +71,66 @@ def page_html(report: SymmetryReport, model: nn.Module) -> str:
     Raises:
         ReportMismatchError: the model lacks a weight of the report, or has it in another shape.
     """
-    weights = _weights_of(report, model)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    other = [w.name for w in report.weights if w.name not in weights or tuple(weights[w.name].shape) != w.shape]
+    if other:
+        raise ReportMismatchError(type(model).__name__, report.model, other)
     anchors = {finding.name: f"w{i}" for i, finding in enumerate(report.weights)}
     style = resources.files("manifold_nets.symmetry.page").joinpath("page.css").read_text(encoding="utf-8")
     sections = [
         Section("summary", "Summary", _summary(report)),
         Section("network", "The network", _network(report, anchors)),
         Section("certificates", "Certificates", _certificates(report)),
-        Section("families", "Symmetries that join several weights", families(report)),
-        Section("shifts", "Shifts", shifts(report)),
+        Section("families", "Symmetries that join several weights", _families(report)),
+        Section("shifts", "Shifts", _shifts(report)),
         Section("remedies", "Remedies", _remedies(report, anchors)),
         Section("weights", "The weights one by one", _weights(report, weights, anchors)),
     ]
     return document(report.model, "weight symmetries", sections, style=style, before=symbols())
 
 
-def _weights_of(report: SymmetryReport, model: nn.Module) -> dict[str, Tensor]:
-    found = dict(model.named_parameters(remove_duplicate=False))
-    other = [w.name for w in report.weights if w.name not in found or tuple(found[w.name].shape) != w.shape]
-    if other:
-        raise ReportMismatchError(type(model).__name__, report.model, other)
-    return {finding.name: found[finding.name].detach() for finding in report.weights}
-
-
-# ---- sections --------------------------------------------------------------------------------------------------------
+# ---- summary ---------------------------------------------------------------------------------------------------------
 
 
 def _summary(report: SymmetryReport) -> str:
+    rows = []
+    for status, n in sorted(report.counts().items(), key=lambda item: _rank(item[0])):
+        entries = sum(math.prod(w.shape) for w in report.weights if w.status == status)
+        count = f'<span class="figure">{entries:,}</span>'.replace(",", "\u202f")
+        rows.append((f"{mark(status)} {escape(status)}", str(n), count, escape(status_style(status).meaning)))
+    counted = table("Weights by status", ("Status", "Weights", "Entries", "Meaning"), rows)
+    return f'<p class="lead">{" ".join(_sentences(report))}</p>{counted}'
+
+
+def _sentences(report: SymmetryReport) -> Iterator[str]:
     counts, total = report.counts(), len(report.weights)
     on_spheres, free = counts.get("constrained", 0), counts.get("invariant", 0)
     groups = sum(w.partition.n_groups for w in report.invariant if w.partition is not None)
     found = f"{free + on_spheres or 'none'} {'is' if free + on_spheres < 2 else 'are'}"
-    said = [f"Of {plural(total, 'weight')} with at least two dimensions, {found} scale-invariant"]
-    said[0] += f": {plural(groups, 'group')} of entries whose length the network does not see." if groups else "."
+    seen = f": {plural(groups, 'group')} of entries whose length the network does not see." if groups else "."
+    yield f"Of {plural(total, 'weight')} with at least two dimensions, {found} scale-invariant{seen}"
     if free:
         what = "It" if free == 1 else f"All {free} of them" if not on_spheres else f"{free} of them"
-        said.append(f"{what} can be put on spheres with <code>manifold_nets.convert</code>: the function stays.")
+        yield f"{what} can be put on spheres with <code>manifold_nets.convert</code>: the function stays."
     if on_spheres:
-        said.append(f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already.")
-    for place, count, what in (
-        ("families", _certified(joint_families(report)), "join several weights"),
-        ("shifts", _certified(report.shifts), "are shifts"),
-    ):
+        yield f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already."
+    joint = ("families", joint_families(report), "join several weights"), ("shifts", report.shifts, "are shifts")
+    for place, symmetries, what in joint:
+        count = sum(one.count for one in symmetries if one.certificate.verdict == "invariant")
         if count:
-            said.append(f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.')
+            yield f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.'
     if report.unexplained:
         further = plural(report.unexplained_groups + report.unexplained_shifts, "further group")
         named = "; ".join(escape(str(found)) for found in report.unexplained[:5])
         more = f" and {len(report.unexplained) - 5} more" if report.unexplained[5:] else ""
-        said.append(f"The certificate calls {further} invariant that structure does not explain: {named}{more}.")
+        yield f"The certificate calls {further} invariant that structure does not explain: {named}{more}."
     if report.not_searched:
-        said.append(f"Left out: {escape(report.not_searched)}.")
+        yield f"Left out: {escape(report.not_searched)}."
     if total and not groups:
-        said.append("There is nothing to convert.")
+        yield "There is nothing to convert."
     if report.disagreements:
         names = ", ".join(escape(w.name) for w in report.disagreements)
-        said.append(
-            f"<strong>Structure, certificate and finite moves contradict each other for {names}: leave them.</strong>"
-        )
-    rows = []
-    for status, n in sorted(counts.items(), key=lambda item: _rank(item[0])):
-        entries = sum(_entries(w) for w in report.weights if w.status == status)
-        rows.append(
-            (
-                f"{mark(status)} {escape(status)}",
-                str(n),
-                f'<span class="figure">{entries:,}</span>'.replace(",", "\u202f"),
-                escape(status_style(status).meaning),
-            )
-        )
-    counted = table("Weights by status", ("Status", "Weights", "Entries", "Meaning"), rows)
-    return f'<p class="lead">{" ".join(said)}</p>{counted}'
-
-
-def _certified(found: Iterable[SymmetryFamily | ShiftSymmetry]) -> int:
-    return sum(symmetry.count for symmetry in found if symmetry.certificate.verdict == "invariant")
+        yield f"<strong>Structure, certificate and finite moves contradict each other for {names}: leave them.</strong>"
 
 
 def _rank(status: str) -> int:
@@ -149,28 +138,23 @@ def _rank(status: str) -> int:
     return known.index(status) if status in known else len(known)
 
 
-def _entries(finding: WeightFinding) -> int:
-    count = 1
-    for size in finding.shape:
-        count *= size
-    return count
+# ---- graph and certificates ------------------------------------------------------------------------------------------
 
 
 def _network(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
     if not report.graph:
         return ""
-    used = sorted(report.counts(), key=_rank)
-    legend = "".join(f"<li>{mark(status)} {escape(status)}</li>" for status in used)
-    shapes = (
-        ('<rect class="absorbs" x="-5" y="-5" width="10" height="10" rx="2"/>', "normalization that absorbs a scale"),
-        ('<rect class="passes" x="-5" y="-5" width="10" height="10" rx="2"/>', "other normalization"),
-        ('<path class="join" d="M-4 0h8M0-4v8"/>', "joins several results"),
-        ('<circle class="step" r="2.5"/>', "other step"),
-    )
+    legend = "".join(f"<li>{mark(status)} {escape(status)}</li>" for status in sorted(report.counts(), key=_rank))
+    shapes = {
+        "normalization that absorbs a scale": '<rect class="absorbs" x="-5" y="-5" width="10" height="10" rx="2"/>',
+        "other normalization": '<rect class="passes" x="-5" y="-5" width="10" height="10" rx="2"/>',
+        "joins several results": '<path class="join" d="M-4 0h8M0-4v8"/>',
+        "other step": '<circle class="step" r="2.5"/>',
+    }
     legend += "".join(
-        f'<li><svg class="mark" aria-hidden="true" width="12" height="12" viewBox="-6 -6 12 12">{shape}</svg> '
-        f"{text}</li>"
-        for shape, text in shapes
+        '<li><svg class="mark" aria-hidden="true" width="12" height="12" viewBox="-6 -6 12 12">'
+        f"{shape}</svg> {text}</li>"
+        for text, shape in shapes.items()
     )
     return (
         "<p>Steps in the order of execution, from top to bottom; a weight's mark tells its status. "
@@ -189,6 +173,77 @@ def _certificates(report: SymmetryReport) -> str:
     )
 
 
+# ---- symmetries that are not the scale of one weight -----------------------------------------------------------------
+
+# Two arrows the same way, and two arrows against each other: no colour is needed to tell the kinds apart.
+_SHAPES = {
+    "scale": '<path class="hollow" d="M-3 5v-9m-2.5 2.5L-3-4l2.5 2.5M3 5v-9m-2.5 2.5L3-4l2.5 2.5"/>',
+    "rescaling": '<path class="hollow" d="M-3 5v-9m-2.5 2.5L-3-4l2.5 2.5M3-4v9m-2.5-2.5L3 5l2.5-2.5"/>',
+    "shift": '<path class="hollow" d="M-5 0h10M0-5v10"/>',
+}
+
+
+def joint_families(report: SymmetryReport) -> list[SymmetryFamily]:
+    """The families of a report without those that scale one whole weight, which are findings of that weight."""
+    weights = {finding.name for finding in report.weights}
+    return [f for f in report.families if f.kind != "scale" or f.partial or len(weights.intersection(f.parameters)) > 1]
+
+
+def _families(report: SymmetryReport) -> str:
+    joint = joint_families(report)
+    kinds = {
+        "scale": "in a <em>scale</em> family all members grow together and a normalization removes it",
+        "rescaling": "in a <em>rescaling</em> family some members shrink as others grow",
+    }
+    meant = "; ".join(text for kind, text in kinds.items() if any(family.kind == kind for family in joint))
+    cards = [_symmetry(family, family.kind, [("Members", listed(map(_member, family.members)))]) for family in joint]
+    return _cards(
+        "Each symmetry of a family multiplies parts of several parameters by powers of one factor α, and the "
+        f"function stays: {meant}.", cards,
+    )  # fmt: skip
+
+
+def _shifts(report: SymmetryReport) -> str:
+    cards = []
+    for shift in report.shifts:
+        pairs = [("Shifted", listed(map(dotted, shift.parameters)))]
+        if shift.absorbers:
+            pairs.append(("Absorbed by", listed(map(dotted, shift.absorbers))))
+        if shift.condition:
+            pairs.append(("Holds", escape(shift.condition)))
+        cards.append(_symmetry(shift, "shift", pairs))
+    text = "Constants that can be added to these parameters without a change in what the network computes in "
+    return _cards(f"{text}training mode.", cards)
+
+
+def _cards(introduction: str, cards: Sequence[str]) -> str:
+    return f'<p>{introduction}</p><ul class="cards">{"".join(cards)}</ul>' if cards else ""
+
+
+def _symmetry(found: SymmetryFamily | ShiftSymmetry, shape: str, pairs: Sequence[tuple[str, str]]) -> str:
+    css = {"scale": "s-constrained", "shift": "s-silent"}.get(shape, "s-invariant")
+    refuted, names = found.certificate.verdict == "not invariant", found.parameters
+    picture = (
+        f'<svg class="mark {"s-disagreement" if refuted else css}" aria-hidden="true" width="14" height="14" '
+        f'viewBox="-7 -7 14 14">{_SHAPES.get(shape, "")}</svg>'
+    )
+    name = dotted(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    said = f"{escape(found.kind)}{', refuted' if refuted else ''} · {plural(found.count, 'symmetry')}"
+    rest = [("Certificate", escape(certificate_text(found.certificate))), ("Remedy", remedy_text(found))]
+    return card(picture, name, said, [*pairs, *rest])
+
+
+def _member(member: FamilyMember) -> str:
+    if member.exponent is None:
+        power = "×\u00a0α to different powers"
+    else:
+        power = "×\u00a0α" if member.exponent == 1 else f"×\u00a0α<sup>{member.exponent:g}</sup>".replace("-", "\u2212")
+    return f"{dotted(member.parameter)} {escape(member.part)} {power}"
+
+
+# ---- remedies --------------------------------------------------------------------------------------------------------
+
+
 def _remedies(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
     names: dict[str, list[str]] = {}
     for finding in sorted(report.weights, key=lambda w: _rank(w.status)):
@@ -196,16 +251,16 @@ def _remedies(report: SymmetryReport, anchors: Mapping[str, str]) -> str:
         names.setdefault(finding.remedy, []).append(link)
     rows = []
     for remedy, links in names.items():
-        listed = ", ".join(links)
+        where = ", ".join(links)
         if len(links) > 6:
-            listed = f"<details><summary>{plural(len(links), 'weight')}</summary>{listed}</details>"
-        rows.append((escape(remedy[:1].upper() + remedy[1:]), listed))
+            where = f"<details><summary>{plural(len(links), 'weight')}</summary>{where}</details>"
+        rows.append((escape(remedy[:1].upper() + remedy[1:]), where))
     rows += [*_further(joint_families(report), "families"), *_further(report.shifts, "shifts")]
     return table("Remedies", ("What to do", "Where"), rows) if rows else ""
 
 
 def _further(found: Sequence[SymmetryFamily | ShiftSymmetry], section: str) -> Iterator[tuple[str, str]]:
-    """What to do about symmetries that are not the scale of one weight; where is told in their own section."""
+    """What to do about symmetries that are not the scale of one weight; their own section tells where."""
     counts: dict[str, int] = {}
     for symmetry in found:
         # Beside what is done stands in brackets what differs from one to the next.
@@ -216,40 +271,34 @@ def _further(found: Sequence[SymmetryFamily | ShiftSymmetry], section: str) -> I
         yield text, f'<a href="#{section}">{plural(count, "symmetry")}</a>'
 
 
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
 def _weights(report: SymmetryReport, weights: Mapping[str, Tensor], anchors: Mapping[str, str]) -> str:
-    cards = [_card(finding, weights[finding.name], anchors[finding.name]) for finding in report.weights]
-    if not cards:
-        return ""
-    return (
-        "<p>Histograms show the norms of the invariant groups, or of the filters along axis 0 where a weight has "
-        f'no such groups.</p><ul class="cards">{"".join(cards)}</ul>'
+    introduction = (
+        "Histograms show the norms of the invariant groups, or of the filters along axis 0 where a weight has "
+        "no such groups."
     )
+    return _cards(introduction, [_weight(w, weights[w.name].detach(), anchors[w.name]) for w in report.weights])
 
 
-def _card(finding: WeightFinding, weight: Tensor, anchor: str) -> str:
-    norms = group_norms(finding, weight)
-    drawn = norms is not None and bool(norms.values)
-    small = histogram(norms, 72, 26) if norms is not None and drawn else ""
-    short = groups_text(finding) or finding.layer
-    return (
-        f'<li><details class="card"><summary>{mark(finding.status)}<span class="who"><span class="name">'
-        f'{dotted(finding.name)}</span><span class="said">{escape(finding.status)} · {escape(short)}</span></span>'
-        f"{small}</summary>"
-        f'<div id="{anchor}" class="body">{facts(_told(finding, norms))}'
-        f"{histogram(norms, 260, 90, labelled=True) if norms is not None and drawn else ''}</div></details></li>"
-    )
+def _weight(finding: WeightFinding, weight: Tensor, anchor: str) -> str:
+    norms, small, large = group_norms(finding, weight), "", ""
+    if norms is not None and norms.values:
+        small, large = histogram(norms, 72, 26), histogram(norms, 260, 90, labelled=True)
+    said = f"{escape(finding.status)} · {escape(groups_text(finding) or finding.layer)}"
+    pairs = _facts(finding, norms)
+    return card(mark(finding.status), dotted(finding.name), said, pairs, anchor=anchor, small=small, large=large)
 
 
-def _told(finding: WeightFinding, norms: Norms | None) -> Iterable[tuple[str, str]]:
+def _facts(finding: WeightFinding, norms: Norms | None) -> Iterable[tuple[str, str]]:
     yield "Layer", f"{escape(finding.layer)}, shape {' × '.join(map(str, finding.shape))}"
     yield "Status", f"{escape(finding.status)}. {escape(status_style(finding.status).meaning)}"
     if finding.partition is not None:
         yield "Groups", escape(groups_text(finding))
     if finding.absorbers:
-        yield (
-            "Absorbed by",
-            listed(escape(f"{a}, {a.kind} statistics" if a.kind != "weight" else a) for a in finding.absorbers),
-        )
+        absorbers = (f"{a}, {a.kind} statistics" if a.kind != "weight" else str(a) for a in finding.absorbers)
+        yield "Absorbed by", listed(map(escape, absorbers))
     if finding.moves_along:
         yield "Moves along", listed(map(dotted, finding.moves_along))
     if finding.broken_by:

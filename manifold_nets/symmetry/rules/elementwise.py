@@ -1,98 +1,126 @@
-"""Operations entry by entry: which let a positive scale through, and which do not."""
+"""Operations entry by entry, and on entries of several tensors that meet."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
-from manifold_nets.symmetry.rules.use import RULES, Result, Use, aligned, rule, shape_of, unscaled
-from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
-
-__all__ = ["LARGEST_EPS", "alike"]
+from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name, operation_key
+from manifold_nets.symmetry.rules.use import (
+    UNSEEN,
+    Result,
+    Rule,
+    ShiftUse,
+    Table,
+    Use,
+    aligned,
+    of_first,
+    shape_of,
+)
+from manifold_nets.symmetry.structure.scales import UNSCALED, Certainty, Ids, Label
 
 # A constant up to this size that is added under a normalization is its eps.
 LARGEST_EPS = 1e-3
-
-HOMOGENEOUS = (
-    "relu leaky_relu prelu rrelu rrelu_with_noise abs absolute neg negative dropout feature_dropout alias clone "
-    "contiguous detach lift_fresh_copy positive native_dropout conj _conj resolve_conj resolve_neg real imag tril triu "
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-    "max_pool2d_with_indices max_pool3d_with_indices max_unpool2d max_unpool3d fractional_max_pool2d "
-    "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d "
-    "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d "
-    "upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec upsample_bilinear2d.vec "
-    "upsample_linear1d.vec upsample_trilinear3d.vec upsample_bicubic2d.vec _upsample_nearest_exact1d.vec "
-    "_upsample_nearest_exact2d.vec"
-).split()
-_SPATIAL = ("pool", "upsample")
-
-CASTS = (
-    "_to_copy to.device to.dtype to.other to.dtype_layout to.prim_Device to.prim_dtype to.prim_other type_as"
-).split()  # fmt: skip
-
-# Smooth functions, whose derivative shows that they are not homogeneous.
-NOT_HOMOGENEOUS = (
-    "sigmoid tanh gelu silu mish softplus log_sigmoid exp log log1p expm1 sin cos erf softmax.int log_softmax.int "
-    "_softmax _log_softmax lstm.input lstm.data gru.input gru.data rnn_tanh.input rnn_tanh.data glu cross_entropy_loss "
-    "nll_loss nll_loss_nd atan asin logsumexp pow.Scalar pow.Tensor_Tensor"
-).split()
-
-# Functions made of pieces, and jumps: between them the derivative may be that of a homogeneous function.
-JUMPS = (
-    "hardswish hardsigmoid hardtanh relu6 elu selu celu hardshrink softshrink round round.decimals floor "
-    "ceil trunc fix frac bernoulli bernoulli.p bernoulli.Tensor alpha_dropout feature_alpha_dropout floor_divide "
-    "floor_divide.Scalar remainder.Tensor remainder.Scalar remainder.Scalar_Tensor fmod.Tensor fmod.Scalar isclose"
-).split()
-
-# Results that depend on the shape and the dtype only.
-SHAPE_ONLY = (
-    "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like new_full rand_like rand_like.generator "
-    "randn_like randn_like.generator sym_size sym_size.int sym_numel _assert_tensor_metadata"
-).split()
-# Results that a positive scale of each entry does not change.
-SIGNS = (
-    "sign sgn signbit isnan isinf isfinite logical_not logical_and logical_or logical_xor count_nonzero "
-    "count_nonzero.dim_IntList"
-).split()
-COMPARISONS = [
-    f"{name}.{overload}"
-    for name in "gt ge lt le eq ne greater greater_equal less less_equal not_equal".split()
-    for overload in ("Scalar", "Tensor")
-]
-LARGER_OF_TWO = "maximum minimum fmax fmin max.other min.other".split()
-
-_UNSEEN = "does not see its scale, and hands on no gradient"
+# What is filled in below this vanishes in a softmax, shifted or not.
+_MASKED = -1e30
+_ALIKE = "compares with something that is not scaled with it"
+_ADDS = "adds something that is not scaled with it"
 
 
-def homogeneous(use: Use) -> Result:
-    """Pass the label of the first tensor; one label over each window of pooling and interpolation."""
+def table() -> Table:
+    """Operation → what it does to a scale, and to a shift."""
+    fills = "fills in something that is not scaled with it"
+    chooses = "chooses between it and something that is not scaled with it"
+    comparisons = " ".join(
+        f"{name}.Scalar {name}.Tensor"
+        for name in "gt ge lt le eq ne greater greater_equal less less_equal not_equal".split()
+    )
+    return {
+        "alias clone contiguous detach lift_fresh_copy positive": (passes, passes),
+        "_to_copy to.device to.dtype to.other to.dtype_layout to.prim_Device to.prim_dtype to.prim_other type_as": (
+            cast, cast),
+        "relu leaky_relu prelu rrelu rrelu_with_noise abs absolute conj _conj resolve_conj resolve_neg real imag tril "
+        "triu": (passes, None),
+        "neg negative": (passes, negated),
+        "dropout native_dropout feature_dropout": (passes, dropout),
+        "alpha_dropout": (jumps, dropout),
+        # Smooth functions, whose derivative shows that they are not homogeneous.
+        "sigmoid tanh gelu silu mish softplus log_sigmoid exp log log1p expm1 sin cos erf lstm.input lstm.data "
+        "gru.input gru.data rnn_tanh.input rnn_tanh.data glu nll_loss nll_loss_nd atan asin pow.Scalar "
+        "pow.Tensor_Tensor": (not_homogeneous, None),
+        # Functions made of pieces, and jumps: between them the derivative may be that of a homogeneous function.
+        "hardswish hardsigmoid hardtanh relu6 elu selu celu hardshrink softshrink round round.decimals floor ceil "
+        "trunc fix frac bernoulli bernoulli.p bernoulli.Tensor feature_alpha_dropout floor_divide floor_divide.Scalar "
+        "remainder.Tensor remainder.Scalar remainder.Scalar_Tensor fmod.Tensor fmod.Scalar isclose": (jumps, None),
+        # Results that depend on the shape and the dtype only.
+        "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like new_full rand_like "
+        "rand_like.generator randn_like randn_like.generator sym_size sym_size.int sym_numel "
+        "_assert_tensor_metadata": (shape_only, shape_only),
+        # Results that a positive scale of each entry does not change.
+        "sign sgn signbit isnan isinf isfinite logical_not logical_and logical_or logical_xor count_nonzero "
+        "count_nonzero.dim_IntList": (sign, None),
+        comparisons: (alike("self", "other", otherwise=_ALIKE, certainty="jump", unseen=True), None),
+        "maximum minimum fmax fmin max.other min.other": (
+            alike("self", "other", otherwise=_ALIKE, certainty="jump"), larger_of_two),
+        "bucketize.Tensor searchsorted.Tensor bucketize.Scalar searchsorted.Scalar": (between, None),
+        "clamp clamp.Tensor clip clip.Tensor clamp_min clamp_min.Tensor clamp_max clamp_max.Tensor": (clamp, None),
+        "threshold": (threshold, None),
+        "nan_to_num": (nan_to_num, None),
+        "where.self where.ScalarOther where.ScalarSelf where.Scalar": (
+            alike("self", "other", otherwise=chooses), chosen),
+        "masked_fill.Scalar masked_fill.Tensor": (alike("self", "value", otherwise=fills), masked),
+        "lerp.Scalar lerp.Tensor": (lerp, None),
+        "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Tensor rsub.Scalar subtract.Tensor subtract.Scalar": (
+            add, add_shifts),
+        "addcmul addcdiv": (add_product, None),
+        "mul.Tensor mul.Scalar multiply.Tensor multiply.Scalar div.Tensor div.Scalar div.Tensor_mode div.Scalar_mode "
+        "divide.Tensor divide.Scalar divide.Tensor_mode divide.Scalar_mode true_divide.Tensor true_divide.Scalar": (
+            multiply, multiply_shift),
+        "_foreach_mul.Scalar _foreach_mul.List _foreach_mul.ScalarList _foreach_mul.Tensor": (multiply_each, None),
+        "pow.Tensor_Scalar square sqrt rsqrt reciprocal": (power, None),
+        "renorm embedding_renorm": (renorm, None),
+    }  # fmt: skip
+
+
+# ---- one tensor ------------------------------------------------------------------------------------------------------
+
+
+def passes(use: Use) -> Result:
+    """Pass the label of the first argument."""
     first, *options = use.args
-    label = use.label(first)
     for option in options:
         if use.label(option) is not None:
             use.pin("takes a scaled tensor as an option", use.label(option))
-    if label is None:
-        return None
-    if any(word in use.op for word in _SPATIAL):
-        window = int(next(c for c in use.op if c.isdigit()))
-        merged = use.merge(label.ids, range(-window, 0))
-        label = Label.compressed(merged)
-    several = isinstance(use.node.meta.get("val"), (tuple, list))
-    return [label, *[None] * (len(use.node.meta["val"]) - 1)] if several else label
+    return use.label(first)
 
 
-def cast(use: Use) -> Result:
+@of_first
+def cast(use: Use, label: Label) -> Result:
     """Pass the label of a tensor that is cast to another dtype; a truth value says which entries are not zero."""
-    label = use.label("self")
-    if label is not None and use.node.meta["val"].dtype == torch.bool:
-        use.scales.end(label.ids, use.why(_UNSEEN))
+    if use.node.meta["val"].dtype == torch.bool and not use.shifts:
+        use.end("self")
         return None
     return label
+
+
+@of_first
+def negated(use: ShiftUse, label: Label) -> Result:
+    """The opposite shift."""
+    return Label(use.scales.times(label.ids, -1.0))
+
+
+def dropout(use: ShiftUse) -> Result:
+    """Dropout scales entries at random, unless its probability is 0."""
+    if use.inactive(use.graph.module_of(use.node)) and not use.args.get("p"):
+        return use.label_of(next(iter(use.args.values())))
+    use.pin("drops entries at random")
+    return None
 
 
 def not_homogeneous(use: Use) -> Result:
@@ -114,153 +142,227 @@ def shape_only(use: Use) -> Result:
 
 def sign(use: Use) -> Result:
     """Drop the label: the result does not depend on a positive scale."""
-    for node in use.node.all_input_nodes:
-        label = use.label_of(node)
-        if label is not None:
-            use.scales.end(label.ids, use.why(_UNSEEN))
+    use.end()
     return None
 
 
-RULES.update(dict.fromkeys(HOMOGENEOUS, homogeneous))
-RULES.update(dict.fromkeys(CASTS, cast))
-RULES.update(dict.fromkeys(NOT_HOMOGENEOUS, not_homogeneous))
-RULES.update(dict.fromkeys(JUMPS, jumps))
-RULES.update(dict.fromkeys(SHAPE_ONLY, shape_only))
-RULES.update(dict.fromkeys(SIGNS, sign))
+def threshold(use: Use) -> Result:
+    """Zero below zero is a ReLU; other thresholds are not homogeneous."""
+    return use.label("self") if use.args["threshold"] == use.args["value"] == 0 else jumps(use)
+
+
+@of_first
+def nan_to_num(use: Use, label: Label) -> Result:
+    """What is finite stays, zeros for the rest pass any scale, and the largest numbers are as good as infinite."""
+    if any(use.args.get(name) for name in ("nan", "posinf", "neginf")):
+        use.pin("fills in something that is not scaled with it", label)
+        return None
+    return label
+
+
+def power(use: Use) -> Result:
+    """Powers multiply the exponents."""
+    known = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
+    label, exponent = use.label("self"), known.get(use.op, use.args.get("exponent"))
+    if label is None or not isinstance(exponent, (int, float)):
+        use.pin("has a scaled exponent")
+        return None
+    return Label.compressed(use.scales.times(label.ids, float(exponent)))
+
+
+def renorm(use: Use) -> Result:
+    """Slices above the largest norm are brought down to it, others stay."""
+    use.pin("leaves slices below its largest norm as they are", certainty="jump")
+    return None
 
 
 # ---- several tensors that have to be scaled alike --------------------------------------------------------------------
 
 
-def alike(use: Use, *values: Any, otherwise: str, **certainty: Any) -> Result:
-    """Require one scale, entry by entry, of all operands; return it.
+def alike(*names: str, otherwise: str, certainty: Certainty = "cautious", unseen: bool = False) -> Rule:
+    """A rule that requires one scale, entry by entry, of some arguments; see `scaled_alike`.
+
+    Args:
+        names: the arguments.
+        otherwise: what the operation does where one of them is not scaled with the others.
+        certainty: that of this reason.
+        unseen: whether the result does not depend on the scale that all have.
+    """
+
+    def rule(use: Use) -> Result:
+        label = scaled_alike(use, *(use.args[name] for name in names), otherwise=otherwise, certainty=certainty)
+        if unseen and isinstance(label, Label):
+            use.scales.end(label.ids, use.why(UNSEEN))
+            return None
+        return label
+
+    return rule
+
+
+def scaled_alike(
+    use: Use,
+    *values: Any,
+    otherwise: str,
+    certainty: Certainty = "cautious",
+    merged: Mapping[Any, Label] = MappingProxyType({}),
+) -> Result:
+    """Require one scale, entry by entry, of operands that broadcast to the result, and return it.
 
     Zeros and infinities, which stay as they are, may have any scale; parameters are asked to be scaled along.
 
     Args:
         use: the operation.
-        values: its operands, tensors and numbers, which broadcast to the result.
-        otherwise: what the operation does where an operand is not scaled with the others.
+        values: its operands, tensors and numbers.
+        otherwise: what it does where an operand is not scaled with the others.
         certainty: that of this reason.
+        merged: labels of operands that take the place of their own.
     """
     rank = len(use.out_shape)
-    labels = [label for value in values if (label := use.label_of(value)) is not None]
-    if not labels:
+    labels = [merged.get(value) or use.label_of(value) for value in values]
+    known = [aligned(label, rank) for label in labels if label is not None]
+    if not known:
         return None
-    ids = aligned(labels[0], rank)
-    for label in labels[1:]:
-        ids, other = np.broadcast_arrays(ids, aligned(label, rank))
-        use.scales.join(ids, other, use.why("takes entries that have different scales", **certainty))
-    for value in values:
-        if use.label_of(value) is not None or use.is_zero(value) or (isinstance(value, float) and math.isinf(value)):
+    ids = known[0]
+    for other in known[1:]:
+        ids = use.join(ids, other, "takes entries that have different scales", certainty)
+    for value, label in zip(values, labels, strict=True):
+        if label is not None or use.is_zero(value) or (isinstance(value, float) and math.isinf(value)):
             continue
         if use.graph.parameter_of(value) and _adopts(use, value, ids):
             continue
-        reason = (
-            otherwise if isinstance(value, Node) else f"{otherwise.rpartition(' something')[0]} the constant {value}"
-        )
-        use.pin(reason, Label(ids), **certainty)
+        constant = f"{otherwise.rpartition(' something')[0]} the constant {value}"
+        use.pin(otherwise if isinstance(value, Node) else constant, Label(ids), certainty=certainty)
         return None
     return Label.compressed(use.scales.roots(ids))
 
 
-@rule(*COMPARISONS)
-def compare(use: Use) -> Result:
-    """Comparisons with zero, or with what is scaled alike, come out the same at every scale; others do not."""
-    label = alike(
-        use, use.args["self"], use.args["other"],
-        otherwise="compares with something that is not scaled with it", certainty="jump",
-    )  # fmt: skip
-    if isinstance(label, Label):
-        use.scales.end(label.ids, use.why(_UNSEEN))
-    return None
-
-
-@rule(*LARGER_OF_TWO)
-def larger_of_two(use: Use) -> Result:
-    """The larger or smaller of two entries, which have to be scaled alike."""
-    return alike(
-        use, use.args["self"], use.args["other"],
-        otherwise="compares with something that is not scaled with it", certainty="jump",
-    )  # fmt: skip
-
-
-@rule("clamp", "clamp.Tensor", "clip", "clip.Tensor", "clamp_min", "clamp_min.Tensor", "clamp_max", "clamp_max.Tensor")
 def clamp(use: Use) -> Result:
     """Bounds: zero makes a ReLU, a lower one as small as an eps guards a division; others have to be scaled alike."""
     low, high = use.args.get("min"), use.args.get("max")
     if isinstance(low, (int, float)) and 0 < low <= LARGEST_EPS:
         low = None
     bounds = [bound for bound in (low, high) if bound is not None]
-    return alike(
-        use, use.args["self"], *bounds,
-        otherwise="bounds it by something that is not scaled with it", certainty="jump",
-    )  # fmt: skip
+    bounds_it = "bounds it by something that is not scaled with it"
+    return scaled_alike(use, use.args["self"], *bounds, otherwise=bounds_it, certainty="jump")
 
 
-@rule("threshold")
-def threshold(use: Use) -> Result:
-    """Zero below zero is a ReLU; other thresholds are not homogeneous."""
-    return use.label("self") if use.args["threshold"] == use.args["value"] == 0 else jumps(use)
-
-
-@rule("where.self", "where.ScalarOther", "where.ScalarSelf", "where.Scalar")
-def where(use: Use) -> Result:
-    """One of two entries, which have to be scaled alike."""
-    values = [use.args["self"], use.args["other"]]
-    return alike(use, *values, otherwise="chooses between it and something that is not scaled with it")
-
-
-@rule("masked_fill.Scalar", "masked_fill.Tensor")
-def masked(use: Use) -> Result:
-    """Masks: zero in the masked places lets the scale pass."""
-    return alike(use, use.args["self"], use.args["value"], otherwise="fills in something that is not scaled with it")
-
-
-@rule("lerp.Scalar", "lerp.Tensor")
 def lerp(use: Use) -> Result:
     """Interpolation between two tensors that are scaled alike."""
     if use.label("weight") is not None:
         use.pin("interpolates by a scaled weight")
         return None
-    return alike(use, use.args["self"], use.args["end"], otherwise="adds something that is not scaled with it")
+    return scaled_alike(use, use.args["self"], use.args["end"], otherwise=_ADDS)
 
 
-@rule("add.Tensor", "add.Scalar", "sub.Tensor", "sub.Scalar", "rsub.Tensor", "rsub.Scalar", "subtract.Tensor",
-      "subtract.Scalar")  # fmt: skip
+def between(use: Use) -> Result:
+    """Places of entries between boundaries: the same at every scale that the boundaries have as well."""
+    bounds = use.args["boundaries" if use.op == "bucketize" else "sorted_sequence"]
+    label = use.label_of(bounds)
+    if use.graph.parameter_of(bounds) and label is None:  # as many as there are boundaries: it does not broadcast
+        use.pin(_ALIKE, certainty="jump")
+        return None
+    merged = {}
+    if label is not None:
+        merged[bounds] = Label(use.merge(label.ids, [-1], "compares with entries that have different scales"))
+    found = scaled_alike(use, use.args["self"], bounds, otherwise=_ALIKE, certainty="jump", merged=merged)
+    if isinstance(found, Label):
+        use.scales.end(found.ids, use.why(UNSEEN))
+    return None
+
+
+def larger_of_two(use: ShiftUse) -> Result:
+    """The larger or smaller of two entries moves with both, where they are shifted alike."""
+    ids = use.join(use.ids("self"), use.ids("other"), "compares entries that are shifted differently")
+    return Label.compressed(ids)
+
+
+def masked(use: ShiftUse) -> Result:
+    """Masks in front of a softmax; other values are not shifted with the rest."""
+    if _is_mask(use.args.get("value")):
+        return use.label("self")
+    use.pin("fills in something that is not shifted with it")
+    return None
+
+
+def chosen(use: ShiftUse) -> Result:
+    """One tensor where a condition holds and another elsewhere: both shifted alike, or one of them a mask."""
+    for name, other in (("self", "other"), ("other", "self")):
+        if use.label(name) is not None and _is_mask(use.args[other]):
+            return Label.compressed(use.ids(name))
+    reason = "chooses between entries that are shifted differently"
+    return Label.compressed(use.join(use.ids("self"), use.ids("other"), reason))
+
+
+def _is_mask(value: Any) -> bool:
+    """Whether a number, or a tensor filled with it, vanishes in a softmax."""
+    if isinstance(value, Node) and op_name(value) in ("full", "full_like", "scalar_tensor"):
+        given = bound_arguments(value)
+        value = given.get("fill_value", given.get("s"))
+    return isinstance(value, (int, float)) and value <= _MASKED
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------------
+
+
 def add(use: Use) -> Result:
     """Sums and differences: both terms scaled alike, or the other one a bias that can be scaled along."""
-    terms = [use.args["self"], use.args["other"]]
-    number = next((term for term in terms if isinstance(term, (int, float))), None)
+    terms = {name: use.args[name] for name in ("self", "other")}
+    number = next((term for term in terms.values() if isinstance(term, (int, float))), None)
     if number is not None:
         eps = float(number) * (1.0 if use.op == "rsub" else float(use.args.get("alpha", 1)))
         if abs(eps) <= LARGEST_EPS:
             return use.label("self") or use.label("other")
-    return alike(use, *terms, otherwise="adds something that is not scaled with it")
+    for name, other in (("self", "other"), ("other", "self")):
+        if _is_subtracted(use, terms[name]):
+            use.end(name, reason="is subtracted with the mean by the normalization behind it")
+            return Label.compressed(use.ids(other))
+    return scaled_alike(use, *terms.values(), otherwise=_ADDS)
 
 
-@rule("addcmul", "addcdiv")
+def _is_subtracted(use: Use, term: Any) -> bool:
+    """Whether a term of a sum vanishes in normalizations, which are all that reads the sum: their mean contains it.
+
+    Not where the mean is stored, as it would have to follow the scale of the sum without the term.
+    """
+    if is_in_place(use.node) or use.graph.parameter_of(term) or not use.node.users:
+        return False
+    rank = len(use.out_shape)
+    shape = (1,) * (rank - len(shape_of(term))) + shape_of(term) if isinstance(term, Node) else (1,) * rank
+    return all(_subtracts(user, use.node, shape) for user in use.node.users)
+
+
+def _subtracts(user: Node, source: Node, shape: Sequence[int]) -> bool:
+    """Whether an operation subtracts from a tensor whatever has this shape, which broadcasts to the tensor's."""
+    op, given = op_name(user), bound_arguments(user)
+    if op in ("clone", "contiguous", "alias") or operation_key(user) == "to.dtype":
+        return bool(user.users) and all(_subtracts(later, user, shape) for later in user.users)
+    if given.get("input") is not source or given.get("running_mean") is not None:
+        return False
+    if op == "layer_norm":
+        return all(n == 1 for n in shape[-len(given["normalized_shape"]) :])
+    if op == "group_norm":
+        return all(n == 1 for n in shape[2:]) and (shape[1] == 1 or given["num_groups"] == shape[1])
+    if op in ("batch_norm", "instance_norm") and given.get("training", given.get("use_input_stats")):
+        return all(n == 1 for n in (*shape[2:], *shape[: op == "batch_norm"]))
+    return False
+
+
 def add_product(use: Use) -> Result:
     """``a + b ⊙ c`` and ``a + b ⊘ c``: the product is scaled as the first term, which may be a parameter."""
-    rank = len(use.out_shape)
-    terms = [use.label(name) for name in ("self", "tensor1", "tensor2")]
-    start, left, right = (unscaled(rank) if label is None else aligned(label, rank) for label in terms)
-    product = use.scales.sum(left, right, 1.0 if use.op == "addcmul" else -1.0)
-    return add_to(use, product, start)
+    sign = 1.0 if use.op == "addcmul" else -1.0
+    return add_to(use, use.scales.sum(use.ids("tensor1"), use.ids("tensor2"), sign))
 
 
-def add_to(use: Use, product: Ids, start: Ids) -> Result:
+def add_to(use: Use, product: Ids) -> Result:
     """Label of a sum of a product and of the argument ``self``, which are scaled alike."""
     first = use.args["self"]
     if use.label("self") is None and (product != UNSCALED).any():
         adopted = use.graph.parameter_of(first) and _adopts(use, first, product)
         if use.is_zero(first) or adopted:
             return Label.compressed(product)
-        use.pin("adds something that is not scaled with it", Label(product))
+        use.pin(_ADDS, Label(product))
         return None
-    product, start = np.broadcast_arrays(product, start)
-    use.scales.join(product, start, use.why("adds tensors that have different scales"))
-    return Label.compressed(use.scales.roots(product))
+    return Label.compressed(use.join(product, use.ids("self"), "adds tensors that have different scales"))
 
 
 def _adopts(use: Use, other: Node, ids: Ids) -> bool:
@@ -272,40 +374,54 @@ def _adopts(use: Use, other: Node, ids: Ids) -> bool:
     return use.adopt(other, np.broadcast_to(merged, padded).reshape(shape))
 
 
-@rule("mul.Tensor", "mul.Scalar", "multiply.Tensor", "multiply.Scalar", "div.Tensor", "div.Scalar", "div.Tensor_mode",
-      "div.Scalar_mode", "divide.Tensor", "divide.Scalar", "divide.Tensor_mode", "divide.Scalar_mode",
-      "true_divide.Tensor", "true_divide.Scalar")  # fmt: skip
+def add_shifts(use: ShiftUse) -> Result:
+    """Sums and differences: shifts add; what cancels is absorbed."""
+    a, b = use.ids("self"), use.ids("other")
+    factor = float(use.args.get("alpha", 1) or 0) * (1.0 if use.op == "add" else -1.0)
+    if use.op == "rsub":
+        a, factor = use.scales.times(a, -1.0), -factor
+    total = use.scales.sum(a, b, factor)
+    start = np.broadcast_to(use.scales.roots(a), total.shape)
+    cancelled = (total == UNSCALED) & (start != UNSCALED)
+    if cancelled.any():
+        use.absorb("difference", np.where(total == UNSCALED, start, UNSCALED))
+    return Label.compressed(total)
+
+
+# ---- products --------------------------------------------------------------------------------------------------------
+
+
 def multiply(use: Use) -> Result:
     """Products and quotients: exponents add; a factor without a scale lets the other's pass."""
-    left, right = use.label("self"), use.label("other")
-    rank = len(use.out_shape)
-    sign = -1.0 if "div" in use.op else 1.0
     if use.args.get("rounding_mode"):
         use.pin("rounds a scaled tensor", certainty="jump")
         return None
-    a = unscaled(rank) if left is None else aligned(left, rank)
-    b = unscaled(rank) if right is None else aligned(right, rank)
-    product = use.scales.sum(a, b, sign)
-    if left is not None and right is not None and (product == UNSCALED).any():
-        use.absorb("quotient", a)
+    left = use.ids("self")
+    product = use.scales.sum(left, use.ids("other"), -1.0 if "div" in use.op else 1.0)
+    if use.label("self") is not None and use.label("other") is not None and (product == UNSCALED).any():
+        use.absorb("quotient", left)
     return Label.compressed(product)
 
 
-@rule("pow.Tensor_Scalar", "square", "sqrt", "rsqrt", "reciprocal")
-def power(use: Use) -> Result:
-    """Powers multiply the exponents."""
-    label = use.label("self")
-    exponent: Any = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}.get(
-        use.op, use.args.get("exponent")
-    )
-    if label is None or not isinstance(exponent, (int, float)):
-        use.pin("has a scaled exponent")
+def multiply_each(use: Use) -> Result:
+    """Products of each tensor of a list with a factor that has no scale; in place, its label is what it was."""
+    factors = use.args.get("other")
+    if any(use.label_of(factor) for factor in (factors if isinstance(factors, list) else [factors])):
+        use.pin("multiplies lists of scaled tensors", unknown=True)
         return None
-    return Label.compressed(use.scales.times(label.ids, float(exponent)))
+    return None if use.op.endswith("_") else [use.label_of(tensor) for tensor in use.args["self"]]
 
 
-@rule("renorm")
-def renorm(use: Use) -> Result:
-    """Slices above the largest norm are brought down to it, others stay."""
-    use.pin("leaves slices below its largest norm as they are", certainty="jump")
-    return None
+def multiply_shift(use: ShiftUse) -> Result:
+    """Products with a number multiply the shift; products with a tensor make something unknown of it."""
+    left, right = use.label("self"), use.label("other")
+    if (left is not None and right is not None) or use.args.get("rounding_mode") or ("div" in use.op and left is None):
+        use.pin("multiplies or divides shifted tensors")
+        return None
+    name, other = ("self", use.args["other"]) if left is not None else ("other", use.args["self"])
+    ids = use.ids(name)
+    if isinstance(other, (int, float)):
+        factor = 1.0 / float(other) if "div" in use.op else float(other)
+        return Label.compressed(use.scales.times(ids, factor)) if factor else None
+    shape = np.broadcast_shapes(ids.shape, shape_of(other))
+    return use.fresh(ids, shape, "multiplies with a tensor", ids)

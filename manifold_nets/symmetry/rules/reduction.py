@@ -1,131 +1,251 @@
-"""Operations that reduce axes, or pick entries by their order: sums, norms, variances, extrema, sorting."""
+"""Operations that reduce axes, run over windows, or pick entries by their order: sums, norms, pooling, softmax."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from manifold_nets.symmetry.rules.use import Result, Use, rule, unscaled
-from manifold_nets.symmetry.structure.scales import Ids, Label
-
-__all__: list[str] = []
+from manifold_nets.symmetry.rules.elementwise import not_homogeneous, scaled_alike
+from manifold_nets.symmetry.rules.use import Result, Rule, ShiftUse, Table, Use, of_first, shape_of, varies
+from manifold_nets.symmetry.structure.scales import Label
 
 _COMPARED = "compares entries that have different scales"
+_DIFFERENTLY = "compares entries that are shifted differently"
+_AVERAGED = "averages entries that are shifted differently"
+_ONE_MEAN = "takes one mean over entries that are shifted differently"
 
 
-def axes_of(use: Use, rank: int) -> list[int]:
-    """The axes over which an operation runs: all where none are given."""
-    given = use.args.get("dim")
-    if given is None or given == []:
-        return list(range(rank))
-    return [axis % rank for axis in (given if isinstance(given, (list, tuple)) else [given])] if rank else []
+def table() -> Table:
+    """Operation → what it does to a scale, and to a shift."""
+    return {
+        "mean mean.dim sum sum.dim_IntList": (reduces(), mean),
+        "nansum nanmean": (reduces(), None),
+        "std std.dim std.correction": (reduces(), absorbed_by_mean),
+        "var var.dim var.correction": (reduces(2.0), absorbed_by_mean),
+        "var_mean var_mean.dim var_mean.correction": (reduces(2.0, 1.0), spread_and_mean),
+        "std_mean std_mean.dim std_mean.correction": (reduces(1.0, 1.0), spread_and_mean),
+        "norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dtype norm.ScalarOpt_dim_dtype linalg_vector_norm linalg_norm "
+        "linalg_norm.ord_str linalg_matrix_norm linalg_matrix_norm.str_ord frobenius_norm.dim nuclear_norm "
+        "nuclear_norm.dim": (norm, None),
+        "prod prod.dim_int": (product, None),
+        "amax amin max max.dim min min.dim median median.dim": (reduces(reason=_COMPARED), extremum),
+        "aminmax": (reduces(1.0, 1.0, reason=_COMPARED), None),
+        "nanmedian nanmedian.dim kthvalue mode": (reduces(reason=_COMPARED), None),
+        "cumsum cummax cummin": (along_axis(), None),
+        "sort sort.stable topk msort": (along_axis(reason=_COMPARED), None),
+        "argmax argmin argsort argsort.stable": (place, None),
+        "logcumsumexp": (not_homogeneous, None),
+        "logsumexp": (not_homogeneous, extremum),
+        "softmax.int log_softmax.int _softmax _log_softmax": (not_homogeneous, softmax),
+        "cross_entropy_loss": (not_homogeneous, cross_entropy),
+        "cosine_similarity": (cosine_similarity, None),
+        "cdist _cdist_forward": (distances, distances_of_shifts),
+        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+        "max_pool2d_with_indices max_pool3d_with_indices": (window, max_pool),
+        "max_unpool2d max_unpool3d fractional_max_pool2d": (window, None),
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+        "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
+        "upsample_trilinear3d upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+        "upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec upsample_linear1d.vec "
+        "upsample_bilinear2d.vec upsample_trilinear3d.vec upsample_bicubic2d.vec _upsample_nearest_exact1d.vec "
+        "_upsample_nearest_exact2d.vec": (window, average),
+        "grid_sampler grid_sampler_2d grid_sampler_3d": (grid_sampler, average),
+    }  # fmt: skip
 
 
-def reduced(use: Use, label: Label, reason: str = "sums entries that have different scales") -> Ids:
-    """Ids of what is left of a tensor of one scale along the axes that an operation reduces."""
-    axes = axes_of(use, label.ids.ndim)
-    merged = use.merge(label.ids, axes, reason)
-    return merged if use.args.get("keepdim", False) else np.squeeze(merged, tuple(axes))
+# ---- axes that are reduced -------------------------------------------------------------------------------------------
 
 
-@rule("mean", "mean.dim", "sum", "sum.dim_IntList", "nansum", "nanmean", "std", "std.dim", "std.correction")
-def linear_in_scale(use: Use) -> Result:
-    """Reductions that are scaled as the entries are."""
-    label = use.label("self")
-    return None if label is None else Label.compressed(reduced(use, label))
+def reduces(*powers: float, reason: str = "sums entries that have different scales") -> Rule:
+    """A rule of reductions over entries that are scaled alike: the power of the scale of each result."""
+
+    @of_first
+    def rule(use: Use, label: Label) -> Result:
+        if use.op in ("kthvalue", "mode"):
+            use.args["dim"] = -1 if use.args["dim"] is None else use.args["dim"]
+        ids = use.reduced(label, reason)
+        scaled = (ids if power == 1.0 else use.scales.times(ids, power) for power in powers or (1.0,))
+        results = [Label.compressed(each) for each in scaled]
+        return results if len(results) > 1 else results[0]
+
+    return rule
 
 
-@rule("norm.Scalar", "norm.ScalarOpt_dim", "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim_dtype", "linalg_vector_norm",
-      "linalg_norm", "linalg_norm.ord_str", "linalg_matrix_norm", "linalg_matrix_norm.str_ord", "frobenius_norm.dim",
-      "nuclear_norm", "nuclear_norm.dim")  # fmt: skip
-def norm(use: Use) -> Result:
+@of_first
+def norm(use: Use, label: Label) -> Result:
     """Norms of vectors and matrices; that of order 0 counts the entries that are not zero."""
-    label = use.label("self" if "self" in use.args else "A")
-    if label is None:
-        return None
     if use.args.get("ord", use.args.get("p")) == 0:
         use.scales.end(label.ids, use.why("counts entries, and hands on no gradient"))
         return None
-    return Label.compressed(reduced(use, label))
+    return Label.compressed(use.reduced(label))
 
 
-@rule("var", "var.dim", "var.correction")
-def variance(use: Use) -> Result:
-    """Variances are scaled by the square."""
-    label = use.label("self")
-    return None if label is None else Label.compressed(use.scales.times(reduced(use, label), 2.0))
+@of_first
+def product(use: Use, label: Label) -> Result:
+    """Products of entries: their exponents add."""
+    ids, shape = label.ids, use.shape("self")
+    for axis in use.axes(ids.ndim):
+        if ids.shape[axis] == 1:
+            ids = use.scales.times(ids, float(shape[axis]))
+        else:
+            first, *others = np.split(ids, ids.shape[axis], axis)
+            for other in others:
+                first = use.scales.sum(first, other)
+            ids = first
+    return Label.compressed(use.without(ids, use.axes(ids.ndim)))
 
 
-@rule("var_mean", "var_mean.dim", "var_mean.correction", "std_mean", "std_mean.dim", "std_mean.correction")
-def spread_and_mean(use: Use) -> Result:
-    """A variance or standard deviation, and the mean."""
-    label = use.label("self")
-    if label is None:
-        return None
-    ids = reduced(use, label)
-    spread = use.scales.times(ids, 2.0) if use.op == "var_mean" else ids
-    return [Label.compressed(spread), Label.compressed(ids)]
+@of_first
+def mean(use: ShiftUse, label: Label) -> Result:
+    """Means and sums."""
+    axes, ids = use.axes(label.ids.ndim), label.ids
+    if varies(label, axes) and use.is_linked(ids):
+        ids = use.image(ids, [1 if axis in axes else n for axis, n in enumerate(ids.shape)], _AVERAGED)
+    elif varies(label, axes):
+        ids = use.merge(ids, axes, _AVERAGED)
+    if use.op == "sum":
+        shape = shape_of(next(iter(use.args.values())))
+        ids = use.scales.times(ids, float(np.prod([shape[axis] for axis in axes])))
+    return Label.compressed(use.without(ids, axes))
 
 
-@rule("cumsum", "logcumsumexp", "cummax", "cummin")
-def running(use: Use) -> Result:
-    """Running sums and extrema along one axis."""
-    label = use.label("self")
-    if label is None:
-        return None
-    if use.op == "logcumsumexp":
-        use.pin("is not positively homogeneous", certainty="smooth")
-        return None
-    found = Label.compressed(use.merge(label.ids, axes_of(use, label.ids.ndim)))
-    return [found, None] if use.op != "cumsum" else found
-
-
-@rule("amax", "amin", "aminmax", "max", "min", "max.dim", "min.dim", "median", "median.dim", "nanmedian",
-      "nanmedian.dim", "kthvalue", "mode")  # fmt: skip
-def picked(use: Use) -> Result:
-    """The largest, smallest or middle of entries that are scaled alike, and where it is."""
-    label = use.label("self")
-    if label is None:
-        return None
-    if use.op in ("kthvalue", "mode"):
-        use.args["dim"] = -1 if use.args["dim"] is None else use.args["dim"]
-    found = Label.compressed(reduced(use, label, _COMPARED))
-    if use.op == "aminmax":
-        return [found, found]
-    return [found, None] if isinstance(use.node.meta.get("val"), (tuple, list)) else found
-
-
-@rule("sort", "sort.stable", "topk", "msort")
-def ordered(use: Use) -> Result:
-    """Entries of one axis, scaled alike, in their order, and where they are."""
-    label = use.label("self")
-    if label is None:
-        return None
-    axis = 0 if use.op == "msort" else use.args.get("dim")
-    found = Label.compressed(use.merge(label.ids, [-1 if axis is None else axis], _COMPARED))
-    return found if use.op == "msort" else [found, None]
-
-
-@rule("argmax", "argmin", "argsort", "argsort.stable")
-def where_picked(use: Use) -> Result:
-    """Where the largest of some entries is, or their order: the same at every scale that they share."""
-    label = use.label("self")
-    if label is None:
-        return None
-    axes: Sequence[int] = axes_of(use, label.ids.ndim)
-    use.scales.end(use.merge(label.ids, axes, _COMPARED), use.why("does not see its scale, and hands on no gradient"))
+@of_first
+def absorbed_by_mean(use: ShiftUse, label: Label) -> Result:
+    """Variances do not see a shift of everything that they run over."""
+    use.merge(label.ids, use.axes(label.ids.ndim), _ONE_MEAN)
     return None
 
 
-@rule("cosine_similarity")
+@of_first
+def spread_and_mean(use: ShiftUse, label: Label) -> Result:
+    """The mean moves with a shift of everything that it runs over, the variance does not see it."""
+    return [None, Label.compressed(use.reduced(label, _ONE_MEAN))]
+
+
+@of_first
+def extremum(use: ShiftUse, label: Label) -> Result:
+    """Extrema and log-sum-exp move with a shift that is constant over their axes."""
+    return Label.compressed(use.reduced(label, _DIFFERENTLY))
+
+
+@of_first
+def softmax(use: ShiftUse, label: Label) -> Result:
+    """A softmax does not see a shift that is constant along its axis."""
+    use.absorb("softmax", use.merge(label.ids, [int(use.args["dim"])], _DIFFERENTLY))
+    return None
+
+
+def cross_entropy(use: ShiftUse) -> Result:
+    """The loss does not see a constant added to all logits of an example."""
+    label = use.label("self")
+    if label is not None:
+        use.absorb("loss", use.merge(label.ids, [min(1, label.ids.ndim - 1)], "compares logits shifted differently"))
+    if use.label("target") is not None:
+        use.pin("has shifted targets", use.label("target"))
+    return None
+
+
+# ---- one axis, which stays -------------------------------------------------------------------------------------------
+
+
+def along_axis(reason: str = "sums entries that have different scales") -> Rule:
+    """A rule of running sums and of orders along one axis of entries that are scaled alike."""
+
+    @of_first
+    def rule(use: Use, label: Label) -> Result:
+        axis = 0 if use.op == "msort" else use.args.get("dim")
+        return Label.compressed(use.merge(label.ids, [-1 if axis is None else axis], reason))
+
+    return rule
+
+
+@of_first
+def place(use: Use, label: Label) -> Result:
+    """Where the largest of some entries is, or their order: the same at every scale that they share."""
+    merged = use.merge(label.ids, use.axes(label.ids.ndim), _COMPARED)
+    use.scales.end(merged, use.why("does not see its scale, and hands on no gradient"))
+    return None
+
+
 def cosine_similarity(use: Use) -> Result:
     """A product of two vectors of norm 1: each vector may have a scale of its own."""
-    rank = len(use.out_shape) + 1
     for name in ("x1", "x2"):
-        label = use.label(name)
-        if label is not None:
-            ids = np.broadcast_to(label.ids, label.ids.shape).reshape((1,) * (rank - label.ids.ndim) + label.ids.shape)
-            merged = use.merge(ids, [int(use.args["dim"])], "normalizes by one norm entries that have different scales")
-            use.absorb("quotient", np.broadcast_to(merged, np.broadcast_shapes(merged.shape, unscaled(rank).shape)))
+        if use.label(name) is not None:
+            ids = use.ids(name, len(use.out_shape) + 1)
+            reason = "normalizes by one norm entries that have different scales"
+            use.absorb("quotient", use.merge(ids, [int(use.args["dim"])], reason))
     return None
+
+
+# ---- distances between all rows of two matrices ----------------------------------------------------------------------
+
+
+def distances(use: Use) -> Result:
+    """Distances are scaled as all rows are; that of order 0 counts the entries that differ."""
+    names = [name for name in ("x1", "x2") if use.label(name) is not None]
+    merged = {use.args[name]: Label(use.merge(use.ids(name), [-1, -2], _COMPARED)) for name in names}
+    otherwise = "compares with something that is not scaled with it"
+    found = scaled_alike(use, use.args["x1"], use.args["x2"], otherwise=otherwise, merged=merged)
+    if isinstance(found, Label) and use.args["p"] == 0:
+        use.scales.end(found.ids, use.why("counts entries, and hands on no gradient"))
+        return None
+    return found
+
+
+def distances_of_shifts(use: ShiftUse) -> Result:
+    """Distances do not see what is added to all rows of both matrices."""
+    left, right = (use.merge(use.ids(name), [-2], _DIFFERENTLY) for name in ("x1", "x2"))
+    use.absorb("difference", use.join(left, right, _DIFFERENTLY))
+    return None
+
+
+# ---- windows over the last axes --------------------------------------------------------------------------------------
+
+
+def _space(use: Use, label: Label) -> list[int]:
+    """The axes of space, of which the name of the operation says how many there are."""
+    count = next((int(c) for c in use.op if c.isdigit()), label.ids.ndim - 2)
+    return list(range(label.ids.ndim - count, label.ids.ndim))
+
+
+@of_first
+def window(use: Use, label: Label) -> Result:
+    """Pooling and interpolation: one scale over all windows of a channel."""
+    return Label.compressed(use.merge(label.ids, _space(use, label)))
+
+
+def grid_sampler(use: Use) -> Result:
+    """Interpolation at computed places is linear in what is interpolated, not in the places."""
+    if use.label("grid") is not None:
+        use.pin("reads entries at places that are scaled", use.label("grid"), certainty="smooth")
+    return window(use)
+
+
+@of_first
+def max_pool(use: ShiftUse, label: Label) -> Result:
+    """Largest entries: one shift a channel."""
+    return Label.compressed(use.merge(label.ids, _space(use, label), _DIFFERENTLY))
+
+
+def average(use: ShiftUse) -> Result:
+    """Weighted means pass what is constant over the window; zeros of the padding are not shifted."""
+    first, *others = use.args
+    for name in others:
+        if use.label(name) is not None:
+            use.pin("reads entries at places that are shifted", use.label(name))
+    label = use.label(first)
+    if label is None:
+        return None
+    axes, constant = _space(use, label), not varies(label, _space(use, label))
+    if constant and not _counts_zeros(use):
+        return label
+    shape = (*label.ids.shape[: axes[0]], *use.out_shape[axes[0] :])
+    return use.fresh(label.ids, shape, _AVERAGED, label.ids if constant else None)
+
+
+def _counts_zeros(use: Use) -> bool:
+    """Whether zeros beyond the border take part in means, or means are divided by a number of one's own."""
+    if use.op.startswith("grid_sampler"):
+        return int(use.args["padding_mode"]) == 0
+    padding = use.args.get("padding") or 0
+    padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    return bool((padded and use.args.get("count_include_pad", True)) or use.args.get("divisor_override"))

@@ -1,12 +1,21 @@
-"""One operation of the graph as a rule sees it: its arguments, their labels, and what it may demand of the scales."""
+"""One operation of the graph as a rule sees it, and the tables of the rules.
+
+Each file of rules begins with its table: operations, what they do to a scale, and what they do to a shift. A rule takes
+a `Use` or a `ShiftUse`, and returns the label of the result: what is left of the scales, or shifts, of the arguments.
+
+Labels are those of `manifold_nets.symmetry.structure.scales`; of shifts they are read additively: each entry is shifted
+by its form ``Σ c_k s_k``. What a linear map makes of a shift depends on data or on other weights; each of its results
+gets a new unknown, and a `Link` that says where it comes from. An unknown that the network does not leave free refuses
+its sources.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -16,12 +25,27 @@ from manifold_nets.symmetry.graph import bound_arguments, op_name, operation_key
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Certainty, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["RULES", "Absorption", "Adoption", "Result", "Rule", "Use", "guarded", "of_real_numbers", "rule"]
+__all__ = ["LARGEST_LINK", "RULES", "SHIFT_RULES", "Absorption", "Adoption", "Link", "Result", "ShiftUse", "Use"]
 
 # Up to this many zeros get a scale each.
 _MOST_ZEROS = 16_384
+# Beyond this many entries a linear image has fewer unknowns than entries, `_COLOURS`, strewn over them at random:
+# operations that tie entries tie many, hardly all of one colour. Beyond so many entries it is not followed any further.
+LARGEST_LINK = 2_048
+_COLOURS = 64
+_LARGEST_IMAGE = 2**20
+
+# Why a scale ends at an operation that only compares, counts or orders.
+UNSEEN = "does not see its scale, and hands on no gradient"
 
 Result = Label | list[Label | None] | None
+Rule = Callable[[Any], Result]
+# Operations, their exact overloads separated by spaces, with the rules of a scale and of a shift; where the latter is
+# None, no shift passes.
+Table = Mapping[str, tuple[Rule, Rule | None]]
+
+RULES: dict[str, Rule] = {}
+SHIFT_RULES: dict[str, Rule] = {}
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,16 @@ class Adoption:
     ids: Ids
 
 
+@dataclass(frozen=True)
+class Link:
+    """New unknowns that a linear map makes of shifts: free only together with their sources."""
+
+    sources: Ids
+    results: Ids
+    unknowns: range
+    because: Break
+
+
 @dataclass
 class Use:
     """An operation at which a scale arrives.
@@ -63,10 +97,13 @@ class Use:
     absorptions: list[Absorption] = field(default_factory=list)
     adoptions: list[Adoption] = field(default_factory=list)
     columns: dict[str, Ids] | None = None
+    shifts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.args = bound_arguments(self.node)
         self.op, self.key = op_name(self.node), operation_key(self.node)
+
+    # ---- arguments -------------------------------------------------------------------------------------------------
 
     def label(self, name: str) -> Label | None:
         """Label of an argument; None where it is not scaled."""
@@ -77,29 +114,43 @@ class Use:
         found = self.labels.get(value) if isinstance(value, Node) else None
         return found if isinstance(found, Label) else None
 
+    def ids(self, name: str, rank: int | None = None) -> Ids:
+        """Ids of an argument with as many axes as the result, or so many; unscaled where it has no label."""
+        label, rank = self.label(name), len(self.out_shape) if rank is None else rank
+        return unscaled(rank) if label is None else aligned(label, rank)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor argument."""
         return shape_of(self.args[name])
 
-    def any_scale(self, shape: Sequence[int]) -> Ids | None:
-        """Ids of a tensor of zeros, which any scale leaves alone: an unknown for each entry; None where too many."""
-        count = math.prod(shape)
-        return self.scales.add(count).reshape(tuple(shape)) if count <= _MOST_ZEROS else None
+    def axes(self, rank: int) -> list[int]:
+        """The axes over which the operation runs: all where none are given."""
+        given = self.args.get("dim")
+        if given is None or given == []:
+            return list(range(rank))
+        return [axis % rank for axis in (given if isinstance(given, (list, tuple)) else [given])] if rank else []
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape of the (first) result."""
         return shape_of(self.node)
 
-    def why(self, reason: str, *, unknown: bool = False, certainty: Certainty = "cautious") -> Break:
-        """Build the reason for a condition that this operation puts on the scales."""
-        return Break(self.op, self.graph.module_of(self.node), reason, unknown, certainty)
-
     def is_zero(self, value: Any) -> bool:
         """Whether an argument is the number zero, or a tensor of zeros."""
         if isinstance(value, Node):
             return self.graph.is_zero(value, self.node)
         return isinstance(value, (int, float)) and value == 0
+
+    def any_scale(self, shape: Sequence[int]) -> Ids | None:
+        """Ids of a tensor of zeros, which any scale leaves alone: an unknown for each entry; None where too many."""
+        count = math.prod(shape)
+        return self.scales.add(count).reshape(tuple(shape)) if count <= _MOST_ZEROS else None
+
+    # ---- conditions ------------------------------------------------------------------------------------------------
+
+    def why(self, reason: str, *, unknown: bool = False, certainty: Certainty = "cautious") -> Break:
+        """Build the reason for a condition that this operation puts on the scales."""
+        return Break(self.op, self.graph.module_of(self.node), reason, unknown, certainty)
 
     def pin(self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious") -> None:
         """Refuse the scales of these labels (of all arguments when none is given)."""
@@ -110,19 +161,39 @@ class Use:
             if label is not None:
                 self.scales.pin(label.ids, self.why(reason, unknown=unknown, certainty=certainty))
 
+    def end(self, *names: str, reason: str = UNSEEN) -> None:
+        """Note that the result does not depend on the scales of these arguments (of all when none is given)."""
+        for node in [self.args.get(name) for name in names] or self.node.all_input_nodes:
+            label = self.label_of(node)
+            if label is not None:
+                self.scales.end(label.ids, self.why(reason))
+
     def merge(self, ids: Ids, axes: Sequence[int], reason: str = "sums entries that have different scales") -> Ids:
         """Demand one scale along the axes; return the ids with these axes reduced to 1."""
         return self.scales.merge(ids, [axis % ids.ndim for axis in axes], self.why(reason))
 
+    def join(self, left: Ids, right: Ids, reason: str, certainty: Certainty = "cautious") -> Ids:
+        """Demand the same scale entry by entry; return the ids, which broadcast to both."""
+        left, right = np.broadcast_arrays(left, right)
+        self.scales.join(left, right, self.why(reason, certainty=certainty))
+        return self.scales.roots(left)
+
+    def reduced(self, label: Label, reason: str = "sums entries that have different scales") -> Ids:
+        """Demand one scale along the axes that the operation reduces; return the ids of what is left."""
+        axes = self.axes(label.ids.ndim)
+        return self.without(self.merge(label.ids, axes, reason), axes)
+
+    def without(self, ids: Ids, axes: Sequence[int]) -> Ids:
+        """Ids without the axes that the operation reduces, unless it keeps them."""
+        return ids if self.args.get("keepdim") else np.squeeze(ids, tuple(axes))
+
     def absorb(self, kind: str, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> None:
         """Record that the operation removes these scales from its result."""
-        name = self.graph.buffer_of
-        self.absorptions.append(
-            Absorption(
-                self.node, kind, self.op, self.graph.module_of(self.node), ids,
-                name(running_mean), name(running_var),
-            )
-        )  # fmt: skip
+        module, name = self.graph.module_of(self.node), self.graph.buffer_of
+        found = Absorption(self.node, kind, self.op, module, ids, name(running_mean), name(running_var))
+        self.absorptions.append(found)
+
+    # ---- parameters that are scaled along --------------------------------------------------------------------------
 
     def is_shared(self, weight: Any) -> bool:
         """Whether a weight whose columns may undo scales is used by several operations, which then have to agree."""
@@ -167,21 +238,72 @@ class Use:
         return True
 
 
+def _never(module: str) -> bool:
+    """Take every module for active."""
+    return False
+
+
+@dataclass
+class ShiftUse(Use):
+    """An operation at which a shift arrives.
+
+    ``rows`` maps a weight to the number of blocks of output channels that share one unknown row,
+    ``W → W + 1vᵀ`` block by block; ``inactive`` holds the modules whose dropout has probability 0; ``first_link`` is
+    the first unknown that is no parameter's.
+    """
+
+    links: list[Link] = field(default_factory=list)
+    rows: dict[Node, int] = field(default_factory=dict)
+    inactive: Callable[[str], bool] = _never
+    first_link: int = 0
+    shifts: ClassVar[bool] = True
+
+    def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
+        """Label of a linear image of the sources: one unknown an entry, none where the mask is unscaled."""
+        size = int(np.prod(shape))
+        if size > _LARGEST_IMAGE:
+            self.scales.pin(sources, self.why("makes too many different shifts to follow", unknown=True))
+            return None
+        first = self.scales.count
+        if size <= LARGEST_LINK:
+            ids = self.scales.add(size).reshape(tuple(shape))
+        else:
+            # Images of one size are coloured alike, so that sums of them have no more colours.
+            ids = np.random.default_rng(size).choice(self.scales.add(_COLOURS), tuple(shape))
+        unknowns = range(first, self.scales.count)
+        if mask is not None:
+            ids = np.where(np.broadcast_to(self.scales.roots(mask), ids.shape) == UNSCALED, UNSCALED, ids)
+        self.links.append(Link(sources, ids, unknowns, self.why(reason)))
+        return Label(ids)
+
+    def image(self, sources: Ids, shape: Sequence[int], reason: str) -> Ids:
+        """Ids of a linear image of the sources; unscaled where it is not followed."""
+        made = self.fresh(sources, shape, reason)
+        return made.ids if isinstance(made, Label) else np.full([1] * len(shape), UNSCALED)
+
+    def any_scale(self, shape: Sequence[int]) -> Ids | None:
+        """Zeros have no shift but none."""
+        return None
+
+    def is_linked(self, ids: Ids) -> bool:
+        """Whether unknowns of links occur in the forms."""
+        numbers = np.unique(self.scales.roots(ids)).tolist()
+        return any(k >= self.first_link for n in numbers for k in self.scales.form(n))
+
+
+# ---- the tables ------------------------------------------------------------------------------------------------------
+
 # What a rule raises that meets arguments which it does not foresee.
 _UNFORESEEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
-Rule = Callable[[Use], Result]
-RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule under the exact overloads of the aten operations that it describes."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = guarded(function)
-        return function
-
-    return register
+def register(table: Table) -> None:
+    """Enter the rules of a table under the exact overloads of their operations."""
+    for keys, (scale, shift) in table.items():
+        for key in keys.split():
+            RULES[key] = guarded(scale)
+            if shift is not None:
+                SHIFT_RULES[key] = guarded(shift)
 
 
 def guarded(function: Rule) -> Rule:
@@ -190,12 +312,39 @@ def guarded(function: Rule) -> Rule:
     @functools.wraps(function)
     def careful(use: Use) -> Result:
         try:
-            return function(use)
+            result = function(use)
         except _UNFORESEEN as error:
             use.pin(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
             return None
+        values = use.node.meta.get("val")
+        if isinstance(values, (tuple, list)) and isinstance(result, Label):
+            return [result, *[None] * (len(values) - 1)]  # the other results are numbers of entries
+        return result
 
     return careful
+
+
+def of_first(function: Callable[[Any, Label], Result]) -> Rule:
+    """A rule that only says what becomes of the label of the first argument, whatever its name."""
+
+    @functools.wraps(function)
+    def rule(use: Use) -> Result:
+        label = use.label_of(next(iter(use.args.values())))
+        return None if label is None else function(use, label)
+
+    return rule
+
+
+def apply_rule(use: ShiftUse) -> Result:
+    """Label of the result of an operation at which a shift arrives; refuses it where no rule lets it pass."""
+    known = SHIFT_RULES.get(use.key)
+    if known is not None:
+        return of_real_numbers(use, known(use))
+    if use.key in RULES:
+        use.pin("does not let a shift pass")
+    else:
+        use.pin("has no rule: what it does to a shift is unknown", unknown=True)
+    return None
 
 
 def as_list(result: Result) -> list[Label | None]:
@@ -214,6 +363,9 @@ def of_real_numbers(use: Use, result: Result) -> Result:
     return result
 
 
+# ---- ids -------------------------------------------------------------------------------------------------------------
+
+
 def shape_of(value: Any) -> tuple[int, ...]:
     """Shape of the tensor that a node stands for; of the first one where it stands for several."""
     fake = value.meta["val"] if isinstance(value, Node) else value
@@ -230,3 +382,8 @@ def aligned(label: Label, ndim: int) -> Ids:
 def unscaled(ndim: int) -> Ids:
     """Ids of a tensor that no scale reaches."""
     return np.full((1,) * ndim, UNSCALED, dtype=np.int64)
+
+
+def varies(label: Label, axes: Sequence[int]) -> bool:
+    """Whether the scale differs along one of the axes."""
+    return any(label.ids.shape[axis] > 1 for axis in axes)

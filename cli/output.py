@@ -1,0 +1,199 @@
+"""What a command writes: its result to standard output, progress and errors to standard error, and the exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from manifold_nets.errors import ManifoldNetsError, ModelExitError
+
+from .options import Request
+
+# Output to a file is never wrapped: a row of a table stays one line, however long.
+_FILE_WIDTH = 100_000
+
+_COLORS = {
+    "green": ("invariant", "constrained", "sphere", "already", "remove", "balance", "joint sphere"),
+    "yellow": ("not invariant", "no evidence", "leave"),
+    "magenta": ("unknown",),
+    "bold red": ("disagreement",),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command found.
+
+    Args:
+        document: the result as plain data, for ``--json``.
+        shown: the same for people.
+        failures: checks that did not hold; any of them makes the exit status 1.
+    """
+
+    document: dict[str, Any]
+    shown: tuple[RenderableType, ...]
+    failures: tuple[str, ...] = ()
+
+
+def reported(body: Callable[..., Outcome]) -> Callable[..., None]:
+    """Make a command's callback of a function that returns an `Outcome`, and add the option ``--json``."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
+    @functools.wraps(body)
+    def callback(request: Request, *, as_json: bool, **options: Any) -> None:
+        document: dict[str, Any] = {"command": body.__name__, "model": str(request.spec)}
+        try:
+            with running_code_of(str(request.spec)):
+                outcome = body(request, **options)
+        except (ManifoldNetsError, OSError) as error:
+            outcome = Outcome({"error": type(error).__name__}, (), (str(error),))
+        if as_json:
+            document |= {"ok": not outcome.failures, "failures": list(outcome.failures), **outcome.document}
+            echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+        elif outcome.shown:
+            show(*outcome.shown)
+        for failure in outcome.failures:
+            print_error(failure)
+        if outcome.failures:
+            raise click.exceptions.Exit(1)
+
+    return callback
+
+
+@contextlib.contextmanager
+def running_code_of(name: str) -> Iterator[None]:
+    """Keep the output and the exit of a user's code apart from the command's own.
+
+    What the code prints goes to standard error, as standard output is for the result alone. Where it calls
+    ``sys.exit``, that is an error of the code and not the exit status of the command.
+
+    Args:
+        name: what the code belongs to, as written on the command line.
+
+    Raises:
+        ModelExitError: the block raised SystemExit.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield
+        except SystemExit as error:
+            raise ModelExitError(name, error) from error
+
+
+def _finite(value: Any) -> Any:
+    """Replace numbers that JSON does not have by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _console(*, stderr: bool = False) -> Console:
+    # Names and paths that look like rich's markup, or like the name of an emoji, are shown as they are.
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH
+    return console
+
+
+def show(*parts: RenderableType) -> None:
+    """Print parts of a result to standard output."""
+    console = _console()
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    with console.capture() as captured:
+        console.print(*parts, sep="\n")
+    # Tables pad their lines with blanks, which a file need not keep.
+    echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def echo(text: str) -> None:
+    """Write to standard output; where that fails, print an error and end the command with status 1."""
+    try:
+        click.echo(text)
+    except BrokenPipeError:
+        raise  # click ends quietly where the reader has seen enough
+    except OSError as error:
+        # Python would try to flush the rest of the buffer at exit, and print a traceback.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        why = error.strerror or error
+        print_error(f"standard output: {why}; the result is not complete. Make room, or redirect it.")
+        raise click.exceptions.Exit(1) from error
+
+
+def print_error(text: str) -> None:
+    """Print what went wrong to standard error."""
+    _console(stderr=True).print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show a text, the stage of a diagnosis and the elapsed time on standard error, where it is a terminal."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar, _stages(bar.add_task(text, total=None), bar, text):
+        yield
+
+
+@contextlib.contextmanager
+def _stages(task: Any, bar: Any, text: str) -> Iterator[None]:
+    """Add the stage that the package logs to the text of a progress bar."""
+
+    class Show(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            bar.update(task, description=f"{text} {record.getMessage()}")
+
+    logger, handler = logging.getLogger("manifold_nets.symmetry"), Show()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def rows_table(title: str, rows: Mapping[str, object]) -> Table:
+    """Tabulate names and values."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, f"{value:.2e}" if isinstance(value, float) else str(value))
+    return table
+
+
+def columns_table(*columns: str, title: str | None = None) -> Table:
+    """Make an empty table of named columns."""
+    table = Table(title=title, title_justify="left", pad_edge=False, box=None, header_style="bold")
+    for column in columns:
+        # In a narrow window explanations are folded before names are.
+        table.add_column(column, overflow="fold", no_wrap=column == "weight")
+    return table
+
+
+def styled(word: str) -> Text:
+    """Color a status or an action."""
+    return Text(word, style=next((color for color, words in _COLORS.items() if word in words), ""))

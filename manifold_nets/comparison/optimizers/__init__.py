@@ -1,0 +1,99 @@
+"""The optimizers of a comparison: built-in ones by name, and the user's own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
+from manifold_nets.comparison.optimizers.builtin import OPTIMIZERS, from_torch
+from manifold_nets.comparison.optimizers.spec import Form, Make, Objective, OptimizerSpec, Stepper, TorchStepper
+from manifold_nets.errors import ModelSpecError
+from manifold_nets.sources import ModelSpec, load_attribute
+
+__all__ = [
+    "OPTIMIZERS",
+    "AnyOptimizer",
+    "Form",
+    "Make",
+    "Objective",
+    "OptimizerSpec",
+    "Stepper",
+    "TorchStepper",
+    "optimizer_spec",
+    "spec_of",
+]
+
+OptimizerSource = Callable[..., torch.optim.Optimizer]
+AnyOptimizer = str | OptimizerSpec | OptimizerSource
+
+
+def optimizer_spec(name: str) -> OptimizerSpec:
+    """Return the built-in optimizer of a name, or one from a Python file or module.
+
+    Args:
+        name: that of a built-in optimizer, or ``file.py:NAME`` or ``package.module:NAME`` of what `spec_of`
+            takes, or of a `OptimizerSpec`.
+
+    Raises:
+        OptimizerNameError: the name is neither.
+        SettingsError: it names no optimizer.
+        ModelNotFoundError: the file, the module or the attribute does not exist.
+        ModelBuildError: importing it raised.
+
+    Example:
+        >>> optimizer_spec("rsgd").form, optimizer_spec("torch.optim:SGD").library
+        ('converted', 'own')
+    """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    try:
+        spec = ModelSpec.parse(name)
+        if spec.kind not in ("file", "module"):
+            raise ModelSpecError(name)
+    except ModelSpecError as error:
+        raise OptimizerNameError(name, OPTIMIZERS) from error
+    found = load_attribute(spec)
+    return replace(found, name=name) if isinstance(found, OptimizerSpec) else spec_of(found, name)
+
+
+def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
+    """Wrap an optimizer that trains the plain network.
+
+    Args:
+        source: a `torch.optim.Optimizer` class, or a function that returns an optimizer. It is called with parameter
+            groups, which have the weight decay of the comparison, and the keyword ``lr``; the rest has its defaults.
+        name: its name in tables; that of the class or function when left out.
+
+    Raises:
+        SettingsError: it is neither.
+
+    Example:
+        >>> spec_of(torch.optim.Rprop).name
+        'Rprop'
+    """
+    name = getattr(source, "__name__", type(source).__name__) if name is None else name
+    if not _takes_rate(source):
+        raise SettingsError("optimizers", name, "an optimizer class, or a function of params and lr that returns one")
+
+    def checked(*args: Any, **options: Any) -> torch.optim.Optimizer:
+        made: object = source(*args, **options)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(f"{name} returned an object of type {type(made).__name__}, not a torch.optim.Optimizer")
+        return made
+
+    return OptimizerSpec(name, "plain", "own", "own", from_torch(checked), description="the user's own optimizer")
+
+
+def _takes_rate(source: object) -> bool:
+    if not callable(source):
+        return False
+    try:
+        parameters = inspect.signature(source).parameters.values()
+    except (TypeError, ValueError):  # as of some callables written in C
+        return True
+    return any(p.name == "lr" or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -1,0 +1,96 @@
+"""What a comparison needs of an optimizer: how it is made for a model, and how it steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.comparison.settings import Settings
+
+__all__ = ["Form", "Make", "Objective", "OptimizerSpec", "Stepper", "TorchStepper"]
+
+Form = Literal["plain", "converted"]
+
+
+class Objective(Protocol):
+    """The loss on the current batch as a function of the model's weights, to be evaluated any number of times."""
+
+    def loss(self) -> Tensor:
+        """Evaluate the loss at the current weights, a scalar with its graph; no gradient is written."""
+        ...
+
+    def __call__(self) -> Tensor:
+        """Clear the gradients, evaluate, differentiate into ``.grad``; return the loss, detached."""
+        ...
+
+
+class Stepper(Protocol):
+    """An optimizer at work on one model."""
+
+    def step(self, objective: Objective) -> float | Tensor:
+        """Take one step; return the loss before it, a float or a detached scalar."""
+        ...
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Make the learning rate ``factor`` times the initial one, for schedules."""
+        ...
+
+
+Make = Callable[[nn.Module, float, Settings], Stepper]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer that takes part in a comparison.
+
+    Args:
+        name: its name on the command line and in tables.
+        form: the model that it trains: the plain one or the converted one.
+        family: optimizers that differ in one thing share a family; for colors and groups in reports.
+        library: the package that it is from, for the record.
+        make: gives a `Stepper` for a model in that form, a learning rate and the settings. It may change the model,
+            but not the function that it computes.
+        full_batch: whether a step sees all training examples; it then takes one step per epoch.
+        description: one sentence.
+    """
+
+    name: str
+    form: Form
+    family: str
+    library: str
+    make: Make
+    full_batch: bool = False
+    description: str = ""
+
+
+class TorchStepper:
+    """A `Stepper` around any `torch.optim.Optimizer`.
+
+    Args:
+        optimizer: one whose groups have a learning rate ``"lr"``.
+
+    Example:
+        >>> stepper = TorchStepper(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))
+        >>> stepper.set_learning_rate(0.5)
+        >>> stepper.optimizer.param_groups[0]["lr"]
+        0.05
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, objective: Objective) -> Tensor:
+        """One gradient at the current weights, one step."""
+        loss = objective()
+        self.optimizer.step()
+        return loss
+
+    def set_learning_rate(self, factor: float) -> None:
+        """Scale the learning rate of every group."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = factor * rate

@@ -1,0 +1,366 @@
+"""The figures of a report, one entry each: its title, its caption, and when there is something to show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manifold_nets.comparison.measures import first_at
+from manifold_nets.comparison.report import style
+from manifold_nets.comparison.report.style import INK, NARROW, WIDE, Size, finite, look, mark, short_name
+from manifold_nets.comparison.report.summary import OptimizerSummary, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FIGURES", "NARROW", "WIDE", "Drawing", "Size"]
+
+MOST_LAYERS = 4
+_STEP, _CLIQUE_STEP = 0.30, 0.16
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure.
+
+    Args:
+        name: of its files and its anchor.
+        title: its heading.
+        draw: makes it.
+        caption: its caption, as plain text.
+        has_data: whether a summary has what it shows.
+    """
+
+    name: str
+    title: str
+    draw: Callable[[Summary, Size], Figure]
+    caption: Callable[[Summary], str]
+    has_data: Callable[[Summary], bool] = lambda summary: bool(summary.optimizers)
+
+
+def _row_height(summary: Summary, size: Size) -> float:
+    return (0.42 if size.narrow else 0.34) * len(summary.optimizers) + 0.9
+
+
+def _draw_test_errors(summary: Summary, size: Size) -> Figure:
+    """Test error of every run, and the mean with its confidence interval."""
+    figure = style.new_figure(size, _row_height(summary, size))
+    axes = figure.subplots()
+    every = finite(error for o in summary.optimizers for error in o.test_errors)
+    style.error_axis(axes, "x", every, scale=summary.unit.scale)
+    for i, o in enumerate(summary.optimizers):
+        color, shown = look(i)["color"], finite(o.test_errors)
+        axes.plot(shown, [i + 0.2] * len(shown), color=color, marker="|", markersize=9, linestyle="none")
+        if o.test.count > 1:
+            # No error is negative, whatever the interval says.
+            low = max(o.test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
+            axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=color, linewidth=2)
+        mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
+        if o.test.lost:
+            style.note_beside(
+                axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {'not finite' if o.not_finite else 'diverged'}"
+            )
+    style.name_rows(axes, [o.name for o in summary.optimizers])
+    axes.set_xlabel(summary.unit.label("test error"))
+    return figure
+
+
+def _draw_target(summary: Summary, size: Size) -> Figure:
+    """Passes over the data and seconds until each run first reaches the target."""
+    height, names = _row_height(summary, size), [o.name for o in summary.optimizers]
+    figure = style.new_figure(size, 2 * height if size.narrow else height)
+    left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2, sharey=True)
+    for axes, label, which in ((left, "passes over the data", "passes"), (right, "seconds of training", "seconds")):
+        spent = [_spent(o, summary.target, which) for o in summary.optimizers]
+        style.error_axis(axes, "x", [value for values in spent for value in values])
+        for i, (o, values) in enumerate(zip(summary.optimizers, map(finite, spent), strict=True)):
+            above = [i + 0.2] * len(values)
+            axes.plot(values, above, color=look(i)["color"], marker="|", markersize=9, linestyle="none")
+            median = getattr(o.reach, which)
+            if math.isfinite(median):
+                mark(axes, median, i - 0.1, i, markersize=8)
+            if (size.narrow or axes is right) and o.reach.reached < o.reach.runs:
+                style.note_beside(axes, i, f"✕ {o.reach.runs - o.reach.reached} of {o.reach.runs} never")
+        axes.set_xlabel(label)
+    style.name_rows(left, names)
+    if size.narrow:
+        style.name_rows(right, names)
+    else:
+        right.tick_params(axis="y", labelleft=False, length=0)
+        right.spines["left"].set_visible(False)
+        right.grid(visible=False, axis="y")
+    return figure
+
+
+def _spent(o: OptimizerSummary, target: float, which: str) -> list[float]:
+    costs = o.seconds if which == "seconds" else [o.passes] * len(o.errors)
+    return [first_at(run, cost, target) for run, cost in zip(o.errors, costs, strict=True)]
+
+
+def _draw_rescaled(summary: Summary, size: Size) -> Figure:
+    """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
+    figure = style.new_figure(size, _row_height(summary, size) + 0.3)
+    axes = figure.subplots()
+    both = [(i, o.rescaled) for i, o in enumerate(summary.optimizers) if o.rescaled is not None]
+    values = [value for _, found in both for value in (found.plain.value, found.same_rate.value)]
+    style.error_axis(axes, "x", values, scale=summary.unit.scale)
+    for i, found in both:
+        plain, same = found.plain.value, found.same_rate
+        axes.plot([plain, same.value], [i, i], color=look(i)["color"], linewidth=1.2)
+        mark(axes, plain, i, i, markersize=7)
+        mark(axes, same.value, i, i, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
+        if same.lost:
+            style.note_beside(axes, i, f"✕ {same.lost} of {same.lost + same.count} diverged")
+    style.name_rows(axes, [o.name for o in summary.optimizers])
+    axes.set_xlabel(f"{summary.unit.label('mean validation error')}; hollow: rescaled start")
+    return figure
+
+
+def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
+    """Training loss and validation error over epochs: the median over the seeds, and a band over all of them."""
+    figure = style.new_figure(size, 7.2 if size.narrow else 4.0)
+    left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2)
+    error = summary.unit.label("Validation error")
+    for axes, title, which, scale in (
+        (left, "Training loss", "losses", 1.0),
+        (right, error, "errors", summary.unit.scale),
+    ):
+        every = finite(value for o in summary.optimizers for run in getattr(o, which) for value in run)
+        style.error_axis(axes, "y", every, scale=scale)
+        for i, o in enumerate(summary.optimizers):
+            _curve(axes, i, len(summary.optimizers), o, getattr(o, which))
+        axes.set_title(title)
+        style.passes_axis(axes, [o.passes for o in summary.optimizers])
+        if every:
+            low, high = min(every), max(every)
+            if axes.get_yscale() == "log":
+                axes.set_ylim(low / 1.2, high * 1.2)
+            elif high > low:
+                margin = 0.05 * (high - low)
+                axes.set_ylim(max(0.0, low - margin) if low >= 0 else low, high + margin)
+    style.legend(figure, left, size)
+    return figure
+
+
+def _curve(axes: Any, place: int, count: int, o: OptimizerSummary, runs: Sequence[Sequence[float]]) -> None:
+    steps = list(zip(*runs, strict=True))
+    epochs, median = o.passes[: len(steps)], [style.strict_median(step) for step in steps]
+    if len(runs) > 1:
+        low, high = ([pick(finite(step), default=math.nan) for step in steps] for pick in (min, max))
+        axes.fill_between(epochs, low, high, color=look(place)["color"], alpha=0.14, linewidth=0)
+    known = [value if math.isfinite(value) else math.nan for value in median]
+    every = max(1, len(steps) // 6)
+    lost = f", ✕ {o.test.lost} of {len(o.seeds)}" if o.test.lost else ""
+    marked = (place * every // max(count, 1) % every, every)
+    (line,) = axes.plot(epochs, known, **look(place), markevery=marked, label=f"{short_name(o.name)}{lost}")
+    line.set_gid(f"series-{place}")
+    last = next((i for i, value in enumerate(median) if not math.isfinite(value)), None)
+    if last:  # most runs are lost from here on
+        mark(axes, epochs[last - 1], known[last - 1], place, marker="x", markersize=9, markeredgewidth=2)
+
+
+def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
+    """Validation error over the learning rates, and below it the good part of the grid of each optimizer."""
+    rows, share = len(summary.optimizers), 0.3 if size.narrow else 0.24
+    figure = style.new_figure(size, 3.4 + share * rows + 1.2)
+    upper, lower = figure.subplots(2, 1, height_ratios=[3.0, share * rows + 0.3], sharex=True)
+    grids = [o.sensitivity for o in summary.optimizers]
+    every = [error for grid in grids for error in (*grid.errors, *grid.survivor_errors)]
+    style.error_axis(upper, "y", every, scale=summary.unit.scale)
+    for i, (o, grid) in enumerate(zip(summary.optimizers, grids, strict=True)):
+        whole = [error if math.isfinite(error) else math.nan for error in grid.errors]
+        (line,) = upper.plot(grid.rates, whole, **look(i), label=short_name(o.name))
+        line.set_gid(f"series-{i}")
+        for rate, mean, lost in zip(grid.rates, grid.survivor_errors, grid.diverged, strict=True):
+            if lost and math.isfinite(mean):  # a mean over survivors only: hollow, and on no line
+                mark(upper, rate, mean, i, markerfacecolor="none")
+            if lost:
+                mark(lower, rate, i, i, marker="x", markeredgewidth=1.6)
+        if math.isfinite(grid.best_rate):
+            color = look(i)["color"]
+            lower.plot([grid.low, grid.high], [i, i], color=color, linewidth=5, alpha=0.45, solid_capstyle="butt")
+            mark(lower, grid.best_rate, i, i, markersize=7)
+    style.rate_axis(lower, [rate for grid in grids for rate in grid.rates])
+    style.name_rows(lower, [o.name for o in summary.optimizers])
+    upper.set_title(summary.unit.label("Validation error"))
+    upper.tick_params(axis="x", labelbottom=False)
+    lower.set_title(f"Learning rates within {100 * grids[0].tolerance:g} % of the best")
+    lower.set_xlabel("learning rate")
+    style.legend(figure, upper, size)
+    return figure
+
+
+def _shown_layers(summary: Summary) -> list[str]:
+    """The layers that there is room for: all, or some from the first to the last."""
+    names = list(dict.fromkeys(layer.name for o in summary.optimizers for layer in o.layers))
+    if len(names) <= MOST_LAYERS:
+        return names
+    return [names[round(i * (len(names) - 1) / (MOST_LAYERS - 1))] for i in range(MOST_LAYERS)]
+
+
+def _draw_layers(summary: Summary, size: Size) -> Figure:
+    """Rotation per step and norm of the filters of each layer over epochs."""
+    names = _shown_layers(summary)
+    figure = style.new_figure(size, 4.6 * len(names) + 0.8 if size.narrow else 5.2)
+    if size.narrow:
+        grid = figure.subplots(2 * len(names), 1, squeeze=False)[:, 0].reshape(len(names), 2).T
+    else:
+        grid = figure.subplots(2, len(names), squeeze=False)
+    for column, name in enumerate(names):
+        for row, (which, what) in enumerate((("rotation", "rotation a step (rad)"), ("norm", "norm of filters"))):
+            axes = grid[row, column]
+            _layer(axes, summary, name, which)
+            axes.set_title(f"{short_name(name)}: {what}" if size.narrow else what)
+            if not size.narrow and not row:
+                axes.set_title(f"{short_name(name)}\n{what}")
+    style.legend(figure, grid[0, 0], size)
+    return figure
+
+
+def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
+    traces = [
+        (i, o, getattr(layer, which))
+        for i, o in enumerate(summary.optimizers)
+        for layer in o.layers
+        if layer.name == name
+    ]
+    style.error_axis(axes, "y", [value for *_, values in traces for value in values])
+    for i, o, values in traces:
+        known, step = [v if math.isfinite(v) else math.nan for v in values], max(1, len(values) // 4)
+        marked = (i % step, step)
+        axes.plot(o.passes[: len(values)], known, **look(i), markevery=marked, label=short_name(o.name))
+    style.passes_axis(axes, [o.passes for o in summary.optimizers])
+
+
+def _draw_ranks(summary: Summary, size: Size) -> Figure:
+    """Mean ranks on a line, the best at the left; bars join optimizers that the test cannot distinguish."""
+    ranks = summary.friedman.mean_ranks if summary.friedman is not None else ()
+    order = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
+    return _rank_rows(summary, size, ranks, order) if size.narrow else _rank_line(summary, size, ranks, order)
+
+
+def _rank_line(summary: Summary, size: Size, ranks: Sequence[float], order: Sequence[int]) -> Figure:
+    """The diagram of Demšar: names at both sides, lines to their ranks on a scale."""
+    count, names = len(ranks), [short_name(o.name) for o in summary.optimizers]
+    half, first = (count + 1) // 2, 0.28 + _CLIQUE_STEP * len(summary.cliques)
+    # One unit of the vertical axis is an inch, so that lines of text keep their distance.
+    above, below = 0.75, first + _STEP * half
+    figure = style.new_figure(size, above + below)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.axis("off")
+    letters = 0.62 * size.font / 72 * max(map(len, names)) + 0.35
+    scale = (count - 1) / max(size.width - 2 * letters, 0.5)
+    axes.set_xlim(1 - letters * scale, count + letters * scale)
+    axes.set_ylim(-below, above)
+    axes.plot([1, count], [0, 0], color=INK, linewidth=1)
+    for rank in range(1, count + 1):
+        axes.plot([rank, rank], [0, 0.08], color=INK, linewidth=1)
+        axes.text(rank, 0.13, str(rank), ha="center", va="bottom", fontsize=0.92 * size.font)
+    width = summary.critical_difference
+    axes.plot([1, 1 + min(width, count - 1.0)], [0.48, 0.48], color=INK, linewidth=2)
+    axes.text(1, 0.55, f"critical difference {width:.2f}", ha="left", va="bottom")
+    for row, clique in enumerate(summary.cliques):
+        ends, y = (ranks[clique[0]] - 0.04, ranks[clique[-1]] + 0.04), -0.14 - _CLIQUE_STEP * row
+        axes.plot(ends, [y, y], color=INK, linewidth=4, solid_capstyle="round")
+    for position, i in enumerate(order):
+        left = position < half
+        y = -first - _STEP * (position if left else count - 1 - position)
+        outside = -scale if left else scale
+        end = (1 if left else count) + 0.12 * outside
+        axes.plot([ranks[i], ranks[i], end], [0, y, y], color=look(i)["color"], linewidth=1.3)
+        mark(axes, ranks[i], 0, i, markersize=6)
+        axes.text(end + 0.08 * outside, y, names[i], ha="right" if left else "left", va="center")
+    return figure
+
+
+def _rank_rows(summary: Summary, size: Size, ranks: Sequence[float], order: Sequence[int]) -> Figure:
+    """The same for a narrow page: one row per optimizer, and upright bars beside those that belong together."""
+    from matplotlib import ticker
+
+    figure = style.new_figure(size, 0.42 * len(ranks) + 1.3)
+    axes = figure.subplots()
+    for row, i in enumerate(order):
+        mark(axes, ranks[i], row, i, markersize=8)
+    style.name_rows(axes, [summary.optimizers[i].name for i in order])
+    axes.set_xlim(0.7, len(ranks) + 0.3)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+    for column, clique in enumerate(summary.cliques):
+        rows, x = [order.index(i) for i in clique], 1.03 + 0.045 * column
+        ends = [min(rows) - 0.25, max(rows) + 0.25]
+        axes.plot([x, x], ends, color=INK, linewidth=4, solid_capstyle="round", **beside)
+    axes.set_xlabel(f"mean rank; critical difference {summary.critical_difference:.2f}")
+    return figure
+
+
+def _layers_caption(summary: Summary) -> str:
+    names, shown = {layer.name for o in summary.optimizers for layer in o.layers}, _shown_layers(summary)
+    some = f" {len(shown)} of {len(names)} layers are drawn; epochs.csv has all." if len(shown) < len(names) else ""
+    return (
+        "How far a filter turns in one step, and how long the filters of a layer are: medians over the seeds. "
+        f"On spheres the length stays.{some}"
+    )
+
+
+def _ranks_caption(summary: Summary) -> str:
+    if summary.friedman is None:
+        return ""
+    return (
+        f"Mean ranks of the test errors over {summary.friedman.blocks} seeds, the best at the left; diverged runs rank "
+        "last. The ranks of optimizers joined by a bar do not differ at the 5 % level (Nemenyi). Friedman's test of "
+        f"any difference: p = {summary.friedman.p_value:.2g}. Ranks over seeds of one task say nothing of other tasks."
+    )
+
+
+_TEST_ERRORS = (
+    "Each stroke is a seed. The mark is the mean, its line Student's 95 % interval. Where runs diverged, the mean is "
+    "over the other runs, and the row shows how many are missing."
+)
+_CURVES = (
+    "Lines are medians over the seeds, in which diverged runs count as infinite; bands reach from the best to the "
+    "worst seed that has not diverged. ✕ in the legend counts those that have. A cross ends a line where half of the "
+    "runs are lost."
+)
+_SENSITIVITY = (
+    "Means over the seeds at the end of training. A hollow mark is a mean over survivors, on no line; a cross below is "
+    "a rate at which runs diverged. The bars are the learning rates whose error, interpolated between those tried, is "
+    "within 10 % of the best."
+)
+_RESCALED = (
+    "The hollow mark is the mean validation error when every initial filter that a normalization absorbs is multiplied "
+    "by its own power of ten between 10⁻² and 10², which leaves the initial function as it was; the learning rate is "
+    "the one chosen for the plain start."
+)
+
+
+def _target_caption(summary: Summary) -> str:
+    return (
+        f"When the validation error is first at most {summary.unit.short(summary.target)}. Each stroke is a seed, the "
+        "mark their median, in which runs that never come there count as infinite."
+    )
+
+
+FIGURES = (
+    Drawing("test-error", "Test error", _draw_test_errors, lambda _: _TEST_ERRORS),
+    Drawing(
+        "critical-differences",
+        "Critical differences",
+        _draw_ranks,
+        _ranks_caption,
+        lambda summary: summary.friedman is not None and math.isfinite(summary.critical_difference),
+    ),
+    Drawing("learning-curves", "Learning curves", _draw_learning_curves, lambda _: _CURVES),
+    Drawing("sensitivity", "Sensitivity to the learning rate", _draw_sensitivity, lambda _: _SENSITIVITY),
+    Drawing("target", "Time to a target", _draw_target, _target_caption, lambda s: math.isfinite(s.target)),
+    Drawing(
+        "rescaled",
+        "Sensitivity to the initial scale",
+        _draw_rescaled,
+        lambda _: _RESCALED,
+        lambda summary: any(o.rescaled is not None for o in summary.optimizers),
+    ),
+    Drawing("layers", "Rotation and norms", _draw_layers, _layers_caption, lambda s: bool(_shown_layers(s))),
+)

@@ -1,0 +1,268 @@
+"""Carrying out a comparison: claim runs, carry them out, select, read the test data, and show the progress."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manifold_nets.comparison.errors import RunFailedError
+from manifold_nets.comparison.final_weights import kept_weights, prune_weights
+from manifold_nets.comparison.pool import CompletedRun, Executor, Worker
+from manifold_nets.comparison.results import Comparison, RunResult
+from manifold_nets.comparison.selection import choose_all
+from manifold_nets.comparison.settings import RunKey, Settings
+
+if TYPE_CHECKING:
+    from manifold_nets.comparison.store import RunStore
+
+__all__ = ["Observer", "Progress", "Scheduler", "conclude", "shown_progress"]
+
+HEARTBEAT_SECONDS = 30.0
+IDLE_SECONDS = 2.0
+LINE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a comparison is.
+
+    Args:
+        done: runs with a result.
+        total: all runs.
+        running: runs of this process at the moment.
+        seconds_left: estimate from the runs that ended since this process started, without the start-up time of its
+            workers; None before the first.
+        best: the run of the smallest final validation error that this process knows of.
+        last: the latest result; None at the start.
+    """
+
+    done: int
+    total: int
+    running: tuple[RunKey, ...]
+    seconds_left: float | None
+    best: RunResult | None
+    last: RunResult | None
+
+
+Observer = Callable[[Progress], None]
+
+
+class Scheduler:
+    """Claims the runs of a study and has them carried out until every run has a result.
+
+    Args:
+        store: the study.
+        settings: of the comparison.
+        executor: carries out the runs.
+        shared: whether other processes may work on the same study.
+        folder: where final weights are; None where none are kept.
+        observer: called when a run has started or ended.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        settings: Settings,
+        executor: Executor,
+        shared: bool,
+        folder: Path | None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.store, self.settings, self.executor, self.shared = store, settings, executor, shared
+        self.folder, self.observer = folder, observer
+        self.keys = tuple(settings.run_keys())
+        self.results: dict[RunKey, RunResult] = {}
+        self._start_time, self._before, self._ready = time.monotonic(), 0, False
+
+    def run(self) -> None:
+        """Carry out runs until every run has a result.
+
+        Raises:
+            RunFailedError: a run has no result, for a reason other than divergence.
+        """
+        self._refresh()
+        self._start_time, self._before = time.monotonic(), len(self.results)
+        self.report(None)
+        try:
+            self._loop()
+        except BaseException:
+            # Also when interrupted: what is in flight is free at once, not after the heartbeats have stopped.
+            self.store.mark_failed(self.executor.running())
+            raise
+
+    def report(self, last: RunResult | None) -> None:
+        """Tell the observer how far the comparison is."""
+        if self.observer is None:
+            return
+        if last is not None and not self._ready:
+            # What was no part of the first run was the start of its worker, which will not come again.
+            self._start_time = max(self._start_time, time.monotonic() - _seconds(last))
+            self._ready = True
+        ended, left = len(self.results) - self._before, len(self.keys) - len(self.results)
+        seconds = (time.monotonic() - self._start_time) / ended * left if ended else None
+        finished = [run for run in self.results.values() if run.validation_error is not None]
+        best = min(finished, key=lambda run: (run.validation_error or 0.0, run.validation_loss or 0.0), default=None)
+        running = tuple(self.executor.running().values())
+        self.observer(Progress(len(self.results), len(self.keys), running, seconds, best, last))
+
+    def _loop(self) -> None:
+        beaten, ended = time.monotonic(), list[CompletedRun]()
+        while True:
+            # An idle executor gets the next run before the last result is stored: it does not wait for the disk.
+            self._start_runs()
+            for done in ended:
+                self._record(done)
+            if not self.executor.running():
+                if not self.shared or self._others_are_done():
+                    return
+                time.sleep(IDLE_SECONDS)
+            ended = self.executor.wait(HEARTBEAT_SECONDS / 2)
+            if self.shared and time.monotonic() - beaten > HEARTBEAT_SECONDS:
+                self.store.heartbeat(self.executor.running())
+                self.store.mark_stale_failed()
+                self._refresh()  # with the results of others
+                self.report(None)
+                beaten = time.monotonic()
+
+    def _refresh(self) -> None:
+        """Read the results of the study, which may also have runs of earlier or later settings."""
+        stored = self.store.results()
+        self.results.update((key, stored[key]) for key in self.keys if key in stored)
+
+    def _start_runs(self) -> None:
+        known = frozenset(self.keys)
+        while self.executor.idle() > 0:
+            claimed = self.store.claim(alone=not self.shared, among=known)
+            if claimed is None:
+                return
+            self.executor.start(*claimed)
+            if self.shared:
+                self.store.heartbeat([claimed[0]])
+            self.report(None)
+
+    def _record(self, done: CompletedRun) -> None:
+        self.store.finish(done.run_id, done.result)
+        self.results[done.key] = done.result
+        if self.folder is not None:
+            prune_weights(self.folder, self.settings, self.results, done.key)
+        self.report(done.result)
+
+    def _others_are_done(self) -> bool:
+        self.store.mark_stale_failed()
+        if self.store.count_done(self.keys) >= len(self.keys):
+            return True
+        self.store.add_missing(self.keys)
+        return False
+
+
+def _seconds(run: RunResult) -> float:
+    trained = run.epochs[-1].seconds if run.epochs else 0.0
+    return trained + run.validation_seconds + run.harness_seconds
+
+
+def conclude(store: RunStore, settings: Settings, folder: Path, worker: Callable[[], Worker]) -> Comparison:
+    """Choose learning rates, read the test data once for each chosen run, and put the comparison together.
+
+    Args:
+        store: a study in which every run has a result.
+        settings: of the comparison.
+        folder: where final weights are; a chosen run whose weights are not there is carried out again.
+        worker: makes the worker that does so, if one is needed.
+    """
+    results = store.results()
+    choices = choose_all(settings, results)
+    trials = {(c.optimizer, c.initial_scale, c.trial) for c in choices}
+    chosen = [
+        key
+        for key in settings.run_keys()
+        if (key.optimizer, key.initial_scale, (key.learning_rate, key.weight_decay)) in trials
+        and not results[key].diverged
+    ]
+    tests = store.tests(chosen)
+    missing = [key for key in chosen if key not in tests]
+    if missing:
+        tester = worker()
+        for key in missing:
+            tests[key] = _test(tester, key, folder)
+            store.record_test(key, *tests[key])
+    tested = tuple(results[k].with_test(*tests[k]) if k in tests else results[k] for k in settings.run_keys())
+    return Comparison(settings, tested, choices, store.environment())
+
+
+def _test(worker: Worker, key: RunKey, folder: Path) -> tuple[float, float]:
+    weights = kept_weights(folder, key)
+    if weights is None:
+        worker.run(key)
+        weights = kept_weights(folder, key)
+    if weights is None:
+        raise RunFailedError(key, ["weights that cannot be read back"])
+    scores = worker.runner.scores(key, weights)
+    return scores["error"], scores["loss"]
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def shown_progress(progress: Observer | bool | None) -> Iterator[Observer | None]:
+    """Give the observer of a comparison, which writes to standard error.
+
+    Args:
+        progress: the observer itself; True for a bar on a terminal, and elsewhere a line twice a minute; None for the
+            bar alone; False for nothing.
+    """
+    if progress is False or callable(progress):
+        yield progress or None
+        return
+    # Imported where it is used: the package itself needs no terminal.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _line_writer() if progress else None
+        return
+    # Names are shown as they are, also where they look like rich's markup.
+    texts = (TextColumn(f"{{task.fields[{field}]}}", markup=False) for field in ("left", "best"))
+    with Bar(BarColumn(), MofNCompleteColumn(), *texts, console=console, transient=True) as bar:
+        task = bar.add_task("runs", total=None, left="", best="")
+
+        def show(now: Progress) -> None:
+            bar.update(task, total=now.total, completed=now.done, left=_left_text(now), best=_best_text(now))
+
+        yield show
+
+
+def _line_writer() -> Observer:
+    written = -LINE_SECONDS
+
+    def write(progress: Progress) -> None:
+        nonlocal written
+        now = time.monotonic()
+        if progress.last is not None and (now - written >= LINE_SECONDS or progress.done == progress.total):
+            written = now
+            left, best = _left_text(progress), _best_text(progress)
+            sys.stderr.write(f"{progress.done} of {progress.total} runs; {left}; {best}\n")
+            sys.stderr.flush()
+
+    return write
+
+
+def _left_text(progress: Progress) -> str:
+    if progress.seconds_left is None:
+        return "time left unknown"
+    minutes, seconds = divmod(round(progress.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
+
+
+def _best_text(progress: Progress) -> str:
+    if progress.best is None or progress.best.validation_error is None:
+        return "no finished run yet"
+    return f"best validation error {100 * progress.best.validation_error:.2f} % ({progress.best.key})"

@@ -1,0 +1,368 @@
+"""The runs of a comparison as rows of a database: each is claimed, carried out and recorded once.
+
+A run waits, runs, and is done when its result has been stored, or failed when it was given up; only done ones count.
+Whoever starts adds a waiting row for every run that has no other. A result follows from its run alone, so it does no
+harm if two processes carry out the same run: the first to be recorded counts.
+
+This module needs SQLAlchemy, so import it where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.mysql import MEDIUMTEXT
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from manifold_nets.comparison.database_url import redacted, with_password, without_secrets
+from manifold_nets.comparison.errors import DifferentCommandError, RecordError, StorageError
+from manifold_nets.comparison.json_records import JsonRecord
+from manifold_nets.comparison.results import Environment, RunResult
+from manifold_nets.comparison.settings import RunKey, Settings
+from manifold_nets.documents import crc32
+
+__all__ = ["RunStore"]
+
+Record = TypeVar("Record", bound=JsonRecord)
+
+# A run whose heartbeat has not changed for this long belongs to a process that has ended.
+GRACE_SECONDS = 120.0
+_RESTORE = "Make room, restore the file from a copy, or run the comparison into an empty folder."
+_SAME_VERSIONS = ("manifold_nets", "torch")
+# How a commit to an SQLite file reaches the disk. Only results need to: a power cut that takes a waiting or a claimed
+# run has no result to take.
+_SYNCHRONOUS = {False: "NORMAL", True: "FULL"}
+
+_TABLES = sa.MetaData()
+_LONG = sa.Text().with_variant(MEDIUMTEXT(), "mysql", "mariadb")  # MySQL's TEXT ends at 65,535 bytes
+_STUDIES = sa.Table(
+    "manifold_nets_studies",
+    _TABLES,
+    sa.Column("name", sa.String(255), primary_key=True),
+    *(sa.Column(name, _LONG) for name in ("settings", "environment")),
+)
+_RUNS = sa.Table(
+    "manifold_nets_runs",
+    _TABLES,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("study", sa.String(255), index=True),
+    sa.Column("state", sa.String(16)),
+    sa.Column("heartbeat", sa.Integer),
+    *(sa.Column(name, _LONG) for name in ("key", "result", "test")),
+)
+_UNFINISHED = ("waiting", "running")
+
+
+class RunStore:
+    """The runs of one comparison, its study, in a database.
+
+    Args:
+        url: of the database, as SQLAlchemy writes it: ``sqlite:///runs.db``, ``postgresql://…``, ``mysql://…``.
+        study: name of the study in the database.
+
+    Raises:
+        StorageError: the database cannot be opened.
+    """
+
+    def __init__(self, url: str, study: str) -> None:
+        self.url, self.study = url, study
+        self._engine, self._in_file = _open(url)
+        self._waiting: deque[tuple[int, RunKey]] = deque()
+        self._taken: set[int] = set()
+        self._heartbeats: dict[int, tuple[Any, float]] = {}
+        self._copy_optuna_study()
+
+    def create(self, settings: Settings, environment: Environment) -> Settings:
+        """Make the study, or continue the one that is there.
+
+        Returns:
+            Its settings: these, or some of which these are an extension; see `extend`.
+
+        Raises:
+            DifferentCommandError: it belongs to another command, or to other versions.
+        """
+        values = {
+            "name": self.study,
+            "settings": settings.to_json(sort_keys=True),
+            "environment": environment.to_json(),
+        }
+        with self._transaction() as connection:
+            if self._study(connection) is None:
+                if self._rows(connection, _RUNS.c.id):
+                    raise self._damaged("runs without the study that they belong to")
+                with contextlib.suppress(IntegrityError):  # another process made it at this moment
+                    connection.execute(sa.insert(_STUDIES).values(values))
+                    return settings
+        there, here, stored = dict(self.environment().versions), dict(environment.versions), self.settings()
+        versions = [name for name in _SAME_VERSIONS if there.get(name) != here[name]]
+        differences = [
+            *settings.differences(stored),
+            *(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in versions),
+        ]
+        if differences:
+            raise DifferentCommandError(self._place, differences)
+        return stored
+
+    def extend(self, settings: Settings) -> None:
+        """Replace the settings of the study by some that have at least its runs."""
+        with self._transaction() as connection:
+            new = (
+                sa.update(_STUDIES)
+                .where(_STUDIES.c.name == self.study)
+                .values(settings=settings.to_json(sort_keys=True))
+            )
+            connection.execute(new)
+
+    def settings(self) -> Settings:
+        """The settings of the study.
+
+        Raises:
+            StorageError: the database has no such study.
+        """
+        return self._read(Settings, self._study_or_error().settings)
+
+    def environment(self) -> Environment:
+        """Where the study was made."""
+        return self._read(Environment, self._study_or_error().environment)
+
+    def add_missing(self, keys: Iterable[RunKey]) -> None:
+        """Add a waiting row for every run that has none, nor a running or done one."""
+        with self._transaction() as connection:
+            live = {row.key for row in self._rows(connection, _RUNS.c.key, states=(*_UNFINISHED, "done"))}
+            new = [
+                {"study": self.study, "key": _key_json(key), "state": "waiting", "heartbeat": 0}
+                for key in keys
+                if _key_json(key) not in live
+            ]
+            if new:
+                connection.execute(sa.insert(_RUNS), new)
+
+    def claim(self, *, alone: bool = False, among: Collection[RunKey] | None = None) -> tuple[int, RunKey] | None:
+        """Take the next waiting run that no other process takes first; return its id and key, None without one.
+
+        Args:
+            alone: no other process works on the study, so the database need not know which runs are in flight.
+            among: take no others, such as those that an extended study has.
+        """
+        if not self._waiting:
+            with self._transaction() as connection:
+                rows = self._rows(connection, _RUNS.c.id, _RUNS.c.key, states=("waiting",))
+            found = [(row.id, self._read(RunKey, row.key)) for row in rows if row.id not in self._taken]
+            self._waiting.extend((run_id, key) for run_id, key in found if among is None or key in among)
+        while self._waiting:
+            run_id, key = self._waiting.popleft()
+            if alone or self._change([run_id], ("waiting",), state="running"):
+                self._taken.add(run_id)
+                return run_id, key
+        return None
+
+    def finish(self, run_id: int, result: RunResult) -> None:
+        """Store the result of a claimed run; nothing happens where another process has marked it as failed."""
+        self._change([run_id], _UNFINISHED, durable=True, state="done", result=result.to_json())
+
+    def mark_failed(self, run_ids: Iterable[int]) -> None:
+        """Mark claimed runs as having no result; `add_missing` adds them again."""
+        self._change(list(run_ids), _UNFINISHED, state="failed")
+
+    def heartbeat(self, run_ids: Iterable[int]) -> None:
+        """Show that claimed runs are being worked on; call it every half minute."""
+        self._change(list(run_ids), ("running",), heartbeat=_RUNS.c.heartbeat + 1)
+
+    def mark_stale_failed(self, now: float | None = None) -> int:
+        """Mark the runs whose heartbeat this process has seen unchanged for two minutes as failed; return how many.
+
+        Only differences of this process's own clock are used, so that the clocks of machines need not agree.
+        """
+        now = time.monotonic() if now is None else now
+        running, seen = self.running(), self._heartbeats
+        unchanged = {run_id for run_id, beat in running.items() if run_id in seen and seen[run_id][0] == beat}
+        self._heartbeats = {
+            run_id: seen[run_id] if run_id in unchanged else (beat, now) for run_id, beat in running.items()
+        }
+        stale = [run_id for run_id in unchanged if now - seen[run_id][1] > GRACE_SECONDS]
+        self.mark_failed(stale)
+        return len(stale)
+
+    def running(self) -> dict[int, Any]:
+        """The heartbeat of every run that is marked as running, by id."""
+        with self._transaction() as connection:
+            rows = self._rows(connection, _RUNS.c.id, _RUNS.c.heartbeat, states=("running",))
+        return {row.id: row.heartbeat for row in rows}
+
+    def results(self) -> dict[RunKey, RunResult]:
+        """All stored results, the first of each run."""
+        found: dict[RunKey, RunResult] = {}
+        with self._transaction() as connection:
+            rows = self._rows(connection, _RUNS.c.key, _RUNS.c.result, states=("done",))
+        for row in rows:
+            result = self._read(RunResult, row.result)
+            if _key_json(result.key) != row.key:
+                raise self._damaged(f"the result of {result.key} for the run {row.key}")
+            found.setdefault(result.key, result)
+        return found
+
+    def count_done(self, among: Iterable[RunKey] | None = None) -> int:
+        """How many runs have a result: of some, or of all."""
+        with self._transaction() as connection:
+            found = {row.key for row in self._rows(connection, _RUNS.c.key, states=("done",))}
+        return len(found if among is None else found.intersection(map(_key_json, among)))
+
+    def record_test(self, key: RunKey, error: float, loss: float) -> None:
+        """Store the test error and test loss of a chosen run."""
+        scores = json.dumps([error, loss, _checksum(key, error, loss)])
+        with self._transaction(durable=True) as connection:
+            these = (_RUNS.c.study == self.study) & (_RUNS.c.key == _key_json(key)) & (_RUNS.c.state == "done")
+            connection.execute(sa.update(_RUNS).where(these).values(test=scores))
+
+    def tests(self, keys: Collection[RunKey]) -> dict[RunKey, tuple[float, float]]:
+        """The stored test errors and test losses of some runs."""
+        with self._transaction() as connection:
+            rows = self._rows(connection, _RUNS.c.key, _RUNS.c.test, states=("done",))
+        stored = {row.key: row.test for row in rows if row.test is not None}
+        return {key: self._scores(key, stored[_key_json(key)]) for key in keys if _key_json(key) in stored}
+
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self._engine.dispose()
+
+    # ---- the database ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _transaction(self, *, durable: bool = False) -> Iterator[sa.Connection]:
+        """A transaction in which whatever a damaged, lost or full database leads to is a `StorageError`.
+
+        Args:
+            durable: the commit reaches the disk, and with it all earlier ones, which are in the same log.
+        """
+        try:
+            with self._engine.begin() as connection:
+                if self._in_file:
+                    connection.exec_driver_sql(f"PRAGMA synchronous={_SYNCHRONOUS[durable]}")
+                yield connection
+        except StorageError:
+            raise
+        except Exception as error:  # noqa: BLE001  drivers raise what they like
+            found = f"{type(error).__name__}: {without_secrets(error.__cause__ or error, with_password(self.url))}"
+            raise StorageError(self._place, found, "a database that can be read and written", _RESTORE) from None
+
+    def _rows(
+        self, connection: sa.Connection, *columns: sa.Column[Any], states: Sequence[str] | None = None
+    ) -> list[Any]:
+        """Columns of the runs of the study in the order of their ids, of those in some states."""
+        query = sa.select(*columns).where(_RUNS.c.study == self.study).order_by(_RUNS.c.id)
+        return list(connection.execute(query if states is None else query.where(_RUNS.c.state.in_(states))))
+
+    def _change(self, run_ids: list[int], states: Sequence[str], *, durable: bool = False, **values: Any) -> int:
+        """Change those of some runs that are in some states; return how many these are."""
+        if not run_ids:
+            return 0
+        with self._transaction(durable=durable) as connection:
+            these = _RUNS.c.id.in_(run_ids) & _RUNS.c.state.in_(states)
+            return connection.execute(sa.update(_RUNS).where(these).values(**values)).rowcount
+
+    def _study(self, connection: sa.Connection) -> Any:
+        return connection.execute(sa.select(_STUDIES).where(_STUDIES.c.name == self.study)).one_or_none()
+
+    def _study_or_error(self) -> Any:
+        with self._transaction() as connection:
+            found = self._study(connection)
+        if found is None:
+            remedy = "Correct the name (--worker), or the URL (--storage)."
+            raise StorageError(self._place, "no such study", "one that a comparison has made", remedy)
+        return found
+
+    @property
+    def _place(self) -> str:
+        return f"study {self.study} in {redacted(self.url)}"
+
+    def _read(self, kind: type[Record], stored: object) -> Record:
+        try:
+            return kind.from_json(str(stored))
+        except RecordError as error:
+            raise self._damaged(f"an entry that cannot be read ({error})") from error
+
+    def _scores(self, key: RunKey, stored: str) -> tuple[float, float]:
+        with contextlib.suppress(ValueError, TypeError):
+            match json.loads(stored):
+                # Older studies have no checksum.
+                case [int() | float() as error, int() | float() as loss, *more] if not more or more == [
+                    _checksum(key, error, loss)
+                ]:
+                    return float(error), float(loss)
+        raise self._damaged(f"test scores {stored!r} of {key}")
+
+    def _damaged(self, found: str) -> StorageError:
+        return StorageError(self._place, found, "what a comparison has stored", _RESTORE)
+
+    def _copy_optuna_study(self) -> None:
+        """Copy the results of a study that is in the tables of Optuna, which earlier versions used."""
+        with self._transaction() as connection:
+            if not sa.inspect(connection).has_table("trial_user_attributes") or self._study(connection) is not None:
+                return
+            study = {row.key: row.value_json for row in connection.execute(_OPTUNA_STUDY, {"study": self.study})}
+            if "settings" not in study:
+                return
+            values = {name: json.loads(study[name]) for name in ("settings", "environment")}
+            connection.execute(sa.insert(_STUDIES).values(name=self.study, **values))
+            trials: dict[int, dict[str, str]] = {}
+            for row in connection.execute(_OPTUNA_TRIALS, {"study": self.study}):
+                trials.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
+            for trial in trials.values():
+                key, count = trial["key"], sum(name.startswith("result-") for name in trial)
+                values = {
+                    "result": "".join(trial[f"result-{i}"] for i in range(count)),
+                    "test": study.get(f"test {key}"),
+                }
+                connection.execute(sa.insert(_RUNS).values(study=self.study, key=key, state="done", **values))
+
+
+_COMPLETE = "AND t.state = 'COMPLETE'"
+_OPTUNA_STUDY, _OPTUNA_TRIALS = (
+    sa.text(f"SELECT a.* FROM {source} WHERE s.study_name = :study {only} ORDER BY 1")
+    for source, only in (
+        ("study_user_attributes a JOIN studies s USING (study_id)", ""),
+        ("trial_user_attributes a JOIN trials t USING (trial_id) JOIN studies s USING (study_id)", _COMPLETE),
+    )
+)
+
+
+def _key_json(key: RunKey) -> str:
+    return json.dumps(key.to_dict(), sort_keys=True)
+
+
+def _checksum(key: RunKey, error: float, loss: float) -> str:
+    return f"crc32:{crc32({'key': key.to_dict(), 'scores': [error, loss]}):08x}"
+
+
+def _open(url: str) -> tuple[sa.Engine, bool]:
+    """The database with its tables, and whether it is an SQLite file."""
+    whole, remedy = with_password(url), "Correct the URL (--storage)."
+    try:
+        file = sa.make_url(url).database if url.startswith("sqlite") else None
+        in_file = file not in (None, "", ":memory:")
+        if in_file:
+            remedy = _RESTORE if Path(str(file)).parent.is_dir() else remedy
+            # Readers do not wait for writers, and commits are appended to one log. The file remembers it.
+            with contextlib.closing(sqlite3.connect(str(file))) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+                (state,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
+                if state != "ok":
+                    raise sqlite3.DatabaseError(" ".join(state.split()))
+        engine = sa.create_engine(whole, **({"connect_args": {"timeout": 120}} if in_file else {}))
+        try:
+            _TABLES.create_all(engine)
+        except DBAPIError:  # another process may have been making them at this moment
+            _TABLES.create_all(engine)
+    except Exception as error:  # noqa: BLE001  drivers raise what they like
+        # They quote the URL with its password.
+        expected = "a database that opens, such as postgresql://USER@HOST/NAME, and its driver installed"
+        raise StorageError(redacted(url), without_secrets(error, whole), expected, remedy) from None
+    return engine, in_file
