@@ -403,25 +403,24 @@ def moved_claims(
     shifts: Sequence[ShiftSymmetry],
 ) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
     """Move what structure claims and the certificate confirms, group by group; what fails is a contradiction."""
+    everything: list[WeightFinding | SymmetryFamily | ShiftSymmetry] = [*findings, *families, *shifts]
     claims = {
-        (kind, number): found.generators.without(found.certificate.no_evidence)
-        for kind, several in (("weight", findings), ("family", families), ("shift", shifts))
-        for number, found in enumerate(several)
+        id(found): found.generators.without(found.certificate.no_evidence)
+        for found in everything
         if found.certificate.verdict == "invariant" and found.generators.count
     }
     outcomes = dict(zip(claims, move.outcomes(list(claims.values())), strict=True))
 
-    def said(kind: str, number: int, found: Found) -> Found:
-        outcome = outcomes.get((kind, number), Outcome())
+    def moved(found: Found) -> Found:
+        outcome = outcomes.get(id(found), Outcome())
         certificate = _certificate(found.certificate, outcome)
-        remedy = _REMEDY if outcome.refuted else found.remedy
-        return replace(found, certificate=certificate, remedy=remedy)
+        return replace(found, certificate=certificate, remedy=_REMEDY if outcome.refuted else found.remedy)
 
-    weights = [said("weight", number, finding) for number, finding in enumerate(findings)]
+    weights = [moved(finding) for finding in findings]
     return (
         [replace(w, status="disagreement") if w.remedy == _REMEDY else w for w in weights],
-        tuple(said("family", number, family) for number, family in enumerate(families)),
-        tuple(said("shift", number, shift) for number, shift in enumerate(shifts)),
+        tuple(moved(family) for family in families),
+        tuple(moved(shift) for shift in shifts),
     )
 
 

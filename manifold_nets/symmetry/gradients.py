@@ -67,6 +67,7 @@ class GradientPass:
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
     _sizes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    _slopes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,8 +77,14 @@ class GradientPass:
     @cached_property
     def largest_slope(self) -> float:
         """The largest modulus of an entry of a gradient."""
-        largest = (float(torch.stack(g.aminmax()).abs().max()) for g in self.gradients.values() if g.numel())
-        return max(filter(math.isfinite, largest), default=0.0)
+        return max(filter(math.isfinite, map(self.slope, self.gradients)), default=0.0)
+
+    def slope(self, name: str) -> float:
+        """The largest modulus of an entry of the gradient of a parameter."""
+        if name not in self._slopes:
+            gradient = self.gradients[name]
+            self._slopes[name] = float(torch.stack(gradient.aminmax()).abs().max()) if gradient.numel() else 0.0
+        return self._slopes[name]
 
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
@@ -240,9 +247,10 @@ def replace_zeros(twin: nn.Module, seed: int) -> None:
             if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
                 continue
             zero = parameter == 0
-            if bool(zero.any()) and not bool(zero.all()):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
-                parameter.data = torch.where(zero, _SMALL * parameter.abs().mean() * noise, parameter)
+            count = int(zero.sum())
+            if 0 < count < parameter.numel():
+                noise = torch.randn(count, generator=generator, dtype=parameter.dtype).to(parameter.device)
+                parameter.data = parameter.data.masked_scatter(zero, _SMALL * parameter.abs().mean() * noise)
 
 
 def second_pass(

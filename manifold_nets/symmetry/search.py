@@ -190,7 +190,7 @@ class NumericalSearch:
     def beside(self, name: str, point: _Point) -> float:
         """The largest gradient of another parameter of the same module."""
         others = [other for other in self._modules[name.rpartition(".")[0]] if other != name]
-        return max((float(g.abs().max()) for g in map(point.gradients.gradients.get, others) if g.numel()), default=0.0)
+        return max(map(point.gradients.slope, others), default=0.0)
 
 
 @dataclass
