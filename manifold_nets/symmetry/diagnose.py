@@ -130,45 +130,47 @@ def diagnose(
     _require_options(tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
-        twin = low_memory_copy(model) if memory == "small" else analysis_copy(model)
-        meta, not_finite = is_meta(twin), draw_not_finite(twin)
+        model_copy = low_memory_copy(model) if memory == "small" else analysis_copy(model)
+        meta, not_finite = is_meta(model_copy), draw_not_finite(model_copy)
         inputs = _not_empty(split_inputs(example_inputs))
         if memory == "full" or meta:
             inputs = to_float64(inputs, torch.device("meta") if meta else None)
-        graph = _trace(twin, inputs, meta)
-        # The certificate comes last: it moves parameters of the twin.
-        variances = _batch_variances(graph, twin, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
-        logits = not meta and sees_no_shift(loss, twin, inputs)
+        graph = _trace(model_copy, inputs, meta)
+        # The certificate comes last: it moves parameters of the model_copy.
+        variances = (
+            _batch_variances(graph, model_copy, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
+        )
+        logits = not meta and sees_no_shift(loss, model_copy, inputs)
         if isinstance(graph, TracedGraph):
             joint, rows = solve_jointly(graph), row_shifts(graph, model, loss=logits)
             required = demanded_partitions(graph, joint, rows)
         else:
-            required = natural_demands(twin)
+            required = natural_demands(model_copy)
         searches = memory == "full" and not meta and isinstance(graph, TracedGraph)
-        gradients = _gradients(twin, inputs, seed, required, logits=logits, memory=memory, searched=searches)
+        gradients = _gradients(model_copy, inputs, seed, required, logits=logits, memory=memory, searched=searches)
     if isinstance(graph, AnalysisError):
         return _by_certificate(
-            model, twin, InvarianceTest(gradients, tolerance, None, not_finite), graph, example_inputs
+            model, model_copy, InvarianceTest(gradients, tolerance, None, not_finite), graph, example_inputs
         )
-    low_variance = None if meta else LowVariance(graph, twin, inputs, seed, gradients, tolerance)
+    low_variance = None if meta else LowVariance(graph, model_copy, inputs, seed, gradients, tolerance)
     test = InvarianceTest(gradients, tolerance, low_variance, not_finite)
     constrained = {weight.name for weight in constrained_weights(model)}
-    judge = WeightFindings(twin, graph, test, variances)
-    local = LocalCertificates(twin, graph, inputs, seed, MOST_PASSES - gradients.passes - 1) if searches else None
+    judge = WeightFindings(model_copy, graph, test, variances)
+    local = LocalCertificates(model_copy, graph, inputs, seed, MOST_PASSES - gradients.passes - 1) if searches else None
     findings = _by_structure(judge, local, constrained)
     families = certified_families(joint, test)
     shifts = shift_symmetries(graph, model, rows, test, loss=logits)
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     if local:
         left = MOST_PASSES - gradients.passes - local.passes
-        search = NumericalSearch(graph, test, lambda: _second(twin, inputs, seed, left, logits=logits))
+        search = NumericalSearch(graph, test, lambda: _second(model_copy, inputs, seed, left, logits=logits))
         shown = shown_shifts(graph, model, search.shown_shifts(shifts), test, loss=logits)
         shifts = with_shown(shifts, shown)
         unexplained = _of_the_model(search.unexplained(findings, families, shifts), not_finite)
         del search  # the memory of the second point is what the copy takes that is moved
     if not meta:
         move = FiniteMove(
-            twin, inputs, gradients, seed + 2, tolerance, logits=logits, outward=has_written_eps(graph)
+            model_copy, inputs, gradients, seed + 2, tolerance, logits=logits, outward=has_written_eps(graph)
         )  # fmt: skip
         findings, families, shifts = moved_claims(move, findings, families, shifts)
         findings, unexplained = moved_numbers(move, findings, unexplained, judge.alone_invariant)
@@ -197,7 +199,7 @@ def _require_options(tolerance: object, seed: object, memory: object) -> None:
 
 
 def _gradients(
-    twin: nn.Module,
+    model_copy: nn.Module,
     inputs: Inputs,
     seed: int,
     required: Demands,
@@ -207,27 +209,27 @@ def _gradients(
     searched: bool,
 ) -> GradientPass:
     """The gradients at the weights as they are."""
-    if is_meta(twin):
-        return pass_without_values(twin)
+    if is_meta(model_copy):
+        return pass_without_values(model_copy)
     if memory == "small":
-        widen_vectors(twin)
-        return low_memory_pass(twin, to_float64(inputs), seed, required, logits=logits)
-    replace_zeros(twin, seed)
-    found = gradient_pass(twin, inputs, seed, logits=logits)
+        widen_vectors(model_copy)
+        return low_memory_pass(model_copy, to_float64(inputs), seed, required, logits=logits)
+    replace_zeros(model_copy, seed)
+    found = gradient_pass(model_copy, inputs, seed, logits=logits)
     partitions = {name: searched_partitions(shape) for name, shape in found.shapes.items()} if searched else {}
     return replace(found, required=required, searched=partitions)
 
 
-def _second(twin: nn.Module, inputs: Inputs, seed: int, passes: int, *, logits: bool) -> GradientPass:
+def _second(model_copy: nn.Module, inputs: Inputs, seed: int, passes: int, *, logits: bool) -> GradientPass:
     """The gradients at a second point."""
     with random_numbers(seed):
-        return second_pass(twin, inputs, seed, logits=logits, passes=passes)
+        return second_pass(model_copy, inputs, seed, logits=logits, passes=passes)
 
 
 def _by_structure(judge: WeightFindings, local: LocalCertificates | None, constrained: set[str]) -> list[WeightFinding]:
     """Judge every weight of a traced model, those without influence on the outputs at the normalizations inside."""
     findings: dict[str, WeightFinding] = {}
-    silent: dict[str, Structure] = {}
+    lacking: dict[str, Structure] = {}
     for name, parameter in _weights(judge.model_copy):
         if not is_continuous(parameter):
             findings[name] = integer_finding(name, parameter, owner_of(judge.model_copy, name))
@@ -235,20 +237,20 @@ def _by_structure(judge: WeightFindings, local: LocalCertificates | None, constr
         structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
         findings[name] = qualified(judge.finding(name, structure, name in constrained), parameter)
         if local and structure is not None and judge.lacks_gradient(structure):
-            silent[name] = structure
-    for name, inside in (local.fields(silent.values()) if local else {}).items():
-        found = judge.finding(name, silent[name], name in constrained, inside)
+            lacking[name] = structure
+    for name, inside in (local.fields(lacking.values()) if local else {}).items():
+        found = judge.finding(name, lacking[name], name in constrained, inside)
         findings[name] = qualified(found, judge.model_copy.get_parameter(name))
     return list(findings.values())
 
 
 def _by_certificate(
-    model: nn.Module, twin: nn.Module, test: InvarianceTest, refusal: AnalysisError, example_inputs: Any
+    model: nn.Module, model_copy: nn.Module, test: InvarianceTest, refusal: AnalysisError, example_inputs: Any
 ) -> SymmetryReport:
     """Report what the certificate says where there is no graph."""
     findings, found = [], []
-    for name, parameter in _weights(twin):
-        owner = owner_of(twin, name)
+    for name, parameter in _weights(model_copy):
+        owner = owner_of(model_copy, name)
         if not is_continuous(parameter):
             findings.append(integer_finding(name, parameter, owner))
             continue
@@ -272,18 +274,18 @@ def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
-def _trace(twin: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | AnalysisError:
+def _trace(model_copy: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | AnalysisError:
     """Export the model, or say why not; where that fails because the model refuses the inputs, raise that instead."""
     try:
-        return trace(twin, inputs)
+        return trace(model_copy, inputs)
     except AnalysisError as refusal:
         if not meta:
-            with torch.no_grad(), following(twin):
-                run(twin, inputs)
+            with torch.no_grad(), following(model_copy):
+                run(model_copy, inputs)
         return refusal
 
 
-def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
+def _batch_variances(graph: TracedGraph, model_copy: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
     """Batch variance of every channel in front of every batch normalization, on the example inputs."""
     found: dict[Any, Tensor] = {}
 
@@ -295,9 +297,9 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
     with torch.no_grad():
         torch.manual_seed(seed)
         try:
-            graph.interpret(twin, inputs, visit)
+            graph.interpret(model_copy, inputs, visit)
         except Exception:  # an index of a token that is out of range, for instance
-            with following(twin):
-                run(twin, inputs)  # the model's own code says better where it fails
+            with following(model_copy):
+                run(model_copy, inputs)  # the model's own code says better where it fails
             raise
     return found
