@@ -106,14 +106,14 @@ def test_rounding_and_eps_are_what_would_refute(monkeypatch: pytest.MonkeyPatch)
     assert contradictions(mn.diagnose(constant, CONSTANT["thirds"]))
 
 
-def test_a_channel_that_varies_little_beside_its_mean_is_blunt_just_where_rounding_reaches_the_tolerance() -> None:
+def test_a_channel_that_varies_little_beside_its_mean_is_low_just_where_rounding_reaches_the_tolerance() -> None:
     eps, tolerance = torch.finfo(torch.float64).eps, 1e-8
     wave = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)
 
     def masks(deviation: float) -> bool:
         x = (1.0 + deviation * wave)[:, None]
         judge = LowVariance(None, nn.Identity(), ((), {}), 0, None, tolerance)  # type: ignore[arg-type]
-        mask = judge._is_blunt("batch_norm", x, {})
+        mask = judge._is_low("batch_norm", x, {})
         assert mask is not None
         assert mask.shape == (1, 1)
         return bool(mask[0, 0])
@@ -127,8 +127,8 @@ def test_no_variance_is_asked_for_where_nothing_is_refuted_and_no_fault_is_excus
     fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[Tensor] = []
-    is_blunt = LowVariance._is_blunt
-    monkeypatch.setattr(LowVariance, "_is_blunt", lambda *args: (asked.append(args[2]), is_blunt(*args))[1])
+    is_low = LowVariance._is_low
+    monkeypatch.setattr(LowVariance, "_is_low", lambda *args: (asked.append(args[2]), is_low(*args))[1])
     name, op, wrong = PLANTED[fault]
     model, x = build(toy(name)), toy(name).inputs()
     assert not mn.diagnose(model, x).disagreements
@@ -147,7 +147,7 @@ def test_the_pass_for_the_variances_leaves_no_trace() -> None:
 
 
 def test_places_in_words() -> None:
-    assert low_variance.told([{"n (layer_norm)": set()}]) == (
+    assert low_variance.describe([{"n (layer_norm)": set()}]) == (
         "there is hardly any variance in front of n (layer_norm) on these inputs"
     )
-    assert low_variance.told([]) == ""
+    assert low_variance.describe([]) == ""

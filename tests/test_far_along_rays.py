@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_reverse_search import hidden
+from test_numerical_search import hidden
 from torch import Tensor, nn
 from toy_networks import Lambda
 

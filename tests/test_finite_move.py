@@ -283,9 +283,9 @@ def test_what_is_not_cleared_when_the_search_ends_fails(monkeypatch: pytest.Monk
 
 def test_the_copy_is_left_as_it_was() -> None:
     move, claims = three()
-    before = {name: value.clone() for name, value in move.twin.state_dict().items()}
+    before = {name: value.clone() for name, value in move.model_copy.state_dict().items()}
     move.outcomes(claims)
-    assert all(torch.equal(before[name], value) for name, value in move.twin.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in move.model_copy.state_dict().items())
 
 
 # ---- shifts far out, and what the numbers alone show -----------------------------------------------------------------

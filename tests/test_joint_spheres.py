@@ -34,6 +34,7 @@ from manifold_nets.errors import (
 )
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.optim.backends.rule import StepInput
+from manifold_nets.symmetry.generators import Part
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -464,8 +465,9 @@ def test_what_is_no_sphere_is_left_with_the_reason() -> None:
     members = tuple(dataclasses.replace(m, exponent=k + 1.0) for k, m in enumerate(family.members))
     mixed = dataclasses.replace(report, families=(dataclasses.replace(family, members=members),))
     assert "different powers" in mn.plan(PreNorm(), mixed, remedies="joint-spheres")["joint sphere 1"].reason
-    half = dataclasses.replace(family)
-    vars(half)["symmetries"] = ({("embedding.weight", "columns"): {0: 1.0}},)
+    parts = [(part, 1 if part.parameter == "embedding.weight" else 0) for part in family.generators.parts]
+    first = tuple(Part(p.parameter, p.partition, p.groups[:n], p.numbers[:n], p.coefficients[:n]) for p, n in parts)
+    half = dataclasses.replace(family, generators=dataclasses.replace(family.generators, parts=first))
     partly = dataclasses.replace(report, families=(half,))
     assert "only some of the columns" in mn.plan(PreNorm(), partly, remedies="joint-spheres")["joint sphere 1"].reason
     model = PreNorm()

@@ -281,7 +281,7 @@ def _tested_weights(
 ) -> list[WeightFinding]:
     """Judge every weight of a traced model, those without influence on the outputs at the normalizations inside."""
     findings: dict[str, WeightFinding] = {}
-    silent: dict[str, Structure] = {}
+    lacking: dict[str, Structure] = {}
     for name, parameter in _weights(judge.model_copy):
         if not is_continuous(parameter):
             findings[name] = integer_finding(name, parameter, owner_of(judge.model_copy, name))
@@ -289,9 +289,9 @@ def _tested_weights(
         structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
         findings[name] = qualified(judge.finding(name, structure, name in constrained), parameter)
         if local and structure is not None and judge.lacks_gradient(structure):
-            silent[name] = structure
-    for name, inside in (local.fields(silent.values()) if local else {}).items():
-        found = judge.finding(name, silent[name], name in constrained, inside)
+            lacking[name] = structure
+    for name, inside in (local.fields(lacking.values()) if local else {}).items():
+        found = judge.finding(name, lacking[name], name in constrained, inside)
         findings[name] = qualified(found, judge.model_copy.get_parameter(name))
     return list(findings.values())
 
@@ -335,18 +335,18 @@ def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
-def _trace(twin: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | AnalysisError:
+def _trace(model_copy: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | AnalysisError:
     """Export the model, or say why not; where that fails because the model refuses the inputs, raise that instead."""
     try:
-        return trace(twin, inputs)
+        return trace(model_copy, inputs)
     except AnalysisError as refusal:
         if not meta:
-            with torch.no_grad(), following(twin):
-                run(twin, inputs)
+            with torch.no_grad(), following(model_copy):
+                run(model_copy, inputs)
         return refusal
 
 
-def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
+def _batch_variances(graph: TracedGraph, model_copy: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
     """Batch variance of every channel in front of every batch normalization, on the example inputs."""
     found: dict[Any, Tensor] = {}
 
@@ -358,9 +358,9 @@ def _batch_variances(graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: 
     with torch.no_grad():
         torch.manual_seed(seed)
         try:
-            graph.interpret(twin, inputs, visit)
+            graph.interpret(model_copy, inputs, visit)
         except Exception:  # an index of a token that is out of range, for instance
-            with following(twin):
-                run(twin, inputs)  # the model's own code says better where it fails
+            with following(model_copy):
+                run(model_copy, inputs)  # the model's own code says better where it fails
             raise
     return found

@@ -2,22 +2,24 @@
 
 The slices of every parameter are coordinates, and a symmetry is a direction: its exponent at each slice that it moves.
 One random vector that is orthogonal to all known directions stands for their span: a group of slices follows from them
-exactly where its sum vanishes. The vector is found by elimination, whole rounds at once: a direction with one coordinate
-left makes it zero, and one with a coordinate that no other direction has is solved for it at the end. What then is left
-is small, and solved densely.
+exactly where its sum vanishes. The vector is found by elimination, whole rounds at once: a direction with one
+coordinate left makes it zero, and one with a coordinate that no other direction has is solved for it at the end. What
+then is left is small, and solved row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Explained"]
+__all__ = ["NOTHING", "Explained"]
 
 # A sum this small against its terms is rounding.
-_NOTHING = 1e-9
+NOTHING = 1e-9
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -65,14 +67,15 @@ class Explained:
     def follows(self, groups: Ints) -> NDArray[np.bool_]:
         """Which rows of coordinates, each moved by the same exponent, follow from the directions."""
         values = self.vector[groups]
-        return _without_rounding(values.sum(1), np.abs(values).sum(1)) == 0
+        return np.asarray(_without_rounding(values.sum(1), np.abs(values).sum(1)) == 0)
 
     def take(self, groups: Ints) -> NDArray[np.bool_]:
         """Add rows of disjoint coordinates; False for each that follows from the directions and the rows before it."""
         new = ~self.follows(groups)
         rank, entries, count = self.rank, len(self._entries), self._count
         self._add_rows(groups[new])
-        if self.vector is not None and self.rank == rank + int(new.sum()):
+        self._vector = self._solved()
+        if self.rank == rank + int(new.sum()):
             return new
         del self._entries[entries:]
         self._count, self._vector = count, None
@@ -109,39 +112,64 @@ class Explained:
                 self.rank, kept = self.rank + len(solved), ~away
             rows, places, values = rows[kept], places[kept], values[kept]
         if len(rows):
-            self._solve_densely(vector, rows, places, values)
+            self._solve_core(vector, rows, places, values)
         for rows, places, values, pivots in reversed(postponed):
             pivot = np.isin(places, pivots)
             terms = values[~pivot] * vector[places[~pivot]]
-            others = _without_rounding(*(np.bincount(rows[~pivot], x, self._count) for x in (terms, np.abs(terms))))
+            others = np.bincount(rows[~pivot], terms, self._count).astype(float)
+            others = _without_rounding(others, np.bincount(rows[~pivot], np.abs(terms), self._count).astype(float))
             vector[places[pivot]] = -others[rows[pivot]] / values[pivot]
         return vector
 
-    def _solve_densely(self, vector: Floats, rows: Ints, places: Ints, values: Floats) -> None:
-        """Project onto what is orthogonal to the directions; coordinates that all of them treat alike count as one."""
+    def _solve_core(self, vector: Floats, rows: Ints, places: Ints, values: Floats) -> None:
+        """Solve what the rounds leave; coordinates that all of its directions treat alike count as one."""
         order = np.lexsort((rows, places))
         rows, places, values = rows[order], places[order], values[order]
         marks = np.random.default_rng(1).standard_normal(self._count)
         columns, column = np.unique(places, return_inverse=True)
         _, first, alike = np.unique(np.bincount(column, marks[rows] * values), return_index=True, return_inverse=True)
         chosen = np.isin(column, first)
-        _, row = np.unique(rows[chosen], return_inverse=True)
-        matrix = np.zeros((row.max() + 1, len(first)))
-        matrix[row, alike[column[chosen]]] = values[chosen]
-        basis = _row_space(matrix)
-        self.rank += len(basis)
+        directions: dict[int, dict[int, float]] = {}
+        entries = (rows[chosen], alike[column[chosen]], values[chosen])
+        for row, place, value in zip(*(x.tolist() for x in entries), strict=True):
+            directions.setdefault(row, {})[place] = value
+        echelon = _echelon(directions.values())
+        self.rank += len(echelon)
         totals = np.bincount(alike, vector[columns])
-        wanted = _without_rounding(totals - basis.T @ (basis @ totals), np.abs(totals).max())
         vector[columns] -= (totals / np.bincount(alike))[alike]
-        vector[columns] += (wanted / np.bincount(alike))[alike]
+        for pivot, row in reversed(echelon):
+            terms = [value * totals[place] for place, value in row.items() if place != pivot]
+            total = -math.fsum(terms)
+            totals[pivot] = total if abs(total) > NOTHING * sum(map(abs, terms)) else 0.0
+        vector[columns] += (totals / np.bincount(alike))[alike]
+
+
+def _echelon(directions: Iterable[dict[int, float]]) -> list[tuple[int, dict[int, float]]]:
+    """Independent directions with the same span; each has a pivot, which the later ones lack and at which it is 1."""
+    found: list[tuple[int, dict[int, float]]] = []
+    ages: dict[int, int] = {}
+    # Short directions first: then most of the longer ones are reduced at once.
+    for direction in sorted(directions, key=len):
+        rest = dict(direction)
+        due = [ages[place] for place in rest if place in ages]
+        heapq.heapify(due)
+        while due:
+            pivot, row = found[heapq.heappop(due)]
+            factor = rest.get(pivot, 0.0)
+            for place, value in row.items() if factor else ():
+                total = rest.get(place, 0.0) - factor * value
+                if place not in rest and place in ages:
+                    heapq.heappush(due, ages[place])
+                rest[place] = total
+                if abs(total) <= NOTHING:
+                    del rest[place]
+        if rest:
+            pivot = next(reversed(rest))
+            ages[pivot] = len(found)
+            found.append((pivot, {place: value / rest[pivot] for place, value in rest.items()}))
+    return found
 
 
 def _without_rounding(sums: Floats, sizes: Floats | float) -> Floats:
     """Zeros in the place of sums that are small against their terms."""
-    return np.where(np.abs(sums) <= _NOTHING * sizes, 0.0, sums)
-
-
-def _row_space(matrix: Floats) -> Floats:
-    """An orthonormal basis of the rows of a matrix."""
-    _, sizes, basis = np.linalg.svd(matrix, full_matrices=False)
-    return np.asarray(basis[sizes > _NOTHING * sizes.max(initial=1.0)])
+    return np.where(np.abs(sums) <= NOTHING * sizes, 0.0, sums)

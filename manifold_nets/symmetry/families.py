@@ -1,4 +1,4 @@
-"""Families: the symmetries of the solved equations of a network, sorted by what they move, each with its certificate."""
+"""Families: the symmetries of the solved equations of a network by what they move, each with its certificate."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def joint_generators(joint: JointStructure) -> tuple[Generators, NDArray[np.int6
         The generators, for each the number of its free scale, and for each of their parts whether it is made of
         ``"rows"``, ``"columns"`` or ``"entries"``.
     """
-    found, kinds, scales = [], [], []
+    found: list[Part] = []
+    kinds: list[str] = []
+    scales: list[NDArray[np.int64]] = []
     for name, kind, partition, ids, sign in joint.parts():
         unique, inverse = np.unique(ids.reshape(-1), return_inverse=True)
         forms = [joint.scales.form(number) for number in unique.tolist()]
@@ -62,8 +64,8 @@ def certified_families(joint: JointStructure, test: InvarianceTest) -> tuple[Sym
     """
     generators, scales, kinds = joint_generators(joint)
     families: dict[tuple[_Member, ...], list[int]] = {}
-    for number, members in enumerate(_members(generators)):
-        families.setdefault(tuple(members), []).append(number)
+    for number, key in enumerate(map(tuple, _members(generators))):
+        families.setdefault(key, []).append(number)
     family = np.zeros(generators.count, dtype=np.int64)
     local = np.zeros(generators.count, dtype=np.int64)
     for index, numbers in enumerate(families.values()):

@@ -112,7 +112,7 @@ class FiniteMove:
     """Carries claims out on the copy that is analysed.
 
     Args:
-        twin: the copy; it is left as it was, but for the values of its parameters, which are those of ``field``.
+        model_copy: the copy; it is left as it was, but for the values of its parameters, which are those of ``field``.
         inputs: its inputs.
         field: the first field, whose weights are moved.
         seed: seed of the factors, and of what the network draws.
@@ -124,7 +124,7 @@ class FiniteMove:
 
     def __init__(
         self,
-        twin: nn.Module,
+        model_copy: nn.Module,
         inputs: Inputs,
         field: GradientPass,
         seed: int,
@@ -133,12 +133,18 @@ class FiniteMove:
         logits: bool = False,
         outward: bool = False,
     ) -> None:
-        self.twin, self.seed, self.tolerance, self.logits, self.outward = twin, seed, tolerance, logits, outward
+        self.model_copy, self.seed, self.tolerance, self.logits, self.outward = (
+            model_copy,
+            seed,
+            tolerance,
+            logits,
+            outward,
+        )
         self.inputs, self.runs = to_float64(inputs), 0
-        for name, parameter in twin.named_parameters():
+        for name, parameter in model_copy.named_parameters():
             if parameter.dtype == torch.float64:
                 parameter.data = field.weights[name]
-        self._state = _State(twin)
+        self._state = _State(model_copy)
 
     def outcomes(self, claims: Sequence[Generators]) -> list[Outcome]:
         """Move all claims at once, and find those that fail."""
@@ -257,10 +263,10 @@ class FiniteMove:
             try:
                 # As the passes of the certificate do: what the network draws is the same in all runs.
                 jittered = _Jitter(jitter, self.seed)
-                with random_numbers(self.seed), mode(), _moved(self.twin, moves, jittered) as reading:
+                with random_numbers(self.seed), mode(), _moved(self.model_copy, moves, jittered) as reading:
                     given = map_tensors(jittered, inputs)
-                    with exact_mode(self.twin, reading, eps=eps):
-                        outputs = [output.detach().clone() for output in run(self.twin, given)]
+                    with exact_mode(self.model_copy, reading, eps=eps):
+                        outputs = [output.detach().clone() for output in run(self.model_copy, given)]
             except (ExampleInputsError, DoublePrecisionError):
                 continue
             finally:
@@ -334,7 +340,9 @@ class _Movement:
 
 
 @contextlib.contextmanager
-def _moved(twin: nn.Module, moves: Mapping[str, _Movement], jitter: _Jitter) -> Iterator[TorchFunctionMode | None]:
+def _moved(
+    model_copy: nn.Module, moves: Mapping[str, _Movement], jitter: _Jitter
+) -> Iterator[TorchFunctionMode | None]:
     """Give a copy moved parameters; those in less than float64 are moved whenever an operation reads them."""
 
     def moved(name: str, values: Tensor) -> Tensor:
@@ -347,7 +355,7 @@ def _moved(twin: nn.Module, moves: Mapping[str, _Movement], jitter: _Jitter) -> 
     narrow: dict[int, tuple[str, Tensor]] = {}
     saved: list[tuple[Tensor, Tensor]] = []
     try:
-        for name, parameter in twin.named_parameters():
+        for name, parameter in model_copy.named_parameters():
             if is_continuous(parameter) and parameter.dtype not in (torch.float64, torch.complex128):
                 narrow[id(parameter)] = name, parameter
             elif is_continuous(parameter) and (name in moves or jitter.size):
@@ -381,8 +389,8 @@ class _Reading(TorchFunctionMode):
 class _State:
     """What modules remember from one call to the next: buffers, and attributes that are assigned anew."""
 
-    def __init__(self, twin: nn.Module) -> None:
-        self.modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in twin.modules()]
+    def __init__(self, model_copy: nn.Module) -> None:
+        self.modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model_copy.modules()]
         self.values = [
             (b, b.detach().clone()) for _, _, buffers in self.modules for b in buffers.values() if b is not None
         ]
@@ -403,25 +411,24 @@ def moved_claims(
     shifts: Sequence[ShiftSymmetry],
 ) -> tuple[list[WeightFinding], tuple[SymmetryFamily, ...], tuple[ShiftSymmetry, ...]]:
     """Move what structure claims and the certificate confirms, group by group; what fails is a contradiction."""
+    everything: list[WeightFinding | SymmetryFamily | ShiftSymmetry] = [*findings, *families, *shifts]
     claims = {
-        (kind, number): found.generators.without(found.certificate.no_evidence)
-        for kind, several in (("weight", findings), ("family", families), ("shift", shifts))
-        for number, found in enumerate(several)
+        id(found): found.generators.without(found.certificate.no_evidence)
+        for found in everything
         if found.certificate.verdict == "invariant" and found.generators.count
     }
     outcomes = dict(zip(claims, move.outcomes(list(claims.values())), strict=True))
 
-    def said(kind: str, number: int, found: Found) -> Found:
-        outcome = outcomes.get((kind, number), Outcome())
+    def moved(found: Found) -> Found:
+        outcome = outcomes.get(id(found), Outcome())
         certificate = _certificate(found.certificate, outcome)
-        remedy = _REMEDY if outcome.refuted else found.remedy
-        return replace(found, certificate=certificate, remedy=remedy)
+        return replace(found, certificate=certificate, remedy=_REMEDY if outcome.refuted else found.remedy)
 
-    weights = [said("weight", number, finding) for number, finding in enumerate(findings)]
+    weights = [moved(finding) for finding in findings]
     return (
         [replace(w, status="disagreement") if w.remedy == _REMEDY else w for w in weights],
-        tuple(said("family", number, family) for number, family in enumerate(families)),
-        tuple(said("shift", number, shift) for number, shift in enumerate(shifts)),
+        tuple(moved(family) for family in families),
+        tuple(moved(shift) for shift in shifts),
     )
 
 
@@ -439,7 +446,7 @@ def moved_numbers(
         unexplained: what the search found.
         alone: the partition of each weight that the certificate calls invariant, and the structure does not.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in move.twin.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in move.model_copy.named_parameters()}
     doubted = [number for number, w in enumerate(findings) if w.name in alone and w.certificate.verdict == "invariant"]
     partitions = [alone[findings[n].name] for n in doubted]
     claims = [

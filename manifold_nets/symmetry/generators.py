@@ -89,8 +89,8 @@ class Generators:
         parts = []
         for part in self.parts:
             kept = ~np.isin(part.numbers, list(numbers))
-            chosen = (values[kept] for values in (part.groups, part.numbers, part.coefficients))
-            parts.append(Part(part.parameter, part.partition, *chosen))
+            groups, moved, powers = part.groups[kept], part.numbers[kept], part.coefficients[kept]
+            parts.append(Part(part.parameter, part.partition, groups, moved, powers))
         return replace(self, parts=tuple(parts))
 
     @property

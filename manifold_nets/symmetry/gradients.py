@@ -67,6 +67,7 @@ class GradientPass:
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
     _sizes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+    _slopes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,8 +77,14 @@ class GradientPass:
     @cached_property
     def largest_slope(self) -> float:
         """The largest modulus of an entry of a gradient."""
-        largest = (float(torch.stack(g.aminmax()).abs().max()) for g in self.gradients.values() if g.numel())
-        return max(filter(math.isfinite, largest), default=0.0)
+        return max(filter(math.isfinite, map(self.slope, self.gradients)), default=0.0)
+
+    def slope(self, name: str) -> float:
+        """The largest modulus of an entry of the gradient of a parameter."""
+        if name not in self._slopes:
+            gradient = self.gradients[name]
+            self._slopes[name] = float(torch.stack(gradient.aminmax()).abs().max()) if gradient.numel() else 0.0
+        return self._slopes[name]
 
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
@@ -113,7 +120,7 @@ class GradientPass:
         return dict(zip(partitions, taken, strict=True))
 
 
-def gradient_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
+def gradient_pass(model_copy: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False) -> GradientPass:
     """Run the forward and backward pass of the certificate on an analysis copy.
 
     One-dimensional parameters are moved a little at random, and parameters that are all zero are drawn anew: biases
@@ -124,19 +131,19 @@ def gradient_pass(twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = 
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
         AnalysisError: the backward pass fails.
     """
-    device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
+    device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    parameters = {name: parameter for name, parameter in twin.named_parameters() if is_continuous(parameter)}
+    parameters = {name: parameter for name, parameter in model_copy.named_parameters() if is_continuous(parameter)}
     move_vectors(parameters.values(), generator)
-    with torch.random.fork_rng(), torch.enable_grad(), exact_mode(twin):
+    with torch.random.fork_rng(), torch.enable_grad(), exact_mode(model_copy):
         torch.manual_seed(seed)
-        loss = random_projection(differentiable_outputs(twin, inputs), generator, logits=logits)
+        loss = random_projection(differentiable_outputs(model_copy, inputs), generator, logits=logits)
         edges = [get_gradient_edge(parameter) for parameter in parameters.values()]
-        with differentiating(twin):
+        with differentiating(model_copy):
             gradients: Sequence[Tensor | None] = (
                 torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
             )
-    weights = _zeros(twin)
+    weights = _zeros(model_copy)
     slopes = dict(weights)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
@@ -173,15 +180,17 @@ def is_vector(parameter: Tensor) -> bool:
     return parameter.numel() == max(parameter.shape, default=1)
 
 
-def differentiable_outputs(twin: nn.Module, inputs: Inputs) -> list[Tensor]:
+def differentiable_outputs(model_copy: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Outputs of a copy that depend on a weight; see `exact_mode`, under which it is asked for them.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
     """
-    outputs = [leaf for leaf in run(twin, inputs) if leaf.requires_grad]
-    if not outputs and any(True for _ in nn.Module.parameters(twin)):
-        raise ExampleInputsError(f"inputs for which {type(twin).__name__} returns no tensor that depends on a weight")
+    outputs = [leaf for leaf in run(model_copy, inputs) if leaf.requires_grad]
+    if not outputs and any(True for _ in nn.Module.parameters(model_copy)):
+        raise ExampleInputsError(
+            f"inputs for which {type(model_copy).__name__} returns no tensor that depends on a weight"
+        )
     return outputs
 
 
@@ -196,16 +205,16 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
     return loss
 
 
-def pass_without_values(twin: nn.Module) -> GradientPass:
+def pass_without_values(model_copy: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
-    zeros = {name: absent(parameter.shape) for name, parameter in twin.named_parameters()}
+    zeros = {name: absent(parameter.shape) for name, parameter in model_copy.named_parameters()}
     return GradientPass(zeros, zeros, without_values=True)
 
 
-def _zeros(twin: nn.Module) -> dict[str, Tensor]:
+def _zeros(model_copy: nn.Module) -> dict[str, Tensor]:
     """Zeros in the shape of each parameter that take no memory."""
     zero = torch.zeros((), dtype=torch.float64)
-    return {name: zero.expand(parameter.shape) for name, parameter in twin.named_parameters()}
+    return {name: zero.expand(parameter.shape) for name, parameter in model_copy.named_parameters()}
 
 
 def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -219,7 +228,7 @@ def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor
     return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
 
 
-def replace_zeros(twin: nn.Module, seed: int) -> None:
+def replace_zeros(model_copy: nn.Module, seed: int) -> None:
     """Replace the entries of weights that are exactly zero by small random numbers, in place of a copy's parameters.
 
     Pruned weights, Dirac initialization and identity matrices: a filter of zeros makes a channel without variance, and
@@ -234,19 +243,20 @@ def replace_zeros(twin: nn.Module, seed: int) -> None:
         False
     """
     generator = torch.Generator().manual_seed(seed)
-    tables = {id(module.weight) for module in twin.modules() if isinstance(module, nn.Embedding)}
+    tables = {id(module.weight) for module in model_copy.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
-        for parameter in nn.Module.parameters(twin):
+        for parameter in nn.Module.parameters(model_copy):
             if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
                 continue
             zero = parameter == 0
-            if bool(zero.any()) and not bool(zero.all()):
-                noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype).to(parameter.device)
-                parameter.data = torch.where(zero, _SMALL * parameter.abs().mean() * noise, parameter)
+            count = int(zero.sum())
+            if 0 < count < parameter.numel():
+                noise = torch.randn(count, generator=generator, dtype=parameter.dtype).to(parameter.device)
+                parameter.data = parameter.data.masked_scatter(zero, _SMALL * parameter.abs().mean() * noise)
 
 
 def second_pass(
-    twin: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, passes: int = MOST_PASSES
+    model_copy: nn.Module, inputs: Inputs, seed: int, *, logits: bool = False, passes: int = MOST_PASSES
 ) -> GradientPass:
     """Run another pass at an independent point: weights and floating-point inputs moved, another cotangent.
 
@@ -264,16 +274,16 @@ def second_pass(
         return leaf + 0.5 * leaf.abs().mean() * noise
 
     with torch.no_grad():
-        for parameter in nn.Module.parameters(twin):
+        for parameter in nn.Module.parameters(model_copy):
             if is_continuous(parameter):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device)
                 # In the storage of the noise: the first field goes on holding the weights at its own point.
                 factors = noise.mul_(0.2).add_(1).mul_(_FARTHER if is_vector(parameter) else 1.0)
                 parameter.data = parameter.data * factors if parameter.is_complex() else factors.mul_(parameter.data)
     try:
-        found = gradient_pass(twin, map_tensors(moved, inputs) if passes > 1 else inputs, seed + 1, logits=logits)
+        found = gradient_pass(model_copy, map_tensors(moved, inputs) if passes > 1 else inputs, seed + 1, logits=logits)
         if passes < 2 or all(bool(gradient.isfinite().all()) for gradient in found.gradients.values()):
             return found
     except (ExampleInputsError, DoublePrecisionError):
         pass
-    return replace(gradient_pass(twin, inputs, seed + 1, logits=logits), passes=2)
+    return replace(gradient_pass(model_copy, inputs, seed + 1, logits=logits), passes=2)

@@ -66,9 +66,9 @@ def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]
         taken = {partition: _read(weight, gradient, [partition], partition.view)[0] for partition in finest}
     else:
         taken = dict(zip(finest, _read(weight, gradient, finest, common), strict=True))
-    for partition in partitions:
-        coarse = (sums.coarsened(fine, partition) for fine, sums in list(taken.items()) if partition not in taken)
-        taken.update({partition: sums for sums in coarse if sums is not None})
+    for partition in (p for p in partitions if p not in taken):
+        coarse = (taken[fine].coarsened(fine, partition) for fine in finest)
+        taken[partition] = next(sums for sums in coarse if sums is not None)
     return [taken[partition] for partition in partitions]
 
 
@@ -90,13 +90,11 @@ def _read(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition], vie
     ]
     totals = [total.to(weight.device) for total in totals]
     viewed = weight.reshape(view), gradient.reshape(view)
-    entries = torch.empty(0)
+    entries = torch.empty((4, 0))
     for block in _blocks(view):
         w, g = (x[block].to(torch.float64) for x in viewed)
         if entries.shape[1:] != w.shape:
-            entries = torch.empty(
-                (4, *w.shape), dtype=torch.float64, device=w.device
-            )  # once, for all blocks but the last
+            entries = torch.empty((4, *w.shape), dtype=torch.float64, device=w.device)
         for product, (x, y) in zip(entries, ((w, g), (w, w), (g, g)), strict=False):
             torch.mul(x, y, out=product)
         entries[3] = g

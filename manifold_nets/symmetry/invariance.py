@@ -64,7 +64,7 @@ class InvarianceTest:
     @cached_property
     def largest(self) -> float:
         """The size of the largest weight: of ``Σ ‖w_i‖ ‖g_i‖``."""
-        names = [name for name, shape in self.gradients.shapes.items() if len(shape) >= 2 and math.prod(shape)]
+        names = [name for name, shape in self.gradients.shapes.items() if len(shape) >= 2 and 0 not in shape]
         return max(filter(math.isfinite, map(self.gradients.size, names)), default=0.0)
 
     def floor(self, *, adds: bool = False) -> float:
@@ -73,23 +73,25 @@ class InvarianceTest:
 
     def of_partition(self, name: str, partition: Partition) -> Certificate:
         """Certificate of all groups of a parameter without any bias."""
-        return self.certificate(Generators.of_groups(name, partition, range(partition.n_groups)))
+        return self.certificate(Generators.of_groups(name, partition, range(partition.n_groups)), claimed=False)
 
     def with_evidence(self, name: str, partition: Partition) -> tuple[int, ...]:
         """The groups of a partition that have a gradient."""
         return tuple(np.flatnonzero(self._part_sums(name, partition, adds=False)[1] > self.floor()).tolist())
 
-    def certificate(self, generators: Generators, excuse: Excuse | None = None) -> Certificate:
+    def certificate(self, generators: Generators, excuse: Excuse | None = None, *, claimed: bool = True) -> Certificate:
         """Test each generator.
 
         Args:
             generators: what may be a symmetry.
             excuse: asked where some are refuted; those that it returns have no evidence.
+            claimed: whether the structure claims them. A single entry, which moves the output wherever it has a
+                gradient, then is compared with the other parameters.
         """
         count = generators.count
         if self.gradients.without_values:
             return Certificate(None, "no evidence", 0, 0, count, no_evidence=tuple(range(count)))
-        totals, sizes, finite = self._sums(generators)
+        totals, sizes, finite = self._sums(generators, claimed)
         floor = self.floor(adds=generators.adds)
         with np.errstate(invalid="ignore", divide="ignore"):
             evidence = sizes > floor
@@ -118,7 +120,9 @@ class InvarianceTest:
             no_evidence=tuple(np.flatnonzero(~evidence).tolist()),
         )
 
-    def _sums(self, generators: Generators) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    def _sums(
+        self, generators: Generators, claimed: bool
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
         """|⟨g, ξ⟩| and its size for each generator, and whether its gradients are finite."""
         totals, sizes, finite = (np.zeros(generators.count) for _ in range(3))
         for part in generators.parts:
@@ -127,8 +131,8 @@ class InvarianceTest:
             np.add.at(sizes, part.numbers, np.abs(part.coefficients) * size[part.groups])
             slopes = self.gradients.sums(part.parameter, part.partition).gradients.cpu().numpy()
             np.add.at(finite, part.numbers, ~np.isfinite(slopes[part.groups]))
-        # One entry is invariant just where its gradient vanishes: it is compared with that of others.
-        sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
+        if claimed:
+            sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
         return np.abs(totals), sizes, finite == 0
 
     def _part_sums(

@@ -60,7 +60,7 @@ class LocalCertificates:
     `_MOST_RUNS` of these forward passes stays without a certificate.
 
     Args:
-        twin: the copy that is analysed, in float64; its values and buffers are the same afterwards.
+        model_copy: the copy that is analysed, in float64; its values and buffers are the same afterwards.
         graph: its graph.
         inputs: its inputs.
         seed: seed of the random projection.
@@ -68,10 +68,16 @@ class LocalCertificates:
     """
 
     def __init__(
-        self, twin: nn.Module, graph: TracedGraph, inputs: Inputs, seed: int, most_passes: int = MOST_PASSES
+        self, model_copy: nn.Module, graph: TracedGraph, inputs: Inputs, seed: int, most_passes: int = MOST_PASSES
     ) -> None:
-        self.twin, self.graph, self.inputs, self.seed, self.most_passes = twin, graph, inputs, seed, most_passes
-        self.parameters = {name: p for name, p in twin.named_parameters() if p.is_floating_point()}
+        self.model_copy, self.graph, self.inputs, self.seed, self.most_passes = (
+            model_copy,
+            graph,
+            inputs,
+            seed,
+            most_passes,
+        )
+        self.parameters = {name: p for name, p in model_copy.named_parameters() if p.is_floating_point()}
         # What was used of them, and the normalizations that are asked.
         self.passes = 0
         self._nodes: set[Node] = set()
@@ -126,7 +132,7 @@ class LocalCertificates:
         """The outputs of the copy, and of its normalizations that are asked, with the eps of these negligible."""
         inside: list[Tensor] = []
 
-        def sharp(node: Node, fetch: Any) -> Any:
+        def exactly(node: Node, fetch: Any) -> Any:
             if node not in self._nodes or not callable(node.target):
                 return None
             arguments = {**bound_arguments(node), "eps": NEGLIGIBLE_EPS}
@@ -136,18 +142,18 @@ class LocalCertificates:
 
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            outputs = output_tensors(self.graph.interpret(self.twin, to_float64(self.inputs), sharp))
+            outputs = output_tensors(self.graph.interpret(self.model_copy, to_float64(self.inputs), exactly))
         return [output.detach().clone() for output in outputs], inside
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:
         """Put the buffers back at the end; a backward pass belongs inside, as it may ask for what they were."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.twin.named_buffers()}
+        buffers = {name: buffer.detach().clone() for name, buffer in self.model_copy.named_buffers()}
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, buffer in self.twin.named_buffers():
+                for name, buffer in self.model_copy.named_buffers():
                     buffer.copy_(buffers[name])
 
     @contextmanager

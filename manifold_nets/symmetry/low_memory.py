@@ -75,13 +75,13 @@ def low_memory_copy(model: nn.Module) -> nn.Module:
     return analysis_copy(model, shared)
 
 
-def widen_vectors(twin: nn.Module) -> None:
+def widen_vectors(model_copy: nn.Module) -> None:
     """Cast the buffers and the parameters that are not shared to float64."""
-    for module in twin.modules():
+    for module in model_copy.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 module._buffers[name] = buffer.to(torch.float64)
-    for parameter in nn.Module.parameters(twin):
+    for parameter in nn.Module.parameters(model_copy):
         if parameter.ndim < 2 and parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float64)
 
@@ -111,9 +111,9 @@ class _Freed:
 class _Passes:
     """The casts of one forward and backward pass, and the gradients that it leaves."""
 
-    def __init__(self, twin: nn.Module, required: Mapping[str, Sequence[Partition]]) -> None:
-        self.names = {id(p): name for name, p in twin.named_parameters() if p.is_floating_point()}
-        self.weights = {name: parameter.detach() for name, parameter in twin.named_parameters()}
+    def __init__(self, model_copy: nn.Module, required: Mapping[str, Sequence[Partition]]) -> None:
+        self.names = {id(p): name for name, p in model_copy.named_parameters() if p.is_floating_point()}
+        self.weights = {name: parameter.detach() for name, parameter in model_copy.named_parameters()}
         self.required = required
         self.open: Counter[str] = Counter()
         self.gradients: dict[str, Tensor] = {}
@@ -244,17 +244,17 @@ class LowMemoryPass(GradientPass):
 
 
 def low_memory_pass(
-    twin: nn.Module,
+    model_copy: nn.Module,
     inputs: Inputs,
     seed: int,
     required: Mapping[str, Sequence[Partition]] | None = None,
     *,
     logits: bool = False,
 ) -> GradientPass:
-    """Run the forward and backward pass of the certificate on a lean copy; see `gradient_pass`.
+    """Run the forward and backward pass of the certificate on such a copy; see `gradient_pass`.
 
     Args:
-        twin: the copy; its parameters of one axis, and those that are zero, are moved.
+        model_copy: the copy; its parameters of one axis, and those that are zero, are moved.
         inputs: its inputs, in float64.
         seed: seed of the random cotangent.
         required: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
@@ -265,14 +265,14 @@ def low_memory_pass(
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
         AnalysisError: the backward pass fails.
     """
-    device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
+    device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    move_vectors([p for p in nn.Module.parameters(twin) if is_continuous(p)], generator)
-    return _pass(twin, inputs, seed, generator.get_state(), required or {}, logits=logits)
+    move_vectors([p for p in nn.Module.parameters(model_copy) if is_continuous(p)], generator)
+    return _pass(model_copy, inputs, seed, generator.get_state(), required or {}, logits=logits)
 
 
 def _pass(
-    twin: nn.Module,
+    model_copy: nn.Module,
     inputs: Inputs,
     seed: int,
     state: Tensor,
@@ -281,28 +281,28 @@ def _pass(
     logits: bool,
 ) -> LowMemoryPass:
     """One forward and backward pass with the random numbers of a state."""
-    device = next((parameter.device for parameter in nn.Module.parameters(twin)), torch.device("cpu"))
+    device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
     generator = torch.Generator(device)
     generator.set_state(state)
-    passes = _Passes(twin, required)
-    for parameter in nn.Module.parameters(twin):
+    passes = _Passes(model_copy, required)
+    for parameter in nn.Module.parameters(model_copy):
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)
-        with exact_mode(twin, _Widening(passes)):
-            loss = random_projection(differentiable_outputs(twin, inputs), generator, logits=logits)
-            with differentiating(twin):
+        with exact_mode(model_copy, _Widening(passes)):
+            loss = random_projection(differentiable_outputs(model_copy, inputs), generator, logits=logits)
+            with differentiating(model_copy):
                 torch.autograd.backward([get_gradient_edge(loss)])
     passes.finish()
     passes.freed.add(passes.freed.limit + 1)
     gradients = dict(passes.gradients)
-    for name, parameter in twin.named_parameters():
+    for name, parameter in model_copy.named_parameters():
         if name not in gradients and name not in passes.sums:
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
             gradients[name] = none if parameter.grad is None else parameter.grad.to_dense()
 
     def again() -> GradientPass:
-        return _pass(twin, inputs, seed, state, {}, logits=logits)
+        return _pass(model_copy, inputs, seed, state, {}, logits=logits)
 
     return LowMemoryPass(
         _Widened(passes.weights),

@@ -44,7 +44,7 @@ class LowVariance:
 
     Args:
         graph: the network.
-        twin: the copy that is analysed; its values and buffers are the same afterwards.
+        model_copy: the copy that is analysed; its values and buffers are the same afterwards.
         inputs: its inputs.
         seed: seed of the pass whose certificates are in question.
         field: the weights of that pass.
@@ -52,9 +52,15 @@ class LowVariance:
     """
 
     def __init__(
-        self, graph: TracedGraph, twin: nn.Module, inputs: Inputs, seed: int, field: GradientPass, tolerance: float
+        self,
+        graph: TracedGraph,
+        model_copy: nn.Module,
+        inputs: Inputs,
+        seed: int,
+        field: GradientPass,
+        tolerance: float,
     ) -> None:
-        self.graph, self.twin, self.inputs, self.seed = graph, twin, inputs, seed
+        self.graph, self.model_copy, self.inputs, self.seed = graph, model_copy, inputs, seed
         self.field, self.tolerance = field, tolerance
 
     def scales(self, scales: Scales, absorptions: Iterable[Absorption]) -> dict[int, Places]:
@@ -102,7 +108,9 @@ class LowVariance:
     def _masks(self) -> Mapping[Node, NDArray[np.bool_]]:
         """For each normalization which of its statistics have low variance, kept with their axes."""
         found: dict[Node, NDArray[np.bool_]] = {}
-        lean = any(p.is_floating_point() and p.dtype != torch.float64 for p in nn.Module.parameters(self.twin))
+        low_memory = any(
+            p.is_floating_point() and p.dtype != torch.float64 for p in nn.Module.parameters(self.model_copy)
+        )
 
         def wide(value: Any) -> Any:
             return value.to(torch.float64) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -112,23 +120,25 @@ class LowVariance:
             if op_name(node) in _STATISTICS:
                 low = self._is_low(op_name(node), wide(fetch(arguments["input"])).detach(), arguments)
                 found.update({node: low} if low is not None else {})
-            if not callable(node.target) or not (lean or "eps" in arguments):
+            if not callable(node.target) or not (low_memory or "eps" in arguments):
                 return None
             args, kwargs = node.args, node.kwargs
             if "eps" in arguments:
                 args, kwargs = tuple({**arguments, "eps": NEGLIGIBLE_EPS}.values()), {}
-            args, kwargs = map_arg((args, kwargs), lambda argument: wide(fetch(argument)) if lean else fetch(argument))
+            args, kwargs = map_arg(
+                (args, kwargs), lambda argument: wide(fetch(argument)) if low_memory else fetch(argument)
+            )
             result = node.target(*args, **kwargs)
             # What is made in float32 is read in float64, and may be written into before.
-            return pytree.tree_map(wide, result) if lean else result
+            return pytree.tree_map(wide, result) if low_memory else result
 
         with torch.no_grad(), torch.random.fork_rng(), self._at_the_point():
             torch.manual_seed(self.seed)
-            self.graph.interpret(self.twin, to_float64(self.inputs), visit)
+            self.graph.interpret(self.model_copy, to_float64(self.inputs), visit)
         return found
 
     def _is_low(self, op: str, x: Tensor, arguments: Mapping[str, Any]) -> NDArray[np.bool_] | None:
-        """Which statistics of an input have low variance: eps, or the rounding of what is subtracted, reaches the tolerance."""
+        """Where eps, or the rounding of what a statistic subtracts from its input, reaches the tolerance."""
         if not x.numel():
             return None
         x, axes = _STATISTICS[op](x, arguments)
@@ -142,8 +152,8 @@ class LowVariance:
     @contextmanager
     def _at_the_point(self) -> Iterator[None]:
         """Give the copy the weights of the pass for a while, and its buffers back at the end."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.twin.named_buffers()}
-        parameters = {name: p for name, p in self.twin.named_parameters() if p.dtype == torch.float64}
+        buffers = {name: buffer.detach().clone() for name, buffer in self.model_copy.named_buffers()}
+        parameters = {name: p for name, p in self.model_copy.named_parameters() if p.dtype == torch.float64}
         saved = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
@@ -152,7 +162,7 @@ class LowVariance:
         finally:
             for name, parameter in parameters.items():
                 parameter.data = saved[name]
-            for name, buffer in self.twin.named_buffers():
+            for name, buffer in self.model_copy.named_buffers():
                 buffer.copy_(buffers[name])
 
 

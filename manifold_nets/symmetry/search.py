@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.explained import Explained
+from manifold_nets.symmetry.explained import NOTHING, Explained
 from manifold_nets.symmetry.families import joint_generators
 from manifold_nets.symmetry.generators import Generators, single_entries
 from manifold_nets.symmetry.gradients import GradientPass
@@ -77,6 +77,8 @@ class NumericalSearch:
         self.graph, self.first, self._second = graph, test.gradients, second
         self.tolerance = test.tolerance * UNSUPPORTED
         self.shapes = self.first.shapes
+        # What was found for each parameter at so many points, and the shifts that were known then.
+        self._searched: dict[tuple[str, int], tuple[list[ShiftSymmetry], list[UnexplainedSymmetry]]] = {}
         self.points = [_Point(self.first, test.floor(), test.floor(adds=True))]
 
     def both(self) -> list[_Point]:
@@ -167,17 +169,28 @@ class NumericalSearch:
         for shift in shifts:
             if len(shift.parameters) == 1 and shift.certificate.verdict == "invariant":
                 known.setdefault(shift.parameters[0], []).append(shift)
-        found: list[UnexplainedSymmetry] = []
-        for name, shape in self.shapes.items():
-            if shape and 0 not in shape and all(point.has_gradient(name) for point in points):
-                search = _vector_shifts if len(shape) == 1 else _tensor_shifts
-                found += search(self, name, known.get(name, []), points)
+        found = []
+        for name in self.shapes:
+            own = known.get(name, [])
+            before, result = self._searched.get((name, len(points)), (None, []))
+            if before is None or list(map(id, before)) != list(map(id, own)):
+                result = self._shifts_of(name, own, points)
+                self._searched[name, len(points)] = own, result
+            found += result
         return found
+
+    def _shifts_of(
+        self, name: str, known: Sequence[ShiftSymmetry], points: Sequence[_Point]
+    ) -> list[UnexplainedSymmetry]:
+        shape = self.shapes[name]
+        if not shape or 0 in shape or not all(point.has_gradient(name) for point in points):
+            return []
+        return list((_vector_shifts if len(shape) == 1 else _tensor_shifts)(self, name, known, points))
 
     def beside(self, name: str, point: _Point) -> float:
         """The largest gradient of another parameter of the same module."""
         others = [other for other in self._modules[name.rpartition(".")[0]] if other != name]
-        return max((float(g.abs().max()) for g in map(point.gradients.gradients.get, others) if g.numel()), default=0.0)
+        return max(map(point.gradients.slope, others), default=0.0)
 
 
 @dataclass
@@ -441,20 +454,24 @@ def _tensor_shifts(
     if len(shape) > 2 and shape[1] > 1:
         partitions.append(Partition(shape, shape, (0, *range(2, len(shape)))))
     partitions += [p for p in (Partition.filters(shape), Partition.whole(shape)) if p.group_size > 1]
-    labels: list[Tensor] | None = None
+    known: list[Tensor] | None = None
     for partition in partitions:
         values = _shift_values(((*point.slopes(name, partition), point) for point in points), partition.group_size)
         numbers = np.flatnonzero(values <= search.tolerance)
         if not len(numbers):
             continue
-        if labels is None:
-            labels = [_label(shift.generators) for shift in shifts]
-            labels += _joined(labels)
+        if known is None:
             # What was not reached at all, as rows that are not looked up, may be in a group or not.
             live = torch.stack([(point.gradients.gradients[name] != 0).cpu() for point in points]).all(0)
-        new = numbers[~_follows(partition, labels, live)[numbers]]
+            labels = [_label(shift.generators) for shift in shifts]
+            known = [_orthogonal(label, live) for label in (*labels, *_joined(labels))]
+        follow = np.zeros(partition.n_groups, dtype=bool)
+        for vector in known:
+            sums, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
+            follow |= (sums.abs() <= NOTHING * sizes).numpy()
+        new = numbers[~follow[numbers]]
         if len(new):
-            labels.append(_label(Generators.of_groups(name, partition, new.tolist())))
+            known.append(_orthogonal(_label(Generators.of_groups(name, partition, new.tolist())), live))
             yield UnexplainedSymmetry("shift", (name,), partition, tuple(new.tolist()), float(values[new].max()))
 
 
@@ -476,16 +493,10 @@ def _joined(labels: Sequence[Tensor]) -> list[Tensor]:
     return [] if joined is None else [joined]
 
 
-def _follows(partition: Partition, labels: Sequence[Tensor], live: Tensor) -> NDArray[np.bool_]:
-    """The groups whose live entries are those of shifts of one label: random numbers that sum to zero there do so."""
-    found = np.zeros(partition.n_groups, dtype=bool)
-    generator = torch.Generator().manual_seed(0)
-    for label in labels:
-        drawn = torch.randn(label.shape, dtype=torch.float64, generator=generator) * live
-        moved = (label.flatten() + 1) * live.flatten()
-        means = torch.bincount(moved, drawn.flatten()) / torch.bincount(moved).clamp_min(1)
-        means[0] = 0.0
-        drawn -= means[moved].reshape(label.shape) * live
-        sums, sizes = partition.sum(drawn).flatten(), partition.sum(drawn.abs()).flatten()
-        found |= (sums.abs() <= 1e-9 * sizes).numpy()
-    return found
+def _orthogonal(label: Tensor, live: Tensor) -> Tensor:
+    """Random numbers for the entries of a tensor that sum to zero over the live ones of each shift of a label."""
+    drawn = torch.randn(label.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * live
+    moved = (label.flatten() + 1) * live.flatten()
+    means = torch.bincount(moved, drawn.flatten()) / torch.bincount(moved).clamp_min(1)
+    means[0] = 0.0
+    return drawn - means[moved].reshape(label.shape)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
-from manifold_nets.symmetry.reverse.spans import Span
+from manifold_nets.symmetry.explained import Explained
 from manifold_nets.symmetry.rules import RULES, SHIFT_RULES
 
 ROWS = (12, 5)
@@ -168,21 +170,6 @@ def test_a_traced_model_leaves_nothing_out() -> None:
     assert not mn.diagnose(nn.Linear(5, 8), torch.randn(ROWS)).not_searched
 
 
-def wholes(n: int) -> dict[tuple[int, int], float]:
-    """The rows of a tensor together are its columns together."""
-    return {(axis, k): 1.0 - 2 * axis for axis in (0, 1) for k in range(n)}
-
-
-@pytest.mark.parametrize("n", [8, 256])
-def test_a_span_does_not_grow_with_the_square_of_a_width(n: int) -> None:
-    span = Span([wholes(n)])
-    assert all(span.add({(0, k): 1.0}) for k in range(n))
-    entries = sum(len(row) for _, row in span._rows)
-    assert entries <= 2 * n + n
-    # All rows known, so are all columns together.
-    assert not span.add({(1, k): 1.0 for k in range(n)})
-
-
 def test_they_are_in_the_text_and_in_the_data() -> None:
     model, _ = NETWORKS["heads"]
     report = mn.diagnose(model(), torch.randn(ROWS))
@@ -192,18 +179,43 @@ def test_they_are_in_the_text_and_in_the_data() -> None:
     assert "4 × scale: a.weight, of 4 groups of 10" in str(report)
 
 
-vectors = st.dictionaries(st.integers(0, 5), st.integers(-3, 3).filter(bool).map(float), max_size=6)
+# ---- what follows from what is known ---------------------------------------------------------------------------------
 
 
-@given(st.lists(vectors, max_size=8))
-def test_a_span_has_the_rank_of_its_directions(directions: list[dict[int, float]]) -> None:
-    matrix = torch.zeros(len(directions), 6, dtype=torch.float64)
-    span, rank = Span(), 0
-    for row, direction in enumerate(directions):
-        for column, value in direction.items():
-            matrix[row, column] = value
-        rank += span.add(direction)
-        assert rank == int(torch.linalg.matrix_rank(matrix))
+def rank(matrix: np.ndarray) -> int:
+    return int(np.linalg.matrix_rank(matrix)) if matrix.size else 0
+
+
+entries = st.sampled_from([0.0, 0.0, 1.0, 1.0, -1.0, 2.0])
+
+
+@given(st.lists(st.lists(entries, min_size=6, max_size=6), max_size=7), st.permutations(range(6)), st.integers(1, 3))
+def test_what_follows_is_what_leaves_the_rank(rows: list[list[float]], order: list[int], size: int) -> None:
+    """Against the ranks of dense matrices; of groups that are taken one by one each counts for the next."""
+    matrix = np.array(rows).reshape(-1, 6)
+    known = Explained()
+    numbers, places = np.nonzero(matrix)
+    known.coordinates(6)
+    known.add(numbers, places, matrix[numbers, places])
+    assert np.abs(matrix @ known.vector).max(initial=0.0) <= 1e-9
+    assert known.rank == rank(matrix)
+    groups = np.array(order).reshape(-1, size)
+    moved = np.array([np.isin(np.arange(6), group) for group in groups], dtype=float)
+    alone = [rank(np.vstack([matrix, row])) == rank(matrix) for row in moved]
+    assert known.follows(groups).tolist() == alone
+    before = [rank(np.vstack([matrix, moved[:k]])) for k in range(len(groups) + 1)]
+    assert known.take(groups).tolist() == [b > a for a, b in itertools.pairwise(before)]
+    assert known.follows(groups).all()
+
+
+def test_rows_and_columns_of_a_tensor_are_the_whole_in_both_ways() -> None:
+    known = Explained()
+    rows, columns = known.coordinates(256), known.coordinates(256)
+    known.add(np.zeros(512, dtype=int), np.concatenate([rows, columns]), np.repeat([1.0, -1.0], 256))
+    assert not known.follows(columns[None]).any()
+    assert known.take(rows[:, None]).all()
+    assert known.follows(columns[None]).all()
+    assert not known.follows(columns[:1, None]).any()
 
 
 # ---- weights with zeros ----------------------------------------------------------------------------------------------
