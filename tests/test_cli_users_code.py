@@ -102,7 +102,7 @@ def test_without_the_guard_an_exit_is_the_commands_own(monkeypatch: pytest.Monke
 def test_an_exit_in_python_is_an_error_of_the_package() -> None:
     with pytest.raises(Exception, match=r"raised SystemExit: 0"):
         load_model("nets.py:leaves")
-    with pytest.raises(Exception, match=r"leaves raised SystemExit: 0"):
+    with pytest.raises(Exception, match=r"leaves\(\) raised SystemExit: 0"):
         load_object("nets.py:leaves")
     with pytest.raises(KeyboardInterrupt):
         load_model("nets.py:interrupted")

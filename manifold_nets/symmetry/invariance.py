@@ -63,9 +63,9 @@ class InvarianceTest:
 
     @cached_property
     def largest(self) -> float:
-        """The size of the largest weight: of ``Σ ‖w_i‖ ‖g_i‖``."""
+        """The size ``‖w_i‖ ‖g_i‖`` of the largest group of a weight."""
         names = [name for name, shape in self.gradients.shapes.items() if len(shape) >= 2 and 0 not in shape]
-        return max(filter(math.isfinite, map(self.gradients.size, names)), default=0.0)
+        return max(filter(math.isfinite, map(self.gradients.largest_group, names)), default=0.0)
 
     def floor(self, *, adds: bool = False) -> float:
         """The size up to which a generator has no evidence."""
@@ -131,8 +131,8 @@ class InvarianceTest:
             np.add.at(sizes, part.numbers, np.abs(part.coefficients) * size[part.groups])
             slopes = self.gradients.sums(part.parameter, part.partition).gradients.cpu().numpy()
             np.add.at(finite, part.numbers, ~np.isfinite(slopes[part.groups]))
-        if claimed:
-            sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
+        if claimed and generators.adds:
+            sizes[generators.entries == 1] = self.gradients.largest_slope
         return np.abs(totals), sizes, finite == 0
 
     def _part_sums(

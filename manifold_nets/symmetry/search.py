@@ -45,7 +45,7 @@ def searched_partitions(shape: Sequence[int]) -> tuple[Partition, ...]:
 
     Example:
         >>> [p.n_groups for p in searched_partitions((6, 5))]
-        [6, 5, 15]
+        [6, 5, 10]
     """
     return (*_slices(shape), *_blocks_of_rows(shape)[:1])
 
