@@ -301,9 +301,11 @@ class Scales:
         if equation:
             pivot = max(equation)
             rest = {k: _exact(-c / equation[pivot]) for k, c in equation.items() if k != pivot}
-            self._replace(np.array([pivot]), self._number(rest), reason)
+            self._next[pivot + 1] = self._replaced[pivot] = self._number(rest)
+            self._reason[pivot] = reason
+            self._solved.add(pivot)
 
-    def _replace(self, scales: Ids, numbers: Ids | int, reason: int) -> None:
+    def _replace(self, scales: Ids, numbers: Ids, reason: int) -> None:
         """Put forms in the place of free scales."""
         self._next[scales + 1] = self._replaced[scales] = numbers
         self._reason[scales] = reason
