@@ -376,15 +376,18 @@ class _ScaleSearch:
         kept: int = 0,
     ) -> _Level:
         """The invariant groups of a partition, numbered along one of the two axes into which the slices are cut."""
-        worst = np.zeros(cut[kept])
+        numbers, worst = np.arange(cut[kept]), np.zeros(cut[kept])
         for sums, most, floor in sized:
-            products, weights, gradients = sums if cut[1 - kept] == 1 else sums.reshape(3, *cut).sum(2 - kept)
+            given = sums if cut[1 - kept] == 1 else sums.reshape(3, *cut).sum(2 - kept)
+            products, weights, gradients = given[:, numbers]
             size = np.minimum(np.sqrt(weights) * np.sqrt(gradients), most)
-            value = np.divide(np.abs(products), size, out=np.full(len(size), np.inf), where=size > floor)
-            worst = np.maximum(worst, value)
-        numbers = np.flatnonzero(worst <= self.tolerance)
+            near = (np.abs(products) <= 2 * self.tolerance * size) & (size > floor)
+            numbers, worst = numbers[near], np.maximum(worst[near], np.abs(products[near]) / size[near])
+            if not len(numbers):
+                break
+        numbers, worst = numbers[worst <= self.tolerance], worst[worst <= self.tolerance]
         members = np.moveaxis(np.arange(cut[0] * cut[1]).reshape(cut), kept, 0)[numbers]
-        return _Level(view, numbered, numbers, members, worst[numbers])
+        return _Level(view, numbered, numbers, members, worst)
 
 
 # ---- shifts ----------------------------------------------------------------------------------------------------------
@@ -403,6 +406,8 @@ def _invariant(sums: Iterable[tuple[Floats, Floats, _Point]], size: int, toleran
         if place == 0:  # nearly all groups are none
             numbers = np.flatnonzero(np.abs(slopes) <= 2 * tolerance * size**0.5 * np.sqrt(squares))
             worst = np.zeros(len(numbers))
+        if not len(numbers):
+            break
         norms = np.sqrt(squares.ravel()[numbers])
         values = np.full(len(norms), np.inf)
         np.divide(np.abs(slopes.ravel()[numbers]), norms * size**0.5, out=values, where=norms > point.slope_floor)
