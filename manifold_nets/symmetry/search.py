@@ -486,8 +486,8 @@ def _tensor_shifts(
             known = [_orthogonal(label, live) for label in (*labels, *_joined(labels))]
         follow = np.zeros(partition.n_groups, dtype=bool)
         for vector in known:
-            sums, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
-            follow |= (sums.abs() <= NOTHING * sizes).numpy()
+            totals, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
+            follow |= (totals.abs() <= NOTHING * sizes).numpy()
         new = ~follow[numbers]
         if new.any():
             fresh = numbers[new].tolist()
