@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
+from manifold_nets.symmetry import explained
 from manifold_nets.symmetry.explained import Explained
 from manifold_nets.symmetry.rules import RULES, SHIFT_RULES
 
@@ -192,6 +193,10 @@ entries = st.sampled_from([0.0, 0.0, 1.0, 1.0, -1.0, 2.0])
 @given(st.lists(st.lists(entries, min_size=6, max_size=6), max_size=7), st.permutations(range(6)), st.integers(1, 3))
 def test_what_follows_is_what_leaves_the_rank(rows: list[list[float]], order: list[int], size: int) -> None:
     """Against the ranks of dense matrices; of groups that are taken one by one each counts for the next."""
+    check_ranks(rows, order, size)
+
+
+def check_ranks(rows: list[list[float]], order: list[int], size: int) -> None:
     matrix = np.array(rows).reshape(-1, 6)
     known = Explained()
     numbers, places = np.nonzero(matrix)
@@ -206,6 +211,28 @@ def test_what_follows_is_what_leaves_the_rank(rows: list[list[float]], order: li
     before = [rank(np.vstack([matrix, moved[:k]])) for k in range(len(groups) + 1)]
     assert known.take(groups).tolist() == [b > a for a, b in itertools.pairwise(before)]
     assert known.follows(groups).all()
+
+
+def test_sabotage_an_elimination_that_keeps_one_direction_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    eliminated = explained._echelon
+    monkeypatch.setattr(explained, "_echelon", lambda directions: eliminated(directions)[:1])
+    rows = [[1.0, 1.0, 2.0, 0.0, 0.0, 1.0], [2.0, 1.0, 1.0, 1.0, 0.0, 1.0], [1.0, 2.0, 1.0, 1.0, 1.0, 2.0]]
+    rows += [[1.0, -1.0, 1.0, 2.0, 1.0, 1.0], [2.0, 2.0, -1.0, 1.0, 1.0, 1.0]]
+    with pytest.raises(AssertionError):
+        check_ranks(rows, list(range(6)), 1)
+
+
+def test_rows_that_bring_each_other_back_come_to_an_end() -> None:
+    """Each row holds the pivots of the next two, and the last two tie the ends: none can be set aside."""
+    count = 60
+    known = Explained()
+    known.coordinates(count)
+    places = (np.arange(count)[:, None] + np.arange(3)) % count
+    known.add(np.repeat(np.arange(count), 3), places.ravel(), np.ones(3 * count))
+    matrix = np.zeros((count, count))
+    np.put_along_axis(matrix, places, 1.0, 1)
+    assert np.abs(matrix @ known.vector).max() <= 1e-9
+    assert known.rank == rank(matrix) == count - 2
 
 
 def test_rows_and_columns_of_a_tensor_are_the_whole_in_both_ways() -> None:

@@ -91,11 +91,11 @@ def _members(generators: Generators) -> list[list[_Member]]:
     """What each generator moves of which part."""
     found: list[list[_Member]] = [[] for _ in range(generators.count)]
     for place, part in enumerate(generators.parts):
-        low, high = np.full(generators.count, np.inf), np.full(generators.count, -np.inf)
-        np.minimum.at(low, part.numbers, part.coefficients)
-        np.maximum.at(high, part.numbers, part.coefficients)
+        exponents = part.coefficients[np.argsort(part.numbers, kind="stable")]
         numbers, sizes = np.unique(part.numbers, return_counts=True)
-        columns = (x.tolist() for x in (numbers, low[numbers], high[numbers], sizes))
+        first = np.cumsum(sizes) - sizes
+        low, high = np.minimum.reduceat(exponents, first), np.maximum.reduceat(exponents, first)
+        columns = (x.tolist() for x in (numbers, low, high, sizes))
         for number, least, most, size in zip(*columns, strict=True):
             found[number].append((place, least if least == most else None, size))
     return found

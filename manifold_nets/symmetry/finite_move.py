@@ -331,12 +331,13 @@ class _Movement:
         np.add.at(total, part.groups, values)
 
     def carried_out(self, values: Tensor) -> Tensor:
-        """Move a contiguous tensor in place."""
+        """What a contiguous tensor is moved to."""
+        shape, target = values.shape, None
         for (adds, partition), numbers in sorted(self.steps.items(), key=lambda step: not step[0][0]):
-            by = torch.from_numpy(numbers if adds else np.exp2(numbers)).to(values.device)
-            viewed = values.view(partition.view)
-            viewed.add_(partition.spread(by)) if adds else viewed.mul_(partition.spread(by))
-        return values
+            by = partition.spread(torch.from_numpy(numbers if adds else np.exp2(numbers)).to(values.device))
+            target = None if target is None else target.view(partition.view)
+            target = values = (torch.add if adds else torch.mul)(values.view(partition.view), by, out=target)
+        return values.view(shape)
 
 
 @contextlib.contextmanager
@@ -347,7 +348,7 @@ def _moved(
 
     def moved(name: str, values: Tensor) -> Tensor:
         wide = torch.complex128 if values.is_complex() else torch.float64
-        values = values.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+        values = values.detach().to(wide).contiguous()
         if name in moves:
             values = moves[name].carried_out(values)
         return jitter(values)

@@ -176,7 +176,7 @@ def move_vectors(parameters: Iterable[Tensor], generator: torch.Generator) -> No
     """Move parameters with entries along one axis at most a little at random, and draw those anew that are all zero."""
     with torch.no_grad():
         for parameter in parameters:
-            if is_vector(parameter) or not bool(parameter.any()):
+            if is_vector(parameter) or not int(torch.count_nonzero(parameter)):
                 noise = torch.randn(
                     parameter.shape, generator=generator, dtype=parameter.dtype, device=parameter.device
                 )
@@ -257,11 +257,13 @@ def replace_zeros(model_copy: nn.Module, seed: int) -> None:
         for parameter in nn.Module.parameters(model_copy):
             if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
                 continue
-            zero = parameter == 0
-            count = int(zero.sum())
+            count = parameter.numel() - int(torch.count_nonzero(parameter))
             if 0 < count < parameter.numel():
+                zero = parameter == 0
                 noise = torch.randn(count, generator=generator, dtype=parameter.dtype).to(parameter.device)
-                parameter.data = parameter.data.masked_scatter(zero, _SMALL * parameter.abs().mean() * noise)
+                size = _SMALL * torch.linalg.vector_norm(parameter, 1) / parameter.numel()
+                parameter.data = parameter.data.clone()
+                parameter.data[zero] = size * noise
 
 
 def second_pass(

@@ -6,6 +6,7 @@ pass over slices that fit the cache, in float64; the sums of a coarser partition
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -40,9 +41,10 @@ class GroupSums:
 
     def coarsened(self, fine: Partition, coarse: Partition) -> GroupSums | None:
         """The sums of a partition whose groups are unions of groups; None where they are not."""
-        found = [coarsened(values, fine, coarse) for values in vars(self).values()]
-        sums = [values for values in found if values is not None]
-        return GroupSums(*sums) if len(sums) == len(found) else None
+        if _coarsening(fine, coarse) is None:
+            return None
+        found = (coarsened(values, fine, coarse) for values in vars(self).values())
+        return GroupSums(*(values for values in found if values is not None))
 
 
 def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]) -> list[GroupSums]:
@@ -72,6 +74,7 @@ def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]
     return [taken[partition] for partition in partitions]
 
 
+@functools.lru_cache(maxsize=1024)
 def _is_finer(fine: Partition, coarse: Partition) -> bool:
     """Whether the groups of one partition are unions of those of another, and more than a few."""
     common = _common_view(fine.view, coarse.view)
@@ -139,6 +142,17 @@ def coarsened(values: Tensor, fine: Partition, coarse: Partition) -> Tensor | No
     """
     if not coarse.kept:
         return values.sum().reshape(1)
+    plan = _coarsening(fine, coarse)
+    if plan is None:
+        return None
+    view, dropped = plan
+    viewed = values.reshape(view)
+    return (viewed.sum(dropped) if dropped else viewed).reshape(-1)
+
+
+@functools.lru_cache(maxsize=1024)
+def _coarsening(fine: Partition, coarse: Partition) -> tuple[list[int], list[int]] | None:
+    """The view of the groups of a partition, and its axes over which those of another one are sums; None where none."""
     common = _common_view(fine.view, coarse.view)
     if common is None:
         return None
@@ -146,9 +160,7 @@ def coarsened(values: Tensor, fine: Partition, coarse: Partition) -> Tensor | No
     if not of_coarse <= of_fine:
         return None
     axes = sorted(of_fine)
-    dropped = [number for number, axis in enumerate(axes) if axis not in of_coarse]
-    viewed = values.reshape([common[axis] for axis in axes])
-    return (viewed.sum(dropped) if dropped else viewed).reshape(-1)
+    return [common[axis] for axis in axes], [number for number, axis in enumerate(axes) if axis not in of_coarse]
 
 
 def _ends(view: Sequence[int]) -> list[int]:

@@ -178,6 +178,7 @@ class _ShiftWalk(_Walk):
         self._refused: set[int] = set()  # numbers of links
         self._checked = 0  # how many unknowns were solved when links were last checked
         self.scales.on_solved = self._refuse_sources
+        self.scales.on_pinned = self._refuse_links
 
     def _use(self, node: Node) -> ShiftUse:
         for source in node.all_input_nodes:
@@ -212,14 +213,26 @@ class _ShiftWalk(_Walk):
         self.scales.on_solved = lambda: None
         while self.links and self._checked != self.scales.solved:
             self._checked = self.scales.solved
-            solved = self.first_link + np.flatnonzero(~self.scales.is_free(slice(self.first_link, None)))
-            starts = [link.unknowns.start for link in self.links]
-            refused = set(np.unique(np.searchsorted(starts, solved, "right") - 1).tolist()) - self._refused
-            self._refused |= refused
-            for link in (self.links[number] for number in sorted(refused)):
-                self.scales.pin(link.sources, link.because)
-                self.scales.pin(link.results, link.because)
+            self._refuse(self.first_link + np.flatnonzero(~self.scales.is_free(slice(self.first_link, None))))
         self.scales.on_solved = self._refuse_sources
+
+    def _refuse_links(self, ids: Ids) -> None:
+        """Refuse all links in sums that have to vanish: solved one by one, each of the sums would refuse them as well.
+
+        The unknowns of links are newer than those of parameters, so a sum is solved for that of a link.
+        """
+        if len(ids) and self.links:
+            unknowns = self.scales.scales_in(ids)
+            self._refuse(unknowns[unknowns >= self.first_link])
+
+    def _refuse(self, unknowns: Ids) -> None:
+        """Refuse the sources and the results of the links that made some unknowns."""
+        starts = [link.unknowns.start for link in self.links]
+        refused = set(np.unique(np.searchsorted(starts, unknowns, "right") - 1).tolist()) - self._refused
+        self._refused |= refused
+        for link in (self.links[number] for number in sorted(refused)):
+            self.scales.pin(link.sources, link.because)
+            self.scales.pin(link.results, link.because)
 
     def absorbed(self) -> dict[int, list[Absorption]]:
         """For each unknown of a parameter the operations that absorb it, directly or after linear maps."""

@@ -29,6 +29,7 @@ from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.invariance import EVIDENCE_FLOOR, InvarianceTest
 from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, UnexplainedSymmetry, WeightFinding
+from manifold_nets.symmetry.structure.partitions import without_last_axes
 from manifold_nets.symmetry.trace import TracedGraph
 from manifold_nets.symmetry.weight_findings import UNSUPPORTED
 
@@ -209,15 +210,15 @@ class _Point:
             self._known[name, axis] = torch.stack([sums.products, sums.weights, sums.gradients]).cpu().numpy()
         return self._known[name, axis]
 
-    def slopes(self, name: str, partition: Partition) -> Floats:
+    def slopes(self, name: str, partition: Partition, finest: Partition) -> tuple[Floats, Floats]:
         """Σ g and Σ g² of each group of a tensor; those of blocks of rows are added up from the finest ones."""
-        finest, *blocks = _blocks_of_rows(partition.shape)
-        sums = self.gradients.sums(name, finest if partition in blocks else partition)
-        found = torch.stack([sums.slopes, sums.gradients]).cpu().numpy()
-        if partition in blocks:
-            count = partition.view[0]
-            found = found.reshape(2, count, finest.view[0] // count, -1).sum(2).reshape(2, -1)
-        return found
+        blocks = partition.kept == finest.kept and partition.view[0] < finest.view[0]
+        sums = self.gradients.sums(name, finest if blocks else partition)
+        slopes, squares = sums.slopes.cpu().numpy(), sums.gradients.cpu().numpy()
+        if not blocks:
+            return slopes, squares
+        view = partition.view[0], finest.view[0] // partition.view[0], -1
+        return slopes.reshape(view).sum(1).ravel(), squares.reshape(view).sum(1).ravel()
 
     def has_gradient(self, name: str) -> bool:
         return bool(self.slices(name, 0)[2].any())
@@ -284,15 +285,12 @@ class _KnownScales(Explained):
 
 def _slices_of_groups(partition: Partition, axis: int) -> tuple[Ints, Ints]:
     """The smallest sets of slices along an axis that consist of whole groups, by slice and by group."""
-    shape, view, kept = list(partition.shape), list(partition.view), partition.kept
-    while len(shape) > axis + 1 and view[-1] == shape[-1] and len(view) - 1 not in kept:
-        shape.pop()
-        view.pop()
-    small = Partition(tuple(shape), tuple(view), kept)
-    ids = small.group_ids().movedim(axis, 0).reshape(shape[axis], -1).numpy()
-    label = np.arange(shape[axis])
+    (small,) = without_last_axes(partition, least=axis + 1)
+    count = small.shape[axis]
+    ids = small.group_ids().movedim(axis, 0).reshape(count, -1).numpy()
+    label = np.arange(count)
     while True:
-        least = np.full(small.n_groups, shape[axis], dtype=np.int64)
+        least = np.full(small.n_groups, count, dtype=np.int64)
         np.minimum.at(least, ids.ravel(), np.repeat(label, ids.shape[1]))
         joined = least[ids].min(1)
         if (joined == label).all():
@@ -304,7 +302,8 @@ def _slices_of_groups(partition: Partition, axis: int) -> tuple[Ints, Ints]:
 class _Level:
     """The groups of a partition that are invariant: their numbers, the slices of each, and their values."""
 
-    partition: Partition
+    view: tuple[int, ...]
+    kept: tuple[int, ...]
     numbers: Ints
     members: Ints
     values: Floats
@@ -334,7 +333,8 @@ class _ScaleSearch:
             new = self.known.take(self._groups(level)) if len(level.numbers) else np.zeros(0, dtype=bool)
             if new.any():
                 numbers, value = tuple(level.numbers[new].tolist()), float(level.values[new].max())
-                yield UnexplainedSymmetry("scale", self.names, level.partition, numbers, value)
+                partition = Partition(self.shape, level.view, level.kept)
+                yield UnexplainedSymmetry("scale", self.names, partition, numbers, value)
 
     @cached_property
     def _places(self) -> Ints:
@@ -350,48 +350,70 @@ class _ScaleSearch:
         """Partitions from fine to coarse, with the groups that are invariant at all points."""
         count, shape = self.shape[self.axis], self.shape
         before, after = shape[: self.axis], shape[self.axis + 1 :]
-        index = np.arange(count)
-        units = [
-            sum((p.slices(name, 0) for name in self.names[1:]), p.slices(self.names[0], self.axis)) for p in points
-        ]
-        sized = list(zip(units, points, strict=True))
+        sized = []
+        for p in points:
+            sums = sum((p.slices(name, 0) for name in self.names[1:]), p.slices(self.names[0], self.axis))
+            # No sum can be larger than the parameters; the product of the norms can where the scales differ.
+            sized.append((sums, sum(p.gradients.size(name) for name in self.names), p.floor))
         if len(shape) > 1 or len(self.names) > 1:
-            yield self._level(_slices(shape)[self.axis], index[:, None], sized)
+            yield self._level(shape, (self.axis,), (count, 1), sized)
         for blocks in (n for n in range(count - 1, 1, -1) if count % n == 0):
             size = count // blocks
-            consecutive = Partition(shape, (*before, blocks, size, *after), (self.axis,))
-            yield self._level(consecutive, index.reshape(blocks, size), sized)
-            interleaved = Partition(shape, (*before, size, blocks, *after), (self.axis + 1,))
-            yield self._level(interleaved, index.reshape(size, blocks).T, sized)
+            consecutive = (*before, blocks, size, *after)
+            yield self._level(consecutive, (self.axis,), (blocks, size), sized)
+            interleaved = (*before, size, blocks, *after)
+            yield self._level(interleaved, (self.axis + 1,), (size, blocks), sized, kept=1)
         # Slices along any axis are finer than the whole.
         if len(self.names) > 1 or self.axis == min(len(shape), 2) - 1:
-            yield self._level(Partition.whole(shape), index[None, :], sized)
+            yield self._level(shape, (), (1, count), sized)
 
-    def _level(self, partition: Partition, members: Ints, units: Sequence[tuple[Floats, _Point]]) -> _Level:
-        worst = np.zeros(len(members))
-        for sums, point in units:
-            products, weights, gradients = sums[:, members].sum(2)
-            # No sum can be larger than the parameters; the product of the norms can where the scales differ.
-            most = sum(point.gradients.size(name) for name in self.names)
+    def _level(
+        self,
+        view: tuple[int, ...],
+        numbered: tuple[int, ...],
+        cut: tuple[int, int],
+        sized: Sequence[tuple[Floats, float, float]],
+        kept: int = 0,
+    ) -> _Level:
+        """The invariant groups of a partition, numbered along one of the two axes into which the slices are cut."""
+        numbers, worst = np.arange(cut[kept]), np.zeros(cut[kept])
+        for sums, most, floor in sized:
+            given = sums if cut[1 - kept] == 1 else sums.reshape(3, *cut).sum(2 - kept)
+            products, weights, gradients = given[:, numbers]
             size = np.minimum(np.sqrt(weights) * np.sqrt(gradients), most)
-            value = np.divide(np.abs(products), size, out=np.full(len(members), np.inf), where=size > point.floor)
-            worst = np.maximum(worst, value)
-        numbers = np.flatnonzero(worst <= self.tolerance)
-        return _Level(partition, numbers, members[numbers], worst[numbers])
+            near = (np.abs(products) <= 2 * self.tolerance * size) & (size > floor)
+            numbers, worst = numbers[near], np.maximum(worst[near], np.abs(products[near]) / size[near])
+            if not len(numbers):
+                break
+        numbers, worst = numbers[worst <= self.tolerance], worst[worst <= self.tolerance]
+        members = np.moveaxis(np.arange(cut[0] * cut[1]).reshape(cut), kept, 0)[numbers]
+        return _Level(view, numbered, numbers, members, worst)
 
 
 # ---- shifts ----------------------------------------------------------------------------------------------------------
 
 
-def _shift_values(sums: Iterable[tuple[Floats, Floats, _Point]], size: int) -> Floats:
-    """Largest value of each group over the points, from the sums of its gradients and of their squares."""
-    worst = np.zeros(1)
-    for slopes, squares, point in sums:
-        norms = np.sqrt(squares.ravel())
+def _invariant(sums: Iterable[tuple[Floats, Floats, _Point]], size: int, tolerance: float) -> tuple[Ints, Floats]:
+    """The groups that are invariant at all points, by the sums of their gradients and of the squares, and their values.
+
+    Args:
+        sums: the sums of each group at each point.
+        size: how many entries a group has.
+        tolerance: the largest value.
+    """
+    numbers, worst = np.zeros(0, dtype=np.int64), np.zeros(0)
+    for place, (slopes, squares, point) in enumerate(sums):
+        if place == 0:  # nearly all groups are none
+            numbers = np.flatnonzero(np.abs(slopes) <= 2 * tolerance * size**0.5 * np.sqrt(squares))
+            worst = np.zeros(len(numbers))
+        if not len(numbers):
+            break
+        norms = np.sqrt(squares.ravel()[numbers])
         values = np.full(len(norms), np.inf)
-        np.divide(np.abs(slopes.ravel()), norms * size**0.5, out=values, where=norms > point.slope_floor)
+        np.divide(np.abs(slopes.ravel()[numbers]), norms * size**0.5, out=values, where=norms > point.slope_floor)
         worst = np.maximum(values, worst)
-    return worst
+    kept = worst <= tolerance
+    return numbers[kept], worst[kept]
 
 
 def _vector_shifts(
@@ -417,19 +439,16 @@ def _vector_shifts(
     known.add(np.arange(len(silent)), silent, np.ones(len(silent)))
     for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
         size = count // blocks
-        for partition in dict.fromkeys(
-            (Partition((count,), (blocks, size), (0,)), Partition((count,), (size, blocks), (1,)))
-        ):
-            viewed = [gradient.reshape(partition.view) for gradient in gradients]
-            terms = ((g.sum(partition.reduced), (g * g).sum(partition.reduced)) for g in viewed)
-            values = _shift_values(((*pair, point) for pair, point in zip(terms, points, strict=True)), size)
-            members = index.reshape(partition.view)
-            members = members if partition.kept == (0,) else members.T
-            numbers = np.flatnonzero(values <= search.tolerance)
-            new = numbers[known.take(members[numbers])] if len(numbers) else numbers
-            if len(new):
-                value = float(values[new].max())
-                yield UnexplainedSymmetry("shift", (name,), partition, tuple(new.tolist()), value)
+        for view, axis in (((blocks, size), 0), ((size, blocks), 1)):
+            viewed = [gradient.reshape(view) for gradient in gradients]
+            terms = ((g.sum(1 - axis), (g * g).sum(1 - axis)) for g in viewed)
+            sums = ((*pair, point) for pair, point in zip(terms, points, strict=True))
+            numbers, values = _invariant(sums, size, search.tolerance)
+            members = index.reshape(view) if axis == 0 else index.reshape(view).T
+            new = known.take(members[numbers]) if len(numbers) else np.zeros(0, dtype=bool)
+            if new.any():
+                partition, value = Partition((count,), view, (axis,)), float(values[new].max())
+                yield UnexplainedSymmetry("shift", (name,), partition, tuple(numbers[new].tolist()), value)
 
 
 def _dead_blocks(sizes: Sequence[Floats], beside: Sequence[float], blocks: int) -> Ints:
@@ -456,8 +475,8 @@ def _tensor_shifts(
     partitions += [p for p in (Partition.filters(shape), Partition.whole(shape)) if p.group_size > 1]
     known: list[Tensor] | None = None
     for partition in partitions:
-        values = _shift_values(((*point.slopes(name, partition), point) for point in points), partition.group_size)
-        numbers = np.flatnonzero(values <= search.tolerance)
+        sums = ((*point.slopes(name, partition, partitions[0]), point) for point in points)
+        numbers, values = _invariant(sums, partition.group_size, search.tolerance)
         if not len(numbers):
             continue
         if known is None:
@@ -467,12 +486,13 @@ def _tensor_shifts(
             known = [_orthogonal(label, live) for label in (*labels, *_joined(labels))]
         follow = np.zeros(partition.n_groups, dtype=bool)
         for vector in known:
-            sums, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
-            follow |= (sums.abs() <= NOTHING * sizes).numpy()
-        new = numbers[~follow[numbers]]
-        if len(new):
-            known.append(_orthogonal(_label(Generators.of_groups(name, partition, new.tolist())), live))
-            yield UnexplainedSymmetry("shift", (name,), partition, tuple(new.tolist()), float(values[new].max()))
+            totals, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
+            follow |= (totals.abs() <= NOTHING * sizes).numpy()
+        new = ~follow[numbers]
+        if new.any():
+            fresh = numbers[new].tolist()
+            known.append(_orthogonal(_label(Generators.of_groups(name, partition, fresh)), live))
+            yield UnexplainedSymmetry("shift", (name,), partition, tuple(fresh), float(values[new].max()))
 
 
 def _label(shifts: Generators) -> Tensor:
@@ -495,7 +515,9 @@ def _joined(labels: Sequence[Tensor]) -> list[Tensor]:
 
 def _orthogonal(label: Tensor, live: Tensor) -> Tensor:
     """Random numbers for the entries of a tensor that sum to zero over the live ones of each shift of a label."""
-    drawn = torch.randn(label.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * live
+    drawn = (
+        torch.rand(label.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sub_(0.5).mul_(live)
+    )
     moved = (label.flatten() + 1) * live.flatten()
     means = torch.bincount(moved, drawn.flatten()) / torch.bincount(moved).clamp_min(1)
     means[0] = 0.0

@@ -18,6 +18,7 @@ from manifold_nets.symmetry.structure.partitions import (
     only_looked_up,
     seed_label,
     seed_partition,
+    without_last_axes,
 )
 from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
@@ -126,8 +127,7 @@ class Structure:
 
     def group_of_scale(self, partition: Partition) -> Ids:
         """Number of the group of ``partition`` that each scale belongs to."""
-        seed_ids = self.seed.group_ids().reshape(-1).numpy()
-        group_ids = partition.group_ids().reshape(-1).numpy()
+        seed_ids, group_ids = (p.group_ids().flatten().numpy() for p in without_last_axes(self.seed, partition))
         result = np.zeros(self.seed.n_groups, dtype=np.int64)
         result[seed_ids] = group_ids
         return result

@@ -11,7 +11,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.structure.scales import Ids
 
-__all__ = ["is_linear_map", "joined_partition", "only_looked_up", "seed_label", "seed_partition"]
+__all__ = ["is_linear_map", "joined_partition", "only_looked_up", "seed_label", "seed_partition", "without_last_axes"]
 
 
 def seed_partition(sources: list[Node]) -> Partition:
@@ -32,6 +32,25 @@ def seed_label(seed: Partition) -> Ids:
     ids = np.arange(seed.n_groups, dtype=np.int64).reshape(groups, 1, per_group)
     spread = np.broadcast_to(ids, (groups, fan_in, per_group))
     return spread.reshape(groups * fan_in, per_group, *(1 for _ in kernel))
+
+
+def without_last_axes(*partitions: Partition, least: int = 1) -> list[Partition]:
+    """Partitions of one shape without the last axes, as many as lie in every group as a whole.
+
+    Args:
+        partitions: partitions of one shape.
+        least: how many axes stay.
+
+    Example:
+        >>> without_last_axes(Partition.filters((6, 4, 3)))
+        [Partition(shape=(6,), view=(6,), kept=(0,))]
+    """
+    shape, views = partitions[0].shape, [p.view for p in partitions]
+    while len(shape) > least and all(
+        view[-1] == shape[-1] and len(view) - 1 not in p.kept for view, p in zip(views, partitions, strict=True)
+    ):
+        shape, views = shape[:-1], [view[:-1] for view in views]
+    return [Partition(shape, view, p.kept) for view, p in zip(views, partitions, strict=True)]
 
 
 def is_linear_map(sources: list[Node]) -> bool:

@@ -101,6 +101,8 @@ class Scales:
         self._ends: dict[int, Break] = {}
         # Called after equations were solved: may add what follows from them.
         self.on_solved: Callable[[], None] = lambda: None
+        # Called with products that have to vanish: may pin some of their scales, all at once, in place of equations.
+        self.on_pinned: Callable[[Ids], None] = lambda ids: None
         self.add(count)
 
     def add(self, count: int) -> Ids:
@@ -184,6 +186,9 @@ class Scales:
         if single.all():
             return
         left, right, _ = _distinct_pairs(left[~single], right[~single])
+        self.on_pinned(np.where(right == UNSCALED, left, right)[(left == UNSCALED) | (right == UNSCALED)])
+        left, right = self.roots(left), self.roots(right)
+        left, right = left[left != right], right[left != right]
         # A few equations between products often settle thousands: what they leave different goes on.
         count = 8
         while len(left):
@@ -301,9 +306,11 @@ class Scales:
         if equation:
             pivot = max(equation)
             rest = {k: _exact(-c / equation[pivot]) for k, c in equation.items() if k != pivot}
-            self._replace(np.array([pivot]), self._number(rest), reason)
+            self._next[pivot + 1] = self._replaced[pivot] = self._number(rest)
+            self._reason[pivot] = reason
+            self._solved.add(pivot)
 
-    def _replace(self, scales: Ids, numbers: Ids | int, reason: int) -> None:
+    def _replace(self, scales: Ids, numbers: Ids, reason: int) -> None:
         """Put forms in the place of free scales."""
         self._next[scales + 1] = self._replaced[scales] = numbers
         self._reason[scales] = reason
