@@ -24,7 +24,6 @@ from manifold_nets.optim.backends.dispatch import assign, in_motion, joined, run
 from manifold_nets.optim.backends.graph import register, standing_in, step_group_
 from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
-from manifold_nets.optim.backends.views import layout_of
 from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
 from manifold_nets.optim.state import (
     check_loaded,
@@ -241,7 +240,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 plan.let_go()
 
     def _can_move(self, manifold: SphereProduct) -> bool:
-        return not self._on_spheres or layout_of(manifold).size > 1 or isinstance(manifold, JointSphereMember)
+        return not self._on_spheres or manifold.partition.group_size > 1 or isinstance(manifold, JointSphereMember)
 
     def _deciding(self, group: Group) -> list[Any]:
         groups = group.get("partitions") or group["manifolds"]

@@ -32,7 +32,7 @@ from manifold_nets.optim.backends.build import UnavailableError
 from manifold_nets.optim.backends.inputs import Batch
 from manifold_nets.optim.backends.products import Scalar, rounding_of
 from manifold_nets.optim.backends.rule import Rule, StepInput, bias_corrections
-from manifold_nets.optim.backends.views import layout_of, rows_of, what_to_write, without_radial_parts
+from manifold_nets.optim.backends.views import rows_of, what_to_write, without_radial_parts
 
 __all__ = ["SHORT", "UnavailableError", "available", "run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
@@ -171,7 +171,7 @@ def suits_by_entries(member: StepInput) -> bool:
     """Whether the kernel in C can step a weight with a second moment for every entry."""
     weight = member.weight
     return (
-        layout_of(member.manifold).size <= SHORT
+        member.manifold.partition.group_size <= SHORT
         and member.second is not None
         and suits_native(member)
         and _lies(member.second[0], accumulation_dtype(weight.dtype), weight.stride())
@@ -184,11 +184,11 @@ def _fits(member: StepInput) -> tuple[bool, bool]:
     It takes weights on the CPU whose groups are runs of memory. Shapes, and that there is memory for all entries, have
     been checked by `manifold_nets.optim.backends.inputs`.
     """
-    weight, layout, second = member.weight, layout_of(member.manifold), member.second
-    if layout.to_unit or not _is_plain(weight) or not know(weight.dtype):
+    weight, manifold, second = member.weight, member.manifold, member.second
+    if not manifold.moderate or not _is_plain(weight) or not know(weight.dtype):
         return False, False
     stride, dtype, wide = weight.stride(), weight.dtype, accumulation_dtype(weight.dtype)
-    if not layout.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
+    if not manifold.partition.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
         return False, False
     # Second moments of spheres; those of entries lie as the weight does.
     per_sphere = () if second is None or second[0].numel() == weight.numel() else second
@@ -299,10 +299,11 @@ def _readable_gradient(member: StepInput) -> Tensor:
 
 def _job(member: StepInput) -> tuple[float, ...]:
     """Return what of a job is the same in every step: where all but the gradient lies."""
-    layout, (v, v_max) = layout_of(member.manifold), member.second or (None, None)
+    partition, squares = member.manifold.partition, member.manifold.squared_radii
+    v, v_max = member.second or (None, None)
     pointers = (0 if x is None else x.data_ptr() for x in (member.weight, None, member.moment, v, v_max))
-    of_layout = (layout.address, layout.rows, layout.size, len(layout.squares))
-    return (*pointers, *of_layout, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
+    of_groups = (squares.ctypes.data, partition.n_groups, partition.group_size, len(squares))
+    return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
 
 
 def _shares(rule: Rule, members: Sequence[StepInput]) -> tuple[Any, Any, Any]:

@@ -31,7 +31,7 @@ from manifold_nets.optim.backends.products import (
 )
 from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
 from manifold_nets.optim.backends.sharded import Part, part_of
-from manifold_nets.optim.backends.views import GroupView, layout_of
+from manifold_nets.optim.backends.views import GroupView
 
 __all__ = ["combine_", "run_single", "step_", "turn_", "write_"]
 
@@ -44,14 +44,14 @@ def run_single(rule: Rule, members: Sequence[StepInput]) -> None:
     rule = replace(rule, lr=float(rule.lr))
     for member in members:
         part = part_of(member.manifold, member.weight) if is_sharded(member.weight) else None
-        layout = layout_of(member.manifold if part is None else part.manifold)
-        whole, copies = _view_of(member, layout.partition, part, by_entries=rule.by_entries)
-        spheres = Spheres(layout.partition.reduced, 1.0)
+        manifold = member.manifold if part is None else part.manifold
+        whole, copies = _view_of(member, manifold.partition, part, by_entries=rule.by_entries)
+        spheres = Spheres(manifold.partition.reduced, 1.0)
         if part is not None:
             spheres = spheres._replace(combine=part.combine, elsewhere=part.elsewhere)
-        is_cut = rule.by_groups and part is None and 0 in layout.partition.kept
+        is_cut = rule.by_groups and part is None and 0 in manifold.partition.kept
         for view in whole.chunks(_ENTRIES) if is_cut else (whole,):
-            _step_view(rule, view, spheres, member, to_unit=layout.to_unit)
+            _step_view(rule, view, spheres, member, to_unit=not manifold.moderate)
         for tensor, held, viewed in copies:
             if viewed.data_ptr() != held.data_ptr():
                 held.copy_(viewed.reshape(held.shape))
