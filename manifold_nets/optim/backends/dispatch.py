@@ -26,7 +26,7 @@ from manifold_nets.optim.backends.views import suits_rows
 __all__ = ["Backend", "assign", "in_motion", "joined", "run"]
 
 # Steps weights, and may give some of them back.
-Backend = Callable[[Rule, Sequence[StepInput]], "list[StepInput] | None"]
+Backend = Callable[[Rule, Batch], "list[StepInput] | None"]
 
 
 def assign(

@@ -16,7 +16,6 @@ import functools
 import shlex
 import shutil
 import subprocess
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends import build
 from manifold_nets.optim.backends.build import UnavailableError
-from manifold_nets.optim.backends.inputs import Batch
+from manifold_nets.optim.backends.inputs import Batch, mark_written
 from manifold_nets.optim.backends.products import Scalar, rounding_of
 from manifold_nets.optim.backends.rule import Rule, StepInput, bias_corrections
 from manifold_nets.optim.backends.views import rows_of, what_to_write, without_radial_parts
@@ -210,17 +209,17 @@ def _lies(tensor: Tensor, dtype: torch.dtype, stride: tuple[int, ...]) -> bool:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def run_native(rule: Rule, members: Sequence[StepInput]) -> list[StepInput]:
+def run_native(rule: Rule, members: Batch) -> list[StepInput]:
     """Step weights by one call of the kernel for each dtype among them; return those that share memory with others."""
     shared: list[StepInput] = []
     # The gradients that the kernel reads live until it has.
     for chosen, _gradients, jobs in _jobs(rule, members, lambda member: member.weight.dtype, shared):
         step(_packed(rule, chosen[0].weight.dtype), jobs, _threads(jobs))
-    _changed(members)
+    mark_written(members)
     return shared
 
 
-def run_in_passes(rule: Rule, members: Sequence[StepInput]) -> list[StepInput]:
+def run_in_passes(rule: Rule, members: Batch) -> list[StepInput]:
     """Step weights in two passes of the kernel, one that measures and one that writes what torch has computed.
 
     The coefficients of all rows are computed together, in float64. Weights that share memory with others are returned.
@@ -251,26 +250,23 @@ def run_in_passes(rule: Rule, members: Sequence[StepInput]) -> list[StepInput]:
         jobs["written"] = factors.data_ptr() + places * factors[0].nbytes
         jobs["far"] = marks.data_ptr() + places
         write(packed, jobs, threads)
-    _changed(members)
+    mark_written(members)
     return shared
 
 
 def _jobs(
-    rule: Rule, members: Sequence[StepInput], key: Callable[[StepInput], Any], shared: list[StepInput]
+    rule: Rule, members: Batch, key: Callable[[StepInput], Any], shared: list[StepInput]
 ) -> list[tuple[list[StepInput], list[Tensor], np.ndarray]]:
     """Return what the kernel is called with, for weights that are alike; others than those that share memory.
 
     With each comes the gradients that the kernel reads.
     """
-    kept = members.kept if isinstance(members, Batch) else {}
     with _as_tensors():
-        if "jobs" not in kept:
-            alike: dict[Any, list[StepInput]] = defaultdict(list)
-            for member in members:
-                alike[key(member)].append(member)
-            kept["jobs"] = [(chosen, np.array([_job(m) for m in chosen], dtype=JOB)) for chosen in alike.values()]
+        alike = members.alike(key)
+        if not members.jobs:
+            members.jobs = [np.array([_job(m) for m in chosen], dtype=JOB) for _, chosen in alike]
         found = []
-        for chosen, jobs in kept["jobs"]:
+        for (_, chosen), jobs in zip(alike, members.jobs, strict=True):
             gradients = [_readable_gradient(member) for member in chosen]
             jobs["g"] = [gradient.data_ptr() for gradient in gradients]
             for name, values in zip(("take", "first", "second"), _shares(rule, chosen), strict=True):
@@ -342,13 +338,6 @@ def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
         _known_apart.clear()
     _known_apart.add(plan)
     return apart
-
-
-def _changed(members: Sequence[StepInput]) -> None:
-    """Tell autograd what the kernel has written behind torch's back."""
-    torch.autograd.graph.increment_version(
-        [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
-    )
 
 
 def _packed(rule: Rule, dtype: torch.dtype) -> np.ndarray:

@@ -49,6 +49,23 @@ class GroupView(NamedTuple):
     largest: Tensor | None
     radius: float | Tensor
 
+    @property
+    def second_moments(self) -> tuple[Tensor, Tensor | None] | None:
+        """The second moments and the largest so far; None where there are none."""
+        return None if self.second is None else (self.second, self.largest)
+
+    def wide(self) -> GroupView:
+        """Return weight, gradient and moment in the dtype to compute in: float32 or better."""
+        dtype = accumulation_dtype(self.weight.dtype)
+        moment = None if self.moment is None else self.moment.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), gradient=self.gradient.to(dtype), moment=moment)
+
+    def write(self, found: GroupView) -> None:
+        """Take weight and moment of another view of the same groups, rounded once."""
+        for own, new in ((self.weight, found.weight), (self.moment, found.moment)):
+            if own is not None and new is not None and own is not new:
+                own.copy_(new)
+
     def between(self, start: int, end: int) -> GroupView:
         """Return a part along the first axis, as views."""
         return GroupView(*(x[start:end] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
@@ -147,9 +164,8 @@ def keep_second_moments(matrices: Sequence[GroupView], second: tuple[Tensor, Ten
 
 def dots_of(rows: GroupView) -> Tensor:
     """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
-    dtype = accumulation_dtype(rows.weight.dtype)
-    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
-    return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
+    wide = rows.wide()
+    return torch.stack([(x * y).sum(1) for x, y in pairs(wide.weight, wide.gradient, wide.moment)])
 
 
 def without_radial_parts(matrices: Sequence[GroupView], products: Tensor) -> tuple[list[GroupView], Tensor, Scalar]:
@@ -185,10 +201,10 @@ def _without_radial_part(rows: GroupView, slope: Tensor, total: Tensor) -> tuple
     def measure(part: Tensor) -> list[Tensor]:
         return list(dots_of(rows._replace(gradient=part)).unsqueeze(-1).unbind())
 
-    dtype, slope, total = accumulation_dtype(rows.weight.dtype), slope.unsqueeze(-1), total.unsqueeze(-1)
-    rounding, weight, gradient = rounding_of(rows.gradient.dtype), rows.weight.to(dtype), rows.gradient.to(dtype)
-    part, found = without_radial_part(weight, gradient, slope, total, rounding, measure)
-    if dtype != rows.weight.dtype:  # what is written is of the rounded one
+    wide, slope, total = rows.wide(), slope.unsqueeze(-1), total.unsqueeze(-1)
+    rounding = rounding_of(rows.gradient.dtype)
+    part, found = without_radial_part(wide.weight, wide.gradient, slope, total, rounding, measure)
+    if part.dtype != rows.weight.dtype:  # what is written is of the rounded one
         part = part.to(rows.weight.dtype)
         found = measure(part)
     return part, torch.stack(list(found)).squeeze(-1)
