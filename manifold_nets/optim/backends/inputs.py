@@ -95,7 +95,7 @@ class Batch(list[StepInput]):
 def mark_written(members: Sequence[StepInput]) -> None:
     """Tell autograd what a kernel has written behind torch's back."""
     torch.autograd.graph.increment_version(
-        [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
+        [x for m in members for x in (m.weight, m.moment, m.second, m.largest) if x is not None]
     )
 
 

@@ -173,7 +173,7 @@ def suits_by_entries(member: StepInput) -> bool:
         member.manifold.partition.group_size <= SHORT
         and member.second is not None
         and suits_native(member)
-        and _lies(member.second[0], accumulation_dtype(weight.dtype), weight.stride())
+        and _lies(member.second, accumulation_dtype(weight.dtype), weight.stride())
     )
 
 
@@ -183,15 +183,15 @@ def _fits(member: StepInput) -> tuple[bool, bool]:
     It takes weights on the CPU whose groups are runs of memory. Shapes, and that there is memory for all entries, have
     been checked by `manifold_nets.optim.backends.inputs`.
     """
-    weight, manifold, second = member.weight, member.manifold, member.second
+    weight, manifold = member.weight, member.manifold
     if not manifold.moderate or not _is_plain(weight) or not know(weight.dtype):
         return False, False
     stride, dtype, wide = weight.stride(), weight.dtype, accumulation_dtype(weight.dtype)
     if not manifold.partition.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
         return False, False
     # Second moments of spheres; those of entries lie as the weight does.
-    per_sphere = () if second is None or second[0].numel() == weight.numel() else second
-    if not all(x is None or (_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in per_sphere):
+    per_sphere = [x for x in (member.second, member.largest) if x is not None and x.numel() != weight.numel()]
+    if not all((_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in per_sphere):
         return False, False
     return True, _lies(member.gradient, dtype, stride)
 
@@ -296,8 +296,8 @@ def _readable_gradient(member: StepInput) -> Tensor:
 def _job(member: StepInput) -> tuple[float, ...]:
     """Return what of a job is the same in every step: where all but the gradient lies."""
     partition, squares = member.manifold.partition, member.manifold.squared_radii
-    v, v_max = member.second or (None, None)
-    pointers = (0 if x is None else x.data_ptr() for x in (member.weight, None, member.moment, v, v_max))
+    tensors = member.weight, None, member.moment, member.second, member.largest
+    pointers = (0 if x is None else x.data_ptr() for x in tensors)
     of_groups = (squares.ctypes.data, partition.n_groups, partition.group_size, len(squares))
     return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
 
@@ -318,7 +318,7 @@ _known_apart: set[tuple[Any, ...]] = set()
 def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
     """Return for each job whether nothing that it reads or writes overlaps with anything else in the jobs."""
     apart = np.ones(len(jobs), dtype=bool)
-    by_entries = first.second is not None and first.second[0].numel() == first.weight.numel()
+    by_entries = first.second is not None and first.second.numel() == first.weight.numel()
     starts = np.concatenate([jobs[name] for name in ("w", "g", "b", "v", "v_max", "rows", "size")])
     plan = first.weight.dtype, by_entries, starts.tobytes()
     if plan in _known_apart:

@@ -21,13 +21,10 @@ from manifold_nets.groups import Partition
 from manifold_nets.optim.backends.products import (
     Scalar,
     Spheres,
-    mostly_radial,
-    pairs,
-    radial_share,
+    products_of,
     rounding_of,
     some,
     tangential,
-    without_radial_part,
 )
 from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
 from manifold_nets.optim.backends.sharded import Part, part_of
@@ -76,9 +73,8 @@ def _view_of(
             copies.append((tensor, held, view))
         return view
 
-    second, largest = member.second or (None, None)
-    second = viewed(second) if by_entries else second
-    second, largest = (None if x is None else local_part(x) for x in (second, largest))
+    second = viewed(member.second) if by_entries else member.second
+    second, largest = (None if x is None else local_part(x) for x in (second, member.largest))
     local = local_part(member.weight.detach())
     radius = (member.manifold if part is None else part.manifold).radius_for(local)
     weight, moment = viewed(member.weight), viewed(member.moment)
@@ -179,14 +175,9 @@ def turn_(
     rule: Rule, w: Tensor, g: Tensor, m: Tensor, v: Tensor, spheres: Spheres, *, step: float, rounding: float
 ) -> None:
     """Take a step of AngularAdam, in place: Adam's direction, entry by entry, and a turn of a given angle."""
-    ww, wg, gg = spheres.dots(*pairs(w, g, None))
-    slope = wg / ww
-    if some(mostly_radial(slope, wg, gg)):
-        taken = radial_share((ww, wg, gg))
-        g, (_, wg, _) = without_radial_part(w, g, taken, gg, rounding, lambda part: spheres.dots(*pairs(w, part, None)))
-        slope = wg / ww
+    (ww, wg, _), g, _ = products_of(w, g, None, spheres, sharp=True, rounding=rounding)
     # One temporary as large as the chunk serves in turn as ξ, as d and as the new point: memory is what limits chunks.
-    xi = torch.addcmul(g, w, slope, value=-1)
+    xi = torch.addcmul(g, w, wg / ww, value=-1)
     del g
     radius, alpha = spheres.radius, 1 - rule.beta1
     if rule.maximize or isinstance(radius, Tensor) or radius != 1:

@@ -107,8 +107,8 @@ def rows_of(member: StepInput) -> GroupView:
     rows, size = partition.n_groups, partition.group_size
     matrix, column = ((rows, size), (size, 1)), ((rows, 1), (1, 1))
     if member.rows is None:
-        (v, v_max), radius = member.second or (None, None), member.manifold.radius_for(member.weight)
-        views = (member.weight, matrix), (member.moment, matrix), (v, column), (v_max, column)
+        radius = member.manifold.radius_for(member.weight)
+        views = (member.weight, matrix), (member.moment, matrix), (member.second, column), (member.largest, column)
         w, b, v, v_max = (None if x is None else x.detach().as_strided(*shape) for x, shape in views)
         member.rows = w, b, v, v_max, radius.reshape(-1, 1) if isinstance(radius, Tensor) else radius
         member.stride = member.weight.stride()
