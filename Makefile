@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-slow test-wheel docs lint format types check clean
+.PHONY: help install demo test test-slow test-wheel mutants docs lint format types check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,10 @@ test-slow: install ## the tests that take more than a few seconds each
 
 test-wheel: install ## the fast tests against the built wheel, in an environment and a folder of its own
 	PYTHON=$(PYTHON) BUILD=$(abspath $(BIN))/python bash .ci/test-wheel
+
+mutants: install ## plant a sample of faults, and see whether the tests notice: hours
+	$(BIN)/pip install --quiet 'cosmic-ray>=8.4'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation.py --sample 200
 
 docs: install ## build the documentation in docs/_build; warnings are errors
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs docs/_build

@@ -131,8 +131,8 @@ class InvarianceTest:
             np.add.at(sizes, part.numbers, np.abs(part.coefficients) * size[part.groups])
             slopes = self.gradients.sums(part.parameter, part.partition).gradients.cpu().numpy()
             np.add.at(finite, part.numbers, ~np.isfinite(slopes[part.groups]))
-        if claimed and generators.adds:
-            sizes[generators.entries == 1] = self.gradients.largest_slope
+        if claimed:
+            sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
         return np.abs(totals), sizes, finite == 0
 
     def _part_sums(
