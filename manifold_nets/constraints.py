@@ -9,7 +9,6 @@ refuses values that are on no sphere of theirs: the next optimizer step would pu
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from manifold_nets._geoopt import geoopt
 from manifold_nets.errors import ConstraintError, JointSphereError, listed
 from manifold_nets.gathered import whole
-from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 
 __all__ = [
@@ -66,7 +65,6 @@ _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
 _holders: weakref.WeakSet[Any] = weakref.WeakSet()
 # Parameters in whose place a constrained one was put, while somebody, as an optimizer, still holds them.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
-_changes = itertools.count(1)
 _last_change = 0
 
 
@@ -318,7 +316,7 @@ def _remedy(name: str, *, converted: bool) -> str:
 def _note_replaced(old: Tensor, name: str) -> None:
     global _last_change
     _replaced[old] = name
-    _last_change = next(_changes)
+    _last_change += 1
 
 
 def note_converted(module: nn.Module, leaf: str, norm: float | None) -> None:
@@ -467,16 +465,13 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
         >>> [weight.name for weight in weights], float(sphere.deviations([w.parameter for w in weights]).max()) < 1e-6
         (['0.weight', '1.weight'], True)
     """
-    found: dict[JointSphere, dict[int, ConstrainedWeight]] = {}
-    for weight in constrained_weights(model):
-        if isinstance(weight.manifold, JointSphereMember):
-            found.setdefault(weight.manifold.joint, {})[weight.manifold.place] = weight
+    found = by_joint_sphere((weight.manifold, weight) for weight in constrained_weights(model))
     for joint, members in found.items():
-        missing = [name for place, name in enumerate(joint.names) if place not in members]
+        missing = joint.missing(members)
         if missing:
             present = next(iter(members.values())).name
             raise JointSphereError(present, missing, f"a model without {', '.join(missing)}")
-    return [(joint, tuple(m[place] for place in range(len(joint.names)))) for joint, m in found.items()]
+    return [(joint, tuple(members.values())) for joint, members in found.items()]
 
 
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -204,15 +204,27 @@ class Partition:
         """The view with the axes inside a group set to 1, which broadcasts one value per group over the view."""
         return tuple(n if axis in self.kept else 1 for axis, n in enumerate(self.view))
 
-    @property
+    @cached_property
     def n_groups(self) -> int:
         """Number of groups."""
         return math.prod(self.group_shape)
 
-    @property
+    @cached_property
     def group_size(self) -> int:
         """Number of weight entries in each group."""
         return math.prod(self.view) // self.n_groups
+
+    def has_rows(self, stride: tuple[int, ...]) -> bool:
+        """Whether a tensor of these strides holds its groups one after the other, each in one run of memory.
+
+        So lie filters, blocks of filters and whole tensors, also in channels-last formats; not the filters of
+        transposed convolutions.
+
+        Example:
+            >>> Partition.filters((8, 3, 5, 5)).has_rows((75, 1, 15, 3))
+            True
+        """
+        return _has_rows(self, stride)
 
     def sum(self, entries: Tensor) -> Tensor:
         """Sum the entries of each group: natural shape in, ``spread_shape`` out, in float32 or better."""
@@ -270,6 +282,26 @@ class Partition:
         if self.view == self.shape and self.kept == (0,):
             return f"{self.n_groups} filters of {self.group_size}"
         return f"{self.n_groups} groups of {self.group_size} (view {self.view}, kept {self.kept})"
+
+
+@lru_cache(maxsize=4096)
+def _has_rows(partition: Partition, stride: tuple[int, ...]) -> bool:
+    shape = partition.shape
+    if partition.kept != tuple(range(len(partition.kept))):
+        return False
+    expected = 1
+    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
+        if step != expected:
+            return False  # there are gaps, or entries that share memory
+        expected *= size
+    contiguous = all(
+        size == 1 or step == math.prod(shape[axis + 1 :])
+        for axis, (step, size) in enumerate(zip(stride, shape, strict=True))
+    )
+    if contiguous or partition.n_groups == 1:
+        return True
+    # The order of the entries inside a group does not matter, if groups are made of whole slices of axis 0.
+    return stride[0] * shape[0] == expected and shape[0] % partition.n_groups == 0
 
 
 def refuse_degenerate(norms: Tensor, name: str) -> None:

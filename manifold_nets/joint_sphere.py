@@ -8,8 +8,8 @@ sphere for each c, of which every weight holds a part.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from manifold_nets.errors import DegenerateGroupError, JointSphereError, OffMani
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["JointSphere", "JointSphereMember", "manifolds_from_dicts"]
+__all__ = ["JointSphere", "JointSphereMember", "by_joint_sphere", "manifolds_from_dicts"]
+
+T = TypeVar("T")
 
 
 class JointSphere:
@@ -57,6 +59,10 @@ class JointSphere:
         self.sizes = tuple(partition.group_size for partition in self.partitions)
         self.sphere = SphereProduct((counts.pop(), sum(self.sizes)), radius=radius)
         self.manifolds = tuple(JointSphereMember(self, place) for place in range(len(self.names)))
+
+    def missing(self, places: Container[int]) -> list[str]:
+        """Return the names of the weights that are at none of these places."""
+        return [name for place, name in enumerate(self.names) if place not in places]
 
     # ---- weights and rows --------------------------------------------------------------------------------------------
 
@@ -204,6 +210,24 @@ class JointSphereMember(SphereProduct):
     dist = dist2 = component_dist = random_uniform = random = origin = _need_all
     deviations = require_point = refuse_degenerate = _need_all
     _check_point_on_manifold = _check_vector_on_tangent = _need_all
+
+
+def by_joint_sphere(held: Iterable[tuple[SphereProduct | None, T]]) -> dict[JointSphere, dict[int, T]]:
+    """Return what is held for the weights of each joint sphere, by their places and in their order.
+
+    Args:
+        held: manifolds, of which others than those of joint spheres are left out, and what is held for each.
+
+    Example:
+        >>> joint = JointSphere({"a": Partition.filters((2, 3)), "b": Partition.filters((2, 5))})
+        >>> list(by_joint_sphere([(joint.manifolds[1], "weight b"), (None, "bias")]).values())
+        [{1: 'weight b'}]
+    """
+    found: dict[JointSphere, dict[int, T]] = {}
+    for manifold, value in held:
+        if isinstance(manifold, JointSphereMember):
+            found.setdefault(manifold.joint, {})[manifold.place] = value
+    return {joint: {place: members[place] for place in sorted(members)} for joint, members in found.items()}
 
 
 def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str, SphereProduct]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,6 +107,16 @@ class SphereProduct(SphereChecks):
     def radius_for(self, x: Tensor) -> Tensor | float:
         """Return the radii as a factor for the groups of ``x``: a number, or a tensor of ``spread_shape``."""
         return self._radii.factor(x)
+
+    @property
+    def moderate(self) -> bool:
+        """Whether all radii are so moderate that sums of products of their size are in the range of float32."""
+        return self._radii.moderate
+
+    @property
+    def squared_radii(self) -> np.ndarray:
+        """Squared radii, float64: one where all groups share it, else one a group; at one place in memory."""
+        return self._radii.squares
 
     def to_dict(self) -> dict[str, Any]:
         """Return partition and radii as plain lists for JSON; one radius where all groups share it."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,13 +49,18 @@ class Radii:
         self.partition = partition
         self.values = values[:1] if len(set(values)) == 1 else values
         # Whether their squares, and sums of products of that size, are far from the limits of float32.
-        self.moderate = min(self.values) > 1e-12 and max(self.values) < 1e12
+        self.moderate = min(self.values) >= 2.0**-40 and max(self.values) <= 2.0**40
         self._spread: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @property
     def uniform(self) -> float | None:
         """The radius where all groups have the same one, else None."""
         return self.values[0] if len(self.values) == 1 else None
+
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """Squared radii, float64: one, or one a group. It has one place in memory, which kernels read."""
+        return np.square(self.values)
 
     def tensor(self) -> Tensor:
         """Return the radius of each group: float64, shape ``(n_groups,)``, on the CPU."""

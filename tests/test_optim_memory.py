@@ -125,7 +125,7 @@ def test_chunks_hold_whole_groups_with_their_radii(name, radius):
     sphere = mn.SphereProduct(partition, radius=radii)
     weight = sphere.random(dtype=torch.float64).as_subclass(torch.Tensor)
     second = torch.arange(partition.n_groups).double().reshape(partition.spread_shape)
-    member = StepInput(weight, -weight, sphere, 2 * weight, (second, None))
+    member = StepInput(weight, -weight, sphere, 2 * weight, second)
     view, _ = reference._view_of(member, partition, None, by_entries=False)
     parts = list(view.chunks(2 * weight.numel() // partition.view[0]))
     assert len(parts) == partition.view[0] // 2 > 1

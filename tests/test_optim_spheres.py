@@ -13,6 +13,7 @@ from manifold_nets.optim import RiemannianAdam, RiemannianSGD
 from manifold_nets.optim.backends import reference
 from manifold_nets.optim.backends.products import Spheres
 from manifold_nets.optim.backends.rule import Rule
+from manifold_nets.optim.backends.views import GroupView
 
 RADII = ["unit", "uniform", "per group"]
 SGD_OPTIONS = [
@@ -328,14 +329,15 @@ def test_rules_by_themselves_take_an_undampened_first_step_by_default():
         torch.manual_seed(0)
         weight, gradient = torch.eye(3)[:2].double(), torch.randn(2, 3).double()
         moment = torch.full((2, 3), 0.1).double()
-        reference.step_(rule, weight, gradient, moment, second and second(), Spheres((1,), 1.0), **options)
+        view = GroupView(weight, gradient, moment, second and second(), None, 1.0)
+        reference.step_(rule, view, Spheres((1,), 1.0), **options)
         return weight
 
     cases = [
         (Rule("sgd", 0.1, 0.9), None, {"dampening": 0.0}, {"dampening": 0.5}),
         (
             Rule("adam", 0.1, 0.9, beta2=0.999),
-            lambda: (torch.full((2, 1), 0.1).double(), None),
+            lambda: torch.full((2, 1), 0.1).double(),
             {"step": 1},
             {"step": 2},
         ),

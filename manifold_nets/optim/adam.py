@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,6 +94,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         torch.Size([4, 1])
     """
 
+    _kind = "adam"
     _moments = ("step", "exp_avg", "exp_avg_sq")
     # What its second moments are called in the state.
     _second = "exp_avg_sq"
@@ -158,7 +158,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     def _rule(self, group: Group) -> Rule:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        return Rule("adam", group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
+        return Rule(self._kind, group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
 
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
@@ -171,8 +171,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         if group["amsgrad"] and "max_exp_avg_sq" not in state:
             state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         state["step"] += 1
-        second = (state[self._second], state["max_exp_avg_sq"] if group["amsgrad"] else None)
-        return StepInput(weight, gradient, manifold, state["exp_avg"], second, step=float(state["step"]))
+        second, largest = state[self._second], state["max_exp_avg_sq"] if group["amsgrad"] else None
+        return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=float(state["step"]))
 
     def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
         return zero_scalars(weight, manifold, accumulation_dtype(weight.dtype))
@@ -225,6 +225,7 @@ class AngularAdam(RiemannianAdam):
         tensor([[ 0., -1.]])
     """
 
+    _kind = "angular-adam"
     _moments = ("step", "exp_avg", "entry_sq")
     _second = "entry_sq"
 
@@ -245,6 +246,3 @@ class AngularAdam(RiemannianAdam):
 
     def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
         return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype), requires_grad=False)
-
-    def _rule(self, group: Group) -> Rule:
-        return replace(super()._rule(group), kind="angular-adam")

@@ -18,13 +18,12 @@ from manifold_nets.constraints import NEAR, converted_norms, holds_manifolds
 from manifold_nets.errors import LearningRateWarning, OptionError
 from manifold_nets.gathered import is_sharded, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
-from manifold_nets.joint_sphere import JointSphereMember
+from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends.dispatch import assign, in_motion, joined, run
 from manifold_nets.optim.backends.graph import register, standing_in, step_group_
 from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
-from manifold_nets.optim.backends.views import layout_of
 from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
 from manifold_nets.optim.state import (
     check_loaded,
@@ -45,12 +44,8 @@ def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:
     """Largest relative deviation of a weight's groups from their radii; joint ones count with the rest of the group."""
     if not isinstance(manifold, JointSphereMember):
         return float(manifold.deviations(weight).max())
-    members = {
-        other.place: point
-        for _, point, other in constrained_of(group)
-        if isinstance(other, JointSphereMember) and other.joint is manifold.joint
-    }
-    return float(manifold.joint.deviations([members[place] for place in sorted(members)]).max())
+    members = by_joint_sphere((other, point) for _, point, other in constrained_of(group))[manifold.joint]
+    return float(manifold.joint.deviations(list(members.values())).max())
 
 
 _version_of = attrgetter("_version")
@@ -63,6 +58,9 @@ class SphereOptimizer(torch.optim.Optimizer):
     parameter. It is taken from the group that is added (`manifold_nets.param_groups` writes it), else from the
     `geoopt.ManifoldParameter` itself. In `state_dict` the list holds plain data.
     """
+
+    # Names the update rule; see `Rule.kind`.
+    _kind: str
 
     # What the state of a constrained weight holds from its first step on.
     _moments: tuple[str, ...] = ()
@@ -241,7 +239,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 plan.let_go()
 
     def _can_move(self, manifold: SphereProduct) -> bool:
-        return not self._on_spheres or layout_of(manifold).size > 1 or isinstance(manifold, JointSphereMember)
+        return not self._on_spheres or manifold.partition.group_size > 1 or isinstance(manifold, JointSphereMember)
 
     def _deciding(self, group: Group) -> list[Any]:
         groups = group.get("partitions") or group["manifolds"]

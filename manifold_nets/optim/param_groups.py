@@ -20,10 +20,10 @@ from manifold_nets.errors import (
 )
 from manifold_nets.gathered import is_sharded, whole
 from manifold_nets.groups import refuse_degenerate
-from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 
-__all__ = ["Group", "constrained_of", "name_at_step", "name_of", "param_groups", "resolve_manifolds"]
+__all__ = ["Group", "constrained_of", "name_at_step", "name_of", "param_groups", "resolve_manifolds", "subgroup"]
 
 Group = dict[str, Any]
 
@@ -136,14 +136,17 @@ def _require_rate(option: str, rate: Any) -> None:
 
 def _apart(group: dict[str, Any], rates: Mapping[str, float]) -> list[dict[str, Any]]:
     """A constrained group with one group for each weight that has a learning rate of its own."""
-    rows = list(zip(group["params"], group["param_names"], group["manifolds"], strict=True))
-    rest = [row for row in rows if row[1] not in rates]
-    parts = [([row], {"lr": rates[row[1]]}) for row in rows if row[1] in rates]
-    return [
-        {**group, "params": [p for p, _, _ in own], "param_names": [n for _, n, _ in own],
-         "manifolds": [m for _, _, m in own], **lr}
-        for own, lr in [*parts, *([(rest, {})] if rest else [])]
-    ]  # fmt: skip
+    names = group["param_names"]
+    parts = [{**subgroup(group, {name}), "lr": rates[name]} for name in names if name in rates]
+    rest = set(names).difference(rates)
+    return [*parts, subgroup(group, rest)] if rest else parts
+
+
+def subgroup(group: Group, names: Container[str]) -> Group:
+    """Return a group with those of its parameters that have these names."""
+    chosen = [place for place, name in enumerate(group["param_names"]) if name in names]
+    lists = [key for key in ("params", "param_names", "manifolds") if key in group]
+    return {**group, **{key: [group[key][place] for place in chosen] for key in lists}}
 
 
 # ---- the manifolds of a group ----------------------------------------------------------------------------------------
@@ -251,16 +254,12 @@ def _require_together(
         OffManifoldError: the joint norms are not the radii.
         DegenerateGroupError: a joint group is zero or not finite.
     """
-    found: dict[JointSphere, dict[int, Tensor]] = {}
-    for weight, manifold in zip(params, manifolds, strict=True):
-        if isinstance(manifold, JointSphereMember):
-            found.setdefault(manifold.joint, {})[manifold.place] = weight
-    for joint, weights in found.items():
-        missing = [name for place, name in enumerate(joint.names) if place not in weights]
+    for joint, weights in by_joint_sphere(zip(manifolds, params, strict=True)).items():
+        missing = joint.missing(weights)
         if missing:
-            present = [joint.names[place] for place in sorted(weights)]
-            raise JointSphereError(present[0], missing, f"a parameter group without {', '.join(missing)}")
-        points = [weights[place] for place in range(len(joint.names))]
+            present = joint.names[next(iter(weights))]
+            raise JointSphereError(present, missing, f"a parameter group without {', '.join(missing)}")
+        points = list(weights.values())
         if any(is_sharded(point) for point in points):
             raise JointSphereError(joint.names[0], joint.names[1:], "sharded weights")
         if len({(point.dtype, point.device) for point in points}) > 1:

@@ -74,6 +74,8 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
         True
     """
 
+    _kind = "sgd"
+
     def __init__(
         self,
         params: ParamsT,
@@ -131,7 +133,7 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
                 self.state[parameter]["momentum_buffer"] = buffer
 
     def _rule(self, group: Group) -> Rule:
-        return Rule("sgd", group["lr"], group["momentum"], group["nesterov"], group["maximize"])
+        return Rule(self._kind, group["lr"], group["momentum"], group["nesterov"], group["maximize"])
 
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct

@@ -17,7 +17,7 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.adam import AngularAdam, RiemannianAdam
 from manifold_nets.optim.backends.rule import Rule
 from manifold_nets.optim.base import SphereOptimizer
-from manifold_nets.optim.param_groups import Group, constrained_of, name_of, param_groups
+from manifold_nets.optim.param_groups import Group, constrained_of, name_of, param_groups, subgroup
 from manifold_nets.optim.sgd import RiemannianSGD
 
 __all__ = [
@@ -33,9 +33,8 @@ __all__ = [
 
 
 class _Variant(SphereOptimizer):
-    """A method that names its rule and the options that it adds to those of torch; plain parameters know none."""
+    """A method with options beside those of torch, of which plain parameters know none."""
 
-    _kind: str
     # What `__init__` was given; `defaults` keep it, also in a copy.
     _added: Mapping[str, Any] = {}
 
@@ -50,7 +49,7 @@ class _Variant(SphereOptimizer):
 
     def _rule(self, group: Group) -> Rule:
         clip, per_weight = group.get("clip", math.inf), group.get("per") == "weight"
-        return replace(super()._rule(group), kind=self._kind, clip=clip, per_weight=per_weight)
+        return replace(super()._rule(group), clip=clip, per_weight=per_weight)
 
 
 class SGDG(_Variant, RiemannianSGD):
@@ -160,9 +159,6 @@ class ProjectedSGD(_Variant, RiemannianSGD):
 
     _kind = "projected"
 
-    def __init__(self, params: Any, lr: float = 1e-3, **options: Any) -> None:
-        super().__init__(params, lr=lr, **options)
-
 
 class AdamG(_Variant, RiemannianAdam):
     r"""Adam-G: Adam with clipped gradients, one second moment per filter, and geodesics.
@@ -230,17 +226,12 @@ def scaled_metric_groups(
     for name in partitions:
         if name not in names:
             raise SelectionError("partitions", name, sorted(names))
+    wanted = {name: partition for name, partition in partitions.items() if partition is not None}
     groups: list[Group] = []
     for group in param_groups(model, weight_decay=weight_decay):
-        members = list(zip(group["params"], group["param_names"], strict=True))
-        for wanted in (True, False):
-            part = [(p, name) for p, name in members if (partitions.get(name) is not None) == wanted]
-            if not part:
-                continue
-            groups.append({**group, "params": [p for p, _ in part], "param_names": [name for _, name in part]})
-            if wanted:
-                found = [partitions[name] for _, name in part]
-                groups[-1].update(weight_decay=0.0, partitions=[p.to_dict() for p in found if p is not None])
+        scaled, rest = subgroup(group, wanted), subgroup(group, set(group["param_names"]).difference(wanted))
+        scaled.update(weight_decay=0.0, partitions=[wanted[name].to_dict() for name in scaled["param_names"]])
+        groups += [part for part in (scaled, rest) if part["params"]]
     return groups
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends.compiled import step_compiled
-from manifold_nets.optim.backends.inputs import Batch
+from manifold_nets.optim.backends.inputs import Batch, mark_written
 from manifold_nets.optim.backends.momentum_step import follows_moment, step_along_moment
 from manifold_nets.optim.backends.products import Scalar, Spheres, some
 from manifold_nets.optim.backends.reference import combine_
@@ -40,9 +40,9 @@ _SMALL = 2**15
 _COPIED = 2**18
 
 
-def run_batched(rule: Rule, members: Sequence[StepInput]) -> None:
+def run_batched(rule: Rule, members: Batch) -> None:
     """Step weights that `suits_rows` by torch's operations, large ones in chunks and small ones together."""
-    for alike, is_precise in _alike(members):
+    for (*_, is_precise), alike in members.alike(_kind):
         batch, dampening, step = [rows_of(m) for m in alike], alike[0].dampening, alike[0].step
         if is_precise and follows_moment(rule):
             step_along_moment(rule, batch, dampening, step)
@@ -51,32 +51,18 @@ def run_batched(rule: Rule, members: Sequence[StepInput]) -> None:
             _step_all(rule, matrices, dampening, step)
 
 
-def run_compiled(rule: Rule, members: Sequence[StepInput]) -> None:
+def run_compiled(rule: Rule, members: Batch) -> None:
     """Step weights that `suits_rows` by a kernel that torch compiles for matrices of any size."""
-    for alike, _ in _alike(members):
+    for _, alike in members.alike(_kind):
         step_compiled(rule, [rows_of(m) for m in alike], alike[0].dampening, alike[0].step)
-    # The kernel writes behind torch's back; autograd has to know.
-    torch.autograd.graph.increment_version(
-        [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
-    )
+    mark_written(members)
 
 
-def _alike(members: Sequence[StepInput]) -> list[tuple[list[StepInput], bool]]:
-    """Weights whose coefficients are computed together: after equally many steps, on one device.
-
-    With each comes whether all is at hand in the dtype to compute in.
-    """
-    kept = members.kept if isinstance(members, Batch) else {}
-    if "alike" not in kept:
-        found: dict[Any, list[StepInput]] = defaultdict(list)
-        for m in members:
-            compute = accumulation_dtype(m.weight.dtype)
-            is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
-            kinds = (m.moment is None, m.second is None, compute, m.weight.device)
-            found[m.dampening, m.step, *kinds, is_precise].append(m)
-        kept["alike"] = [(alike, key[-1]) for key, alike in found.items()]
-    alike: list[tuple[list[StepInput], bool]] = kept["alike"]
-    return alike
+def _kind(m: StepInput) -> tuple[Any, ...]:
+    """What weights have in common whose coefficients are computed together; whether none has to be cast, at last."""
+    compute = accumulation_dtype(m.weight.dtype)
+    is_precise = m.moment is not None and m.moment.dtype == m.weight.dtype == m.gradient.dtype == compute
+    return m.dampening, m.step, m.moment is None, m.second is None, compute, m.weight.device, is_precise
 
 
 def _step_all(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:
@@ -97,16 +83,12 @@ def _step_all(rule: Rule, matrices: Sequence[GroupView], dampening: float, step:
 
 def _combine(rows: GroupView, factors: Tensor, far: Tensor | None, *, carried: bool) -> None:
     """Write the linear combinations of each row, computed in float32 or better and rounded once."""
-    dtype = accumulation_dtype(rows.weight.dtype)
-    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
+    wide = rows.wide()
     ww, wb, wg, bw, bb, bg = torch.split(factors, 1, 1)
     beyond = torch.zeros_like(ww, dtype=torch.bool) if far is None else far
     move = Coefficients(ww, wb, wg, bw, bb, bg, beyond, carried)
-    combine_(w, g, b, Spheres((1,), rows.radius), move, far)  # type: ignore[arg-type]
-    if w is not rows.weight:
-        rows.weight.copy_(w)  # type: ignore[arg-type]
-    if b is not rows.moment and rows.moment is not None:
-        rows.moment.copy_(b)  # type: ignore[arg-type]
+    combine_(wide, Spheres((1,), rows.radius), move, far)
+    rows.write(wide)
 
 
 @contextmanager

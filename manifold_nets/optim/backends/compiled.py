@@ -25,6 +25,7 @@ from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends.products import (
+    Scalar,
     Spheres,
     TangentProducts,
     is_short,
@@ -151,15 +152,8 @@ def _precise(device: torch.device) -> torch.dtype:
 
 
 def _form_of(rows: GroupView, compute: torch.dtype, device: torch.device) -> _Form:
-    weight, moment, second, largest = rows.weight, rows.moment, rows.second, rows.largest
-    count, size = weight.shape
-    dtypes = (
-        weight.dtype,
-        rows.gradient.dtype,
-        None if moment is None else moment.dtype,
-        None if second is None else second.dtype,
-        None if largest is None else largest.dtype,
-    )
+    count, size = rows.weight.shape
+    dtypes = tuple(None if x is None else x.dtype for x in rows[:5])
     one_radius = not isinstance(rows.radius, Tensor) or rows.radius.shape[0] == 1
     long, wide = size > _IN_SEQUENCE, count * size > _WIDE
     return _Form(dtypes, compute, device, count == 1, size == 1, long, wide, one_radius)
@@ -182,7 +176,7 @@ def _kernel(kind: _Kind, form: _Form) -> Callable[..., Sequence[Tensor]]:
     """
 
     def step(*arguments: Tensor) -> Sequence[Tensor]:
-        return _step(kind, *arguments)
+        return _step(kind, GroupView(*arguments[:6]), *arguments[6:])
 
     compiled: Any = torch.compile(step, fullgraph=True, dynamic=True)
     try:
@@ -216,35 +210,23 @@ def _examples(form: _Form) -> tuple[Tensor | None, ...]:
     return (*matrices, radius, radius.clone(), torch.ones(7, dtype=_precise(form.device), device=form.device))
 
 
-def _step(
-    kind: _Kind,
-    weight: Tensor,
-    gradient: Tensor,
-    moment: Tensor | None,
-    second: Tensor | None,
-    largest: Tensor | None,
-    radius: Tensor,
-    share: Tensor,
-    numbers: Tensor,
-) -> list[Tensor]:
+def _step(kind: _Kind, rows: GroupView, share: Tensor, numbers: Tensor) -> list[Tensor]:
     """Step the rows, in place, and return the coefficients and, at last, where a row was left as it is.
 
     The share is ± r² times what the gradient counts for beside the moment.
     """
     if kind.complete:
-        return _step_completely(kind, weight, gradient, moment, second, largest, radius, numbers)
-    dtype = accumulation_dtype(weight.dtype)
-    w, g, b = weight.to(dtype), gradient.to(dtype), None if moment is None else moment.to(dtype)
+        return _step_completely(kind, rows, numbers)
+    w, g, b = rows.wide()[:3]
+    second, largest = rows.second, rows.largest
     q = b + g * share if b is not None and kind.mixes else b
     states = None if second is None else (second.clone(), None if largest is None else largest.clone())
-    *columns, left = _columns(kind, w, g, q, states, radius, share, numbers)
+    *columns, left = _columns(kind, w, g, q, states, rows.radius, share, numbers)
     ww, wb, wg, bw, bb, bg = columns
     new, turned = w * ww + g * wg, w * bw + g * bg
     if b is not None:
         new, turned = new + b * wb, turned + b * bb
-    weight.copy_(new)
-    if moment is not None:
-        moment.copy_(turned)
+    rows.write(rows._replace(weight=new, moment=turned))
     for old, state in zip((second, largest), states or (), strict=False):
         if old is not None and state is not None:
             old.copy_(torch.where(left != 0, old, state))
@@ -257,7 +239,7 @@ def _columns(
     g: Tensor,
     b: Tensor | None,
     states: tuple[Tensor, Tensor | None] | None,
-    radius: Tensor,
+    radius: Scalar,
     share: Tensor,
     numbers: Tensor,
 ) -> list[Tensor]:
@@ -274,7 +256,7 @@ def _columns(
 
 
 def _tangential(
-    kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Tensor, *, adaptive: bool
+    kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Scalar, *, adaptive: bool
 ) -> TangentProducts:
     """Take the inner products that are needed: of a gradient that is in the moment, Adam's second moment's alone."""
     if not kind.mixes or b is None:
@@ -307,39 +289,22 @@ def _move(
     return normalized_step(found, adam_update(beta1, adam_factor(found, *states, **options), 1 - apart), lr)
 
 
-def _step_completely(
-    kind: _Kind,
-    weight: Tensor,
-    gradient: Tensor,
-    moment: Tensor | None,
-    second: Tensor | None,
-    largest: Tensor | None,
-    radius: Tensor,
-    numbers: Tensor,
-) -> list[Tensor]:
+def _step_completely(kind: _Kind, rows: GroupView, numbers: Tensor) -> list[Tensor]:
     """Step all rows, in place, by the reference, which measures everywhere where a graph cannot ask; return nothing."""
-    dtype, spheres = accumulation_dtype(weight.dtype), Spheres((1,), radius)
-    w, g, b = weight.to(dtype), gradient.to(dtype), None if moment is None else moment.to(dtype)
-    states = None if second is None else (second, largest)
-    options: Any = {"sharp": states is not None, "rounding": rounding_of(gradient.dtype)}
-    found, g = tangential(w, g, b, spheres, maximize=kind.maximize, **options)
-    write_(w, g, b, spheres, _move(kind, found, states, numbers, remembers=b is not None), maximize=kind.maximize)
-    for old, new in ((weight, w), (moment, b)):
-        if old is not None and new is not None and old is not new:
-            old.copy_(new)
+    wide, spheres = rows.wide(), Spheres((1,), rows.radius)
+    options: Any = {"sharp": rows.second is not None, "rounding": rounding_of(rows.gradient.dtype)}
+    found, gradient = tangential(*wide[:3], spheres, maximize=kind.maximize, **options)
+    move = _move(kind, found, rows.second_moments, numbers, remembers=rows.moment is not None)
+    write_(wide._replace(gradient=gradient), spheres, move, maximize=kind.maximize)
+    rows.write(wide)
     return []
 
 
 def _step_left(rule: Rule, rows: GroupView, which: Tensor, dampening: float, step: float) -> None:
     """Step rows that the kernel has left as they were, by the reference."""
-    dtype = accumulation_dtype(rows.weight.dtype)
-    radius = rows.radius[which] if isinstance(rows.radius, Tensor) else rows.radius
-    spheres = Spheres((1,), radius)
-    w, g = rows.weight[which].to(dtype), rows.gradient[which].to(dtype)
-    b, second, largest = (None if x is None else x[which].to(dtype) for x in rows[2:5])
-    states = None if second is None else (second, largest)
+    left = GroupView(*(x[which] if isinstance(x, Tensor) else x for x in rows)).wide()  # type: ignore[arg-type]
     rounding = rounding_of(rows.gradient.dtype)
-    step_(rule, w, g, b, states, spheres, dampening=dampening, step=step, rounding=rounding)
-    for old, new in zip((rows.weight, *rows[2:5]), (w, b, second, largest), strict=True):
-        if old is not None and new is not None:
+    step_(rule, left, Spheres((1,), left.radius), dampening=dampening, step=step, rounding=rounding)
+    for old, new in zip((rows.weight, *rows[2:5]), (left.weight, *left[2:5]), strict=True):
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
             old[which] = new.to(old.dtype)

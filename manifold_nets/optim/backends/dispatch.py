@@ -8,11 +8,9 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from torch import Tensor
-
 from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
-from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.joint_sphere import JointSphere, JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends import native
 from manifold_nets.optim.backends.batched import run_batched, run_compiled
@@ -26,7 +24,7 @@ from manifold_nets.optim.backends.views import suits_rows
 __all__ = ["Backend", "assign", "in_motion", "joined", "run"]
 
 # Steps weights, and may give some of them back.
-Backend = Callable[[Rule, Sequence[StepInput]], "list[StepInput] | None"]
+Backend = Callable[[Rule, Batch], "list[StepInput] | None"]
 
 
 def assign(
@@ -82,16 +80,14 @@ def _local(member: StepInput) -> StepInput:
     part = part_of(member.manifold, member.weight)
     if part.combine is not None:
         return member
-    second = member.second
-    if second is not None:
-        second = (local_part(second[0]), None if second[1] is None else local_part(second[1]))
     return replace(
         member,
         weight=part.read(member.weight),
         gradient=part.read(member.gradient),
         manifold=part.manifold,
         moment=None if member.moment is None else part.read(member.moment),
-        second=second,
+        second=None if member.second is None else local_part(member.second),
+        largest=None if member.largest is None else local_part(member.largest),
     )
 
 
@@ -154,32 +150,26 @@ def joined(members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
     Args:
         members: weights of one parameter group; of a joint sphere all or none.
     """
-    parts: dict[JointSphere, dict[int, StepInput]] = {}
-    together: list[StepInput] = []
-    for member in members:
-        if isinstance(member.manifold, JointSphereMember):
-            parts.setdefault(member.manifold.joint, {})[member.manifold.place] = member
-        else:
-            together.append(member)
-    ordered = {joint: [found[place] for place in sorted(found)] for joint, found in parts.items()}
-    wholes = {joint: _whole(joint, found) for joint, found in ordered.items()}
-    yield [*together, *wholes.values()]
-    for joint, whole in wholes.items():
-        _write_back(joint, ordered[joint], whole)
+    alone = [member for member in members if not isinstance(member.manifold, JointSphereMember)]
+    found = by_joint_sphere((member.manifold, member) for member in members)
+    joints = [(joint, list(parts.values())) for joint, parts in found.items()]
+    wholes = [_whole(joint, parts) for joint, parts in joints]
+    yield [*alone, *wholes]
+    for (joint, parts), whole in zip(joints, wholes, strict=True):
+        _write_back(joint, parts, whole)
 
 
 def _whole(joint: JointSphere, members: Sequence[StepInput]) -> StepInput:
-    first, second = members[0], None
-    if first.second is not None:
-        columns = [None if x is None else x.clone().reshape(-1, 1) for x in first.second]
-        second = (columns[0], columns[1])
+    first = members[0]
+    second, largest = (None if x is None else x.clone().reshape(-1, 1) for x in (first.second, first.largest))
     moments = [member.moment for member in members if member.moment is not None]
     return StepInput(
         joint.join([member.weight.detach() for member in members]),
         joint.join([member.gradient.detach() for member in members]),
         joint.sphere,
         joint.join(moments) if moments else None,
-        second,  # type: ignore[arg-type]
+        second,
+        largest,
         first.dampening,
         first.step,
     )
@@ -189,8 +179,7 @@ def _write_back(joint: JointSphere, members: Sequence[StepInput], whole: StepInp
     points = joint.split(whole.weight)
     moments = joint.split(whole.moment) if whole.moment is not None else [None] * len(members)
     for member, point, moment in zip(members, points, moments, strict=True):
-        pairs: list[tuple[Tensor | None, Tensor | None]] = [(member.weight.detach(), point), (member.moment, moment)]
-        pairs += zip(member.second or (), whole.second or (), strict=True)
-        for old, new in pairs:
+        own = member.weight.detach(), member.moment, member.second, member.largest
+        for old, new in zip(own, (point, moment, whole.second, whole.largest), strict=True):
             if old is not None and new is not None:
                 old.copy_(new.reshape(old.shape))

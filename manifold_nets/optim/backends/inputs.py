@@ -7,6 +7,7 @@ the kernel in C needs (strides, lazy negation, weights that share memory) is in 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -21,7 +22,7 @@ from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, accumulation_dtype
 from manifold_nets.optim.backends.rule import StepInput
 
-__all__ = ["PER_SPHERE", "WIDE", "Batch", "StepPlan", "check"]
+__all__ = ["PER_SPHERE", "WIDE", "Batch", "StepPlan", "check", "mark_written"]
 
 # Moments of one value per sphere; every other tensor in a weight's state but the step count has the weight's shape.
 PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
@@ -77,7 +78,25 @@ class Batch(list[StepInput]):
 
     def __init__(self, members: Iterable[StepInput]) -> None:
         super().__init__(members)
-        self.kept: dict[str, Any] = {}
+        # What the kernel in C is called with, for each of those that are alike.
+        self.jobs: list[Any] = []
+        self._alike: list[tuple[Any, list[StepInput]]] | None = None
+
+    def alike(self, key: Callable[[StepInput], Any]) -> list[tuple[Any, list[StepInput]]]:
+        """Return the weights by what a backend, always with the same function, finds that they have in common."""
+        if self._alike is None:
+            found: dict[Any, list[StepInput]] = defaultdict(list)
+            for member in self:
+                found[key(member)].append(member)
+            self._alike = list(found.items())
+        return self._alike
+
+
+def mark_written(members: Sequence[StepInput]) -> None:
+    """Tell autograd what a kernel has written behind torch's back."""
+    torch.autograd.graph.increment_version(
+        [x for m in members for x in (m.weight, m.moment, m.second, m.largest) if x is not None]
+    )
 
 
 States = Mapping[Tensor, dict[str, Any]]

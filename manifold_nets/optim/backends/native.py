@@ -16,7 +16,6 @@ import functools
 import shlex
 import shutil
 import subprocess
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +28,10 @@ from torch import Tensor
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends import build
 from manifold_nets.optim.backends.build import UnavailableError
-from manifold_nets.optim.backends.inputs import Batch
+from manifold_nets.optim.backends.inputs import Batch, mark_written
 from manifold_nets.optim.backends.products import Scalar, rounding_of
 from manifold_nets.optim.backends.rule import Rule, StepInput, bias_corrections
-from manifold_nets.optim.backends.views import layout_of, rows_of, what_to_write, without_radial_parts
+from manifold_nets.optim.backends.views import rows_of, what_to_write, without_radial_parts
 
 __all__ = ["SHORT", "UnavailableError", "available", "run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
@@ -171,10 +170,10 @@ def suits_by_entries(member: StepInput) -> bool:
     """Whether the kernel in C can step a weight with a second moment for every entry."""
     weight = member.weight
     return (
-        layout_of(member.manifold).size <= SHORT
+        member.manifold.partition.group_size <= SHORT
         and member.second is not None
         and suits_native(member)
-        and _lies(member.second[0], accumulation_dtype(weight.dtype), weight.stride())
+        and _lies(member.second, accumulation_dtype(weight.dtype), weight.stride())
     )
 
 
@@ -184,15 +183,15 @@ def _fits(member: StepInput) -> tuple[bool, bool]:
     It takes weights on the CPU whose groups are runs of memory. Shapes, and that there is memory for all entries, have
     been checked by `manifold_nets.optim.backends.inputs`.
     """
-    weight, layout, second = member.weight, layout_of(member.manifold), member.second
-    if layout.to_unit or not _is_plain(weight) or not know(weight.dtype):
+    weight, manifold = member.weight, member.manifold
+    if not manifold.moderate or not _is_plain(weight) or not know(weight.dtype):
         return False, False
     stride, dtype, wide = weight.stride(), weight.dtype, accumulation_dtype(weight.dtype)
-    if not layout.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
+    if not manifold.partition.has_rows(stride) or not (member.moment is None or _lies(member.moment, dtype, stride)):
         return False, False
     # Second moments of spheres; those of entries lie as the weight does.
-    per_sphere = () if second is None or second[0].numel() == weight.numel() else second
-    if not all(x is None or (_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in per_sphere):
+    per_sphere = [x for x in (member.second, member.largest) if x is not None and x.numel() != weight.numel()]
+    if not all((_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in per_sphere):
         return False, False
     return True, _lies(member.gradient, dtype, stride)
 
@@ -210,17 +209,17 @@ def _lies(tensor: Tensor, dtype: torch.dtype, stride: tuple[int, ...]) -> bool:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
-def run_native(rule: Rule, members: Sequence[StepInput]) -> list[StepInput]:
+def run_native(rule: Rule, members: Batch) -> list[StepInput]:
     """Step weights by one call of the kernel for each dtype among them; return those that share memory with others."""
     shared: list[StepInput] = []
     # The gradients that the kernel reads live until it has.
     for chosen, _gradients, jobs in _jobs(rule, members, lambda member: member.weight.dtype, shared):
         step(_packed(rule, chosen[0].weight.dtype), jobs, _threads(jobs))
-    _changed(members)
+    mark_written(members)
     return shared
 
 
-def run_in_passes(rule: Rule, members: Sequence[StepInput]) -> list[StepInput]:
+def run_in_passes(rule: Rule, members: Batch) -> list[StepInput]:
     """Step weights in two passes of the kernel, one that measures and one that writes what torch has computed.
 
     The coefficients of all rows are computed together, in float64. Weights that share memory with others are returned.
@@ -251,26 +250,23 @@ def run_in_passes(rule: Rule, members: Sequence[StepInput]) -> list[StepInput]:
         jobs["written"] = factors.data_ptr() + places * factors[0].nbytes
         jobs["far"] = marks.data_ptr() + places
         write(packed, jobs, threads)
-    _changed(members)
+    mark_written(members)
     return shared
 
 
 def _jobs(
-    rule: Rule, members: Sequence[StepInput], key: Callable[[StepInput], Any], shared: list[StepInput]
+    rule: Rule, members: Batch, key: Callable[[StepInput], Any], shared: list[StepInput]
 ) -> list[tuple[list[StepInput], list[Tensor], np.ndarray]]:
     """Return what the kernel is called with, for weights that are alike; others than those that share memory.
 
     With each comes the gradients that the kernel reads.
     """
-    kept = members.kept if isinstance(members, Batch) else {}
     with _as_tensors():
-        if "jobs" not in kept:
-            alike: dict[Any, list[StepInput]] = defaultdict(list)
-            for member in members:
-                alike[key(member)].append(member)
-            kept["jobs"] = [(chosen, np.array([_job(m) for m in chosen], dtype=JOB)) for chosen in alike.values()]
+        alike = members.alike(key)
+        if not members.jobs:
+            members.jobs = [np.array([_job(m) for m in chosen], dtype=JOB) for _, chosen in alike]
         found = []
-        for chosen, jobs in kept["jobs"]:
+        for (_, chosen), jobs in zip(alike, members.jobs, strict=True):
             gradients = [_readable_gradient(member) for member in chosen]
             jobs["g"] = [gradient.data_ptr() for gradient in gradients]
             for name, values in zip(("take", "first", "second"), _shares(rule, chosen), strict=True):
@@ -299,10 +295,11 @@ def _readable_gradient(member: StepInput) -> Tensor:
 
 def _job(member: StepInput) -> tuple[float, ...]:
     """Return what of a job is the same in every step: where all but the gradient lies."""
-    layout, (v, v_max) = layout_of(member.manifold), member.second or (None, None)
-    pointers = (0 if x is None else x.data_ptr() for x in (member.weight, None, member.moment, v, v_max))
-    of_layout = (layout.address, layout.rows, layout.size, len(layout.squares))
-    return (*pointers, *of_layout, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
+    partition, squares = member.manifold.partition, member.manifold.squared_radii
+    tensors = member.weight, None, member.moment, member.second, member.largest
+    pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    of_groups = (squares.ctypes.data, partition.n_groups, partition.group_size, len(squares))
+    return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
 
 
 def _shares(rule: Rule, members: Sequence[StepInput]) -> tuple[Any, Any, Any]:
@@ -321,7 +318,7 @@ _known_apart: set[tuple[Any, ...]] = set()
 def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
     """Return for each job whether nothing that it reads or writes overlaps with anything else in the jobs."""
     apart = np.ones(len(jobs), dtype=bool)
-    by_entries = first.second is not None and first.second[0].numel() == first.weight.numel()
+    by_entries = first.second is not None and first.second.numel() == first.weight.numel()
     starts = np.concatenate([jobs[name] for name in ("w", "g", "b", "v", "v_max", "rows", "size")])
     plan = first.weight.dtype, by_entries, starts.tobytes()
     if plan in _known_apart:
@@ -341,13 +338,6 @@ def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
         _known_apart.clear()
     _known_apart.add(plan)
     return apart
-
-
-def _changed(members: Sequence[StepInput]) -> None:
-    """Tell autograd what the kernel has written behind torch's back."""
-    torch.autograd.graph.increment_version(
-        [x for m in members for x in (m.weight, m.moment, *(m.second or ())) if x is not None]
-    )
 
 
 def _packed(rule: Rule, dtype: torch.dtype) -> np.ndarray:

@@ -15,9 +15,9 @@ __all__ = [
     "Spheres",
     "TangentProducts",
     "is_short",
-    "mostly_radial",
     "noise_in",
     "pairs",
+    "products_of",
     "radial_share",
     "rounding_of",
     "some",
@@ -168,18 +168,34 @@ def tangential(
     Returns:
         The products, and the gradient that they and the step are of.
     """
-    dots = spheres.dots(*pairs(weight, gradient, moment))
-    found = tangential_of(dots, spheres.square, maximize=maximize)
-    taken: Scalar = radial_share(dots) if sharp else 0.0
-    if not isinstance(taken, Tensor) or not some(taken):
-        return found, gradient
+    dots, gradient, taken = products_of(weight, gradient, moment, spheres, sharp=sharp, rounding=rounding)
+    return tangential_of(dots, spheres.square, maximize=maximize, taken=taken), gradient
+
+
+def products_of(
+    weight: Tensor,
+    gradient: Tensor,
+    moment: Tensor | None,
+    spheres: Spheres,
+    *,
+    sharp: bool,
+    rounding: float | None = None,
+) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
+    """Return the inner products of `pairs`, the gradient that they are of, and what was taken off it, if anything.
+
+    Arguments as for `tangential`.
+    """
+
+    def measure(gradient: Tensor) -> Sequence[Tensor]:
+        return spheres.dots(*pairs(weight, gradient, moment))
+
+    dots = measure(gradient)
+    taken = radial_share(dots) if sharp else None
+    if taken is None or not some(taken):
+        return dots, gradient, None
     rounding = rounding_of(gradient.dtype) if rounding is None else rounding
-
-    def measure(part: Tensor) -> Sequence[Tensor]:
-        return spheres.dots(*pairs(weight, part, moment))
-
-    gradient, again = without_radial_part(weight, gradient, taken, dots[2], rounding, measure)
-    return tangential_of(again, spheres.square, maximize=maximize, taken=taken), gradient
+    gradient, dots = without_radial_part(weight, gradient, taken, dots[2], rounding, measure)
+    return dots, gradient, taken
 
 
 def is_short(found: TangentProducts) -> Tensor:
@@ -191,12 +207,8 @@ def radial_share(dots: Sequence[Tensor]) -> Tensor:
     """Return the multiple of the weight to take off each gradient: its radial part where that is most of it, else 0."""
     ww, wg, gg = dots[:3]
     slope = wg / ww
-    return torch.where(mostly_radial(slope, wg, gg), slope, 0.0)
-
-
-def mostly_radial(slope: Tensor, wg: Tensor, gg: Tensor) -> Tensor:
-    """Where the radial part of a gradient, of squared length ``slope wg``, leaves less than a quarter of ⟨g, g⟩."""
-    return slope * wg > (1 - _SHORT) * gg
+    # The radial part, of squared length ``slope wg``, leaves less than a quarter of ⟨g, g⟩.
+    return torch.where(slope * wg > (1 - _SHORT) * gg, slope, 0.0)
 
 
 def without_radial_part(

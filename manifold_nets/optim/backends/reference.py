@@ -17,21 +17,18 @@ import torch
 from torch import Tensor
 
 from manifold_nets.gathered import is_sharded, local_part
-from manifold_nets.groups import Partition, accumulation_dtype
+from manifold_nets.groups import Partition
 from manifold_nets.optim.backends.products import (
     Scalar,
     Spheres,
-    mostly_radial,
-    pairs,
-    radial_share,
+    products_of,
     rounding_of,
     some,
     tangential,
-    without_radial_part,
 )
 from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
 from manifold_nets.optim.backends.sharded import Part, part_of
-from manifold_nets.optim.backends.views import GroupView, layout_of
+from manifold_nets.optim.backends.views import GroupView
 
 __all__ = ["combine_", "run_single", "step_", "turn_", "write_"]
 
@@ -44,14 +41,14 @@ def run_single(rule: Rule, members: Sequence[StepInput]) -> None:
     rule = replace(rule, lr=float(rule.lr))
     for member in members:
         part = part_of(member.manifold, member.weight) if is_sharded(member.weight) else None
-        layout = layout_of(member.manifold if part is None else part.manifold)
-        whole, copies = _view_of(member, layout.partition, part, by_entries=rule.by_entries)
-        spheres = Spheres(layout.partition.reduced, 1.0)
+        manifold = member.manifold if part is None else part.manifold
+        whole, copies = _view_of(member, manifold.partition, part, by_entries=rule.by_entries)
+        spheres = Spheres(manifold.partition.reduced, 1.0)
         if part is not None:
             spheres = spheres._replace(combine=part.combine, elsewhere=part.elsewhere)
-        is_cut = rule.by_groups and part is None and 0 in layout.partition.kept
+        is_cut = rule.by_groups and part is None and 0 in manifold.partition.kept
         for view in whole.chunks(_ENTRIES) if is_cut else (whole,):
-            _step_view(rule, view, spheres, member, to_unit=layout.to_unit)
+            _step_view(rule, view, spheres, member, to_unit=not manifold.moderate)
         for tensor, held, viewed in copies:
             if viewed.data_ptr() != held.data_ptr():
                 held.copy_(viewed.reshape(held.shape))
@@ -76,9 +73,8 @@ def _view_of(
             copies.append((tensor, held, view))
         return view
 
-    second, largest = member.second or (None, None)
-    second = viewed(second) if by_entries else second
-    second, largest = (None if x is None else local_part(x) for x in (second, largest))
+    second = viewed(member.second) if by_entries else member.second
+    second, largest = (None if x is None else local_part(x) for x in (second, member.largest))
     local = local_part(member.weight.detach())
     radius = (member.manifold if part is None else part.manifold).radius_for(local)
     weight, moment = viewed(member.weight), viewed(member.moment)
@@ -88,29 +84,25 @@ def _view_of(
 
 def _step_view(rule: Rule, view: GroupView, spheres: Spheres, member: StepInput, *, to_unit: bool) -> None:
     """Step groups in their view, in the dtype to compute in; at radius 1 where the radii are extreme."""
-    dtype, radius = accumulation_dtype(view.weight.dtype), view.radius
-    w, g = view.weight.to(dtype), view.gradient.to(dtype)
-    b = None if view.moment is None else view.moment.to(dtype)
+    wide, radius = view.wide(), view.radius
     if to_unit:
-        w, g, b = w / radius, g * radius, None if b is None else b / radius
+        moment = None if wide.moment is None else wide.moment / radius
+        wide = wide._replace(weight=wide.weight / radius, gradient=wide.gradient * radius, moment=moment)
     spheres = spheres._replace(radius=1.0 if to_unit else radius)
     rounding = rounding_of(view.gradient.dtype)
     if rule.by_entries:
-        turn_(rule, w, g, b, view.second, spheres, step=member.step, rounding=rounding)  # type: ignore[arg-type]
+        turn_(rule, *wide[:4], spheres, step=member.step, rounding=rounding)  # type: ignore[arg-type]
     else:
-        second = None if view.second is None else (view.second, view.largest)
-        step_(rule, w, g, b, second, spheres, dampening=member.dampening, step=member.step, rounding=rounding)
-    for original, result in ((view.weight, w), (view.moment, b)):
-        if original is not None and result is not None and result is not original:
-            original.copy_(result * radius if to_unit else result)
+        step_(rule, wide, spheres, dampening=member.dampening, step=member.step, rounding=rounding)
+    if to_unit:
+        moment = None if wide.moment is None else wide.moment * radius
+        wide = wide._replace(weight=wide.weight * radius, moment=moment)
+    view.write(wide)
 
 
 def step_(
     rule: Rule,
-    weight: Tensor,
-    gradient: Tensor,
-    moment: Tensor | None,
-    second: tuple[Tensor, Tensor | None] | None,
+    view: GroupView,
     spheres: Spheres,
     *,
     dampening: float = 0.0,
@@ -121,12 +113,8 @@ def step_(
 
     Args:
         rule: the rule, with a learning rate that is a number.
-        weight: the point, in the view of its groups; changed in place.
-        gradient: the Euclidean gradient, of the same shape; only read.
-        moment: the momentum, changed in place, zero before the first step; its part along the weight counts for
-            nothing. None without momentum.
-        second: the second moments, with size 1 along the axes inside a group, and the largest so far or None; changed
-            in place. None for SGD.
+        view: the point, its gradient, which is only read, its momentum, zero before the first step, of which the part
+            along the weight counts for nothing, and its second moments, in the dtype to compute in.
         spheres: the groups and their radii.
         dampening: share of the gradient that is left out of the momentum; 0 in the first step.
         step: number of this step, counted from 1.
@@ -135,30 +123,28 @@ def step_(
 
     Example:
         >>> w = torch.tensor([[1.0, 0.0]])
-        >>> step_(Rule("sgd", 1.0, 0.0), w, torch.tensor([[5.0, -1.0]]), None, None, Spheres((1,), 1.0))
+        >>> view = GroupView(w, torch.tensor([[5.0, -1.0]]), None, None, None, 1.0)
+        >>> step_(Rule("sgd", 1.0, 0.0), view, Spheres((1,), 1.0))
         >>> w
         tensor([[0.7071, 0.7071]])
     """
-    sharp = rule.needs_lengths
-    options = {"maximize": rule.maximize, "sharp": sharp, "rounding": rounding}
-    found, gradient = tangential(weight, gradient, moment, spheres, **options)  # type: ignore[arg-type]
-    move = rule.coefficients(found, second, dampening=dampening, step=step, elsewhere=spheres.elsewhere)
-    write_(weight, gradient, moment, spheres, move, maximize=rule.maximize)
+    found, gradient = tangential(
+        *view[:3], spheres, maximize=rule.maximize, sharp=rule.needs_lengths, rounding=rounding
+    )
+    move = rule.coefficients(found, view.second_moments, dampening=dampening, step=step, elsewhere=spheres.elsewhere)
+    write_(view._replace(gradient=gradient), spheres, move, maximize=rule.maximize)
 
 
-def write_(
-    weight: Tensor, gradient: Tensor, moment: Tensor | None, spheres: Spheres, move: Coefficients, *, maximize: bool
-) -> None:
+def write_(view: GroupView, spheres: Spheres, move: Coefficients, *, maximize: bool) -> None:
     """Write the new weight and the new momentum, in place."""
     square = -spheres.square if maximize else spheres.square
     far = move.far if some(move.far) else None
-    combine_(weight, gradient, moment, spheres, move._replace(wg=move.wg * square, bg=move.bg * square), far)
+    combine_(view, spheres, move._replace(wg=move.wg * square, bg=move.bg * square), far)
 
 
-def combine_(
-    weight: Tensor, gradient: Tensor, moment: Tensor | None, spheres: Spheres, move: Coefficients, far: Tensor | None
-) -> None:
+def combine_(view: GroupView, spheres: Spheres, move: Coefficients, far: Tensor | None) -> None:
     """Write the linear combinations, with coefficients of the Euclidean gradient, and put far ones on their spheres."""
+    weight, gradient, moment = view[:3]
     new = (weight * move.ww).addcmul_(gradient, _tensor(move.wg, weight))
     transported = None
     if moment is not None:
@@ -189,14 +175,9 @@ def turn_(
     rule: Rule, w: Tensor, g: Tensor, m: Tensor, v: Tensor, spheres: Spheres, *, step: float, rounding: float
 ) -> None:
     """Take a step of AngularAdam, in place: Adam's direction, entry by entry, and a turn of a given angle."""
-    ww, wg, gg = spheres.dots(*pairs(w, g, None))
-    slope = wg / ww
-    if some(mostly_radial(slope, wg, gg)):
-        taken = radial_share((ww, wg, gg))
-        g, (_, wg, _) = without_radial_part(w, g, taken, gg, rounding, lambda part: spheres.dots(*pairs(w, part, None)))
-        slope = wg / ww
+    (ww, wg, _), g, _ = products_of(w, g, None, spheres, sharp=True, rounding=rounding)
     # One temporary as large as the chunk serves in turn as ξ, as d and as the new point: memory is what limits chunks.
-    xi = torch.addcmul(g, w, slope, value=-1)
+    xi = torch.addcmul(g, w, wg / ww, value=-1)
     del g
     radius, alpha = spheres.radius, 1 - rule.beta1
     if rule.maximize or isinstance(radius, Tensor) or radius != 1:

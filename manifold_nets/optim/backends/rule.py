@@ -48,8 +48,9 @@ class StepInput:
         gradient: the Euclidean gradient; only read.
         manifold: the spheres of the weight.
         moment: the momentum, changed in place; None without momentum.
-        second: second moments, one for each sphere (for AngularAdam one for each entry), and the largest so far or
-            None, changed in place; None for SGD.
+        second: second moments, one for each sphere (for AngularAdam one for each entry), changed in place; None for
+            SGD.
+        largest: the largest second moments so far, changed in place; None without AMSGrad.
         dampening: share of the new gradient that is left out; 0 in the first step.
         step: number of this step, counted from 1.
         fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
@@ -62,7 +63,8 @@ class StepInput:
     gradient: Tensor
     manifold: SphereProduct
     moment: Tensor | None = None
-    second: tuple[Tensor, Tensor | None] | None = None
+    second: Tensor | None = None
+    largest: Tensor | None = None
     dampening: float = 0.0
     step: float = 1.0
     fits: tuple[bool, bool] | None = None

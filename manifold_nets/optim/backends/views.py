@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
-from weakref import finalize
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from manifold_nets.groups import Partition, accumulation_dtype
-from manifold_nets.manifold import SphereProduct
+from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends.products import (
     Scalar,
     pairs,
@@ -28,10 +24,8 @@ from manifold_nets.optim.backends.rule import Rule, StepInput
 __all__ = [
     "CHUNK",
     "GroupView",
-    "Layout",
     "dots_of",
     "keep_second_moments",
-    "layout_of",
     "portions",
     "radii",
     "rows_of",
@@ -43,82 +37,6 @@ __all__ = [
 
 # Entries of a chunk: a few of them, in float32, fit in the third level of a processor's cache.
 CHUNK = 2**19
-# Squares of radii in this range, and sums of a billion of them, are normal numbers of float32.
-_SMALLEST, _LARGEST = 2.0**-40, 2.0**40
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What of a manifold does not change from step to step.
-
-    Attributes:
-        partition: the groups.
-        to_unit: whether radii are so extreme that a step has to be taken at radius 1.
-        rows: number of groups.
-        size: entries of a group.
-        squares: squared radii, float64: one, or one a group.
-        address: where the squared radii lie.
-    """
-
-    partition: Partition
-    to_unit: bool
-    rows: int
-    size: int
-    squares: np.ndarray
-    address: int
-    _dense: dict[tuple[int, ...], bool] = field(default_factory=dict)
-
-    def has_rows(self, stride: tuple[int, ...]) -> bool:
-        """Whether a tensor of these strides holds its groups one after the other, each in one run of memory.
-
-        So lie filters, blocks of filters and whole tensors, also in channels-last formats; not the filters of
-        transposed convolutions.
-        """
-        known = self._dense.get(stride)
-        if known is None:
-            known = self._dense[stride] = _holds_rows(self.partition, stride)
-        return known
-
-
-# By identity: a manifold takes its layout along when it goes, and no number is used twice meanwhile.
-_layouts: dict[int, Layout] = {}
-
-
-def layout_of(manifold: SphereProduct) -> Layout:
-    """Return the layout of a manifold, made at the first call.
-
-    Example:
-        >>> layout_of(SphereProduct((8, 3, 5, 5))).has_rows((75, 1, 15, 3))
-        True
-    """
-    layout = _layouts.get(id(manifold))
-    if layout is None:
-        radii, partition = manifold.radii, manifold.partition
-        extreme = float(radii.min()) < _SMALLEST or float(radii.max()) > _LARGEST
-        squares = (radii[:1] if manifold.uniform_radius is not None else radii).square().numpy()
-        rows, size = partition.n_groups, partition.group_size
-        layout = _layouts[id(manifold)] = Layout(partition, extreme, rows, size, squares, squares.ctypes.data)
-        finalize(manifold, _layouts.pop, id(manifold))
-    return layout
-
-
-def _holds_rows(partition: Partition, stride: tuple[int, ...]) -> bool:
-    shape = partition.shape
-    if partition.kept != tuple(range(len(partition.kept))):
-        return False
-    expected = 1
-    for step, size in sorted((step, size) for step, size in zip(stride, shape, strict=True) if size > 1):
-        if step != expected:
-            return False  # there are gaps, or entries that share memory
-        expected *= size
-    contiguous = all(
-        size == 1 or step == math.prod(shape[axis + 1 :])
-        for axis, (step, size) in enumerate(zip(stride, shape, strict=True))
-    )
-    if contiguous or partition.n_groups == 1:
-        return True
-    # The order of the entries inside a group does not matter, if groups are made of whole slices of axis 0.
-    return stride[0] * shape[0] == expected and shape[0] % partition.n_groups == 0
 
 
 class GroupView(NamedTuple):
@@ -130,6 +48,23 @@ class GroupView(NamedTuple):
     second: Tensor | None
     largest: Tensor | None
     radius: float | Tensor
+
+    @property
+    def second_moments(self) -> tuple[Tensor, Tensor | None] | None:
+        """The second moments and the largest so far; None where there are none."""
+        return None if self.second is None else (self.second, self.largest)
+
+    def wide(self) -> GroupView:
+        """Return weight, gradient and moment in the dtype to compute in: float32 or better."""
+        dtype = accumulation_dtype(self.weight.dtype)
+        moment = None if self.moment is None else self.moment.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), gradient=self.gradient.to(dtype), moment=moment)
+
+    def write(self, found: GroupView) -> None:
+        """Take weight and moment of another view of the same groups, rounded once."""
+        for own, new in ((self.weight, found.weight), (self.moment, found.moment)):
+            if own is not None and new is not None and own is not new:
+                own.copy_(new)
 
     def between(self, start: int, end: int) -> GroupView:
         """Return a part along the first axis, as views."""
@@ -157,8 +92,8 @@ class GroupView(NamedTuple):
 def suits_rows(member: StepInput) -> bool:
     """Whether the groups of a weight are the rows of a matrix that is a view of it."""
     weight, moment = member.weight, member.moment
-    layout, stride = layout_of(member.manifold), weight.stride()
-    if hasattr(weight, "__tensor_flatten__") or layout.to_unit or not layout.has_rows(stride):
+    manifold, stride = member.manifold, weight.stride()
+    if hasattr(weight, "__tensor_flatten__") or not manifold.moderate or not manifold.partition.has_rows(stride):
         return False
     # torch writes to several tensors at once only where none of them is lazily negated.
     if weight.is_neg() or (moment is not None and moment.is_neg()):
@@ -168,11 +103,12 @@ def suits_rows(member: StepInput) -> bool:
 
 def rows_of(member: StepInput) -> GroupView:
     """Return the matrix of a weight that `suits_rows`, with views of its memory; while no gradients are recorded."""
-    layout, gradient = layout_of(member.manifold), member.gradient
-    matrix, column = ((layout.rows, layout.size), (layout.size, 1)), ((layout.rows, 1), (1, 1))
+    partition, gradient = member.manifold.partition, member.gradient
+    rows, size = partition.n_groups, partition.group_size
+    matrix, column = ((rows, size), (size, 1)), ((rows, 1), (1, 1))
     if member.rows is None:
-        (v, v_max), radius = member.second or (None, None), member.manifold.radius_for(member.weight)
-        views = (member.weight, matrix), (member.moment, matrix), (v, column), (v_max, column)
+        radius = member.manifold.radius_for(member.weight)
+        views = (member.weight, matrix), (member.moment, matrix), (member.second, column), (member.largest, column)
         w, b, v, v_max = (None if x is None else x.detach().as_strided(*shape) for x, shape in views)
         member.rows = w, b, v, v_max, radius.reshape(-1, 1) if isinstance(radius, Tensor) else radius
         member.stride = member.weight.stride()
@@ -228,9 +164,8 @@ def keep_second_moments(matrices: Sequence[GroupView], second: tuple[Tensor, Ten
 
 def dots_of(rows: GroupView) -> Tensor:
     """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
-    dtype = accumulation_dtype(rows.weight.dtype)
-    w, g, b = (None if x is None else x.to(dtype) for x in (rows.weight, rows.gradient, rows.moment))
-    return torch.stack([(x * y).sum(1) for x, y in pairs(w, g, b)])  # type: ignore[arg-type]
+    wide = rows.wide()
+    return torch.stack([(x * y).sum(1) for x, y in pairs(wide.weight, wide.gradient, wide.moment)])
 
 
 def without_radial_parts(matrices: Sequence[GroupView], products: Tensor) -> tuple[list[GroupView], Tensor, Scalar]:
@@ -266,10 +201,10 @@ def _without_radial_part(rows: GroupView, slope: Tensor, total: Tensor) -> tuple
     def measure(part: Tensor) -> list[Tensor]:
         return list(dots_of(rows._replace(gradient=part)).unsqueeze(-1).unbind())
 
-    dtype, slope, total = accumulation_dtype(rows.weight.dtype), slope.unsqueeze(-1), total.unsqueeze(-1)
-    rounding, weight, gradient = rounding_of(rows.gradient.dtype), rows.weight.to(dtype), rows.gradient.to(dtype)
-    part, found = without_radial_part(weight, gradient, slope, total, rounding, measure)
-    if dtype != rows.weight.dtype:  # what is written is of the rounded one
+    wide, slope, total = rows.wide(), slope.unsqueeze(-1), total.unsqueeze(-1)
+    rounding = rounding_of(rows.gradient.dtype)
+    part, found = without_radial_part(wide.weight, wide.gradient, slope, total, rounding, measure)
+    if part.dtype != rows.weight.dtype:  # what is written is of the rounded one
         part = part.to(rows.weight.dtype)
         found = measure(part)
     return part, torch.stack(list(found)).squeeze(-1)
