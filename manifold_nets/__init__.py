@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manifold_nets.groups import Partition
     from manifold_nets.joint_sphere import JointSphere
     from manifold_nets.manifold import SphereProduct
-    from manifold_nets.optim import param_groups
+    from manifold_nets.optim.param_groups import param_groups
     from manifold_nets.symmetry import LearningRates, SymmetryReport, matched_learning_rates
     from manifold_nets.symmetry.diagnose import diagnose
 
