@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manifold_nets.groups import Partition
     from manifold_nets.joint_sphere import JointSphere
     from manifold_nets.manifold import SphereProduct
-    from manifold_nets.optim import param_groups
+    from manifold_nets.optim.param_groups import param_groups
     from manifold_nets.symmetry import LearningRates, SymmetryReport, matched_learning_rates
     from manifold_nets.symmetry.diagnose import diagnose
 
@@ -84,4 +84,4 @@ if not TYPE_CHECKING:  # so that type checkers report names that do not exist
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_NAMES})
