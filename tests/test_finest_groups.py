@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
-from manifold_nets.symmetry.structure import find
-from manifold_nets.symmetry.structure.partitions import joined_partition
+from manifold_nets.symmetry import weight_structure as find
+from manifold_nets.symmetry.seeds import joined_partition
 
 # Between the rounding of float64 and the values of groups that are not invariant.
 TOLERANCE = 1e-8

@@ -20,8 +20,8 @@ from manifold_nets.symmetry import gradients
 from manifold_nets.symmetry.graph import op_name
 from manifold_nets.symmetry.local_certificates import LocalCertificates, _hands_on_nan
 from manifold_nets.symmetry.rules import RULES
-from manifold_nets.symmetry.structure.find import follow_weight
 from manifold_nets.symmetry.trace import TracedGraph, trace
+from manifold_nets.symmetry.weight_structure import follow_weight
 
 X = (4, 5, 6)
 PLACE = "norm (layer_norm)"

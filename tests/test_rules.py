@@ -12,12 +12,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import manifold_nets as mn
+from manifold_nets.symmetry.equations import Break, Label, Scales
 from manifold_nets.symmetry.graph import overload_key
 from manifold_nets.symmetry.rules import RULES, SHIFT_RULES, arithmetic, elementwise, movement
 from manifold_nets.symmetry.rules.movement import reshape_ids
-from manifold_nets.symmetry.structure.find import follow_weight
-from manifold_nets.symmetry.structure.scales import Break, Label, Scales
 from manifold_nets.symmetry.trace import trace
+from manifold_nets.symmetry.weight_structure import follow_weight
 
 FILTERS = 6
 FIXED = torch.randn(4, 6, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(8))

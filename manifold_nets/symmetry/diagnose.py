@@ -42,7 +42,6 @@ from manifold_nets.symmetry.report import SymmetryReport, UnexplainedSymmetry, W
 from manifold_nets.symmetry.search import NumericalSearch, searched_partitions
 from manifold_nets.symmetry.shift_findings import Loss, sees_no_shift
 from manifold_nets.symmetry.shifts import ShiftStructure
-from manifold_nets.symmetry.structure.find import Structure, follow_weight
 from manifold_nets.symmetry.trace import TracedGraph, trace
 from manifold_nets.symmetry.weight_findings import (
     NOT_SEARCHED,
@@ -53,6 +52,7 @@ from manifold_nets.symmetry.weight_findings import (
     owner_of,
     qualified,
 )
+from manifold_nets.symmetry.weight_structure import Structure, follow_weight
 
 __all__ = ["LARGEST_SEED", "diagnose"]
 

@@ -19,12 +19,12 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.equations import Ids, Label, Scales
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
+from manifold_nets.symmetry.seeds import seed_label, seed_partition
 from manifold_nets.symmetry.shifts import ShiftStructure, only_multiplies
-from manifold_nets.symmetry.structure.partitions import seed_label, seed_partition
-from manifold_nets.symmetry.structure.scales import Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["JointStructure", "required_partitions", "solve_jointly"]

@@ -35,8 +35,8 @@ from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.gradients import MOST_PASSES, GradientPass, random_projection
 from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name
 from manifold_nets.symmetry.rules import RULES, VIEWS
-from manifold_nets.symmetry.structure.find import Structure
 from manifold_nets.symmetry.trace import TracedGraph
+from manifold_nets.symmetry.weight_structure import Structure
 
 __all__ = ["LocalCertificates"]
 

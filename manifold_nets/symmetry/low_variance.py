@@ -24,11 +24,11 @@ from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import listed
 from manifold_nets.running import Inputs, to_float64
+from manifold_nets.symmetry.equations import Ids, Scales
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.structure.scales import Ids, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["LowVariance", "Places", "describe"]

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.fx import Node
 
+from manifold_nets.symmetry.equations import UNSCALED, Ids, Label, Scales
 from manifold_nets.symmetry.graph import is_region, region_graph
+from manifold_nets.symmetry.in_place import write_back
 from manifold_nets.symmetry.rules import (
     RULES,
     Absorption,
@@ -22,8 +24,6 @@ from manifold_nets.symmetry.rules import (
     as_list,
     of_real_numbers,
 )
-from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label, Scales
-from manifold_nets.symmetry.structure.writing import write_back
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["follow_shifts", "propagate"]

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 
+from manifold_nets.symmetry.equations import UNSCALED, Scales
 from manifold_nets.symmetry.invariance import InvarianceTest
 from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
 from manifold_nets.symmetry.shift_findings import ShiftFindings
 from manifold_nets.symmetry.shifts import ShiftStructure, only_multiplies
-from manifold_nets.symmetry.structure.scales import UNSCALED, Scales
 
 __all__ = ["recheck_shifts", "shift_symmetries", "with_shown"]
 

@@ -29,7 +29,7 @@ from manifold_nets.symmetry.gradients import GradientPass
 from manifold_nets.symmetry.invariance import EVIDENCE_FLOOR, InvarianceTest
 from manifold_nets.symmetry.joint import solve_jointly
 from manifold_nets.symmetry.report import ShiftSymmetry, SymmetryFamily, UnexplainedSymmetry, WeightFinding
-from manifold_nets.symmetry.structure.partitions import without_last_axes
+from manifold_nets.symmetry.seeds import without_last_axes
 from manifold_nets.symmetry.trace import TracedGraph
 from manifold_nets.symmetry.weight_findings import UNSUPPORTED
 

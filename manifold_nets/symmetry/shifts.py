@@ -17,12 +17,12 @@ from torch import nn
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.equations import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.generators import Direction
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.propagate import follow_shifts
 from manifold_nets.symmetry.rules import LARGEST_LINK, Absorption
-from manifold_nets.symmetry.structure.partitions import only_looked_up
-from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Scales
+from manifold_nets.symmetry.seeds import only_looked_up
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["AddedShift", "RowShift", "ShiftStructure", "only_multiplies"]

@@ -18,8 +18,8 @@ from manifold_nets.symmetry.invariance import InvarianceTest
 from manifold_nets.symmetry.low_variance import Places
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, UnexplainedSymmetry, WeightFinding
 from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.structure.find import Structure
 from manifold_nets.symmetry.trace import TracedGraph
+from manifold_nets.symmetry.weight_structure import Structure
 
 __all__ = [
     "NOT_SEARCHED",

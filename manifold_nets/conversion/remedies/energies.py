@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manifold_nets.groups import Partition
-from manifold_nets.symmetry.structure.partitions import joined_partition
+from manifold_nets.symmetry.seeds import joined_partition
 
 __all__ = ["Energies", "exponents_of"]
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
+from manifold_nets.symmetry.equations import UNSCALED, Certainty, Ids, Label
 from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name, operation_key
 from manifold_nets.symmetry.rules.table import Rule, Table
 from manifold_nets.symmetry.rules.use import UNSEEN, Result, ShiftUse, Use, aligned, shape_of
-from manifold_nets.symmetry.structure.scales import UNSCALED, Certainty, Ids, Label
 
 # A constant up to this size that is added under a normalization is its eps.
 LARGEST_EPS = 1e-3

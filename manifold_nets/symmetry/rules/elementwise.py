@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from manifold_nets.symmetry.equations import Label
 from manifold_nets.symmetry.rules.table import Table, of_first
 from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use
-from manifold_nets.symmetry.structure.scales import Label
 
 # A constant up to this size that is added under a normalization is its eps.
 LARGEST_EPS = 1e-3

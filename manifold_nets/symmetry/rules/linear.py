@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from manifold_nets.symmetry.equations import UNSCALED, Ids, Label
 from manifold_nets.symmetry.rules.products import matrix_product
 from manifold_nets.symmetry.rules.table import Table, of_first
 from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
-from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 _WINDOW = "sums over a window whose entries have different scales"
 _CHANNELS = "sums input channels that have different scales"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from manifold_nets.symmetry.equations import UNSCALED, Ids, Label
 from manifold_nets.symmetry.rules.table import Rule, Table, of_first
 from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, shape_of, unscaled
-from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 
 VIEWS = frozenset(
     "view reshape _unsafe_view flatten unflatten view_as permute transpose swapaxes swapdims t movedim moveaxis "

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from manifold_nets.symmetry.equations import Ids, Label
 from manifold_nets.symmetry.rules.table import Table
 from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
-from manifold_nets.symmetry.structure.scales import Ids, Label
 
 
 def table() -> Table:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from torch.fx import Node
 
+from manifold_nets.symmetry.equations import Ids, Label
 from manifold_nets.symmetry.rules.arithmetic import add_to
 from manifold_nets.symmetry.rules.table import Table
 from manifold_nets.symmetry.rules.use import LARGEST_LINK, Result, ShiftUse, Use, aligned, shape_of, unscaled
-from manifold_nets.symmetry.structure.scales import Ids, Label
 
 _MULTIPLIES = "multiplies with a tensor"
 # Up to this many pairs of contracted entries are compared pair by pair; beyond, each factor needs one scale.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from manifold_nets.symmetry.equations import Label
 from manifold_nets.symmetry.rules.arithmetic import scaled_alike
 from manifold_nets.symmetry.rules.elementwise import not_homogeneous
 from manifold_nets.symmetry.rules.table import Rule, Table, of_first
 from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, shape_of, varies
-from manifold_nets.symmetry.structure.scales import Label
 
 _COMPARED = "compares entries that have different scales"
 _DIFFERENTLY = "compares entries that are shifted differently"

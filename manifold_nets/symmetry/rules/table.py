@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from manifold_nets.symmetry.equations import Label
 from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, as_list
-from manifold_nets.symmetry.structure.scales import Label
 
 __all__ = ["RULES", "SHIFT_RULES", "Rule", "Table", "apply_rule", "guarded", "of_first", "of_real_numbers", "register"]
 

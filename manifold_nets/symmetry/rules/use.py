@@ -1,6 +1,6 @@
 """One operation of the graph as a rule sees it: its arguments, their labels, and what it may demand of the scales.
 
-Labels are those of `manifold_nets.symmetry.structure.scales`; of shifts they are read additively: each entry is shifted
+Labels are those of `manifold_nets.symmetry.equations`; of shifts they are read additively: each entry is shifted
 by its form ``Σ c_k s_k``. What a linear map makes of a shift depends on data or on other weights; each of its results
 gets a new unknown, and a `Link` that says where it comes from. An unknown that the network does not leave free refuses
 its sources.
@@ -17,8 +17,8 @@ import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
+from manifold_nets.symmetry.equations import UNSCALED, Break, Certainty, Ids, Label, Scales
 from manifold_nets.symmetry.graph import bound_arguments, op_name, operation_key
-from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Certainty, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["LARGEST_LINK", "Absorption", "Coscaled", "Link", "Result", "ShiftUse", "Use"]

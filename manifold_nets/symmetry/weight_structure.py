@@ -10,9 +10,10 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.equations import UNSCALED, Break, Ids, Label, Scales
 from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
-from manifold_nets.symmetry.structure.partitions import (
+from manifold_nets.symmetry.seeds import (
     is_linear_map,
     joined_partition,
     only_looked_up,
@@ -20,7 +21,6 @@ from manifold_nets.symmetry.structure.partitions import (
     seed_partition,
     without_last_axes,
 )
-from manifold_nets.symmetry.structure.scales import UNSCALED, Break, Ids, Label, Scales
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["Structure", "follow_weight"]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.fx import Node
 
+from manifold_nets.symmetry.equations import UNSCALED, Ids, Label
 from manifold_nets.symmetry.graph import op_name, target_of
 from manifold_nets.symmetry.rules import VIEWS, Result, Use, aligned, shape_of
-from manifold_nets.symmetry.structure.scales import UNSCALED, Ids, Label
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["write_back"]

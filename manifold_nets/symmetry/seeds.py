@@ -8,8 +8,8 @@ import numpy as np
 from torch.fx import Node
 
 from manifold_nets.groups import Partition
+from manifold_nets.symmetry.equations import Ids
 from manifold_nets.symmetry.graph import bound_arguments, op_name
-from manifold_nets.symmetry.structure.scales import Ids
 
 __all__ = ["is_linear_map", "joined_partition", "only_looked_up", "seed_label", "seed_partition", "without_last_axes"]
 
