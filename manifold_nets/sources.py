@@ -202,7 +202,7 @@ def _from_torchvision(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
             spec, f"torchvision has no model {spec.name!r}", _near(spec.name, models.list_models())
         )
     builder = models.get_model_builder(spec.name)
-    # Segmentation and detection models download a trained backbone unless told not to.
+    # Segmentation and detection models download a trained backbone by default.
     accepted = inspect.signature(builder).parameters
     offline = {name: None for name in ("weights", "weights_backbone") if name in accepted}
     with warnings.catch_warnings():

@@ -38,7 +38,13 @@ from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.mixed import with_mixed_weights
 from manifold_nets.symmetry.module_graph import module_graph
 from manifold_nets.symmetry.recheck import recheck_shifts, shift_symmetries, with_shown
-from manifold_nets.symmetry.report import SymmetryReport, UnexplainedSymmetry, WeightFinding
+from manifold_nets.symmetry.report import (
+    ShiftSymmetry,
+    SymmetryFamily,
+    SymmetryReport,
+    UnexplainedSymmetry,
+    WeightFinding,
+)
 from manifold_nets.symmetry.search import NumericalSearch, searched_partitions
 from manifold_nets.symmetry.shift_findings import Loss, sees_no_shift
 from manifold_nets.symmetry.shifts import ShiftStructure
@@ -129,23 +135,19 @@ def diagnose(
         >>> [(w.name, w.status) for w in report.weights]
         [('0.weight', 'invariant'), ('4.weight', 'not invariant')]
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError("model", model, "a torch.nn.Module object", "Make the network first.")
-    _require_options(tolerance, seed, memory)
+    _require_arguments(model, tolerance, seed, memory)
     tolerance = max(tolerance, ROUNDING) if memory == "small" else tolerance
     with random_numbers(seed):
         _log.info("tracing")
         network = _network(model, example_inputs, loss, seed, memory)
         graph, copy = network.graph, network.copy
         _log.info("following scales and computing gradients")
-        if isinstance(graph, TracedGraph):
-            joint, structure = solve_jointly(graph), ShiftStructure(graph, model, loss=network.logits)
-            gradients = _gradients(network, required_partitions(joint, structure))
-        else:
+        if isinstance(graph, AnalysisError):
             gradients = _gradients(network, _natural_partitions(copy))
-    if isinstance(graph, AnalysisError):
-        test = InvarianceTest(gradients, tolerance, None, network.not_finite)
-        return _by_gradients_alone(network, test, graph, example_inputs)
+            test = InvarianceTest(gradients, tolerance, None, network.not_finite)
+            return _by_gradients_alone(network, test, graph, example_inputs)
+        joint, structure = solve_jointly(graph), ShiftStructure(graph, model, loss=network.logits)
+        gradients = _gradients(network, required_partitions(joint, structure))
     low_variance = None if network.meta else LowVariance(graph, copy, network.inputs, seed, gradients, tolerance)
     test = InvarianceTest(gradients, tolerance, low_variance, network.not_finite)
     _log.info("testing what the rules found")
@@ -153,13 +155,7 @@ def diagnose(
     findings = _tested_weights(weights, local, {weight.name for weight in constrained_weights(model)})
     families = certified_families(joint, test)
     shifts = shift_symmetries(structure, test)
-    unexplained: tuple[UnexplainedSymmetry, ...] = ()
-    if local:
-        _log.info("searching for unexplained symmetries")
-        search = NumericalSearch(graph, test, lambda: _second(network, MOST_PASSES - gradients.passes - local.passes))
-        shifts = with_shown(shifts, recheck_shifts(structure, search.shown_shifts(shifts), test))
-        unexplained = _of_the_model(search.unexplained(findings, families, shifts), network.not_finite)
-        del search  # the memory of the second point is what the copy takes that is moved
+    shifts, unexplained = _searched(network, test, structure, local, findings, families, shifts)
     if not network.meta:
         _log.info("checking finite moves")
         move = _finite_move(network, gradients, tolerance)
@@ -231,8 +227,10 @@ def _not_empty(inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _require_options(tolerance: object, seed: object, memory: object) -> None:
-    """Raise `OptionError` where an option has no meaning."""
+def _require_arguments(model: object, tolerance: object, seed: object, memory: object) -> None:
+    """Raise an error where an argument has no meaning."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", model, "a torch.nn.Module object", "Make the network first.")
     if not (isinstance(tolerance, numbers.Real) and 0 < float(tolerance) < math.inf):
         raise OptionError("tolerance", tolerance, "a finite number above 0")
     if not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):
@@ -276,23 +274,42 @@ def _finite_move(network: _Network, gradients: GradientPass, tolerance: float) -
     )
 
 
+def _searched(
+    network: _Network,
+    test: InvarianceTest,
+    structure: ShiftStructure,
+    local: LocalCertificates | None,
+    findings: list[WeightFinding],
+    families: tuple[SymmetryFamily, ...],
+    shifts: tuple[ShiftSymmetry, ...],
+) -> tuple[tuple[ShiftSymmetry, ...], tuple[UnexplainedSymmetry, ...]]:
+    """Search for what the rules do not explain; the shifts with those that a second look explains, and the rest."""
+    if local is None:
+        return shifts, ()
+    _log.info("searching for unexplained symmetries")
+    left = MOST_PASSES - test.gradients.passes - local.passes
+    search = NumericalSearch(structure.graph, test, lambda: _second(network, left))
+    shifts = with_shown(shifts, recheck_shifts(structure, search.shown_shifts(shifts), test))
+    return shifts, _of_the_model(search.unexplained(findings, families, shifts), network.not_finite)
+
+
 def _tested_weights(
-    judge: WeightFindings, local: LocalCertificates | None, constrained: set[str]
+    weights: WeightFindings, local: LocalCertificates | None, constrained: set[str]
 ) -> list[WeightFinding]:
-    """Judge every weight of a traced model, those without influence on the outputs at the normalizations inside."""
+    """Test every weight of a traced model, those without influence on the outputs at the normalizations inside."""
     findings: dict[str, WeightFinding] = {}
     lacking: dict[str, Structure] = {}
-    for name, parameter in _weights(judge.model_copy):
+    for name, parameter in _weights(weights.model_copy):
         if not is_continuous(parameter):
-            findings[name] = integer_finding(name, parameter, owner_of(judge.model_copy, name))
+            findings[name] = integer_finding(name, parameter, owner_of(weights.model_copy, name))
             continue
-        structure = follow_weight(judge.graph, name) if judge.graph.placeholders_of(name) else None
-        findings[name] = qualified(judge.finding(name, structure, name in constrained), parameter)
-        if local and structure is not None and judge.lacks_gradient(structure):
+        structure = follow_weight(weights.graph, name) if weights.graph.placeholders_of(name) else None
+        findings[name] = qualified(weights.finding(name, structure, name in constrained), parameter)
+        if local and structure is not None and weights.lacks_gradient(structure):
             lacking[name] = structure
     for name, inside in (local.fields(lacking.values()) if local else {}).items():
-        found = judge.finding(name, lacking[name], name in constrained, inside)
-        findings[name] = qualified(found, judge.model_copy.get_parameter(name))
+        found = weights.finding(name, lacking[name], name in constrained, inside)
+        findings[name] = qualified(found, weights.model_copy.get_parameter(name))
     return list(findings.values())
 
 

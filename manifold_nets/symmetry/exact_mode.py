@@ -94,10 +94,12 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
 
 
 @contextlib.contextmanager
-def exact_mode(twin: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float | None = None) -> Iterator[None]:
+def exact_mode(
+    model_copy: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float | None = None
+) -> Iterator[None]:
     """Run a copy, forward and backward, so that the certificate is sharp, and under a further mode if given."""
     eps = NEGLIGIBLE_EPS if eps is None else eps
-    with _negligible_eps(twin, eps), in_float64(), _ExactMode(eps), mode or contextlib.nullcontext():
+    with _negligible_eps(model_copy, eps), in_float64(), _ExactMode(eps), mode or contextlib.nullcontext():
         yield
 
 

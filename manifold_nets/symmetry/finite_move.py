@@ -80,7 +80,7 @@ class Outcome:
 
     Args:
         refuted: whether it changes the outputs.
-        change: the largest relative change of an output; None where the move told nothing.
+        change: the largest relative change of an output; None where the move shows nothing.
     """
 
     refuted: bool = False

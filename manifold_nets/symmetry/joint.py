@@ -75,7 +75,7 @@ class JointStructure:
 
 
 def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStructure:
-    """Give every parameter its scales, follow them all, and return what the network demands of them.
+    """Give every parameter its scales, follow them all, and return the equations that the network puts on them.
 
     Args:
         graph: the network.

@@ -97,7 +97,7 @@ class LocalCertificates:
         names = _names(structure)
         return (
             bool(structure.absorptions)
-            # One that is written out has an eps that is not known here, and would blunt the certificate.
+            # One that is written out has an eps that is not known here, and the test would be inexact.
             and all("eps" in bound_arguments(absorption.node) for absorption in structure.absorptions)
             and all(name in self.parameters for name in names)
             and self._behind(names) is not None

@@ -87,7 +87,7 @@ def widen_vectors(model_copy: nn.Module) -> None:
 
 
 class _Freed:
-    """Hands memory that was freed back to the system, each time that so many bytes have been.
+    """Hands memory that was freed back to the system, each time that this many bytes have been.
 
     The allocator of the C library keeps what is freed between tensors that live on: float64 copies of one weight after
     the other would take as much as all of them. Elsewhere than in the C library of GNU nothing is done.

@@ -83,7 +83,7 @@ def follow_shifts(
 
 @dataclass
 class _Walk:
-    """Labels of scales on their way through a graph, and what the network demands of them."""
+    """Labels of scales on their way through a graph, and the equations that the network puts on them."""
 
     graph: TracedGraph
     scales: Scales

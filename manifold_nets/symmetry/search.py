@@ -78,7 +78,7 @@ class NumericalSearch:
         self.graph, self.first, self._second = graph, test.gradients, second
         self.tolerance = test.tolerance * UNSUPPORTED
         self.shapes = self.first.shapes
-        # What was found for each parameter at so many points, and the shifts that were known then.
+        # What was found for each parameter at this many points, and the shifts that were known then.
         self._searched: dict[tuple[str, int], tuple[list[ShiftSymmetry], list[UnexplainedSymmetry]]] = {}
         self.points = [_Point(self.first, test.floor(), test.floor(adds=True))]
 
@@ -159,8 +159,8 @@ class NumericalSearch:
         for name, shape in self.shapes.items():
             for axis, partition in enumerate(_slices(shape)):
                 _, weights, gradients = point.slices(name, axis)
-                (silent,) = np.nonzero(~(np.sqrt(weights * gradients) > point.floor))
-                places = known.places(name, partition)[silent]
+                (without_gradient,) = np.nonzero(~(np.sqrt(weights * gradients) > point.floor))
+                places = known.places(name, partition)[without_gradient]
                 known.add(np.arange(len(places)), places, np.ones(len(places)))
 
     # ---- shifts ------------------------------------------------------------------------------------------------------
@@ -435,8 +435,10 @@ def _vector_shifts(
         if len(new):
             value = max(float(s[new].max()) / b for s, b in zip(sizes, beside, strict=True))
             yield UnexplainedSymmetry("shift", (name,), single_entries((count,)), tuple(new.tolist()), value)
-    (silent,) = np.nonzero(np.any([s <= point.slope_floor for s, point in zip(sizes, points, strict=True)], axis=0))
-    known.add(np.arange(len(silent)), silent, np.ones(len(silent)))
+    (without_gradient,) = np.nonzero(
+        np.any([s <= point.slope_floor for s, point in zip(sizes, points, strict=True)], axis=0)
+    )
+    known.add(np.arange(len(without_gradient)), without_gradient, np.ones(len(without_gradient)))
     for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
         size = count // blocks
         for view, axis in (((blocks, size), 0), ((size, blocks), 1)):

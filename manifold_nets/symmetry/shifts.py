@@ -97,7 +97,7 @@ class ShiftStructure:
         Args:
             name: the parameter.
             ids: the number of the unknown of each entry.
-            scales: the unknowns; takes what the network demands of them.
+            scales: the unknowns; takes the equations that the network puts on them.
             blocks: the number of blocks of filters that share a row ``v`` of ``W → W + 1vᵀ``.
         """
         count = scales.count

@@ -36,7 +36,7 @@ class Structure:
     Args:
         name: the weight.
         seed: the partition whose groups were given one scale each.
-        scales: what the network demands of these scales.
+        scales: the equations that the network puts on these scales.
         absorptions: the normalizations that absorb some of them.
         companions: biases that are scaled along, with the scale of each entry.
         used: whether some output depends on it.

@@ -45,7 +45,7 @@ _KINDS = {"sgd": 0, "adam": 1, "angular-adam": 2}
 # Entries that are worth a thread: a quarter of a millisecond's work.
 _PER_THREAD = 2**18
 
-# How spheres.c is told to put a row back on its sphere: with its moment, or without.
+# How spheres.c puts a row back on its sphere: with its moment, or without.
 _CARRIED, _ALONE = 1, 2
 
 # The structs `Job` and `Rule` of spheres.c.

@@ -119,7 +119,7 @@ class Rule:
         kind: ``"sgd"``, ``"adam"``, ``"sgd-g"``, ``"adam-g"``, ``"angular"``, ``"angular-adam"``, ``"projected"`` or
             ``"scaled-metric"``.
         lr: learning rate.
-        beta1: decay of the momentum; that of the first moment for relatives of Adam.
+        beta1: decay of the momentum; that of the first moment for variants of Adam.
         nesterov: whether to look ahead.
         maximize: whether to ascend.
         beta2: decay of the second moment.
