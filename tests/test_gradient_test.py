@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -124,3 +125,23 @@ def test_a_very_small_filter_takes_no_evidence_from_a_network(memory: Literal["f
     assert not report.disagreements
     assert not report.refuted_families
     assert not report.unexplained
+
+
+def single_entry_filters():
+    """A depthwise convolution of one weight per channel, in front of a batch normalization."""
+    torch.manual_seed(0)
+    depthwise = nn.Conv2d(8, 8, 1, groups=8, bias=False)
+    head = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), depthwise, nn.BatchNorm2d(8), head)
+    return mn.diagnose(model, torch.randn(4, 3, 8, 8))["2.weight"]
+
+
+def test_filters_of_a_single_entry_are_compared_with_the_other_weights() -> None:
+    """Their own product of norms is the sum that is tested: it would vanish together with it."""
+    found = single_entry_filters()
+    assert (found.status, found.certificate.groups_certified) == ("invariant", 8)
+
+
+def test_without_that_comparison_they_have_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Generators, "entries", property(lambda self: np.full(self.count, 2)))
+    assert single_entry_filters().status != "invariant"
