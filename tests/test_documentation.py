@@ -24,7 +24,7 @@ TEXTS = {
 }
 MEASURED = TEXTS["docs/results.md"]
 SLOW = {"docs/guides/compare.md"}
-NEEDED = {"docs/guides/compare.md": ("optuna", "sklearn", "matplotlib"), "docs/guides/pymanopt.md": ("pymanopt",)}
+NEEDED = {"docs/guides/compare.md": ("sqlalchemy", "sklearn", "matplotlib"), "docs/guides/pymanopt.md": ("pymanopt",)}
 
 
 def blocks(text, language):

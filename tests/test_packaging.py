@@ -120,9 +120,9 @@ def imported(statement: str, **environment: str) -> set[str]:
     return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
 
 
-OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript", "optuna"}
+OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript"}
 # jsonschema is required, but not imported before a file is read; scipy comes with geoopt.
-OPTIONAL |= {"jsonschema", "onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
+OPTIONAL |= {"jsonschema", "sqlalchemy", "onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
 HEAVY = {"torch", "geoopt", "numpy", "scipy"}
 
 
