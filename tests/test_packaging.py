@@ -122,7 +122,8 @@ def imported(statement: str, **environment: str) -> set[str]:
 
 OPTIONAL = {"click", "rich", "pymanopt", "sklearn", "matplotlib", "torchvision", "timm", "onnx", "onnxscript"}
 # jsonschema is required, but not imported before a file is read; scipy comes with geoopt.
-OPTIONAL |= {"jsonschema", "sqlalchemy", "onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
+OPTIONAL |= {"jsonschema", "onnxruntime", "pytest", "hypothesis", "accelerate", "lightning", "transformers"}
+OPTIONAL |= {"sqlalchemy", "cloudpickle"}
 HEAVY = {"torch", "geoopt", "numpy", "scipy"}
 
 
