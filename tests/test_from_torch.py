@@ -317,6 +317,20 @@ def test_an_optimizer_from_nowhere_goes_back_too(name: str) -> None:
     torch.testing.assert_close(turned, expected, rtol=1e-3 if name == "rsgd" else 0.1, atol=0)
 
 
+def test_a_plain_average_is_loaded_into_that_of_the_converted_model() -> None:
+    net, plain = trained("sgd, decay")
+    ema = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+    for number in range(20, 24):
+        step(net, plain, number)
+        ema.update_parameters(net)
+    average = mn.optim.AveragedModel(mn.convert(net, batch(0)[0]), use_buffers=True)
+    average.load_state_dict(ema.state_dict())
+    x = batch(3)[0]
+    torch.testing.assert_close(average.eval()(x), ema.eval()(x), rtol=0, atol=1e4 * EPS)
+    assert int(average.n_averaged) == 4
+    assert float(average.resultant_lengths()["3.weight"].min()) == 1
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -211,7 +211,8 @@ def _other_groups(
     names = {id(p): name for name, p in model.named_parameters()}
     biases = {name for name, p in model.named_parameters() if p.ndim < 2}
     targets = dict(other.named_parameters(remove_duplicate=False))
-    groups, pairs = [], []
+    groups: list[Group] = []
+    pairs: list[tuple[Group, str, Tensor, Tensor]] = []
     for number, group in enumerate(optimizer.param_groups):
         new = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
         new.update(params=[], param_names=[])
