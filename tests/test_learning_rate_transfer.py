@@ -1,4 +1,4 @@
-"""A network converted in mid-training: its loss curve goes on as before, and with the plain rate on spheres it does not."""
+"""A network converted in mid-training: its losses go on as before; with the plain rate on spheres they do not."""
 
 import re
 import subprocess
