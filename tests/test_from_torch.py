@@ -335,6 +335,22 @@ def test_a_plain_average_is_loaded_into_that_of_the_converted_model() -> None:
     assert float(average.resultant_lengths()["3.weight"].min()) == 1
 
 
+@pytest.mark.parametrize("name", ["sgd, momentum", "adamw"])
+def test_a_run_may_begin_on_spheres(name: str) -> None:
+    """The plain optimizer has not taken a step yet; its state on spheres can be copied and loaded all the same."""
+    runs = []
+    for convert in (False, True):
+        net = network()
+        optimizer: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+        if convert:
+            converted = mn.convert(net, batch(0)[0])
+            optimizer = mn.optim.from_torch(optimizer, net, converted)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            net = converted
+        runs.append([step(net, optimizer, number) for number in range(5)])
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=256 * EPS)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -258,6 +258,10 @@ def _on_spheres(
         else:  # a momentum, in the scale of the weight on its spheres
             scaled = partition.multiply(value.detach().double(), manifold.radius_for(target.detach().double()))
             made[key] = scaled.to(target.dtype)
+    if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
+        made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
+        second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
+        made.update((key, torch.zeros_like(target, dtype=accumulation_dtype(target.dtype))) for key in second)
     if transfer == "equilibrium":
         _to_equilibrium(group, name, source, manifold, state, made)
     return made
