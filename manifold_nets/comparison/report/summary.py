@@ -9,12 +9,11 @@ from typing import get_args
 
 import numpy as np
 
-from manifold_nets.comparison import measures
+from manifold_nets.comparison import measures, statistics
 from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
-from manifold_nets.comparison.ranks import Friedman, cliques, critical_difference, friedman
 from manifold_nets.comparison.results import Comparison, RunResult
 from manifold_nets.comparison.settings import InitialScale, Settings
-from manifold_nets.comparison.statistics import MeanInterval, PairedDifference, all_differences, mean_interval
+from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference, mean_interval
 
 
 @dataclass(frozen=True)
@@ -214,18 +213,18 @@ def summarise(comparison: Comparison) -> Summary:
     optimizers = tuple(_optimizer(comparison, name, scale, runs) for name in settings.optimizers)
     tests = {found.name: found.test_errors for found in optimizers}
     ranked = len(optimizers) > 1 and len(settings.seeds) > 1
-    ranks = friedman(np.array([found.test_errors for found in optimizers]).T) if ranked else None
-    difference = critical_difference(len(optimizers), len(settings.seeds)) if ranked else math.nan
+    ranks = statistics.friedman(np.array([found.test_errors for found in optimizers]).T) if ranked else None
+    difference = statistics.critical_difference(len(optimizers), len(settings.seeds)) if ranked else math.nan
     every = [epoch.validation_error for run in comparison.results for epoch in run.epochs]
     every += [_number(run.test_error) for run in comparison.results]
     return Summary(
         title=f"{settings.task}, {settings.model}",
         optimizers=optimizers,
         reference=settings.optimizers[0],
-        differences=all_differences(tests),
+        differences=statistics.all_differences(tests),
         friedman=ranks,
         critical_difference=difference,
-        cliques=() if ranks is None else cliques(ranks.mean_ranks, difference),
+        cliques=() if ranks is None else statistics.cliques(ranks.mean_ranks, difference),
         unit=unit_of(every),
         target=settings.target_error,
         choices=tuple((str(choice), choice.reason) for choice in comparison.choices),
