@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
 from manifold_nets._geoopt import geoopt
-from manifold_nets.errors import ConstraintError, JointSphereError, listed
+from manifold_nets.errors import ConstraintError, listed
 from manifold_nets.gathered import whole
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
@@ -453,7 +453,7 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
     """Return every sphere that several weights of a model lie on together, with these weights in its order.
 
     Raises:
-        JointSphereError: the model has some weights of a joint sphere and lacks others.
+        ConstraintError: the model has some weights of a joint sphere and lacks others.
 
     Example:
         >>> from manifold_nets.groups import Partition
@@ -470,7 +470,7 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
         missing = joint.missing(members)
         if missing:
             present = next(iter(members.values())).name
-            raise JointSphereError(present, missing, f"a model without {', '.join(missing)}")
+            raise ConstraintError.joint(present, missing, f"a model without {', '.join(missing)}")
     return [(joint, tuple(members.values())) for joint, members in found.items()]
 
 

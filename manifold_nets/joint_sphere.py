@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import DegenerateGroupError, JointSphereError, OffManifoldError, PartitionError
+from manifold_nets.errors import ConstraintError, DegenerateGroupError, OffManifoldError, PartitionError
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 
@@ -158,7 +158,7 @@ class JointSphereMember(SphereProduct):
     """The part of a `JointSphere` that one weight holds: its groups, and the radius that all weights have together.
 
     Inner products of tangent vectors are those of this weight alone, to be added to those of the others. Everything
-    that depends on the joint norm needs all weights at once, and raises `JointSphereError` here: see `JointSphere`,
+    that depends on the joint norm needs all weights at once, and raises `ConstraintError` here: see `JointSphere`,
     `manifold_nets.joint_spheres`, and `manifold_nets.project` for a model. The optimizers of `manifold_nets.optim`
     step all weights of a joint sphere together.
 
@@ -204,7 +204,7 @@ class JointSphereMember(SphereProduct):
 
     def _need_all(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse what depends on the joint norm, of which one weight knows only its part."""
-        raise JointSphereError(self.member, self.others)
+        raise ConstraintError.joint(self.member, self.others)
 
     projx = proju = egrad2rgrad = retr = expmap = logmap = transp = _need_all
     dist = dist2 = component_dist = random_uniform = random = origin = _need_all

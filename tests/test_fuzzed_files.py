@@ -141,7 +141,7 @@ def fuzz_checkpoints(folder: Path, count: int, seed: int) -> Counter[str]:
 
 def test_checkpoints(tmp_path: Path) -> None:
     ends = fuzz_checkpoints(tmp_path, 150, seed=0)
-    assert {"CheckpointFormatError", "WeightsFileError", "as written"} <= ends.keys()
+    assert {"CheckpointFormatError", "as written"} <= ends.keys()
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def convert(
         FunctionChangedError: the output in evaluation mode would change by more than rounding.
         UnsupportedModelError: ``inplace``, and the model was made in inference mode.
         PlanError: the edited plan cannot be read or carried out.
-        SelectionError, OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
+        OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
         In every case the model is left as it was.
 
     References:

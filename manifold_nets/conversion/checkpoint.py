@@ -29,8 +29,8 @@ from manifold_nets.conversion.remedies.dead_biases import absent_bias, put_back_
 from manifold_nets.conversion.revert import replace_everywhere
 from manifold_nets.documents import printable
 from manifold_nets.errors import (
+    CheckpointError,
     CheckpointMismatchError,
-    CheckpointTensorError,
     OffManifoldError,
     listed,
 )
@@ -60,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OffManifoldError: the norm of a group is not its radius, to a few machine epsilons of the weight's dtype.
-        CheckpointTensorError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter,
+        CheckpointError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter,
             of a dtype that safetensors lacks, or no tensor.
         FileNotFoundError: the folder of ``path`` does not exist.
 
@@ -77,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for weight in constrained_weights(model):
         stored = aliases.get(weight.name, weight.name)
         if stored not in tensors:
-            raise CheckpointTensorError(
+            raise CheckpointError(
                 path,
                 f"{weight.name} is constrained, but has no entry in the state_dict. Remove the hook of the model that "
                 "renames or drops it.",
@@ -195,7 +195,7 @@ def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tenso
         fault = _why_not_storable(value)
         if fault is not None:
             found, remedy = fault
-            raise CheckpointTensorError(path, f"{name} is {found}; expected a dense tensor with values. {remedy}")
+            raise CheckpointError(path, f"{name} is {found}; expected a dense tensor with values. {remedy}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 

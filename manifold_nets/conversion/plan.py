@@ -21,7 +21,7 @@ from manifold_nets.conversion.remedies.dead_biases import dead_bias_actions
 from manifold_nets.conversion.remedies.spheres import joint_actions, sphere_action
 from manifold_nets.conversion.verify import report_of
 from manifold_nets.documents import Schema, parse_json
-from manifold_nets.errors import OptionError, PlanError, SelectionError
+from manifold_nets.errors import OptionError, PlanError, listed, near_matches
 from manifold_nets.files import atomic_file
 from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
@@ -78,7 +78,7 @@ def plan(
         train_tolerance: largest relative change of a layer's normalized training output.
 
     Raises:
-        SelectionError: ``include`` or ``exclude`` matches no parameter that the remedies could be about.
+        OptionError: ``include`` or ``exclude`` matches no parameter that the remedies could be about.
         OptionError: ``remedies``, ``radius`` or ``train_tolerance`` has no meaning.
         ReportMismatchError: the report is of another model.
 
@@ -202,7 +202,9 @@ def _selected(names: list[str], selector: Selector, option: str, *, default: boo
         }
     for pattern, found in matches.items():
         if not found:
-            raise SelectionError(option, pattern, names)
+            near = f"{near_matches(pattern, names)} Write patterns as in a shell: 'layer1.*', '*.conv?.weight'.".strip()
+            expected = f"a pattern or predicate that matches one of these names: {listed(names, 40)}"
+            raise OptionError(option, pattern, expected, near)
     return {name for found in matches.values() for name in found}
 
 

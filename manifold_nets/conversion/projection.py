@@ -31,7 +31,7 @@ from manifold_nets.constraints import (
 )
 from manifold_nets.conversion.moves import Moves, ScaledWeight, moves_of, moves_within
 from manifold_nets.conversion.remedies.dead_biases import removed_biases
-from manifold_nets.errors import PlainStateError, ProjectionError, listed
+from manifold_nets.errors import ProjectionError, listed
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -67,8 +67,8 @@ class _Converted:
     def missing(self, names: tuple[str, ...]) -> list[str]:
         return [self.prefix + name for name in names if name not in self.given]
 
-    def partial(self, name: str, found: str, missing: list[str]) -> PlainStateError:
-        return PlainStateError(
+    def partial(self, name: str, found: str, missing: list[str]) -> ProjectionError:
+        return ProjectionError(
             self.prefix + name,
             f"{found}, and the state lacks {listed(missing)}, which change with it. Load all of them together, or load "
             "the state into the plain network, and convert that with manifold_nets.convert.",
@@ -80,7 +80,7 @@ def _convert_values(model: nn.Module, record: Moves, found: _Converted) -> None:
 
     Raises:
         DegenerateGroupError: a group is zero or not finite.
-        PlainStateError: a weight is off its spheres, and what changes with it is not among the values.
+        ProjectionError: a weight is off its spheres, and what changes with it is not among the values.
     """
     known = record.present(removed_biases(model))
     for weight in constrained_weights(model):
@@ -241,7 +241,7 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
         if not bool(whole(found.given[name]).any()):
             continue  # as revert gives it back
         if not move.direct:
-            raise PlainStateError(
+            raise ProjectionError(
                 found.prefix + name,
                 "the conversion removed this bias, and what it adds to running means has to be measured. Load the "
                 "state into the plain network, and convert that with manifold_nets.convert.",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.errors import OptionError, ParameterGroupError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -208,7 +208,7 @@ class AngularAdam(RiemannianAdam):
             can, by default and with ``fused=True``; else the step is taken chunk by chunk.
 
     Raises:
-        SphereOptionError: a weight shares its sphere with other weights.
+        ParameterGroupError: a weight shares its sphere with other weights.
 
     References:
         The rotational form of AdamW: Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212;
@@ -242,7 +242,7 @@ class AngularAdam(RiemannianAdam):
             if isinstance(manifold, JointSphereMember):
                 self.param_groups.pop()
                 expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
-                raise SphereOptionError(name_of(group, number, index), "a joint sphere", expected)
+                raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
         return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype), requires_grad=False)

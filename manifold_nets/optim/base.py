@@ -137,7 +137,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            SparseGradientError: a weight that torch does not step has a sparse gradient; nothing was changed.
+            StepInputError: a weight that torch does not step has a sparse gradient; nothing was changed.
             StepInputError: a constrained weight, its gradient or its state has another shape than the spheres, or no
                 memory; nothing was changed.
         """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from manifold_nets.errors import SparseGradientError, StepInputError
+from manifold_nets.errors import StepInputError
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, accumulation_dtype
 from manifold_nets.optim.backends.rule import StepInput
@@ -32,6 +32,7 @@ _MOMENTS = ("momentum_buffer", "exp_avg")
 # Half precision cannot count beyond a few hundred steps.
 _COUNTS = (torch.float32, torch.float64)
 
+_DENSE = "Build its layer with sparse=False, or pass a dense gradient: weight.grad = weight.grad.to_dense()."
 _RENEW = "Compute the gradient again with backward(), or set it to None."
 _REFILL = "Give the parameter memory again, for instance with `parameter.data = values.clone()`, before the step."
 _RESTART = "Load a state that fits, or drop it with `optimizer.state.pop(parameter)` and start without it."
@@ -55,7 +56,7 @@ def check(
         name: returns the name of the parameter, for messages.
 
     Raises:
-        SparseGradientError: the gradient is sparse.
+        StepInputError: the gradient is sparse.
         StepInputError: a shape is not that of the spheres, or a tensor has no memory for its entries.
     """
     shape = partition.shape
@@ -218,7 +219,7 @@ def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], na
 
 def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Callable[[], str]) -> None:
     if gradient.layout != torch.strided:
-        raise SparseGradientError(name(), gradient.layout)
+        raise StepInputError(name(), f"a gradient of layout {gradient.layout}", "a dense gradient", _DENSE)
     found = None
     if gradient.shape != weight.shape:
         found = f"a gradient of shape {tuple(gradient.shape)}"
