@@ -6,7 +6,7 @@ from manifold_nets.optim.averaging import AveragedModel
 from manifold_nets.optim.clipping import clip_sphere_grad_norm_
 from manifold_nets.optim.guard import allow_euclidean
 from manifold_nets.optim.param_groups import param_groups
-from manifold_nets.optim.schedules import BoldDriver
+from manifold_nets.optim.schedules import BoldDriver, CorrectedDecay
 from manifold_nets.optim.sgd import RiemannianSGD
 from manifold_nets.optim.transfer_state import carry_momentum
 from manifold_nets.optim.variants import (
@@ -28,6 +28,7 @@ __all__ = [
     "AngularSGD",
     "AveragedModel",
     "BoldDriver",
+    "CorrectedDecay",
     "ListedOptimizer",
     "ProjectedSGD",
     "RiemannianAdam",
