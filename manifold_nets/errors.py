@@ -271,11 +271,11 @@ class ConstraintError(FoundError, ValueError, TypeError):
     remedy = "Name a weight of the module that fits."
 
     @classmethod
-    def joint(cls, name: str, others: Sequence[str], found: str = "one of them alone") -> ConstraintError:
+    def joint(cls, name: str, others: Sequence[str], found: str = "this weight alone") -> ConstraintError:
         """The error about one weight of a joint sphere, where all of them are needed."""
         return cls(
-            f"{name}, whose groups share one norm with those of {listed(others)}",
-            found,
+            name,
+            f"{found}, but its groups share one norm with those of {listed(others)}",
             "all of them together",
             "Use manifold_nets.joint_spheres(model), manifold_nets.project(model), and one parameter group of "
             "manifold_nets.optim for all of them; or take the constraint away with manifold_nets.revert(model).",

@@ -373,7 +373,7 @@ def test_weights_of_the_model_itself_are_converted_before_they_are_checked(radiu
 
 def test_a_check_that_precedes_the_conversion_refuses_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage of the order of hooks."""
-    monkeypatch.setattr(loading, "check_values_last", lambda _: None)
+    monkeypatch.setattr(mn.constraints, "check_values_last", lambda _: None)
     model = mn.convert(functional(), images(), train_tolerance=1.0)
     with pytest.raises(OffManifoldError):
         model.load_state_dict(perturbed(functional()).state_dict())

@@ -17,16 +17,16 @@ from manifold_nets.constraints import (
     attach,
     constrained_weights,
     detach,
+    everywhere,
     is_converted,
     joint_spheres,
     note_converted,
     trusted_values,
 )
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.moves import moves_within, set_moves
+from manifold_nets.conversion.moves import MOVES, moves_within
 from manifold_nets.conversion.projection import convert_when_loaded, way_back
 from manifold_nets.conversion.remedies.dead_biases import absent_bias, put_back_bias, remove_bias, removed_biases
-from manifold_nets.conversion.revert import replace_everywhere
 from manifold_nets.documents import printable
 from manifold_nets.errors import (
     CheckpointError,
@@ -37,6 +37,7 @@ from manifold_nets.errors import (
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import holders
 
 __all__ = ["load", "load_contents", "save", "unchanged_on_failure"]
 
@@ -155,7 +156,7 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     _set_manifolds(model, contents)
     for prefix, moves in contents.conversions.items():
         converted = model.get_submodule(prefix.rstrip("."))
-        set_moves(converted, moves)
+        converted.__dict__[MOVES] = moves
         convert_when_loaded(converted)
     return model
 
@@ -361,22 +362,23 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
     kept = {name for name, weight in present.items() if name in wanted and _is_on(weight, wanted[name])}
     # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
     split = {getattr(wanted[name], "joint", None) for name in wanted.keys() - kept} - {None}
-    replaced = []
+    places = holders(model)
     for name in {**present, **wanted}:
         manifold = wanted.get(name)
         if name in kept and getattr(manifold, "joint", None) not in split:
             continue
-        prefix, _, leaf = name.rpartition(".")
-        module = model.get_submodule(prefix)
-        old, defined = module.get_parameter(leaf), name in present and not is_converted(present[name])
-        if manifold is None:
-            detach(module, leaf)
-        else:
+        defined = name in present and not is_converted(present[name])
+
+        def change(module: nn.Module, leaf: str, manifold: SphereProduct | None = manifold, d: bool = defined) -> None:
+            if manifold is None:
+                detach(module, leaf)
+                return
             attach(module, leaf, manifold)
-            if not defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+            if not d and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
                 note_converted(module, leaf, None)
-        replaced.append((old, module.get_parameter(leaf)))
-    replace_everywhere(model, replaced)
+
+        prefix, _, leaf = name.rpartition(".")
+        everywhere(places[id(model.get_submodule(prefix).get_parameter(leaf))], change)
 
 
 def _is_on(weight: ConstrainedWeight, manifold: SphereProduct) -> bool:

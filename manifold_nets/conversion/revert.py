@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from torch import nn
 
-from torch import Tensor, nn
-
-from manifold_nets.constraints import constrained_weights, copy_attributes, detach
-from manifold_nets.conversion.moves import forget_moves
+from manifold_nets.constraints import constrained_weights, copy_attributes, detach, everywhere
+from manifold_nets.conversion.moves import MOVES
 from manifold_nets.conversion.projection import leave_as_loaded
 from manifold_nets.conversion.remedies.dead_biases import put_back_bias, removed_biases
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.models import duplicate, holders
 
-__all__ = ["CONVERSION_RECORD", "copy_of", "replace_everywhere", "revert"]
+__all__ = ["CONVERSION_RECORD", "copy_of", "revert"]
 
 CONVERSION_RECORD = "_manifold_nets_conversion"
 _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items()}
@@ -47,15 +45,12 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     plain = model if inplace else copy_of(model, gradients=True)
     for module, leaf in removed_biases(plain).values():
         put_back_bias(module, leaf)
-    replaced = []
-    for weight in list(constrained_weights(plain)):
-        old = weight.parameter
-        detach(weight.module, weight.leaf)
-        replaced.append((old, weight.module.get_parameter(weight.leaf)))
-    replace_everywhere(plain, replaced)
+    places = holders(plain)
+    for held in [places[id(weight.parameter)] for weight in constrained_weights(plain)]:
+        everywhere(held, detach)
     for module in plain.modules():
-        module.__dict__.pop(CONVERSION_RECORD, None)
-        forget_moves(module)
+        for record in (CONVERSION_RECORD, MOVES):
+            module.__dict__.pop(record, None)
         leave_as_loaded(module)
         if type(module) in _PLAIN_LAYERS:
             # The same object with another class: whatever else refers to the layer, or hooks on it, goes on working.
@@ -71,27 +66,3 @@ def copy_of(model: nn.Module, *, gradients: bool = False) -> nn.Module:
         if gradients and old.grad is not None:
             new.grad = old.grad.detach().clone()
     return copied
-
-
-def replace_everywhere(model: nn.Module, replacements: Sequence[tuple[Tensor, nn.Parameter]]) -> None:
-    """Put each new parameter where a module still holds the old one, so that tied weights stay tied.
-
-    The record that a module has of the old parameter's manifold goes with it.
-
-    Args:
-        model: the model; modules that already hold the new parameters are left alone.
-        replacements: pairs of an old and a new parameter.
-
-    Example:
-        >>> first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-        >>> second.weight = first.weight
-        >>> old, first.weight = first.weight, nn.Parameter(first.weight.detach())
-        >>> replace_everywhere(nn.Sequential(first, second), [(old, first.weight)])
-        >>> second.weight is first.weight
-        True
-    """
-    places = holders(model)
-    for old, new in replacements:
-        for module, leaf in places.get(id(old), ()):
-            detach(module, leaf)
-            setattr(module, leaf, new)
