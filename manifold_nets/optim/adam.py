@@ -163,19 +163,18 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
     ) -> StepInput:
+        by_entries = self._second == "entry_sq" or bool(group.get("transfer"))
+        key, most = ("entry_sq", "max_entry_sq") if by_entries else ("exp_avg_sq", "max_exp_avg_sq")
         if "exp_avg" not in state:
             # The step on the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False)
-            state[self._second] = self._zero_second_moments(weight, manifold)
-        if group["amsgrad"] and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+            state[key] = _zero_second_moments(weight, manifold, by_entries=by_entries)
+        if group["amsgrad"] and most not in state:
+            state[most] = torch.zeros_like(state[key])
         state["step"] += 1
-        second, largest = state[self._second], state["max_exp_avg_sq"] if group["amsgrad"] else None
+        second, largest = state[key], state[most] if group["amsgrad"] else None
         return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=float(state["step"]))
-
-    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
-        return zero_scalars(weight, manifold, accumulation_dtype(weight.dtype))
 
     def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
         steps = [self.state[member.weight]["step"] for member in inputs]
@@ -244,5 +243,9 @@ class AngularAdam(RiemannianAdam):
                 expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
                 raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
-    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
-        return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype), requires_grad=False)
+
+def _zero_second_moments(weight: Tensor, manifold: SphereProduct, *, by_entries: bool) -> Tensor:
+    dtype = accumulation_dtype(weight.dtype)
+    if by_entries:
+        return torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+    return zero_scalars(weight, manifold, dtype)
