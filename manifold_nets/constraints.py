@@ -43,10 +43,12 @@ __all__ = [
     "has_norms",
     "holds_manifolds",
     "is_converted",
+    "is_defined",
     "joint_spheres",
     "last_change",
     "lost_constraints",
     "note_converted",
+    "note_defined",
     "recorded_name",
     "remove_load_hook",
     "require_loadable",
@@ -78,6 +80,8 @@ class _Constraints:
         self.manifolds: dict[str, SphereProduct] = {}
         # Weights that a conversion put on their spheres, and the median norm of their groups before, where known.
         self.converted: dict[str, float | None] = {}
+        # Weights that `manifold_nets.constrain` put there.
+        self.defined: set[str] = set()
         _live_records.add(self)
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
@@ -110,18 +114,18 @@ class _Constraints:
             if id(manifold) in changing or isinstance(manifold, JointSphereMember):
                 continue
             if has_norms(value, manifold):
-                remedy = _remedy(prefix + leaf, converted=leaf in self.converted)
+                remedy = _remedy(prefix + leaf, converted=leaf in self.converted, defined=leaf in self.defined)
                 manifold.require_point(whole(value), prefix + leaf, rtol=NEAR, remedy=remedy)
 
     def __getstate__(self) -> dict[str, Any]:
         held = {"parameters": self.parameters, "kind": self.kind, "manifolds": self.manifolds}
-        return {"owner": self.owner(), "converted": self.converted, **held}
+        return {"owner": self.owner(), "converted": self.converted, "defined": self.defined, **held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         owner = state["owner"]
         self.owner = weakref.ref(owner) if owner is not None else lambda: None  # type: ignore[assignment]
         self.parameters, self.kind, self.manifolds = state["parameters"], state["kind"], state["manifolds"]
-        self.converted = state.get("converted", {})
+        self.converted, self.defined = state.get("converted", {}), state.get("defined", set())
         _live_records.add(self)
 
 
@@ -197,6 +201,7 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
         module._register_load_state_dict_pre_hook(fresh)  # type: ignore[no-untyped-call]
         fresh.manifolds.update(record.manifolds if record is not None else {})
         fresh.converted.update(record.converted if record is not None else {})
+        fresh.defined.update(record.defined if record is not None else ())
         module.__dict__[_RECORD] = record = fresh
     record.manifolds[leaf] = manifold
 
@@ -223,6 +228,7 @@ def detach(module: nn.Module, leaf: str) -> None:
     if record is not None:
         record.manifolds.pop(leaf, None)
         record.converted.pop(leaf, None)
+        record.defined.discard(leaf)
         if not record.manifolds:
             del module.__dict__[_RECORD]
             remove_load_hook(module, _Constraints)
@@ -299,17 +305,22 @@ def has_norms(value: Any, manifold: SphereProduct) -> TypeGuard[Tensor]:
     )
 
 
-def _remedy(name: str, *, converted: bool) -> str:
+def _remedy(name: str, *, converted: bool, defined: bool) -> str:
     if converted:
         return (
             "The state is that of a plain network. Load the whole of it into the model that manifold_nets.convert "
             "returned, which scales biases and running statistics along; or load it into the plain network, and "
             "convert that."
         )
+    plain = (
+        "Load it into the plain network, which manifold_nets.unconstrain(model) makes of it, and constrain that again. "
+        if defined
+        else "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
+        "manifold_nets.convert(plain, example_inputs), which keeps the function. "
+    )
     return (
-        "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
-        "manifold_nets.convert(plain, example_inputs), which keeps the function. If only its directions are wanted, "
-        f"put the value on its spheres first: state[{name!r}] = manifold.projx(value)."
+        f"{plain}If only its directions are wanted, put the value on its spheres first: "
+        f"state[{name!r}] = manifold.projx(value)."
     )
 
 
@@ -328,6 +339,17 @@ def is_converted(weight: ConstrainedWeight) -> bool:
     """Whether a weight came onto its spheres by a conversion, which moved biases and statistics along."""
     record = weight.module.__dict__.get(_RECORD)
     return record is not None and weight.leaf in record.converted
+
+
+def note_defined(module: nn.Module, leaf: str) -> None:
+    """Record that the model was given spheres for a weight by name, whatever that did to its function."""
+    module.__dict__[_RECORD].defined.add(leaf)
+
+
+def is_defined(weight: ConstrainedWeight) -> bool:
+    """Whether a weight was put on its spheres by name, without a conversion."""
+    record = weight.module.__dict__.get(_RECORD)
+    return record is not None and weight.leaf in record.defined
 
 
 def converted_norms(parameters: Iterable[Tensor]) -> dict[int, float]:

@@ -18,8 +18,10 @@ from manifold_nets.constraints import (
     constrained_weights,
     detach,
     is_converted,
+    is_defined,
     joint_spheres,
     note_converted,
+    note_defined,
     trusted_values,
 )
 from manifold_nets.conversion import storage
@@ -73,7 +75,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         SphereProduct(3 filters of 4, radius 1) manifold
     """
     tensors, aliases = _unique(_storable(model, path))
-    manifolds = {}
+    manifolds, defined = {}, []
     for weight in constrained_weights(model):
         stored = aliases.get(weight.name, weight.name)
         if stored not in tensors:
@@ -83,10 +85,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 "renames or drops it.",
             )
         manifolds[stored] = weight.manifold
+        defined += [stored] * is_defined(weight)
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
     _require_points(tensors, manifolds, lambda name: f"{_WHY} {way_back(model, name)}")
     removed, conversions = tuple(removed_biases(model)), {prefix: moves for prefix, _, moves in moves_within(model)}
-    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions))
+    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions, tuple(defined)))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -373,7 +376,9 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
             detach(module, leaf)
         else:
             attach(module, leaf, manifold)
-            if not defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+            if name in contents.defined:
+                note_defined(module, leaf)
+            elif not defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
                 note_converted(module, leaf, None)
         replaced.append((old, module.get_parameter(leaf)))
     replace_everywhere(model, replaced)
