@@ -19,10 +19,10 @@ from manifold_nets.errors import (
     ReportMismatchError,
 )
 from manifold_nets.gathered import is_sharded, whole
-from manifold_nets.groups import refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import inner_model
+from manifold_nets.padded import PaddedSphereProduct
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 __all__ = ["Group", "constrained_of", "invariant_weights", "name_at_step", "name_of", "param_groups"]
@@ -284,10 +284,13 @@ def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group
             raise ParameterGroupError.on_spheres(name, f"{option}=True", f"{option}=False")
     if tuple(weight.shape) != manifold.partition.shape:
         raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")
+    if isinstance(manifold, PaddedSphereProduct) and is_sharded(weight):
+        found = "a padding row in a sharded weight"
+        raise ParameterGroupError.on_spheres(name, found, "a whole weight, or no padding_idx")
     if weight.device.type == "meta" or isinstance(manifold, JointSphereMember):
         return
     point = whole(weight)
-    refuse_degenerate(manifold.partition.norms(point), name)
+    manifold.refuse_degenerate(point, name)
     manifold.require_point(point, name, rtol=NEAR, remedy=_PUT_BACK)
 
 
