@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -16,12 +17,12 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from manifold_nets.comparison.errors import CodeNotAllowedError, FolderInUseError, RecordError, SettingsError
-from manifold_nets.comparison.experiment import Experiment, foreign_code, packed, require_device
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.experiment import Experiment, InitialModels, foreign_code, require_device
 from manifold_nets.comparison.models import ModelSource
 from manifold_nets.comparison.optimizers import AnyOptimizer, OptimizerSpec, optimizer_spec, spec_of
-from manifold_nets.comparison.pool import Executor, InProcessExecutor, ProcessPool, Worker
+from manifold_nets.comparison.pool import Executor, InProcessExecutor, ProcessPool, packed
 from manifold_nets.comparison.results import Comparison, environment
+from manifold_nets.comparison.run import Runner
 from manifold_nets.comparison.scheduler import Observer, Scheduler, conclude, shown_progress
 from manifold_nets.comparison.selection import choose_all, tuned_settings, tuning_settings
 from manifold_nets.comparison.settings import Settings
@@ -221,8 +222,8 @@ def compare_settings(
             if output is not None:
                 with atomic_file(folder / STUDY_NAME_FILE) as temporary:
                     temporary.write_text(name, encoding="utf-8")
-        store, worker = local.carry_out(settings, url, name, weights, shared=storage is not None)
-        comparison = conclude(store, settings, weights, worker)
+        store, runner = local.carry_out(settings, url, name, weights, shared=storage is not None)
+        comparison = conclude(store, settings, runner)
         if output is not None:
             comparison.write(folder)
             if report:
@@ -246,8 +247,8 @@ class _Local:
 
     def carry_out(
         self, settings: Settings, url: str, study: str, weights: Path | None, *, shared: bool = False
-    ) -> tuple[RunStore, Callable[[], Worker]]:
-        """Carry out the runs that have no result; return the study, and what makes a worker that can repeat a run."""
+    ) -> tuple[RunStore, Callable[[], Runner]]:
+        """Carry out the runs that have no result; return the study, and what makes a runner that can repeat a run."""
         store = self.stack.enter_context(contextlib.closing(_open_store(url, study)))
         if store.create(settings, environment()) != settings:
             self.initial_models = self.initial_models or InitialModels.checked(self.experiment, settings)
@@ -256,22 +257,22 @@ class _Local:
             store.mark_failed(store.running())
         keys = tuple(settings.run_keys())
         store.add_missing(keys)
-        made: list[Worker] = []
 
-        def worker() -> Worker:
-            if not made:
-                made.append(Worker(settings, self.experiment, weights, self.initial_models))
-            return made[0]
+        @cache
+        def runner() -> Runner:
+            made = self.initial_models
+            if made is None or made.settings != settings:
+                made = InitialModels(self.experiment, settings)
+            return Runner(made, settings, weights)
 
         if store.count_done(keys) < len(keys):
-            executor: Executor
-            if self.workers == 1 and not shared:
-                executor = InProcessExecutor(worker())
-            else:
-                executor = ProcessPool(self.workers, settings, self.sent, weights)
+            alone = self.workers == 1 and not shared
+            executor: Executor = (
+                InProcessExecutor(runner()) if alone else ProcessPool(self.workers, settings, self.sent, weights)
+            )
             with contextlib.closing(executor):
                 Scheduler(store, settings, executor, shared, weights, self.observer).run()
-        return store, worker
+        return store, runner
 
 
 def _tuned(local: _Local, settings: Settings, folder: Path | None) -> Settings:
