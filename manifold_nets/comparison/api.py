@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from manifold_nets.comparison.errors import CodeNotAllowedError, FolderInUseError, RecordError, SettingsError
 from manifold_nets.comparison.experiment import Experiment, InitialModels, foreign_code, require_device
 from manifold_nets.comparison.models import ModelSource
-from manifold_nets.comparison.optimizers import AnyOptimizer, OptimizerSpec, optimizer_spec, spec_of
+from manifold_nets.comparison.optimizers import AnyOptimizer, OptimizerSpec, optimizer_spec
 from manifold_nets.comparison.pool import Executor, InProcessExecutor, ProcessPool, packed
 from manifold_nets.comparison.results import Comparison, environment
 from manifold_nets.comparison.run import Runner
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
 
 STUDY_FILE, STUDY_NAME_FILE = "study.db", "study-name.txt"
-_IN_MEMORY = "sqlite:///:memory:"
 _SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
-_OPTIMIZERS = ("names, optimizer classes or OptimizerSpecs", "Write them as ['sgd', 'rsgd'].")
 
 Number = TypeVar("Number", int, float)
 
@@ -113,7 +111,7 @@ def compare(
     _require_types(model, task)
     loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
     given = _listed_optimizers(optimizers)
-    specs = [_spec(item) for item in given]
+    specs = [optimizer_spec(item) for item in given]
     options.setdefault("batch_size", loaded.batch_size)
     settings = Settings(
         task=task if isinstance(task, str) else loaded.name,
@@ -140,7 +138,7 @@ def _require_types(model: object, task: object) -> None:
         raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
 
 
-def _listed_optimizers(optimizers: AnyOptimizer | Sequence[AnyOptimizer]) -> tuple[AnyOptimizer, ...]:
+def _listed_optimizers(optimizers: object) -> tuple[AnyOptimizer, ...]:
     """The optimizers of an argument that may be one, several, or names separated by commas.
 
     Example:
@@ -149,21 +147,13 @@ def _listed_optimizers(optimizers: AnyOptimizer | Sequence[AnyOptimizer]) -> tup
     """
     if isinstance(optimizers, str):
         return tuple(name.strip() for name in optimizers.split(","))
-    try:
-        one = isinstance(optimizers, OptimizerSpec) or callable(optimizers)
-        found: tuple[Any, ...] = (optimizers,) if one else tuple(cast(Iterable[Any], optimizers))
-    except TypeError as error:
-        raise ArgumentTypeError("optimizers", optimizers, *_OPTIMIZERS) from error
+    one = isinstance(optimizers, OptimizerSpec) or callable(optimizers) or not isinstance(optimizers, Iterable)
+    found: tuple[Any, ...] = (optimizers,) if one else tuple(optimizers)
     for item in found:
         if not (isinstance(item, (str, OptimizerSpec)) or callable(item)):
-            raise ArgumentTypeError("optimizers", item, *_OPTIMIZERS)
+            expected, remedy = "names, optimizer classes or OptimizerSpecs", "Write them as ['sgd', 'rsgd']."
+            raise ArgumentTypeError("optimizers", item, expected, remedy)
     return found
-
-
-def _spec(item: AnyOptimizer) -> OptimizerSpec:
-    if isinstance(item, str):
-        return optimizer_spec(item)
-    return item if isinstance(item, OptimizerSpec) else spec_of(item)
 
 
 def _numbers(
@@ -171,11 +161,10 @@ def _numbers(
 ) -> tuple[Number, ...]:
     """The numbers of an argument, converted to one kind."""
     try:
-        if not isinstance(values, str):
-            return tuple(kind(value) for value in values)
+        # Of a text nothing is a number.
+        return tuple(kind(value) for value in ([values] if isinstance(values, str) else values))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy) from error
-    raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy)
 
 
 def compare_settings(
@@ -215,14 +204,14 @@ def compare_settings(
         observer = stack.enter_context(shown_progress(progress))
         local = _Local(stack, experiment, sent, workers, observer, initial_models)
         if settings.tune_on is not None:
-            settings = _tuned(local, settings, None if output is None else folder / "tuning")
-        weights, url, name = folder / "weights", _url(None if output is None else folder), "comparison"
+            settings = _tuned(local, settings, folder / "tuning")
+        url, name = _url(folder), "comparison"
         if storage is not None:
             url, name = storage, study_name(settings, output)
             if output is not None:
                 with atomic_file(folder / STUDY_NAME_FILE) as temporary:
                     temporary.write_text(name, encoding="utf-8")
-        store, runner = local.carry_out(settings, url, name, weights, shared=storage is not None)
+        store, runner = local.carry_out(settings, url, name, folder / "weights", shared=storage is not None)
         comparison = conclude(store, settings, runner)
         if output is not None:
             comparison.write(folder)
@@ -275,22 +264,19 @@ class _Local:
         return store, runner
 
 
-def _tuned(local: _Local, settings: Settings, folder: Path | None) -> Settings:
+def _tuned(local: _Local, settings: Settings, folder: Path) -> Settings:
     """Choose by runs on few examples, whose comparison is kept in its own folder, without any test."""
     small = tuning_settings(settings)
-    if folder is not None:
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     store, _ = local.carry_out(small, _url(folder), "comparison", None)
     results = store.results()
     choices = choose_all(small, results)
-    if folder is not None:
-        runs = tuple(results[key] for key in small.run_keys())
-        Comparison(small, runs, choices, store.environment()).write(folder)
+    Comparison(small, tuple(results[key] for key in small.run_keys()), choices, store.environment()).write(folder)
     return tuned_settings(settings, choices)
 
 
-def _url(folder: Path | None) -> str:
-    return _IN_MEMORY if folder is None else f"sqlite:///{folder / STUDY_FILE}"
+def _url(folder: Path) -> str:
+    return f"sqlite:///{folder / STUDY_FILE}"
 
 
 def _open_store(url: str, study: str) -> RunStore:
