@@ -75,6 +75,8 @@ class _Constraints(LoadHook):
         self.manifolds: dict[str, SphereProduct] = {}
         # Weights that a conversion put on their spheres, and the median norm of their groups before, where known.
         self.converted: dict[str, float | None] = {}
+        # Weights that `manifold_nets.constrain` put there.
+        self.defined: set[str] = set()
         _live_records.add(self)
         super().__init__(module)
 
@@ -112,7 +114,7 @@ class _Constraints(LoadHook):
             if id(manifold) in changing or isinstance(manifold, JointSphereMember):
                 continue
             if has_norms(value, manifold):
-                remedy = _remedy(prefix + leaf, converted=leaf in self.converted)
+                remedy = _remedy(prefix + leaf, converted=leaf in self.converted, defined=leaf in self.defined)
                 manifold.require_point(whole(value), prefix + leaf, rtol=NEAR, remedy=remedy)
 
 
@@ -191,6 +193,7 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
         if record is not None:
             fresh.manifolds.update(record.manifolds)
             fresh.converted.update(record.converted)
+            fresh.defined.update(record.defined)
         module.__dict__[_RECORD] = record = fresh
     record.manifolds[leaf] = manifold
 
@@ -217,6 +220,7 @@ def detach(module: nn.Module, leaf: str) -> None:
     if record is not None:
         record.manifolds.pop(leaf, None)
         record.converted.pop(leaf, None)
+        record.defined.discard(leaf)
         if not record.manifolds:
             del module.__dict__[_RECORD]
             remove_load_hook(module, _Constraints)
@@ -309,17 +313,22 @@ def has_norms(value: Any, manifold: SphereProduct) -> TypeGuard[Tensor]:
     )
 
 
-def _remedy(name: str, *, converted: bool) -> str:
+def _remedy(name: str, *, converted: bool, defined: bool) -> str:
     if converted:
         return (
             "The state is that of a plain network. Load the whole of it into the model that manifold_nets.convert "
             "returned, which scales biases and running statistics along; or load it into the plain network, and "
             "convert that."
         )
+    plain = (
+        "Load it into the plain network, which manifold_nets.unconstrain(model) makes of it, and constrain that again. "
+        if defined
+        else "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
+        "manifold_nets.convert(plain, example_inputs), which keeps the function. "
+    )
     return (
-        "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
-        "manifold_nets.convert(plain, example_inputs), which keeps the function. If only its directions are wanted, "
-        f"put the value on its spheres first: state[{name!r}] = manifold.projx(value)."
+        f"{plain}If only its directions are wanted, put the value on its spheres first: "
+        f"state[{name!r}] = manifold.projx(value)."
     )
 
 
@@ -332,6 +341,17 @@ def is_converted(weight: ConstrainedWeight) -> bool:
     """Whether a weight came onto its spheres by a conversion, which moved biases and statistics along."""
     record = _record_of(weight.module)
     return record is not None and weight.leaf in record.converted
+
+
+def note_defined(module: nn.Module, leaf: str) -> None:
+    """Record that the model was given spheres for a weight by name, whatever that did to its function."""
+    module.__dict__[_RECORD].defined.add(leaf)
+
+
+def is_defined(weight: ConstrainedWeight) -> bool:
+    """Whether a weight was put on its spheres by name, without a conversion."""
+    record = weight.module.__dict__.get(_RECORD)
+    return record is not None and weight.leaf in record.defined
 
 
 def converted_norms(parameters: Iterable[Tensor]) -> dict[int, float]:

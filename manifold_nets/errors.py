@@ -263,7 +263,7 @@ class OffManifoldError(ManifoldNetsError, ValueError):
     """A weight that belongs on a product of spheres has left it."""
 
     def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str | Callable[[], str]) -> None:
-        deviation = abs(norm / radius - 1)
+        deviation = abs(norm / radius - 1) if radius else math.inf  # the padding row of an embedding is zero
         some = math.isfinite(deviation) and deviation > 0
         # Two digits of the difference, and no fewer than eight in all; seventeen tell any two numbers apart.
         digits = min(max(8, 2 - math.floor(math.log10(deviation))), 17) if some else 8

@@ -174,6 +174,19 @@ def _refuse_unsupported(model: nn.Module) -> None:
             raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and ``torch.compile``, or the model itself.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> inner_model(nn.DataParallel(inner)) is inner
+        True
+    """
+    while (child := _WRAPPERS.get(type(model).__name__)) is not None and child in model._modules:
+        model = model.get_submodule(child)
+    return model
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     """Let compilers and parallel wrappers inside a copy run the module that they hold; names stay as they are."""
     child = _WRAPPERS.get(type(module).__name__)

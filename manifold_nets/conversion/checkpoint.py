@@ -19,8 +19,10 @@ from manifold_nets.constraints import (
     detach,
     everywhere,
     is_converted,
+    is_defined,
     joint_spheres,
     note_converted,
+    note_defined,
     trusted_values,
 )
 from manifold_nets.conversion import storage
@@ -75,7 +77,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         SphereProduct(3 filters of 4, radius 1) manifold
     """
     tensors, aliases = _unique(_storable(model, path))
-    manifolds = {}
+    manifolds, defined = {}, []
     for weight in constrained_weights(model):
         stored = aliases.get(weight.name, weight.name)
         if stored not in tensors:
@@ -85,10 +87,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 "renames or drops it.",
             )
         manifolds[stored] = weight.manifold
+        defined += [stored] * is_defined(weight)
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
     _require_points(tensors, manifolds, model)
     removed, conversions = tuple(removed_biases(model)), {prefix: moves for prefix, _, moves in moves_within(model)}
-    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions))
+    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions, tuple(defined)))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -357,12 +360,16 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
             continue
         defined = name in present and not is_converted(present[name])
 
-        def change(module: nn.Module, leaf: str, manifold: SphereProduct | None = manifold, d: bool = defined) -> None:
+        def change(
+            module: nn.Module, leaf: str, manifold: SphereProduct | None = manifold, name: str = name, d: bool = defined
+        ) -> None:
             if manifold is None:
                 detach(module, leaf)
                 return
             attach(module, leaf, manifold)
-            if not d and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+            if name in contents.defined:
+                note_defined(module, leaf)
+            elif not d and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
                 note_converted(module, leaf, None)
 
         prefix, _, leaf = name.rpartition(".")

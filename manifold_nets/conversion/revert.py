@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights, copy_attributes, detach, everywhere
-from manifold_nets.conversion.moves import MOVES
+from manifold_nets.conversion.moves import MOVES, Values, moves_of, rescaled_along
 from manifold_nets.conversion.projection import leave_as_loaded
 from manifold_nets.conversion.remedies.dead_biases import put_back_bias, removed_biases
+from manifold_nets.errors import OptionError
+from manifold_nets.groups import refuse_degenerate
 from manifold_nets.layers import UNIT_NORM_LAYERS
-from manifold_nets.models import duplicate, holders
+from manifold_nets.models import duplicate, holders, named_tensors
 
 __all__ = ["CONVERSION_RECORD", "copy_of", "revert"]
 
@@ -17,7 +22,7 @@ CONVERSION_RECORD = "_manifold_nets_conversion"
 _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items()}
 
 
-def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def revert(model: nn.Module, *, norms: Mapping[str, Tensor] | None = None, inplace: bool = False) -> nn.Module:
     """Give a model back with plain parameters: the same values, the same function bit for bit.
 
     Every weight on a `SphereProduct` becomes a `torch.nn.Parameter`, and the ``UnitNorm*`` layers become the torch
@@ -29,12 +34,20 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Parameters on other manifolds of geoopt are left alone, and so are classes that were derived from a ``UnitNorm*``
     layer. Optimizers that hold a replaced parameter object stay with it: build optimizers after reverting.
 
+    With ``norms`` converted weights are scaled to other norms, such as those that they would have without the
+    conversion (`manifold_nets.optim.plain_norms`); biases and running statistics are scaled along, so that the function
+    stays to rounding in evaluation mode, and up to what eps contributes in training mode.
+
     Args:
         model: a converted model, or one with ``UnitNorm*`` layers; one with nothing constrained is merely copied.
+        norms: for the names of some converted weights the norm of each group.
         inplace: change the model itself instead of a copy.
 
     Returns:
         The copy, or the model itself.
+
+    Raises:
+        OptionError: ``norms`` names a weight of which it is not known what changes with it, or does not fit.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -43,6 +56,8 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ('Linear', 'Parameter')
     """
     plain = model if inplace else copy_of(model, gradients=True)
+    if norms:
+        _rescale(plain, norms)
     for module, leaf in removed_biases(plain).values():
         put_back_bias(module, leaf)
     places = holders(plain)
@@ -56,6 +71,28 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             # The same object with another class: whatever else refers to the layer, or hooks on it, goes on working.
             module.__class__ = _PLAIN_LAYERS[type(module)]
     return plain
+
+
+@torch.no_grad()
+def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
+    """Scale weights to other norms, and with them what conversion scaled along."""
+    record, tensors = moves_of(model), named_tensors(model)
+    values = Values(tensors)
+    known = {} if record is None else record.present(removed_biases(model))
+    manifolds = {weight.name: weight.manifold for weight in constrained_weights(model)}
+
+    for name, wanted in norms.items():
+        if name not in known or name not in manifolds:
+            raise OptionError("norms", name, "converted weights of which it is known what changes with them")
+        partition = manifolds[name].partition
+        if wanted.numel() != partition.n_groups:
+            raise OptionError("norms", f"{wanted.numel()} for {name}", f"one for each of {partition}")
+        factors = wanted.detach().double().flatten() / partition.norms(values[name]).flatten()
+        refuse_degenerate(factors, name)
+        values.update(rescaled_along(known[name], factors, values))
+        values[name] = partition.multiply(values[name], partition.spread(factors))
+    for name, value in values.items():
+        tensors[name].copy_(value)
 
 
 def copy_of(model: nn.Module, *, gradients: bool = False) -> nn.Module:

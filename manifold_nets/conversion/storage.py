@@ -30,7 +30,8 @@ from manifold_nets.joint_sphere import manifolds_from_dicts
 from manifold_nets.manifold import SphereProduct
 
 FORMAT = "manifold_nets checkpoint"
-# Version 2 added the conversions; a file without any is still written as version 1, for older releases.
+# Version 2 added the conversions, weights constrained by name and padding rows; a file without any of these is still
+# written as version 1, for older releases.
 VERSION = 2
 # One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
 _KEY = "manifold_nets"
@@ -49,6 +50,7 @@ class Contents:
         aliases: other names of stored tensors.
         removed: names of biases that conversion has removed.
         conversions: what conversions moved, by the prefix of the names of the converted module, as ``"net."``.
+        defined: names of constrained weights that were put on their spheres by name, without a conversion.
     """
 
     tensors: Mapping[str, Tensor]
@@ -56,6 +58,7 @@ class Contents:
     aliases: Mapping[str, str]
     removed: tuple[str, ...] = ()
     conversions: Mapping[str, Moves] = field(default_factory=dict)
+    defined: tuple[str, ...] = ()
 
     def expanded(self) -> dict[str, Tensor]:
         """Return the tensors under all their names."""
@@ -64,16 +67,20 @@ class Contents:
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
     """Write a checkpoint file atomically. The tensors are dense, contiguous and in the main memory."""
+    manifolds = {name: manifold.to_dict() for name, manifold in contents.manifolds.items()}
+    is_new = contents.conversions or contents.defined or any("padding" in data for data in manifolds.values())
     document: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if contents.conversions else 1,
-        "manifolds": {name: manifold.to_dict() for name, manifold in contents.manifolds.items()},
+        "version": VERSION if is_new else 1,
+        "manifolds": manifolds,
         "aliases": dict(contents.aliases),
     }
     if contents.removed:
         document["removed_biases"] = list(contents.removed)
     if contents.conversions:
         document["conversions"] = {prefix: moves.to_dict() for prefix, moves in contents.conversions.items()}
+    if contents.defined:
+        document["defined"] = list(contents.defined)
     document["checksum"] = tensors_checksum(contents.tensors, document)
     metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
     with atomic_file(path) as temporary:
@@ -148,7 +155,8 @@ def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metada
         conversions = {prefix: Moves.from_dict(data) for prefix, data in document.get("conversions", {}).items()}
         try:
             manifolds = manifolds_from_dicts(document["manifolds"])
-            return Contents(tensors, manifolds, document["aliases"], removed, conversions)
+            defined = tuple(document.get("defined", ()))
+            return Contents(tensors, manifolds, document["aliases"], removed, conversions, defined)
         except PartitionError as error:
             fault = str(error)
     found = f"unreadable metadata {_KEY!r} ({printable(fault)})"

@@ -193,8 +193,9 @@ class AdamG(_Variant, RiemannianAdam):
     _kind = "adam-g"
 
     def __init__(self, params: Any, lr: float = 0.05, *, clip: float = 0.1, **options: Any) -> None:
-        if options.get("amsgrad"):
-            raise OptionError("amsgrad", True, "False, as Adam-G has no such variant")
+        for name in ("amsgrad", "per"):
+            if options.get(name):
+                raise OptionError(name, options[name], "left out, as Adam-G has no such variant")
         self._added = {"clip": clip}
         super().__init__(params, lr=lr, **options)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -22,7 +23,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.models import absent, is_continuous
 from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.exact_mode import exact_mode
-from manifold_nets.symmetry.group_sums import GroupSums, group_sums
+from manifold_nets.symmetry.group_sums import GroupSums, coarsened, group_sums
 
 __all__ = [
     "MOST_PASSES",
@@ -89,10 +90,10 @@ class GradientPass:
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
         if self.without_values:
-            return GroupSums(*torch.zeros(()).expand(4, partition.n_groups))
+            return GroupSums(*np.zeros((4, partition.n_groups)))
         known = self._sums.setdefault(name, {})
         if partition not in known:
-            finer = (sums.coarsened(fine, partition) for fine, sums in known.items())
+            finer = (coarsened(sums, fine, partition) for fine, sums in known.items())
             found = next((sums for sums in finer if sums is not None), None)
             known.update({partition: found} if found is not None else self._taken(name, partition))
         return known[partition]
@@ -114,7 +115,7 @@ class GradientPass:
         if name not in self._sizes:
             partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
             sums = (self.sums(name, partition) for partition in partitions)
-            sizes = [each.weights.sqrt() * each.gradients.sqrt() for each in sums]
+            sizes = [np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums]
             self._sizes[name] = [(float(size.sum()), float(size.max())) for size in sizes]
         return self._sizes[name]
 

@@ -90,10 +90,8 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
 
 
 def _takes_rate(source: object) -> bool:
-    if not callable(source):
-        return False
     try:
-        parameters = inspect.signature(source).parameters.values()
-    except (TypeError, ValueError):  # as of some callables written in C
-        return True
+        parameters = inspect.signature(source).parameters.values()  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # nothing that can be called, or a callable written in C
+        return callable(source)
     return any(p.name == "lr" or p.kind is p.VAR_KEYWORD for p in parameters)

@@ -69,7 +69,7 @@ def check(
             return
         raise StepInputError(name(), fault, "memory for every entry", _REFILL)
     if gradient is not None:
-        _check_gradient(weight, gradient, sharded, name)
+        _check_gradient(weight, gradient, partition, sharded, name)
     if state:
         _check_state(weight, partition, state, name)
 
@@ -217,8 +217,11 @@ def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], na
             raise StepInputError(name(), "a step count on the meta device", "the number of steps so far", _RESTART)
 
 
-def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Callable[[], str]) -> None:
-    if gradient.layout != torch.strided:
+def _check_gradient(
+    weight: Tensor, gradient: Tensor, partition: Partition, sharded: bool, name: Callable[[], str]
+) -> None:
+    by_row = partition.view == partition.shape and partition.kept == (0,)
+    if gradient.layout != torch.strided and not (by_row and gradient.is_sparse and gradient.sparse_dim() == 1):
         raise StepInputError(name(), f"a gradient of layout {gradient.layout}", "a dense gradient", _DENSE)
     found = None
     if gradient.shape != weight.shape:
@@ -227,7 +230,7 @@ def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Calla
         found = f"a gradient of dtype {gradient.dtype}"
     elif gradient.is_cpu != weight.is_cpu:
         found = f"a gradient on {gradient.device}"
-    elif not sharded:
+    elif not (sharded or gradient.is_sparse):
         lacking = _fault(gradient, written=False)
         found = f"a gradient with {lacking}" if lacking else None
     if found:
