@@ -8,7 +8,7 @@ import os
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def listed(items: Iterable[object], limit: int = 8) -> str:
@@ -127,6 +127,15 @@ class CheckpointError(ManifoldNetsError, ValueError, TypeError):
 
 class CheckpointFormatError(CheckpointError):
     """A file is not one of weights that this release can read: damaged, of another kind, or newer."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        found: str,
+        remedy: str,
+        expected: str = "a checkpoint written by manifold_nets.save",
+    ) -> None:
+        super().__init__(path, f"found {found}; expected {expected}. {remedy}")
 
 
 class CheckpointMismatchError(CheckpointError):
@@ -253,7 +262,7 @@ class DegenerateGroupError(ManifoldNetsError, ValueError):
 class OffManifoldError(ManifoldNetsError, ValueError):
     """A weight that belongs on a product of spheres has left it."""
 
-    def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str) -> None:
+    def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str | Callable[[], str]) -> None:
         deviation = abs(norm / radius - 1) if radius else math.inf  # the padding row of an embedding is zero
         some = math.isfinite(deviation) and deviation > 0
         # Two digits of the difference, and no fewer than eight in all; seventeen tell any two numbers apart.
@@ -261,7 +270,7 @@ class OffManifoldError(ManifoldNetsError, ValueError):
         off = f", off by {deviation:.2g} of the radius" if some else ""
         super().__init__(
             f"{name}: group {group} has norm {norm:.{digits}g}{off}, but its sphere has radius {radius:.{digits}g}. "
-            f"{remedy}"
+            f"{remedy if isinstance(remedy, str) else remedy()}"
         )
 
 

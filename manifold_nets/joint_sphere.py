@@ -8,7 +8,7 @@ sphere for each c, of which every weight holds a part.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -95,7 +95,7 @@ class JointSphere:
         """Relative deviation ``|norm/R − 1|`` of each joint group: float64, shape ``(n_groups,)``, on the CPU."""
         return (self.norms(points) / self.radii - 1).abs()
 
-    def require_point(self, points: Sequence[Tensor], *, rtol: float, remedy: str) -> None:
+    def require_point(self, points: Sequence[Tensor], *, rtol: float, remedy: str | Callable[[], str]) -> None:
         """Raise `OffManifoldError` where a joint norm is off its radius by more than ``rtol``."""
         deviations = torch.nan_to_num(self.deviations(points), nan=torch.inf)
         worst = int(deviations.argmax())

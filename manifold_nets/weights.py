@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.conversion.checkpoint import load_contents, unchanged_on_failure
+from manifold_nets.conversion.checkpoint import load_contents, unchanged_on_failure, unusual
 from manifold_nets.conversion.storage import contents_of, is_checkpoint, read_tensors
 from manifold_nets.errors import CheckpointFormatError, CheckpointMismatchError, described, listed
 from manifold_nets.files import is_link_loop
@@ -19,6 +20,7 @@ __all__ = ["load_weights", "read_state_dict"]
 
 # Names under which training scripts put the weights into a larger dictionary.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_unreadable = functools.partial(CheckpointFormatError, expected="a safetensors file or a torch file of weights")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
@@ -91,9 +93,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, value in content.items():
         if not isinstance(name, str):
             raise _unreadable(path, f"{name!r} as the name of a tensor", "Save model.state_dict().")
-        if value.is_meta or value.layout != torch.strided:
-            what = "no values (it is on the meta device)" if value.is_meta else f"the layout {value.layout}"
-            raise _unreadable(path, f"{name} with {what}", "Save dense tensors that have values.")
+        if fault := unusual(value):
+            raise _unreadable(path, f"{name}, {fault}", "Save dense tensors that have values.")
     return dict(content), metadata
 
 
@@ -102,11 +103,6 @@ def _torch_content(file: BinaryIO) -> tuple[Any, dict[str, str]]:
     if isinstance(content, Mapping):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
     return content, {}
-
-
-def _unreadable(path: Path, found: str, remedy: str) -> CheckpointFormatError:
-    expected = "a safetensors file or a torch file of weights"
-    return CheckpointFormatError(path, f"found {found}; expected {expected}. {remedy}")
 
 
 def _check(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
