@@ -211,7 +211,8 @@ def _other_groups(
     names = {id(p): name for name, p in model.named_parameters()}
     biases = {name for name, p in model.named_parameters() if p.ndim < 2}
     targets = dict(other.named_parameters(remove_duplicate=False))
-    groups, pairs = [], []
+    groups: list[Group] = []
+    pairs: list[tuple[Group, str, Tensor, Tensor]] = []
     for number, group in enumerate(optimizer.param_groups):
         new = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
         new.update(params=[], param_names=[])
@@ -254,14 +255,17 @@ def _on_spheres(
             made[key] = _copied(value) if value is None else torch.as_tensor(value).detach().float().cpu().clone()
         elif key in _NAMES:
             made[_NAMES[key]] = value.detach().to(accumulation_dtype(target.dtype), copy=True)
-        else:
-            made[key] = value.detach().to(target.dtype, copy=True)
+        else:  # a momentum, in the scale of the weight on its spheres
+            scaled = partition.multiply(value.detach().double(), manifold.radius_for(target.detach().double()))
+            made[key] = scaled.to(target.dtype)
     if transfer == "equilibrium":
-        _to_equilibrium(group, name, source, manifold, made)
+        _to_equilibrium(group, name, source, manifold, state, made)
     return made
 
 
-def _to_equilibrium(group: Group, name: str, source: Tensor, manifold: SphereProduct, made: dict[str, Any]) -> None:
+def _to_equilibrium(
+    group: Group, name: str, source: Tensor, manifold: SphereProduct, state: dict[str, Any], made: dict[str, Any]
+) -> None:
     """Replace the norms by those at which growth and decay balance; gradients, and so moments, are as 1/n."""
     partition, norms = manifold.partition, made[NORM]
     lr, decay = float(group["lr"]), float(group["weight_decay"])
@@ -272,13 +276,13 @@ def _to_equilibrium(group: Group, name: str, source: Tensor, manifold: SpherePro
     if "betas" in group:
         new = torch.full_like(norms, (lr * partition.group_size / (2 * decay)) ** 0.5)
     else:
-        mu = float(group["momentum"])
-        gradient = made.get("momentum_buffer", source.grad)
+        mu, buffer = float(group["momentum"]), state.get("momentum_buffer")
+        gradient = source.grad if buffer is None else buffer
         if gradient is None:
             raise OptionError("transfer", f"'equilibrium', but {name} has neither momentum nor gradient", "one of them")
         # Of independent gradients G/n, (1 − τ)² Σ μ^{2k} = (1 − τ)²/(1 − μ²) are in the squared length of the momentum.
         tangent = manifold.proju(manifold.projx(source.detach()), gradient.detach())
-        share = (1 - mu**2) / (1 - float(group["dampening"])) ** 2 if "momentum_buffer" in made else 1.0
+        share = 1.0 if buffer is None else (1 - mu**2) / (1 - float(group["dampening"])) ** 2
         squared = share * (norms.square() * partition.inner(tangent, tangent).double()).mean()
         new = torch.full_like(norms, float(lr * squared / (2 * decay * (1 - mu))) ** 0.25)
         refuse_degenerate(new, name)
@@ -301,16 +305,16 @@ def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: Sphere
 
 def _off_spheres(state: dict[str, Any], weight: Tensor, manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
     """The state of a weight on spheres as that of the plain weight; the way back of `carry_momentum`."""
-    partition = manifold.partition
-    if NORM in state:
-        return {_PLAIN_NAMES.get(key, key): value for key, value in state.items() if key not in (NORM, "master_weight")}
-    found = dict(state)
+    partition, found, follows = manifold.partition, dict[str, Any](), NORM in state
+    scale = manifold.radius_for(norms) * (torch.ones_like(norms) if follows else norms)
     for key, value in state.items():
         if key in ("momentum_buffer", "exp_avg") and value is not None:
-            found[key] = partition.divide(value, (norms * manifold.radius_for(weight)).to(value.dtype))
-        elif key in _NAMES:
+            found[key] = partition.divide(value, scale.to(value.dtype))
+        elif key in _NAMES and not follows:
             mean = value / (norms.square() * partition.group_size)
             found[key] = partition.multiply(torch.ones_like(weight), mean.to(weight.dtype))
+        elif key not in (NORM, "master_weight"):
+            found[_PLAIN_NAMES.get(key, key)] = value
     return found
 
 

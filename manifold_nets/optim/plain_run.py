@@ -39,35 +39,40 @@ def step_as_plain_(rule: Rule, group: Group, member: StepInput, norms: Tensor) -
     manifold, partition, lr = member.manifold, member.manifold.partition, float(rule.lr)
     follows, decay = group["transfer"] == "follow", float(group["weight_decay"])
     point = wide(member.weight.detach())
+    radius = manifold.radius_for(point)
     shrinks = 1 - lr * decay if group.get("decoupled_weight_decay") else 1.0
     up = (norms / partition.norms(point)).to(point.dtype)
     plain = partition.multiply(point, up)
     gradient = partition.divide(wide(member.gradient.detach()), -up if rule.maximize else up)
     if decay and shrinks == 1:
         gradient = gradient.add(plain, alpha=decay)
-    direction = _direction(rule, member, gradient)
+    direction = _direction(rule, member, gradient, radius)
     inner = partition.inner(plain, direction).double()
     squared = shrinks**2 * norms.square() - 2 * lr * shrinks * inner
     squared += lr**2 * partition.inner(direction, direction).double()
     if lr != 0:
         end = plain.mul_(shrinks).sub_(direction, alpha=lr)
-        scaled = partition.multiply(end, manifold.radius_for(point) / partition.norms(end))
-        member.weight.copy_(scaled)
+        member.weight.copy_(partition.multiply(end, radius / partition.norms(end)))
     if follows:
         norms.copy_(squared.sqrt())
 
 
-def _direction(rule: Rule, member: StepInput, gradient: Tensor) -> Tensor:
-    """Return what the plain optimizer subtracts, per unit of learning rate, and update the moments in place."""
-    moment = member.moment
+def _direction(rule: Rule, member: StepInput, gradient: Tensor, radius: Tensor | float) -> Tensor:
+    """Return what the plain optimizer subtracts, per unit of learning rate, and update the moments in place.
+
+    The momentum is kept in the scale of the weight on its spheres: multiplied by the radius.
+    """
+    moment, partition = member.moment, member.manifold.partition
     if moment is None:
         return gradient
+    scaled = partition.multiply(gradient, radius).to(moment.dtype)
     if member.second is None:
-        moment.mul_(rule.beta1).add_(gradient, alpha=1 - member.dampening)
-        return gradient.add(moment, alpha=rule.beta1) if rule.nesterov else wide(moment)
-    moment.lerp_(gradient.to(moment.dtype), 1 - rule.beta1)
+        moment.mul_(rule.beta1).add_(scaled, alpha=1 - member.dampening)
+        plain = partition.divide(wide(moment), radius)
+        return gradient.add(plain, alpha=rule.beta1) if rule.nesterov else plain
+    moment.lerp_(scaled, 1 - rule.beta1)
     second = member.second.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
     if member.largest is not None:
         second = member.largest.copy_(torch.maximum(member.largest, second))
     first, squares = (1 / (1 - beta**member.step) for beta in (rule.beta1, rule.beta2))
-    return wide(moment).mul(first).div_((second * squares).sqrt_().add_(rule.eps))
+    return partition.divide(wide(moment), radius).mul_(first).div_((second * squares).sqrt_().add_(rule.eps))
