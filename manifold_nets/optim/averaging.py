@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import swa_utils
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import JointSphereError
+from manifold_nets.errors import ConstraintError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
 from manifold_nets.joint_sphere import JointSphereMember
@@ -97,7 +97,7 @@ class AveragedModel(swa_utils.AveragedModel):
         for manifold in (weight.manifold for weight in constrained_weights(model)):
             if isinstance(manifold, JointSphereMember):
                 found = "AveragedModel; take torch's, and put its average back with manifold_nets.project"
-                raise JointSphereError(manifold.member, manifold.others, found)
+                raise ConstraintError.joint(manifold.member, manifold.others, found)
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.lengths = _Lengths()
         for weight in constrained_weights(self.module):

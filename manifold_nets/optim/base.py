@@ -26,6 +26,7 @@ from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
 from manifold_nets.optim.plain_run import norms_of, step_as_plain_
+from manifold_nets.optim.rows import by_rows, whole_rows
 from manifold_nets.optim.state import (
     check_loaded,
     describe_manifolds,
@@ -138,7 +139,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            SparseGradientError: a weight that torch does not step has a sparse gradient; nothing was changed.
+            StepInputError: a weight that torch does not step has a sparse gradient; nothing was changed.
             StepInputError: a constrained weight, its gradient or its state has another shape than the spheres, or no
                 memory; nothing was changed.
         """
@@ -232,14 +233,15 @@ class SphereOptimizer(torch.optim.Optimizer):
             write_master_weights(master_weights)
             return
         options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
-        with joined(able) if moving else nullcontext(able) as together:
-            batches = assign(rule, together, **options) if together else []
+        with joined(able) if moving else nullcontext(able) as together, by_rows(rule, together) as stepped:
+            batches = assign(rule, stepped, **options) if stepped else []
             run(rule, batches)
         write_master_weights(master_weights)
         if (
             inputs
             and not moving
             and not master_weights
+            and whole_rows(inputs)
             and all(weights[place] is group["params"][place] for place in places)
         ):
             plan = StepPlan(self._deciding(group), places, idle, inputs, self.state, batches)

@@ -75,7 +75,7 @@ def from_torch(
         OptionError: the optimizer is of another kind or of other parameters, the converted model is another one,
             ``transfer`` is unknown, or there is no equilibrium, as without weight decay.
         DegenerateGroupError: a group of a weight is zero or not finite.
-        SphereOptionError: an option such as ``differentiable`` does not work on spheres.
+        ParameterGroupError: an option such as ``differentiable`` does not work on spheres.
 
     References:
         Derived above; the rates are those of Hoffer et al., arXiv:1803.01814, the equilibria those of Wan et al.,
