@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from manifold_nets.constraints import NEAR, constrained_weights, lost_constraints, recorded_name
 from manifold_nets.errors import (
     ArgumentTypeError,
-    ConstraintLostError,
-    JointSphereError,
+    ConstraintError,
+    EuclideanStepError,
     OptionError,
     ParameterGroupError,
     ReportMismatchError,
-    SphereOptionError,
-    UnsupportedManifoldError,
 )
 from manifold_nets.gathered import is_sharded, whole
-from manifold_nets.groups import refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import inner_model
+from manifold_nets.padded import PaddedSphereProduct
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
 __all__ = ["Group", "constrained_of", "invariant_weights", "name_at_step", "name_of", "param_groups"]
@@ -235,13 +233,13 @@ def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
         number: number of the group in its optimizer.
 
     Raises:
-        ConstraintLostError: a plain parameter stands in the place of a constrained weight.
-        UnsupportedManifoldError: a parameter lies on a manifold that is no product of spheres.
+        EuclideanStepError: a plain parameter stands in the place of a constrained weight.
+        ParameterGroupError: a parameter lies on a manifold that is no product of spheres.
         ParameterGroupError: the manifolds do not fit the parameters.
         OffManifoldError: a weight is not on its spheres.
         DegenerateGroupError: a group of a weight is zero or not finite.
-        JointSphereError: weights of a joint sphere are missing; all of them belong in one group.
-        SphereOptionError: a weight is not real, or an option of the group does not work on spheres.
+        ConstraintError: weights of a joint sphere are missing; all of them belong in one group.
+        ParameterGroupError: a weight is not real, or an option of the group does not work on spheres.
     """
     # What is not a tensor is left for torch to refuse.
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
@@ -264,7 +262,8 @@ def _manifold_of(parameter: Any, given: Any, name: str) -> SphereProduct | None:
     own = getattr(parameter, "manifold", None)
     for manifold in (given, own):
         if not (manifold is None or isinstance(manifold, (SphereProduct, geoopt.Euclidean))):
-            raise UnsupportedManifoldError(name, manifold)
+            remedy = "Use geoopt.optim for other manifolds, in an optimizer of its own."
+            raise ParameterGroupError(name, f"the manifold {manifold}", "a SphereProduct, or none", remedy)
     own, given = (m if isinstance(m, SphereProduct) else None for m in (own, given))
     if own is not None and given is not None and own.to_dict() != given.to_dict():
         raise ParameterGroupError(name, f"the manifold {given}", f"the parameter's own, {own}")
@@ -274,21 +273,24 @@ def _manifold_of(parameter: Any, given: Any, name: str) -> SphereProduct | None:
 def _refuse_lost(tensors: Sequence[Any], manifolds: Sequence[SphereProduct | None]) -> None:
     lost = lost_constraints(p for p, manifold in zip(tensors, manifolds, strict=True) if manifold is None)
     if lost:
-        raise ConstraintLostError(lost)
+        raise EuclideanStepError(lost)
 
 
 def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group: Group) -> None:
     if not weight.is_floating_point():
-        raise SphereOptionError(name, f"dtype {weight.dtype}", "a real floating-point dtype")
+        raise ParameterGroupError.on_spheres(name, f"dtype {weight.dtype}", "a real floating-point dtype")
     for option in ("differentiable", "capturable"):
         if group.get(option):
-            raise SphereOptionError(name, f"{option}=True", f"{option}=False")
+            raise ParameterGroupError.on_spheres(name, f"{option}=True", f"{option}=False")
     if tuple(weight.shape) != manifold.partition.shape:
         raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")
+    if isinstance(manifold, PaddedSphereProduct) and is_sharded(weight):
+        found = "a padding row in a sharded weight"
+        raise ParameterGroupError.on_spheres(name, found, "a whole weight, or no padding_idx")
     if weight.device.type == "meta" or isinstance(manifold, JointSphereMember):
         return
     point = whole(weight)
-    refuse_degenerate(manifold.partition.norms(point), name)
+    manifold.refuse_degenerate(point, name)
     manifold.require_point(point, name, rtol=NEAR, remedy=_PUT_BACK)
 
 
@@ -298,7 +300,7 @@ def _require_together(
     """Raise where some weight of a joint sphere is missing, sharded, or off the sphere.
 
     Raises:
-        JointSphereError: the parameters lack a weight of a joint sphere.
+        ConstraintError: the parameters lack a weight of a joint sphere.
         OffManifoldError: the joint norms are not the radii.
         DegenerateGroupError: a joint group is zero or not finite.
     """
@@ -306,12 +308,12 @@ def _require_together(
         missing = joint.missing(weights)
         if missing:
             present = joint.names[next(iter(weights))]
-            raise JointSphereError(present, missing, f"a parameter group without {', '.join(missing)}")
+            raise ConstraintError.joint(present, missing, f"a parameter group without {', '.join(missing)}")
         points = list(weights.values())
         if any(is_sharded(point) for point in points):
-            raise JointSphereError(joint.names[0], joint.names[1:], "sharded weights")
+            raise ConstraintError.joint(joint.names[0], joint.names[1:], "sharded weights")
         if len({(point.dtype, point.device) for point in points}) > 1:
-            raise JointSphereError(joint.names[0], joint.names[1:], "different dtypes or devices")
+            raise ConstraintError.joint(joint.names[0], joint.names[1:], "different dtypes or devices")
         if points[0].device.type != "meta":
             joint.refuse_degenerate(points)
             joint.require_point(points, rtol=rtol, remedy=remedy)
