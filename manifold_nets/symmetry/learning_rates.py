@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.documents import JsonForm
 from manifold_nets.errors import ArgumentTypeError, OptionError, ParameterNameError, ReportMismatchError
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.symmetry.optimizer_settings import DEFAULT_BETAS, OptimizerSettings
@@ -19,7 +20,7 @@ __all__ = ["LearningRates", "Spread", "WeightRates", "matched_learning_rates"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(JsonForm):
     """Median, quartiles and extremes of a quantity over groups."""
 
     median: float
@@ -44,17 +45,13 @@ class Spread:
         median, lower, upper = torch.lerp(ordered[low], ordered[high], weight).tolist()
         return cls(median, lower, upper, float(ordered[0]), float(ordered[-1]))
 
-    def to_dict(self) -> dict[str, float]:
-        """Return plain data for JSON."""
-        return dict(vars(self))
-
     def __str__(self) -> str:
         quartiles = f"{self.lower_quartile:.3g} … {self.upper_quartile:.3g}"
         return f"{self.median:.3g} (quartiles {quartiles}; all {self.smallest:.3g} … {self.largest:.3g})"
 
 
 @dataclass(frozen=True)
-class WeightRates:
+class WeightRates(JsonForm):
     """The matched learning rates of the groups of one weight.
 
     Args:
@@ -73,13 +70,9 @@ class WeightRates:
     equilibrium: Spread | None
     gradients: Spread | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {name: v.to_dict() if isinstance(v, Spread) else v for name, v in vars(self).items()}
-
 
 @dataclass(frozen=True)
-class LearningRates:
+class LearningRates(JsonForm):
     """The sphere learning rates that match an optimizer on a model's scale-invariant weights.
 
     Args:
@@ -102,6 +95,7 @@ class LearningRates:
     weights: tuple[WeightRates, ...]
     next_step: Spread | None
     equilibrium: Spread | None
+    json_without = ("model", "settings")
 
     def __getitem__(self, name: str) -> WeightRates:
         for weight in self.weights:
@@ -124,9 +118,7 @@ class LearningRates:
             **self.settings.to_dict(),
             "equilibrium_rotation": self.settings.equilibrium_rotation,
             "equilibrium_factor": self.settings.equilibrium_factor,
-            "next_step": None if self.next_step is None else self.next_step.to_dict(),
-            "equilibrium": None if self.equilibrium is None else self.equilibrium.to_dict(),
-            "weights": [weight.to_dict() for weight in self.weights],
+            **super().to_dict(),
         }
 
     @property
