@@ -174,7 +174,7 @@ class Runner:
             self.run(key)
             weights = kept_weights(folder, key)
         if weights is None:
-            raise RunFailedError(key, ["weights that cannot be read back"])
+            raise RunFailedError(f"run {key}", "weights that cannot be read back")
         with self._threads(), torch.random.fork_rng():
             model = self._initial.model(key)
             self._seed(derived_seed(key.seed, "contestant"))
