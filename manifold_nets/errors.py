@@ -464,8 +464,9 @@ class EuclideanStepError(ManifoldNetsError, RuntimeError):
         super().__init__(
             f"{listed(names)}: constrained to a product of spheres, but {optimizer} is about to step it as a Euclidean "
             "weight; nothing was changed. Use manifold_nets.optim.RiemannianSGD or RiemannianAdam with "
-            "manifold_nets.param_groups(model); or, if your code puts the weight back on its spheres itself, say so "
-            "with manifold_nets.optim.allow_euclidean(optimizer)."
+            "manifold_nets.param_groups(model); make this optimizer's steps tangent with "
+            "manifold_nets.optim.on_spheres(optimizer, model); or, if your code puts the weight back on its spheres "
+            "itself, say so with manifold_nets.optim.allow_euclidean(optimizer)."
         )
         self.names = tuple(names)
 

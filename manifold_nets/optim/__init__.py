@@ -5,6 +5,7 @@ from manifold_nets.optim.adam import AngularAdam, RiemannianAdam
 from manifold_nets.optim.averaging import AveragedModel
 from manifold_nets.optim.clipping import clip_sphere_grad_norm_
 from manifold_nets.optim.guard import allow_euclidean
+from manifold_nets.optim.on_spheres import on_spheres
 from manifold_nets.optim.param_groups import param_groups
 from manifold_nets.optim.schedules import BoldDriver
 from manifold_nets.optim.sgd import RiemannianSGD
@@ -36,6 +37,7 @@ __all__ = [
     "allow_euclidean",
     "carry_momentum",
     "clip_sphere_grad_norm_",
+    "on_spheres",
     "param_groups",
     "scaled_metric_groups",
 ]

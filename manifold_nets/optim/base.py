@@ -171,7 +171,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             plain = [p for place, p in enumerate(group["params"]) if place not in on_spheres]
             if plain:
                 self._step_plain({**group, "params": plain})
-            self._step_spheres(number, group["params"], gradients[number])
+            if on_spheres:
+                self._step_spheres(number, group["params"], gradients[number])
         return loss
 
     @torch.no_grad()

@@ -60,7 +60,7 @@ def assign(
         if rule.by_entries:
             give(run_native, suits_by_entries)
         else:
-            give(run_native if rule.has_kernel else run_in_passes, suits_native)
+            give(run_native if rule.has_kernel or rule.kind == "put-back" else run_in_passes, suits_native)
     if rule.by_groups and not rule.by_entries and (foreach or (foreach is None and not compiled)):
         give(run_batched, suits_rows)
     give(run_single, lambda _: True)
