@@ -19,7 +19,7 @@ from manifold_nets.constraints import (
     is_converted,
     note_defined,
 )
-from manifold_nets.errors import ConstraintError, JointSphereError, OptionError, SelectionError
+from manifold_nets.errors import ConstraintError, OptionError, listed, near_matches
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, filter_partition
 from manifold_nets.joint_sphere import by_joint_sphere
@@ -143,7 +143,7 @@ def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: fl
         The weights in the order of the model, with their norms before, and in words what this did to the function.
 
     Raises:
-        SelectionError: a name or a pattern matches no weight.
+        OptionError: a name or a pattern matches no weight.
         OptionError: ``per`` or ``radius`` is none of the above.
         ConstraintError: a weight is on spheres already, has no values here, or cannot be divided as asked.
         DegenerateGroupError: a group is zero or not finite, and has no direction.
@@ -185,9 +185,9 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
         The names of the weights that are plain now. Build optimizers afterwards.
 
     Raises:
-        SelectionError: a name or a pattern matches no weight on spheres.
+        OptionError: a name or a pattern matches no weight on spheres.
         ConstraintError: a weight came onto its spheres by a conversion.
-        JointSphereError: a weight shares its sphere with weights that were not named.
+        ConstraintError: a weight shares its sphere with weights that were not named.
 
     Example:
         >>> import manifold_nets as mn
@@ -207,7 +207,7 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
             raise ConstraintError(weight.name, found, "one that manifold_nets.constrain did (see manifold_nets.revert)")
     for joint, members in by_joint_sphere((weight.manifold, weight) for weight in chosen).items():
         if len(members) < len(joint.names):
-            raise JointSphereError(next(iter(members.values())).name, joint.missing(members))
+            raise ConstraintError.joint(next(iter(members.values())).name, joint.missing(members))
     for weight in chosen:
         old = weight.parameter
         detach(weight.module, weight.leaf)
@@ -228,13 +228,14 @@ def _selected(candidates: Mapping[str, Tensor], names: Names) -> list[str]:
     if callable(patterns):
         found = {name for name in wide if patterns(name)}
         if not found:
-            raise SelectionError("names", "a predicate", wide)
+            raise OptionError("names", patterns, f"a predicate that holds for one of {listed(wide, 40)}")
         patterns = ()
     for pattern in patterns:
         own = {pattern} & candidates.keys()
         own = own or {n for n in wide if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
         if not own:
-            raise SelectionError("names", pattern, wide)
+            expected = f"a name or a pattern such as 'layer1.*' of {listed(wide, 40)}"
+            raise OptionError("names", pattern, expected, near_matches(pattern, wide))
         found |= own
     if not found:
         raise OptionError("names", [], "the name of at least one weight")

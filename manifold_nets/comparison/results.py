@@ -212,6 +212,10 @@ class Choice(JsonRecord):
         """Learning rate and weight decay; None where every run diverged."""
         return None if self.learning_rate is None else (self.learning_rate, self.weight_decay)
 
+    def chose(self, key: RunKey) -> bool:
+        """Whether a run is one of the optimizer at its chosen learning rate and weight decay."""
+        return (key.optimizer, key.initial_scale, key.trial) == (self.optimizer, self.initial_scale, self.trial)
+
 
 @dataclass(frozen=True)
 class Environment(JsonRecord):
@@ -410,6 +414,5 @@ class Comparison(JsonRecord):
         """
         path = Path(folder) / _FILE_NAME
         if not path.is_file():
-            remedy = "Name the --output folder of a comparison that has ended, or start its command again."
-            raise ComparisonFolderError(folder, f"no {_FILE_NAME}", "a finished comparison", remedy)
+            raise ComparisonFolderError(folder, f"no {_FILE_NAME}")
         return cls.from_json(path.read_bytes(), path)

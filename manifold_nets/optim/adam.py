@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.errors import OptionError, ParameterGroupError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -176,7 +176,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             if isinstance(manifold, JointSphereMember):
                 self.param_groups.pop()
                 expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
-                raise SphereOptionError(name_of(group, number, index), "a joint sphere", expected)
+                raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _before_step(self) -> None:
         self._accelerator_graph_capture_health_check()
@@ -204,22 +204,18 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
     ) -> StepInput:
+        by_entries = self._per_entry or bool(group.get("transfer"))
+        key, most = ("entry_sq", "max_entry_sq") if by_entries else ("exp_avg_sq", "max_exp_avg_sq")
         if "exp_avg" not in state:
             # The step on the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False)
-            state[self._second] = self._zero_second_moments(weight, manifold)
-        if group["amsgrad"] and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+            state[key] = _zero_second_moments(weight, manifold, by_entries=by_entries)
+        if group["amsgrad"] and most not in state:
+            state[most] = torch.zeros_like(state[key])
         state["step"] += 1
-        second, largest = state[self._second], state["max_exp_avg_sq"] if group["amsgrad"] else None
+        second, largest = state[key], state[most] if group["amsgrad"] else None
         return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=float(state["step"]))
-
-    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
-        dtype = accumulation_dtype(weight.dtype)
-        if self._per_entry:
-            return torch.zeros_like(weight, dtype=dtype, requires_grad=False)
-        return zero_scalars(weight, manifold, dtype)
 
     def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
         steps = [self.state[member.weight]["step"] for member in inputs]
@@ -252,7 +248,7 @@ class AngularAdam(RiemannianAdam):
             can, by default and with ``fused=True``; else the step is taken chunk by chunk.
 
     Raises:
-        SphereOptionError: a weight shares its sphere with other weights.
+        ParameterGroupError: a weight shares its sphere with other weights.
 
     References:
         The rotational form of AdamW: Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212;
@@ -278,3 +274,10 @@ class AngularAdam(RiemannianAdam):
                 expected = "left out, as steps of a given angle have no such variant"
                 raise OptionError(name, options[name], expected)
         super().__init__(params, lr=lr, **options)
+
+
+def _zero_second_moments(weight: Tensor, manifold: SphereProduct, *, by_entries: bool) -> Tensor:
+    dtype = accumulation_dtype(weight.dtype)
+    if by_entries:
+        return torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+    return zero_scalars(weight, manifold, dtype)
