@@ -11,7 +11,7 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import ArgumentTypeError, OptionError, SphereOptionError
+from manifold_nets.errors import ArgumentTypeError, OptionError, ParameterGroupError
 from manifold_nets.gathered import local_part, whole, write_whole_
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -109,6 +109,11 @@ class _PutBack(Rule):
     """
 
     @property
+    def is_native(self) -> bool:
+        """The kernel in C takes whole steps by this rule."""
+        return True
+
+    @property
     def needs_lengths(self) -> bool:
         """Nothing is to be taken off the "gradient", which is nearly the weight."""
         return False
@@ -121,6 +126,7 @@ class _PutBack(Rule):
         dampening: float,
         step: float,
         elsewhere: Callable[[Tensor], Tensor] | None = None,
+        norms: Tensor | None = None,
     ) -> Coefficients:
         """Return what to write, with x = (w + δ)/r and y = w/r."""
         # The "gradient" counts r times: it is r² y, of which y is taken to be of norm 1 exactly.
@@ -177,7 +183,9 @@ class _Hooks:
             for place, manifold in enumerate(resolve_manifolds(known, number)):
                 name = name_of(group, number, place)
                 if isinstance(manifold, JointSphereMember):
-                    raise SphereOptionError(name, "a joint sphere", "a sphere of its own; take RiemannianAdam or SGD")
+                    raise ParameterGroupError.on_spheres(
+                        name, "a joint sphere", "a sphere of its own; take RiemannianAdam or SGD"
+                    )
                 if manifold is not None and manifold.partition.group_size > 1:
                     found[group["params"][place]] = manifold, name
         self.manifolds, self._known = found, held
