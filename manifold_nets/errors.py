@@ -359,9 +359,9 @@ class EuclideanStepError(ManifoldNetsError, RuntimeError):
         else:
             found += (
                 f"{optimizer} is about to step it as a Euclidean weight; nothing was changed. Use "
-                "manifold_nets.optim.RiemannianSGD or RiemannianAdam with manifold_nets.param_groups(model); or, if "
-                "your code puts the weight back on its spheres itself, call "
-                "manifold_nets.optim.allow_euclidean(optimizer)."
+                "manifold_nets.optim.RiemannianSGD or RiemannianAdam with manifold_nets.param_groups(model); make this "
+                "optimizer's steps tangent with manifold_nets.optim.on_spheres(optimizer, model); or, if your code "
+                "puts the weight back on its spheres itself, call manifold_nets.optim.allow_euclidean(optimizer)."
             )
         super().__init__(found)
         self.names = tuple(names)
