@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from manifold_nets.errors import near_matches
 
-__all__ = ["Schema", "crc32", "is_intact", "parse_json", "printable", "with_checksum"]
+__all__ = ["Schema", "crc32", "is_intact", "parse_json", "printable", "with_checksum", "without_infinities"]
 
 _TOO_DEEP = "it is nested too deeply"
 
@@ -135,3 +135,12 @@ def is_intact(document: Mapping[str, Any]) -> bool:
 def crc32(document: Mapping[str, Any]) -> int:
     """CRC-32 of a document of JSON, whatever the order of its keys and its spaces."""
     return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+
+
+def without_infinities(value: Any) -> Any:
+    """Return data for JSON with null for every number that JSON does not have, and lists for tuples."""
+    if isinstance(value, dict):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.optim.backends.products import GroupView, Scalar, some, tangential, without_radial_part
-from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
+from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput, bias_corrections
 from manifold_nets.optim.backends.sharded import Part, part_of
 
 __all__ = ["combine_", "run_single", "step_", "turn_", "write_"]
@@ -140,10 +140,13 @@ _UNKNOWN = 8.0
 
 
 def turn_(rule: Rule, view: GroupView, *, step: float) -> None:
-    """Take a step of AngularAdam, in place: Adam's direction, entry by entry, and a turn of a given angle."""
+    """Take a step in Adam's direction, entry by entry, in place: for AngularAdam of a given angle, else of its length.
+
+    The moment is as long as the weight is at its radius, and so is the direction.
+    """
     w, _, m, v, _, radius = view[:6]
     if m is None or v is None:
-        raise TypeError("AngularAdam needs both moments")
+        raise TypeError("a step in Adam's direction needs both moments")
     alone = view._replace(moment=None)
     alone, (ww, wg, _), _ = without_radial_part(alone, alone.products())
     # One temporary as large as the chunk serves in turn as ξ, as d and as the new point: memory is what limits chunks.
@@ -163,12 +166,15 @@ def turn_(rule: Rule, view: GroupView, *, step: float) -> None:
     tilt = wd / ww
     direction.addcmul_(w, tilt, value=-1)
     (length,) = view.dots((direction, direction))
-    angle, least = float(rule.lr), _UNKNOWN * torch.finfo(w.dtype).eps
+    lr, least = float(rule.lr), _UNKNOWN * torch.finfo(w.dtype).eps
+    if rule.kind == "angular-adam":
+        turn, along = length.rsqrt() * (radius * math.sin(lr)), math.cos(lr)
+    else:
+        turn, along = torch.full_like(length, lr * float(bias_corrections(rule.beta1, rule.beta2, step)[0])), 1.0
     # What was taken off is of squared length tilt wd.
     is_noise = length <= tilt * wd * least**2
-    turn = (length.rsqrt() * radius).masked_fill_(is_noise, 0.0)
-    new = direction.mul_(turn.mul_(-math.sin(angle))).add_(w, alpha=math.cos(angle))
+    new = direction.mul_(turn.neg_().masked_fill_(is_noise, 0.0)).add_(w, alpha=along)
     norm, overlap = view.dots((new, new), (new, m))
     m.addcmul_(new, overlap / norm, value=-1)
-    if angle != 0:
+    if lr != 0:
         w.copy_(new.mul_(norm.rsqrt() * radius))
