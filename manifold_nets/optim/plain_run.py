@@ -7,6 +7,8 @@ the sphere, and its norm in the state, where the plain run goes on; or it holds 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +19,14 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.param_groups import Group
 
-__all__ = ["NORM", "TRANSFERS", "norms_of", "step_as_plain_"]
+__all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "step_as_plain_"]
 
 # In the state of a constrained weight: the norms that its groups have in the plain run. In float64, as a step often
 # changes a norm by less than the last digit of float32.
 NORM = "norm"
+# In a group: for the place of a bias the group and the place of the weight that it is scaled with, and the sphere of
+# each entry.
+SCALED_WITH = "scaled_with"
 TRANSFERS = ("follow", "step", "equilibrium")
 
 
@@ -32,6 +37,41 @@ def norms_of(state: dict[str, Any], weight: Tensor, manifold: SphereProduct) -> 
         state[NORM] = radii.to(device=weight.device, dtype=torch.float64, copy=True)
     norms: Tensor = state[NORM]
     return norms
+
+
+@contextmanager
+def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
+    """For the time of a step give biases that are scaled with a weight their size in the plain run.
+
+    Behind a weight ``r u`` in the place of ``n u`` stands the bias ``β = b r/n``. With the gradient of b torch's step
+    is that of the plain run, and the new norm makes a new β of the new b.
+    """
+    found = [
+        (group["params"][int(place)], groups[other]["params"][index], groups[other]["manifolds"][index], of_entries)
+        for group in groups
+        for place, (other, index, of_entries) in group.get(SCALED_WITH, {}).items()
+    ]
+
+    def up(bias: Tensor, weight: Tensor, manifold: SphereProduct, of_entries: Sequence[int]) -> Tensor:
+        """n/r of the group of each entry of a bias."""
+        norms = norms_of(states[weight], weight, manifold)
+        index = torch.tensor(of_entries, device=norms.device)
+        ratio = (norms / manifold.radius_for(norms)).flatten()[index.clamp_min(0)]
+        return torch.where(index < 0, 1.0, ratio).to(bias.dtype).reshape(bias.shape)
+
+    gradients = [each[0].grad for each in found]
+    with torch.no_grad():
+        for each, gradient in zip(found, gradients, strict=True):
+            ratio = up(*each)
+            each[0].mul_(ratio)
+            each[0].grad = None if gradient is None else gradient / ratio
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, gradient in zip(found, gradients, strict=True):
+                each[0].div_(up(*each))
+                each[0].grad = gradient
 
 
 def step_as_plain_(rule: Rule, group: Group, member: StepInput, norms: Tensor) -> None:

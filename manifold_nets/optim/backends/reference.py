@@ -146,7 +146,7 @@ def turn_(rule: Rule, view: GroupView, *, step: float) -> None:
     """
     w, _, m, v, _, radius = view[:6]
     if m is None or v is None:
-        raise TypeError("a step in Adam's direction needs both moments")
+        raise TypeError("steps by entries need both moments")
     alone = view._replace(moment=None)
     alone, (ww, wg, _), _ = without_radial_part(alone, alone.products())
     # One temporary as large as the chunk serves in turn as ξ, as d and as the new point: memory is what limits chunks.
@@ -170,7 +170,7 @@ def turn_(rule: Rule, view: GroupView, *, step: float) -> None:
     if rule.kind == "angular-adam":
         turn, along = length.rsqrt() * (radius * math.sin(lr)), math.cos(lr)
     else:
-        turn, along = torch.full_like(length, lr * float(bias_corrections(rule.beta1, rule.beta2, step)[0])), 1.0
+        turn, along = torch.full_like(length, lr * bias_corrections(rule.beta1, rule.beta2, step)[0]), 1.0
     # What was taken off is of squared length tilt wd.
     is_noise = length <= tilt * wd * least**2
     new = direction.mul_(turn.neg_().masked_fill_(is_noise, 0.0)).add_(w, alpha=along)
