@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manifold_nets.groups import wide
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.backends.rule import Rule, StepInput
+from manifold_nets.optim.backends.inputs import NORM
+from manifold_nets.optim.backends.rule import Rule
 from manifold_nets.optim.param_groups import Group
 
-__all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "step_as_plain_"]
+__all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "of_plain_run"]
 
-# In the state of a constrained weight: the norms that its groups have in the plain run. In float64, as a step often
-# changes a norm by less than the last digit of float32.
-NORM = "norm"
 # In a group: for the place of a bias the group and the place of the weight that it is scaled with, and the sphere of
 # each entry.
 SCALED_WITH = "scaled_with"
@@ -74,45 +72,17 @@ def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dic
                 each[0].grad = gradient
 
 
-def step_as_plain_(rule: Rule, group: Group, member: StepInput, norms: Tensor) -> None:
-    """Take the step of the plain optimizer from the point of these norms, in place."""
-    manifold, partition, lr = member.manifold, member.manifold.partition, float(rule.lr)
-    follows, decay = group["transfer"] == "follow", float(group["weight_decay"])
-    point = wide(member.weight.detach())
-    radius = manifold.radius_for(point)
-    shrinks = 1 - lr * decay if group.get("decoupled_weight_decay") else 1.0
-    up = (norms / partition.norms(point)).to(point.dtype)
-    plain = partition.multiply(point, up)
-    gradient = partition.divide(wide(member.gradient.detach()), -up if rule.maximize else up)
-    if decay and shrinks == 1:
-        gradient = gradient.add(plain, alpha=decay)
-    direction = _direction(rule, member, gradient, radius)
-    inner = partition.inner(plain, direction).double()
-    squared = shrinks**2 * norms.square() - 2 * lr * shrinks * inner
-    squared += lr**2 * partition.inner(direction, direction).double()
-    if lr != 0:
-        end = plain.mul_(shrinks).sub_(direction, alpha=lr)
-        member.weight.copy_(partition.multiply(end, radius / partition.norms(end)))
-    if follows:
-        norms.copy_(squared.sqrt())
-
-
-def _direction(rule: Rule, member: StepInput, gradient: Tensor, radius: Tensor | float) -> Tensor:
-    """Return what the plain optimizer subtracts, per unit of learning rate, and update the moments in place.
-
-    The momentum is kept in the scale of the weight on its spheres: multiplied by the radius.
-    """
-    moment, partition = member.moment, member.manifold.partition
-    if moment is None:
-        return gradient
-    scaled = partition.multiply(gradient, radius).to(moment.dtype)
-    if member.second is None:
-        moment.mul_(rule.beta1).add_(scaled, alpha=1 - member.dampening)
-        plain = partition.divide(wide(moment), radius)
-        return gradient.add(plain, alpha=rule.beta1) if rule.nesterov else plain
-    moment.lerp_(scaled, 1 - rule.beta1)
-    second = member.second.mul_(rule.beta2).addcmul_(gradient, gradient, value=1 - rule.beta2)
-    if member.largest is not None:
-        second = member.largest.copy_(torch.maximum(member.largest, second))
-    first, squares = (1 / (1 - beta**member.step) for beta in (rule.beta1, rule.beta2))
-    return partition.divide(wide(moment), radius).mul_(first).div_((second * squares).sqrt_().add_(rule.eps))
+def of_plain_run(rule: Rule, group: Group) -> Rule:
+    """Return the rule of a group; that of a plain optimizer where the group follows its run."""
+    if not group.get("transfer") or rule.kind not in ("sgd", "adam", "adam-entries"):
+        return rule
+    decay, lr = float(group["weight_decay"]), float(group["lr"])
+    apart = bool(group.get("decoupled_weight_decay"))
+    return replace(
+        rule,
+        kind="plain-adam" if "betas" in group else "plain-sgd",
+        lr=lr,
+        decay=0.0 if apart else decay,
+        shrink=1 - lr * decay if apart else 1.0,
+        follows=group["transfer"] == "follow",
+    )

@@ -25,9 +25,11 @@ from manifold_nets.optim.backends.rule import StepInput
 __all__ = ["PER_SPHERE", "WIDE", "Batch", "StepPlan", "check", "mark_written"]
 
 # Moments of one value per sphere; every other tensor in a weight's state but the step count has the weight's shape.
-PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
+PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq", "norm")
 # Tensors that stay in float32 beside half-precision weights.
-WIDE = (*PER_SPHERE, "entry_sq", "master_weight")
+WIDE = ("exp_avg_sq", "max_exp_avg_sq", "entry_sq", "max_entry_sq", "master_weight")
+# The norms of a plain run, always in float64: a step often changes them by less than the last digit of float32.
+NORM = "norm"
 _MOMENTS = ("momentum_buffer", "exp_avg")
 # Half precision cannot count beyond a few hundred steps.
 _COUNTS = (torch.float32, torch.float64)
@@ -96,7 +98,7 @@ class Batch(list[StepInput]):
 def mark_written(members: Sequence[StepInput]) -> None:
     """Tell autograd what a kernel has written behind torch's back."""
     torch.autograd.graph.increment_version(
-        [x for m in members for x in (m.weight, m.moment, m.second, m.largest) if x is not None]
+        [x for m in members for x in (m.weight, m.moment, m.second, m.largest, m.norms) if x is not None]
     )
 
 
@@ -207,11 +209,11 @@ def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], na
             if value.is_meta:
                 raise StepInputError(name(), "a step count on the meta device", "the number of steps so far", _RESTART)
             state[key] = value if value.dtype in _COUNTS else value.to(_COUNTS[0])
-        elif key in _MOMENTS or key in WIDE:
+        elif key in _MOMENTS or key in WIDE or key == NORM:
             wanted = partition.spread_shape if key in PER_SPHERE else partition.shape
             if value.shape != wanted:
                 raise StepInputError(name(), f"{key} of shape {tuple(value.shape)}", f"{wanted}", _RESTART)
-            right = wide if key in WIDE else dtype
+            right = torch.float64 if key == NORM else wide if key in WIDE else dtype
             if value.dtype != right or value.is_cpu != weight.is_cpu or _fault(value, written=True):
                 state[key] = _repaired(key, value, weight, right, name)
 

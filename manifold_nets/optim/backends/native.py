@@ -40,7 +40,7 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # Entries of the longest rows that are stepped by one thread, without cutting them: ``is_long`` of spheres.c.
 SHORT = 2**16
 # The rules that spheres.c knows.
-_KINDS = {"sgd": 0, "adam": 1, "angular-adam": 2, "adam-entries": 3}
+_KINDS = {"sgd": 0, "adam": 1, "angular-adam": 2, "adam-entries": 3, "plain-sgd": 4, "plain-adam": 5}
 
 # Entries that are worth a thread: a quarter of a millisecond's work.
 _PER_THREAD = 2**18
@@ -52,11 +52,11 @@ _CARRIED, _ALONE = 1, 2
 JOB = np.dtype(
     [(name, np.int64) for name in ("w", "g", "b", "v", "v_max", "square", "rows", "size", "squares")]
     + [(name, np.float64) for name in ("take", "first", "second", "rounding")]
-    + [(name, np.int64) for name in ("products", "written", "far")]
+    + [(name, np.int64) for name in ("products", "written", "far", "norms")]
 )
 RULE = np.dtype(
-    [(name, np.int64) for name in ("kind", "dtype", "nesterov", "maximize")]
-    + [(name, np.float64) for name in ("lr", "beta1", "beta2", "eps")]
+    [(name, np.int64) for name in ("kind", "dtype", "nesterov", "maximize", "follows")]
+    + [(name, np.float64) for name in ("lr", "beta1", "beta2", "eps", "decay", "shrink")]
 )
 
 
@@ -160,7 +160,10 @@ def suits_by_entries(member: StepInput) -> bool:
         member.manifold.partition.group_size <= SHORT
         and member.second is not None
         and suits_native(member)
-        and _lies(member.second, accumulation_dtype(weight.dtype), weight.stride())
+        and all(
+            x is None or _lies(x, accumulation_dtype(weight.dtype), weight.stride())
+            for x in (member.second, member.largest)
+        )
     )
 
 
@@ -179,6 +182,8 @@ def _fits(member: StepInput) -> tuple[bool, bool]:
     # Second moments of spheres; those of entries lie as the weight does.
     per_sphere = [x for x in (member.second, member.largest) if x is not None and x.numel() != weight.numel()]
     if not all((_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in per_sphere):
+        return False, False
+    if member.norms is not None and not (_is_plain(member.norms) and member.norms.is_contiguous()):
         return False, False
     return True, _lies(member.gradient, dtype, stride)
 
@@ -278,8 +283,9 @@ def _job(member: StepInput) -> tuple[float, ...]:
     partition, squares = member.manifold.partition, member.manifold.squared_radii
     tensors = member.weight, None, member.moment, member.second, member.largest
     pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    norms = 0 if member.norms is None else member.norms.data_ptr()
     of_groups = (squares.ctypes.data, partition.n_groups, partition.group_size, len(squares))
-    return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
+    return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0, norms)
 
 
 def _shares(rule: Rule, members: Sequence[StepInput]) -> tuple[Any, Any, Any]:
@@ -322,8 +328,8 @@ def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
 
 def _packed(rule: Rule, dtype: torch.dtype) -> np.ndarray:
     # Passes by themselves do not ask for the rule.
-    options = (_KINDS.get(rule.kind, 0), _DTYPES[dtype], rule.nesterov, rule.maximize)
-    return np.array((*options, float(rule.lr), rule.beta1, rule.beta2, rule.eps), dtype=RULE)
+    options = (_KINDS.get(rule.kind, 0), _DTYPES[dtype], rule.nesterov, rule.maximize, rule.follows)
+    return np.array((*options, float(rule.lr), rule.beta1, rule.beta2, rule.eps, rule.decay, rule.shrink), dtype=RULE)
 
 
 def _threads(jobs: np.ndarray) -> int:

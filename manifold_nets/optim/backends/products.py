@@ -67,6 +67,7 @@ class GroupView(NamedTuple):
             tensor of shape ``(number of products, *groups, with size 1 along axes)``.
         elsewhere: adds up sums over groups where other processes hold other groups of the weight.
         rounding: `rounding_of` the dtype in which the gradient was stored, where that is not its dtype here.
+        norms: of the groups in the run of a plain optimizer, or None.
     """
 
     weight: Tensor
@@ -79,6 +80,7 @@ class GroupView(NamedTuple):
     combine: Callable[[Tensor], Tensor] | None = None
     elsewhere: Callable[[Tensor], Tensor] | None = None
     rounding: float | None = None
+    norms: Tensor | None = None
 
     @property
     def second_moments(self) -> tuple[Tensor, Tensor | None] | None:

@@ -63,8 +63,9 @@ def _view_of(
     moment = None if member.moment is None else viewed(member.moment)
     weight, gradient = viewed(member.weight), viewed(member.gradient, written=False)
     radius = part.manifold.radius_for(local_part(member.weight.detach()))
-    axes = partition.reduced
-    return GroupView(weight, gradient, moment, second, largest, radius, axes, part.combine, part.elsewhere), copies
+    norms = None if member.norms is None else local_part(member.norms)
+    view = GroupView(weight, gradient, moment, second, largest, radius, partition.reduced, norms=norms)
+    return view._replace(combine=part.combine, elsewhere=part.elsewhere), copies
 
 
 def _step_view(rule: Rule, view: GroupView, member: StepInput, *, to_unit: bool) -> None:
@@ -73,7 +74,9 @@ def _step_view(rule: Rule, view: GroupView, member: StepInput, *, to_unit: bool)
     if to_unit:
         moment = None if wide.moment is None else wide.moment / radius
         wide = wide._replace(weight=wide.weight / radius, gradient=wide.gradient * radius, moment=moment, radius=1.0)
-    if rule.by_entries:
+    if rule.kind == "plain-adam":
+        plain_adam_(rule, wide, step=member.step)
+    elif rule.by_entries:
         turn_(rule, wide, step=member.step)
     else:
         step_(rule, wide, dampening=member.dampening, step=member.step)
@@ -99,7 +102,8 @@ def step_(rule: Rule, view: GroupView, *, dampening: float = 0.0, step: float = 
         tensor([[0.7071, 0.7071]])
     """
     found, exact = tangential(view, maximize=rule.maximize, sharp=rule.needs_lengths)
-    move = rule.coefficients(found, view.second_moments, dampening=dampening, step=step, elsewhere=view.elsewhere)
+    state = {"elsewhere": view.elsewhere, "norms": view.norms}
+    move = rule.coefficients(found, view.second_moments, dampening=dampening, step=step, **state)  # type: ignore[arg-type]
     write_(exact, move, maximize=rule.maximize)
 
 
@@ -133,6 +137,37 @@ def combine_(view: GroupView, move: Coefficients, far: Tensor | None) -> None:
 
 def _tensor(value: Scalar, like: Tensor) -> Tensor:
     return value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def plain_adam_(rule: Rule, view: GroupView, *, step: float) -> None:
+    """Take plain Adam's step from a weight of another norm, in place; see `rule.plain_step`.
+
+    The first moment is as long as the weight is at its radius, second moments are those of the plain weight's entries.
+    """
+    w, g, m, v, largest, radius = view[:6]
+    if m is None or v is None or view.norms is None:
+        raise TypeError("plain Adam needs both moments and norms")
+    (ww,) = view.dots((w, w))
+    down = ww.double().sqrt() / view.norms
+    of_g, up = down.to(w.dtype), (1 / down).to(w.dtype)
+    plain = g * (-of_g if rule.maximize else of_g)
+    if rule.decay:
+        plain.addcmul_(w, up, value=rule.decay)
+    m.lerp_(plain * radius, 1 - rule.beta1)
+    v.mul_(rule.beta2).addcmul_(plain, plain, value=1 - rule.beta2)
+    if largest is not None:
+        v = largest.copy_(torch.maximum(largest, v))
+    first, second = bias_corrections(rule.beta1, rule.beta2, step)
+    direction = torch.div(m, (v * second).sqrt_().add_(rule.eps), out=plain).mul_(first)
+    wd, dd = (x.double() for x in view.dots((w, direction), (direction, direction)))
+    turn = float(rule.lr) / radius
+    squared = (rule.shrink * view.norms).square() - 2 * turn * rule.shrink / down * wd + turn * turn * dd
+    if rule.follows:
+        view.norms.copy_(squared.sqrt())
+    if rule.lr != 0:
+        new = (w * (rule.shrink * up)).sub_(direction * turn)
+        (norm,) = view.dots((new, new))
+        w.copy_(new.mul_((1.0 + 0.0 * norm) / norm.sqrt() * radius))
 
 
 # Machine epsilons of a direction, relative to d, of which entries are rounded a few times: below it there is none.

@@ -6,7 +6,7 @@ Every rule writes linear combinations of a weight w, its gradient g and its mome
 
 A rule is defined by how it makes its momentum and its direction (`MomentumUpdate`), how far it goes, and how it returns
 to the sphere: by normalization (`normalized_step`), along the geodesic (`geodesic_step`), by a Euclidean step that is
-normalized (`projected_step`), or not at all (`scaled_step`).
+normalized (`projected_step`), from a plain weight of another norm (`plain_step`), or not at all (`scaled_step`).
 
 Rounding does not add up. ⟨w, w⟩ and ⟨w, b⟩ are measured in every step, and a step starts from the nearest point of the
 sphere and the tangential part of the momentum. The norm after the step is predicted from the products, to a few machine
@@ -53,6 +53,7 @@ class StepInput:
         largest: the largest second moments so far, changed in place; None without AMSGrad.
         dampening: share of the new gradient that is left out; 0 in the first step.
         step: number of this step, counted from 1.
+        norms: those of the weight's groups in the run of a plain optimizer, float64, changed in place; None elsewhere.
         fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
         rows: weight, momentum, second moments and radii as a matrix of the groups and columns beside it, made at first
             use by `manifold_nets.optim.backends.views.rows_of`.
@@ -67,6 +68,7 @@ class StepInput:
     largest: Tensor | None = None
     dampening: float = 0.0
     step: float = 1.0
+    norms: Tensor | None = None
     fits: tuple[bool, bool] | None = None
     rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | Tensor] | None = None
     stride: tuple[int, ...] = ()
@@ -122,7 +124,7 @@ class Rule:
 
     Attributes:
         kind: ``"sgd"``, ``"adam"``, ``"sgd-g"``, ``"adam-g"``, ``"angular"``, ``"angular-adam"``, ``"adam-entries"``,
-            ``"projected"`` or ``"scaled-metric"``.
+            ``"projected"``, ``"scaled-metric"``, ``"plain-sgd"`` or ``"plain-adam"``.
         lr: learning rate.
         beta1: decay of the momentum; that of the first moment for variants of Adam.
         nesterov: whether to look ahead.
@@ -131,6 +133,9 @@ class Rule:
         eps: what is added to the root of the second moment; under the root for Adam-G.
         clip: the largest length of a gradient, for SGD-G and Adam-G.
         per_weight: whether the groups of a weight turn by one angle in the mean, for angular steps.
+        decay: weight decay of a plain optimizer in the gradient, and
+        shrink: factor of the plain weight in each step, for a decay beside the gradient.
+        follows: whether the norms of the plain run go on with each step, or stay.
     """
 
     kind: str
@@ -142,10 +147,23 @@ class Rule:
     eps: float = 0.0
     clip: float = math.inf
     per_weight: bool = False
+    decay: float = 0.0
+    shrink: float = 1.0
+    follows: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether steps are those of a plain optimizer, from weights of other norms."""
+        return self.kind in ("plain-sgd", "plain-adam")
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the kernel in C takes whole steps by the rule; for others it lends its passes."""
+        return self.kind in ("sgd", "adam", "plain-sgd") or self.by_entries
 
     @property
     def has_kernel(self) -> bool:
-        """Whether kernels, in C and compiled by torch, know the rule; for others the one in C lends its passes."""
+        """Whether there is a kernel that torch compiles."""
         return self.kind in ("sgd", "adam")
 
     @property
@@ -156,12 +174,12 @@ class Rule:
     @property
     def by_entries(self) -> bool:
         """Whether each entry has a second moment of its own, so that no coefficients of groups say all."""
-        return self.kind in ("angular-adam", "adam-entries")
+        return self.kind in ("angular-adam", "adam-entries", "plain-adam")
 
     @property
     def needs_lengths(self) -> bool:
         """Whether the length of the tangential gradient matters by itself, and has to be exact where it is short."""
-        return self.kind not in ("sgd", "scaled-metric")
+        return self.kind not in ("sgd", "scaled-metric", "plain-sgd")
 
     @property
     def by_groups(self) -> bool:
@@ -176,8 +194,9 @@ class Rule:
         dampening: float,
         step: float,
         elsewhere: Callable[[Tensor], Tensor] | None = None,
+        norms: Tensor | None = None,
     ) -> Coefficients:
-        """Return what to write, and update the second moments in place.
+        """Return what to write, and update the second moments and the norms in place.
 
         Args:
             found: what the inner products of each group say.
@@ -185,7 +204,10 @@ class Rule:
             dampening: share of the gradient that is left out of the momentum.
             step: number of the step, counted from 1.
             elsewhere: adds up sums over groups of which other processes hold others.
+            norms: of the groups in the run of a plain optimizer.
         """
+        if norms is not None:
+            return plain_step(self, found, sgd_update(self.beta1, dampening, nesterov=self.nesterov), norms)
         clip = clip_factor(found, self.clip) if self.kind in ("sgd-g", "adam-g") else 1.0
         if second is None:
             update = sgd_update(self.beta1, dampening, nesterov=self.nesterov)
@@ -368,6 +390,29 @@ def projected_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -
     w_b, w_g = -lr * scale * d_b, -lr * scale * d_g
     weight = scale * (1.0 - lr * taken), w_b, w_g
     return Coefficients(*weight, gain * found.g_taken, beta, gain, _is_far(found, w_b, w_g), carried=False)
+
+
+def plain_step(rule: Rule, found: TangentProducts, update: MomentumUpdate, norms: Tensor) -> Coefficients:
+    r"""Take the step of plain SGD from the weight ``n u`` in the place of ``r u``, and normalize; update the norms.
+
+    With ``k = ‖u‖/n``, where ``‖u‖ = 1`` to rounding, the plain gradient is ``k g + (λ/k) u`` and the plain weight
+    ``u/k``. The norm after the step is computed in float64 from the products, exactly n where nothing moves.
+    """
+    lr, beta, gain, whole = float(rule.lr), update.beta, update.gain, update.follow * update.gain + update.ahead
+    ww, g_slope, b_slope = found.ww.double(), found.g_slope.double(), found.b_slope.double()
+    down = ww.sqrt() / norms
+    stays = 1.0 - lr * whole * rule.decay
+    w_w, w_b, w_g = stays / down, -lr * update.follow * beta, -lr * whole * down
+    moved = w_b * w_b * found.b_total.double() + w_g * w_g * found.g_total.double()
+    mixed = w_w * (w_b * b_slope + w_g * g_slope) + w_b * w_g * (found.gb.double() / ww + b_slope * g_slope)
+    squared = (stays * norms).square() + moved + 2.0 * ww * mixed
+    end = squared.sqrt()
+    numbers = [_where_moved(lr, w_w / end), w_b / end, w_g / end, gain * rule.decay / down, beta, gain * down]
+    if rule.follows:
+        norms.copy_(end)
+    dtype = found.ww.dtype
+    w_w, w_b, w_g, b_w, b_b, b_g = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
+    return Coefficients(w_w, w_b, w_g, b_w, b_b, b_g, moved > squared, carried=False)
 
 
 def scaled_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:

@@ -63,7 +63,8 @@ def rows_of(member: StepInput) -> GroupView:
     if gradient.stride() != member.stride:
         gradient = torch.empty_like(member.weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
     w, *others = member.rows
-    return GroupView(w, gradient.as_strided(*matrix), *others)  # type: ignore[arg-type]
+    norms = None if member.norms is None else member.norms.view(-1, 1)
+    return GroupView(w, gradient.as_strided(*matrix), *others, norms=norms)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -92,7 +93,7 @@ def small_together(batch: Sequence[GroupView]) -> Iterator[list[GroupView]]:
         matrices.append(whole)
     yield matrices
     for whole, portion in joined:
-        for k in (0, 2, 3, 4):  # all but the gradients
+        for k in (0, 2, 3, 4, -1):  # all but the gradients
             _split_into([rows[k] for rows in portion], whole[k])
 
 
@@ -126,8 +127,10 @@ def what_to_write(
     dtype, eps = products.dtype, torch.finfo(accumulation_dtype(matrices[0].weight.dtype)).eps
     radius, second = columns_of(matrices, dtype)
     found = tangential_of(dots, radius, maximize=rule.maximize, taken=taken, eps=eps)
-    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
+    norms = None if matrices[0].norms is None else torch.cat([rows.norms for rows in matrices])  # type: ignore[misc]
+    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step, norms=norms)
     write_second_moments(matrices, second)
+    _split_into([rows.norms for rows in matrices], norms)
     square = (-radius if rule.maximize else radius) * radius
     *numbers, far, carried = move._replace(wg=move.wg * square, bg=move.bg * square)
     factors = [torch.as_tensor(x, dtype=dtype, device=far.device).expand_as(far) for x in numbers]
