@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,9 @@ __all__ = [
     "is_meta",
     "named_tensors",
     "one_module_per_name",
+    "other_values",
     "random_numbers",
+    "state_kept",
 ]
 
 _DROPOUT_ATTRIBUTES = (
@@ -76,6 +78,38 @@ def random_numbers(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back at the end what modules remember from one call to the next: buffers, and attributes assigned anew.
+
+    A backward pass belongs inside, as it may ask for what they were.
+    """
+    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.detach().clone()) for _, _, buffers in modules for b in buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in modules:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in values:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def other_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give some parameters of a model other values for a while."""
+    saved = [(parameter, parameter.data, name) for name, parameter in model.named_parameters() if name in values]
+    try:
+        for parameter, _, name in saved:
+            parameter.data = values[name]
+        yield
+    finally:
+        for parameter, before, _ in saved:
+            parameter.data = before
 
 
 def duplicate(

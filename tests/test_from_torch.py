@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -64,12 +65,17 @@ def trained(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequentia
 
 
 def distances(
-    name: str, steps: int, change: Callable[[Any, Any], None] = lambda optimizer, weight: None, **options: Any
+    name: str,
+    steps: int,
+    change: Callable[[Any, Any], None] = lambda optimizer, weight: None,
+    *,
+    radius: str = "unit",
+    **options: Any,
 ) -> list[float]:
     """Largest difference of the logits of the plain run and the converted one, step by step, on equal data."""
     net, plain = trained(name)
-    converted = mn.convert(net, batch(0)[0])
-    assert converted[0].weight.manifold.uniform_radius == 1
+    converted = mn.convert(net, batch(0)[0], radius=radius)
+    assert (converted[0].weight.manifold.uniform_radius == 1) == (radius == "unit")
     optimizer = mn.optim.from_torch(plain, net, converted, **options)
     change(optimizer, converted[3].weight)
     pairs = range(BEFORE, BEFORE + steps)
@@ -79,16 +85,15 @@ def distances(
 @pytest.mark.parametrize("name", RUNS)
 def test_the_path_of_functions_is_that_of_the_plain_run(name: str) -> None:
     """Rounding grows as paths diverge, by less than a tenth each step here."""
-    for number, distance in enumerate(distances(name, 100)):
+    for number, distance in enumerate(distances(name, 100, radius="keep" if "decay" in name else "unit")):
         assert distance <= 256 * EPS * 1.1**number
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_next_step_is_the_plain_one_in_every_transfer(name: str) -> None:
-    transfers = ["step", "follow"]
-    for transfer in transfers:
+    for transfer, radius in (("step", "unit"), ("follow", "unit"), ("step", "keep")):
         # The logits of the second step are those after the first.
-        assert max(distances(name, 2, transfer=transfer)) <= 256 * EPS
+        assert max(distances(name, 2, transfer=transfer, radius=radius)) <= 256 * EPS
 
 
 SABOTAGE: dict[str, Callable[[Any, Any], None]] = {
@@ -110,6 +115,39 @@ def test_sabotage_decay_and_norms_are_followed() -> None:
 
     assert distances("sgd, decay", 20, without_decay)[-1] > 1e-3
     assert distances("sgd, decay", 20, transfer="step")[-1] > 1e-3
+
+
+def grouped() -> nn.Sequential:
+    """A network whose biases have a scale with their weights: group normalization does not take a shift away."""
+    torch.manual_seed(5)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6, eps=1e-30), nn.Tanh(), nn.Flatten()),
+        *(nn.Linear(96, 5), nn.LayerNorm(5, eps=1e-30), nn.Tanh(), nn.Linear(5, 3)),
+    ).double()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_biases_that_are_scaled_with_a_weight_go_along(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest() -> float:
+        net = grouped()
+        plain: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+        for number in range(BEFORE):
+            step(net, plain, number)
+        converted = mn.convert(net, batch(0)[0])
+        optimizer = mn.optim.from_torch(plain, net, converted)
+        found = [
+            float((step(net, plain, n) - step(converted, optimizer, n)).abs().max()) for n in range(BEFORE, BEFORE + 30)
+        ]
+        given_back = mn.revert(converted, norms=mn.optim.plain_norms(optimizer, converted))
+        for a, b in zip(net.parameters(), given_back.parameters(), strict=True):
+            found.append(float((a - b).detach().abs().max()))
+        return max(found)
+
+    assert largest() <= 1e5 * EPS
+    # Sabotage.
+    module = importlib.import_module("manifold_nets.optim.from_torch")
+    monkeypatch.setattr(module, "_scale_biases_along", lambda groups, converted: None)
+    assert largest() > 1e8 * EPS
 
 
 def test_in_float32_the_norms_are_those_of_the_plain_run() -> None:
@@ -276,7 +314,7 @@ def test_a_state_is_saved_and_loaded(name: str, tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_the_way_back_meets_the_plain_run(name: str) -> None:
     net, plain = trained(name)
-    converted = mn.convert(net, batch(0)[0])
+    converted = mn.convert(net, batch(0)[0], radius="keep" if "decay" in name else "unit")
     optimizer = mn.optim.from_torch(plain, net, converted)
     for number in range(20, 30):
         step(net, plain, number)
@@ -315,6 +353,36 @@ def test_an_optimizer_from_nowhere_goes_back_too(name: str) -> None:
     turned, expected = sphere.component_dist(before, new), sphere.component_dist(before, converted[3].weight.detach())
     # Adam's directions differ, as one second moment a filter tells its entries apart from then on.
     torch.testing.assert_close(turned, expected, rtol=1e-3 if name == "rsgd" else 0.1, atol=0)
+
+
+def test_a_plain_average_is_loaded_into_that_of_the_converted_model() -> None:
+    net, plain = trained("sgd, decay")
+    ema = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
+    for number in range(20, 24):
+        step(net, plain, number)
+        ema.update_parameters(net)
+    average = mn.optim.AveragedModel(mn.convert(net, batch(0)[0]), use_buffers=True)
+    average.load_state_dict(ema.state_dict())
+    x = batch(3)[0]
+    torch.testing.assert_close(average.eval()(x), ema.eval()(x), rtol=0, atol=1e4 * EPS)
+    assert int(average.n_averaged) == 4
+    assert float(average.resultant_lengths()["3.weight"].min()) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd, momentum", "adamw"])
+def test_a_run_may_begin_on_spheres(name: str) -> None:
+    """The plain optimizer has not taken a step yet; its state on spheres can be copied and loaded all the same."""
+    runs = []
+    for convert in (False, True):
+        net = network()
+        optimizer: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+        if convert:
+            converted = mn.convert(net, batch(0)[0])
+            optimizer = mn.optim.from_torch(optimizer, net, converted)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            net = converted
+        runs.append([step(net, optimizer, number) for number in range(5)])
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=256 * EPS)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -295,7 +296,7 @@ def all_differences(
         >>> [(d.first, d.second, round(d.adjusted_p, 3)) for d in found]
         [('a', 'b', 0.027), ('a', 'c', 1.0), ('b', 'c', 0.053)]
     """
-    how = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    how: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
     found = [paired_difference(values[a], values[b], names=(a, b), **how) for a, b in combinations(values, 2)]
     adjusted = holm([difference.p_value for difference in found])
     return tuple(replace(d, adjusted_p=float(p)) for d, p in zip(found, adjusted, strict=True))

@@ -25,7 +25,7 @@ from manifold_nets.optim.backends.graph import register, standing_in, step_group
 from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
-from manifold_nets.optim.plain_run import norms_of, step_as_plain_
+from manifold_nets.optim.plain_run import biases_of_the_plain_run, norms_of, step_as_plain_
 from manifold_nets.optim.rows import by_rows, whole_rows
 from manifold_nets.optim.state import (
     check_loaded,
@@ -159,12 +159,17 @@ class SphereOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with biases_of_the_plain_run(self.param_groups, self.state):
+            self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
         if torch.compiler.is_compiling():
             for number, group in enumerate(self.param_groups):
                 given = {place: p for place, p in enumerate(group["params"]) if p.grad is not None}
                 if given:
                     step_group_(list(given.values()), [p.grad for p in given.values()], given, self._number, number)
-            return loss
+            return
         # All that is read is checked before anything is changed.
         gradients = [self._checked_gradients(number, group) for number, group in enumerate(self.param_groups)]
         for number, group in enumerate(self.param_groups):
@@ -173,7 +178,6 @@ class SphereOptimizer(torch.optim.Optimizer):
             if plain:
                 self._step_plain({**group, "params": plain})
             self._step_spheres(number, group["params"], gradients[number])
-        return loss
 
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:

@@ -17,7 +17,7 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.adam import RiemannianAdam
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group, name_of
-from manifold_nets.optim.plain_run import NORM, TRANSFERS
+from manifold_nets.optim.plain_run import NORM, SCALED_WITH, TRANSFERS
 from manifold_nets.optim.sgd import RiemannianSGD
 
 __all__ = ["from_torch", "plain_norms", "to_torch"]
@@ -27,7 +27,7 @@ Transfer = Literal["follow", "step", "equilibrium"]
 _NAMES = {"exp_avg_sq": "entry_sq", "max_exp_avg_sq": "max_entry_sq"}
 _PLAIN_NAMES = {new: old for old, new in _NAMES.items()}
 # What each optimizer has of its own in its groups.
-_OWN = ("params", "param_names", "manifolds", "transfer", "compile", "master_weights")
+_OWN = ("params", "param_names", "manifolds", "transfer", "compile", "master_weights", SCALED_WITH)
 
 
 def from_torch(
@@ -100,6 +100,7 @@ def from_torch(
     groups, pairs = _other_groups(optimizer, model, converted, "converted")
     for group in groups:
         group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
+    _scale_biases_along(groups, converted)
     made = kind(groups, lr=optimizer.defaults["lr"])
     made.defaults.update(optimizer.defaults)
     for group, name, source, target in pairs:
@@ -211,7 +212,8 @@ def _other_groups(
     names = {id(p): name for name, p in model.named_parameters()}
     biases = {name for name, p in model.named_parameters() if p.ndim < 2}
     targets = dict(other.named_parameters(remove_duplicate=False))
-    groups, pairs = [], []
+    groups: list[Group] = []
+    pairs: list[tuple[Group, str, Tensor, Tensor]] = []
     for number, group in enumerate(optimizer.param_groups):
         new = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
         new.update(params=[], param_names=[])
@@ -254,14 +256,21 @@ def _on_spheres(
             made[key] = _copied(value) if value is None else torch.as_tensor(value).detach().float().cpu().clone()
         elif key in _NAMES:
             made[_NAMES[key]] = value.detach().to(accumulation_dtype(target.dtype), copy=True)
-        else:
-            made[key] = value.detach().to(target.dtype, copy=True)
+        else:  # a momentum, in the scale of the weight on its spheres
+            scaled = partition.multiply(value.detach().double(), manifold.radius_for(target.detach().double()))
+            made[key] = scaled.to(target.dtype)
+    if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
+        made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
+        second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
+        made.update((key, torch.zeros_like(target, dtype=accumulation_dtype(target.dtype))) for key in second)
     if transfer == "equilibrium":
-        _to_equilibrium(group, name, source, manifold, made)
+        _to_equilibrium(group, name, source, manifold, state, made)
     return made
 
 
-def _to_equilibrium(group: Group, name: str, source: Tensor, manifold: SphereProduct, made: dict[str, Any]) -> None:
+def _to_equilibrium(
+    group: Group, name: str, source: Tensor, manifold: SphereProduct, state: dict[str, Any], made: dict[str, Any]
+) -> None:
     """Replace the norms by those at which growth and decay balance; gradients, and so moments, are as 1/n."""
     partition, norms = manifold.partition, made[NORM]
     lr, decay = float(group["lr"]), float(group["weight_decay"])
@@ -272,13 +281,13 @@ def _to_equilibrium(group: Group, name: str, source: Tensor, manifold: SpherePro
     if "betas" in group:
         new = torch.full_like(norms, (lr * partition.group_size / (2 * decay)) ** 0.5)
     else:
-        mu = float(group["momentum"])
-        gradient = made.get("momentum_buffer", source.grad)
+        mu, buffer = float(group["momentum"]), state.get("momentum_buffer")
+        gradient = source.grad if buffer is None else buffer
         if gradient is None:
             raise OptionError("transfer", f"'equilibrium', but {name} has neither momentum nor gradient", "one of them")
         # Of independent gradients G/n, (1 − τ)² Σ μ^{2k} = (1 − τ)²/(1 − μ²) are in the squared length of the momentum.
         tangent = manifold.proju(manifold.projx(source.detach()), gradient.detach())
-        share = (1 - mu**2) / (1 - float(group["dampening"])) ** 2 if "momentum_buffer" in made else 1.0
+        share = 1.0 if buffer is None else (1 - mu**2) / (1 - float(group["dampening"])) ** 2
         squared = share * (norms.square() * partition.inner(tangent, tangent).double()).mean()
         new = torch.full_like(norms, float(lr * squared / (2 * decay * (1 - mu))) ** 0.25)
         refuse_degenerate(new, name)
@@ -287,6 +296,19 @@ def _to_equilibrium(group: Group, name: str, source: Tensor, manifold: SpherePro
     for key, power in (("momentum_buffer", 1), ("exp_avg", 1), ("entry_sq", 2), ("max_entry_sq", 2)):
         if isinstance(made.get(key), Tensor):
             made[key] = partition.multiply(made[key], ratio.pow(power).to(made[key].dtype))
+
+
+def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
+    """Note which biases the conversion scaled with which weight: in the plain run they are longer with it."""
+    # The record of `manifold_nets.conversion`, which lies beside this package.
+    record = converted.__dict__.get("_manifold_nets_moves")
+    places = {name: (k, i) for k, group in enumerate(groups) for i, name in enumerate(group["param_names"])}
+    for weight, move in (record.weights if record is not None else {}).items():
+        for bias in move.biases if weight in places else ():
+            if bias.name in places:
+                number, place = places[bias.name]
+                known = groups[number].setdefault(SCALED_WITH, {})
+                known[str(place)] = [*places[weight], list(bias.groups)]
 
 
 def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: SphereProduct) -> Tensor:
@@ -301,16 +323,16 @@ def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: Sphere
 
 def _off_spheres(state: dict[str, Any], weight: Tensor, manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
     """The state of a weight on spheres as that of the plain weight; the way back of `carry_momentum`."""
-    partition = manifold.partition
-    if NORM in state:
-        return {_PLAIN_NAMES.get(key, key): value for key, value in state.items() if key not in (NORM, "master_weight")}
-    found = dict(state)
+    partition, found, follows = manifold.partition, dict[str, Any](), NORM in state
+    scale = manifold.radius_for(norms) * (torch.ones_like(norms) if follows else norms)
     for key, value in state.items():
         if key in ("momentum_buffer", "exp_avg") and value is not None:
-            found[key] = partition.divide(value, (norms * manifold.radius_for(weight)).to(value.dtype))
-        elif key in _NAMES:
+            found[key] = partition.divide(value, scale.to(value.dtype))
+        elif key in _NAMES and not follows:
             mean = value / (norms.square() * partition.group_size)
             found[key] = partition.multiply(torch.ones_like(weight), mean.to(weight.dtype))
+        elif key not in (NORM, "master_weight"):
+            found[_PLAIN_NAMES.get(key, key)] = value
     return found
 
 

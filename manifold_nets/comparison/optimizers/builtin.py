@@ -250,7 +250,7 @@ _PYMANOPT = (
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     found.name: found
     for found in (
-        *(OptimizerSpec(*row, description=text) for *row, text in _ROWS),
+        *(OptimizerSpec(*row[:5], description=row[5]) for row in _ROWS),
         *map(_own, OWN),
         *(
             OptimizerSpec(name, "converted", "full batch", "pymanopt", _from_pymanopt(kind), True, text)

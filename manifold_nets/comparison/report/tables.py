@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -375,9 +375,7 @@ def times_csv(comparison: Comparison) -> str:
     )
 
 
-def _csv(
-    comparison: Comparison, columns: Sequence[str], rows: Callable[[RunResult], Iterable[Mapping[str, Any]]]
-) -> str:
+def _csv(comparison: Comparison, columns: Sequence[str], rows: Callable[[RunResult], Iterable[dict[str, Any]]]) -> str:
     """Rows of each run: which run it is, and columns that are those of its rows or else fields of the run itself."""
     key = ("optimizer", "initial_scale", "learning_rate", "weight_decay", "seed")
     text = io.StringIO()

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from manifold_nets.comparison.errors import TaskSourceError
-from manifold_nets.comparison.tasks.task import DatasetPart, Part, Task, TensorPart
+from manifold_nets.comparison.tasks.task import PART_NAMES, DatasetPart, Part, Task, TensorPart
 
 __all__ = ["classification", "classification_scores", "hits", "task_from_data"]
 
@@ -125,8 +125,8 @@ def classification(
         batch_size: examples per training step.
         description: where the data come from, how they were split and prepared.
     """
-    task = task_from_data(**parts, name=name, outputs=outputs, batch_size=batch_size)
-    return replace(task, description=description)
+    data = (parts[part] for part in PART_NAMES)
+    return replace(task_from_data(*data, name=name, outputs=outputs, batch_size=batch_size), description=description)
 
 
 def hits(outputs: Tensor, targets: Tensor) -> Tensor:

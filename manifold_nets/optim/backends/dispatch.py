@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
@@ -47,9 +48,11 @@ def assign(
     found: list[tuple[Backend, Batch]] = []
 
     def give(backend: Backend, suits: Callable[[StepInput], bool]) -> None:
-        fits = [suits(member) for member in remaining]
-        taken = [member for member, fit in zip(remaining, fits, strict=True) if fit]
-        remaining[:] = [member for member, fit in zip(remaining, fits, strict=True) if not fit]
+        taken: list[StepInput] = []
+        left: list[StepInput] = []
+        for member in remaining:
+            (taken if suits(member) else left).append(member)
+        remaining[:] = left
         if taken:
             found.append((backend, Batch(taken)))
 
@@ -80,15 +83,9 @@ def _local(member: StepInput) -> StepInput:
     part = part_of(member.manifold, member.weight)
     if part.combine is not None:
         return member
-    return replace(
-        member,
-        weight=part.read(member.weight),
-        gradient=part.read(member.gradient),
-        manifold=part.manifold,
-        moment=None if member.moment is None else part.read(member.moment),
-        second=None if member.second is None else local_part(member.second),
-        largest=None if member.largest is None else local_part(member.largest),
-    )
+    tensors = {name: getattr(member, name) for name in ("weight", "gradient", "moment", "second", "largest")}
+    held: Any = {name: x if x is None else local_part(x.detach()) for name, x in tensors.items()}
+    return replace(member, manifold=part.manifold, **held)
 
 
 # ---- the kernel in C -------------------------------------------------------------------------------------------------
@@ -162,17 +159,9 @@ def joined(members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
 def _whole(joint: JointSphere, members: Sequence[StepInput]) -> StepInput:
     first = members[0]
     second, largest = (None if x is None else x.clone().reshape(-1, 1) for x in (first.second, first.largest))
-    moments = [member.moment for member in members if member.moment is not None]
-    return StepInput(
-        joint.join([member.weight.detach() for member in members]),
-        joint.join([member.gradient.detach() for member in members]),
-        joint.sphere,
-        joint.join(moments) if moments else None,
-        second,
-        largest,
-        first.dampening,
-        first.step,
-    )
+    point, gradient = (joint.join([getattr(m, x).detach() for m in members]) for x in ("weight", "gradient"))
+    moment = None if first.moment is None else joint.join([m.moment for m in members if m.moment is not None])
+    return StepInput(point, gradient, joint.sphere, moment, second, largest, first.dampening, first.step)
 
 
 def _write_back(joint: JointSphere, members: Sequence[StepInput], whole: StepInput) -> None:

@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends import build
 from manifold_nets.optim.backends.build import UnavailableError
 from manifold_nets.optim.backends.inputs import Batch, mark_written
-from manifold_nets.optim.backends.products import Scalar, rounding_of
+from manifold_nets.optim.backends.products import rounding_of
 from manifold_nets.optim.backends.rule import Rule, StepInput, bias_corrections
-from manifold_nets.optim.backends.views import rows_of, what_to_write, without_radial_parts
+from manifold_nets.optim.backends.views import rows_of, what_to_write
 
 __all__ = ["SHORT", "UnavailableError", "available", "run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
@@ -95,24 +95,13 @@ def step(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
     _call("spheres_step", rule, jobs, threads)
 
 
-def measure(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
-    """Measure ⟨w, w⟩, ⟨w, g⟩, ⟨g, g⟩, ⟨w, b⟩, ⟨g, b⟩, ⟨b, b⟩ of every row, into memory at each job's ``"products"``.
-
-    Arguments and errors as for `step`.
-    """
-    _call("spheres_measure", rule, jobs, threads)
-
-
-def write(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
-    """Write ``ww w + wb b + wg g`` to w and ``bw w + bb b + bg g`` to b, with the numbers at each job's ``"written"``.
-
-    Rows with a mark at ``"far"`` are put on their spheres afterwards, ``_CARRIED`` ones with their moments. Arguments
-    and errors as for `step`.
-    """
-    _call("spheres_write", rule, jobs, threads)
-
-
 def _call(name: str, rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
+    """Call a function of spheres.c: ``spheres_step``, or one of the passes by themselves.
+
+    ``spheres_measure`` writes ⟨w, w⟩, ⟨w, g⟩, ⟨g, g⟩, ⟨w, b⟩, ⟨g, b⟩, ⟨b, b⟩ of every row to each job's ``"products"``.
+    ``spheres_write`` writes ``ww w + wb b + wg g`` to w and ``bw w + bb b + bg g`` to b, with the numbers at each job's
+    ``"written"``; rows with a mark at ``"far"`` are put on their spheres afterwards, ``_CARRIED`` ones with moments.
+    """
     library = _library()
     if isinstance(library, UnavailableError):
         raise library
@@ -128,9 +117,7 @@ def _load() -> ctypes.CDLL:
         for options in build.CHOICES:
             path = folder / build.file_name(command, options)
             # What was found is built anew where it cannot be loaded either.
-            for is_found in (True, False):
-                if is_found and not build.is_sound(path):
-                    continue
+            for is_found in (True, False) if build.is_sound(path) else (False,):
                 try:
                     if not is_found:
                         build.compile_to(path, command, options)
@@ -224,34 +211,31 @@ def run_in_passes(rule: Rule, members: Batch) -> list[StepInput]:
 
     The coefficients of all rows are computed together, in float64. Weights that share memory with others are returned.
     """
-
-    def alike(m: StepInput) -> Any:
-        return m.dampening, m.step, m.moment is None, m.second is None, m.weight.dtype
-
     shared: list[StepInput] = []
-    for chosen, _gradients, jobs in _jobs(rule, members, alike, shared):
-        first, dtype = chosen[0], chosen[0].weight.dtype
-        matrices = [rows_of(member) for member in chosen]
+    for chosen, _gradients, jobs in _jobs(rule, members, _kind_of, shared):
+        first, matrices = chosen[0], [rows_of(member) for member in chosen]
         # On the CPU whatever torch's default device is: the kernel writes there.
         measured = torch.empty(int(jobs["rows"].sum()), 6, dtype=torch.float64, device="cpu")
         places = np.cumsum(jobs["rows"]) - jobs["rows"]
-        packed, threads = _packed(rule, dtype), _threads(jobs)
+        packed, threads = _packed(rule, first.weight.dtype), _threads(jobs)
         jobs["products"] = measured.data_ptr() + places * measured[0].nbytes
-        measure(packed, jobs, threads)
+        _call("spheres_measure", packed, jobs, threads)
         # Without a moment, its products are left out, as in all other backends.
-        products, taken = measured.t()[: 3 if first.moment is None else 6], cast("Scalar", 0.0)
-        if rule.needs_lengths:
-            former, (matrices, products, taken) = matrices, without_radial_parts(matrices, products)
-            for job, old, new in zip(jobs, former, matrices, strict=True):
-                if new is not old:
-                    job["g"] = new.gradient.data_ptr()
-        factors, far, carried = what_to_write(rule, matrices, products, taken, first.dampening, first.step)
+        products = measured.t()[: 3 if first.moment is None else 6]
+        exact, factors, far, carried = what_to_write(rule, matrices, products, first.dampening, first.step)
+        for job, old, new in zip(jobs, matrices, exact, strict=True):
+            if new is not old:
+                job["g"] = new.gradient.data_ptr()
         marks = far.to(torch.uint8) * (_CARRIED if carried else _ALONE)
         jobs["written"] = factors.data_ptr() + places * factors[0].nbytes
         jobs["far"] = marks.data_ptr() + places
-        write(packed, jobs, threads)
+        _call("spheres_write", packed, jobs, threads)
     mark_written(members)
     return shared
+
+
+def _kind_of(m: StepInput) -> tuple[Any, ...]:
+    return m.dampening, m.step, m.moment is None, m.second is None, m.weight.dtype
 
 
 def _jobs(
@@ -269,17 +253,13 @@ def _jobs(
         for (_, chosen), jobs in zip(alike, members.jobs, strict=True):
             gradients = [_readable_gradient(member) for member in chosen]
             jobs["g"] = [gradient.data_ptr() for gradient in gradients]
-            for name, values in zip(("take", "first", "second"), _shares(rule, chosen), strict=True):
-                jobs[name] = values
+            jobs["take"], jobs["first"], jobs["second"] = _shares(rule, chosen)
             apart = _apart(jobs, chosen[0])
             if not apart.all():
                 # A gradient by itself, as it is only read; weights and moments are left to whoever can take them.
-                shared += [
-                    replace(m, gradient=m.gradient.clone(), fits=None, rows=None)
-                    for m, own in zip(chosen, apart, strict=True)
-                    if not own
-                ]
-                places = apart.nonzero()[0].tolist()
+                left = [chosen[k] for k in (~apart).nonzero()[0]]
+                shared += [replace(m, gradient=m.gradient.clone(), fits=None, rows=None) for m in left]
+                places = apart.nonzero()[0]
                 chosen, gradients, jobs = [chosen[k] for k in places], [gradients[k] for k in places], jobs[apart]
             if chosen:
                 found.append((chosen, gradients, jobs))
