@@ -30,7 +30,7 @@ def parse_json(text: str | bytes) -> Any:
         >>> parse_json('{"radius": NaN}')
         Traceback (most recent call last):
             ...
-        ValueError: NaN is not a number of JSON
+        ValueError: NaN is not a valid number in JSON
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
@@ -39,7 +39,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a valid number in JSON")
 
 
 class JsonForm:
