@@ -303,8 +303,8 @@ class RunStore:
             for trial in trials.values():
                 key, count = trial["key"], sum(name.startswith("result-") for name in trial)
                 result = "".join(trial[f"result-{i}"] for i in range(count))
-                row = {"study": self.study, "key": key, "state": "done", "test": study.get(f"test {key}")}
-                connection.execute(sa.insert(_RUNS).values(**row, result=result))
+                done = {"study": self.study, "key": key, "state": "done", "test": study.get(f"test {key}")}
+                connection.execute(sa.insert(_RUNS).values(**done, result=result))
 
 
 _OPTUNA_STUDY = sa.text(
