@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.comparison.errors import DataFileError, DataFolderError, TaskNameError
-from manifold_nets.comparison.tasks.from_data import classification
-from manifold_nets.comparison.tasks.task import Task
+from manifold_nets.comparison.tasks.task import Task, classification
 from manifold_nets.errors import MissingExtraError
 
 __all__ = ["Standardize", "digits", "find_idx_files", "idx_images", "read_idx", "read_images_and_labels"]
