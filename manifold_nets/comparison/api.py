@@ -34,8 +34,6 @@ from manifold_nets.files import atomic_file, resolved
 if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
 
-__all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
-
 STUDY_FILE, STUDY_NAME_FILE = "study.db", "study-name.txt"
 _SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
 

@@ -21,8 +21,6 @@ from manifold_nets.comparison.run import Runner
 from manifold_nets.comparison.settings import RunKey, Settings
 from manifold_nets.errors import MissingExtraError
 
-__all__ = ["Executor", "InProcessExecutor", "ProcessPool", "packed", "unpacked", "worker_main"]
-
 ATTEMPTS = 3
 # Ctrl-C reaches all processes of a terminal. Workers leave it to the process that started them, which ends them, and do
 # so before they import anything, which takes seconds.

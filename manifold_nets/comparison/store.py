@@ -29,8 +29,6 @@ from manifold_nets.comparison.results import Environment, RunResult
 from manifold_nets.comparison.settings import RunKey, Settings
 from manifold_nets.documents import crc32
 
-__all__ = ["RunStore"]
-
 Record = TypeVar("Record", bound=JsonRecord)
 
 # A run whose heartbeat has not changed for this long belongs to a process that has ended.
