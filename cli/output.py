@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from manifold_nets.documents import without_infinities
-from manifold_nets.errors import ManifoldNetsError, ModelExitError
+from manifold_nets.errors import ManifoldNetsError, ModelBuildError, described
 
 from .options import Request
 
@@ -85,13 +85,14 @@ def running_code_of(name: str) -> Iterator[None]:
         name: what the code belongs to, as written on the command line.
 
     Raises:
-        ModelExitError: the block raised SystemExit.
+        ModelBuildError: the block raised SystemExit.
     """
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield
         except SystemExit as error:
-            raise ModelExitError(name, error) from error
+            found = f"its code raised {described(error)} while it ran"
+            raise ModelBuildError(name, found, "Take the call of sys.exit, exit or quit out of it.") from error
 
 
 def _console(*, stderr: bool = False) -> Console:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,9 @@ __all__ = [
     "is_meta",
     "named_tensors",
     "one_module_per_name",
+    "other_values",
     "random_numbers",
+    "state_kept",
 ]
 
 _DROPOUT_ATTRIBUTES = (
@@ -76,6 +78,38 @@ def random_numbers(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back at the end what modules remember from one call to the next: buffers, and attributes assigned anew.
+
+    A backward pass belongs inside, as it may ask for what they were.
+    """
+    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.detach().clone()) for _, _, buffers in modules for b in buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in modules:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in values:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def other_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give some parameters of a model other values for a while."""
+    saved = [(parameter, parameter.data, name) for name, parameter in model.named_parameters() if name in values]
+    try:
+        for parameter, _, name in saved:
+            parameter.data = values[name]
+        yield
+    finally:
+        for parameter, before, _ in saved:
+            parameter.data = before
 
 
 def duplicate(
@@ -172,6 +206,19 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if lazy:
             found = f"the parameter {path} of a lazy module has no shape yet"
             raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and ``torch.compile``, or the model itself.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> inner_model(nn.DataParallel(inner)) is inner
+        True
+    """
+    while (child := _WRAPPERS.get(type(model).__name__)) is not None and child in model._modules:
+        model = model.get_submodule(child)
+    return model
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -9,8 +9,7 @@ normalization whether that is why; it is not taken otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import listed
+from manifold_nets.models import other_values, state_kept
 from manifold_nets.running import Inputs, to_float64
 from manifold_nets.symmetry.equations import Ids, Scales
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
@@ -132,7 +132,9 @@ class LowVariance:
             # What is made in float32 is read in float64, and may be written into before.
             return pytree.tree_map(wide, result) if low_memory else result
 
-        with torch.no_grad(), torch.random.fork_rng(), self._at_the_point():
+        names = [name for name, p in self.model_copy.named_parameters() if p.dtype == torch.float64]
+        point = other_values(self.model_copy, {name: self.field.weights[name] for name in names})
+        with torch.no_grad(), torch.random.fork_rng(), state_kept(self.model_copy), point:
             torch.manual_seed(self.seed)
             self.graph.interpret(self.model_copy, to_float64(self.inputs), visit)
         return found
@@ -148,22 +150,6 @@ class LowVariance:
         rounding = _ROUNDING * x.abs().amax(axes, keepdim=True)
         low = _below_eps(variance, self.tolerance) | (self.tolerance * variance.sqrt() <= rounding)
         return np.asarray(low.cpu().numpy())
-
-    @contextmanager
-    def _at_the_point(self) -> Iterator[None]:
-        """Give the copy the weights of the pass for a while, and its buffers back at the end."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.model_copy.named_buffers()}
-        parameters = {name: p for name, p in self.model_copy.named_parameters() if p.dtype == torch.float64}
-        saved = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = self.field.weights[name]
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = saved[name]
-            for name, buffer in self.model_copy.named_buffers():
-                buffer.copy_(buffers[name])
 
 
 def describe(places: Iterable[Places]) -> str:
