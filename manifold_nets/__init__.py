@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from manifold_nets import comparison, errors, layers, optim, sources
     from manifold_nets.comparison import Comparison, compare
+    from manifold_nets.constraining import Constrained, constrain, unconstrain
     from manifold_nets.constraints import joint_spheres, restore
     from manifold_nets.conversion import balance, conversion_record, convert, load, project, save
     from manifold_nets.conversion.plan import plan  # in a package, its module would hide a function of that name
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comparison",
+    "Constrained",
     "JointSphere",
     "LearningRates",
     "Partition",
@@ -33,6 +35,7 @@ __all__ = [
     "balance",
     "compare",
     "comparison",
+    "constrain",
     "conversion_record",
     "convert",
     "diagnose",
@@ -49,11 +52,13 @@ __all__ = [
     "revert",
     "save",
     "sources",
+    "unconstrain",
     "verify",
 ]
 
 _NAMES = {
     "comparison": ("Comparison", "compare"),
+    "constraining": ("Constrained", "constrain", "unconstrain"),
     "constraints": ("joint_spheres", "restore"),
     "conversion": ("balance", "conversion_record", "convert", "load", "plan", "project", "revert", "save", "verify"),
     "groups": ("Partition",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
         self.require_shape(x)
         return (self._norms(x) / self._radii.tensor() - 1).abs()
 
-    def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str) -> None:
+    def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str | Callable[[], str]) -> None:
         """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
         deviations = self.deviations(x)
         worst = int(torch.nan_to_num(deviations, nan=math.inf).argmax())

@@ -97,9 +97,8 @@ def load_model(
         ModelSpecError: the specification has none of the forms.
         ModelNotFoundError: a module, a file, an attribute or an architecture does not exist.
         ModelBuildError: the callable or the import raised, SystemExit included, or returned something that is no model.
-        WeightsFileError: the file cannot be read.
-        StateDictMismatchError: its names or shapes are not the model's.
-        CheckpointError: the file of a converted model is damaged, newer, or does not fit.
+        CheckpointFormatError: the file cannot be read.
+        CheckpointMismatchError: its names or shapes are not the model's.
 
     Example:
         >>> load_model("torch.nn:Linear", kwargs={"in_features": 4, "out_features": 2})

@@ -24,8 +24,9 @@ from manifold_nets.comparison.errors import (
     SettingsError,
     TaskNameError,
 )
-from manifold_nets.comparison.experiment import foreign_code, unpacked
+from manifold_nets.comparison.experiment import foreign_code
 from manifold_nets.comparison.optimizers import OPTIMIZERS, optimizer_spec, spec_of
+from manifold_nets.comparison.pool import unpacked
 from manifold_nets.comparison.results import environment
 from manifold_nets.comparison.store import RunStore
 from manifold_nets.errors import ModelNotFoundError

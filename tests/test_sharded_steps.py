@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from training_cases import check_same_path
 
 import manifold_nets as mn
-from manifold_nets.errors import SphereOptionError
+from manifold_nets.errors import ParameterGroupError
 from manifold_nets.optim import SGDG, AdamG, AngularAdam, AngularSGD, ProjectedSGD, RiemannianAdam, RiemannianSGD
 from manifold_nets.optim.backends import sharded
 
@@ -147,7 +147,7 @@ def check_refusal(mesh):
 
         device_mesh, placements = mesh, (_StridedShard(0, split_factor=2),)
 
-    with pytest.raises(SphereOptionError, match="boxes"):
+    with pytest.raises(ParameterGroupError, match="boxes"):
         sharded.part_of(sphere, Scattered())
 
 

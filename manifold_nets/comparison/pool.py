@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import queue
@@ -10,19 +11,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
-from manifold_nets.comparison.errors import RunFailedError
-from manifold_nets.comparison.experiment import Experiment, unpacked
-from manifold_nets.comparison.final_weights import keep_weights
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.errors import RunFailedError, SettingsError
+from manifold_nets.comparison.experiment import Experiment, InitialModels
 from manifold_nets.comparison.results import RunResult
 from manifold_nets.comparison.run import Runner
 from manifold_nets.comparison.settings import RunKey, Settings
+from manifold_nets.errors import MissingExtraError
 
-__all__ = ["CompletedRun", "Executor", "InProcessExecutor", "ProcessPool", "Worker", "worker_main"]
+__all__ = ["Executor", "InProcessExecutor", "ProcessPool", "packed", "unpacked", "worker_main"]
 
 ATTEMPTS = 3
 # Ctrl-C reaches all processes of a terminal. Workers leave it to the process that started them, which ends them, and do
@@ -33,110 +32,39 @@ _WORKER = (
 )
 
 
-@dataclass(frozen=True)
-class CompletedRun:
-    """A run that has ended.
-
-    Args:
-        run_id: under which it was claimed.
-        key: which run.
-        result: its result.
-    """
-
-    run_id: int
-    key: RunKey
-    result: RunResult
-
-
-class Executor(Protocol):
-    """Carries out runs, some at the same time."""
-
-    def idle(self) -> int:
-        """How many more runs could be started now."""
-        ...
-
-    def running(self) -> dict[int, RunKey]:
-        """The runs that were started and have not ended, by id."""
-        ...
-
-    def start(self, run_id: int, key: RunKey) -> None:
-        """Start a run."""
-        ...
-
-    def wait(self, seconds: float) -> list[CompletedRun]:
-        """Wait until a run ends, at most this long; return those that have ended.
-
-        Raises:
-            RunFailedError: a run has no result.
-        """
-        ...
-
-    def close(self) -> None:
-        """End everything."""
-        ...
-
-
-class Worker:
-    """Carries out runs and keeps their final weights, in whichever process.
-
-    Args:
-        settings: of the comparison.
-        experiment: what they name; looked up when left out.
-        folder: where final weights are written; nowhere when left out.
-        initial_models: of these settings and this experiment, if they are already made.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        experiment: Experiment | None,
-        folder: Path | None,
-        initial_models: InitialModels | None = None,
-    ) -> None:
-        if initial_models is None or initial_models.settings != settings:
-            initial_models = InitialModels(experiment or Experiment.from_settings(settings), settings)
-        self.initial_models = initial_models
-        self.runner = Runner(initial_models, settings)
-        self.runner.prepare()
-        self._folder = folder
-
-    def run(self, key: RunKey) -> RunResult:
-        """Carry out a run and write its final weights."""
-        result, weights = self.runner.run(key)
-        if self._folder is not None and not result.diverged:
-            keep_weights(self._folder, key, weights)
-        return result
-
-
 class InProcessExecutor:
     """Carries out one run at a time, in this process, while it is waited for.
 
     Args:
-        worker: that carries it out.
+        runner: that carries it out.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         self._started: dict[int, RunKey] = {}
 
     def idle(self) -> int:
-        """One, unless a run was started."""
+        """How many more runs could be started now."""
         return 1 - len(self._started)
 
     def running(self) -> dict[int, RunKey]:
-        """The run that was started."""
+        """The runs that were started and have not ended, by id."""
         return dict(self._started)
 
     def start(self, run_id: int, key: RunKey) -> None:
         """Remember what to carry out."""
         self._started[run_id] = key
 
-    def wait(self, seconds: float) -> list[CompletedRun]:
-        """Carry it out, however long it takes."""
+    def wait(self, seconds: float) -> list[tuple[int, RunResult]]:
+        """Carry it out, however long it takes; return ids and results of the runs that have ended.
+
+        Raises:
+            RunFailedError: a run has no result.
+        """
         done = []
         for run_id, key in self._started.items():
             try:
-                done.append(CompletedRun(run_id, key, self._worker.run(key)))
+                done.append((run_id, self._runner.run(key)))
             except (Exception, SystemExit) as error:
                 raise RunFailedError(key, [f"{type(error).__name__}: {error}"]) from error
         self._started.clear()
@@ -183,7 +111,7 @@ class ProcessPool:
         """Send a run to a process that has none."""
         self._send(next(process for process in self._processes if process not in self._busy), run_id, key)
 
-    def wait(self, seconds: float) -> list[CompletedRun]:
+    def wait(self, seconds: float) -> list[tuple[int, RunResult]]:
         """Wait for answers; a run whose process ended is carried out again by a new one."""
         if not self._busy:
             return []
@@ -211,12 +139,12 @@ class ProcessPool:
         self._busy[process] = (run_id, key)
         process.write(pickle.dumps(key))
 
-    def _ended(self, process: _Process, answer: Any) -> list[CompletedRun]:
+    def _ended(self, process: _Process, answer: Any) -> list[tuple[int, RunResult]]:
         run_id, key = self._busy.pop(process, (-1, None))
         if answer is not None and key is not None:
             if isinstance(answer, str):
                 raise RunFailedError(key, [answer])
-            return [CompletedRun(run_id, key, answer)]
+            return [(run_id, answer)]
         self._processes.remove(process)
         status, fresh = process.end(), self._add_process()
         if key is not None:
@@ -225,6 +153,9 @@ class ProcessPool:
                 raise RunFailedError(key, [f"a process that ended with status {status}, {ATTEMPTS} times"])
             self._send(fresh, run_id, key)
         return []
+
+
+Executor = InProcessExecutor | ProcessPool
 
 
 class _Process:
@@ -274,13 +205,15 @@ def worker_main() -> None:
     sys.path[:] = path
     received: queue.Queue[RunKey] = queue.Queue()
     threading.Thread(target=_receive, args=(sys.stdin.buffer, received), daemon=True).start()
-    worker: Worker | None = None
+    runner: Runner | None = None
     while True:
         key = received.get()
         answer: object
         try:
-            worker = worker or Worker(settings, Experiment.from_settings(settings, unpacked(own)), folder)
-            answer = worker.run(key)
+            if runner is None:
+                experiment = Experiment.from_settings(settings, unpacked(own))
+                runner = Runner(InitialModels(experiment, settings), settings, folder)
+            answer = runner.run(key)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (it is raised where the run was sent from)
             answer = f"{type(error).__name__}: {error}"
         pickle.dump(answer, answers)
@@ -294,3 +227,49 @@ def _receive(source: BinaryIO, received: queue.Queue[RunKey]) -> None:
     except (EOFError, OSError, pickle.UnpicklingError):
         # The sender is gone, perhaps in the middle of a run: nobody wants its result.
         os._exit(1)
+
+
+def packed(workers: int, own: Mapping[str, Any]) -> dict[str, bytes]:
+    """Pickle what other processes cannot look up, piece by piece, so that an error names the one that cannot be sent.
+
+    Functions and classes of the running script, which no other process can import, are sent whole.
+
+    Args:
+        workers: number of processes, for the error.
+        own: see `Experiment.from_settings`.
+
+    Raises:
+        SettingsError: a piece cannot be sent; it is named.
+        MissingExtraError: cloudpickle is not installed.
+    """
+    try:
+        cloudpickle = importlib.import_module("cloudpickle") if own else pickle
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("cloudpickle", "several workers", "compare") from error
+    pieces = {}
+    for name, piece in own.items():
+        try:
+            pieces[name] = cloudpickle.dumps(piece)
+        except Exception as error:
+            why = f"cannot be sent to another process ({type(error).__name__}: {error})"
+            remedy = "1; or name it as file.py:NAME, which each worker imports for itself"
+            raise SettingsError("workers", f"{workers}, with {name}, which {why}", remedy) from error
+    return pieces
+
+
+def unpacked(own: Mapping[str, bytes]) -> dict[str, Any]:
+    """The reverse of `packed`, in a worker.
+
+    Raises:
+        RuntimeError: a piece cannot be unpickled here; it is named.
+    """
+    found = {}
+    for name, piece in own.items():
+        try:
+            found[name] = pickle.loads(piece)
+        except Exception as error:
+            raise RuntimeError(
+                f"{name} cannot be made again in a worker ({type(error).__name__}: {error}); use one worker, or name "
+                "it as file.py:NAME"
+            ) from error
+    return found

@@ -212,6 +212,10 @@ class Choice(JsonRecord):
         """Learning rate and weight decay; None where every run diverged."""
         return None if self.learning_rate is None else (self.learning_rate, self.weight_decay)
 
+    def chose(self, key: RunKey) -> bool:
+        """Whether a run is one of the optimizer at its chosen learning rate and weight decay."""
+        return (key.optimizer, key.initial_scale, key.trial) == (self.optimizer, self.initial_scale, self.trial)
+
 
 @dataclass(frozen=True)
 class Environment(JsonRecord):

@@ -8,25 +8,25 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.comparison.experiment import derived_seed
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.errors import RunFailedError
+from manifold_nets.comparison.experiment import InitialModels, derived_seed
 from manifold_nets.comparison.observation import FilterWatch, peak_memory, sampled_steps
 from manifold_nets.comparison.optimizers import OPTIMIZERS, Stepper
 from manifold_nets.comparison.results import EpochRecord, RunResult, machine_in_words
+from manifold_nets.comparison.selection import keep_weights, kept_weights
 from manifold_nets.comparison.settings import RunKey, Schedule, Settings
 from manifold_nets.comparison.tasks import evaluate
 from manifold_nets.comparison.tasks.task import scores_of
 from manifold_nets.optim import BoldDriver
 
 __all__ = ["BatchObjective", "Runner", "learning_rate_factor", "should_stop"]
-
-Weights = dict[str, Tensor]
 
 # The order of the data is kept for the next optimizer of the same seed, up to this many example numbers.
 KEPT_NUMBERS = 10_000_000
@@ -102,16 +102,17 @@ class _Training:
 
 
 class Runner:
-    """Carries out runs in this process, one after the other.
+    """Carries out runs in whichever process, one after the other, and keeps their final weights.
 
     Args:
         initial_models: makes the models that runs start from.
         settings: of the comparison.
+        folder: where final weights are written; nowhere when left out.
     """
 
-    def __init__(self, initial_models: InitialModels, settings: Settings) -> None:
+    def __init__(self, initial_models: InitialModels, settings: Settings, folder: Path | None = None) -> None:
         # Models are made and analysed on the processor and trained on the device.
-        self._initial, self._settings = initial_models, settings
+        self._initial, self._settings, self._folder = initial_models, settings, folder
         self._optimizers = initial_models.experiment.optimizers
         self._task = initial_models.experiment.task.to(settings.device)
         self._train = self._task.parts["train"]
@@ -119,22 +120,15 @@ class Runner:
         self._orders: dict[tuple[int, int], list[Tensor]] = {}
         self._validation = torch.split(torch.arange(len(self._task.parts["validation"])), 4 * settings.batch_size)
         self._machine = machine_in_words()
-
-    def prepare(self) -> None:
-        """Make every built-in optimizer once, so that no run pays for the import of its library."""
+        # Every built-in optimizer is made once, so that no run pays for the import of its library.
         with torch.random.fork_rng():
-            for name, spec in self._optimizers.items():
-                if OPTIMIZERS.get(name) is spec:
-                    key = RunKey(name, self._settings.learning_rates[0], self._settings.seeds[0])
-                    # The runs report what cannot be made.
-                    with contextlib.suppress(Exception):
-                        self._stepper(key, self._initial.model(key))
+            for name in (name for name, spec in self._optimizers.items() if OPTIMIZERS.get(name) is spec):
+                key = RunKey(name, settings.learning_rates[0], settings.seeds[0])
+                with contextlib.suppress(Exception):  # the runs report what cannot be made
+                    self._stepper(key, initial_models.model(key))
 
-    def run(self, key: RunKey) -> tuple[RunResult, Weights]:
-        """Carry out one run; everything but times and memory follows from the key and the settings.
-
-        Returns:
-            The result, and the final weights by their names, empty where the run diverged.
+    def run(self, key: RunKey) -> RunResult:
+        """Carry out one run and keep its final weights; all but times and memory follows from the key and the settings.
 
         Raises:
             Exception: what the model or the optimizer raised, unless the run has diverged.
@@ -160,18 +154,34 @@ class Runner:
             machine=self._machine,
             validation_seconds=run.validation_seconds,
         )
-        # A safetensors file holds plain contiguous tensors that share no memory.
-        state = {} if diverged else model.state_dict()
-        return result, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+        if self._folder is not None and not diverged:
+            # A safetensors file holds plain contiguous tensors that share no memory.
+            state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+            keep_weights(self._folder, key, state)
+        return result
 
-    def scores(self, key: RunKey, weights: Weights) -> dict[str, float]:
-        """Evaluate the final weights of a run on the test data; see `tasks.evaluate`."""
+    def test(self, key: RunKey) -> tuple[float, float]:
+        """The error and the loss of the final weights of a run on the test data.
+
+        A run whose weights are no longer there is carried out again.
+
+        Raises:
+            RunFailedError: its weights cannot be read back.
+        """
+        folder = self._folder or Path()
+        weights = kept_weights(folder, key)
+        if weights is None:
+            self.run(key)
+            weights = kept_weights(folder, key)
+        if weights is None:
+            raise RunFailedError(key, ["weights that cannot be read back"])
         with self._threads(), torch.random.fork_rng():
             model = self._initial.model(key)
             self._seed(derived_seed(key.seed, "contestant"))
             self._stepper(key, model)  # it may have given the model another form
             model.load_state_dict(weights)
-            return evaluate(model, self._task, "test")
+            scores = evaluate(model, self._task, "test")
+        return scores["error"], scores["loss"]
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:

@@ -231,6 +231,11 @@ class RunKey(JsonRecord):
     initial_scale: InitialScale = "plain"
     weight_decay: float | None = None
 
+    @property
+    def trial(self) -> Trial:
+        """Its learning rate and weight decay."""
+        return self.learning_rate, self.weight_decay
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; without a weight decay where it is not tuned, as older versions wrote it."""
         return {name: value for name, value in super().to_dict().items() if value is not None}

@@ -25,6 +25,8 @@ from manifold_nets.optim.backends.graph import register, standing_in, step_group
 from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
+from manifold_nets.optim.plain_run import norms_of, step_as_plain_
+from manifold_nets.optim.rows import by_rows, whole_rows
 from manifold_nets.optim.state import (
     check_loaded,
     describe_manifolds,
@@ -37,7 +39,7 @@ from manifold_nets.optim.state import (
 __all__ = ["SphereOptimizer"]
 
 # What of a group decides which inputs a step has, and which backends.
-_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad")
+_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer")
 
 
 def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:
@@ -137,7 +139,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            SparseGradientError: a weight that torch does not step has a sparse gradient; nothing was changed.
+            StepInputError: a weight that torch does not step has a sparse gradient; nothing was changed.
             StepInputError: a constrained weight, its gradient or its state has another shape than the spheres, or no
                 memory; nothing was changed.
         """
@@ -213,7 +215,8 @@ class SphereOptimizer(torch.optim.Optimizer):
                     idle.append(place)
                     continue
                 gradient = torch.zeros_like(weight)
-            state, point = self.state[parameter] if group.get("momentum") != 0 else {}, weight
+            is_kept = group.get("momentum") != 0 or group.get("transfer")
+            state, point = self.state[parameter] if is_kept else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[parameter]
                 point = master_weights[weight] = master_weight_of(weight, state)
@@ -222,15 +225,23 @@ class SphereOptimizer(torch.optim.Optimizer):
         # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask for
         # one of every parameter.
         able = [m for m in inputs if self._can_move(m.manifold)]
+        if group.get("transfer"):
+            for parameter, member in zip((group["params"][place] for place in places), inputs, strict=True):
+                if self._can_move(member.manifold):
+                    norms = norms_of(self.state[parameter], member.weight, member.manifold)
+                    step_as_plain_(rule, group, member, norms)
+            write_master_weights(master_weights)
+            return
         options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
-        with joined(able) if moving else nullcontext(able) as together:
-            batches = assign(rule, together, **options) if together else []
+        with joined(able) if moving else nullcontext(able) as together, by_rows(rule, together) as stepped:
+            batches = assign(rule, stepped, **options) if stepped else []
             run(rule, batches)
         write_master_weights(master_weights)
         if (
             inputs
             and not moving
             and not master_weights
+            and whole_rows(inputs)
             and all(weights[place] is group["params"][place] for place in places)
         ):
             plan = StepPlan(self._deciding(group), places, idle, inputs, self.state, batches)

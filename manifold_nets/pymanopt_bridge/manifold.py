@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.projection import way_back
-from manifold_nets.errors import PointError, UnsupportedManifoldError
+from manifold_nets.errors import ParameterGroupError, PointError
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 
@@ -199,7 +199,7 @@ def product_manifold(model: nn.Module) -> Product:
     Raises:
         PointError: no parameter requires a gradient, one is neither float32 nor float64, or one lies on a sphere
             together with others.
-        UnsupportedManifoldError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
+        ParameterGroupError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
 
     Example:
         >>> import manifold_nets as mn
@@ -287,7 +287,8 @@ def _spheres(model: nn.Module) -> dict[str, SphereProduct]:
     for name, parameter in model.named_parameters():
         manifold = getattr(parameter, "manifold", None)
         if not (manifold is None or isinstance(manifold, SphereProduct) or manifold.name == "Euclidean"):
-            raise UnsupportedManifoldError(name, manifold)
+            remedy = "Optimize it with pymanopt's or geoopt's own manifolds."
+            raise ParameterGroupError(name, f"the manifold {manifold}", "a SphereProduct, or none", remedy)
     spheres = {weight.name: weight.manifold for weight in constrained_weights(model)}
     for name, manifold in spheres.items():
         if isinstance(manifold, JointSphereMember):

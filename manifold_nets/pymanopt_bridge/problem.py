@@ -228,7 +228,7 @@ class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
 
     Raises:
         PointError: no parameter requires a gradient, or one is neither float32 nor float64.
-        UnsupportedManifoldError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
+        ParameterGroupError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
         OffManifoldError: a weight is not on its spheres.
         CostError: the loss is not one finite number, or differs from one evaluation to the next.
 
@@ -318,7 +318,7 @@ def problem(
 
     Raises:
         PointError: no parameter requires a gradient, or one is neither float32 nor float64.
-        UnsupportedManifoldError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
+        ParameterGroupError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
         OffManifoldError: a weight is not on its spheres.
         ExampleInputsError: the inputs are none of the above.
         CostError: the loss is not one finite number, or differs from one evaluation to the next.

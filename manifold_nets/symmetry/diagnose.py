@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -66,8 +68,21 @@ _log = logging.getLogger(__name__)
 
 # Numpy takes seeds below 2³², and the points of the analysis are drawn from the seed and the two numbers after it.
 LARGEST_SEED = 2**32 - 3
+_OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Collect garbage less often: a graph is many objects that stay, and every full collection visits all of them."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(before[0], _OBJECTS_BETWEEN_COLLECTIONS) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 @torch.inference_mode(False)  # gradients are needed
 def diagnose(
     model: nn.Module,
@@ -122,7 +137,7 @@ def diagnose(
         UnsupportedModelError: the model is a script or quantized, or has parameters without a shape.
         OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
             ``memory`` is neither ``"full"`` nor ``"small"``.
-        LossError: the loss is no function and no name of one, or does not accept the outputs.
+        OptionError: the loss is no function and no name of one, or does not accept the outputs.
         ArgumentTypeError: ``model`` is no `torch.nn.Module`.
 
     References:

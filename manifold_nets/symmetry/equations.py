@@ -92,6 +92,7 @@ class Scales:
         self._next = np.zeros(1, dtype=np.int64)
         self._next_product = np.zeros(0, dtype=np.int64)
         self._products: list[Form] = []
+        self._pairs = np.zeros((0, 2), dtype=np.int64)  # the scales of each product of two, negative for longer ones
         self._numbers: dict[frozenset[tuple[int, float]], int] = {}
         self._solved: set[int] = set()
         # Of each scale that is solved, what it was replaced by at first, and the number of the reason.
@@ -132,7 +133,9 @@ class Scales:
         found = ids
         while self._solved:
             if self._products:
-                for number in self._distinct(found[found < 0]).tolist():
+                numbers = self._distinct(found[found < 0])
+                pairs = self._pairs[-numbers - 1]
+                for number in numbers[(pairs[:, 0] < 0) | (self._reason[pairs] >= 0).any(1)].tolist():
                     self._refresh(number)
             further = self._step(found)
             if np.array_equal(further, found):
@@ -187,16 +190,21 @@ class Scales:
             return
         left, right, _ = _distinct_pairs(left[~single], right[~single])
         self.on_pinned(np.where(right == UNSCALED, left, right)[(left == UNSCALED) | (right == UNSCALED)])
-        left, right = self.roots(left), self.roots(right)
-        left, right = left[left != right], right[left != right]
-        # A few equations between products often settle thousands: what they leave different goes on.
         count = 8
-        while len(left):
-            for m, n in zip(left[:count].tolist(), right[:count].tolist(), strict=True):
-                self._solve(_plus(self.form(m), self.form(n), -1.0), reason)
+        while True:
+            left, right = self.roots(left), self.roots(right)
+            left, right = left[left != right], right[left != right]
+            single = (left >= 0) & (right >= 0)
+            if single.any():
+                self._unite(left[single], right[single], reason)
+            elif len(left):
+                # A few equations between products often settle thousands: what they leave different goes on.
+                for m, n in zip(left[:count].tolist(), right[:count].tolist(), strict=True):
+                    self._solve(_plus(self.form(m), self.form(n), -1.0), reason)
+                left, right, count = left[count:], right[count:], 2 * count
+            else:
+                return
             self.on_solved()
-            left, right = self.roots(left[count:]), self.roots(right[count:])
-            left, right, count = left[left != right], right[left != right], 2 * count
 
     def merge(self, ids: Ids, axes: Sequence[int], because: Break) -> Ids:
         """Require one form along the given axes and return the ids with these axes reduced to size 1."""
@@ -337,9 +345,10 @@ class Scales:
 
     def _distinct(self, ids: Ids) -> Ids:
         """The different numbers among many, without sorting them. Products count from the end, as numpy does it."""
-        if 16 * ids.size < self.count:
+        size = self.count + 1 + len(self._products)
+        if 64 * ids.size < size:
             return np.unique(ids)
-        seen = np.zeros(self.count + 1 + len(self._products), dtype=bool)
+        seen = np.zeros(size, dtype=bool)
         seen[ids] = True
         numbers = np.flatnonzero(seen)
         numbers[numbers > self.count] -= len(seen)
@@ -367,6 +376,9 @@ class Scales:
             self._products.append(form)
             if place == len(self._next_product):
                 self._next_product = np.concatenate([self._next_product, np.arange(-place - 1, -2 * place - 65, -1)])
+                self._pairs = np.concatenate([self._pairs, np.full((place + 64, 2), -1)])
+            if len(form) == 2:
+                self._pairs[place] = tuple(form)
         return number
 
 

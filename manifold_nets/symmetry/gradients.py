@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.float64 import map_tensors
 from manifold_nets.groups import Partition
-from manifold_nets.models import absent, is_continuous
+from manifold_nets.models import is_continuous
 from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.exact_mode import exact_mode
 from manifold_nets.symmetry.group_sums import GroupSums, coarsened, group_sums
@@ -84,6 +84,8 @@ class GradientPass:
 
     def slope(self, name: str) -> float:
         """The largest modulus of an entry of the gradient of a parameter."""
+        if self.without_values:
+            return 0.0
         if name not in self._slopes:
             gradient = self.gradients[name]
             self._slopes[name] = float(torch.stack(gradient.aminmax()).abs().max()) if gradient.numel() else 0.0
@@ -224,7 +226,7 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
 
 def pass_without_values(model_copy: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
-    zeros = {name: absent(parameter.shape) for name, parameter in model_copy.named_parameters()}
+    zeros = _zeros(model_copy)
     return GradientPass(zeros, zeros, without_values=True)
 
 

@@ -228,7 +228,8 @@ class _ShiftWalk(_Walk):
     def _refuse(self, unknowns: Ids) -> None:
         """Refuse the sources and the results of the links that made some unknowns."""
         starts = [link.unknowns.start for link in self.links]
-        refused = set(np.unique(np.searchsorted(starts, unknowns, "right") - 1).tolist()) - self._refused
+        of_links = np.bincount(np.searchsorted(starts, unknowns, "right") - 1)
+        refused = set(np.flatnonzero(of_links).tolist()) - self._refused
         self._refused |= refused
         for link in (self.links[number] for number in sorted(refused)):
             self.scales.pin(link.sources, link.because)

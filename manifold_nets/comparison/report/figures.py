@@ -9,21 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from manifold_nets.comparison.measures import first_at
 from manifold_nets.comparison.report import style
-from manifold_nets.comparison.report.style import INK, NARROW, WIDE, Size, finite, look, mark, short_name
+from manifold_nets.comparison.report.style import INK, Size, finite, look, mark, panels, short_name
 from manifold_nets.comparison.report.summary import OptimizerSummary, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "NARROW", "WIDE", "Drawing", "Size"]
-
 MOST_LAYERS = 4
 _STEP, _CLIQUE_STEP = 0.30, 0.16
-
-
-def _has_optimizers(summary: Summary) -> bool:
-    """Whether there is anything at all to show."""
-    return bool(summary.optimizers)
 
 
 @dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Drawing:
     title: str
     draw: Callable[[Summary, Size], Figure]
     caption: Callable[[Summary], str]
-    has_data: Callable[[Summary], bool] = _has_optimizers
+    has_data: Callable[[Summary], bool] = lambda _: True
 
 
 def _row_height(summary: Summary, size: Size) -> float:
@@ -64,9 +57,8 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
             axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=color, linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
         if o.test.lost:
-            style.note_beside(
-                axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {'not finite' if o.not_finite else 'diverged'}"
-            )
+            why = "not finite" if o.not_finite else "diverged"
+            style.note_beside(axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {why}")
     style.name_rows(axes, [o.name for o in summary.optimizers])
     axes.set_xlabel(summary.unit.label("test error"))
     return figure
@@ -75,10 +67,13 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
 def _draw_target(summary: Summary, size: Size) -> Figure:
     """Passes over the data and seconds until each run first reaches the target."""
     height, names = _row_height(summary, size), [o.name for o in summary.optimizers]
-    figure = style.new_figure(size, 2 * height if size.narrow else height)
-    left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2, sharey=True)
+    figure, (left, right) = panels(size, 2 * height if size.narrow else height, sharey=not size.narrow)
     for axes, label, which in ((left, "passes over the data", "passes"), (right, "seconds of training", "seconds")):
-        spent = [_spent(o, summary.target, which) for o in summary.optimizers]
+        costs = [o.seconds if which == "seconds" else (o.passes,) * len(o.errors) for o in summary.optimizers]
+        spent = [
+            [first_at(run, cost, summary.target) for run, cost in zip(o.errors, each, strict=True)]
+            for o, each in zip(summary.optimizers, costs, strict=True)
+        ]
         style.error_axis(axes, "x", [value for values in spent for value in values])
         for i, (o, values) in enumerate(zip(summary.optimizers, map(finite, spent), strict=True)):
             above = [i + 0.2] * len(values)
@@ -97,11 +92,6 @@ def _draw_target(summary: Summary, size: Size) -> Figure:
         right.spines["left"].set_visible(False)
         right.grid(visible=False, axis="y")
     return figure
-
-
-def _spent(o: OptimizerSummary, target: float, which: str) -> list[float]:
-    costs = o.seconds if which == "seconds" else [o.passes] * len(o.errors)
-    return [first_at(run, cost, target) for run, cost in zip(o.errors, costs, strict=True)]
 
 
 def _draw_rescaled(summary: Summary, size: Size) -> Figure:
@@ -125,8 +115,7 @@ def _draw_rescaled(summary: Summary, size: Size) -> Figure:
 
 def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
     """Training loss and validation error over epochs: the median over the seeds, and a band over all of them."""
-    figure = style.new_figure(size, 7.2 if size.narrow else 4.0)
-    left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2)
+    figure, (left, right) = panels(size, 7.2 if size.narrow else 4.0)
     error = summary.unit.label("Validation error")
     for axes, title, which, scale in (
         (left, "Training loss", "losses", 1.0),
@@ -217,20 +206,15 @@ def _draw_layers(summary: Summary, size: Size) -> Figure:
         for row, (which, what) in enumerate((("rotation", "rotation a step (rad)"), ("norm", "norm of filters"))):
             axes = grid[row, column]
             _layer(axes, summary, name, which)
-            axes.set_title(f"{short_name(name)}: {what}" if size.narrow else what)
-            if not size.narrow and not row:
-                axes.set_title(f"{short_name(name)}\n{what}")
+            above = f"{short_name(name)}: " if size.narrow else "" if row else f"{short_name(name)}\n"
+            axes.set_title(f"{above}{what}")
     style.legend(figure, grid[0, 0], size)
     return figure
 
 
 def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
-    traces = [
-        (i, o, getattr(layer, which))
-        for i, o in enumerate(summary.optimizers)
-        for layer in o.layers
-        if layer.name == name
-    ]
+    every = [(i, o, layer) for i, o in enumerate(summary.optimizers) for layer in o.layers]
+    traces = [(i, o, getattr(layer, which)) for i, o, layer in every if layer.name == name]
     style.error_axis(axes, "y", [value for *_, values in traces for value in values])
     for i, o, values in traces:
         known, step = [v if math.isfinite(v) else math.nan for v in values], max(1, len(values) // 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
 from manifold_nets.comparison.errors import TaskSourceError
-from manifold_nets.comparison.tasks.task import DatasetPart, Part, Task, TensorPart
+from manifold_nets.comparison.tasks.task import PART_NAMES, DatasetPart, Part, Task, TensorPart
 
 __all__ = ["classification", "classification_scores", "hits", "task_from_data"]
 
@@ -102,9 +103,9 @@ def _part(data: Any, where: str) -> Part:
     elif isinstance(data, DataLoader):
         data = DatasetPart(data.dataset, data.collate_fn)
     elif not isinstance(data, (TensorPart, DatasetPart)):
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__") or isinstance(data, (tuple, list)):
-            found = f"an object of type {type(data).__name__}"
-            raise TaskSourceError(where, found, "a tuple of two tensors, a map-style data set or a data loader")
+        if isinstance(data, (tuple, list)) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            expected = "a tuple of two tensors, a map-style data set or a data loader"
+            raise TaskSourceError(where, f"an object of type {type(data).__name__}", expected)
         data = DatasetPart(data)
     if len(data) == 0:
         raise TaskSourceError(where, "no examples", "at least one")
@@ -124,17 +125,8 @@ def classification(
         batch_size: examples per training step.
         description: where the data come from, how they were split and prepared.
     """
-    return Task(
-        name=name,
-        parts={part: TensorPart(x, y) for part, (x, y) in parts.items()},
-        input_shape=tuple(parts["train"][0].shape[1:]),
-        outputs=outputs,
-        loss=cross_entropy,
-        measure=hits,
-        summarize=classification_scores,
-        batch_size=batch_size,
-        description=description,
-    )
+    data = (parts[part] for part in PART_NAMES)
+    return replace(task_from_data(*data, name=name, outputs=outputs, batch_size=batch_size), description=description)
 
 
 def hits(outputs: Tensor, targets: Tensor) -> Tensor:

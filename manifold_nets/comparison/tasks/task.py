@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils.data import Dataset, default_collate
 
 from manifold_nets.comparison.errors import TaskSourceError
 
-__all__ = ["PART_NAMES", "DatasetPart", "Part", "Subset", "Task", "TensorPart", "evaluate", "scores_of"]
+__all__ = ["DatasetPart", "Part", "Subset", "Task", "TensorPart", "evaluate", "evaluation_mode", "scores_of"]
 
 PART_NAMES = ("train", "validation", "test")
 _EXAMPLE_NUMBERS = 50_000
@@ -223,13 +225,20 @@ def evaluate(
     Returns:
         ``"loss"``, the mean over the examples, and the scores of `Task.summarize`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     numbers = torch.arange(len(task.parts[part])) if rows is None else torch.as_tensor(rows)
-    scores = scores_of(model, task, part, torch.split(numbers, batch_size))
-    for module, training in modes:
-        module.training = training
-    return scores
+    with evaluation_mode(model):
+        return scores_of(model, task, part, torch.split(numbers, batch_size))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Put every module into evaluation mode, and afterwards back into the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        yield model.eval()
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -242,12 +251,10 @@ def scores_of(model: nn.Module, task: Task, part: str, batches: Sequence[Tensor]
         part: ``"train"``, ``"validation"`` or ``"test"``.
         batches: numbers of the examples of each forward pass.
     """
-    total, counts = 0.0, None
+    total, counts = 0.0, []
     for rows in batches:
         inputs, targets = task.parts[part].batch(rows)
         outputs = model(inputs)
         total += float(task.loss(outputs, targets)) * len(rows)
-        added = task.measure(outputs, targets).cpu()
-        counts = added if counts is None else counts + added
-    scores = {} if counts is None else task.summarize(counts)
-    return {"loss": total / sum(map(len, batches)), **scores}
+        counts.append(task.measure(outputs, targets).cpu())
+    return {"loss": total / sum(map(len, batches)), **task.summarize(reduce(torch.add, counts))}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from manifold_nets.errors import SparseGradientError, StepInputError
+from manifold_nets.errors import StepInputError
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, accumulation_dtype
 from manifold_nets.optim.backends.rule import StepInput
@@ -32,6 +32,7 @@ _MOMENTS = ("momentum_buffer", "exp_avg")
 # Half precision cannot count beyond a few hundred steps.
 _COUNTS = (torch.float32, torch.float64)
 
+_DENSE = "Build its layer with sparse=False, or pass a dense gradient: weight.grad = weight.grad.to_dense()."
 _RENEW = "Compute the gradient again with backward(), or set it to None."
 _REFILL = "Give the parameter memory again, for instance with `parameter.data = values.clone()`, before the step."
 _RESTART = "Load a state that fits, or drop it with `optimizer.state.pop(parameter)` and start without it."
@@ -55,7 +56,7 @@ def check(
         name: returns the name of the parameter, for messages.
 
     Raises:
-        SparseGradientError: the gradient is sparse.
+        StepInputError: the gradient is sparse.
         StepInputError: a shape is not that of the spheres, or a tensor has no memory for its entries.
     """
     shape = partition.shape
@@ -68,7 +69,7 @@ def check(
             return
         raise StepInputError(name(), fault, "memory for every entry", _REFILL)
     if gradient is not None:
-        _check_gradient(weight, gradient, sharded, name)
+        _check_gradient(weight, gradient, partition, sharded, name)
     if state:
         _check_state(weight, partition, state, name)
 
@@ -216,9 +217,12 @@ def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], na
             raise StepInputError(name(), "a step count on the meta device", "the number of steps so far", _RESTART)
 
 
-def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Callable[[], str]) -> None:
-    if gradient.layout != torch.strided:
-        raise SparseGradientError(name(), gradient.layout)
+def _check_gradient(
+    weight: Tensor, gradient: Tensor, partition: Partition, sharded: bool, name: Callable[[], str]
+) -> None:
+    by_row = partition.view == partition.shape and partition.kept == (0,)
+    if gradient.layout != torch.strided and not (by_row and gradient.is_sparse and gradient.sparse_dim() == 1):
+        raise StepInputError(name(), f"a gradient of layout {gradient.layout}", "a dense gradient", _DENSE)
     found = None
     if gradient.shape != weight.shape:
         found = f"a gradient of shape {tuple(gradient.shape)}"
@@ -226,7 +230,7 @@ def _check_gradient(weight: Tensor, gradient: Tensor, sharded: bool, name: Calla
         found = f"a gradient of dtype {gradient.dtype}"
     elif gradient.is_cpu != weight.is_cpu:
         found = f"a gradient on {gradient.device}"
-    elif not sharded:
+    elif not (sharded or gradient.is_sparse):
         lacking = _fault(gradient, written=False)
         found = f"a gradient with {lacking}" if lacking else None
     if found:

@@ -26,7 +26,7 @@ from manifold_nets.optim.backends.products import (
     some,
     tangential,
 )
-from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
+from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput, bias_corrections
 from manifold_nets.optim.backends.sharded import Part, part_of
 from manifold_nets.optim.backends.views import GroupView
 
@@ -174,7 +174,10 @@ _UNKNOWN = 8.0
 def turn_(
     rule: Rule, w: Tensor, g: Tensor, m: Tensor, v: Tensor, spheres: Spheres, *, step: float, rounding: float
 ) -> None:
-    """Take a step of AngularAdam, in place: Adam's direction, entry by entry, and a turn of a given angle."""
+    """Take a step in Adam's direction, entry by entry, in place: for AngularAdam of a given angle, else of its length.
+
+    The moment is as long as the weight is at its radius, and so is the direction.
+    """
     (ww, wg, _), g, _ = products_of(w, g, None, spheres, sharp=True, rounding=rounding)
     # One temporary as large as the chunk serves in turn as ξ, as d and as the new point: memory is what limits chunks.
     xi = torch.addcmul(g, w, wg / ww, value=-1)
@@ -193,12 +196,15 @@ def turn_(
     tilt = wd / ww
     direction.addcmul_(w, tilt, value=-1)
     (length,) = spheres.dots((direction, direction))
-    angle, least = float(rule.lr), _UNKNOWN * torch.finfo(w.dtype).eps
+    lr, least = float(rule.lr), _UNKNOWN * torch.finfo(w.dtype).eps
+    if rule.kind == "angular-adam":
+        turn, along = length.rsqrt() * (radius * math.sin(lr)), math.cos(lr)
+    else:
+        turn, along = torch.full_like(length, lr * bias_corrections(rule.beta1, rule.beta2, step)[0]), 1.0
     # What was taken off is of squared length tilt wd.
     is_noise = length <= tilt * wd * least**2
-    turn = (length.rsqrt() * radius).masked_fill_(is_noise, 0.0)
-    new = direction.mul_(turn.mul_(-math.sin(angle))).add_(w, alpha=math.cos(angle))
+    new = direction.mul_(turn.neg_().masked_fill_(is_noise, 0.0)).add_(w, alpha=along)
     norm, overlap = spheres.dots((new, new), (new, m))
     m.addcmul_(new, overlap / norm, value=-1)
-    if angle != 0:
+    if lr != 0:
         w.copy_(new.mul_(norm.rsqrt() * radius))

@@ -193,7 +193,7 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
     coefficients(rule, job, m, n, turned);
 }
 
-/* AngularAdam's step of one row: see reference.py. The direction d is made of m and v wherever it is needed. */
+/* AngularAdam's step of one row, or that of Adam by entries: see reference.py. The direction d is made of m and v wherever it is needed. */
 static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, REAL *restrict w, const REAL *restrict g,
                                 REAL *restrict m, REAL *restrict v, int64_t n, REAL *restrict rest) {
     double square = square_of(job, row), radius = sqrt(square), ww = 0, wg = 0, gg = 0, wd = 0, dd = 0, wm = 0, dm = 0;
@@ -243,7 +243,10 @@ static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, R
     }
     /* Entries of d are rounded a few times: what is shorter than that has no direction. */
     double least = UNKNOWN * (sizeof(REAL) == 8 ? 0x1p-52 : 0x1p-23);
-    double turn = length <= least * least * dd ? 0.0 : sin(rule->lr) * radius / sqrt(length), along = cos(rule->lr);
+    int by_angle = rule->kind == ANGULAR_ADAM;
+    double turn = by_angle ? sin(rule->lr) * radius / sqrt(length) : rule->lr * job->first;
+    double along = by_angle ? cos(rule->lr) : 1.0;
+    if (length <= least * least * dd) turn = 0;
     double norm = along * along * ww + turn * turn * length, scale = rule->lr == 0 ? 1.0 : radius / sqrt(norm);
     int far = turn * turn * dd > square; /* large coefficients cancel */
     along += turn * tilt;
@@ -265,7 +268,7 @@ static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from
     int64_t size = job->size, offset = from * size, entries = n * size;
     REAL *w, *g, *b;
     NAME(open)(rule, job, offset, entries, space, &w, &g, &b);
-    if (rule->kind == ANGULAR_ADAM) {
+    if (rule->kind >= ANGULAR_ADAM) {
         for (int64_t i = 0; i < n; i++)
             NAME(turn_by_angle)(rule, job, from + i, w + i * size, g + i * size, b + i * size,
                                 (REAL *)job->v + offset + i * size, size, rest);

@@ -48,7 +48,7 @@ class StepInput:
         gradient: the Euclidean gradient; only read.
         manifold: the spheres of the weight.
         moment: the momentum, changed in place; None without momentum.
-        second: second moments, one for each sphere (for AngularAdam one for each entry), changed in place; None for
+        second: second moments, one for each sphere (or each entry; see `Rule.by_entries`), changed in place; None for
             SGD.
         largest: the largest second moments so far, changed in place; None without AMSGrad.
         dampening: share of the new gradient that is left out; 0 in the first step.
@@ -116,8 +116,8 @@ class Rule:
     """An update rule, with the options that all weights of a parameter group share.
 
     Attributes:
-        kind: ``"sgd"``, ``"adam"``, ``"sgd-g"``, ``"adam-g"``, ``"angular"``, ``"angular-adam"``, ``"projected"`` or
-            ``"scaled-metric"``.
+        kind: ``"sgd"``, ``"adam"``, ``"sgd-g"``, ``"adam-g"``, ``"angular"``, ``"angular-adam"``, ``"adam-entries"``,
+            ``"projected"`` or ``"scaled-metric"``.
         lr: learning rate.
         beta1: decay of the momentum; that of the first moment for variants of Adam.
         nesterov: whether to look ahead.
@@ -146,7 +146,7 @@ class Rule:
     @property
     def by_entries(self) -> bool:
         """Whether each entry has a second moment of its own, so that no coefficients of groups say all."""
-        return self.kind == "angular-adam"
+        return self.kind in ("angular-adam", "adam-entries")
 
     @property
     def needs_lengths(self) -> bool:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import SphereOptionError
+from manifold_nets.errors import ParameterGroupError
 from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
@@ -86,7 +86,7 @@ def part_of(manifold: SphereProduct, weight: Tensor) -> Part:
     """Return the part of a sharded weight that this process holds; remembered for each manifold.
 
     Raises:
-        SphereOptionError: the part is no box of the whole, as with shards that are strided.
+        ParameterGroupError: the part is no box of the whole, as with shards that are strided.
     """
     mesh, placements = weight.device_mesh, tuple(weight.placements)  # type: ignore[attr-defined]
     known = _parts.setdefault(manifold, {})
@@ -133,7 +133,8 @@ def _set_into_zeros(manifold: SphereProduct, mesh: Any, placements: tuple[Any, .
         corners = zip(*(torch.unravel_index(held.flatten()[end], shape) for end in (0, -1)), strict=True)
         place = tuple(slice(int(low), int(high) + 1) for low, high in corners)
     if not torch.equal(numbers[place], held):
-        raise SphereOptionError(f"a weight of shape {shape}", f"placements {placements}", "shards that are boxes")
+        found = f"placements {placements}"
+        raise ParameterGroupError.on_spheres(f"a weight of shape {shape}", found, "shards that are boxes")
     cuts = [dimension for dimension, placement in enumerate(placements) if placement != Replicate()]
     return Part(manifold, _adding_up(mesh, cuts), place, (Replicate(),) * len(placements))
 

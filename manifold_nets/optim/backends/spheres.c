@@ -12,7 +12,7 @@
 #include <string.h>
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum { SGD, ADAM, ANGULAR_ADAM };
+enum { SGD, ADAM, ANGULAR_ADAM, ADAM_ENTRIES };
 enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 256, BLOCK = 16384, ROWS = 64 };
 enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see reference.py */
@@ -24,8 +24,8 @@ typedef struct {
     void *w;            /* the weight, changed */
     const void *g;      /* its gradient */
     void *b;            /* its moment, changed; null without one */
-    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad. AngularAdam: v has one
-                           an entry */
+    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad. AngularAdam and Adam by
+                           entries: v has one an entry */
     const double *square; /* squared radii: one, or one a row */
     int64_t rows, size, squares;
     double take, first, second; /* share of the new gradient; bias corrections 1/(1 - beta^t) of Adam */

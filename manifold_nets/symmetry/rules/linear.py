@@ -7,10 +7,13 @@ it is new unknowns, linked to the shift; they are constant along the axes that o
 from __future__ import annotations
 
 import numpy as np
+from torch._ops import OpOverload
+from torch.fx import Node
 
 from manifold_nets.symmetry.equations import UNSCALED, Ids, Label
+from manifold_nets.symmetry.graph import operation_key
 from manifold_nets.symmetry.rules.products import matrix_product
-from manifold_nets.symmetry.rules.table import Table, of_first
+from manifold_nets.symmetry.rules.table import SHIFT_RULES, Table, of_first
 from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
 
 _WINDOW = "sums over a window whose entries have different scales"
@@ -104,6 +107,9 @@ def linear_map_of_shifts(use: ShiftUse) -> Result:
     axis, rank = _channel_axis(use), len(use.out_shape)
     source, weight, blocks = use.label("input"), use.label("weight"), use.rows.get(use.args["weight"])
     ids = unscaled(rank)
+    if any(_lets_no_shift_pass(user) for user in use.node.users.keys() & use.graph.live_or_stored):
+        use.refuse("is read by an operation that lets no shift pass")  # at once: each entry would be an unknown
+        return None
     if weight is not None and (source is not None or blocks is None):
         use.refuse("multiplies with what is shifted", weight, source)
         return None
@@ -118,6 +124,10 @@ def linear_map_of_shifts(use: ShiftUse) -> Result:
     if bias is not None:
         ids = use.scales.sum(ids, bias.ids.reshape([len(bias.ids) if a == axis else 1 for a in range(rank)]))
     return Label.compressed(ids)
+
+
+def _lets_no_shift_pass(user: Node) -> bool:
+    return isinstance(user.target, OpOverload) and operation_key(user) not in SHIFT_RULES
 
 
 def _rows(use: ShiftUse, weight: Label, blocks: int, axis: int) -> Ids:
