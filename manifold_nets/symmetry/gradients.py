@@ -69,7 +69,7 @@ class GradientPass:
     required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
-    _sizes: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False, compare=False)
+    _sizes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
     _slopes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -108,19 +108,19 @@ class GradientPass:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        return min(self._group_sizes(name))[0]
+        return self._group_sizes(name)[0]
 
     def largest_group(self, name: str) -> float:
         """The largest ``‖w_g‖ ‖∂L/∂w_g‖`` of these groups."""
-        return min(self._group_sizes(name))[1]
+        return self._group_sizes(name)[1]
 
-    def _group_sizes(self, name: str) -> list[tuple[float, float]]:
-        """For each required partition of a parameter the sum of the sizes of its groups, and the largest of them."""
+    def _group_sizes(self, name: str) -> tuple[float, float]:
+        """The sum of the sizes of the groups of a parameter, and the largest of them, of the smallest partition."""
         if name not in self._sizes:
             partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
             sums = (self.sums(name, partition) for partition in partitions)
-            sizes = [np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums]
-            self._sizes[name] = [(float(size.sum()), float(size.max())) for size in sizes]
+            sizes = (np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums)
+            self._sizes[name] = min((float(size.sum()), float(size.max())) for size in sizes)
         return self._sizes[name]
 
     def forget(self, name: str, partition: Partition) -> None:
