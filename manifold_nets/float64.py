@@ -34,16 +34,7 @@ _CASTS = {
     Tensor.chalf: torch.complex128,
 }
 # Their result has torch's default dtype where none is given. That of others follows from what they are given.
-_FACTORIES = (
-    torch.empty,
-    torch.eye,
-    torch.linspace,
-    torch.logspace,
-    torch.ones,
-    torch.rand,
-    torch.randn,
-    torch.zeros,
-)
+_FACTORIES = [getattr(torch, name) for name in "empty eye linspace logspace ones rand randn zeros".split()]
 _DEEPCOPY: Any = Tensor.__deepcopy__
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Types without tensors inside.

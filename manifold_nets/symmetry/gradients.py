@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.float64 import map_tensors
 from manifold_nets.groups import Partition
-from manifold_nets.models import absent, is_continuous
+from manifold_nets.models import is_continuous
 from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.exact_mode import exact_mode
 from manifold_nets.symmetry.group_sums import GroupSums, coarsened, group_sums
@@ -69,7 +69,7 @@ class GradientPass:
     required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
-    _sizes: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False, compare=False)
+    _sizes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
     _slopes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -84,6 +84,8 @@ class GradientPass:
 
     def slope(self, name: str) -> float:
         """The largest modulus of an entry of the gradient of a parameter."""
+        if self.without_values:
+            return 0.0
         if name not in self._slopes:
             gradient = self.gradients[name]
             self._slopes[name] = float(torch.stack(gradient.aminmax()).abs().max()) if gradient.numel() else 0.0
@@ -106,19 +108,19 @@ class GradientPass:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        return min(self._group_sizes(name))[0]
+        return self._group_sizes(name)[0]
 
     def largest_group(self, name: str) -> float:
         """The largest ``‖w_g‖ ‖∂L/∂w_g‖`` of these groups."""
-        return min(self._group_sizes(name))[1]
+        return self._group_sizes(name)[1]
 
-    def _group_sizes(self, name: str) -> list[tuple[float, float]]:
-        """For each required partition of a parameter the sum of the sizes of its groups, and the largest of them."""
+    def _group_sizes(self, name: str) -> tuple[float, float]:
+        """The sum of the sizes of the groups of a parameter, and the largest of them, of the smallest partition."""
         if name not in self._sizes:
             partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
             sums = (self.sums(name, partition) for partition in partitions)
-            sizes = [np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums]
-            self._sizes[name] = [(float(size.sum()), float(size.max())) for size in sizes]
+            sizes = (np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums)
+            self._sizes[name] = min((float(size.sum()), float(size.max())) for size in sizes)
         return self._sizes[name]
 
     def forget(self, name: str, partition: Partition) -> None:
@@ -224,7 +226,7 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
 
 def pass_without_values(model_copy: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
-    zeros = {name: absent(parameter.shape) for name, parameter in model_copy.named_parameters()}
+    zeros = _zeros(model_copy)
     return GradientPass(zeros, zeros, without_values=True)
 
 

@@ -12,8 +12,8 @@ the example inputs keeps.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -43,20 +43,11 @@ __all__ = ["ROUNDING", "low_memory_copy", "low_memory_pass", "widen_vectors"]
 ROUNDING = torch.finfo(torch.float32).eps
 
 
-class _Widened(Mapping[str, Tensor]):
+class _Widened(UserDict[str, Tensor]):
     """Tensors by name, each in float64 for as long as it is in use."""
 
-    def __init__(self, stored: dict[str, Tensor]) -> None:
-        self.stored = stored
-
     def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].to(torch.float64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
+        return super().__getitem__(name).to(torch.float64)
 
 
 def low_memory_copy(model: nn.Module) -> nn.Module:
@@ -206,7 +197,7 @@ class LowMemoryPass(GradientPass):
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name."""
-        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).stored.items()}
+        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).data.items()}
 
     @cached_property
     def largest_slope(self) -> float:

@@ -334,6 +334,8 @@ def _slices_of_groups(partition: Partition, axis: int) -> tuple[Ints, Ints]:
     """The smallest sets of slices along an axis that consist of whole groups, by slice and by group."""
     (small,) = without_last_axes(partition, least=axis + 1)
     count = small.shape[axis]
+    if small.view == small.shape and axis not in small.kept:
+        return np.zeros(count, dtype=np.int64), np.zeros(small.n_groups, dtype=np.int64)  # each meets every group
     ids = small.group_ids().movedim(axis, 0).reshape(count, -1).numpy()
     label = np.arange(count)
     while True:
