@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import click
 
 from manifold_nets.errors import ManifoldNetsError
 
-from .options import OutputFolder
+from .options import OutputFolder, Parsed
 from .output import echo, print_error, running_code_of
 
 if TYPE_CHECKING:
@@ -25,111 +24,78 @@ __all__ = ["compare"]
 _PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 
 
-class _Listed(click.ParamType[tuple[Any, ...]]):
-    """Values in one text, such as names or numbers separated by commas.
+def _listed(name: str, read: Callable[[str], Iterable[Any]], fault: str = "") -> Parsed:
+    """Values in one text, such as names or numbers separated by commas; ``fault`` is said of a text without any."""
 
-    Args:
-        name: how they are written.
-        read: makes the values of a text; raises ValueError where it has none.
-        fault: what an error says about a text without values.
-    """
-
-    def __init__(self, name: str, read: Callable[[str], tuple[Any, ...]], fault: str = "") -> None:
-        self.name, self._read, self._fault = name, read, fault
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+    def parse(text: str) -> tuple[Any, ...]:
         try:
-            return value if isinstance(value, tuple) else self._read(str(value))
+            return tuple(read(text))
         except ValueError:
-            self.fail(f"{value!r} {self._fault}", param, ctx)
+            raise ValueError(f"{text!r} {fault}") from None
+
+    return Parsed(name, parse)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _rates(text: str) -> tuple[float, ...]:
+def _rates(text: str) -> Iterable[float]:
     """``0.01,0.1``, or ``LOW:HIGH:COUNT`` equally spaced in logarithms, to six digits."""
     if ":" not in text:
-        return tuple(float(word) for word in text.split(","))
+        return map(float, text.split(","))
     low, high, count = text.split(":")
     first, last, steps = math.log10(float(low)), math.log10(float(high)), int(count) - 1
     if steps < 0 or (steps == 0 and first != last):
         raise ValueError(text)
-    return tuple(float(f"{10 ** (first + (last - first) * i / max(steps, 1)):.6g}") for i in range(steps + 1))
+    return [float(f"{10 ** (first + (last - first) * i / max(steps, 1)):.6g}") for i in range(steps + 1)]
 
 
-def _counts(form: str) -> _Listed:
-    def read(text: str) -> tuple[int, ...]:
+def _counts(form: str) -> Parsed:
+    def read(text: str) -> Iterable[int]:
         words = text.split(",")
         if len(words) != len(form.split(",")) or not all(word.strip().isdecimal() for word in words):
             raise ValueError(text)
-        return tuple(int(word) for word in words)
+        return map(int, words)
 
-    return _Listed(form, read, f"does not fit; expected {form}, whole numbers")
+    return _listed(form, read, f"does not fit; expected {form}, whole numbers")
 
 
-_NAMES = _Listed("NAME,NAME,…", _names)
-_RATES = _Listed(
-    "LOW:HIGH:COUNT",
-    _rates,
-    "names no learning rates; expected positive rates such as 0.01,0.1, or LOW:HIGH:COUNT such as 1e-3:1:7",
-)
-_DECAYS = _Listed(
-    "A,B,…",
-    lambda text: tuple(float(word) for word in text.split(",")),
-    "names no weight decays; expected numbers such as 5e-4, or 0,1e-4,1e-3",
-)
+_NAMES = _listed("NAME,NAME,…", lambda text: filter(None, map(str.strip, text.split(","))))
+_RATE_FORMS = "expected positive rates such as 0.01,0.1, or LOW:HIGH:COUNT such as 1e-3:1:7"
+_RATES = _listed("LOW:HIGH:COUNT", _rates, f"names no learning rates; {_RATE_FORMS}")
+_DECAY_FORMS = "expected numbers such as 5e-4, or 0,1e-4,1e-3"
+_DECAYS = _listed("A,B,…", lambda text: map(float, text.split(",")), f"names no weight decays; {_DECAY_FORMS}")
+_COUNT = click.IntRange(min=1)
+_SCHEDULES = click.Choice(["constant", "cosine", "bold-driver", "exponential"])
+_STARTS = click.Choice(["default", "balanced"])
+_STORAGE = f"Shared PostgreSQL or MySQL database, for several machines; password in {_PASSWORD_VARIABLE}[_FILE]."
 
 
 @click.command()
-@click.option("--task", default="digits", show_default=True, help="digits, mnist, fashion-mnist, idx, or F.py:F.")
-@click.option("--model", default="mlp:100,100", show_default=True, help="mlp:…, mlp-plain:…, resnet:…, or any MODEL.")
+@click.option("--task", default="digits", help="digits, mnist, fashion-mnist, idx, or F.py:F.")
+@click.option("--model", default="mlp:100,100", help="mlp:…, mlp-plain:…, resnet:…, or any MODEL.")
+@click.option("--optimizers", type=_NAMES, default="sgd,adam,rsgd,radam", help="Names, or F.py:CLASS of yours.")
+@click.option("--lr", "learning_rates", type=_RATES, default="1e-3:1:7", help="Or A,B,…")
+@click.option("--seeds", type=_COUNT, default=5, help="How many.")
+@click.option("--epochs", type=_COUNT, default=20, help="Passes over the data.")
+@click.option("--batch-size", type=_COUNT, help="Examples per step.  [default: the task's own]")
+@click.option("--weight-decay", type=_DECAYS, default="0", help="Off the spheres; A,B,… to tune.")
+@click.option("--momentum", type=float, default=0.9, help="Of SGD and its variants.")
+@click.option("--schedule", type=_SCHEDULES, default="constant", help="Of the learning rate.")
 @click.option(
-    "--optimizers",
-    type=_NAMES,
-    default="sgd,adam,rsgd,radam",
-    show_default=True,
-    help="Names, or F.py:CLASS of yours.",
-)
-@click.option("--lr", "learning_rates", type=_RATES, default="1e-3:1:7", show_default=True, help="Or A,B,…")
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="How many.")
-@click.option("--epochs", type=click.IntRange(min=1), default=20, show_default=True, help="Passes over the data.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.  [default: the task's own]")
-@click.option("--weight-decay", type=_DECAYS, default="0", show_default=True, help="Off the spheres; A,B,… to tune.")
-@click.option("--momentum", type=float, default=0.9, show_default=True, help="Of SGD and its variants.")
-@click.option(
-    "--schedule",
-    type=click.Choice(["constant", "cosine", "bold-driver", "exponential"]),
-    default="constant",
-    show_default=True,
-    help="Of the learning rate.",
-)
-@click.option(
-    "--initialization",
-    type=click.Choice(["default", "balanced"]),
-    default="default",
-    show_default=True,
-    help="The model's own, or filters of norm 1 and biases 0.",
+    "--initialization", type=_STARTS, default="default", help="The model's own, or filters of norm 1 and biases 0."
 )
 @click.option("--early-stop", is_flag=True, help="Stop runs that have converged, from epoch 25 on.")
 @click.option("--subset", type=_counts("TRAIN,VALIDATION"), help="Use only this many examples.")
 @click.option(
     "--tune-on", type=_counts("TRAIN,VALIDATION,EPOCHS"), help="Choose learning rates on fewer examples and epochs."
 )
-@click.option("--tune-seeds", type=click.IntRange(min=1), help="With this many of the seeds.  [default: all]")
-@click.option("--target-error", type=float, default=0.05, show_default=True, help="Validation error to time.")
-@click.option("--initial-scales", type=_NAMES, default="plain", show_default=True, help="plain, rescaled, or both.")
+@click.option("--tune-seeds", type=_COUNT, help="With this many of the seeds.  [default: all]")
+@click.option("--target-error", type=float, default=0.05, help="Validation error to time.")
+@click.option("--initial-scales", type=_NAMES, default="plain", help="plain, rescaled, or both.")
 @click.option("--data", type=click.Path(file_okay=False), help="Folder with the files of the task.")
-@click.option("--device", default="cpu", show_default=True, help="Where runs take place: cpu, cuda, …")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Torch threads per run.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Worker processes.")
+@click.option("--device", default="cpu", help="Where runs take place: cpu, cuda, …")
+@click.option("--threads", type=_COUNT, default=1, help="Torch threads per run.")
+@click.option("--workers", type=_COUNT, default=1, help="Worker processes.")
 @click.option("--output", type=OutputFolder(), metavar="DIR", help="Folder of the runs and the report.")
-@click.option(
-    "--storage",
-    metavar="URL",
-    help=f"Shared PostgreSQL or MySQL database, for several machines; password in {_PASSWORD_VARIABLE}[_FILE].",
-)
+@click.option("--storage", metavar="URL", help=_STORAGE)
 @click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
 @click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; repeatable.")
 @click.option(
@@ -137,27 +103,15 @@ _DECAYS = _Listed(
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 @click.pass_context
-def compare(
-    context: click.Context,
-    /,
-    *,
-    worker: str | None,
-    report_only: Path | None,
-    output: Path | None,
-    storage: str | None,
-    workers: int,
-    allow: tuple[str, ...],
-    as_json: bool,
-    **options: Any,
-) -> None:
+def compare(context: click.Context, /, *, as_json: bool, **options: Any) -> None:
     """Compare optimizers: the same start, the same data order, the same number of trials for each.
 
     Learning rates are chosen by validation data, then the test data are read once. Killed at any moment and started
     again with the same command, it goes on where it stopped.
     """
     try:
-        with running_code_of(worker or f"{options['model']} on {options['task']}"):
-            finished = _carry_out(worker, report_only, output, storage, workers, allow, options)
+        with running_code_of(options["worker"] or f"{options['model']} on {options['task']}"):
+            finished = _carry_out(options)
         if finished is not None:
             _show(*finished, as_json)
     except (ManifoldNetsError, OSError) as error:
@@ -171,19 +125,13 @@ def compare(
         context.exit(2 if usage else 1)
 
 
-def _carry_out(
-    worker: str | None,
-    report_only: Path | None,
-    output: Path | None,
-    storage: str | None,
-    workers: int,
-    allow: tuple[str, ...],
-    options: dict[str, Any],
-) -> tuple[Comparison, Path] | None:
+def _carry_out(options: dict[str, Any]) -> tuple[Comparison, Path] | None:
     """Carry out the command; return the comparison and its folder, or None for a worker."""
     from manifold_nets.comparison import Comparison, join_comparison
     from manifold_nets.comparison.api import compare_settings
 
+    worker, allow, report_only = (options.pop(name) for name in ("worker", "allow", "report_only"))
+    output, storage, workers = (options.pop(name) for name in ("output", "storage", "workers"))
     if report_only is not None:
         from manifold_nets.comparison.report import write_report  # it needs an extra
 
@@ -227,14 +175,13 @@ def _settings(options: dict[str, Any]) -> Settings:
         options["batch_size"] = load_task(options["task"], data=options["data"]).batch_size
     seeds, decays = tuple(range(options.pop("seeds"))), options.pop("weight_decay")
     options |= {"weight_decay": decays[0]} if len(decays) == 1 else {"weight_decays": decays}
-    known = {field.name for field in dataclasses.fields(Settings)}
-    return Settings(seeds=seeds, **{name: value for name, value in options.items() if name in known})
+    return Settings(seeds=seeds, **options)
 
 
 def _show(comparison: Comparison, folder: Path, as_json: bool) -> None:
     report = folder / "report.html"
-    if as_json:
-        document = {"command": "compare", "ok": True, "failures": [], "report": str(report), **comparison.to_dict()}
-        echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    if not as_json:
+        echo(f"{comparison}\nReport: {report}")
         return
-    echo(f"{comparison}\nReport: {report}")
+    document = {"command": "compare", "ok": True, "failures": [], "report": str(report), **comparison.to_dict()}
+    echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from manifold_nets.errors import ManifoldNetsError, ModelExitError
+from manifold_nets.documents import without_infinities
+from manifold_nets.errors import ManifoldNetsError, ModelBuildError, described
 
 from .options import Request
 
@@ -63,7 +63,7 @@ def reported(body: Callable[..., Outcome]) -> Callable[..., None]:
             outcome = Outcome({"error": type(error).__name__}, (), (str(error),))
         if as_json:
             document |= {"ok": not outcome.failures, "failures": list(outcome.failures), **outcome.document}
-            echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+            echo(json.dumps(without_infinities(document), indent=2, ensure_ascii=False, allow_nan=False))
         elif outcome.shown:
             show(*outcome.shown)
         for failure in outcome.failures:
@@ -85,22 +85,14 @@ def running_code_of(name: str) -> Iterator[None]:
         name: what the code belongs to, as written on the command line.
 
     Raises:
-        ModelExitError: the block raised SystemExit.
+        ModelBuildError: the block raised SystemExit.
     """
     with contextlib.redirect_stdout(sys.stderr):
         try:
             yield
         except SystemExit as error:
-            raise ModelExitError(name, error) from error
-
-
-def _finite(value: Any) -> Any:
-    """Replace numbers that JSON does not have by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            found = f"its code raised {described(error)} while it ran"
+            raise ModelBuildError(name, found, "Take the call of sys.exit, exit or quit out of it.") from error
 
 
 def _console(*, stderr: bool = False) -> Console:

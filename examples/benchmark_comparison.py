@@ -26,11 +26,11 @@ from machine import machine
 from torch import nn
 
 from manifold_nets.comparison import Comparison, Progress, RunKey, RunResult, Settings, Stepper, Task, TorchStepper
-from manifold_nets.comparison.experiment import derived_seed
-from manifold_nets.comparison.pool import InProcessExecutor, Worker
+from manifold_nets.comparison.experiment import Experiment, InitialModels, derived_seed
+from manifold_nets.comparison.pool import InProcessExecutor
 from manifold_nets.comparison.report import write_report
 from manifold_nets.comparison.results import environment
-from manifold_nets.comparison.run import BatchObjective
+from manifold_nets.comparison.run import BatchObjective, Runner
 from manifold_nets.comparison.scheduler import Scheduler, conclude
 from manifold_nets.comparison.store import RunStore
 
@@ -107,13 +107,13 @@ class Alternating(InProcessExecutor):
     """An executor that trains every run by the bare loop first.
 
     Args:
-        worker: carries out the runs of the comparison.
+        runner: carries out the runs of the comparison.
         bare: the bare loop.
     """
 
-    def __init__(self, worker: Worker, bare: BareLoop) -> None:
-        super().__init__(worker)
-        self.worker, self.bare = worker, bare
+    def __init__(self, runner: Runner, bare: BareLoop) -> None:
+        super().__init__(runner)
+        self.bare = bare
         self.order: list[RunKey] = []
         self.by_hand: list[Times] = []
         self.by_us: list[Times] = []
@@ -123,7 +123,7 @@ class Alternating(InProcessExecutor):
     def start(self, run_id: int, key: RunKey) -> None:
         """Train by hand. What the comparison did since the last such training belongs to the run before."""
         self.lap()
-        initial, settings = self.worker.initial_models, self.bare.settings
+        initial, settings = self._runner._initial, self.bare.settings
         model = initial.model(key)
         start = clock()
         stepper = initial.experiment.optimizers[key.optimizer].make(model, key.learning_rate, settings)
@@ -160,17 +160,21 @@ def repetition(settings: Settings, folder: Path, once: dict[str, float]) -> Iter
         once[name] = since(start)[1]
 
     store = RunStore(f"sqlite:///{folder / 'study.db'}", "comparison")
-    workers: list[Worker] = []
+    runners: list[Runner] = []
+
+    def made() -> Runner:
+        return Runner(InitialModels(Experiment.from_settings(settings), settings), settings, folder / "weights")
+
     timed("the study", lambda: (store.create(settings, environment()), store.add_missing(settings.run_keys())))
-    timed("data, network, analysis", lambda: workers.append(Worker(settings, None, folder / "weights")))
-    executor = Alternating(workers[0], BareLoop(workers[0].runner._task, settings))
+    timed("data, network, analysis", lambda: runners.append(made()))
+    executor = Alternating(runners[0], BareLoop(runners[0]._task, settings))
     scheduler = Scheduler(store, settings, executor, False, folder / "weights", show)
     torch.set_num_threads(1)
     scheduler.run()
     executor.lap()
     executor.check(scheduler.results)
     ended: list[Comparison] = []
-    timed("choices, tests", lambda: ended.append(conclude(store, settings, folder / "weights", lambda: workers[0])))
+    timed("choices, tests", lambda: ended.append(conclude(store, settings, lambda: runners[0])))
     timed("files and report", lambda: (ended[0].write(folder), write_report(ended[0], folder)))
     store.close()
     yield from zip(executor.order, executor.by_hand, executor.by_us, strict=True)

@@ -22,10 +22,9 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison, RunKey, Task
-from manifold_nets.comparison.experiment import derived_seed
-from manifold_nets.comparison.final_weights import kept_weights
-from manifold_nets.comparison.initial_models import converted_form
+from manifold_nets.comparison.experiment import converted_form, derived_seed
 from manifold_nets.comparison.models import build_model
+from manifold_nets.comparison.selection import kept_weights
 from manifold_nets.comparison.tasks import load_task
 from manifold_nets.files import atomic_file
 

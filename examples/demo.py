@@ -1,9 +1,9 @@
-"""From a trained network to spheres and back: `make demo`, or `python examples/demo.py`.
+"""From a training run to spheres and back: `make demo`, or `python examples/demo.py`.
 
-A small batch-normalized network is trained on scikit-learn's digits with `torch.optim.SGD`. From that checkpoint it is
-diagnosed and converted on the command line, goes on training on the product of spheres beside plain SGD, and is given
-back as an ordinary network. Both optimizers see the same images in the same order, and each gets its own learning rate:
-the one of five with the lowest validation loss on seeds that are not reported.
+A small batch-normalized network is trained on scikit-learn's digits with `torch.optim.SGD`, momentum, weight decay and
+half a cosine. In the middle of the run it is diagnosed and converted on the command line, goes on where it was on the
+product of spheres (`manifold_nets.optim.from_torch`), and is given back as an ordinary network. Beside it the plain run
+goes on, with the same images in the same order and with another order of them: how far apart chance takes two runs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,24 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import manifold_nets as mn
 from manifold_nets.cli import main as manifold_nets_command
 
-RATES = (1.0, 0.3, 0.1, 0.03, 0.01)
+LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
 FIRST_EPOCHS = 4
-SGD, SPHERES = "torch.optim.SGD", "RiemannianSGD"
-OPTIMIZERS = {SGD: torch.optim.SGD, SPHERES: mn.optim.RiemannianSGD}
-# Two colours of Okabe and Ito that stay apart for every kind of colour vision, and in print by their line styles.
-STYLES = {SGD: {"color": "#0072B2", "linestyle": "--"}, SPHERES: {"color": "#D55E00", "linestyle": "-"}}
+SGD, CHANCE, SPHERES = "torch.optim.SGD", "SGD, another order", "RiemannianSGD"
+# Colours of Okabe and Ito that stay apart for every kind of colour vision, and in print by their line styles.
+STYLES = {
+    SGD: {"color": "#0072B2", "linestyle": "--"},
+    CHANCE: {"color": "#777777", "linestyle": ":"},
+    SPHERES: {"color": "#D55E00", "linestyle": "-"},
+}
+
+
+@dataclass
+class Checkpoint:
+    """A training run: its model, optimizer and schedule."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: CosineAnnealingLR
 
 
 @dataclass(frozen=True)
@@ -42,37 +54,38 @@ class Run:
     """One run after the checkpoint: errors on the test images and filter norms, before and after every epoch."""
 
     model: nn.Module
-    validation_loss: float
     test_errors: tuple[float, ...]
     norms: Tensor
 
 
-def train_first(data: dict[str, Images], seed: int) -> nn.Module:
-    """Train a new network with SGD, the checkpoint from which both optimizers go on."""
+def train_first(data: dict[str, Images], seed: int, epochs: int) -> Checkpoint:
+    """Train a new network with SGD up to the checkpoint, from which there are some epochs to go."""
     torch.manual_seed(seed)
     model = network()
-    optimizer = torch.optim.SGD(mn.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(mn.param_groups(model, weight_decay=WEIGHT_DECAY), lr=LR, momentum=MOMENTUM)
+    run = Checkpoint(model, optimizer, CosineAnnealingLR(optimizer, FIRST_EPOCHS + epochs))
     order = torch.Generator().manual_seed(seed)
     for _ in range(FIRST_EPOCHS):
         train_epoch(model, optimizer, data["train"], order)
-    return model
+        run.schedule.step()
+    return run
 
 
-def go_on(start: nn.Module, optimizer_name: str, rate: float, data: dict[str, Images], seed: int, epochs: int) -> Run:
-    """Go on from a copy of a checkpoint; the order of the images depends on the seed alone."""
-    model = copy.deepcopy(start)
-    # Each optimizer's rate is chosen for it: on spheres it is not the one of SGD.
-    groups = mn.param_groups(model, weight_decay=5e-4, sphere_lr=rate)
-    optimizer = OPTIMIZERS[optimizer_name](groups, lr=rate, momentum=0.9)
-    schedule = CosineAnnealingLR(optimizer, epochs)
-    order = torch.Generator().manual_seed(1000 + seed)
-    errors, norms = [evaluate(model, data["test"])[1]], [filter_norms(model)]
+def converted(run: Checkpoint, model: nn.Module) -> Checkpoint:
+    """Return the run as it goes on with a converted model."""
+    optimizer = mn.optim.from_torch(run.optimizer, run.model, model, scheduler=run.schedule)
+    return Checkpoint(model, optimizer, run.schedule)
+
+
+def go_on(run: Checkpoint, data: dict[str, Images], order: torch.Generator, epochs: int) -> Run:
+    """Go on from a checkpoint."""
+    errors, norms = [evaluate(run.model, data["test"])[1]], [filter_norms(run.model)]
     for _ in range(epochs):
-        train_epoch(model, optimizer, data["train"], order)
-        schedule.step()
-        errors.append(evaluate(model, data["test"])[1])
-        norms.append(filter_norms(model))
-    return Run(model, evaluate(model, data["validation"])[0], tuple(errors), torch.stack(norms))
+        train_epoch(run.model, run.optimizer, data["train"], order)
+        run.schedule.step()
+        errors.append(evaluate(run.model, data["test"])[1])
+        norms.append(filter_norms(run.model))
+    return Run(run.model, tuple(errors), torch.stack(norms))
 
 
 def filter_norms(model: nn.Module) -> Tensor:
@@ -85,25 +98,6 @@ def largest_deviation(model: nn.Module) -> float:
     """Largest relative distance of a filter from its sphere."""
     constrained = mn.constraints.constrained_weights(model)
     return max(float(weight.manifold.deviations(weight.parameter).max()) for weight in constrained)
-
-
-def starts_of(model: nn.Module, data: dict[str, Images]) -> dict[str, nn.Module]:
-    """Return the checkpoint that each optimizer goes on from: the same function, plain and on spheres."""
-    return {SGD: model, SPHERES: mn.convert(model, data["train"].x[:50])}
-
-
-def choose_rates(data: dict[str, Images], seeds: Sequence[int], epochs: int) -> dict[str, float]:
-    """Return for each optimizer the learning rate with the lowest mean validation loss on these seeds."""
-    starts = {seed: starts_of(train_first(data, seed), data) for seed in seeds}
-    chosen = {}
-    for name in OPTIMIZERS:
-        losses = {}
-        for rate in RATES:
-            runs = [go_on(starts[seed][name], name, rate, data, seed, epochs) for seed in seeds]
-            losses[rate] = statistics.fmean(run.validation_loss for run in runs)
-        chosen[name] = min(losses, key=losses.__getitem__)
-        print(f"{name}: validation loss " + ", ".join(f"{loss:.4f} at {rate:g}" for rate, loss in losses.items()))
-    return chosen
 
 
 def command(*arguments: str) -> None:
@@ -121,6 +115,7 @@ def summary(runs: dict[str, list[Run]], exported: nn.Module, difference: float, 
     table.add_row("checkpoint", spread([run.test_errors[0] for run in runs[SGD]]), "", "")
     drift = max(float((run.norms[-1] / run.norms[0] - 1).abs().max()) for run in runs[SGD])
     table.add_row(SGD, spread([run.test_errors[-1] for run in runs[SGD]]), f"{drift:.1e}", "")
+    table.add_row(CHANCE, spread([run.test_errors[-1] for run in runs[CHANCE]]), "", "")
     deviation = max(largest_deviation(run.model) for run in runs[SPHERES])
     table.add_row(SPHERES, spread([run.test_errors[-1] for run in runs[SPHERES]]), f"{deviation:.1e}", "")
     table.add_row("exported, seed 0", f"{100 * evaluate(exported, data['test'])[1]:.2f}", "", f"{difference:.1e}")
@@ -140,22 +135,28 @@ def spread(errors: Sequence[float]) -> str:
 
 
 def verdict(runs: dict[str, list[Run]]) -> str:
-    """Say what the runs show about the two optimizers, and what they do not."""
-    pairs = [b.test_errors[-1] - a.test_errors[-1] for a, b in zip(runs[SGD], runs[SPHERES], strict=True)]
-    mean = statistics.fmean(pairs) * 100
-    if len(pairs) < 2:
-        return "One seed says nothing about which optimizer is better."
-    half = 2 * statistics.stdev(pairs) * 100 / len(pairs) ** 0.5
-    text = (
-        f"{SPHERES} minus {SGD}, seed by seed: {mean:+.2f} ± {half:.2f} points of test error (twice the standard error)"
+    """Say how far the converted runs are from the plain ones, beside what chance does."""
+
+    def distance(name: str) -> tuple[float, float]:
+        pairs = [
+            [abs(b - a) for a, b in zip(one.test_errors, other.test_errors, strict=True)]
+            for one, other in zip(runs[SGD], runs[name], strict=True)
+        ]
+        return 100 * statistics.fmean(pair[1] for pair in pairs), 100 * statistics.fmean(max(pair) for pair in pairs)
+
+    texts = []
+    for name in (SPHERES, CHANCE):
+        first, largest = distance(name)
+        texts.append(f"{name}: {first:.2f} points after the first epoch, at most {largest:.2f}")
+    return "\n".join(
+        [
+            f"Distance of the test error from {SGD}'s, mean over seeds:",
+            *texts,
+        ]
     )
-    if abs(mean) <= half:
-        return f"{text}.\nOn this small task the two cannot be told apart."
-    better = SPHERES if mean < 0 else SGD
-    return f"{text}.\nOn this small task {better} did better; that says little about others."
 
 
-def plot(runs: dict[str, list[Run]], rates: dict[str, float], path: Path) -> None:
+def plot(runs: dict[str, list[Run]], path: Path) -> None:
     """Draw the test errors of all seeds and the filter norms of the first, epoch by epoch."""
     import matplotlib
 
@@ -168,7 +169,9 @@ def plot(runs: dict[str, list[Run]], rates: dict[str, float], path: Path) -> Non
         values = 100 * torch.tensor([run.test_errors for run in runs[name]]).clamp(min=0.001)
         epochs = range(values.shape[1])
         errors.fill_between(epochs, values.amin(0), values.amax(0), color=style["color"], alpha=0.15, linewidth=0)
-        errors.plot(epochs, values.mean(0), label=f"{name}, learning rate {rates[name]:g}", linewidth=2, **style)
+        errors.plot(epochs, values.mean(0), label=name, linewidth=2, **style)
+        if name == CHANCE:
+            continue
         lines = norms.plot(epochs, runs[name][0].norms, linewidth=0.8, alpha=0.6, **style)
         lines[0].set_label(name)
     errors.set(xlabel="epochs after the checkpoint", ylabel="test error, %", yscale="log", ylim=(0.05, 100))
@@ -203,26 +206,25 @@ def demonstrate(folder: Path, n_seeds: int, epochs: int) -> None:
     """Run every step of the demonstration and print what came out."""
     data, spec = load_digits(), f"{os.path.relpath(Path(__file__).with_name('digits.py'))}:network"
     print(f"Training {n_seeds} networks for {FIRST_EPOCHS} epochs with {SGD} …", flush=True)
-    checkpoints = [train_first(data, seed) for seed in range(n_seeds)]
-    trained, converted = str(folder / "trained.safetensors"), str(folder / "converted.safetensors")
-    safetensors.torch.save_file(checkpoints[0].state_dict(), trained)
+    checkpoints = [train_first(data, seed, epochs) for seed in range(n_seeds)]
+    trained, on_spheres = str(folder / "trained.safetensors"), str(folder / "converted.safetensors")
+    safetensors.torch.save_file(checkpoints[0].model.state_dict(), trained)
     command("diagnose", spec, "--weights", trained, "--input-shape", "1,8,8")
-    command("convert", spec, "--weights", trained, "--input-shape", "1,8,8", "--output", converted)
+    command("convert", spec, "--weights", trained, "--input-shape", "1,8,8", "--output", on_spheres)
 
-    others = [10_000 + n for n in range(min(3, n_seeds))]
-    print(f"\nChoosing learning rates, {epochs} epochs each, on {len(others)} other seeds …", flush=True)
-    rates = choose_rates(data, others, epochs)
-    print(f"\nGoing on for {epochs} epochs from the same checkpoints with both optimizers …", flush=True)
-    runs: dict[str, list[Run]] = {name: [] for name in OPTIMIZERS}
+    print(f"\nGoing on for {epochs} epochs, on spheres and as before …", flush=True)
+    runs: dict[str, list[Run]] = {name: [] for name in STYLES}
     for seed, checkpoint in enumerate(checkpoints):
-        starts = starts_of(checkpoint, data)
-        if seed == 0:
-            starts[SPHERES] = mn.load(network(), converted)
-        for name in OPTIMIZERS:
-            runs[name].append(go_on(starts[name], name, rates[name], data, seed, epochs))
+        for name in STYLES:
+            run = copy.deepcopy(checkpoint)
+            if name == SPHERES:
+                model = mn.load(network(), on_spheres) if seed == 0 else mn.convert(run.model, data["train"].x[:50])
+                run = converted(run, model)
+            order = torch.Generator().manual_seed(1000 + seed + 1000 * (name == CHANCE))
+            runs[name].append(go_on(run, data, order, epochs))
 
     exported, difference = give_back(runs[SPHERES][0].model, spec, folder, data)
-    plot(runs, rates, folder / "demo.png")
+    plot(runs, folder / "demo.png")
     print()
     Console().print(summary(runs, exported, difference, data))
     print(LEGEND)

@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from manifold_nets import comparison, errors, layers, optim, sources
+    from manifold_nets import comparison, errors, layers, monitor, optim, sources
     from manifold_nets.comparison import Comparison, compare
+    from manifold_nets.constraining import Constrained, constrain, unconstrain
     from manifold_nets.constraints import joint_spheres, restore
     from manifold_nets.conversion import balance, conversion_record, convert, load, project, save
     from manifold_nets.conversion.plan import plan  # in a package, its module would hide a function of that name
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
     from manifold_nets.groups import Partition
     from manifold_nets.joint_sphere import JointSphere
     from manifold_nets.manifold import SphereProduct
+    from manifold_nets.monitor import Monitor
     from manifold_nets.optim.param_groups import param_groups
     from manifold_nets.symmetry import LearningRates, SymmetryReport, matched_learning_rates
     from manifold_nets.symmetry.diagnose import diagnose
 
 __all__ = [
     "Comparison",
+    "Constrained",
     "JointSphere",
     "LearningRates",
+    "Monitor",
     "Partition",
     "SphereProduct",
     "SymmetryReport",
     "balance",
     "compare",
     "comparison",
+    "constrain",
     "conversion_record",
     "convert",
     "diagnose",
@@ -41,6 +46,7 @@ __all__ = [
     "layers",
     "load",
     "matched_learning_rates",
+    "monitor",
     "optim",
     "param_groups",
     "plan",
@@ -49,16 +55,19 @@ __all__ = [
     "revert",
     "save",
     "sources",
+    "unconstrain",
     "verify",
 ]
 
 _NAMES = {
     "comparison": ("Comparison", "compare"),
+    "constraining": ("Constrained", "constrain", "unconstrain"),
     "constraints": ("joint_spheres", "restore"),
     "conversion": ("balance", "conversion_record", "convert", "load", "plan", "project", "revert", "save", "verify"),
     "groups": ("Partition",),
     "joint_sphere": ("JointSphere",),
     "manifold": ("SphereProduct",),
+    "monitor": ("Monitor",),
     "optim": ("param_groups",),
     "symmetry": ("LearningRates", "SymmetryReport", "diagnose", "matched_learning_rates"),
 }

@@ -9,9 +9,10 @@ refuses values that are on no sphere of theirs: the next optimizer step would pu
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -24,36 +25,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakIdKeyDictionary
 
 from manifold_nets._geoopt import geoopt
-from manifold_nets.errors import ConstraintError, JointSphereError, listed
+from manifold_nets.errors import ConstraintError, listed
 from manifold_nets.gathered import whole
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import holders
 
-__all__ = [
-    "NEAR",
-    "ConstrainedWeight",
-    "are_trusted",
-    "attach",
-    "change_manifolds",
-    "check_values_last",
-    "constrained_weights",
-    "converted_norms",
-    "copy_attributes",
-    "detach",
-    "has_norms",
-    "holds_manifolds",
-    "is_converted",
-    "joint_spheres",
-    "last_change",
-    "lost_constraints",
-    "note_converted",
-    "recorded_name",
-    "remove_load_hook",
-    "require_loadable",
-    "restore",
-    "trusted_values",
-    "was_replaced",
-]
+__all__ = ["ConstrainedWeight", "attach", "constrained_weights", "detach", "joint_spheres", "restore"]
 
 # A weight that has been through half precision counts as on its spheres: the first step puts it back exactly. One
 # that was made for other spheres, or for none, is farther off than this.
@@ -68,22 +46,44 @@ _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _last_change = 0
 
 
-class _Constraints:
-    """The manifolds of one module's own weights; knows its module, also after a deep copy or a pickle."""
+class LoadHook:
+    """A hook that runs before a module is loaded; it knows its module, also after a deep copy or a pickle."""
 
-    def __init__(self, owner: nn.Module) -> None:
-        self.owner = weakref.ref(owner)
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Callable[[], nn.Module | None] = weakref.ref(module)
+        module._register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
+        check_values_last(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "module": self.module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module = state["module"]
+        vars(self).update(state, module=(lambda: None) if module is None else weakref.ref(module))
+
+
+class _Constraints(LoadHook):
+    """The manifolds of one module's own weights."""
+
+    def __init__(self, module: nn.Module) -> None:
         # A shallow copy shares this record and the parameters, and may outlive the module.
-        self.parameters, self.kind = owner._parameters, type(owner).__name__
+        self.parameters, self.kind = module._parameters, type(module).__name__
         self.manifolds: dict[str, SphereProduct] = {}
         # Weights that a conversion put on their spheres, and the median norm of their groups before, where known.
         self.converted: dict[str, float | None] = {}
+        # Weights that `manifold_nets.constrain` put there.
+        self.defined: set[str] = set()
+        _live_records.add(self)
+        super().__init__(module)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
         _live_records.add(self)
 
     def places(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name of each recorded weight, with the parameter in its place or those that it is now made of."""
-        owner = self.owner()
-        parameters = self.parameters if owner is None else owner._parameters
+        module = self.module()
+        parameters = self.parameters if module is None else module._parameters
         for leaf in self.manifolds:
             present = parameters.get(leaf)
             if present is not None:
@@ -91,8 +91,8 @@ class _Constraints:
             else:
                 # So torch's weight_norm, spectral_norm and pruning name what they make a weight of.
                 found = [p for name, p in parameters.items() if p is not None and name.startswith(f"{leaf}_")]
-                if owner is not None and is_parametrized(owner, leaf):
-                    found += owner.parametrizations[leaf].parameters()  # type: ignore[union-attr,index]
+                if module is not None and is_parametrized(module, leaf):
+                    found += module.parametrizations[leaf].parameters()  # type: ignore[union-attr,index]
             yield from ((f"{self.kind}.{leaf}", parameter) for parameter in found)
 
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -100,7 +100,7 @@ class _Constraints:
 
         A joint sphere is seen from the model only.
         """
-        if not are_trusted():
+        if not TRUSTED.get():
             self.require_points(state_dict, prefix)
 
     def require_points(self, state_dict: Mapping[str, Any], prefix: str, changing: Container[int] = ()) -> None:
@@ -110,37 +110,27 @@ class _Constraints:
             if id(manifold) in changing or isinstance(manifold, JointSphereMember):
                 continue
             if has_norms(value, manifold):
-                remedy = _remedy(prefix + leaf, converted=leaf in self.converted)
+                remedy = _remedy(prefix + leaf, converted=leaf in self.converted, defined=leaf in self.defined)
                 manifold.require_point(whole(value), prefix + leaf, rtol=NEAR, remedy=remedy)
 
-    def __getstate__(self) -> dict[str, Any]:
-        held = {"parameters": self.parameters, "kind": self.kind, "manifolds": self.manifolds}
-        return {"owner": self.owner(), "converted": self.converted, **held}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        owner = state["owner"]
-        self.owner = weakref.ref(owner) if owner is not None else lambda: None  # type: ignore[assignment]
-        self.parameters, self.kind, self.manifolds = state["parameters"], state["kind"], state["manifolds"]
-        self.converted = state.get("converted", {})
-        _live_records.add(self)
-
-
-_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
+"""Whether `load_state_dict` takes values as they are; see `trusted_values`."""
 
 
 @contextmanager
 def trusted_values() -> Iterator[None]:
     """Let `load_state_dict` take values as they are: for those that are known to be points of other spheres."""
-    token = _trusted.set(True)
+    token = TRUSTED.set(True)
     try:
         yield
     finally:
-        _trusted.reset(token)
+        TRUSTED.reset(token)
 
 
-def are_trusted() -> bool:
-    """Whether values are loaded as they are; see `trusted_values`."""
-    return _trusted.get()
+def _record_of(module: nn.Module) -> _Constraints | None:
+    record: _Constraints | None = module.__dict__.get(_RECORD)
+    return record
 
 
 @dataclass(frozen=True)
@@ -187,16 +177,19 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
         new.grad = old.grad
     copy_attributes(old, new)
     setattr(module, leaf, new)
-    _note_replaced(old, f"{type(module).__name__}.{leaf}")
-    record = module.__dict__.get(_RECORD)
-    if record is None or record.owner() is not module:
-        fresh = _Constraints(module)
+    global _last_change
+    _replaced[old] = f"{type(module).__name__}.{leaf}"
+    _last_change += 1
+    record = _record_of(module)
+    if record is None or record.module() is not module:
         # The hooks of a shallow copy are those of its original.
-        others = {n: h for n, h in module._load_state_dict_pre_hooks.items() if not _is_hook(h, _Constraints)}
-        module._load_state_dict_pre_hooks = OrderedDict(others)
-        module._register_load_state_dict_pre_hook(fresh)  # type: ignore[no-untyped-call]
-        fresh.manifolds.update(record.manifolds if record is not None else {})
-        fresh.converted.update(record.converted if record is not None else {})
+        module._load_state_dict_pre_hooks = OrderedDict(module._load_state_dict_pre_hooks)
+        remove_load_hook(module, _Constraints)
+        fresh = _Constraints(module)
+        if record is not None:
+            fresh.manifolds.update(record.manifolds)
+            fresh.converted.update(record.converted)
+            fresh.defined.update(record.defined)
         module.__dict__[_RECORD] = record = fresh
     record.manifolds[leaf] = manifold
 
@@ -219,13 +212,35 @@ def detach(module: nn.Module, leaf: str) -> None:
     new.grad = old.grad
     copy_attributes(old, new)
     setattr(module, leaf, new)
-    record = module.__dict__.get(_RECORD)
+    record = _record_of(module)
     if record is not None:
         record.manifolds.pop(leaf, None)
         record.converted.pop(leaf, None)
+        record.defined.discard(leaf)
         if not record.manifolds:
             del module.__dict__[_RECORD]
             remove_load_hook(module, _Constraints)
+
+
+def everywhere(places: Iterable[tuple[nn.Module, str]], change: Callable[[nn.Module, str], object]) -> None:
+    """Change a parameter in every module that holds it; the first of them says what it becomes for all.
+
+    Args:
+        places: the modules and the names that they have for it, as `manifold_nets.models.holders` finds them.
+        change: such as `detach`.
+
+    Example:
+        >>> first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+        >>> second.weight = first.weight
+        >>> everywhere([(first, "weight"), (second, "weight")], detach)
+        >>> second.weight is first.weight
+        True
+    """
+    held: nn.Parameter | None = None
+    for module, leaf in places:
+        change(module, leaf)
+        held = module.get_parameter(leaf) if held is None else held
+        setattr(module, leaf, held)
 
 
 def copy_attributes(old: Tensor, new: Tensor, *, share: bool = True) -> None:
@@ -252,22 +267,17 @@ def copy_attributes(old: Tensor, new: Tensor, *, share: bool = True) -> None:
             setattr(new, kind, hooks if share else OrderedDict(hooks))
 
 
-def _is_hook(held: Any, kind: type) -> bool:
-    """Whether a hook is of a kind; torch wraps it."""
-    return isinstance(getattr(held, "hook", held), kind)
-
-
-def remove_load_hook(module: nn.Module, kind: type) -> None:
-    """Take the hooks of one kind that run before loading off a module; handles do not survive pickling."""
-    for number in [n for n, held in module._load_state_dict_pre_hooks.items() if _is_hook(held, kind)]:
-        del module._load_state_dict_pre_hooks[number]
+def remove_load_hook(module: nn.Module, kind: type) -> list[Any]:
+    """Take the hooks of one kind that run before loading off a module, as handles do not survive pickling."""
+    hooks = module._load_state_dict_pre_hooks
+    # torch wraps a hook.
+    return [hooks.pop(n) for n, held in list(hooks.items()) if isinstance(getattr(held, "hook", held), kind)]
 
 
 def check_values_last(module: nn.Module) -> None:
     """Let the check of values for `load_state_dict` follow the hooks of a module that change them."""
-    hooks = module._load_state_dict_pre_hooks
-    for number in [n for n, held in hooks.items() if _is_hook(held, _Constraints)]:
-        hooks[number] = hooks.pop(number)  # to the end
+    for held in remove_load_hook(module, _Constraints):
+        module._register_load_state_dict_pre_hook(getattr(held, "hook", held))  # type: ignore[no-untyped-call]
 
 
 def require_loadable(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, changing: Container[int]) -> None:
@@ -283,7 +293,7 @@ def require_loadable(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
         OffManifoldError: values are off the spheres of their weight.
     """
     for path, module in model.named_modules(remove_duplicate=False):
-        record = module.__dict__.get(_RECORD)
+        record = _record_of(module)
         if record is not None:
             record.require_points(state_dict, f"{prefix}{path}." if path else prefix, changing)
 
@@ -299,24 +309,23 @@ def has_norms(value: Any, manifold: SphereProduct) -> TypeGuard[Tensor]:
     )
 
 
-def _remedy(name: str, *, converted: bool) -> str:
+def _remedy(name: str, *, converted: bool, defined: bool) -> str:
     if converted:
         return (
             "The state is that of a plain network. Load the whole of it into the model that manifold_nets.convert "
             "returned, which scales biases and running statistics along; or load it into the plain network, and "
             "convert that."
         )
-    return (
-        "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
-        "manifold_nets.convert(plain, example_inputs), which keeps the function. If only its directions are wanted, "
-        f"put the value on its spheres first: state[{name!r}] = manifold.projx(value)."
+    plain = (
+        "Load it into the plain network, which manifold_nets.unconstrain(model) makes of it, and constrain that again. "
+        if defined
+        else "Load it into the plain network, which manifold_nets.revert(model) gives, and convert that with "
+        "manifold_nets.convert(plain, example_inputs), which keeps the function. "
     )
-
-
-def _note_replaced(old: Tensor, name: str) -> None:
-    global _last_change
-    _replaced[old] = name
-    _last_change += 1
+    return (
+        f"{plain}If only its directions are wanted, put the value on its spheres first: "
+        f"state[{name!r}] = manifold.projx(value)."
+    )
 
 
 def note_converted(module: nn.Module, leaf: str, norm: float | None) -> None:
@@ -326,8 +335,19 @@ def note_converted(module: nn.Module, leaf: str, norm: float | None) -> None:
 
 def is_converted(weight: ConstrainedWeight) -> bool:
     """Whether a weight came onto its spheres by a conversion, which moved biases and statistics along."""
-    record = weight.module.__dict__.get(_RECORD)
+    record = _record_of(weight.module)
     return record is not None and weight.leaf in record.converted
+
+
+def note_defined(module: nn.Module, leaf: str) -> None:
+    """Record that the model was given spheres for a weight by name, whatever that did to its function."""
+    module.__dict__[_RECORD].defined.add(leaf)
+
+
+def is_defined(weight: ConstrainedWeight) -> bool:
+    """Whether a weight was put on its spheres by name, without a conversion."""
+    record = weight.module.__dict__.get(_RECORD)
+    return record is not None and weight.leaf in record.defined
 
 
 def converted_norms(parameters: Iterable[Tensor]) -> dict[int, float]:
@@ -354,7 +374,7 @@ def change_manifolds(model: nn.Module, new: Mapping[int, SphereProduct]) -> None
         new: the new manifolds by the `id` of the present ones.
     """
     for module in model.modules():
-        record = module.__dict__.get(_RECORD)
+        record = _record_of(module)
         if record is not None:
             record.manifolds.update({leaf: new.get(id(m), m) for leaf, m in record.manifolds.items()})
         for parameter in module._parameters.values():
@@ -403,14 +423,11 @@ def constrained_weights(model: nn.Module) -> Iterator[ConstrainedWeight]:
     """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        record = module.__dict__.get(_RECORD)
+        record = _record_of(module)
+        recorded = {} if record is None else record.manifolds
         for leaf, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen:
-                continue
-            manifold = getattr(parameter, "manifold", None)
-            if manifold is None and record is not None:
-                manifold = record.manifolds.get(leaf)
-            if isinstance(manifold, SphereProduct):
+            manifold = getattr(parameter, "manifold", None) or recorded.get(leaf)
+            if parameter is not None and id(parameter) not in seen and isinstance(manifold, SphereProduct):
                 seen.add(id(parameter))
                 yield ConstrainedWeight(f"{prefix}.{leaf}" if prefix else leaf, module, leaf, manifold)
 
@@ -436,16 +453,10 @@ def restore(model: nn.Module) -> list[str]:
     lost = [w for w in constrained_weights(model) if not isinstance(w.parameter, geoopt.ManifoldParameter)]
     for weight in lost:
         _require_shape(weight.name, weight.parameter, weight.manifold)
-    # The replaced objects are kept until the end: a freed one would lend its identity to a new one.
-    replaced = [weight.parameter for weight in lost]
-    renewed: dict[int, Tensor] = {}
-    for weight, old in zip(lost, replaced, strict=True):
-        attach(weight.module, weight.leaf, weight.manifold)
-        renewed[id(old)] = weight.parameter
-    for module in model.modules():
-        for leaf, tied in module._parameters.items():
-            if id(tied) in renewed:
-                setattr(module, leaf, renewed[id(tied)])
+    places = holders(model)
+    # All places are looked up first: a freed object would lend its identity to a new one.
+    for weight, held in [(weight, places[id(weight.parameter)]) for weight in lost]:
+        everywhere(held, functools.partial(attach, manifold=weight.manifold))
     return [weight.name for weight in lost]
 
 
@@ -453,7 +464,7 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
     """Return every sphere that several weights of a model lie on together, with these weights in its order.
 
     Raises:
-        JointSphereError: the model has some weights of a joint sphere and lacks others.
+        ConstraintError: the model has some weights of a joint sphere and lacks others.
 
     Example:
         >>> from manifold_nets.groups import Partition
@@ -470,7 +481,7 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
         missing = joint.missing(members)
         if missing:
             present = next(iter(members.values())).name
-            raise JointSphereError(present, missing, f"a model without {', '.join(missing)}")
+            raise ConstraintError.joint(present, missing, f"a model without {', '.join(missing)}")
     return [(joint, tuple(members.values())) for joint, members in found.items()]
 
 
@@ -516,7 +527,7 @@ def recorded_name(parameter: Tensor) -> str | None:
 def _name_in_flat(parameter: Tensor) -> str | None:
     """Return the first constrained weight in a flat parameter of `FullyShardedDataParallel`, if there is one."""
     for info in getattr(parameter, "_param_infos", ()):
-        record = info.module.__dict__.get(_RECORD)
+        record = _record_of(info.module)
         if record is not None and info.param_name in record.manifolds:
             return f"{record.kind}.{info.param_name}"
     return None

@@ -7,57 +7,8 @@ import math
 import os
 import reprlib
 import sys
-from collections.abc import Iterable, Sequence
-
-__all__ = [
-    "AnalysisError",
-    "ArgumentTypeError",
-    "CheckpointError",
-    "CheckpointFormatError",
-    "CheckpointMismatchError",
-    "CheckpointTensorError",
-    "ConstraintError",
-    "ConstraintLostError",
-    "CostError",
-    "DegenerateGroupError",
-    "DiskFullError",
-    "DoublePrecisionError",
-    "EuclideanStepError",
-    "ExampleInputsError",
-    "ExportError",
-    "FunctionChangedError",
-    "JointSphereError",
-    "LearningRateWarning",
-    "LossError",
-    "ManifoldNetsError",
-    "MissingExtraError",
-    "ModelBuildError",
-    "ModelExitError",
-    "ModelNotFoundError",
-    "ModelSpecError",
-    "NativeKernelError",
-    "NothingToConvertError",
-    "OffManifoldError",
-    "OptimizerStateError",
-    "OptionError",
-    "OutputFileError",
-    "ParameterGroupError",
-    "ParameterNameError",
-    "PartitionError",
-    "PlainStateError",
-    "PlanError",
-    "PointError",
-    "ProjectionError",
-    "ReportMismatchError",
-    "SelectionError",
-    "SparseGradientError",
-    "SphereOptionError",
-    "StateDictMismatchError",
-    "StepInputError",
-    "UnsupportedManifoldError",
-    "UnsupportedModelError",
-    "WeightsFileError",
-]
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 
 
 def listed(items: Iterable[object], limit: int = 8) -> str:
@@ -79,61 +30,73 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     return f"Near matches: {', '.join(near)}." if near else ""
 
 
-def _cause(error: BaseException) -> str:
-    """The kind of an error and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+def described(error: BaseException) -> str:
+    """The kind of an error and the first line of its text: torch appends advice about other settings.
+
+    Example:
+        >>> described(ValueError("the file is empty")), described(KeyError())
+        ('ValueError: the file is empty', 'KeyError')
+    """
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class ManifoldNetsError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
+class FoundError(ManifoldNetsError):
+    """Base of the errors about something that is not what was expected there.
+
+    Args:
+        name: where: an argument, a parameter, a file.
+        found: what is there.
+        expected: what should be there.
+        remedy: what to do; that of the class where it is left out.
+    """
+
+    remedy = ""
+
+    def __init__(self, name: object, found: object, expected: str, remedy: str = "") -> None:
+        super().__init__(f"{name}: found {found}; expected {expected}. {remedy or self.remedy}".strip())
+        self.name = str(name)
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-class ArgumentTypeError(ManifoldNetsError, TypeError):
-    """An argument is of another kind than the function takes."""
+class ArgumentTypeError(FoundError, TypeError):
+    """An argument has the wrong type."""
 
-    def __init__(self, argument: str, found: object, expected: str, remedy: str) -> None:
+    def __init__(self, name: str, found: object, expected: str, remedy: str) -> None:
         what = f"the class {found.__name__}" if isinstance(found, type) else f"an object of type {type(found).__name__}"
         what = reprlib.repr(found) if isinstance(found, (str, int, float, list, tuple)) else what
-        super().__init__(f"{argument}: found {what}; expected {expected}. {remedy}")
+        super().__init__(name, what, expected, remedy)
 
 
-class OptionError(ManifoldNetsError, ValueError):
-    """An option has a value that has no meaning."""
+class OptionError(FoundError, ValueError):
+    """An option has an invalid value, or selects nothing."""
 
-    def __init__(self, option: str, found: object, expected: str, near: str = "") -> None:
-        remedy = f"{near} Pass such a value or leave the option out.".strip()
-        super().__init__(f"{option}: found {found!r}; expected {expected}. {remedy}")
+    remedy = "Pass such a value or leave the option out."
 
-
-class SelectionError(ManifoldNetsError, ValueError):
-    """A selection of weights matched nothing."""
-
-    def __init__(self, option: str, pattern: str, names: Sequence[str]) -> None:
-        near = near_matches(pattern, names)
-        super().__init__(
-            f"{option}={pattern!r} matches no weight; expected a pattern or predicate on these names: "
-            f"{listed(names, 40)}. {near}{' ' if near else ''}Patterns are those of a shell: 'layer1.*', "
-            "'*.conv?.weight'."
-        )
+    def __init__(self, name: str, found: object, expected: str, near: str = "") -> None:
+        super().__init__(name, repr(found), expected, f"{near} {self.remedy}".strip())
 
 
-class ParameterNameError(ManifoldNetsError, KeyError):
-    """A report or a plan was asked for a name that it does not have."""
+class ParameterNameError(FoundError, KeyError):
+    """A report or a plan has no entry of this name."""
 
     def __init__(self, source: str, name: object, names: Sequence[str]) -> None:
-        remedy = f"{near_matches(str(name), names)} Name one of these.".strip()
-        expected = f"one of {listed(names, 40)}. {remedy}" if names else "no name, as there is none."
-        super().__init__(f"{source}[{name!r}]: found no such name; expected {expected}")
+        expected = f"one of {listed(names, 40)}" if names else "no name, as there is none"
+        remedy = f"{near_matches(str(name), names)} Name one of these.".strip() if names else ""
+        super().__init__(f"{source}[{name!r}]", "no such name", expected, remedy)
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError shows its argument in quotes
 
 
 class MissingExtraError(ManifoldNetsError, ImportError):
-    """A package that an optional feature needs is not installed."""
+    """An optional package is not installed."""
 
     def __init__(self, package: str, feature: str, extra: str) -> None:
         super().__init__(
@@ -141,18 +104,15 @@ class MissingExtraError(ManifoldNetsError, ImportError):
         )
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files and models by name ----------------------------------------------------------------------------------------
 
 
 class OutputFileError(ManifoldNetsError, OSError):
     """A file cannot be written; one that it would have replaced is unchanged."""
 
 
-DiskFullError = OutputFileError
-
-
 class CheckpointError(ManifoldNetsError, ValueError, TypeError):
-    """A file cannot be read as a checkpoint, or a model does not fit it or cannot be stored in one.
+    """A file of weights cannot be read or written, or does not fit the model.
 
     Args:
         path: the file.
@@ -166,79 +126,47 @@ class CheckpointError(ManifoldNetsError, ValueError, TypeError):
 
 
 class CheckpointFormatError(CheckpointError):
-    """A file is not a checkpoint that this release can read."""
+    """A file is not one of weights that this release can read: damaged, of another kind, or newer."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        found: str,
+        remedy: str,
+        expected: str = "a checkpoint written by manifold_nets.save",
+    ) -> None:
+        super().__init__(path, f"found {found}; expected {expected}. {remedy}")
 
 
 class CheckpointMismatchError(CheckpointError):
-    """A checkpoint does not fit the model it was to be loaded into; the model was not touched."""
+    """The names, shapes, dtypes or ties in a file are not those of the model, which was not touched."""
 
 
-class CheckpointTensorError(CheckpointError):
-    """A model holds something that a checkpoint cannot store; no file was written."""
-
-
-class WeightsFileError(ManifoldNetsError, ValueError):
-    """A file of weights cannot be read, or does not fit the model."""
-
-    def __init__(self, path: object, found: str, remedy: str) -> None:
-        super().__init__(f"{path}: found {found}; expected a safetensors file or a torch file of weights. {remedy}")
-
-
-class StateDictMismatchError(ManifoldNetsError, ValueError):
-    """The names or shapes of a file of weights are not those of the model."""
-
-    def __init__(
-        self, path: str, model: str, missing: Sequence[str], unexpected: Sequence[str], shapes: Sequence[str]
-    ) -> None:
-        parts = {"missing from the file": missing, "unknown to the model": unexpected, "of another shape": shapes}
-        found = "; ".join(f"{len(names)} {what}: {listed(names)}" for what, names in parts.items() if names)
-        remedy = "Build the model with the arguments that it was trained with (--kwargs on the command line)."
-        if missing and {name.partition(".")[2] for name in unexpected} >= set(missing):
-            prefix = unexpected[0].partition(".")[0]
-            remedy = f"The file's names begin with {prefix!r} (a wrapped model): save the weights of model.{prefix}."
-        super().__init__(f"{path}: weights do not fit {model}: {found}. {remedy}")
-        self.missing, self.unexpected, self.shapes = tuple(missing), tuple(unexpected), tuple(shapes)
-
-
-# ---- models by name --------------------------------------------------------------------------------------------------
-
-
-class ModelSpecError(ManifoldNetsError, ValueError):
+class ModelSpecError(FoundError, ValueError):
     """A text does not name a model."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(
-            f"MODEL: found {text!r}; expected package.module:callable, file.py:callable, torchvision:NAME or "
-            "timm:NAME. Write the callable that builds the model after the last colon."
-        )
+        expected = "package.module:callable, file.py:callable, torchvision:NAME or timm:NAME"
+        remedy = "Write the callable that builds the model after the last colon."
+        super().__init__("MODEL", repr(text), expected, remedy)
 
 
 class ModelNotFoundError(ManifoldNetsError, LookupError):
-    """A module, a file, an attribute or an architecture that a specification names does not exist."""
+    """The module, file, attribute or architecture that a model is named by does not exist."""
 
     def __init__(self, spec: object, found: str, remedy: str) -> None:
         super().__init__(f"{spec}: {found}. {remedy}")
 
 
 class ModelBuildError(ManifoldNetsError, RuntimeError):
-    """A callable that a specification names built no model."""
+    """The code of a model raised an error or `SystemExit`, or returned something else than a model."""
 
-    def __init__(self, spec: object, found: str) -> None:
-        super().__init__(
-            f"{spec}: {found}; expected a callable that returns a torch.nn.Module. Check that it runs in Python as "
-            "written, and pass its arguments as keyword arguments (--kwargs on the command line)."
+    def __init__(self, spec: object, found: str, remedy: str = "") -> None:
+        remedy = remedy or (
+            "Check that it runs in Python as written, and pass its arguments as keyword arguments (--kwargs on the "
+            "command line)."
         )
-
-
-class ModelExitError(ManifoldNetsError, RuntimeError):
-    """The code of a model, or of what it is trained on, called `sys.exit` while it ran."""
-
-    def __init__(self, spec: str, cause: SystemExit) -> None:
-        said = f": {cause}" if str(cause) else ""
-        super().__init__(
-            f"{spec}: its code raised SystemExit{said} while it ran; expected code that returns or raises an error. "
-            "Take the call of sys.exit, exit or quit out of it."
-        )
+        super().__init__(f"{spec}: {found}; expected a callable that returns a torch.nn.Module. {remedy}")
 
 
 # ---- analysis --------------------------------------------------------------------------------------------------------
@@ -257,27 +185,27 @@ class ExampleInputsError(ManifoldNetsError, ValueError):
 
 
 class AnalysisError(ManifoldNetsError, RuntimeError):
-    """A model could not be copied for analysis, its structure could not be read, or it has no gradients."""
+    """A model could not be copied for the analysis, traced, or differentiated."""
 
     def __init__(
         self, model: str, cause: BaseException, *, copying: bool = False, differentiating: bool = False
     ) -> None:
-        self.why = _cause(cause)
+        self.why = described(cause)
         if copying:
             message = (
-                f"copy.deepcopy could not copy it ({self.why}); a model that can be copied is expected. Take what "
-                "cannot be copied (locks, open files, generators) out of its attributes, or analyse a submodule."
+                f"copy.deepcopy could not copy it ({self.why}). Take what cannot be copied (locks, open files, "
+                "generators) out of its attributes, or analyse a submodule."
             )
         elif differentiating:
             message = (
-                f"backward() through it failed in training mode ({self.why}); a model that can be trained is expected. "
-                "Detach the input of an operation that has no derivative, and copy a tensor before it is changed in "
-                "place; torch.autograd.set_detect_anomaly(True) shows where."
+                f"backward() through it failed in training mode ({self.why}). Detach the input of an operation that "
+                "has no derivative, and copy a tensor before it is changed in place; "
+                "torch.autograd.set_detect_anomaly(True) shows where."
             )
         else:
             message = (
-                f"torch.export could not trace it ({self.why}); a model whose control flow does not depend on the data "
-                "is expected. Move such control flow out of forward, or analyse the submodule that it surrounds."
+                f"torch.export could not trace it ({self.why}). Move control flow that depends on the data out of "
+                "forward, or analyse the submodule that it surrounds."
             )
         super().__init__(f"{model}: {message}")
 
@@ -287,29 +215,16 @@ class DoublePrecisionError(ManifoldNetsError, TypeError):
 
     def __init__(self, model: str, cause: BaseException, place: str) -> None:
         super().__init__(
-            f"{model}: its copy in float64 fails {place} ({_cause(cause)}); expected a model that computes in float64 "
-            "as well. Replace the operator there by one that accepts float64 tensors, or analyse the submodules around "
-            "it."
+            f"{model}: its copy in float64 fails {place} ({described(cause)}). Replace the operator there by one that "
+            "accepts float64 tensors, or analyse the submodules around it."
         )
 
 
-class UnsupportedModelError(ManifoldNetsError, TypeError):
-    """A model is of a kind whose weights or operations are out of reach."""
+class UnsupportedModelError(FoundError, TypeError):
+    """The weights or operations of a model are out of reach: scripted, quantized, lazy, or made in inference mode."""
 
     def __init__(self, model: str, found: str, remedy: str) -> None:
-        super().__init__(
-            f"{model}: {found}; expected a Python module with floating-point weights that have values. {remedy}"
-        )
-
-
-class LossError(ManifoldNetsError, ValueError):
-    """A loss is neither a function of the outputs nor the name of one."""
-
-    def __init__(self, found: str) -> None:
-        super().__init__(
-            f"loss: found {found}; expected 'cross_entropy', 'softmax', or a function of what the model returns whose "
-            "result is one number. Leave it out to analyse the outputs themselves."
-        )
+        super().__init__(model, found, "a Python module with floating-point weights that have values", remedy)
 
 
 class ReportMismatchError(ManifoldNetsError, ValueError):
@@ -325,11 +240,11 @@ class ReportMismatchError(ManifoldNetsError, ValueError):
 # ---- weights on spheres ----------------------------------------------------------------------------------------------
 
 
-class PartitionError(ManifoldNetsError, ValueError):
+class PartitionError(FoundError, ValueError):
     """A partition does not fit the tensor that it is meant for."""
 
     def __init__(self, found: object, expected: str, remedy: str) -> None:
-        super().__init__(f"partition of a weight: found {found}; expected {expected}. {remedy}")
+        super().__init__("partition of a weight", found, expected, remedy)
 
 
 class DegenerateGroupError(ManifoldNetsError, ValueError):
@@ -347,35 +262,33 @@ class DegenerateGroupError(ManifoldNetsError, ValueError):
 class OffManifoldError(ManifoldNetsError, ValueError):
     """A weight that belongs on a product of spheres has left it."""
 
-    def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str) -> None:
-        deviation = abs(norm / radius - 1)
+    def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str | Callable[[], str]) -> None:
+        deviation = abs(norm / radius - 1) if radius else math.inf  # the padding row of an embedding is zero
         some = math.isfinite(deviation) and deviation > 0
         # Two digits of the difference, and no fewer than eight in all; seventeen tell any two numbers apart.
         digits = min(max(8, 2 - math.floor(math.log10(deviation))), 17) if some else 8
         off = f", off by {deviation:.2g} of the radius" if some else ""
         super().__init__(
             f"{name}: group {group} has norm {norm:.{digits}g}{off}, but its sphere has radius {radius:.{digits}g}. "
-            f"{remedy}"
+            f"{remedy if isinstance(remedy, str) else remedy()}"
         )
 
 
-class JointSphereError(ManifoldNetsError, TypeError):
-    """Something was asked of one weight that all weights of its joint sphere have to answer together."""
+class ConstraintError(FoundError, ValueError, TypeError):
+    """A weight cannot be put on its manifold, or shares its sphere with others that are missing."""
 
-    def __init__(self, name: str, others: Sequence[str], found: str = "one of them alone") -> None:
-        super().__init__(
-            f"{name}: its groups share one norm with those of {listed(others)}: found {found}; expected all of them "
-            "together. Use manifold_nets.joint_spheres(model), manifold_nets.project(model), and one parameter group "
-            "of manifold_nets.optim for all of them; or take the constraint away with manifold_nets.revert(model)."
+    remedy = "Name a weight of the module that fits."
+
+    @classmethod
+    def joint(cls, name: str, others: Sequence[str], found: str = "this weight alone") -> ConstraintError:
+        """The error about one weight of a joint sphere, where all of them are needed."""
+        return cls(
+            name,
+            f"{found}, but its groups share one norm with those of {listed(others)}",
+            "all of them together",
+            "Use manifold_nets.joint_spheres(model), manifold_nets.project(model), and one parameter group of "
+            "manifold_nets.optim for all of them; or take the constraint away with manifold_nets.revert(model).",
         )
-        self.name, self.others = name, tuple(others)
-
-
-class ConstraintError(ManifoldNetsError, ValueError):
-    """A weight cannot be put on its manifold as asked."""
-
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(f"{name}: found {found}; expected {expected}. Name a weight of the module that fits.")
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------
@@ -385,24 +298,19 @@ class NothingToConvertError(ManifoldNetsError, ValueError):
     """No selected weight of a model has a scale symmetry that conversion could remove."""
 
 
-class PlanError(ManifoldNetsError, ValueError):
+class PlanError(FoundError, ValueError):
     """An edited plan cannot be read or carried out."""
 
-    def __init__(self, source: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"{source}: found {found}; expected {expected}. Write a fresh plan and edit that one; nothing was changed."
-        )
+    remedy = "Write a fresh plan and edit that one; nothing was changed."
 
 
 class FunctionChangedError(ManifoldNetsError, RuntimeError):
     """A rewritten model does not compute what it computed before."""
 
-    def __init__(self, model: str, mode: str, difference: float, limit: float, why_no_rounding: str = "") -> None:
-        why = f" Rounding does not explain it: {why_no_rounding}." if why_no_rounding else ""
+    def __init__(self, model: str, mode: str, difference: float, limit: float, remedy: str) -> None:
         super().__init__(
-            f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; at "
-            f"most {limit:.3g} is expected.{why} Nothing was changed. Use radius='keep', or exclude the layers in "
-            "question."
+            f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; "
+            f"at most {limit:.3g} is allowed. {remedy}"
         )
 
 
@@ -411,120 +319,92 @@ class ExportError(ManifoldNetsError, RuntimeError):
 
     def __init__(self, path: object, tool: str, cause: BaseException) -> None:
         super().__init__(
-            f"{path}: {tool} refused the model ({_cause(cause)}); expected a network in evaluation mode, made of "
+            f"{path}: {tool} refused the model ({described(cause)}); expected a network in evaluation mode, made of "
             "operations that it knows. Cast half precision to float32, or write the weights alone with the format "
             "safetensors."
         )
 
 
 class ProjectionError(ManifoldNetsError, ValueError):
-    """Putting a weight on its spheres would change what its model computes."""
+    """Values cannot be put on the spheres of a weight without changing what its model computes."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")
         self.name = name
 
 
-class PlainStateError(ProjectionError):
-    """A state of a plain network cannot be converted while it is loaded into a converted model."""
-
-
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
-class UnsupportedManifoldError(ManifoldNetsError, TypeError):
-    """A parameter lies on a manifold that an optimizer of this package cannot step on."""
-
-    def __init__(self, name: str, manifold: object) -> None:
-        super().__init__(
-            f"{name} lies on {manifold}; the optimizers of manifold_nets step on SphereProduct and "
-            "on plain parameters. Use geoopt.optim for other manifolds, in an optimizer of its own."
-        )
-
-
-class ConstraintLostError(ManifoldNetsError, RuntimeError):
-    """A constrained weight reached an optimizer as a plain parameter object."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(
-            f"{listed(dict.fromkeys(names))}: constrained to a product of spheres, but the parameter object was "
-            "replaced by a plain one (load_state_dict(assign=True), to_empty and sharding do "
-            "that), or is held in others, and it would be trained as a Euclidean one. Build the optimizer from "
-            "manifold_nets.param_groups(model), which finds the manifold through the model; with "
-            "FullyShardedDataParallel pass use_orig_params=True, and take off weight_norm and the like first, or "
-            "the constraint (manifold_nets.revert)."
-        )
-        self.names = tuple(names)
-
-
 class EuclideanStepError(ManifoldNetsError, RuntimeError):
-    """An optimizer that knows nothing of spheres is about to step a constrained weight."""
+    """A weight on spheres would be stepped as a Euclidean one.
 
-    def __init__(self, optimizer: str, names: Sequence[str]) -> None:
-        super().__init__(
-            f"{listed(names)}: constrained to a product of spheres, but {optimizer} is about to step it as a Euclidean "
-            "weight; nothing was changed. Use manifold_nets.optim.RiemannianSGD or RiemannianAdam with "
-            "manifold_nets.param_groups(model); or, if your code puts the weight back on its spheres itself, say so "
-            "with manifold_nets.optim.allow_euclidean(optimizer)."
-        )
+    Args:
+        names: the weights.
+        optimizer: the optimizer that knows nothing of spheres; None where the parameter objects are plain ones.
+    """
+
+    def __init__(self, names: Sequence[str], optimizer: str | None = None) -> None:
+        found = f"{listed(dict.fromkeys(names))}: constrained to a product of spheres, but "
+        if optimizer is None:
+            found += (
+                "the parameter object was replaced by a plain one (load_state_dict(assign=True), to_empty and sharding "
+                "do that), or is held in others, and it would be trained as a Euclidean one. Build the optimizer from "
+                "manifold_nets.param_groups(model), which finds the manifold through the model; with "
+                "FullyShardedDataParallel pass use_orig_params=True, and take off weight_norm and the like first, or "
+                "the constraint (manifold_nets.revert)."
+            )
+        else:
+            found += (
+                f"{optimizer} is about to step it as a Euclidean weight; nothing was changed. Use "
+                "manifold_nets.optim.RiemannianSGD or RiemannianAdam with manifold_nets.param_groups(model); make this "
+                "optimizer's steps tangent with manifold_nets.optim.on_spheres(optimizer, model); or, if your code "
+                "puts the weight back on its spheres itself, call manifold_nets.optim.allow_euclidean(optimizer)."
+            )
+        super().__init__(found)
         self.names = tuple(names)
 
 
-class SphereOptionError(ManifoldNetsError, TypeError):
-    """A weight on spheres has a property, or an option, that its optimizer cannot work with."""
+class ParameterGroupError(FoundError, ValueError, TypeError):
+    """A parameter group holds weights, manifolds or options that do not go together."""
 
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"{name} lies on a product of spheres: found {found}; expected {expected}. Change it, or train this weight "
-            "without the constraint (manifold_nets.revert)."
-        )
+    remedy = (
+        "Let manifold_nets.param_groups(model) make the groups, or "
+        'give "manifolds" one SphereProduct, or None, for each of "params".'
+    )
+
+    @classmethod
+    def on_spheres(cls, name: str, found: str, expected: str) -> ParameterGroupError:
+        """The error about a weight on spheres that cannot be stepped as it is, or with this option."""
+        remedy = "Change it, or train this weight without the constraint (manifold_nets.revert)."
+        return cls(f"{name} lies on a product of spheres", found, expected, remedy)
 
 
-class StepInputError(ManifoldNetsError, RuntimeError):
-    """A weight, its gradient or its optimizer state cannot be read or written by a step."""
+class StepInputError(FoundError, RuntimeError, TypeError):
+    """A weight, its gradient or its optimizer state cannot be read or written by a step; nothing was changed."""
 
     def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"{name}: found {found}; expected {expected}; nothing was changed. {remedy}")
+        super().__init__(name, found, f"{expected}; nothing was changed", remedy)
 
 
-class SparseGradientError(SphereOptionError):
-    """A weight has a sparse gradient where only dense ones can be stepped."""
-
-    def __init__(self, name: str, layout: object) -> None:
-        super(SphereOptionError, self).__init__(
-            f"{name}: found a gradient of layout {layout}; this weight is stepped with dense gradients only; "
-            "nothing was changed. Build its layer with sparse=False, or make the gradient dense before the step "
-            "(weight.grad = weight.grad.to_dense())."
-        )
-
-
-class ParameterGroupError(ManifoldNetsError, ValueError):
-    """The manifolds of a parameter group do not fit its parameters."""
-
-    def __init__(self, name: str, found: str, expected: str) -> None:
-        super().__init__(
-            f"{name}: found {found}; expected {expected}. Let manifold_nets.param_groups(model) make the groups, or "
-            'give "manifolds" one SphereProduct, or None, for each of "params".'
-        )
-
-
-class OptimizerStateError(ManifoldNetsError, ValueError):
+class OptimizerStateError(FoundError, ValueError):
     """The saved state of an optimizer does not fit the spheres of a live weight."""
 
+    remedy = "Load the state of the same kind of optimizer for a model converted in the same way, or start without it."
+
     def __init__(self, name: str, found: str, expected: str, remedy: str = "") -> None:
-        remedy = remedy or (
-            "Load the state of the same kind of optimizer for a model converted in the same way, or start without it."
-        )
-        super().__init__(f"state of {name}: found {found}; expected {expected}; nothing was loaded. {remedy}")
+        super().__init__(f"state of {name}", found, f"{expected}; nothing was loaded", remedy)
 
 
-class NativeKernelError(ManifoldNetsError, RuntimeError):
-    """An optimizer was asked for ``fused=True``, and the kernel for weights on spheres cannot be had."""
+class NativeKernelError(FoundError, RuntimeError):
+    """An optimizer was asked for ``fused=True``, and the kernel for weights on spheres is not available."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"fused=True: found {reason}; expected the compiled kernel for weights on spheres; nothing was changed. "
-            "Install a C compiler, or leave fused out: without the kernel, steps are taken by torch's operations."
+            "fused=True",
+            reason,
+            "the compiled kernel for weights on spheres; nothing was changed",
+            "Install a C compiler, or leave fused out: without the kernel, steps are taken by torch's operations.",
         )
 
 
@@ -552,7 +432,7 @@ class LearningRateWarning(UserWarning):
 # ---- pymanopt --------------------------------------------------------------------------------------------------------
 
 
-class PointError(ManifoldNetsError, ValueError):
+class PointError(FoundError, ValueError):
     """The parameters of a model cannot be made a point, or a point does not fit the model.
 
     Example:
@@ -564,11 +444,8 @@ class PointError(ManifoldNetsError, ValueError):
         manifold_nets.errors.PointError: Linear: found no parameter that requires a gradient; expected at least one...
     """
 
-    def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"{name}: found {found}; expected {expected}. {remedy}")
 
-
-class CostError(ManifoldNetsError, ValueError):
+class CostError(FoundError, ValueError):
     """A loss is not a deterministic, differentiable number.
 
     Example:
@@ -581,9 +458,33 @@ class CostError(ManifoldNetsError, ValueError):
     """
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
-        super().__init__(f"loss: found {found}; expected {expected}. {remedy}")
+        super().__init__("loss", found, expected, remedy)
 
 
-# The modules that these classes stood in before; to be removed with the next release.
-for _former in ("analysis", "base", "checkpoints", "constraints", "conversion", "files", "models", "optimizers"):
-    sys.modules[f"{__name__}.{_former}"] = sys.modules[__name__]
+# ---- former names, to be removed with the next release ---------------------------------------------------------------
+
+_FORMER: dict[str, type[Exception]] = {
+    "CheckpointTensorError": CheckpointError,
+    "ConstraintLostError": EuclideanStepError,
+    "DiskFullError": OutputFileError,
+    "JointSphereError": ConstraintError,
+    "LossError": OptionError,
+    "ModelExitError": ModelBuildError,
+    "PlainStateError": ProjectionError,
+    "SelectionError": OptionError,
+    "SparseGradientError": StepInputError,
+    "SphereOptionError": ParameterGroupError,
+    "StateDictMismatchError": CheckpointMismatchError,
+    "UnsupportedManifoldError": ParameterGroupError,
+    "WeightsFileError": CheckpointFormatError,
+}
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and value.__module__ == __name__]
+for _module in ("analysis", "base", "checkpoints", "constraints", "conversion", "files", "models", "optimizers"):
+    sys.modules[f"{__name__}.{_module}"] = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {_FORMER[name].__name__}", DeprecationWarning, stacklevel=2)
+    return _FORMER[name]

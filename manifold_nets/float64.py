@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["copied", "following", "holds_objects", "in_float64", "map_tensors", "tensors_in", "widened"]
+__all__ = ["Reading", "copied", "following", "holds_objects", "in_float64", "map_tensors", "tensors_in", "widened"]
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -34,17 +34,9 @@ _CASTS = {
     Tensor.chalf: torch.complex128,
 }
 # Their result has torch's default dtype where none is given. That of others follows from what they are given.
-_FACTORIES = (
-    torch.empty,
-    torch.eye,
-    torch.linspace,
-    torch.logspace,
-    torch.ones,
-    torch.rand,
-    torch.randn,
-    torch.zeros,
-)
+_FACTORIES = [getattr(torch, name) for name in "empty eye linspace logspace ones rand randn zeros".split()]
 _DEEPCOPY: Any = Tensor.__deepcopy__
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Types without tensors inside.
 _ATOMS = (type(None), str, bytes, bool, int, float, complex, torch.dtype, torch.device)
 
@@ -142,6 +134,31 @@ def following(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     """The same where a model is in float64; one in another precision is run as it stands."""
     narrow = any(parameter.dtype in _WIDE for parameter in nn.Module.parameters(model))
     return contextlib.nullcontext() if narrow else _Float64()
+
+
+class Reading(TorchFunctionMode):
+    """Lets every operation read something else in the place of some parameters.
+
+    Args:
+        parameters: their names and they themselves, by `id`.
+        read: what is read, in float64, given the name and the parameter.
+    """
+
+    def __init__(self, parameters: Mapping[int, tuple[str, Tensor]], read: Callable[[str, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.parameters, self.read = parameters, read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):
+            if func == _DTYPE and id(args[0]) in self.parameters:
+                return torch.float64  # as those see it that read the parameter
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(self._read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def _read(self, leaf: Any) -> Any:
+        known = self.parameters.get(id(leaf))
+        return leaf if known is None else self.read(*known)
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------

@@ -8,13 +8,13 @@ sphere for each c, of which every weight holds a part.
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import DegenerateGroupError, JointSphereError, OffManifoldError, PartitionError
+from manifold_nets.errors import ConstraintError, DegenerateGroupError, OffManifoldError, PartitionError
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
 
@@ -95,7 +95,7 @@ class JointSphere:
         """Relative deviation ``|norm/R − 1|`` of each joint group: float64, shape ``(n_groups,)``, on the CPU."""
         return (self.norms(points) / self.radii - 1).abs()
 
-    def require_point(self, points: Sequence[Tensor], *, rtol: float, remedy: str) -> None:
+    def require_point(self, points: Sequence[Tensor], *, rtol: float, remedy: str | Callable[[], str]) -> None:
         """Raise `OffManifoldError` where a joint norm is off its radius by more than ``rtol``."""
         deviations = torch.nan_to_num(self.deviations(points), nan=torch.inf)
         worst = int(deviations.argmax())
@@ -158,7 +158,7 @@ class JointSphereMember(SphereProduct):
     """The part of a `JointSphere` that one weight holds: its groups, and the radius that all weights have together.
 
     Inner products of tangent vectors are those of this weight alone, to be added to those of the others. Everything
-    that depends on the joint norm needs all weights at once, and raises `JointSphereError` here: see `JointSphere`,
+    that depends on the joint norm needs all weights at once, and raises `ConstraintError` here: see `JointSphere`,
     `manifold_nets.joint_spheres`, and `manifold_nets.project` for a model. The optimizers of `manifold_nets.optim`
     step all weights of a joint sphere together.
 
@@ -204,7 +204,7 @@ class JointSphereMember(SphereProduct):
 
     def _need_all(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse what depends on the joint norm, of which one weight knows only its part."""
-        raise JointSphereError(self.member, self.others)
+        raise ConstraintError.joint(self.member, self.others)
 
     projx = proju = egrad2rgrad = retr = expmap = logmap = transp = _need_all
     dist = dist2 = component_dist = random_uniform = random = origin = _need_all

@@ -1,4 +1,4 @@
-"""Linear and convolution layers whose filters lie on unit spheres.
+"""Linear and convolution layers whose filters lie on unit spheres, and embeddings whose rows do.
 
 Each layer is the torch layer of the same name, with its arguments, its forward pass and its `state_dict`; only the
 weight is a `geoopt.ManifoldParameter` on the `SphereProduct` of its filters, drawn uniformly. Train it with an
@@ -7,15 +7,17 @@ optimizer of `manifold_nets.optim` or of `geoopt.optim`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from manifold_nets._geoopt import geoopt
-from manifold_nets.constraints import attach, constrained_weights
+from manifold_nets.constraints import NEAR, attach, constrained_weights
+from manifold_nets.errors import OptionError
 from manifold_nets.gathered import is_sharded, write_whole_
 from manifold_nets.groups import filter_partition
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.padded import rows_of_embedding
 
 __all__ = [
     "UNIT_NORM_LAYERS",
@@ -25,6 +27,8 @@ __all__ = [
     "UnitNormConvTranspose1d",
     "UnitNormConvTranspose2d",
     "UnitNormConvTranspose3d",
+    "UnitNormEmbedding",
+    "UnitNormEmbeddingBag",
     "UnitNormLinear",
 ]
 
@@ -44,7 +48,7 @@ class _UnitNormFilters(nn.Module):
         """
         super().reset_parameters()  # type: ignore[misc]
         known = next((weight.manifold for weight in constrained_weights(self) if weight.leaf == "weight"), None)
-        sphere = SphereProduct(filter_partition(self)) if known is None else known
+        sphere = self._spheres() if known is None else known
         point = sphere.random_uniform(dtype=self.weight.dtype, device=self.weight.device)
         if is_sharded(self.weight):
             # Those of one process for all: a sphere may lie in several.
@@ -53,6 +57,53 @@ class _UnitNormFilters(nn.Module):
             write_whole_(self.weight, point)
         else:
             attach(self, "weight", sphere, point)
+
+    def _spheres(self) -> SphereProduct:
+        return SphereProduct(filter_partition(self))
+
+
+class _UnitNormRows(_UnitNormFilters):
+    """Puts the rows of the torch embedding that follows in the class's bases on unit spheres, but for a padding row."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        max_norm = getattr(self, "max_norm", None)
+        if max_norm is not None:
+            raise OptionError("max_norm", max_norm, "None, as every row has norm 1")
+        if next(constrained_weights(self), None) is None:  # rows were given, as by `from_pretrained`
+            sphere, remedy = self._spheres(), "Divide every row by its norm first."
+            sphere.require_point(self.weight.detach(), f"{type(self).__name__}.weight", rtol=NEAR, remedy=remedy)
+            attach(self, "weight", sphere)
+
+    def _spheres(self) -> SphereProduct:
+        return rows_of_embedding(self)  # type: ignore[arg-type]
+
+
+class UnitNormEmbedding(_UnitNormRows, nn.Embedding):
+    """`torch.nn.Embedding` whose rows have unit norm; that of ``padding_idx`` is zero and stays so.
+
+    With ``sparse=True`` the optimizers of `manifold_nets.optim` step only the rows that a batch has looked up:
+    `RiemannianSGD` without momentum does what it does with dense gradients, and `RiemannianAdam` leaves the moments of
+    the other rows alone, as `torch.optim.SparseAdam` does. ``max_norm`` has no meaning here and is refused.
+    ``from_pretrained`` takes rows of unit norm.
+
+    Example:
+        >>> import torch
+        >>> layer = UnitNormEmbedding(5, 3, padding_idx=0)
+        >>> layer(torch.tensor([0, 2])).norm(dim=1).round(decimals=4)
+        tensor([0., 1.], grad_fn=<RoundBackward1>)
+    """
+
+
+class UnitNormEmbeddingBag(_UnitNormRows, nn.EmbeddingBag):
+    """`torch.nn.EmbeddingBag` whose rows have unit norm; that of ``padding_idx`` is zero and stays so.
+
+    The sums, means or maxima of rows that it puts out have no unit norm. See `UnitNormEmbedding` for the rest.
+
+    Example:
+        >>> UnitNormEmbeddingBag(5, 3, mode="sum").weight.manifold
+        SphereProduct(5 filters of 3, radius 1) manifold
+    """
 
 
 class UnitNormLinear(_UnitNormFilters, nn.Linear):
@@ -126,6 +177,8 @@ class UnitNormConvTranspose3d(_UnitNormFilters, nn.ConvTranspose3d):
 
 UNIT_NORM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: UnitNormLinear,
+    nn.Embedding: UnitNormEmbedding,
+    nn.EmbeddingBag: UnitNormEmbeddingBag,
     nn.Conv1d: UnitNormConv1d,
     nn.Conv2d: UnitNormConv2d,
     nn.Conv3d: UnitNormConv3d,
@@ -133,4 +186,4 @@ UNIT_NORM_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: UnitNormConvTranspose2d,
     nn.ConvTranspose3d: UnitNormConvTranspose3d,
 }
-"""The layer with unit-norm filters of each torch layer."""
+"""The layer with unit-norm filters, or rows, of each torch layer."""

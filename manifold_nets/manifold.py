@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class SphereProduct(SphereChecks):
 
     name = "SphereProduct"
     reversible = False
+    # Classes for descriptions with something of their own, by its key in `to_dict`.
+    _kinds: ClassVar[dict[str, type[SphereProduct]]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SphereProduct:
         """Make room for an instance, after what was waiting for the first one."""
@@ -125,6 +127,9 @@ class SphereProduct(SphereChecks):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SphereProduct:
         """Rebuild a manifold from `to_dict`."""
+        kind = next((kind for key, kind in cls._kinds.items() if key in data), None)
+        if kind is not None:
+            return kind.from_dict(data)
         return cls(Partition.from_dict(data), radius=data["radius"])
 
     # ---- points and tangent vectors --------------------------------------------------------------------------------

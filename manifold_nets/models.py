@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from manifold_nets.float64 import copied, widened
 from manifold_nets.groups import Partition
 
 __all__ = [
-    "absent",
     "analysis_copy",
     "draw_not_finite",
     "dtype_of",
@@ -34,7 +33,9 @@ __all__ = [
     "is_meta",
     "named_tensors",
     "one_module_per_name",
+    "other_values",
     "random_numbers",
+    "state_kept",
 ]
 
 _DROPOUT_ATTRIBUTES = (
@@ -76,6 +77,38 @@ def random_numbers(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(numpy_state)  # noqa: NPY002
             random.setstate(python_state)
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back at the end what modules remember from one call to the next: buffers, and attributes assigned anew.
+
+    A backward pass belongs inside, as it may ask for what they were.
+    """
+    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.detach().clone()) for _, _, buffers in modules for b in buffers.values() if b is not None]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in modules:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, before in values:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def other_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give some parameters of a model other values for a while."""
+    saved = [(parameter, parameter.data, name) for name, parameter in model.named_parameters() if name in values]
+    try:
+        for parameter, _, name in saved:
+            parameter.data = values[name]
+        yield
+    finally:
+        for parameter, before, _ in saved:
+            parameter.data = before
 
 
 def duplicate(
@@ -172,6 +205,19 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if lazy:
             found = f"the parameter {path} of a lazy module has no shape yet"
             raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and ``torch.compile``, or the model itself.
+
+    Example:
+        >>> inner = nn.Linear(2, 2)
+        >>> inner_model(nn.DataParallel(inner)) is inner
+        True
+    """
+    while (child := _WRAPPERS.get(type(model).__name__)) is not None and child in model._modules:
+        model = model.get_submodule(child)
+    return model
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -277,39 +323,6 @@ def _is_finite(values: Tensor) -> bool:
     """Whether all entries are finite, without a temporary tensor of their size."""
     low, high = (torch.view_as_real(values) if values.is_complex() else values).aminmax()
     return bool(low.isfinite() & high.isfinite())
-
-
-_READ: dict[Any, Any] = {
-    Tensor.tolist: lambda x: np.zeros(tuple(x.shape)).tolist(),
-    Tensor.numpy: lambda x: np.zeros(tuple(x.shape)),
-    Tensor.item: lambda x: 0.0,
-    Tensor.__float__: lambda x: 0.0,
-    Tensor.__int__: lambda x: 0,
-    Tensor.__bool__: lambda x: False,
-    Tensor.cpu: lambda x: x,
-}
-
-
-class _Absent(Tensor):
-    """A meta tensor: operations work out shapes only, and what is read from their results is zero."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = _READ.get(func)
-        if read is not None:
-            return read(args[0])
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-
-def absent(shape: Sequence[int]) -> Tensor:
-    """Return zeros of a shape, float64, that stay zeros whatever is done to them.
-
-    Example:
-        >>> field = absent((100_000, 100_000))
-        >>> (field * field).sum(1)[:2].tolist()
-        [0.0, 0.0]
-    """
-    return torch.empty(tuple(shape), dtype=torch.float64, device="meta").as_subclass(_Absent)
 
 
 # ---- looking tensors up ----------------------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.comparison import Comparison, Settings, Task, task_from_data
-from manifold_nets.comparison.experiment import Experiment
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.experiment import Experiment, InitialModels
 from manifold_nets.comparison.optimizers import optimizer_spec
 from manifold_nets.comparison.results import MEASURED_FIELDS
 from manifold_nets.comparison.tasks import TensorPart

@@ -11,8 +11,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.comparison.errors import OptimizerBuildError, OptimizerNameError, SettingsError
-from manifold_nets.comparison.experiment import require_device
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.experiment import InitialModels, require_device
 from manifold_nets.comparison.optimizers import optimizer_spec
 from manifold_nets.errors import ArgumentTypeError
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from manifold_nets.comparison.errors import DataFileError, DataFolderError
-from manifold_nets.comparison.tasks.idx import find_idx_files, read_idx, read_images_and_labels
+from manifold_nets.comparison.tasks.images import find_idx_files, read_idx, read_images_and_labels
 
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]

@@ -20,12 +20,11 @@ from manifold_nets.comparison.errors import (
     RunFailedError,
     SettingsError,
 )
-from manifold_nets.comparison.final_weights import keep_weights, kept_weights, weights_file
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.experiment import InitialModels
 from manifold_nets.comparison.observation import FilterWatch
 from manifold_nets.comparison.optimizers import OPTIMIZERS, OptimizerSpec, TorchStepper, optimizer_spec
 from manifold_nets.comparison.run import Runner
-from manifold_nets.comparison.selection import choose
+from manifold_nets.comparison.selection import choose, keep_weights, kept_weights, weights_file
 from manifold_nets.comparison.tasks import TensorPart
 from manifold_nets.groups import Partition
 
@@ -97,14 +96,14 @@ def test_weights_kept_until_the_test_are_those_that_were_written(tmp_path, monke
     assert kept_weights(tmp_path, other) is None  # of another run
     assert kept_weights(tmp_path, key) is None  # none
     # Sabotage: a changed number passes without its checksum.
-    monkeypatch.setattr("manifold_nets.comparison.final_weights.tensors_checksum", lambda *_: "crc32:00000000")
+    monkeypatch.setattr("manifold_nets.comparison.selection.tensors_checksum", lambda *_: "crc32:00000000")
     keep_weights(tmp_path, key, weights)
     data = path.read_bytes()
     assert kept(data[:-1] + bytes([data[-1] ^ 1])) is not None
 
 
 def test_weights_that_cannot_be_read_back_end_the_comparison_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("manifold_nets.comparison.scheduler.kept_weights", lambda *_: None)
+    monkeypatch.setattr("manifold_nets.comparison.run.kept_weights", lambda *_: None)
     with pytest.raises(RunFailedError, match="weights that cannot be read back"):
         tiny(output=tmp_path, seeds=1, epochs=1)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.comparison.errors import TaskNameError, TaskSourceError
-from manifold_nets.comparison.initial_models import converted_form
+from manifold_nets.comparison.experiment import converted_form
 from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.tasks import Task, evaluate, load_task, task_from_data
 from manifold_nets.errors import FunctionChangedError, ModelNotFoundError

@@ -17,8 +17,7 @@ import manifold_nets as mn
 from manifold_nets.cli import main
 from manifold_nets.comparison import Comparison, OptimizerSpec, RunKey, Settings, TorchStepper, scheduler, selection
 from manifold_nets.comparison.errors import DifferentCommandError, SettingsError
-from manifold_nets.comparison.experiment import Experiment
-from manifold_nets.comparison.initial_models import InitialModels, balance_weights
+from manifold_nets.comparison.experiment import Experiment, InitialModels, balance_weights
 from manifold_nets.comparison.optimizers import optimizer_spec
 from manifold_nets.comparison.report import summarise
 from manifold_nets.comparison.run import learning_rate_factor, should_stop

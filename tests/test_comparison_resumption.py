@@ -39,7 +39,7 @@ from manifold_nets.comparison.errors import (
     SettingsError,
     StorageError,
 )
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.experiment import InitialModels
 from manifold_nets.comparison.report.tables import runs_csv
 from manifold_nets.comparison.results import environment
 from manifold_nets.comparison.store import GRACE_SECONDS, RunStore

@@ -13,8 +13,17 @@ from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from manifold_nets.comparison.ranks import cliques, critical_difference, friedman, rank_runs
-from manifold_nets.comparison.statistics import RESAMPLES, all_differences, holm, mean_interval, paired_difference
+from manifold_nets.comparison.statistics import (
+    RESAMPLES,
+    all_differences,
+    cliques,
+    critical_difference,
+    friedman,
+    holm,
+    mean_interval,
+    paired_difference,
+    rank_runs,
+)
 from manifold_nets.errors import OptionError
 
 NAN, INF = float("nan"), float("inf")

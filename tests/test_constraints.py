@@ -166,7 +166,7 @@ def test_copies_and_casts_keep_parameters_and_records(way: str) -> None:
         record = vars(weight.module)[constraints._RECORD]
         assert isinstance(weight.parameter, geoopt.ManifoldParameter)
         assert weight.parameter.manifold is record.manifolds["weight"]
-        assert record.owner() is weight.module
+        assert record.module() is weight.module
         weight.manifold.assert_check_point_on_manifold(weight.parameter, atol=0.0, rtol=4 * eps(torch.float32))
     assert restore(model) == []
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import manifold_nets as mn
 from manifold_nets.conversion.remedies import balance as balance_module
-from manifold_nets.conversion.remedies.balance import LARGEST_IMBALANCE, Descent, descend
-from manifold_nets.conversion.remedies.energies import Energies, exponents_of
+from manifold_nets.conversion.remedies.balance import LARGEST_IMBALANCE, Descent, Energies, descend, exponents_of
 from manifold_nets.groups import Partition
 
 EPS = torch.finfo(torch.float64).eps

@@ -94,11 +94,13 @@ def test_before_and_after_both_train(capsys):
             "torch": torch,
             "model": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)),
             "example_inputs": torch.randn(16, 4),
-            "train": lambda model, optimizer, trained=trained: trained.append((model, optimizer)),
+            "train": lambda *given, epochs, trained=trained: trained.append(given),
         }
         exec("\n".join(line[1:] for line in lines if line[0] != removed), names)
-        ((model, optimizer),) = trained
+        first, (model, optimizer, scheduler) = trained
+        assert type(first[1]) is torch.optim.SGD
         assert type(optimizer) is kind
+        assert scheduler.optimizer is optimizer
         assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
         assert {type(p) for p in names["model"].parameters()} == {nn.Parameter}
 

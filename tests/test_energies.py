@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manifold_nets.conversion.remedies.balance import _Problem
-from manifold_nets.conversion.remedies.energies import Energies, exponents_of
+from manifold_nets.conversion.remedies.balance import Energies, _Problem, exponents_of
 from manifold_nets.groups import Partition
 
 EPS = torch.finfo(torch.float64).eps
@@ -97,10 +96,10 @@ def test_blocks_of_convolutions_are_kernels_and_entries_where_views_cross() -> N
     energies = Energies.of(torch.ones(6, 4, 3, 3), {rows: each_alone(rows), columns: each_alone(columns)})
     assert tuple(energies.blocks.shape) == (6, 4)
     crossing = [Partition((6,), (2, 3), (0,)), Partition((6,), (3, 2), (0,))]
-    assert tuple(Energies.of(torch.ones(6), {p: each_alone(p) for p in crossing}).blocks.shape) == (6, 1)
-    # Input channels and output channels of a grouped convolution both depend on its group.
-    grouped = {p: each_alone(p) for p in (Partition.filters((6, 2, 3)), Partition((6, 2, 3), (2, 3, 2, 3), (0, 2)))}
-    assert tuple(Energies.of(torch.ones(6, 2, 3), grouped).blocks.shape) == (12, 1)
+    assert tuple(Energies.of(torch.ones(6), {p: each_alone(p) for p in crossing}).blocks.shape) == (2, 3)
+    # Every filter of a depthwise convolution has one input channel: a matrix would be larger than the weight.
+    depthwise = {p: each_alone(p) for p in (Partition.filters((6, 1, 3)), Partition((6, 1, 3), (6, 1, 3), (0, 1)))}
+    assert tuple(Energies.of(torch.ones(6, 1, 3), depthwise).blocks.shape) == (6, 1)
 
 
 @pytest.mark.parametrize("number", [lambda g: g // 3, lambda g: g % 4], ids=["consecutive", "interleaved"])

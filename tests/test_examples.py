@@ -116,7 +116,7 @@ def check_demo(printed, folder):
         cells[0].strip(): [cell.strip() for cell in cells[1:]]
         for cells in (line.strip("│ \n").split("│") for line in printed.splitlines() if line.startswith("│"))
     }
-    assert list(rows) == ["checkpoint", "torch.optim.SGD", "RiemannianSGD", "exported, seed 0"]
+    assert list(rows) == ["checkpoint", "torch.optim.SGD", "SGD, another order", "RiemannianSGD", "exported, seed 0"]
     errors = {name: float(row[0].split()[0]) for name, row in rows.items()}
     assert all(0 <= error < 90 for error in errors.values())
     assert float(rows["RiemannianSGD"][1]) < 4 * EPS
@@ -138,7 +138,12 @@ def test_demo_runs_in_small(tmp_path):
 
 
 def test_sabotage_a_demo_whose_filters_leave_their_spheres_is_noticed(tmp_path):
-    rows = ["checkpoint │ 4 │ │ │", "torch.optim.SGD │ 1 │ 0.5 │ │", "RiemannianSGD │ 1 │ 1e-5 │ │"]
+    rows = [
+        "checkpoint │ 4 │ │ │",
+        "torch.optim.SGD │ 1 │ 0.5 │ │",
+        "SGD, another order │ 1 │ │ │",
+        "RiemannianSGD │ 1 │ 1e-5 │ │",
+    ]
     printed = "".join(f"│ {row}\n" for row in [*rows, "exported, seed 0 │ 1 │ │ 0.0 │"])
     with pytest.raises(AssertionError, match="1e-05"):
         check_demo(printed, tmp_path)

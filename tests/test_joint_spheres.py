@@ -26,8 +26,8 @@ from manifold_nets import JointSphere, Partition
 from manifold_nets.conversion import write_plan
 from manifold_nets.errors import (
     CheckpointFormatError,
+    ConstraintError,
     DegenerateGroupError,
-    JointSphereError,
     OffManifoldError,
     PartitionError,
     PlanError,
@@ -127,7 +127,7 @@ def test_one_member_alone_refuses_what_it_cannot_know() -> None:
         lambda: member.check_vector_on_tangent(point, point),
         lambda: member.require_point(point, "table", rtol=1.0, remedy=""),
     ):
-        with pytest.raises(JointSphereError, match=r"table: .*conv, transposed"):
+        with pytest.raises(ConstraintError, match=r"table: .*conv, transposed"):
             ask()
     assert member.group_inner(point, point).shape == (1, 4)
     assert "with conv, transposed" in str(member)
@@ -267,9 +267,9 @@ def test_missing_gradients_count_as_zero() -> None:
 
 def test_all_members_belong_in_one_group() -> None:
     weights = parameters_of(three(), torch.float64)
-    with pytest.raises(JointSphereError, match="without transposed"):
+    with pytest.raises(ConstraintError, match="without transposed"):
         mn.optim.RiemannianSGD(weights[:2], lr=0.1)
-    with pytest.raises(JointSphereError, match="without table, transposed"):
+    with pytest.raises(ConstraintError, match="without table, transposed"):
         mn.optim.RiemannianAdam([{"params": weights[:1]}, {"params": weights[1:]}])
     with torch.no_grad():
         weights[0].mul_(2)
@@ -412,12 +412,12 @@ def test_membership_survives_copies_pickles_restoring_and_loading(tmp_path: Path
 def test_a_part_of_a_joint_sphere_is_refused(tmp_path: Path) -> None:
     converted = mn.convert(llama(), tokens(), remedies="joint-spheres")
     mn.constraints.detach(converted.embedding, "weight")
-    with pytest.raises(JointSphereError, match=r"without embedding\.weight"):
+    with pytest.raises(ConstraintError, match=r"without embedding\.weight"):
         mn.save(converted, tmp_path / "net.safetensors")
     assert not (tmp_path / "net.safetensors").exists()
-    with pytest.raises(JointSphereError, match=r"without embedding\.weight"):
+    with pytest.raises(ConstraintError, match=r"without embedding\.weight"):
         mn.optim.RiemannianSGD(mn.param_groups(converted), lr=0.1)
-    with pytest.raises(JointSphereError, match="project"):
+    with pytest.raises(ConstraintError, match="project"):
         mn.optim.AveragedModel(converted)
 
 

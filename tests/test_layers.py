@@ -13,10 +13,14 @@ import torch
 from sphere_cases import eps, noise
 from torch import Tensor, nn
 
+import manifold_nets as mn
 from manifold_nets import layers
 from manifold_nets.constraints import constrained_weights, detach, lost_constraints
+from manifold_nets.errors import OffManifoldError, OptionError
+from manifold_nets.padded import PaddedSphereProduct
 
-PAIRS = layers.UNIT_NORM_LAYERS
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+PAIRS = {plain: twin for plain, twin in layers.UNIT_NORM_LAYERS.items() if plain not in EMBEDDINGS}
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 CONVOLUTIONS = [
     {},
@@ -117,8 +121,9 @@ def test_a_layer_that_differs_is_noticed() -> None:
 
 
 def test_every_torch_layer_has_a_twin_of_its_own_name() -> None:
-    assert {f"UnitNorm{plain.__name__}" for plain in PAIRS} == {name for name in layers.__all__ if "UnitNorm" in name}
-    assert all(getattr(layers, f"UnitNorm{plain.__name__}") is twin for plain, twin in PAIRS.items())
+    twins = layers.UNIT_NORM_LAYERS
+    assert {f"UnitNorm{plain.__name__}" for plain in twins} == {name for name in layers.__all__ if "UnitNorm" in name}
+    assert all(getattr(layers, f"UnitNorm{plain.__name__}") is twin for plain, twin in twins.items())
 
 
 @every_layer
@@ -276,3 +281,172 @@ def test_layers_train_under_geoopt_and_keep_their_norms(plain: type[nn.Module], 
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert_unit_filters(layer)
+
+
+# ---- embeddings ----------------------------------------------------------------------------------------------------
+
+
+every_embedding = pytest.mark.parametrize("plain", EMBEDDINGS)
+
+
+def embedding(plain: type[nn.Module], **options: Any) -> nn.Module:
+    """Return the unit-norm twin of a torch embedding of 7 rows."""
+    return layers.UNIT_NORM_LAYERS[plain](7, 3, **options)
+
+
+def looked_up(layer: nn.Module, numbers: Tensor) -> Tensor:
+    return layer(numbers) if isinstance(layer, nn.Embedding) else layer(numbers, torch.arange(0, len(numbers), 2))
+
+
+def assert_unit_rows(weight: Tensor, padding: int | None) -> None:
+    expected = torch.ones(len(weight), dtype=torch.float64)
+    if padding is not None:
+        expected[padding] = 0
+    norms = weight.detach().double().norm(dim=1)
+    torch.testing.assert_close(norms, expected, rtol=0, atol=2 * eps(weight.dtype))
+    if padding is not None:
+        assert norms[padding] == 0
+
+
+@every_embedding
+@pytest.mark.parametrize("padding", [None, 0, 3, -1])
+def test_an_embedding_is_torchs_with_unit_rows_and_zero_padding(plain: type[nn.Module], padding: int | None) -> None:
+    layer, twin = embedding(plain, padding_idx=padding), plain(7, 3, padding_idx=padding)
+    place = layer.padding_idx
+    assert_unit_rows(layer.weight, place)
+    twin.load_state_dict(layer.state_dict())
+    numbers = torch.tensor([0, 3, 6, 6, 1, 2])
+    assert torch.equal(looked_up(layer, numbers), looked_up(twin, numbers))
+    before = layer.weight.detach().clone()
+    layer.reset_parameters()
+    assert not torch.equal(before, layer.weight)
+    assert_unit_rows(layer.weight, place)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert again.weight.manifold.to_dict() == layer.weight.manifold.to_dict()
+    again.load_state_dict(layer.state_dict(), assign=True)
+    again.reset_parameters()
+    assert_unit_rows(again.weight, place)
+
+
+@every_embedding
+def test_a_padding_row_that_is_not_zero_is_noticed(plain: type[nn.Module]) -> None:
+    layer = embedding(plain, padding_idx=3)
+    state = layer.state_dict()
+    state["weight"] = state["weight"].clone()
+    state["weight"][3] = 0.1
+    with pytest.raises(OffManifoldError, match=r"group 3 has norm 0.17.*its sphere has radius 0"):
+        layer.load_state_dict(state)
+    with pytest.raises(AssertionError):
+        assert_unit_rows(state["weight"], 3)
+
+
+@every_embedding
+def test_max_norm_and_rows_of_other_norms_are_refused(plain: type[nn.Module]) -> None:
+    with pytest.raises(OptionError, match=r"max_norm: found 1\.0"):
+        embedding(plain, max_norm=1.0)
+    twin = layers.UNIT_NORM_LAYERS[plain]
+    with pytest.raises(OffManifoldError, match="Divide every row by its norm"):
+        twin.from_pretrained(2 * torch.eye(3))
+    assert isinstance(twin.from_pretrained(torch.eye(3)).weight, geoopt.ManifoldParameter)
+
+
+STEPPERS = [
+    (mn.optim.RiemannianSGD, {}),
+    (mn.optim.RiemannianSGD, {"momentum": 0.9}),
+    (mn.optim.RiemannianAdam, {}),
+    (mn.optim.AngularSGD, {"momentum": 0.9, "per": "weight"}),
+    (mn.optim.AngularAdam, {}),
+]
+
+
+def trained(sparse: bool, padding: int | None, make: Any, options: dict[str, Any], numbers: Tensor) -> Tensor:
+    """Rows after five steps towards random targets, looking up some of them in each."""
+    torch.manual_seed(0)
+    layer = layers.UnitNormEmbedding(7, 3, padding_idx=padding, sparse=sparse, dtype=torch.float64)
+    targets = noise((7, 3), torch.float64)
+    optimizer = make(mn.param_groups(layer), lr=0.1, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (layer(numbers) - targets[numbers]).square().sum().backward()
+        optimizer.step()
+    assert_unit_rows(layer.weight, layer.padding_idx)
+    return layer.weight.detach()
+
+
+@pytest.mark.parametrize(("make", "options"), STEPPERS)
+@pytest.mark.parametrize("padding", [None, 0, 3, 6])
+def test_sparse_gradients_take_the_steps_of_dense_ones(make: Any, options: dict[str, Any], padding: int | None) -> None:
+    numbers = torch.tensor([5, 1, 0, 6, 2, 3, 4, 1])
+    dense, sparse = (trained(is_sparse, padding, make, options, numbers) for is_sparse in (False, True))
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=64 * eps(torch.float64))
+
+
+def test_rows_beside_the_padding_take_the_steps_of_rows_without_one() -> None:
+    """Rows that are not looked up and the padding row stay; all others step as in a weight without padding."""
+    numbers = torch.tensor([5, 1, 6, 2, 5])
+    torch.manual_seed(0)
+    start = layers.UnitNormEmbedding(7, 3, padding_idx=3, dtype=torch.float64).weight.detach()
+    for make, options in STEPPERS[:3]:
+        found = trained(True, 3, make, options, numbers)
+        assert torch.equal(found[[0, 4]], start[[0, 4]])
+        torch.manual_seed(0)
+        part = nn.Parameter(start[numbers.unique()])
+        part = geoopt.ManifoldParameter(part.data, manifold=mn.SphereProduct(part.shape))
+        counts = torch.bincount(numbers)[numbers.unique()][:, None]
+        torch.manual_seed(0)
+        layers.UnitNormEmbedding(7, 3, padding_idx=3, dtype=torch.float64)
+        targets = noise((7, 3), torch.float64)[numbers.unique()]
+        optimizer = make([part], lr=0.1, **options)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (counts * (part - targets).square()).sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(found[numbers.unique()], part.detach(), rtol=0, atol=64 * eps(torch.float64))
+
+
+@pytest.mark.parametrize("make", [geoopt.optim.RiemannianSGD, geoopt.optim.RiemannianAdam])
+def test_a_padding_row_stays_zero_under_geoopt(make: Any) -> None:
+    trained(False, 3, lambda groups, lr: make([p for g in groups for p in g["params"]], lr=lr), {}, torch.arange(7))
+
+
+def test_the_gradient_of_a_lookup_does_not_move_what_was_not_looked_up() -> None:
+    """Adam without sparse gradients moves rows by their moments alone; with sparse ones it does not."""
+    layers_made = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        layer = layers.UnitNormEmbedding(4, 3, sparse=sparse)
+        optimizer = mn.optim.RiemannianAdam(mn.param_groups(layer), lr=0.1)
+        for numbers in ([0, 1], [2]):
+            optimizer.zero_grad()
+            layer(torch.tensor(numbers))[:, 0].sum().backward()
+            optimizer.step()
+            layers_made.append(layer.weight.detach().clone())
+    assert not torch.equal(layers_made[0][0], layers_made[1][0])
+    assert torch.equal(layers_made[2][0], layers_made[3][0])
+
+
+def check_geometry(sphere: mn.SphereProduct) -> None:
+    """Compare points, projections, moves and distances with those of the rows beside the padding."""
+    others, plain = [0, 1, 3], mn.SphereProduct((3, 4))
+    x, y = (sphere.random_uniform(dtype=torch.float64).as_subclass(Tensor) for _ in range(2))
+    u = sphere.proju(x, noise((4, 4), torch.float64))
+    for point in (x, sphere.retr(x, u), sphere.expmap(x, u), sphere.origin(dtype=torch.float64)):
+        assert sphere.check_point_on_manifold(point)
+    assert sphere.check_vector_on_tangent(x, u)
+    assert not sphere.check_vector_on_tangent(x, u + torch.eye(4, dtype=torch.float64)[2][:, None])
+    for found, expected in (
+        (sphere.retr(x, u), plain.retr(x[others], u[others])),
+        (sphere.expmap(x, u), plain.expmap(x[others], u[others])),
+        (sphere.logmap(x, y), plain.logmap(x[others], y[others])),
+        (sphere.egrad2rgrad(x, u + x), plain.egrad2rgrad(x[others], (u + x)[others])),
+    ):
+        torch.testing.assert_close(found[others], expected, rtol=0, atol=16 * eps(torch.float64))
+        assert not found[2].any()
+    torch.testing.assert_close(sphere.dist(x, y), plain.dist(x[others], y[others]))
+    torch.testing.assert_close(sphere.norm(x, u), plain.norm(x[others], u[others]))
+
+
+def test_the_geometry_beside_a_padding_row_is_that_of_the_other_rows() -> None:
+    check_geometry(PaddedSphereProduct((4, 4), 2))
+    with pytest.raises(Exception, match=r"group 2|zero"):
+        check_geometry(mn.SphereProduct((4, 4)))

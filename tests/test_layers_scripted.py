@@ -23,6 +23,8 @@ def _deprecated() -> Iterator[None]:
 def layer_and_input(kind: type[nn.Module]) -> tuple[nn.Module, Tensor]:
     if kind is mn.layers.UnitNormLinear:
         return kind(4, 6), torch.randn(2, 4)
+    if kind in (mn.layers.UnitNormEmbedding, mn.layers.UnitNormEmbeddingBag):
+        return kind(4, 6, padding_idx=1), torch.randint(4, (2, 3))
     return kind(4, 6, 3, groups=2, padding=1), torch.randn(2, 4, *(7,) * int(kind.__name__[-2]))
 
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import manifold_nets as mn
-from manifold_nets.errors import SparseGradientError
+from manifold_nets.errors import StepInputError
 from manifold_nets.optim import OPTIMIZERS
 from manifold_nets.optim.base import SphereOptimizer
 
@@ -224,7 +224,7 @@ def test_sparse_gradients_are_refused_before_anything_moves(name):
     before = copy.deepcopy(params)
     weight.grad = weight.grad.to_sparse()
     where = optimizer.param_groups[number]["param_names"][index]
-    with pytest.raises(SparseGradientError, match=rf"^{where}: found a gradient of layout torch.sparse_coo") as caught:
+    with pytest.raises(StepInputError, match=rf"^{where}: found a gradient of layout torch.sparse_coo") as caught:
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
     assert "weight.grad = weight.grad.to_dense()" in str(caught.value)

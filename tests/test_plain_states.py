@@ -20,7 +20,7 @@ from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion import moves as moves_module
 from manifold_nets.conversion import projection as loading
 from manifold_nets.conversion.remedies.dead_biases import removed_biases
-from manifold_nets.errors import DegenerateGroupError, OffManifoldError, PlainStateError
+from manifold_nets.errors import DegenerateGroupError, OffManifoldError, ProjectionError
 from manifold_nets.manifold import SphereProduct
 
 LIMIT = EVAL_LIMIT[torch.float64]
@@ -279,7 +279,7 @@ def test_a_state_that_is_not_whole_names_what_is_missing() -> None:
     before = copy.deepcopy(model.state_dict())
     state = {"0.weight": other_net()[0].weight.detach()}
     message = r"0\.weight: .*lacks 0\.bias, 1\.running_mean, 1\.running_var"
-    with pytest.raises(PlainStateError, match=message):
+    with pytest.raises(ProjectionError, match=message):
         model.load_state_dict(state, strict=False)
     with pytest.raises(OffManifoldError, match=r"Load the whole of it into the model that manifold_nets\.convert"):
         model[0].load_state_dict(other_net()[0].state_dict())
@@ -310,7 +310,7 @@ def test_a_removed_bias_that_something_stands_behind_has_to_be_measured() -> Non
     model.load_state_dict(plain.state_dict())
     assert mn.verify(plain, model, x).eval_difference <= LIMIT
     nn.init.ones_(plain.first.bias)
-    with pytest.raises(PlainStateError, match=r"first\.bias: .*measured"):
+    with pytest.raises(ProjectionError, match=r"first\.bias: .*measured"):
         model.load_state_dict(plain.state_dict())
 
 
@@ -373,7 +373,7 @@ def test_weights_of_the_model_itself_are_converted_before_they_are_checked(radiu
 
 def test_a_check_that_precedes_the_conversion_refuses_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage of the order of hooks."""
-    monkeypatch.setattr(loading, "check_values_last", lambda _: None)
+    monkeypatch.setattr(mn.constraints, "check_values_last", lambda _: None)
     model = mn.convert(functional(), images(), train_tolerance=1.0)
     with pytest.raises(OffManifoldError):
         model.load_state_dict(perturbed(functional()).state_dict())

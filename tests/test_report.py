@@ -22,8 +22,8 @@ from page_cases import Page, check_accessible, check_contrast, check_picture, ch
 
 from manifold_nets.cli import main
 from manifold_nets.comparison.report import Summary, latex_report, markdown_report, page_html, summarise, write_report
-from manifold_nets.comparison.report.figures import FIGURES, NARROW, WIDE, Drawing, Size
-from manifold_nets.comparison.report.style import look
+from manifold_nets.comparison.report.figures import FIGURES, Drawing
+from manifold_nets.comparison.report.style import NARROW, WIDE, Size, look
 from manifold_nets.comparison.report.tables import (
     Table,
     conclusions,

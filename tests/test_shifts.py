@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toy_networks import TOYS, Lambda
 
 import manifold_nets as mn
-from manifold_nets.errors import LossError
+from manifold_nets.errors import OptionError
 from manifold_nets.symmetry.report import ShiftSymmetry
 
 
@@ -254,9 +254,9 @@ def test_a_loss_of_logits_absorbs_what_is_added_to_all_of_them(loss: Any, expect
 
 def test_a_loss_that_is_none_is_refused() -> None:
     model, x = made("logits without a loss")
-    with pytest.raises(LossError, match="hinge"):
+    with pytest.raises(OptionError, match="hinge"):
         mn.diagnose(model, x, loss="hinge")
-    with pytest.raises(LossError, match="TypeError"):
+    with pytest.raises(OptionError, match="TypeError"):
         mn.diagnose(model, x, loss=lambda: torch.zeros(()))
 
 

@@ -93,14 +93,14 @@ def test_a_mismatch_lists_the_names_and_changes_nothing(tmp_path: Path, change: 
     change(state)
     path = write(tmp_path / "net.pt", state, "plain")
     model = small(2)
-    with pytest.raises(errors.StateDictMismatchError, match=message):
+    with pytest.raises(errors.CheckpointMismatchError, match=message):
         load_weights(model, path)
     check_same(model, small(2))
 
 
 def test_a_wrapped_model_is_recognized(tmp_path: Path) -> None:
     state = {f"module.{name}": value for name, value in small(1).state_dict().items()}
-    with pytest.raises(errors.StateDictMismatchError, match="begin with 'module'"):
+    with pytest.raises(errors.CheckpointMismatchError, match="begin with 'module'"):
         load_weights(small(2), write(tmp_path / "net.pt", state, "plain"))
 
 
@@ -117,7 +117,7 @@ class Trap:
 def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     torch.save({"weight": Trap(sprung)}, tmp_path / "net.pt")
-    with pytest.raises(errors.WeightsFileError, match="weights_only=True"):
+    with pytest.raises(errors.CheckpointFormatError, match="weights_only=True"):
         read_state_dict(tmp_path / "net.pt")
     assert not sprung.exists()
     torch.load(tmp_path / "net.pt", weights_only=False)
@@ -129,14 +129,14 @@ def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
 def test_a_truncated_file_is_named(tmp_path: Path, form: str, kept: int) -> None:
     path = write(tmp_path / ("net.safetensors" if form == "safetensors" else "net.pt"), small(1).state_dict(), form)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(errors.WeightsFileError, match=path.name):
+    with pytest.raises(errors.CheckpointFormatError, match=path.name):
         read_state_dict(path)
 
 
 @pytest.mark.parametrize("content", [3, [torch.ones(2)], {}, {"a": 1}, OrderedDict(a=torch.ones(1), b="x")])
 def test_a_torch_file_without_weights(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "net.pt")
-    with pytest.raises(errors.WeightsFileError, match="dictionary of tensors"):
+    with pytest.raises(errors.CheckpointFormatError, match="dictionary of tensors"):
         read_state_dict(tmp_path / "net.pt")
 
 
@@ -144,13 +144,13 @@ def test_a_torch_file_without_weights(tmp_path: Path, content: object) -> None:
     ("content", "message"),
     [
         ({1: torch.ones(2)}, "found 1 as the name of a tensor"),
-        ({"a": torch.ones(2, device="meta")}, r"a with no values \(it is on the meta device\)"),
-        ({"a": torch.ones(2).to_sparse()}, r"a with the layout torch\.sparse_coo"),
+        ({"a": torch.ones(2, device="meta")}, "found a, on the meta device"),
+        ({"a": torch.ones(2).to_sparse()}, r"found a, a torch\.sparse_coo tensor"),
     ],
 )
 def test_a_torch_file_of_tensors_that_are_no_weights(tmp_path: Path, content: object, message: str) -> None:
     torch.save(content, tmp_path / "net.pt")
-    with pytest.raises(errors.WeightsFileError, match=message):
+    with pytest.raises(errors.CheckpointFormatError, match=message):
         read_state_dict(tmp_path / "net.pt")
 
 
@@ -213,15 +213,15 @@ def test_the_damage_leads_to_errors_of_many_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
 def test_what_a_download_may_leave_is_named(tmp_path: Path, content: bytes, name: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(errors.WeightsFileError, match=name):
+    with pytest.raises(errors.CheckpointFormatError, match=name):
         load_weights(small(2), tmp_path / name)
 
 
 def test_a_foreign_or_missing_file(tmp_path: Path) -> None:
     (tmp_path / "net.txt").write_text("just a note about a net\n")
-    with pytest.raises(errors.WeightsFileError, match=r"net\.txt"):
+    with pytest.raises(errors.CheckpointFormatError, match=r"net\.txt"):
         read_state_dict(tmp_path / "net.txt")
-    with pytest.raises(errors.WeightsFileError, match="no such file"):
+    with pytest.raises(errors.CheckpointFormatError, match="no such file"):
         read_state_dict(tmp_path / "gone.pt")
 
 

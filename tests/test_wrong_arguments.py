@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
+from manifold_nets import errors
 from manifold_nets.errors import ArgumentTypeError, ExampleInputsError, ParameterNameError, near_matches
 
 
@@ -84,3 +85,12 @@ def test_empty_batches_are_refused() -> None:
     model = nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8))
     with pytest.raises(ExampleInputsError, match=r"nothing but empty tensors, of shapes \[\(0, 10\)\]"):
         mn.diagnose(model, torch.randn(0, 10))
+
+
+@pytest.mark.parametrize(("former", "present"), errors._FORMER.items())
+def test_former_names_of_errors_go_on_with_a_warning(former: str, present: type[Exception]) -> None:
+    with pytest.warns(DeprecationWarning, match=f"{former} is now {present.__name__}"):
+        assert getattr(errors, former) is present
+    assert issubclass(present, errors.ManifoldNetsError)
+    with pytest.raises(AttributeError, match="has no attribute 'NoSuchError'"):
+        _ = errors.NoSuchError

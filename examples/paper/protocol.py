@@ -15,7 +15,7 @@ from torch import nn
 
 from manifold_nets.comparison import OptimizerSpec, Settings, Stepper, TorchStepper
 from manifold_nets.comparison.errors import SettingsError
-from manifold_nets.comparison.initial_models import weight_layers
+from manifold_nets.comparison.experiment import weight_layers
 from manifold_nets.comparison.optimizers import Make
 from manifold_nets.constraints import attach
 from manifold_nets.groups import Partition, filter_partition

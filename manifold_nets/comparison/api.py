@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -16,28 +18,24 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from manifold_nets.comparison.errors import CodeNotAllowedError, FolderInUseError, RecordError, SettingsError
-from manifold_nets.comparison.experiment import Experiment, foreign_code, packed, require_device
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.experiment import Experiment, InitialModels, foreign_code, require_device
 from manifold_nets.comparison.models import ModelSource
-from manifold_nets.comparison.optimizers import AnyOptimizer, OptimizerSpec, optimizer_spec, spec_of
-from manifold_nets.comparison.pool import Executor, InProcessExecutor, ProcessPool, Worker
+from manifold_nets.comparison.optimizers import AnyOptimizer, OptimizerSpec, optimizer_spec
+from manifold_nets.comparison.pool import Executor, InProcessExecutor, ProcessPool, packed
 from manifold_nets.comparison.results import Comparison, environment
+from manifold_nets.comparison.run import Runner
 from manifold_nets.comparison.scheduler import Observer, Scheduler, conclude, shown_progress
 from manifold_nets.comparison.selection import choose_all, tuned_settings, tuning_settings
 from manifold_nets.comparison.settings import Settings
 from manifold_nets.comparison.tasks import Task, load_task
-from manifold_nets.errors import ArgumentTypeError, MissingExtraError
+from manifold_nets.errors import ArgumentTypeError, MissingExtraError, listed
 from manifold_nets.files import atomic_file, resolved
 
 if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
 
-__all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
-
 STUDY_FILE, STUDY_NAME_FILE = "study.db", "study-name.txt"
-_IN_MEMORY = "sqlite:///:memory:"
 _SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
-_OPTIMIZERS = ("names, optimizer classes or OptimizerSpecs", "Write them as ['sgd', 'rsgd'].")
 
 Number = TypeVar("Number", int, float)
 
@@ -112,7 +110,7 @@ def compare(
     _require_types(model, task)
     loaded = load_task(task, data=options.get("data")) if isinstance(task, str) else task
     given = _listed_optimizers(optimizers)
-    specs = [_spec(item) for item in given]
+    specs = [optimizer_spec(item) for item in given]
     options.setdefault("batch_size", loaded.batch_size)
     settings = Settings(
         task=task if isinstance(task, str) else loaded.name,
@@ -139,7 +137,7 @@ def _require_types(model: object, task: object) -> None:
         raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
 
 
-def _listed_optimizers(optimizers: AnyOptimizer | Sequence[AnyOptimizer]) -> tuple[AnyOptimizer, ...]:
+def _listed_optimizers(optimizers: object) -> tuple[AnyOptimizer, ...]:
     """The optimizers of an argument that may be one, several, or names separated by commas.
 
     Example:
@@ -148,21 +146,13 @@ def _listed_optimizers(optimizers: AnyOptimizer | Sequence[AnyOptimizer]) -> tup
     """
     if isinstance(optimizers, str):
         return tuple(name.strip() for name in optimizers.split(","))
-    try:
-        one = isinstance(optimizers, OptimizerSpec) or callable(optimizers)
-        found: tuple[Any, ...] = (optimizers,) if one else tuple(cast(Iterable[Any], optimizers))
-    except TypeError as error:
-        raise ArgumentTypeError("optimizers", optimizers, *_OPTIMIZERS) from error
+    one = isinstance(optimizers, OptimizerSpec) or callable(optimizers) or not isinstance(optimizers, Iterable)
+    found: tuple[Any, ...] = (optimizers,) if one else tuple(cast(Iterable[Any], optimizers))
     for item in found:
         if not (isinstance(item, (str, OptimizerSpec)) or callable(item)):
-            raise ArgumentTypeError("optimizers", item, *_OPTIMIZERS)
+            expected, remedy = "names, optimizer classes or OptimizerSpecs", "Write them as ['sgd', 'rsgd']."
+            raise ArgumentTypeError("optimizers", item, expected, remedy)
     return found
-
-
-def _spec(item: AnyOptimizer) -> OptimizerSpec:
-    if isinstance(item, str):
-        return optimizer_spec(item)
-    return item if isinstance(item, OptimizerSpec) else spec_of(item)
 
 
 def _numbers(
@@ -170,11 +160,11 @@ def _numbers(
 ) -> tuple[Number, ...]:
     """The numbers of an argument, converted to one kind."""
     try:
-        if not isinstance(values, str):
-            return tuple(kind(value) for value in values)
+        if isinstance(values, str):
+            raise TypeError("the letters of a text are no numbers")
+        return tuple(map(kind, values))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy) from error
-    raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy)
 
 
 def compare_settings(
@@ -214,15 +204,15 @@ def compare_settings(
         observer = stack.enter_context(shown_progress(progress))
         local = _Local(stack, experiment, sent, workers, observer, initial_models)
         if settings.tune_on is not None:
-            settings = _tuned(local, settings, None if output is None else folder / "tuning")
-        weights, url, name = folder / "weights", _url(None if output is None else folder), "comparison"
+            settings = _tuned(local, settings, folder / "tuning")
+        url, name = _url(folder), "comparison"
         if storage is not None:
             url, name = storage, study_name(settings, output)
             if output is not None:
                 with atomic_file(folder / STUDY_NAME_FILE) as temporary:
                     temporary.write_text(name, encoding="utf-8")
-        store, worker = local.carry_out(settings, url, name, weights, shared=storage is not None)
-        comparison = conclude(store, settings, weights, worker)
+        store, runner = local.carry_out(settings, url, name, folder / "weights", shared=storage is not None)
+        comparison = conclude(store, settings, runner)
         if output is not None:
             comparison.write(folder)
             if report:
@@ -246,8 +236,8 @@ class _Local:
 
     def carry_out(
         self, settings: Settings, url: str, study: str, weights: Path | None, *, shared: bool = False
-    ) -> tuple[RunStore, Callable[[], Worker]]:
-        """Carry out the runs that have no result; return the study, and what makes a worker that can repeat a run."""
+    ) -> tuple[RunStore, Callable[[], Runner]]:
+        """Carry out the runs that have no result; return the study, and what makes a runner that can repeat a run."""
         store = self.stack.enter_context(contextlib.closing(_open_store(url, study)))
         if store.create(settings, environment()) != settings:
             self.initial_models = self.initial_models or InitialModels.checked(self.experiment, settings)
@@ -256,40 +246,37 @@ class _Local:
             store.mark_failed(store.running())
         keys = tuple(settings.run_keys())
         store.add_missing(keys)
-        made: list[Worker] = []
 
-        def worker() -> Worker:
-            if not made:
-                made.append(Worker(settings, self.experiment, weights, self.initial_models))
-            return made[0]
+        @cache
+        def runner() -> Runner:
+            made = self.initial_models
+            if made is None or made.settings != settings:
+                made = InitialModels(self.experiment, settings)
+            return Runner(made, settings, weights)
 
         if store.count_done(keys) < len(keys):
-            executor: Executor
-            if self.workers == 1 and not shared:
-                executor = InProcessExecutor(worker())
-            else:
-                executor = ProcessPool(self.workers, settings, self.sent, weights)
+            alone = self.workers == 1 and not shared
+            executor: Executor = (
+                InProcessExecutor(runner()) if alone else ProcessPool(self.workers, settings, self.sent, weights)
+            )
             with contextlib.closing(executor):
                 Scheduler(store, settings, executor, shared, weights, self.observer).run()
-        return store, worker
+        return store, runner
 
 
-def _tuned(local: _Local, settings: Settings, folder: Path | None) -> Settings:
+def _tuned(local: _Local, settings: Settings, folder: Path) -> Settings:
     """Choose by runs on few examples, whose comparison is kept in its own folder, without any test."""
     small = tuning_settings(settings)
-    if folder is not None:
-        folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     store, _ = local.carry_out(small, _url(folder), "comparison", None)
     results = store.results()
     choices = choose_all(small, results)
-    if folder is not None:
-        runs = tuple(results[key] for key in small.run_keys())
-        Comparison(small, runs, choices, store.environment()).write(folder)
+    Comparison(small, tuple(results[key] for key in small.run_keys()), choices, store.environment()).write(folder)
     return tuned_settings(settings, choices)
 
 
-def _url(folder: Path | None) -> str:
-    return _IN_MEMORY if folder is None else f"sqlite:///{folder / STUDY_FILE}"
+def _url(folder: Path) -> str:
+    return f"sqlite:///{folder / STUDY_FILE}"
 
 
 def _open_store(url: str, study: str) -> RunStore:
@@ -315,7 +302,7 @@ def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | No
         # The system takes the lock back from a process that is killed.
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
     except Timeout as error:
-        raise FolderInUseError(folder) from error
+        raise FolderInUseError(folder, "another process that runs a comparison in this folder") from error
     return folder
 
 
@@ -357,7 +344,10 @@ def join_comparison(
         settings = store.settings()
         refused = [spec for spec in foreign_code(settings) if spec not in allow]
         if refused:
-            raise CodeNotAllowedError(study, refused)
+            flags = " ".join(f"--allow {shlex.quote(spec)}" for spec in refused)
+            remedy = f"If you trust it, start the worker with {flags} (in Python allow={list(refused)!r})."
+            found = f"{listed(refused)}, code of this machine that the worker was not allowed to run"
+            raise CodeNotAllowedError(f"study {study}", found, remedy=remedy)
         store.create(settings, environment())  # refuses other versions
         require_device(settings)
         Experiment.from_settings(settings)

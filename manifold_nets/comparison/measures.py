@@ -5,21 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from manifold_nets.errors import OptionError
-
-__all__ = [
-    "CostRatio",
-    "Reach",
-    "Sensitivity",
-    "cost_ratio",
-    "first_at",
-    "learning_rate_sensitivity",
-    "reach",
-]
 
 
 @dataclass(frozen=True)
@@ -94,15 +85,13 @@ def learning_rate_sensitivity(rates: ArrayLike, errors: ArrayLike, tolerance: fl
     order, table = _grid(rates, errors)
     if not tolerance >= 0:
         raise OptionError("tolerance", tolerance, "a number that is at least 0, such as 0.1")
-    finite = np.isfinite(table)
-    counts = finite.sum(axis=1)
-    survivors = np.array([row[kept].mean() if kept.any() else np.nan for row, kept in zip(table, finite, strict=True)])
-    means = np.where(counts == table.shape[1], survivors, np.inf)
+    lost = (~np.isfinite(table)).sum(axis=1)
+    survivors = np.array([kept.mean() if len(kept := row[np.isfinite(row)]) else np.nan for row in table])
+    means = np.where(lost == 0, survivors, np.inf)
     best = int(np.argmin(means))
-    works = math.isfinite(means[best])
     low = high = best_rate = best_error = math.nan
     open_low = open_high = False
-    if works:
+    if math.isfinite(means[best]):
         best_rate, best_error = float(order[best]), float(means[best])
         limit, logs = best_error * (1 + tolerance), np.log10(order)
         low, open_low = _edge(logs[best::-1], means[best::-1], limit)
@@ -111,12 +100,12 @@ def learning_rate_sensitivity(rates: ArrayLike, errors: ArrayLike, tolerance: fl
         rates=tuple(order.tolist()),
         errors=tuple(means.tolist()),
         survivor_errors=tuple(survivors.tolist()),
-        diverged=tuple((table.shape[1] - counts).tolist()),
+        diverged=tuple(lost.tolist()),
         best_rate=best_rate,
         best_error=best_error,
         low=10**low,
         high=10**high,
-        width=high - low if works else 0.0,
+        width=0.0 if math.isnan(low) else high - low,
         open_low=open_low,
         open_high=open_high,
         tolerance=tolerance,
@@ -218,13 +207,7 @@ def reach(
         raise OptionError("errors", f"{len(errors)} runs", "at least one, and passes and seconds of the same runs")
     spent = [first_at(run, cost, target) for run, cost in zip(errors, passes, strict=True)]
     times = [first_at(run, cost, target) for run, cost in zip(errors, seconds, strict=True)]
-    return Reach(target, _median(spent), _median(times), sum(math.isfinite(cost) for cost in spent), len(spent))
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-    return (low + high) / 2
+    return Reach(target, median(spent), median(times), sum(math.isfinite(cost) for cost in spent), len(spent))
 
 
 @dataclass(frozen=True)

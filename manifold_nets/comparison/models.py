@@ -6,17 +6,17 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.comparison.errors import TaskNameError, TaskSourceError
+from manifold_nets.comparison.errors import TaskNameError, TaskSourceError, what_to_write
 from manifold_nets.comparison.tasks import Task
+from manifold_nets.comparison.tasks.task import evaluation_mode
 from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources import ModelSpec, load_model, load_object
-
-__all__ = ["MODEL_NAMES", "SmallResNet", "build_model", "is_built_in", "multilayer_perceptron"]
 
 MODEL_NAMES = ("mlp", "mlp-plain", "resnet")
 _KNOWN = "mlp:WIDTHS, mlp-plain:WIDTHS, resnet:DEPTH,WIDTH, file.py:callable, torchvision:NAME, timm:NAME"
@@ -74,21 +74,19 @@ def is_built_in(source: str) -> bool:
 
 
 def _by_name(source: str, task: Task) -> nn.Module:
-    name = source.partition(":")[0]
-    if name in MODEL_NAMES:
-        try:
-            return _built_in(source, task)
-        except ValueError as error:
-            raise TaskNameError("model", source, _KNOWN, str(error)) from error
     try:
+        if source.partition(":")[0] in MODEL_NAMES:
+            return _built_in(source, task)
         spec = ModelSpec.parse(source)
     except ModelSpecError as error:
-        raise TaskNameError.unknown("model", source, _KNOWN, MODEL_NAMES) from error
+        raise TaskNameError("model", repr(source), _KNOWN, what_to_write("--model", source, MODEL_NAMES)) from error
+    except ValueError as error:
+        raise TaskNameError("model", repr(source), _KNOWN, str(error)) from error
     if spec.kind == "torchvision":
         return load_model(spec, kwargs={"num_classes": task.outputs})
     if spec.kind == "timm":
         return load_model(spec, kwargs={"num_classes": task.outputs, "in_chans": task.input_shape[0]})
-    return _module(load_object(spec, kwargs=_facts(task)), source)
+    return _module(load_object(spec, kwargs={"input_shape": task.input_shape, "outputs": task.outputs}), source)
 
 
 def _built_in(source: str, task: Task) -> nn.Module:
@@ -101,17 +99,12 @@ def _built_in(source: str, task: Task) -> nn.Module:
         return multilayer_perceptron(task.input_shape, task.outputs, sizes or [100, 100], normalize=name == "mlp")
     if len(task.input_shape) != 3 or len(sizes) > 2:
         raise ValueError("Such a network has at most two settings and takes images (channels, height, width).")
-    settings = dict(zip(("depth", "width"), sizes, strict=False))
-    return SmallResNet(task.input_shape[0], task.outputs, **settings)
-
-
-def _facts(task: Task) -> dict[str, Any]:
-    return {"input_shape": task.input_shape, "outputs": task.outputs}
+    return SmallResNet(task.input_shape[0], task.outputs, **dict(zip(("depth", "width"), sizes, strict=False)))
 
 
 def _by_call(source: Callable[..., nn.Module], task: Task) -> nn.Module:
     accepted = inspect.signature(source).parameters
-    made = source(**{name: value for name, value in _facts(task).items() if name in accepted})
+    made = source(**{name: getattr(task, name) for name in ("input_shape", "outputs") if name in accepted})
     return _module(made, getattr(source, "__qualname__", repr(source)))
 
 
@@ -126,18 +119,12 @@ def _require_fit(model: nn.Module, source: ModelSource, task: Task) -> None:
     """Run the network once in evaluation mode, which does not change it, and score its outputs."""
     name = source if isinstance(source, str) else getattr(source, "__qualname__", repr(source))
     inputs, targets = task.parts["train"].batch(torch.arange(min(2, len(task.parts["train"]))))
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        task.measure(model.eval()(inputs), targets)
+        with evaluation_mode(model):
+            task.measure(model(inputs), targets)
     except (Exception, SystemExit) as error:
-        found = f"{type(error).__name__}: {error}"
-        shape = (*task.input_shape,)
-        raise TaskSourceError(
-            name, found, f"a network for inputs of shape {shape} and {task.outputs} outputs"
-        ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
+        expected = f"a network for inputs of shape {(*task.input_shape,)} and {task.outputs} outputs"
+        raise TaskSourceError(name, f"{type(error).__name__}: {error}", expected) from error
 
 
 def multilayer_perceptron(
@@ -163,15 +150,14 @@ def multilayer_perceptron(
           (4): Linear(in_features=100, out_features=10, bias=True)
         )
     """
-    layers: list[nn.Module] = [nn.Flatten()]
-    features = math.prod(input_shape)
-    for width in widths:
-        layers.append(nn.Linear(features, width, bias=not normalize))
-        if normalize:
-            layers.append(nn.BatchNorm1d(width))
-        layers.append(nn.ReLU())
-        features = width
-    return nn.Sequential(*layers, nn.Linear(features, outputs))
+    sizes, layers = [math.prod(input_shape), *widths], list[nn.Module]()
+    for before, width in pairwise(sizes):
+        layers += [
+            nn.Linear(before, width, bias=not normalize),
+            *([nn.BatchNorm1d(width)] if normalize else []),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], outputs))
 
 
 class BasicBlock(nn.Module):
@@ -230,15 +216,9 @@ class SmallResNet(nn.Module):
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
-        blocks: list[nn.Module] = []
-        features = width
-        for stage in range(3):
-            for index in range((depth - 2) // 6):
-                stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(BasicBlock(features, width * 2**stage, stride))
-                features = width * 2**stage
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features, outputs))
+        widths = [width * 2**stage for stage in range(3) for _ in range((depth - 2) // 6)]
+        self.blocks = nn.Sequential(*(BasicBlock(a, b, b // a) for a, b in pairwise([width, *widths])))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (n, channels, h, w) to scores (n, outputs)."""

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.comparison.experiment import derived_seed
-from manifold_nets.comparison.initial_models import InitialModels
+from manifold_nets.comparison.errors import RunFailedError
+from manifold_nets.comparison.experiment import InitialModels, derived_seed
 from manifold_nets.comparison.observation import FilterWatch, peak_memory, sampled_steps
 from manifold_nets.comparison.optimizers import OPTIMIZERS, Stepper
 from manifold_nets.comparison.results import EpochRecord, RunResult, machine_in_words
+from manifold_nets.comparison.selection import keep_weights, kept_weights
 from manifold_nets.comparison.settings import RunKey, Schedule, Settings
 from manifold_nets.comparison.tasks import evaluate
 from manifold_nets.comparison.tasks.task import scores_of
 from manifold_nets.optim import BoldDriver
-
-__all__ = ["BatchObjective", "Runner", "learning_rate_factor", "should_stop"]
-
-Weights = dict[str, Tensor]
 
 # The order of the data is kept for the next optimizer of the same seed, up to this many example numbers.
 KEPT_NUMBERS = 10_000_000
@@ -90,6 +88,7 @@ class _Training:
     modules: tuple[nn.Module, ...]
     steps: int = 0
     examples: int = 0
+    status: Literal["finished", "diverged"] = "finished"
     seconds: float = 0.0
     validation_seconds: float = 0.0
     step_times: list[float] = field(default_factory=list)
@@ -102,55 +101,51 @@ class _Training:
 
 
 class Runner:
-    """Carries out runs in this process, one after the other.
+    """Carries out runs in whichever process, one after the other, and keeps their final weights.
 
     Args:
         initial_models: makes the models that runs start from.
         settings: of the comparison.
+        folder: where final weights are written; nowhere when left out.
     """
 
-    def __init__(self, initial_models: InitialModels, settings: Settings) -> None:
+    def __init__(self, initial_models: InitialModels, settings: Settings, folder: Path | None = None) -> None:
         # Models are made and analysed on the processor and trained on the device.
-        self._initial, self._settings = initial_models, settings
+        self._initial, self._settings, self._folder = initial_models, settings, folder
         self._optimizers = initial_models.experiment.optimizers
         self._task = initial_models.experiment.task.to(settings.device)
         self._train = self._task.parts["train"]
         self._memory: dict[str, int | None] = {}
-        self._orders: dict[tuple[int, int], list[Tensor]] = {}
+        kept = settings.epochs if len(self._train) * settings.epochs <= KEPT_NUMBERS else 0
+        self._shuffled = lru_cache(kept)(self._shuffle)  # the runs of a seed come one after the other
         self._validation = torch.split(torch.arange(len(self._task.parts["validation"])), 4 * settings.batch_size)
         self._machine = machine_in_words()
-
-    def prepare(self) -> None:
-        """Make every built-in optimizer once, so that no run pays for the import of its library."""
+        # Every built-in optimizer is made once, so that no run pays for the import of its library.
         with torch.random.fork_rng():
-            for name, spec in self._optimizers.items():
-                if OPTIMIZERS.get(name) is spec:
-                    key = RunKey(name, self._settings.learning_rates[0], self._settings.seeds[0])
-                    # The runs report what cannot be made.
-                    with contextlib.suppress(Exception):
-                        self._stepper(key, self._initial.model(key))
+            for name in (name for name, spec in self._optimizers.items() if OPTIMIZERS.get(name) is spec):
+                key = RunKey(name, settings.learning_rates[0], settings.seeds[0])
+                with contextlib.suppress(Exception):  # the runs report what cannot be made
+                    self._stepper(key, initial_models.model(key))
 
-    def run(self, key: RunKey) -> tuple[RunResult, Weights]:
-        """Carry out one run; everything but times and memory follows from the key and the settings.
-
-        Returns:
-            The result, and the final weights by their names, empty where the run diverged.
+    def run(self, key: RunKey) -> RunResult:
+        """Carry out one run and keep its final weights; all but times and memory follows from the key and the settings.
 
         Raises:
             Exception: what the model or the optimizer raised, unless the run has diverged.
         """
         start = time.perf_counter()
         with self._threads(), torch.random.fork_rng():
-            model = self._initial.model(key)
-            memory = self._peak_memory(key, model)
-            self._seed(derived_seed(key.seed, "contestant"))
-            stepper = self._stepper(key, model)
+            memory = self._peak_memory(key)
+            model, stepper = self._start(key)
             modules = tuple(module for module in model.modules() if module._parameters)
             run = _Training(key, model, stepper, FilterWatch(model, self._initial.partitions), modules)
-            diverged = self._diverges(run)
+            try:
+                self._train_model(run)
+            except _DivergedError:
+                run.status = "diverged"
         result = RunResult(
             key=key,
-            status="diverged" if diverged else "finished",
+            status=run.status,
             layers=run.watch.names,
             epochs=tuple(run.epochs),
             steps=run.steps,
@@ -160,18 +155,32 @@ class Runner:
             machine=self._machine,
             validation_seconds=run.validation_seconds,
         )
-        # A safetensors file holds plain contiguous tensors that share no memory.
-        state = {} if diverged else model.state_dict()
-        return result, {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+        if self._folder is not None and not result.diverged:
+            # A safetensors file holds plain contiguous tensors that share no memory.
+            state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+            keep_weights(self._folder, key, state)
+        return result
 
-    def scores(self, key: RunKey, weights: Weights) -> dict[str, float]:
-        """Evaluate the final weights of a run on the test data; see `tasks.evaluate`."""
+    def test(self, key: RunKey) -> tuple[float, float]:
+        """The error and the loss of the final weights of a run on the test data.
+
+        A run whose weights are no longer there is carried out again.
+
+        Raises:
+            RunFailedError: its weights cannot be read back.
+        """
+        folder = self._folder or Path()
+        weights = kept_weights(folder, key)
+        if weights is None:
+            self.run(key)
+            weights = kept_weights(folder, key)
+        if weights is None:
+            raise RunFailedError(f"run {key}", "weights that cannot be read back")
         with self._threads(), torch.random.fork_rng():
-            model = self._initial.model(key)
-            self._seed(derived_seed(key.seed, "contestant"))
-            self._stepper(key, model)  # it may have given the model another form
+            model, _ = self._start(key)
             model.load_state_dict(weights)
-            return evaluate(model, self._task, "test")
+            scores = evaluate(model, self._task, "test")
+        return scores["error"], scores["loss"]
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
@@ -182,17 +191,19 @@ class Runner:
         finally:
             torch.set_num_threads(before)
 
-    def _diverges(self, run: _Training) -> bool:
-        """Train until the last epoch or an early stop; return whether the run diverged before that."""
-        try:
-            for epoch in range(1, self._settings.epochs + 1):
-                self._epoch(run, epoch)
-                errors = [record.validation_error for record in run.epochs]
-                if self._settings.early_stop and should_stop(run.losses, errors):
-                    break
-        except _DivergedError:
-            return True
-        return False
+    def _start(self, key: RunKey) -> tuple[nn.Module, Stepper]:
+        """The model that a run starts from, in the form that its optimizer may have given it, and the optimizer."""
+        model = self._initial.model(key)
+        self._seed(derived_seed(key.seed, "contestant"))
+        return model, self._stepper(key, model)
+
+    def _train_model(self, run: _Training) -> None:
+        """Train until the last epoch or an early stop."""
+        for epoch in range(1, self._settings.epochs + 1):
+            self._epoch(run, epoch)
+            errors = [record.validation_error for record in run.epochs]
+            if self._settings.early_stop and should_stop(run.losses, errors):
+                break
 
     def _epoch(self, run: _Training, epoch: int) -> None:
         """Train for one epoch and validate."""
@@ -235,9 +246,8 @@ class Runner:
         begun = time.perf_counter()
         schedule, epochs = self._settings.schedule, self._settings.epochs
         if schedule == "cosine" or (schedule != "constant" and share == 0):
-            run.stepper.set_learning_rate(
-                learning_rate_factor(schedule, epoch=epoch, share=share, epochs=epochs, losses=run.losses)
-            )
+            factor = learning_rate_factor(schedule, epoch=epoch, share=share, epochs=epochs, losses=run.losses)
+            run.stepper.set_learning_rate(factor)
         objective = BatchObjective(run.model, self._task.loss, *self._train.batch(rows), modules=run.modules)
         fetched = time.perf_counter()
         try:
@@ -273,25 +283,21 @@ class Runner:
         """The examples of each step of an epoch: all at once, or batches in an order that seed and epoch determine."""
         if self._optimizers[key.optimizer].full_batch:
             return [torch.arange(len(self._train))]
-        if (key.seed, epoch) in self._orders:
-            return self._orders[key.seed, epoch]
-        order = torch.Generator().manual_seed(derived_seed(key.seed, "order", epoch))
+        return self._shuffled(key.seed, epoch)
+
+    def _shuffle(self, seed: int, epoch: int) -> list[Tensor]:
+        order = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
         batches = list(torch.split(torch.randperm(len(self._train), generator=order), self._settings.batch_size))
         # Batch normalization cannot be trained on one example.
-        batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
-        if len(self._train) * self._settings.epochs <= KEPT_NUMBERS:
-            if any(seed != key.seed for seed, _ in self._orders):
-                self._orders.clear()  # the runs of a seed come one after the other
-            self._orders[key.seed, epoch] = batches
-        return batches
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
     def _stepper(self, key: RunKey, model: nn.Module) -> Stepper:
         return self._optimizers[key.optimizer].make(model, key.learning_rate, self._settings.of_run(key))
 
-    def _peak_memory(self, key: RunKey, model: nn.Module) -> int | None:
-        """Bytes of weights, gradients, optimizer and two steps, measured once per optimizer on a copy of the model."""
+    def _peak_memory(self, key: RunKey) -> int | None:
+        """Bytes of weights, gradients, optimizer and two steps, measured once per optimizer on a model of its own."""
         if key.optimizer not in self._memory:
-            model, batches = copy.deepcopy(model).train(), self._order(key, 1)[:2]
+            model, batches = self._initial.model(key).train(), self._order(key, 1)[:2]
             weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
             def steps() -> None:

@@ -10,17 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manifold_nets.comparison.errors import RunFailedError
-from manifold_nets.comparison.final_weights import kept_weights, prune_weights
-from manifold_nets.comparison.pool import CompletedRun, Executor, Worker
+from manifold_nets.comparison.pool import Executor
 from manifold_nets.comparison.results import Comparison, RunResult
-from manifold_nets.comparison.selection import choose_all
+from manifold_nets.comparison.run import Runner
+from manifold_nets.comparison.selection import choose_all, prune_weights
 from manifold_nets.comparison.settings import RunKey, Settings
 
 if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
-
-__all__ = ["Observer", "Progress", "Scheduler", "conclude", "shown_progress"]
 
 HEARTBEAT_SECONDS = 30.0
 IDLE_SECONDS = 2.0
@@ -56,6 +53,7 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
+@dataclass
 class Scheduler:
     """Claims the runs of a study and has them carried out until every run has a result.
 
@@ -68,18 +66,15 @@ class Scheduler:
         observer: called when a run has started or ended.
     """
 
-    def __init__(
-        self,
-        store: RunStore,
-        settings: Settings,
-        executor: Executor,
-        shared: bool,
-        folder: Path | None,
-        observer: Observer | None = None,
-    ) -> None:
-        self.store, self.settings, self.executor, self.shared = store, settings, executor, shared
-        self.folder, self.observer = folder, observer
-        self.keys = tuple(settings.run_keys())
+    store: RunStore
+    settings: Settings
+    executor: Executor
+    shared: bool
+    folder: Path | None
+    observer: Observer | None = None
+
+    def __post_init__(self) -> None:
+        self.keys = tuple(self.settings.run_keys())
         self.results: dict[RunKey, RunResult] = {}
         self._start_time, self._before, self._ready = time.monotonic(), 0, False
 
@@ -115,12 +110,12 @@ class Scheduler:
         self.observer(Progress(len(self.results), len(self.keys), running, seconds, best, last))
 
     def _loop(self) -> None:
-        beaten, ended = time.monotonic(), list[CompletedRun]()
+        beaten, ended = time.monotonic(), list[tuple[int, RunResult]]()
         while True:
             # An idle executor gets the next run before the last result is stored: it does not wait for the disk.
             self._start_runs()
-            for done in ended:
-                self._record(done)
+            for run_id, result in ended:
+                self._record(run_id, result)
             if not self.executor.running():
                 if not self.shared or self._others_are_done():
                     return
@@ -149,12 +144,12 @@ class Scheduler:
                 self.store.heartbeat([claimed[0]])
             self.report(None)
 
-    def _record(self, done: CompletedRun) -> None:
-        self.store.finish(done.run_id, done.result)
-        self.results[done.key] = done.result
+    def _record(self, run_id: int, result: RunResult) -> None:
+        self.store.finish(run_id, result)
+        self.results[result.key] = result
         if self.folder is not None:
-            prune_weights(self.folder, self.settings, self.results, done.key)
-        self.report(done.result)
+            prune_weights(self.folder, self.settings, self.results, result.key)
+        self.report(result)
 
     def _others_are_done(self) -> bool:
         self.store.mark_stale_failed()
@@ -169,44 +164,24 @@ def _seconds(run: RunResult) -> float:
     return trained + run.validation_seconds + run.harness_seconds
 
 
-def conclude(store: RunStore, settings: Settings, folder: Path, worker: Callable[[], Worker]) -> Comparison:
+def conclude(store: RunStore, settings: Settings, runner: Callable[[], Runner]) -> Comparison:
     """Choose learning rates, read the test data once for each chosen run, and put the comparison together.
 
     Args:
         store: a study in which every run has a result.
         settings: of the comparison.
-        folder: where final weights are; a chosen run whose weights are not there is carried out again.
-        worker: makes the worker that does so, if one is needed.
+        runner: makes what reads the test data, where this has not been done.
     """
     results = store.results()
     choices = choose_all(settings, results)
-    trials = {(c.optimizer, c.initial_scale, c.trial) for c in choices}
-    chosen = [
-        key
-        for key in settings.run_keys()
-        if (key.optimizer, key.initial_scale, (key.learning_rate, key.weight_decay)) in trials
-        and not results[key].diverged
-    ]
+    runs = [results[key] for key in settings.run_keys()]
+    chosen = [run.key for run in runs if not run.diverged and any(choice.chose(run.key) for choice in choices)]
     tests = store.tests(chosen)
-    missing = [key for key in chosen if key not in tests]
-    if missing:
-        tester = worker()
-        for key in missing:
-            tests[key] = _test(tester, key, folder)
-            store.record_test(key, *tests[key])
-    tested = tuple(results[k].with_test(*tests[k]) if k in tests else results[k] for k in settings.run_keys())
+    for key in (key for key in chosen if key not in tests):
+        tests[key] = runner().test(key)
+        store.record_test(key, *tests[key])
+    tested = tuple(run.with_test(*tests[run.key]) if run.key in tests else run for run in runs)
     return Comparison(settings, tested, choices, store.environment())
-
-
-def _test(worker: Worker, key: RunKey, folder: Path) -> tuple[float, float]:
-    weights = kept_weights(folder, key)
-    if weights is None:
-        worker.run(key)
-        weights = kept_weights(folder, key)
-    if weights is None:
-        raise RunFailedError(key, ["weights that cannot be read back"])
-    scores = worker.runner.scores(key, weights)
-    return scores["error"], scores["loss"]
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

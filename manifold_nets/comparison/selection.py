@@ -1,16 +1,22 @@
-"""Selection of learning rate and weight decay for each optimizer, by validation data alone."""
+"""Selection of learning rates and weight decays by validation data alone, and the final weights kept until then."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from manifold_nets.comparison.results import Choice, RunResult
 from manifold_nets.comparison.settings import InitialScale, RunKey, Settings, Trial, Tuned
+from manifold_nets.conversion.storage import read_tensors, tensors_checksum
+from manifold_nets.files import atomic_file
 from manifold_nets.page.markup import plural
-
-__all__ = ["choose", "choose_all", "tuned_settings", "tuning_settings"]
 
 _ALL_DIVERGED = "every run diverged at every learning rate"
 
@@ -131,3 +137,56 @@ def tuned_settings(settings: Settings, choices: Sequence[Choice]) -> Settings:
     """
     least = min(settings.learning_rates), min(settings.weight_decays, default=None)
     return replace(settings, tuned=tuple(Tuned(c.optimizer, c.initial_scale, *(c.trial or least)) for c in choices))
+
+
+# ---- final weights ---------------------------------------------------------------------------------------------------
+
+
+def weights_file(folder: Path, key: RunKey) -> Path:
+    """The file for a run: its optimizer, and digits that distinguish its runs.
+
+    Example:
+        >>> weights_file(Path("out"), RunKey("sgd", 0.1, 0)).name
+        'sgd-36a97cd0877d.safetensors'
+    """
+    digits = hashlib.sha256(json.dumps(key.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"{''.join(c if c.isalnum() or c in '-_' else '_' for c in key.optimizer)}-{digits}.safetensors"
+
+
+def keep_weights(folder: Path, key: RunKey, weights: Mapping[str, Tensor]) -> None:
+    """Write the final weights of a run, which is named in the metadata, with a checksum."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(weights_file(folder, key)) as temporary:
+        save_file(dict(weights), temporary, metadata=_metadata(key, weights))
+
+
+def kept_weights(folder: Path, key: RunKey) -> dict[str, Tensor] | None:
+    """Read the final weights of a run; None where there is no file, or one that is damaged."""
+    try:
+        with weights_file(folder, key).open("rb") as file:
+            weights, metadata = read_tensors(file)
+    except Exception:  # noqa: BLE001 (the reader goes by what the file says of itself, and may raise anything)
+        return None
+    return weights if metadata == _metadata(key, weights) else None
+
+
+def _metadata(key: RunKey, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    run = {"run": str(key)}
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return {"run": json.dumps({**run, "checksum": tensors_checksum(dense, run)})}
+
+
+def prune_weights(folder: Path, settings: Settings, results: Mapping[RunKey, RunResult], last: RunKey) -> None:
+    """Delete the weights of trials that can no longer be chosen for the optimizer of the run that ended last.
+
+    Among the trials whose runs have all ended only the best so far may still be chosen.
+    """
+    keys = {
+        trial: [replace(last, learning_rate=trial[0], weight_decay=trial[1], seed=seed) for seed in settings.seeds]
+        for trial in settings.trials(last.optimizer, last.initial_scale)
+    }
+    ended = [trial for trial in keys if all(key in results for key in keys[trial])]
+    if len(ended) > 1:
+        best = choose(settings, results, last.optimizer, last.initial_scale, trials=ended).trial
+        for key in (key for trial in ended if trial != best for key in keys[trial]):
+            weights_file(folder, key).unlink(missing_ok=True)

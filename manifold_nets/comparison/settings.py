@@ -13,8 +13,6 @@ from typing import Any, Literal, get_args
 from manifold_nets.comparison.errors import SettingsError
 from manifold_nets.comparison.json_records import JsonRecord
 
-__all__ = ["InitialScale", "RunKey", "Schedule", "Settings", "Trial", "Tuned"]
-
 InitialScale = Literal["plain", "rescaled"]
 Schedule = Literal["constant", "cosine", "bold-driver", "exponential"]
 Initialization = Literal["default", "balanced"]
@@ -230,6 +228,11 @@ class RunKey(JsonRecord):
     seed: int
     initial_scale: InitialScale = "plain"
     weight_decay: float | None = None
+
+    @property
+    def trial(self) -> Trial:
+        """Its learning rate and weight decay."""
+        return self.learning_rate, self.weight_decay
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; without a weight decay where it is not tuned, as older versions wrote it."""

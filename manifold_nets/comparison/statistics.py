@@ -1,31 +1,22 @@
-"""Means, paired differences and their intervals; diverged runs are counted and never dropped silently."""
+"""Means, paired differences, their intervals, and ranks; diverged runs are counted and never dropped silently."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
-from manifold_nets.comparison.ranks import Friedman, cliques, critical_difference, friedman, rank_runs
 from manifold_nets.errors import OptionError
 
-__all__ = [
-    "Friedman",
-    "MeanInterval",
-    "PairedDifference",
-    "all_differences",
-    "cliques",
-    "critical_difference",
-    "friedman",
-    "holm",
-    "mean_interval",
-    "paired_difference",
-    "rank_runs",
-]
+RESAMPLES = 9999
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ class MeanInterval:
         return f"{self.value:.4g}{spread} (n = {over})"
 
 
-def as_runs(values: ArrayLike, name: str = "values") -> NDArray[np.float64]:
+def as_runs(values: ArrayLike, name: str = "values") -> Floats:
     """A vector of float64, one entry per run; what is not finite stays, as the mark of a run that diverged.
 
     Raises:
@@ -105,20 +96,15 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
         >>> print(mean_interval([1.0, 2.0, float("nan")]))
         1.5 ± 6.35 (n = 2 of 3, 1 diverged)
     """
-    from scipy import stats
-
     check_confidence(confidence)
     runs = as_runs(values)
     kept = runs[np.isfinite(runs)]
     count, lost = len(kept), len(runs) - len(kept)
-    nan = float("nan")
-    if not count:
-        return MeanInterval(nan, nan, nan, nan, confidence, 0, lost)
-    mean = float(kept.mean())
-    if count == 1:
-        return MeanInterval(mean, nan, nan, nan, confidence, 1, lost)
+    mean = float(kept.mean()) if count else math.nan
+    if count < 2:
+        return MeanInterval(mean, math.nan, math.nan, math.nan, confidence, count, lost)
     deviation = float(kept.std(ddof=1)) if np.ptp(kept) else 0.0  # not the rounding of the mean of equal numbers
-    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * deviation / float(np.sqrt(count))
+    half = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * deviation / math.sqrt(count)
     return MeanInterval(mean, mean - half, mean + half, deviation, confidence, count, lost)
 
 
@@ -126,9 +112,6 @@ def check_confidence(confidence: float) -> None:
     """Refuse a confidence that is not between 0 and 1."""
     if not 0 < confidence < 1:
         raise OptionError("confidence", confidence, "a number between 0 and 1, such as 0.95")
-
-
-RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -224,9 +207,14 @@ def paired_difference(
     both = finite_a & finite_b
     differences = _without_rounding(a[both], b[both])
     mean = mean_interval(differences, confidence)
-    low, high = _bca(differences, confidence, resamples, seed)
-    t_low, t_high = (mean.low, mean.high) if np.isfinite(low) else (low, high)
-    p = _paired_t(differences)
+    low = high = t_low = t_high = p = math.nan
+    if len(differences) > 1 and np.ptp(differences) == 0:  # no spread to judge by: the sign test
+        p = 1.0 if mean.value == 0 else 0.5 ** (len(differences) - 1)
+    elif len(differences) > 1:
+        low, high = _bca(differences, confidence, resamples, seed)
+        t_low, t_high = mean.low, mean.high
+        t = abs(mean.value) / (mean.deviation / math.sqrt(mean.count))
+        p = float(2 * stats.t.sf(t, mean.count - 1))
     return PairedDifference(
         *names,
         value=mean.value,
@@ -235,7 +223,7 @@ def paired_difference(
         t_low=t_low,
         t_high=t_high,
         confidence=confidence,
-        count=len(differences),
+        count=mean.count,
         lost_first=int((~finite_a).sum()),
         lost_second=int((~finite_b).sum()),
         p_value=p,
@@ -243,7 +231,7 @@ def paired_difference(
     )
 
 
-def _without_rounding(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+def _without_rounding(a: Floats, b: Floats) -> Floats:
     """Differences; where they differ from each other by rounding only, all are their mean, and of no spread."""
     differences = a - b
     if len(differences):
@@ -254,36 +242,15 @@ def _without_rounding(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray
     return differences
 
 
-def _bca(differences: NDArray[np.float64], confidence: float, resamples: int, seed: int) -> tuple[float, float]:
-    if len(differences) < 2 or np.ptp(differences) == 0:  # every sample of equal numbers has the same mean
-        return float("nan"), float("nan")
-    from scipy import stats
-
+def _bca(differences: Floats, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
+    options = {"n_resamples": resamples, "confidence_level": confidence, "rng": np.random.default_rng(seed)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
-            (differences,),
-            np.mean,
-            n_resamples=resamples,
-            confidence_level=confidence,
-            method="BCa",
-            rng=np.random.default_rng(seed),
-        )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        found = stats.bootstrap((differences,), np.mean, method="BCa", **options).confidence_interval
+    return float(found.low), float(found.high)
 
 
-def _paired_t(differences: NDArray[np.float64]) -> float:
-    if len(differences) < 2:
-        return float("nan")
-    from scipy import stats
-
-    count, mean, deviation = len(differences), differences.mean(), differences.std(ddof=1)
-    if np.ptp(differences) == 0:  # no spread to judge by: the sign test
-        return 1.0 if mean == 0 else float(0.5 ** (count - 1))
-    return float(2 * stats.t.sf(abs(mean) / (deviation / np.sqrt(count)), count - 1))
-
-
-def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+def holm(p_values: ArrayLike) -> Floats:
     """Holm's step-down adjustment: the k-th smallest of m p-values is multiplied by m − k + 1, then made monotone.
 
     Rejecting where the adjusted value is at most α keeps the chance of any false rejection at α, whatever the
@@ -329,9 +296,136 @@ def all_differences(
         >>> [(d.first, d.second, round(d.adjusted_p, 3)) for d in found]
         [('a', 'b', 0.027), ('a', 'c', 1.0), ('b', 'c', 0.053)]
     """
-    found = [
-        paired_difference(values[a], values[b], names=(a, b), confidence=confidence, resamples=resamples, seed=seed)
-        for a, b in combinations(values, 2)
-    ]
+    how: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+    found = [paired_difference(values[a], values[b], names=(a, b), **how) for a, b in combinations(values, 2)]
     adjusted = holm([difference.p_value for difference in found])
     return tuple(replace(d, adjusted_p=float(p)) for d, p in zip(found, adjusted, strict=True))
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank_runs(errors: ArrayLike) -> Floats:
+    """Ranks within each block, 1 for the smallest error; equal errors share their mean rank, diverged runs the worst.
+
+    Args:
+        errors: shape (blocks, optimizers); NaN or infinite for a run that diverged.
+
+    Raises:
+        OptionError: not two dimensions, or one is empty.
+
+    Example:
+        >>> rank_runs([[0.1, 0.3, 0.1], [0.2, float("nan"), 0.1]]).tolist()
+        [[1.5, 3.0, 1.5], [2.0, 3.0, 1.0]]
+    """
+    table = np.asarray(errors, dtype=np.float64)
+    if table.ndim != 2 or not table.size:
+        raise OptionError("errors", f"shape {table.shape}", "(blocks, optimizers), at least one of each")
+    ranked: Floats = stats.rankdata(np.where(np.isfinite(table), table, np.inf), axis=1)
+    return ranked
+
+
+@dataclass(frozen=True)
+class Friedman:
+    """Friedman's test of whether any optimizers differ.
+
+    Args:
+        mean_ranks: one per optimizer; smaller is better.
+        statistic: χ², corrected for ties.
+        p_value: of χ² with optimizers − 1 degrees of freedom; conservative with few blocks.
+        blocks: how many blocks the ranks are over.
+    """
+
+    mean_ranks: tuple[float, ...]
+    statistic: float
+    p_value: float
+    blocks: int
+
+
+def friedman(errors: ArrayLike) -> Friedman:
+    """Friedman's test on the ranks rᵢⱼ in n blocks of k optimizers.
+
+    χ² = (k − 1) Σⱼ (Σᵢ rᵢⱼ − n(k+1)/2)² / Σᵢⱼ (rᵢⱼ − (k+1)/2)², which equals the classical statistic with its
+    correction for ties. When the blocks are seeds of one task, the test speaks of further seeds of that task, not of
+    other tasks.
+
+    Args:
+        errors: shape (blocks, optimizers); NaN or infinite for a run that diverged, which ranks worst.
+
+    Raises:
+        OptionError: fewer than two blocks or optimizers.
+
+    Source: M. Friedman (1937), https://doi.org/10.1080/01621459.1937.10503522; for comparisons of learning methods
+    J. Demšar (2006), https://www.jmlr.org/papers/v7/demsar06a.html.
+
+    Example:
+        >>> found = friedman([[1, 2, 3], [1, 2, 3], [1, 3, 2], [1, 2, 3]])
+        >>> found.mean_ranks, round(found.statistic, 2), round(found.p_value, 3)
+        ((1.0, 2.25, 2.75), 6.5, 0.039)
+    """
+    ranked = rank_runs(errors)
+    blocks, optimizers = ranked.shape
+    if blocks < 2 or optimizers < 2:
+        raise OptionError("errors", f"shape {ranked.shape}", "at least two blocks and two optimizers")
+    centred = ranked - (optimizers + 1) / 2
+    spread = float((centred**2).sum())
+    statistic = (optimizers - 1) * float((centred.sum(axis=0) ** 2).sum()) / spread if spread else 0.0
+    p = float(stats.chi2.sf(statistic, optimizers - 1))
+    return Friedman(tuple(ranked.mean(axis=0).tolist()), statistic, p, blocks)
+
+
+def critical_difference(optimizers: int, blocks: int, significance: float = 0.05) -> float:
+    """Nemenyi's critical difference of two mean ranks, q √(k(k+1) / 6n).
+
+    Mean ranks that are further apart differ at the given significance, all pairs together. q is the upper quantile of
+    the studentized range of k normal variables, divided by √2.
+
+    Args:
+        optimizers: k, at least 2.
+        blocks: n, at least 2.
+        significance: between 0 and 1.
+
+    Raises:
+        OptionError: a value is out of its range.
+
+    Source: J. Demšar (2006), *Statistical comparisons of classifiers over multiple data sets*, section 3.2.2 and
+    table 5, https://www.jmlr.org/papers/v7/demsar06a.html.
+
+    Example:
+        >>> round(critical_difference(4, 14, 0.10), 2)
+        1.12
+    """
+    for name, value in (("optimizers", optimizers), ("blocks", blocks)):
+        if value < 2:
+            raise OptionError(name, value, "at least 2")
+    if not 0 < significance < 1:
+        raise OptionError("significance", significance, "a number between 0 and 1, such as 0.05")
+    q = float(stats.studentized_range.ppf(1 - significance, optimizers, np.inf)) / np.sqrt(2)
+    return float(q * np.sqrt(optimizers * (optimizers + 1) / (6 * blocks)))
+
+
+def cliques(mean_ranks: Sequence[float], difference: float) -> tuple[tuple[int, ...], ...]:
+    """The largest sets of optimizers of which no two mean ranks are further apart than the critical difference.
+
+    Args:
+        mean_ranks: one per optimizer.
+        difference: the critical difference.
+
+    Returns:
+        Sets of at least two places in ``mean_ranks``, each by increasing rank; none lies within another.
+
+    Example:
+        >>> cliques([1.0, 3.5, 1.8, 2.6], 1.0)
+        ((0, 2), (2, 3), (3, 1))
+    """
+    order = sorted(range(len(mean_ranks)), key=lambda i: (mean_ranks[i], i))
+    found: list[tuple[int, ...]] = []
+    reached = 0
+    for start, first in enumerate(order):
+        end = start
+        while end < len(order) and mean_ranks[order[end]] - mean_ranks[first] <= difference:
+            end += 1
+        if end > reached and end - start > 1:
+            found.append(tuple(order[start:end]))
+        reached = max(reached, end)
+    return tuple(found)

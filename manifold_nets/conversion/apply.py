@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import attach, detach, note_converted
+from manifold_nets.constraints import attach, everywhere, note_converted
 from manifold_nets.conversion.actions import REMEDIES, ConversionPlan
-from manifold_nets.conversion.moves import Moves, RemovedBias, ScaledWeight, moves_of, set_moves
-from manifold_nets.conversion.plan import EditedPlan, Selector, early_actions, edited_plan, late_actions, staged
+from manifold_nets.conversion.moves import MOVES, Moves, RemovedBias, ScaledWeight, Values, moves_of
+from manifold_nets.conversion.plan import EditedPlan, Selector, early_actions, edited_plan, plan_of, staged
 from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.projection import convert_when_loaded
 from manifold_nets.conversion.remedies.balance import smallest_norm
 from manifold_nets.conversion.remedies.dead_biases import remove_bias
-from manifold_nets.conversion.remedies.spheres import joint_sphere_of
+from manifold_nets.conversion.remedies.spheres import joint_actions, joint_sphere_of
 from manifold_nets.conversion.revert import CONVERSION_RECORD, copy_of
 from manifold_nets.conversion.verify import (
     Verification,
@@ -114,7 +115,7 @@ def convert(
         FunctionChangedError: the output in evaluation mode would change by more than rounding.
         UnsupportedModelError: ``inplace``, and the model was made in inference mode.
         PlanError: the edited plan cannot be read or carried out.
-        SelectionError, OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
+        OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
         In every case the model is left as it was.
 
     References:
@@ -145,7 +146,8 @@ def convert(
     target, verification = _rewritten(model, chosen, inplace=inplace)
     record = ConversionRecord(chosen.without_data(), verification)
     target.__dict__[CONVERSION_RECORD] = record
-    set_moves(target, _moves_after(moves_of(target), chosen, math.inf if plan is not None else train_tolerance))
+    tolerance = math.inf if plan is not None else train_tolerance
+    target.__dict__[MOVES] = _moves_after(moves_of(target) or Moves(), chosen, tolerance)
     convert_when_loaded(target)
     _log.info("%s", record)
     return target
@@ -157,14 +159,14 @@ def _chosen(model: nn.Module, given: Any, edited: EditedPlan | None, options: di
         return make_plan(model, given, **options)
     changed = [name for name, value in options.items() if value != _DEFAULTS[name]]
     if changed:
-        raise OptionError(changed[0], options[changed[0]], "its default beside a plan, which says all")
+        raise OptionError(changed[0], options[changed[0]], "the default, as the plan decides it")
     return edited_plan(model, given, edited)
 
 
 def _effective_remedies(model: nn.Module, report_or_example_inputs: Any) -> list[str]:
     """Names of the remedies that would do something beside spheres."""
     report = report_of(model, report_or_example_inputs)
-    actions = early_actions(model, report, REMEDIES) + late_actions(model, report, named_tensors(model), (), REMEDIES)
+    actions = early_actions(model, report, REMEDIES) + joint_actions(model, report, named_tensors(model), set())
     useful = {action.remedy for action in actions if action.action != "leave"}
     return [remedy for remedy in REMEDIES if remedy in useful]
 
@@ -178,10 +180,9 @@ def _nothing_to_convert(chosen: ConversionPlan, remedies: list[str]) -> NothingT
     )
 
 
-def _moves_after(before: Moves | None, chosen: ConversionPlan, tolerance: float) -> Moves:
+def _moves_after(before: Moves, chosen: ConversionPlan, tolerance: float) -> Moves:
     """What a plan did to a model, in addition to what earlier conversions did."""
-    moves = replace(before or Moves(), tolerance=tolerance)
-    moves.weights, moves.biases = dict(moves.weights), dict(moves.biases)
+    moves = Moves(dict(before.weights), dict(before.biases), tolerance)
     for action in chosen.effective:
         if action.action == "sphere" and isinstance(action.move, ScaledWeight):
             moves.weights[action.name] = action.move.without_data()
@@ -193,92 +194,64 @@ def _moves_after(before: Moves | None, chosen: ConversionPlan, tolerance: float)
 
 
 def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tuple[nn.Module, Verification]:
-    """Carry a plan out on a copy or on the model, and take it back where the function changes by more than rounding."""
-    inputs = chosen.example_inputs
+    """Carry a plan out on a copy, and on the model itself if the function stays up to rounding."""
+    inputs, trial = chosen.example_inputs, copy_of(model)
     before = both_modes(model, inputs)
-    target = model if inplace else copy_of(model)
-    undo = _carry_out(target, chosen)
-    try:
-        found = compare_outputs(before, both_modes(target, inputs))
-    except BaseException:
-        undo()
-        raise
-    limit = eval_limit(dtype_of(target))
-    if found.eval_difference <= limit:
-        return target, found
-    values = {name: tensor.detach().clone() for name, tensor in named_tensors(target).items()}
-    undo()
-    wide = compare_in_float64(model, values, inputs, lambda copied: _carry_out(copied, chosen))
-    if wide.why_not is not None:
-        raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, wide.why_not)
-    _carry_out(target, chosen)
-    return target, replace(found, float64_eval_difference=wide.difference)
+    _carry_out(trial, chosen)
+    found, limit = compare_outputs(before, both_modes(trial, inputs)), eval_limit(dtype_of(trial))
+    if not found.eval_difference <= limit:
+        carry_out = functools.partial(_carry_out, chosen=chosen)
+        difference, why = compare_in_float64(model, named_tensors(trial), inputs, carry_out)
+        if why is not None:
+            remedy = (
+                f"Rounding does not explain it: {why}. Nothing was changed. Use radius='keep', or exclude the layers."
+            )
+            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, remedy)
+        found = replace(found, float64_eval_difference=difference)
+    if not inplace:
+        return trial, found
+    _carry_out(model, chosen)
+    return model, found
 
 
-def _carry_out(model: nn.Module, chosen: ConversionPlan) -> Callable[[], None]:
-    """Rewrite the weights of a plan; return a function that takes it back."""
+def _carry_out(model: nn.Module, chosen: ConversionPlan) -> None:
+    """Rewrite the weights of a plan."""
     state = named_tensors(model)
-    before_spheres, _ = staged(state, chosen.actions, chosen.rescaling)
-    manifolds, changed = _on_spheres(chosen, before_spheres)
-    changed = {name: v for name, v in before_spheres.items() if v is not state[name]} | changed
+    staged_state, _ = staged(state, chosen.actions, chosen.rescaling)
+    manifolds, values = _on_spheres(chosen, staged_state)
+    changed = {name: value for name, value in staged_state.items() if value is not state[name]} | values
     points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
     removed = [action.name for action in chosen.of("remove")]
+    held = holders(model)
     # Nothing has been written so far; from here on nothing can fail because of the values.
-    saved = {name: state[name].detach().clone() for name in changed if name not in removed}
     with torch.no_grad():
-        for name in saved:
+        for name in changed.keys() - set(removed):
             state[name].copy_(changed[name])
             state[name].grad = None
-    held = holders(model)
-    places = {name: held[id(state[name])] for name in (*manifolds, *removed)}
     for name, manifold in manifolds.items():
         norm = float(manifold.partition.norms(state[name].detach()).median())
-        _attach_everywhere(places[name], manifold, points[name], norm)
-    put_back = [remove_bias(*place) for name in removed for place in places[name]]
-
-    def undo() -> None:
-        with torch.no_grad():
-            for name, value in saved.items():
-                state[name].copy_(value)
-        for name in manifolds:
-            for module, leaf in places[name]:
-                detach(module, leaf)
-                setattr(module, leaf, state[name])
-        for restore in put_back:
-            restore()
-
-    return undo
+        everywhere(held[id(state[name])], functools.partial(_put, manifold=manifold, point=points[name], norm=norm))
+    for name in removed:
+        for place in held[id(state[name])]:
+            remove_bias(*place)
 
 
-def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[str, SphereProduct], dict[str, Tensor]]:
+def _put(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor, norm: float) -> None:
+    attach(module, leaf, manifold, point)
+    note_converted(module, leaf, norm)
+
+
+def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[str, SphereProduct], Values]:
     """Return the manifolds of the weights that go on spheres, and what changes with them, in float64."""
     manifolds: dict[str, SphereProduct] = {}
-    changed: dict[str, Tensor] = {}
-
-    def current(name: str) -> Tensor:
-        return changed[name] if name in changed else state[name].detach().to(torch.float64)
-
+    values = Values(state)
     for action in chosen.effective:
         if action.action == "sphere" and isinstance(action.move, ScaledWeight) and action.partition is not None:
-            manifolds[action.name], values = action.move.onto_spheres(action.partition, current)
-            changed.update(values)
+            manifolds[action.name] = action.move.onto_spheres(action.partition, values)
         elif action.action == "joint sphere" and isinstance(action.move, SymmetryFamily):
             joint = joint_sphere_of(action.move, state)
             manifolds.update(zip(joint.names, joint.manifolds, strict=True))
-    return manifolds, changed
-
-
-def _attach_everywhere(
-    places: list[tuple[nn.Module, str]], manifold: SphereProduct, point: Tensor, norm: float
-) -> None:
-    """Put a weight on its manifold in every module that holds it; tied weights stay one object."""
-    (first, first_leaf), *others = places
-    attach(first, first_leaf, manifold, point)
-    for module, leaf in others:
-        attach(module, leaf, manifold)
-        setattr(module, leaf, first.get_parameter(first_leaf))
-    for module, leaf in places:
-        note_converted(module, leaf, norm)
+    return manifolds, values
 
 
 # ---- balancing alone -------------------------------------------------------------------------------------------------
@@ -352,15 +325,12 @@ def balance(
         True
     """
     report = report_of(model, report_or_example_inputs)
-    actions = early_actions(model, report, ["balance"])
-    families = [a.move for a in actions if a.action == "balance" and isinstance(a.move, SymmetryFamily)]
-    rescaling = smallest_norm(families, dict(model.named_parameters()))
-    chosen = ConversionPlan(report.model, tuple(actions), report.example_inputs, rescaling)
+    chosen = plan_of(model, report, early_actions(model, report, ["balance"]), lambda state: [])
     target, verification = _rewritten(model, chosen, inplace=inplace)
-    descent = rescaling.descent
+    descent = (chosen.rescaling or smallest_norm((), {})).descent
     return target, BalanceRecord(
-        balanced=tuple(str(family) for family in families),
-        left=tuple(f"{action.move}: {action.reason}" for action in actions if action.action == "leave"),
+        balanced=tuple(str(action.move) for action in chosen.of("balance")),
+        left=tuple(f"{action.move}: {action.reason}" for action in chosen.of("leave")),
         norm_before=math.sqrt(descent.energies[0]),
         norm_after=math.sqrt(descent.energies[1]),
         sweeps=descent.sweeps,

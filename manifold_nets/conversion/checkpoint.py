@@ -17,26 +17,30 @@ from manifold_nets.constraints import (
     attach,
     constrained_weights,
     detach,
+    everywhere,
     is_converted,
+    is_defined,
     joint_spheres,
     note_converted,
+    note_defined,
     trusted_values,
 )
 from manifold_nets.conversion import storage
-from manifold_nets.conversion.moves import moves_within, set_moves
+from manifold_nets.conversion.moves import MOVES, moves_within
 from manifold_nets.conversion.projection import convert_when_loaded, way_back
 from manifold_nets.conversion.remedies.dead_biases import absent_bias, put_back_bias, remove_bias, removed_biases
-from manifold_nets.conversion.revert import replace_everywhere
 from manifold_nets.documents import printable
 from manifold_nets.errors import (
+    CheckpointError,
+    CheckpointFormatError,
     CheckpointMismatchError,
-    CheckpointTensorError,
     OffManifoldError,
     listed,
 )
-from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import holders
 
 __all__ = ["load", "load_contents", "save", "unchanged_on_failure"]
 
@@ -60,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OffManifoldError: the norm of a group is not its radius, to a few machine epsilons of the weight's dtype.
-        CheckpointTensorError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter,
+        CheckpointError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter,
             of a dtype that safetensors lacks, or no tensor.
         FileNotFoundError: the folder of ``path`` does not exist.
 
@@ -73,20 +77,21 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         SphereProduct(3 filters of 4, radius 1) manifold
     """
     tensors, aliases = _unique(_storable(model, path))
-    manifolds = {}
+    manifolds, defined = {}, []
     for weight in constrained_weights(model):
         stored = aliases.get(weight.name, weight.name)
         if stored not in tensors:
-            raise CheckpointTensorError(
+            raise CheckpointError(
                 path,
                 f"{weight.name} is constrained, but has no entry in the state_dict. Remove the hook of the model that "
                 "renames or drops it.",
             )
         manifolds[stored] = weight.manifold
+        defined += [stored] * is_defined(weight)
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
-    _require_points(tensors, manifolds, lambda name: f"{_WHY} {way_back(model, name)}")
+    _require_points(tensors, manifolds, model)
     removed, conversions = tuple(removed_biases(model)), {prefix: moves for prefix, _, moves in moves_within(model)}
-    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions))
+    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions, tuple(defined)))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -133,9 +138,9 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     if differences:
         raise _mismatch(path, model, differences)
     try:
-        _require_points(contents.tensors, contents.manifolds, lambda _: "")
+        _require_points(contents.tensors, contents.manifolds)
     except OffManifoldError as error:
-        raise storage.unreadable(path, f"a weight off its sphere: {error}", "Save the model again.") from None
+        raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     stored = contents.expanded()
     # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
     with unchanged_on_failure(model), trusted_values(), torch.no_grad():
@@ -155,7 +160,7 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     _set_manifolds(model, contents)
     for prefix, moves in contents.conversions.items():
         converted = model.get_submodule(prefix.rstrip("."))
-        set_moves(converted, moves)
+        converted.__dict__[MOVES] = moves
         convert_when_loaded(converted)
     return model
 
@@ -192,28 +197,25 @@ def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tenso
     """Return the entries of the state_dict, or refuse by name what safetensors cannot hold."""
     state: Mapping[str, object] = model.state_dict()
     for name, value in state.items():
-        fault = _why_not_storable(value)
+        fault = unusual(value)
+        if fault is None and isinstance(value, Tensor) and value.dtype not in _DTYPES:
+            fault = f"of {value.dtype}; cast it to a dtype that safetensors has"
         if fault is not None:
-            found, remedy = fault
-            raise CheckpointTensorError(path, f"{name} is {found}; expected a dense tensor with values. {remedy}")
+            raise CheckpointError(path, f"{name} is {fault}. A checkpoint holds dense tensors that have values.")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def _why_not_storable(value: object) -> tuple[str, str] | None:
-    """What is wrong with an entry of a state_dict, and what to do."""
+def unusual(value: object) -> str | None:
+    """Why the values of an entry of a state_dict can be neither stored nor loaded, and what to do; None if they can."""
     if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}", "Keep it outside of the state_dict."
+        return f"a {type(value).__name__}; keep it outside of the state_dict"
     if nn.parameter.is_lazy(value):
-        return "a lazy parameter without a shape", "Run the model once first."
+        return "a lazy parameter without a shape; run the model once first"
     if hasattr(value, "__tensor_flatten__"):
-        return f"a {type(value).__name__}", "Gather or dequantize it to a plain tensor first."
+        return f"a {type(value).__name__}; gather or dequantize it first, and load before sharding or quantizing"
     if value.layout != torch.strided:
-        return f"a {value.layout} tensor", "Call to_dense() on it first."
-    if value.is_meta:
-        return "on the meta device", "Give it values: to_empty, then load them."
-    if value.dtype not in _DTYPES:
-        return f"of {value.dtype}", "Cast it to a dtype that safetensors has."
-    return None
+        return f"a {value.layout} tensor; call to_dense() on it first"
+    return "on the meta device; give it values first, by model.to_empty(device=…)" if value.is_meta else None
 
 
 # What safetensors 0.4 and later store.
@@ -246,30 +248,26 @@ def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 def _place(tensor: Tensor) -> tuple[object, ...] | None:
     """Identify the memory that a tensor shows: equal for tied tensors; None where it has no entries."""
-    if tensor.is_meta or nn.parameter.is_lazy(tensor) or hasattr(tensor, "__tensor_flatten__"):
-        return None
-    if tensor.layout != torch.strided or tensor.numel() == 0:
+    if unusual(tensor) or tensor.numel() == 0:
         return None
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
 
 
 def _require_points(
-    tensors: Mapping[str, Tensor], manifolds: Mapping[str, SphereProduct], remedy: Callable[[str], str]
+    tensors: Mapping[str, Tensor], manifolds: Mapping[str, SphereProduct], model: nn.Module | None = None
 ) -> None:
-    """Raise `OffManifoldError` where a norm is off by more than rounding explains."""
-    joints: dict[JointSphere, dict[int, str]] = {}
+    """Raise `OffManifoldError` where a norm is off by more than rounding explains; say what to do with a model."""
+
+    def remedy(name: str) -> Callable[[], str]:
+        return lambda: "" if model is None else f"{_WHY} {way_back(model, name)}"
+
     for name, manifold in manifolds.items():
-        if isinstance(manifold, JointSphereMember):
-            joints.setdefault(manifold.joint, {})[manifold.place] = name
-        else:
+        if not isinstance(manifold, JointSphereMember):
             rtol = _rounding(tensors[name], manifold)
-            if not float(manifold.deviations(tensors[name]).max()) <= rtol:
-                manifold.require_point(tensors[name], name, rtol=rtol, remedy=remedy(name))
-    for joint, members in joints.items():
-        points = [tensors[members[place]] for place in sorted(members)]
-        rtol = _rounding(points[0], joint.sphere)
-        if not float(joint.deviations(points).max()) <= rtol:
-            joint.require_point(points, rtol=rtol, remedy=remedy(members[0]))
+            manifold.require_point(tensors[name], name, rtol=rtol, remedy=remedy(name))
+    for joint, names in by_joint_sphere((manifold, name) for name, manifold in manifolds.items()).items():
+        points = [tensors[name] for name in names.values()]
+        joint.require_point(points, rtol=_rounding(points[0], joint.sphere), remedy=remedy(names[0]))
 
 
 def _rounding(stored: Tensor, manifold: SphereProduct) -> float:
@@ -305,26 +303,20 @@ def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
     if strange:
         found.append(f"the model has no modules {listed(prefix[:-1] for prefix in strange)}, which were converted")
     shared = [name for name in in_model if name in in_file]
-    each = [(name, _difference(in_file[name], in_model[name])) for name in shared]
-    each += [(name, "constrained in the file, but no parameter of the model") for name in contents.manifolds
-             if name not in parameters and name in in_model]  # fmt: skip
-    found += _cut([f"{name}: {text}" for name, text in each if text])
+    constrained = [name for name in contents.manifolds if name in in_model and name not in parameters]
+    texts = [f"{name}: {text}" for name in shared if (text := _difference(in_file[name], in_model[name]))]
+    found += _cut(texts + [f"{name}: constrained in the file, but no parameter of the model" for name in constrained])
     return found + _cut(_ties(contents.aliases, {name: in_model[name] for name in shared}))
 
 
 def _difference(stored: Tensor, present: object) -> str | None:
-    if not isinstance(present, Tensor):
-        return f"a tensor in the file, a {type(present).__name__} in the model"
-    if nn.parameter.is_lazy(present):
-        return "a lazy parameter without a shape; run the model once first"
+    fault = unusual(present)
+    if fault is not None or not isinstance(present, Tensor):
+        return fault
     if stored.shape != present.shape:
         return f"shape {tuple(stored.shape)} in the file, {tuple(present.shape)} in the model"
     if stored.dtype != present.dtype:
         return f"{stored.dtype} in the file, {present.dtype} in the model"
-    if hasattr(present, "__tensor_flatten__"):
-        return f"a {type(present).__name__} in the model; load before sharding or quantizing it"
-    if present.is_meta:
-        return "on the meta device; call model.to_empty(device=…) first"
     if present.is_inference() and not torch.is_inference_mode_enabled():
         return "made in inference mode in the model, where it cannot be written to; make the model outside of it"
     if any(size > 1 and stride == 0 for size, stride in zip(present.shape, present.stride(), strict=True)):
@@ -361,22 +353,27 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
     kept = {name for name, weight in present.items() if name in wanted and _is_on(weight, wanted[name])}
     # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
     split = {getattr(wanted[name], "joint", None) for name in wanted.keys() - kept} - {None}
-    replaced = []
+    places = holders(model)
     for name in {**present, **wanted}:
         manifold = wanted.get(name)
         if name in kept and getattr(manifold, "joint", None) not in split:
             continue
-        prefix, _, leaf = name.rpartition(".")
-        module = model.get_submodule(prefix)
-        old, defined = module.get_parameter(leaf), name in present and not is_converted(present[name])
-        if manifold is None:
-            detach(module, leaf)
-        else:
+        defined = name in present and not is_converted(present[name])
+
+        def change(
+            module: nn.Module, leaf: str, manifold: SphereProduct | None = manifold, name: str = name, d: bool = defined
+        ) -> None:
+            if manifold is None:
+                detach(module, leaf)
+                return
             attach(module, leaf, manifold)
-            if not defined and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
+            if name in contents.defined:
+                note_defined(module, leaf)
+            elif not d and not isinstance(module, tuple(UNIT_NORM_LAYERS.values())):
                 note_converted(module, leaf, None)
-        replaced.append((old, module.get_parameter(leaf)))
-    replace_everywhere(model, replaced)
+
+        prefix, _, leaf = name.rpartition(".")
+        everywhere(places[id(model.get_submodule(prefix).get_parameter(leaf))], change)
 
 
 def _is_on(weight: ConstrainedWeight, manifold: SphereProduct) -> bool:

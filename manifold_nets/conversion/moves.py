@@ -9,40 +9,43 @@ checkpoint, so that `load_state_dict`, `load` and `project` do the same to other
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.gathered import whole
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.symmetry.report import Absorber, ScaledAlong, WeightFinding
 
-__all__ = [
-    "Current",
-    "Moves",
-    "RemovedBias",
-    "ScaledWeight",
-    "forget_moves",
-    "gather",
-    "moves_of",
-    "moves_within",
-    "rescaled_along",
-    "rescaled_variance",
-    "set_moves",
-    "train_mode_deviation",
-]
-
-Current = Callable[[str], Tensor]
-"""Gives the present values of a parameter or buffer, in float64."""
-
-_RECORD = "_manifold_nets_moves"
+# The attribute of a converted model that holds its `Moves`. It follows deep copies and pickles.
+MOVES = "_manifold_nets_moves"
 # A running variance whose rounding is magnified by more than this is no longer exact in evaluation mode.
 _LARGEST_CANCELLATION = 8.0
-# The fields of a normalization that a checkpoint stores, besides the groups of its channels.
-_STORED = ("op", "module", "kind", "eps", "weight", "bias", "running_mean", "running_var", "calls")
+
+
+class Values(dict[str, Tensor]):
+    """New float64 values of parameters and buffers by name; of those without, the present ones are looked up.
+
+    Args:
+        present: the present values.
+
+    Example:
+        >>> values = Values({"weight": torch.ones(2), "bias": torch.zeros(2)})
+        >>> values["weight"] = 3 * values["weight"]
+        >>> values["weight"].tolist(), values["bias"].dtype, list(values)
+        ([3.0, 3.0], torch.float64, ['weight'])
+    """
+
+    def __init__(self, present: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.present = present
+
+    def __missing__(self, name: str) -> Tensor:
+        return whole(self.present[name]).double()
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,6 @@ class ScaledWeight:
     def of(cls, finding: WeightFinding, radius: float | None) -> ScaledWeight:
         """Take from a finding what is needed to scale the weight."""
         return cls(finding.name, radius, finding.scaled_along, finding.absorbers)
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The weight alone: what follows is no choice."""
-        return (self.name,)
 
     @property
     def along(self) -> tuple[str, ...]:
@@ -105,15 +103,15 @@ class ScaledWeight:
         refuse_degenerate(norms, self.name)
         return norms, torch.ones_like(norms) if self.radius is None else self.radius / norms
 
-    def onto_spheres(self, partition: Partition, current: Current) -> tuple[SphereProduct, dict[str, Tensor]]:
-        """The manifold of the weight, and the new float64 values of all that changes; nothing where norms are kept."""
-        weight = current(self.name)
+    def onto_spheres(self, partition: Partition, values: Values) -> SphereProduct:
+        """Change the values of the weight and of all that follows, if the norms are not kept; return the manifold."""
+        weight = values[self.name]
         norms, factors = self.factors(partition, weight)
         if self.radius is None:
-            return SphereProduct(partition, radius=norms), {}
-        scaled = partition.multiply(weight, partition.spread(factors))
-        changed = {self.name: scaled, **rescaled_along(self, factors, current)}
-        return SphereProduct(partition, radius=self.radius), changed
+            return SphereProduct(partition, radius=norms)
+        values.update(rescaled_along(self, factors, values))
+        values[self.name] = partition.multiply(weight, partition.spread(factors))
+        return SphereProduct(partition, radius=self.radius)
 
     def why_norms_stay(
         self, dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor, tolerance: float
@@ -152,18 +150,12 @@ class RemovedBias:
     means: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     direct: bool = True
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The bias."""
-        return (self.name,)
-
-    def values(self, current: Current) -> dict[str, Tensor]:
-        """The float64 values without the bias: zeros in its place, and the running means without it."""
-        bias = current(self.name)
-        changed = {self.name: torch.zeros_like(bias)}
+    def take_out(self, values: Values) -> None:
+        """Put zeros in the place of the bias, and take what it adds out of the running means."""
+        bias = values[self.name]
         for mean, shift in self.means.items():
-            changed[mean] = current(mean) - (bias if self.direct else bias.new_tensor(shift))
-        return changed
+            values[mean] = values[mean] - (bias if self.direct else bias.new_tensor(shift))
+        values[self.name] = torch.zeros_like(bias)
 
 
 @dataclass
@@ -190,9 +182,7 @@ class Moves:
             name: {
                 "radius": weight.radius,
                 "biases": {bias.name: list(bias.groups) for bias in weight.biases},
-                "absorbers": [
-                    {**{key: getattr(a, key) for key in _STORED}, "groups": list(a.groups)} for a in weight.absorbers
-                ],
+                "absorbers": [{**a.to_dict(), "groups": list(a.groups)} for a in weight.absorbers],
             }
             for name, weight in self.weights.items()
         }
@@ -220,9 +210,9 @@ class Moves:
 
 
 def moves_of(model: nn.Module) -> Moves | None:
-    """Return the record on a model; None where no conversion is known. It follows deep copies and pickles."""
-    record = model.__dict__.get(_RECORD)
-    return record if isinstance(record, Moves) else None
+    """Return what conversions did to a model; None where that is not known."""
+    record: Moves | None = model.__dict__.get(MOVES)
+    return record
 
 
 def moves_within(model: nn.Module) -> Iterator[tuple[str, nn.Module, Moves]]:
@@ -233,41 +223,36 @@ def moves_within(model: nn.Module) -> Iterator[tuple[str, nn.Module, Moves]]:
             yield f"{name}." if name else "", module, record
 
 
-def set_moves(model: nn.Module, moves: Moves) -> None:
-    """Put a record on a model."""
-    model.__dict__[_RECORD] = moves
-
-
-def forget_moves(model: nn.Module) -> None:
-    """Take the record off a model."""
-    model.__dict__.pop(_RECORD, None)
-
-
 # ---- a rescaling in front of a batch normalization -------------------------------------------------------------------
 # A filter multiplied by f gives the normalization an input with mean f m and variance f² v.
 
 
-def rescaled_along(weight: ScaledWeight, factors: Tensor, current: Current) -> dict[str, Tensor]:
+def rescaled_along(weight: ScaledWeight, factors: Tensor, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """New float64 values of the biases and running statistics that change when a weight's groups are multiplied.
 
     Args:
         weight: what changes with it.
         factors: the factor of each group, float64.
-        current: gives the present values.
+        values: the present values, float64.
     """
     changed: dict[str, Tensor] = {}
     for bias in weight.biases:
-        old = current(bias.name)
+        old = values[bias.name]
         changed[bias.name] = old * gather(factors, bias.groups).reshape(old.shape)
     for absorber in weight.absorbers:
         mean, variance = absorber.running_mean, absorber.running_var
         if mean is None or variance is None or variance in changed:
             continue
-        factor, old = gather(factors, absorber.groups), current(variance)
-        reached = torch.tensor(absorber.groups, device=factor.device) >= 0
-        changed[mean] = current(mean) * factor
-        changed[variance] = torch.where(reached, rescaled_variance(old, absorber.eps or 0.0, factor), old)
+        factor, reached = gather(factors, absorber.groups), _reached(absorber, factors)
+        changed[mean] = values[mean] * factor
+        rescaled = rescaled_variance(values[variance], absorber.eps or 0.0, factor)
+        changed[variance] = torch.where(reached, rescaled, values[variance])
     return changed
+
+
+def _reached(absorber: Absorber, like: Tensor) -> Tensor:
+    """Whether each channel of a normalization is scaled by a group of the weight."""
+    return torch.tensor(absorber.groups, device=like.device) >= 0
 
 
 def gather(values: Tensor, groups: tuple[int, ...]) -> Tensor:
@@ -311,7 +296,7 @@ def train_mode_deviation(variance: Tensor, eps: float, scale: Tensor, shift: Ten
 def _deviation(absorber: Absorber, state: Mapping[str, Tensor], factors: Tensor) -> float:
     """Relative change of the training-mode output over the channels that a weight scales."""
     factor = gather(factors, absorber.groups)
-    reached = torch.tensor(absorber.groups, device=factor.device) >= 0
+    reached = _reached(absorber, factors)
     variance = torch.tensor(absorber.variances, dtype=torch.float64, device=factor.device)
     scale = state[absorber.weight].detach().double() if absorber.weight else torch.ones_like(variance)
     shift = state[absorber.bias].detach().double() if absorber.bias else torch.zeros_like(variance)

@@ -15,21 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.conversion.actions import ACTION_OF, REMEDIES, Action, ConversionPlan, chosen_remedies
-from manifold_nets.conversion.moves import RemovedBias
+from manifold_nets.conversion.moves import RemovedBias, Values
 from manifold_nets.conversion.remedies.balance import Rescaling, rescaling_families, smallest_norm
 from manifold_nets.conversion.remedies.dead_biases import dead_bias_actions
 from manifold_nets.conversion.remedies.spheres import joint_actions, sphere_action
 from manifold_nets.conversion.verify import report_of
 from manifold_nets.documents import Schema, parse_json
-from manifold_nets.errors import OptionError, PlanError, SelectionError
+from manifold_nets.errors import OptionError, PlanError, listed, near_matches
 from manifold_nets.files import atomic_file
 from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 
-__all__ = ["EditedPlan", "Selector", "early_actions", "edited_plan", "late_actions", "plan", "staged", "write_plan"]
+__all__ = ["EditedPlan", "Selector", "early_actions", "edited_plan", "plan", "plan_of", "staged", "write_plan"]
 
 Selector = str | Sequence[str] | Callable[[str], bool] | None
 EditedPlan = ConversionPlan | Mapping[str, Any] | str | os.PathLike[str]
+Radius = Literal["unit", "keep"]
+State = Mapping[str, Tensor]
+"""Parameters and buffers by name."""
 
 _SCHEMA = Schema.packaged("manifold_nets.conversion", "plan.schema.json")
 
@@ -78,7 +81,7 @@ def plan(
         train_tolerance: largest relative change of a layer's normalized training output.
 
     Raises:
-        SelectionError: ``include`` or ``exclude`` matches no parameter that the remedies could be about.
+        OptionError: ``include`` or ``exclude`` matches no parameter that the remedies could be about.
         OptionError: ``remedies``, ``radius`` or ``train_tolerance`` has no meaning.
         ReportMismatchError: the report is of another model.
 
@@ -101,10 +104,46 @@ def plan(
     names = list(dict.fromkeys([w.name for w in report.weights] + moved))
     wanted = _selected(names, include, "include", default=True)
     wanted -= _selected(names, exclude, "exclude", default=False)
-    early, state, rescaling = _after(named_tensors(model), [_if_selected(action, wanted) for action in early])
-    weights = _weight_actions(report, state, radius, train_tolerance, wanted if "spheres" in chosen else set())
-    late = [_if_selected(action, wanted) for action in late_actions(model, report, state, weights, chosen)]
-    return ConversionPlan(report.model, (*weights, *early, *late), report.example_inputs, rescaling)
+
+    def choose(action: Action) -> Action:
+        return action if wanted.issuperset(action.parameters) else action.left("not selected")
+
+    def weights(state: State) -> list[Action]:
+        on_spheres = wanted if "spheres" in chosen else set()
+        return _weight_actions(report, state, dict.fromkeys(on_spheres, radius), train_tolerance)
+
+    return plan_of(model, report, early, weights, choose, joint="joint-spheres" in chosen)
+
+
+def plan_of(
+    model: nn.Module,
+    report: SymmetryReport,
+    early: Sequence[Action],
+    weights: Callable[[State], list[Action]],
+    choose: Callable[[Action], Action] = lambda action: action,
+    *,
+    joint: bool = False,
+    start: Rescaling | None = None,
+) -> ConversionPlan:
+    """Put a plan together, each part for the values that the parts before it leave.
+
+    Args:
+        model: the network.
+        report: what `diagnose` returned for it.
+        early: what `early_actions` returned.
+        weights: what is done with each weight by itself, for parameters and buffers as they are then.
+        choose: carries an action of the other remedies out or leaves it.
+        joint: whether weights go on joint spheres.
+        start: a rescaling that was found before.
+    """
+    early = [choose(action) for action in early]
+    state, rescaling = staged(named_tensors(model), early, start)
+    if rescaling is not None and not rescaling.descent.converged:
+        said = rescaling.descent
+        early = [replace(a, reason=f"{a.reason}; {said}") if a.action == "balance" else a for a in early]
+    first = weights(state)
+    late = joint_actions(model, report, state, {a.name for a in first if a.action == "sphere"}) if joint else []
+    return ConversionPlan(report.model, (*first, *early, *map(choose, late)), report.example_inputs, rescaling)
 
 
 def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[str]) -> list[Action]:
@@ -118,21 +157,8 @@ def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[s
     return actions
 
 
-def late_actions(
-    model: nn.Module,
-    report: SymmetryReport,
-    state: dict[str, Tensor],
-    weights: Sequence[Action],
-    remedies: Sequence[str],
-) -> list[Action]:
-    """Return the actions that come after the weights that go on spheres by themselves."""
-    if "joint-spheres" not in remedies:
-        return []
-    return joint_actions(model, report, state, {a.name for a in weights if a.action == "sphere"})
-
-
 def staged(
-    state: dict[str, Tensor], actions: Sequence[Action], start: Rescaling | None = None
+    state: State, actions: Sequence[Action], start: Rescaling | None = None
 ) -> tuple[dict[str, Tensor], Rescaling | None]:
     """Return parameters and buffers as they are after biases were removed and rescalings balanced, and the rescaling.
 
@@ -143,50 +169,27 @@ def staged(
         actions: what is done.
         start: a rescaling that was found before, for these values or for others.
     """
-    changed: dict[str, Tensor] = {}
-
-    def current(name: str) -> Tensor:
-        return changed[name] if name in changed else state[name].detach().double()
-
+    values = Values(state)
     for action in actions:
         if action.action == "remove" and isinstance(action.move, RemovedBias):
-            changed.update(action.move.values(current))
+            action.move.take_out(values)
     families = [a.move for a in actions if a.action == "balance" and isinstance(a.move, SymmetryFamily)]
-    rescaling = smallest_norm(families, {**state, **changed}, start) if families else None
+    rescaling = smallest_norm(families, {**state, **values}, start) if families else None
     if rescaling is not None:
-        changed |= dict(rescaling.values({**state, **changed}))
-    return {**state, **{name: value.to(state[name].dtype) for name, value in changed.items()}}, rescaling
-
-
-def _after(
-    state: dict[str, Tensor], actions: Sequence[Action], start: Rescaling | None = None
-) -> tuple[list[Action], dict[str, Tensor], Rescaling | None]:
-    """Stage actions, and say so in the reasons of `balance` actions where their search did not converge."""
-    state, rescaling = staged(state, actions, start)
-    if rescaling is not None and not rescaling.descent.converged:
-        said = rescaling.descent
-        actions = [replace(a, reason=f"{a.reason}; {said}") if a.action == "balance" else a for a in actions]
-    return list(actions), state, rescaling
+        values.update(rescaling.values({**state, **values}))
+    return {**state, **{name: value.to(state[name].dtype) for name, value in values.items()}}, rescaling
 
 
 def _weight_actions(
-    report: SymmetryReport,
-    state: dict[str, Tensor],
-    radius: Literal["unit", "keep"],
-    tolerance: float,
-    wanted: set[str],
+    report: SymmetryReport, state: State, radii: Mapping[str, Radius], tolerance: float
 ) -> list[Action]:
-    """Return what is done with each weight by itself."""
+    """Return what is done with each weight by itself, at the radius that is asked for; without one it is left."""
     return [
         Action(finding.name, "leave", "not selected", finding.partition)
-        if finding.status == "invariant" and finding.name not in wanted
-        else sphere_action(finding, state, radius, tolerance)
+        if finding.status == "invariant" and finding.name not in radii
+        else sphere_action(finding, state, radii.get(finding.name, "unit"), tolerance)
         for finding in report.weights
     ]
-
-
-def _if_selected(action: Action, wanted: set[str]) -> Action:
-    return action if wanted.issuperset(action.parameters) else action.left("not selected")
 
 
 def _selected(names: list[str], selector: Selector, option: str, *, default: bool) -> set[str]:
@@ -202,7 +205,9 @@ def _selected(names: list[str], selector: Selector, option: str, *, default: boo
         }
     for pattern, found in matches.items():
         if not found:
-            raise SelectionError(option, pattern, names)
+            near = f"{near_matches(pattern, names)} Write patterns as in a shell: 'layer1.*', '*.conv?.weight'.".strip()
+            expected = f"a pattern or predicate that matches one of these names: {listed(names, 40)}"
+            raise OptionError(option, pattern, expected, near)
     return {name for found in matches.values() for name in found}
 
 
@@ -246,24 +251,33 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     report = report_of(model, report_or_example_inputs)
     doing = {remedy for (_, remedy), entry in wanted.items() if entry["action"] not in ("leave", "already")}
     asked = [remedy for remedy in REMEDIES if remedy in doing]
-    early = [_decided(source, action, wanted) for action in early_actions(model, report, asked)]
-    start = edited.rescaling if isinstance(edited, ConversionPlan) else None
-    early, state, rescaling = _after(named_tensors(model), early, start)
     # A weight that stays as it is may have groups without a direction.
-    spheres = {name for (name, _), entry in wanted.items() if entry["action"] == "sphere"}
-    unit, keep = (_weight_actions(report, state, radius, math.inf, spheres) for radius in ("unit", "keep"))
-    weights = [_decided_weight(source, *pair, wanted) for pair in zip(unit, keep, strict=True)]
-    late = [_decided(source, action, wanted) for action in late_actions(model, report, state, weights, asked)]
-    actions = (*weights, *early, *late)
-    known = {remedy: sorted(a.name for a in actions if a.remedy == remedy) for remedy in (*asked, "spheres")}
+    radii: dict[str, Radius] = {
+        name: "keep" if entry.get("radius") == "keep" else "unit"
+        for (name, _), entry in wanted.items()
+        if entry["action"] == "sphere"
+    }
+
+    def weights(state: State) -> list[Action]:
+        return [_decided_weight(source, a, wanted) for a in _weight_actions(report, state, radii, math.inf)]
+
+    found = plan_of(
+        model,
+        report,
+        early_actions(model, report, asked),
+        weights,
+        lambda action: _decided(source, action, wanted),
+        joint="joint-spheres" in asked,
+        start=edited.rescaling if isinstance(edited, ConversionPlan) else None,
+    )
+    known = {remedy: sorted(a.name for a in found.actions if a.remedy == remedy) for remedy in (*asked, "spheres")}
     for (name, remedy), entry in wanted.items():
         # What is left need not be known.
         skipped = remedy != "spheres" and entry["action"] == "leave"
         if remedy in known and name not in known[remedy] and not skipped:
-            found = f"action {entry['action']!r} for {name!r}"
             names = ", ".join(known[remedy]) or "none, as there is nothing to do"
-            raise PlanError(source, found, f"one of {names}")
-    return ConversionPlan(report.model, actions, report.example_inputs, rescaling)
+            raise PlanError(source, f"action {entry['action']!r} for {name!r}", f"one of {names}")
+    return found
 
 
 _Wanted = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -309,21 +323,21 @@ def _decided(source: str, action: Action, wanted: _Wanted) -> Action:
     return action
 
 
-def _decided_weight(source: str, unit: Action, keep: Action, wanted: _Wanted) -> Action:
+def _decided_weight(source: str, possible: Action, wanted: _Wanted) -> Action:
     """The action for a weight that the plan asks for, where it is possible at this radius."""
-    entry = wanted.get((unit.name, "spheres"), {"action": "leave" if unit.action != "already" else "already"})
+    name, already = possible.name, possible.action == "already"
+    entry = wanted.get((name, "spheres"), {"action": "already" if already else "leave"})
     what, radius = entry["action"], entry.get("radius")
-    if what == "already" and unit.action == "already":
-        return unit
-    if what == "leave" and unit.action != "already":
-        return Action(unit.name, "leave", "left by the plan", unit.partition)
+    if what == "already" and already:
+        return possible
+    if what == "leave" and not already:
+        return Action(name, "leave", "left by the plan", possible.partition)
     if what != "sphere" or radius not in ("unit", "keep"):
-        found = f"action {what!r} with radius {radius!r} for {unit.name}"
+        found = f"action {what!r} with radius {radius!r} for {name}"
         expected = "'leave', 'sphere' with radius 'unit' or 'keep', or 'already' where the weight is on spheres"
         raise PlanError(source, found, expected)
-    possible = unit if radius == "unit" else keep
     if possible.action != "sphere":
-        raise PlanError(source, f"'sphere' for {unit.name}", f"'{possible.action}': {possible.reason}")
+        raise PlanError(source, f"'sphere' for {name}", f"'{possible.action}': {possible.reason}")
     if possible.radius != radius:
-        raise PlanError(source, f"radius 'unit' for {unit.name}", f"'keep': it {possible.reason}")
+        raise PlanError(source, f"radius 'unit' for {name}", f"'keep': it {possible.reason}")
     return possible

@@ -8,9 +8,8 @@ statistics stay behind. So a hook of `load_state_dict` makes of such a state wha
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import (
     NEAR,
+    TRUSTED,
     ConstrainedWeight,
-    are_trusted,
+    LoadHook,
     change_manifolds,
-    check_values_last,
     constrained_weights,
     has_norms,
     is_converted,
@@ -29,46 +28,42 @@ from manifold_nets.constraints import (
     remove_load_hook,
     require_loadable,
 )
-from manifold_nets.conversion.moves import Moves, ScaledWeight, moves_of, moves_within
+from manifold_nets.conversion.moves import Moves, ScaledWeight, Values, moves_of, moves_within
 from manifold_nets.conversion.remedies.dead_biases import removed_biases
-from manifold_nets.errors import PlainStateError, ProjectionError, listed
+from manifold_nets.errors import ProjectionError, listed
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryReport, WeightFinding, diagnose
 
-__all__ = ["convert_when_loaded", "leave_as_loaded", "project", "way_back"]
+__all__ = ["project"]
 
 
 # ---- converting values -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Converted:
-    """What becomes of some values.
+class _Converted(Values):
+    """What becomes of some values of the plain network.
 
     Args:
         given: the values by the first names of their tensors.
         prefix: what to write in front of names in messages.
-        values: the tensors that change, float64, by name.
+
+    Attributes:
         manifolds: the manifolds that change, as the norms are their radii, by the `id` of the present ones.
     """
 
-    given: Mapping[str, Tensor]
-    prefix: str = ""
-    values: dict[str, Tensor] = field(default_factory=dict)
-    manifolds: dict[int, SphereProduct] = field(default_factory=dict)
+    def __init__(self, given: Mapping[str, Tensor], prefix: str = "") -> None:
+        super().__init__(given)
+        self.prefix = prefix
+        self.manifolds: dict[int, SphereProduct] = {}
 
-    def current(self, name: str) -> Tensor:
-        """The value as it is now, float64."""
-        return self.values[name] if name in self.values else whole(self.given[name]).double()
+    def missing(self, names: Sequence[str]) -> list[str]:
+        return [self.prefix + name for name in names if name not in self.present]
 
-    def missing(self, names: tuple[str, ...]) -> list[str]:
-        return [self.prefix + name for name in names if name not in self.given]
-
-    def partial(self, name: str, found: str, missing: list[str]) -> PlainStateError:
-        return PlainStateError(
+    def partial(self, name: str, found: str, missing: list[str]) -> ProjectionError:
+        return ProjectionError(
             self.prefix + name,
             f"{found}, and the state lacks {listed(missing)}, which change with it. Load all of them together, or load "
             "the state into the plain network, and convert that with manifold_nets.convert.",
@@ -80,54 +75,44 @@ def _convert_values(model: nn.Module, record: Moves, found: _Converted) -> None:
 
     Raises:
         DegenerateGroupError: a group is zero or not finite.
-        PlainStateError: a weight is off its spheres, and what changes with it is not among the values.
+        ProjectionError: a weight is off its spheres, and what changes with it is not among the values.
     """
     known = record.present(removed_biases(model))
     for weight in constrained_weights(model):
-        name, manifold = weight.name, weight.manifold
-        if name not in known or isinstance(manifold, JointSphereMember):
+        joint = isinstance(weight.manifold, JointSphereMember)
+        if weight.name in known and not joint and has_norms(found.present.get(weight.name), weight.manifold):
+            _convert_weight(weight, known[weight.name], record.tolerance, found)
+    for sphere, members in joint_spheres(model):
+        if not any(has_norms(found.present.get(member.name), member.manifold) for member in members):
             continue
-        if has_norms(found.given.get(name), manifold):
-            _convert_weight(weight, known[name], record.tolerance, found)
-    _convert_joint(model, record, found)
+        # The joint norms become the radii, with the present values of weights that are not given.
+        points = [whole(found.present.get(member.name, member.parameter)) for member in members]
+        deviation = float(sphere.deviations(points).max())
+        if deviation > _rounding(*points) and record.weights.keys() >= {member.name for member in members}:
+            sphere.refuse_degenerate(points)
+            new = JointSphere(dict(zip(sphere.names, sphere.partitions, strict=True)), sphere.norms(points))
+            found.manifolds |= {id(old.manifold): m for old, m in zip(members, new.manifolds, strict=True)}
 
 
 def _convert_weight(weight: ConstrainedWeight, move: ScaledWeight, tolerance: float, found: _Converted) -> None:
-    given, manifold = found.given[weight.name], weight.manifold
+    given, manifold = found.present[weight.name], weight.manifold
     deviation = float(manifold.deviations(whole(given)).max())
     if deviation <= _rounding(given, weight.parameter):
         return
-    move = replace(move, name=found.prefix + weight.name)
-    _, factors = move.factors(manifold.partition, whole(given))
+    _, factors = replace(move, name=found.prefix + weight.name).factors(manifold.partition, whole(given))
     if move.radius is not None:
         missing = found.missing(move.along)
         if missing and deviation > NEAR:
             raise found.partial(weight.name, f"its norms are off its spheres by {deviation:.2g}", missing)
         if missing:
             return
-        affine = [n for a in move.absorbers for n in (a.weight, a.bias) if n is not None and n in found.given]
-        state = {name: found.current(name) for name in (*move.along, *affine)}
+        affine = [n for a in move.absorbers for n in (a.weight, a.bias) if n is not None and n in found.present]
+        state = {name: found[name] for name in (*move.along, *affine)}
         if move.with_running_variances(state).why_norms_stay(given.dtype, state, factors, tolerance)[0] is not None:
             move = replace(move, radius=None)
-    new, values = replace(move, name=weight.name).onto_spheres(manifold.partition, found.current)
-    found.values.update(values)
+    new = replace(move, name=weight.name).onto_spheres(manifold.partition, found)
     if not torch.equal(new.radii, manifold.radii):
         found.manifolds[id(manifold)] = new
-
-
-def _convert_joint(model: nn.Module, record: Moves, found: _Converted) -> None:
-    """Take the joint norms of the values for radii, with the present values of weights that are not given."""
-    for joint, members in joint_spheres(model):
-        if not any(has_norms(found.given.get(member.name), member.manifold) for member in members):
-            continue
-        points = [whole(found.given.get(member.name, member.parameter)) for member in members]
-        deviation = float(joint.deviations(points).max())
-        if deviation <= _rounding(*points) or not record.weights.keys() >= {member.name for member in members}:
-            continue
-        joint.refuse_degenerate(points)
-        new = JointSphere(dict(zip(joint.names, joint.partitions, strict=True)), joint.norms(points))
-        pairs = zip(members, new.manifolds, strict=True)
-        found.manifolds.update((id(member.manifold), manifold) for member, manifold in pairs)
 
 
 def _rounding(*tensors: Tensor) -> float:
@@ -142,39 +127,23 @@ def _rounding(*tensors: Tensor) -> float:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-class _Hook:
-    """A hook that runs before a module is loaded; knows its module, also after a deep copy or a pickle."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = weakref.ref(module)
-        module._register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
-        check_values_last(module)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "module": self.module()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        module = state["module"]
-        vars(self).update(state, module=(lambda: None) if module is None else weakref.ref(module))
-
-
-class _WhenLoaded(_Hook):
+class _WhenLoaded(LoadHook):
     """Converts the values of a plain network before they are loaded into a converted model."""
 
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         # A shallow copy may outlive the model; then each layer refuses what is off its spheres.
         model = self.module()
-        record = None if model is None or are_trusted() else moves_of(model)
+        record = None if model is None or TRUSTED.get() else moves_of(model)
         if model is not None and record is not None:
             _convert_state(model, record, state_dict, prefix)
 
 
-class _TakesRadii(_Hook):
+class _TakesRadii(LoadHook):
     """Gives a weight its new radii right before it gets its values: a hook of another layer may raise before that."""
 
     def __init__(self, module: nn.Module, leaf: str, old: SphereProduct, new: SphereProduct) -> None:
-        super().__init__(module)
         self.leaf, self.old, self.new = leaf, old, new
+        super().__init__(module)
 
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         module, value = self.module(), state_dict.get(prefix + self.leaf)
@@ -193,7 +162,8 @@ def convert_when_loaded(model: nn.Module) -> None:
 
 def leave_as_loaded(model: nn.Module) -> None:
     """Take off what `convert_when_loaded` put on."""
-    remove_load_hook(model, _Hook)
+    for kind in (_WhenLoaded, _TakesRadii):
+        remove_load_hook(model, kind)
 
 
 def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], prefix: str) -> None:
@@ -213,9 +183,9 @@ def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], 
     for name in removed:
         state_dict.pop(prefix + name, None)
     for alias, name in first_name.items():
-        if name in found.values and prefix + alias in state_dict:
+        if name in found and prefix + alias in state_dict:
             new = torch.empty_like(given[name])
-            write_whole_(new, found.values[name].to(new.device))
+            write_whole_(new, found[name].to(new.device))
             state_dict[prefix + alias] = new
     if found.manifolds:
         # A layer that refuses its values afterwards would leave weights on the new manifolds unloaded.
@@ -238,10 +208,10 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
     """Take the biases that conversion removed out of the running means of a state."""
     for name in names:
         move = record.biases[name]
-        if not bool(whole(found.given[name]).any()):
+        if not bool(found[name].any()):
             continue  # as revert gives it back
         if not move.direct:
-            raise PlainStateError(
+            raise ProjectionError(
                 found.prefix + name,
                 "the conversion removed this bias, and what it adds to running means has to be measured. Load the "
                 "state into the plain network, and convert that with manifold_nets.convert.",
@@ -249,7 +219,7 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
         missing = found.missing(tuple(move.means))
         if missing:
             raise found.partial(name, "the conversion removed this bias", missing)
-        found.values.update(move.values(found.current))
+        move.take_out(found)
 
 
 # ---- putting weights back on their spheres ---------------------------------------------------------------------------
@@ -258,15 +228,12 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
 def way_back(model: nn.Module, name: str) -> str:
     """Say what to do with a weight that is off its spheres, and what that does to the output of the model."""
     weight = next(weight for weight in constrained_weights(model) if weight.name == name)
-    for _, part, record in moves_within(model):
-        tensors = named_tensors(part)
-        known = record.present(removed_biases(part)).items()
-        own = [move for n, move in known if tensors.get(n) is weight.parameter]
-        if own and tensors.keys() >= set(own[0].along):
-            return (
-                "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, "
-                "and the output stays."
-            )
+    known = _followers(moves_within(model)).get(id(weight.parameter))
+    if known is not None and not known[1]:
+        return (
+            "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, and "
+            "the output stays."
+        )
     if is_converted(weight):
         return (
             "What has to be scaled along with it is not known here. The plain network computes the same: "
@@ -277,6 +244,18 @@ def way_back(model: nn.Module, name: str) -> str:
         "To put it back, call manifold_nets.project(model): the output changes with it unless a normalization takes "
         "its scale away. To keep the output, take the plain network: manifold_nets.revert(model)."
     )
+
+
+def _followers(records: Iterable[tuple[str, nn.Module, Moves]]) -> dict[int, tuple[str, list[str]]]:
+    """The name of each weight whose moves are known, and what changes with it and is gone; by `id`."""
+    found: dict[int, tuple[str, list[str]]] = {}
+    for prefix, part, record in records:
+        tensors = named_tensors(part)
+        for name, move in record.present(removed_biases(part)).items():
+            if name in tensors:
+                gone = [prefix + along for along in move.along if along not in tensors]
+                found.setdefault(id(tensors[name]), (prefix + name, gone))
+    return found
 
 
 @torch.no_grad()
@@ -323,23 +302,19 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
         records = list(moves_within(model))
     else:
         records = [("", model, _moves_found(model, given, weights, off))]
+    known = _followers(records)
+    for key, (name, gone) in known.items():
+        if key in weights and weights[key].name in off and gone:  # as after fusing layers
+            raise _would_change(name, f"{gone[0]}, which changes with it, is not in the model any more")
     values: list[tuple[Tensor, Tensor]] = []
     manifolds: dict[int, SphereProduct] = {}
-    settled: set[int] = set()
     for prefix, part, record in records:
         tensors = named_tensors(part)
-        for name, move in record.present(removed_biases(part)).items():
-            weight = weights.get(id(tensors.get(name)))
-            gone = [prefix + along for along in move.along if along not in tensors]
-            if weight is not None and weight.name in off and gone:  # as after fusing layers
-                why = f"{gone[0]}, which changes with it, is not in the model any more"
-                raise _would_change(prefix + name, why)
         found = _Converted(tensors, prefix)
         _convert_values(part, record, found)
-        values += [(tensors[name], value) for name, value in found.values.items()]
+        values += [(tensors[name], value) for name, value in found.items()]
         manifolds |= found.manifolds
-        settled |= {id(tensors[name]) for name in record.weights if name in tensors}
-    rest = {key: weight for key, weight in weights.items() if key not in settled}
+    rest = {key: weight for key, weight in weights.items() if key not in known}
     for weight in rest.values():
         if is_converted(weight) and weight.name in off:
             raise _would_change(

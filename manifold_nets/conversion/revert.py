@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import constrained_weights, copy_attributes, detach
-from manifold_nets.conversion.moves import forget_moves
+from manifold_nets.constraints import constrained_weights, copy_attributes, detach, everywhere
+from manifold_nets.conversion.moves import MOVES, Values, moves_of, rescaled_along
 from manifold_nets.conversion.projection import leave_as_loaded
 from manifold_nets.conversion.remedies.dead_biases import put_back_bias, removed_biases
+from manifold_nets.errors import OptionError
+from manifold_nets.groups import refuse_degenerate
 from manifold_nets.layers import UNIT_NORM_LAYERS
-from manifold_nets.models import duplicate, holders
+from manifold_nets.models import duplicate, holders, named_tensors
 
-__all__ = ["CONVERSION_RECORD", "copy_of", "replace_everywhere", "revert"]
+__all__ = ["CONVERSION_RECORD", "copy_of", "revert"]
 
 CONVERSION_RECORD = "_manifold_nets_conversion"
 _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items()}
 
 
-def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def revert(model: nn.Module, *, norms: Mapping[str, Tensor] | None = None, inplace: bool = False) -> nn.Module:
     """Give a model back with plain parameters: the same values, the same function bit for bit.
 
     Every weight on a `SphereProduct` becomes a `torch.nn.Parameter`, and the ``UnitNorm*`` layers become the torch
@@ -31,12 +34,20 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Parameters on other manifolds of geoopt are left alone, and so are classes that were derived from a ``UnitNorm*``
     layer. Optimizers that hold a replaced parameter object stay with it: build optimizers after reverting.
 
+    With ``norms`` converted weights are scaled to other norms, such as those that they would have without the
+    conversion (`manifold_nets.optim.plain_norms`); biases and running statistics are scaled along, so that the function
+    stays to rounding in evaluation mode, and up to what eps contributes in training mode.
+
     Args:
         model: a converted model, or one with ``UnitNorm*`` layers; one with nothing constrained is merely copied.
+        norms: for the names of some converted weights the norm of each group.
         inplace: change the model itself instead of a copy.
 
     Returns:
         The copy, or the model itself.
+
+    Raises:
+        OptionError: ``norms`` names a weight of which it is not known what changes with it, or does not fit.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -45,22 +56,43 @@ def revert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         ('Linear', 'Parameter')
     """
     plain = model if inplace else copy_of(model, gradients=True)
+    if norms:
+        _rescale(plain, norms)
     for module, leaf in removed_biases(plain).values():
         put_back_bias(module, leaf)
-    replaced = []
-    for weight in list(constrained_weights(plain)):
-        old = weight.parameter
-        detach(weight.module, weight.leaf)
-        replaced.append((old, weight.module.get_parameter(weight.leaf)))
-    replace_everywhere(plain, replaced)
+    places = holders(plain)
+    for held in [places[id(weight.parameter)] for weight in constrained_weights(plain)]:
+        everywhere(held, detach)
     for module in plain.modules():
-        module.__dict__.pop(CONVERSION_RECORD, None)
-        forget_moves(module)
+        for record in (CONVERSION_RECORD, MOVES):
+            module.__dict__.pop(record, None)
         leave_as_loaded(module)
         if type(module) in _PLAIN_LAYERS:
             # The same object with another class: whatever else refers to the layer, or hooks on it, goes on working.
             module.__class__ = _PLAIN_LAYERS[type(module)]
     return plain
+
+
+@torch.no_grad()
+def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
+    """Scale weights to other norms, and with them what conversion scaled along."""
+    record, tensors = moves_of(model), named_tensors(model)
+    values = Values(tensors)
+    known = {} if record is None else record.present(removed_biases(model))
+    manifolds = {weight.name: weight.manifold for weight in constrained_weights(model)}
+
+    for name, wanted in norms.items():
+        if name not in known or name not in manifolds:
+            raise OptionError("norms", name, "converted weights of which it is known what changes with them")
+        partition = manifolds[name].partition
+        if wanted.numel() != partition.n_groups:
+            raise OptionError("norms", f"{wanted.numel()} for {name}", f"one for each of {partition}")
+        factors = wanted.detach().double().flatten() / partition.norms(values[name]).flatten()
+        refuse_degenerate(factors, name)
+        values.update(rescaled_along(known[name], factors, values))
+        values[name] = partition.multiply(values[name], partition.spread(factors))
+    for name, value in values.items():
+        tensors[name].copy_(value)
 
 
 def copy_of(model: nn.Module, *, gradients: bool = False) -> nn.Module:
@@ -71,27 +103,3 @@ def copy_of(model: nn.Module, *, gradients: bool = False) -> nn.Module:
         if gradients and old.grad is not None:
             new.grad = old.grad.detach().clone()
     return copied
-
-
-def replace_everywhere(model: nn.Module, replacements: Sequence[tuple[Tensor, nn.Parameter]]) -> None:
-    """Put each new parameter where a module still holds the old one, so that tied weights stay tied.
-
-    The record that a module has of the old parameter's manifold goes with it.
-
-    Args:
-        model: the model; modules that already hold the new parameters are left alone.
-        replacements: pairs of an old and a new parameter.
-
-    Example:
-        >>> first, second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
-        >>> second.weight = first.weight
-        >>> old, first.weight = first.weight, nn.Parameter(first.weight.detach())
-        >>> replace_everywhere(nn.Sequential(first, second), [(old, first.weight)])
-        >>> second.weight is first.weight
-        True
-    """
-    places = holders(model)
-    for old, new in replacements:
-        for module, leaf in places.get(id(old), ()):
-            detach(module, leaf)
-            setattr(module, leaf, new)

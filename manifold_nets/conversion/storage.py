@@ -24,25 +24,14 @@ from torch import Tensor
 
 from manifold_nets.conversion.moves import Moves
 from manifold_nets.documents import Schema, crc32, parse_json, printable
-from manifold_nets.errors import CheckpointFormatError, PartitionError
+from manifold_nets.errors import CheckpointFormatError, PartitionError, described
 from manifold_nets.files import atomic_file, path_of_open
 from manifold_nets.joint_sphere import manifolds_from_dicts
 from manifold_nets.manifold import SphereProduct
 
-__all__ = [
-    "FORMAT",
-    "VERSION",
-    "Contents",
-    "contents_of",
-    "is_checkpoint",
-    "read",
-    "read_tensors",
-    "tensors_checksum",
-    "write",
-]
-
 FORMAT = "manifold_nets checkpoint"
-# Version 2 added the conversions; a file without any is still written as version 1, for older releases.
+# Version 2 added the conversions, weights constrained by name and padding rows; a file without any of these is still
+# written as version 1, for older releases.
 VERSION = 2
 # One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
 _KEY = "manifold_nets"
@@ -61,6 +50,7 @@ class Contents:
         aliases: other names of stored tensors.
         removed: names of biases that conversion has removed.
         conversions: what conversions moved, by the prefix of the names of the converted module, as ``"net."``.
+        defined: names of constrained weights that were put on their spheres by name, without a conversion.
     """
 
     tensors: Mapping[str, Tensor]
@@ -68,6 +58,7 @@ class Contents:
     aliases: Mapping[str, str]
     removed: tuple[str, ...] = ()
     conversions: Mapping[str, Moves] = field(default_factory=dict)
+    defined: tuple[str, ...] = ()
 
     def expanded(self) -> dict[str, Tensor]:
         """Return the tensors under all their names."""
@@ -76,25 +67,24 @@ class Contents:
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
     """Write a checkpoint file atomically. The tensors are dense, contiguous and in the main memory."""
+    manifolds = {name: manifold.to_dict() for name, manifold in contents.manifolds.items()}
+    is_new = contents.conversions or contents.defined or any("padding" in data for data in manifolds.values())
     document: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION if contents.conversions else 1,
-        "manifolds": {name: manifold.to_dict() for name, manifold in contents.manifolds.items()},
+        "version": VERSION if is_new else 1,
+        "manifolds": manifolds,
         "aliases": dict(contents.aliases),
     }
     if contents.removed:
         document["removed_biases"] = list(contents.removed)
     if contents.conversions:
         document["conversions"] = {prefix: moves.to_dict() for prefix, moves in contents.conversions.items()}
-    document["checksum"] = _checksum(contents.tensors, document)
+    if contents.defined:
+        document["defined"] = list(contents.defined)
+    document["checksum"] = tensors_checksum(contents.tensors, document)
     metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
-
-
-def unreadable(path: str | os.PathLike[str], found: str, remedy: str) -> CheckpointFormatError:
-    """The error about a file that cannot be read as a checkpoint."""
-    return CheckpointFormatError(path, f"found {found}; expected a checkpoint written by manifold_nets.save. {remedy}")
 
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:
@@ -125,15 +115,15 @@ def read(path: str | os.PathLike[str]) -> Contents:
         OSError: the file does not exist or cannot be read.
     """
     if Path(path).is_dir():
-        raise unreadable(path, "a folder", "Pass the file that manifold_nets.save wrote.")
+        raise CheckpointFormatError(path, "a folder", "Pass the file that manifold_nets.save wrote.")
     try:
         with Path(path).open("rb") as file:
             tensors, metadata = read_tensors(file)
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 (see read_tensors)
-        found = f"no readable safetensors file ({error})"
-        raise unreadable(path, found, "It is of another kind, truncated or damaged: save it again.") from None
+        remedy = "It is of another kind, truncated or damaged: save it again."
+        raise CheckpointFormatError(path, f"no readable safetensors file ({error})", remedy) from None
     return contents_of(path, tensors, metadata)
 
 
@@ -143,46 +133,34 @@ def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metada
     Raises:
         CheckpointFormatError: as for `read`.
     """
-    document = _document(path, metadata)
-    fault = _SCHEMA.fault(document)
-    if fault is None and document["checksum"] != _checksum(tensors, document):
-        raise unreadable(
-            path, "contents that do not match their checksum", "It is damaged, or was edited: save it again."
-        )
+    if not is_checkpoint(metadata):
+        remedy = "Read a plain one with safetensors.torch.load_file and model.load_state_dict, then call "
+        remedy += "manifold_nets.convert."
+        raise CheckpointFormatError(path, f"a safetensors file without the metadata {_KEY!r}", remedy)
+    try:
+        document = parse_json(metadata.get(_KEY, ""))
+        newer = document["format"] == FORMAT and document["version"] > VERSION
+        fault = None if newer else _SCHEMA.fault(document)
+    except (ValueError, KeyError, TypeError) as error:
+        newer, fault = False, described(error)
+    if newer:
+        remedy = f"This release reads versions up to {VERSION}: upgrade manifold_nets."
+        raise CheckpointFormatError(path, f"format version {document['version']}", remedy)
+    if fault is None and document["checksum"] != tensors_checksum(tensors, document):
+        remedy = "It is damaged, or was edited: save it again."
+        raise CheckpointFormatError(path, "contents that do not match their checksum", remedy)
     fault = fault or _inconsistency(tensors, document)
     if fault is None:
         removed = tuple(document.get("removed_biases", ()))
         conversions = {prefix: Moves.from_dict(data) for prefix, data in document.get("conversions", {}).items()}
         try:
             manifolds = manifolds_from_dicts(document["manifolds"])
-            return Contents(tensors, manifolds, document["aliases"], removed, conversions)
+            defined = tuple(document.get("defined", ()))
+            return Contents(tensors, manifolds, document["aliases"], removed, conversions, defined)
         except PartitionError as error:
             fault = str(error)
-    found = f"metadata {_KEY!r} that cannot be read ({printable(fault)})"
-    raise unreadable(path, found, "It is damaged: save it again.")
-
-
-def _document(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Parse the JSON document, and refuse files of another kind and of newer versions."""
-    if _KEY not in metadata and not is_checkpoint(metadata):
-        raise unreadable(
-            path,
-            f"a safetensors file without the metadata {_KEY!r}",
-            "Read a plain one with safetensors.torch.load_file and model.load_state_dict, then call "
-            "manifold_nets.convert.",
-        )
-    try:
-        document = parse_json(metadata.get(_KEY, ""))
-    except ValueError:
-        document = None
-    version = document.get("version") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or document.get("format") != FORMAT or not isinstance(version, int):
-        raise unreadable(path, f"unreadable metadata {_KEY!r}", "It is damaged: save it again.")
-    if version > VERSION:
-        raise unreadable(
-            path, f"format version {version}", f"This release reads versions up to {VERSION}: upgrade manifold_nets."
-        )
-    return document
+    found = f"unreadable metadata {_KEY!r} ({printable(fault)})"
+    raise CheckpointFormatError(path, found, "It is damaged: save it again.")
 
 
 def _inconsistency(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str | None:
@@ -220,14 +198,9 @@ def _unfit_moves(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> 
                     yield f"{where} does not fit {tensor!r}"
 
 
-def _checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
-    """CRC-32 over the document (without its checksum) and over name, type, shape and bytes of every tensor."""
-    return tensors_checksum(tensors, {key: value for key, value in document.items() if key != "checksum"})
-
-
 def tensors_checksum(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
-    """CRC-32 over a document of JSON and over name, type, shape and bytes of every tensor, which is dense."""
-    crc = crc32(document)
+    """CRC-32 over a document (without its checksum) and over name, type, shape and bytes of every dense tensor."""
+    crc = crc32({key: value for key, value in document.items() if key != "checksum"})
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
-from manifold_nets.errors import OptionError, SphereOptionError
+from manifold_nets.errors import OptionError, ParameterGroupError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
@@ -19,6 +18,7 @@ from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.backends.sharded import zero_scalars
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group, constrained_of, name_of
+from manifold_nets.optim.plain_run import of_plain_run
 
 __all__ = ["AngularAdam", "RiemannianAdam"]
 
@@ -52,6 +52,16 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     are never written to. A gradient that is not finite makes its group NaN, as in torch, and so does one whose square
     is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
 
+    With ``per="entry"`` each entry has a second moment, as in Adam itself: with u = w/r, its Riemannian gradient ξ,
+    and squares, quotients and roots of entries,
+
+    .. math:: v ← β_2 v + (1-β_2) ξ^2, \quad d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \quad
+              e = d - ⟨u, d⟩ u, \quad u ← (u - η e)/‖u - η e‖ ,
+
+    so that in the first step a sphere of k entries turns by about η√k radians: it is the usual recipe of Adam, a
+    projected gradient and a division by the norm, with the direction made tangent too. The state then holds
+    ``"entry_sq"``, as large as the weight, and the path depends on the coordinates. AMSGrad is not defined for it.
+
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
     compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all without a compiler, are
     stepped by batches of torch's operations. All backends agree to rounding.
@@ -74,8 +84,10 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
             that takes the steps, with moments in float32: steps below the weights' last digit then add up.
         decoupled_weight_decay: whether plain parameters decay as in AdamW.
+        per: ``"sphere"``, or ``"entry"`` for a second moment of each entry.
 
     Raises:
+        OptionError: ``per`` is neither, or ``"entry"`` with ``amsgrad`` or ``compile``.
         NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
@@ -95,9 +107,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     """
 
     _kind = "adam"
-    _moments = ("step", "exp_avg", "exp_avg_sq")
-    # What its second moments are called in the state.
-    _second = "exp_avg_sq"
+    # Whether each entry has a second moment of its own.
+    _per_entry = False
 
     def __init__(
         self,
@@ -116,7 +127,14 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         compile: bool | None = None,  # noqa: A002 - torch.compile, torch.nn.Module.compile
         master_weights: bool = False,
+        per: str = "sphere",
     ) -> None:
+        if per not in ("sphere", "entry"):
+            raise OptionError("per", per, "'sphere' or 'entry'")
+        if per == "entry" and (amsgrad or compile):
+            raise OptionError("per", per, f"'sphere' with {'amsgrad' if amsgrad else 'compile'}=True")
+        if per == "entry":
+            self._per_entry, self._kind = True, "adam-entries"
         self._prepare(compile=compile, master_weights=master_weights, fused=fused, foreach=foreach)
         torch.optim.Adam.__init__(
             self,
@@ -134,8 +152,32 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             decoupled_weight_decay=decoupled_weight_decay,
         )
         if type(self) is RiemannianAdam:
-            formula = "η√d/n for filters of d entries and norm n before the conversion"
-            self._warn_of_plain_rates(lambda norm, size: math.sqrt(size) / norm, formula)
+            root, count = ("", 0.0) if self._per_entry else ("√d", 0.5)
+            formula = f"η{root}/n for filters of d entries and norm n before the conversion"
+            self._warn_of_plain_rates(lambda norm, size: size**count / norm, formula)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
+        return {**super().__getstate__(), **own}
+
+    @property
+    def _second(self) -> str:
+        """What the second moments are called in the state."""
+        return "entry_sq" if self._per_entry else "exp_avg_sq"
+
+    @property
+    def _moments(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("step", "exp_avg", self._second)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a group of parameters; with a second moment of each entry none of them shares its sphere with others."""
+        super().add_param_group(param_group)
+        number, group = len(self.param_groups) - 1, self.param_groups[-1]
+        for index, _, manifold in constrained_of(group) if self._per_entry else ():
+            if isinstance(manifold, JointSphereMember):
+                self.param_groups.pop()
+                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
+                raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _before_step(self) -> None:
         self._accelerator_graph_capture_health_check()
@@ -158,24 +200,24 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     def _rule(self, group: Group) -> Rule:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        return Rule(self._kind, group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
+        rule = Rule(self._kind, group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
+        return of_plain_run(rule, group)
 
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
     ) -> StepInput:
+        by_entries = self._rule(group).by_entries
+        key, most = ("entry_sq", "max_entry_sq") if by_entries else ("exp_avg_sq", "max_exp_avg_sq")
         if "exp_avg" not in state:
             # The step on the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.
             state["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format, requires_grad=False)
-            state[self._second] = self._zero_second_moments(weight, manifold)
-        if group["amsgrad"] and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+            state[key] = _zero_second_moments(weight, manifold, by_entries=by_entries)
+        if group["amsgrad"] and most not in state:
+            state[most] = torch.zeros_like(state[key])
         state["step"] += 1
-        second, largest = state[self._second], state["max_exp_avg_sq"] if group["amsgrad"] else None
+        second, largest = state[key], state[most] if group["amsgrad"] else None
         return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=float(state["step"]))
-
-    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
-        return zero_scalars(weight, manifold, accumulation_dtype(weight.dtype))
 
     def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
         steps = [self.state[member.weight]["step"] for member in inputs]
@@ -208,7 +250,7 @@ class AngularAdam(RiemannianAdam):
             can, by default and with ``fused=True``; else the step is taken chunk by chunk.
 
     Raises:
-        SphereOptionError: a weight shares its sphere with other weights.
+        ParameterGroupError: a weight shares its sphere with other weights.
 
     References:
         The rotational form of AdamW: Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212;
@@ -226,23 +268,18 @@ class AngularAdam(RiemannianAdam):
     """
 
     _kind = "angular-adam"
-    _moments = ("step", "exp_avg", "entry_sq")
-    _second = "entry_sq"
+    _per_entry = True
 
     def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
-        if options.get("amsgrad"):
-            raise OptionError("amsgrad", True, "False, as steps of a given angle have no such variant")
+        for name in ("amsgrad", "per"):
+            if options.get(name):
+                expected = "left out, as steps of a given angle have no such variant"
+                raise OptionError(name, options[name], expected)
         super().__init__(params, lr=lr, **options)
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters, none of which shares its sphere with others."""
-        super().add_param_group(param_group)
-        number, group = len(self.param_groups) - 1, self.param_groups[-1]
-        for index, _, manifold in constrained_of(group):
-            if isinstance(manifold, JointSphereMember):
-                self.param_groups.pop()
-                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
-                raise SphereOptionError(name_of(group, number, index), "a joint sphere", expected)
 
-    def _zero_second_moments(self, weight: Tensor, manifold: SphereProduct) -> Tensor:
-        return torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype), requires_grad=False)
+def _zero_second_moments(weight: Tensor, manifold: SphereProduct, *, by_entries: bool) -> Tensor:
+    dtype = accumulation_dtype(weight.dtype)
+    if by_entries:
+        return torch.zeros_like(weight, dtype=dtype, requires_grad=False)
+    return zero_scalars(weight, manifold, dtype)

@@ -12,7 +12,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim import swa_utils
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.errors import JointSphereError
+from manifold_nets.errors import ConstraintError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
 from manifold_nets.joint_sphere import JointSphereMember
@@ -29,6 +29,15 @@ class _Averaged(NamedTuple):
     value: Tensor
     manifold: SphereProduct
     lengths: Tensor
+
+
+class _Lengths(nn.Module):
+    """The resultant lengths, as buffers; 1 where a state has none, as the state of a plain average."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name, buffer in self.named_buffers():
+            state_dict.setdefault(prefix + name, torch.ones_like(buffer))
+        super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[no-untyped-call]
 
 
 class AveragedModel(swa_utils.AveragedModel):
@@ -50,6 +59,9 @@ class AveragedModel(swa_utils.AveragedModel):
     the angles between the models. Where a group's mean is zero it has no direction, and the newest model's stands in
     for it; the next average is right again. In half precision the mean is rounded to the dtype of the weight at every
     update, as torch's is. A value that is not finite stays so.
+
+    The state of a plain average, of torch's class, can be loaded into that of a converted model: it is converted as the
+    model's own state would be, and its lengths count as 1.
 
     Args:
         model: the model whose weights are averaged; it is copied.
@@ -85,9 +97,9 @@ class AveragedModel(swa_utils.AveragedModel):
         for manifold in (weight.manifold for weight in constrained_weights(model)):
             if isinstance(manifold, JointSphereMember):
                 found = "AveragedModel; take torch's, and put its average back with manifold_nets.project"
-                raise JointSphereError(manifold.member, manifold.others, found)
+                raise ConstraintError.joint(manifold.member, manifold.others, found)
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
-        self.lengths = nn.Module()
+        self.lengths = _Lengths()
         for weight in constrained_weights(self.module):
             norms = weight.manifold.partition.norms(whole(weight.parameter))
             self.lengths.register_buffer(_key(weight.name), torch.ones_like(norms))

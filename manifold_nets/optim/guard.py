@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from manifold_nets.constraints import last_change, lost_constraints, was_replaced
-from manifold_nets.errors import ConstraintLostError, EuclideanStepError, listed
+from manifold_nets.errors import EuclideanStepError, listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import name_at_step
@@ -120,5 +120,5 @@ def _raise_for(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
         if id(parameter) in due
     ]
     if isinstance(optimizer, OptimMixin):
-        raise ConstraintLostError(names)
-    raise EuclideanStepError(type(optimizer).__name__, names)
+        raise EuclideanStepError(names)
+    raise EuclideanStepError(names, type(optimizer).__name__)

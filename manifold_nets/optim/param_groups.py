@@ -11,19 +11,22 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import NEAR, constrained_weights, lost_constraints, recorded_name
 from manifold_nets.errors import (
-    ConstraintLostError,
-    JointSphereError,
+    ArgumentTypeError,
+    ConstraintError,
+    EuclideanStepError,
     OptionError,
     ParameterGroupError,
-    SphereOptionError,
-    UnsupportedManifoldError,
+    ReportMismatchError,
 )
 from manifold_nets.gathered import is_sharded, whole
-from manifold_nets.groups import refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import inner_model
+from manifold_nets.padded import PaddedSphereProduct
+from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
-__all__ = ["Group", "constrained_of", "name_at_step", "name_of", "param_groups", "resolve_manifolds", "subgroup"]
+__all__ = ["Group", "constrained_of", "invariant_weights", "name_at_step", "name_of", "param_groups"]
+__all__ += ["resolve_manifolds", "subgroup"]
 
 Group = dict[str, Any]
 
@@ -42,9 +45,13 @@ _PUT_BACK = (
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float = 0.0, sphere_lr: float | Mapping[str, float] | None = None
+    model: nn.Module,
+    *,
+    report: SymmetryReport | None = None,
+    weight_decay: float = 0.0,
+    sphere_lr: float | Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups of a model: constrained, decayed, undecayed.
+    """Return the parameter groups of a model: constrained, scale-invariant, decayed, undecayed.
 
     The manifold of a constrained weight is found through the model, so that the weight stays constrained where its
     parameter object was replaced by a plain one (``load_state_dict(assign=True)``, ``to("meta")`` and ``to_empty``,
@@ -52,9 +59,14 @@ def param_groups(
     Frozen parameters are left out; a shared parameter stands in one group once. A group without parameters is left
     out too, so that a model without constraints gives groups for any torch optimizer.
 
+    With a report, the scale-invariant weights that are not constrained stand in a group of their own, which has
+    ``"scale_invariant": True`` beside the decay of the decayed group. On these weights decay does not regularize: it
+    sets how far a step turns them. So it can be set apart, and `manifold_nets.optim.CorrectedDecay` finds them.
+
     Args:
-        model: any module.
-        weight_decay: weight decay of the decayed group; the others get 0.
+        model: any module; names are those of the module inside DistributedDataParallel or ``torch.compile``.
+        report: what `manifold_nets.diagnose` found for it; scale-invariant weights are not told apart without it.
+        weight_decay: weight decay of the decayed and the scale-invariant group; the others get 0.
         sphere_lr: learning rate of the constrained group, in radians; that of the optimizer when left out. Or one for
             each weight by its name, as `manifold_nets.LearningRates.by_weight` gives them: each then is a group of its
             own, constrained weights without one stay in a group at the rate of the optimizer, and names of weights
@@ -64,6 +76,8 @@ def param_groups(
         Groups with ``"params"``, ``"param_names"`` and ``"weight_decay"``; constrained ones with ``"manifolds"``.
 
     Raises:
+        ArgumentTypeError: `report` is not what `diagnose` returns.
+        ReportMismatchError: the report is of another model.
         OptionError: ``sphere_lr`` names no parameter of the model, or a rate or the weight decay is negative or not
             finite.
 
@@ -75,15 +89,23 @@ def param_groups(
         0.0 ['0.weight']
         0.0005 ['2.weight']
         0.0 ['0.bias', '1.weight', '1.bias', '2.bias']
+        >>> plain = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+        >>> groups = mn.param_groups(plain, report=mn.diagnose(plain, torch.randn(8, 4)), weight_decay=5e-4)
+        >>> [group["param_names"] for group in groups if group.get("scale_invariant")]
+        [['0.weight']]
+        >>> optimizer = torch.optim.AdamW(groups)
     """
+    model = inner_model(model)
     _require_rate("weight_decay", weight_decay)
     for name, rate in sphere_lr.items() if isinstance(sphere_lr, Mapping) else [("", sphere_lr)]:
         if rate is not None:
             _require_rate(f"sphere_lr[{name!r}]" if name else "sphere_lr", rate)
     manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(model)}
-    members = _by_kind(model, manifolds)
+    invariant = {} if report is None else {id(p): finding for finding, p in invariant_weights(model, report)}
+    members = _by_kind(model, manifolds, invariant)
     options: dict[str, dict[str, Any]] = {
         "constrained": {"weight_decay": 0.0, "manifolds": [manifolds[id(p)] for _, p in members["constrained"]]},
+        "invariant": {"weight_decay": weight_decay, "scale_invariant": True},
         "decayed": {"weight_decay": weight_decay},
         "undecayed": {"weight_decay": 0.0},
     }
@@ -103,20 +125,44 @@ def param_groups(
     return [part for group in groups for part in (_apart(group, sphere_lr) if "manifolds" in group else [group])]
 
 
-def _by_kind(model: nn.Module, constrained: Container[int]) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Names and parameters that are constrained (by their `id`), decayed, and undecayed; frozen ones are left out."""
+def invariant_weights(model: nn.Module, report: SymmetryReport) -> Iterator[tuple[WeightFinding, nn.Parameter]]:
+    """Yield the scale-invariant weights of a report with the parameters of the model.
+
+    Raises:
+        ArgumentTypeError: `report` is not what `diagnose` returns.
+        ReportMismatchError: the report is of another model.
+    """
+    if not isinstance(report, SymmetryReport):
+        raise ArgumentTypeError(
+            "report", report, "what manifold_nets.diagnose returned for this model", "Pass diagnose(model, inputs)."
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    differing = [w.name for w in report.weights if w.name not in parameters or parameters[w.name].shape != w.shape]
+    if differing:
+        raise ReportMismatchError(type(model).__name__, report.model, differing)
+    for finding in report.invariant:
+        yield finding, parameters[finding.name]
+
+
+def _by_kind(
+    model: nn.Module, constrained: Container[int], invariant: Container[int]
+) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Names and parameters by kind; frozen ones are left out, and the first two kinds are known by their `id`."""
     normalization = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, _NORMALIZATIONS)
         for parameter in module.parameters(recurse=False)
     }
-    members: dict[str, list[tuple[str, nn.Parameter]]] = {"constrained": [], "decayed": [], "undecayed": []}
+    kinds = ("constrained", "invariant", "decayed", "undecayed")
+    members: dict[str, list[tuple[str, nn.Parameter]]] = {kind: [] for kind in kinds}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in constrained:
             kind = "constrained"
+        elif id(parameter) in invariant:
+            kind = "invariant"
         elif parameter.ndim < 2 or id(parameter) in normalization or name.rpartition(".")[2].endswith("bias"):
             kind = "undecayed"
         else:
@@ -187,13 +233,13 @@ def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
         number: number of the group in its optimizer.
 
     Raises:
-        ConstraintLostError: a plain parameter stands in the place of a constrained weight.
-        UnsupportedManifoldError: a parameter lies on a manifold that is no product of spheres.
+        EuclideanStepError: a plain parameter stands in the place of a constrained weight.
+        ParameterGroupError: a parameter lies on a manifold that is no product of spheres.
         ParameterGroupError: the manifolds do not fit the parameters.
         OffManifoldError: a weight is not on its spheres.
         DegenerateGroupError: a group of a weight is zero or not finite.
-        JointSphereError: weights of a joint sphere are missing; all of them belong in one group.
-        SphereOptionError: a weight is not real, or an option of the group does not work on spheres.
+        ConstraintError: weights of a joint sphere are missing; all of them belong in one group.
+        ParameterGroupError: a weight is not real, or an option of the group does not work on spheres.
     """
     # What is not a tensor is left for torch to refuse.
     tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
@@ -216,7 +262,8 @@ def _manifold_of(parameter: Any, given: Any, name: str) -> SphereProduct | None:
     own = getattr(parameter, "manifold", None)
     for manifold in (given, own):
         if not (manifold is None or isinstance(manifold, (SphereProduct, geoopt.Euclidean))):
-            raise UnsupportedManifoldError(name, manifold)
+            remedy = "Use geoopt.optim for other manifolds, in an optimizer of its own."
+            raise ParameterGroupError(name, f"the manifold {manifold}", "a SphereProduct, or none", remedy)
     own, given = (m if isinstance(m, SphereProduct) else None for m in (own, given))
     if own is not None and given is not None and own.to_dict() != given.to_dict():
         raise ParameterGroupError(name, f"the manifold {given}", f"the parameter's own, {own}")
@@ -226,21 +273,24 @@ def _manifold_of(parameter: Any, given: Any, name: str) -> SphereProduct | None:
 def _refuse_lost(tensors: Sequence[Any], manifolds: Sequence[SphereProduct | None]) -> None:
     lost = lost_constraints(p for p, manifold in zip(tensors, manifolds, strict=True) if manifold is None)
     if lost:
-        raise ConstraintLostError(lost)
+        raise EuclideanStepError(lost)
 
 
 def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group: Group) -> None:
     if not weight.is_floating_point():
-        raise SphereOptionError(name, f"dtype {weight.dtype}", "a real floating-point dtype")
+        raise ParameterGroupError.on_spheres(name, f"dtype {weight.dtype}", "a real floating-point dtype")
     for option in ("differentiable", "capturable"):
         if group.get(option):
-            raise SphereOptionError(name, f"{option}=True", f"{option}=False")
+            raise ParameterGroupError.on_spheres(name, f"{option}=True", f"{option}=False")
     if tuple(weight.shape) != manifold.partition.shape:
         raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")
+    if isinstance(manifold, PaddedSphereProduct) and is_sharded(weight):
+        found = "a padding row in a sharded weight"
+        raise ParameterGroupError.on_spheres(name, found, "a whole weight, or no padding_idx")
     if weight.device.type == "meta" or isinstance(manifold, JointSphereMember):
         return
     point = whole(weight)
-    refuse_degenerate(manifold.partition.norms(point), name)
+    manifold.refuse_degenerate(point, name)
     manifold.require_point(point, name, rtol=NEAR, remedy=_PUT_BACK)
 
 
@@ -250,7 +300,7 @@ def _require_together(
     """Raise where some weight of a joint sphere is missing, sharded, or off the sphere.
 
     Raises:
-        JointSphereError: the parameters lack a weight of a joint sphere.
+        ConstraintError: the parameters lack a weight of a joint sphere.
         OffManifoldError: the joint norms are not the radii.
         DegenerateGroupError: a joint group is zero or not finite.
     """
@@ -258,12 +308,12 @@ def _require_together(
         missing = joint.missing(weights)
         if missing:
             present = joint.names[next(iter(weights))]
-            raise JointSphereError(present, missing, f"a parameter group without {', '.join(missing)}")
+            raise ConstraintError.joint(present, missing, f"a parameter group without {', '.join(missing)}")
         points = list(weights.values())
         if any(is_sharded(point) for point in points):
-            raise JointSphereError(joint.names[0], joint.names[1:], "sharded weights")
+            raise ConstraintError.joint(joint.names[0], joint.names[1:], "sharded weights")
         if len({(point.dtype, point.device) for point in points}) > 1:
-            raise JointSphereError(joint.names[0], joint.names[1:], "different dtypes or devices")
+            raise ConstraintError.joint(joint.names[0], joint.names[1:], "different dtypes or devices")
         if points[0].device.type != "meta":
             joint.refuse_degenerate(points)
             joint.require_point(points, rtol=rtol, remedy=remedy)

@@ -1,15 +1,18 @@
-"""The learning-rate schedule of the paper; every other schedule is torch's own."""
+"""The learning-rate schedule of the paper, and weight decay that follows any schedule; all others are torch's own."""
 
 from __future__ import annotations
 
 import math
-from typing import SupportsFloat
+from collections.abc import Iterator
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["BoldDriver"]
+from manifold_nets.errors import ArgumentTypeError, OptimizerStateError, OptionError
+
+__all__ = ["BoldDriver", "CorrectedDecay", "inner_optimizer"]
 
 
 class BoldDriver(LRScheduler):
@@ -92,3 +95,129 @@ class BoldDriver(LRScheduler):
     def _remember_rates(self) -> None:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
+
+
+# What a group of scale-invariant weights remembers, so that it outlives `load_state_dict` and `deepcopy`.
+_REMEMBERED = ("initial_weight_decay", "peak_lr")
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the torch optimizer inside wrappers such as Accelerate's and DeepSpeed's, or the optimizer itself.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+        >>> inner_optimizer(optimizer) is optimizer
+        True
+    """
+    while hasattr(getattr(optimizer, "optimizer", None), "param_groups"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class CorrectedDecay:
+    r"""Tie the weight decay of scale-invariant weights to the learning-rate schedule (AdamC, SGDC).
+
+    Before every step, in each group of scale-invariant weights and in no other,
+
+    .. math:: λ_t = λ\, η_t / η_{max}, \qquad \text{so that a step decays by } η_t λ_t = λ\, η_t² / η_{max}.
+
+    A scale-invariant weight of norm n grows by its steps and shrinks by its decay,
+    n² ← (1 − η_t λ_t)² n² + η_t² ‖g‖², g ⟂ w. Both balance where ‖g‖²/n² = 2λ_t/η_t. With a constant λ this ratio
+    rises as the rate falls, and the gradient with it, most of all at the end of a cosine. With λ_t in proportion to
+    η_t it is 2λ/η_max throughout: the balance stays where it is, and a step turns the weight by
+    η_t ‖g‖/n = η_t √(2λ/η_max), an angle that follows the schedule. For AdamW, whose step is η_t times a vector of
+    nearly constant length, the balance n² = η_t C/(2λ_t) stays likewise. Other weights keep their decay.
+
+    It is set by a hook of the optimizer: in front of each step, whoever changed the learning rate before. An optimizer
+    without such hooks needs `step` after each step of its scheduler. A deep copy of the optimizer has its groups but
+    no hooks, as in torch, and needs a CorrectedDecay of its own; one that is made for it goes on where this one is.
+
+    Args:
+        optimizer: ``torch.optim.SGD``, ``AdamW``, or another one whose decay is η λ w: over groups of
+            ``param_groups(model, report=…)``, also inside the wrapper of Accelerate or DeepSpeed.
+        max_lr: η_max. When left out, that of ``OneCycleLR`` or the rate that the scheduler started from, which is the
+            largest one of torch's other schedulers, warm-ups included; a rate above it becomes the new η_max.
+
+    Raises:
+        ArgumentTypeError: the optimizer has no group of scale-invariant weights.
+        OptionError: ``max_lr`` is not positive, or Adam adds the decay to the gradient, where nothing of this holds.
+
+    References:
+        Defazio, arXiv:2506.02285.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Linear(3, 2))
+        >>> groups = mn.param_groups(net, report=mn.diagnose(net, torch.randn(8, 4)), weight_decay=0.1)
+        >>> optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        >>> schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=1)
+        >>> decay = mn.optim.CorrectedDecay(optimizer)
+        >>> optimizer.step()
+        >>> schedule.step()
+        >>> optimizer.step()
+        >>> [group["weight_decay"] for group in optimizer.param_groups]
+        [0.05, 0.1, 0.0]
+    """
+
+    def __init__(self, optimizer: Any, *, max_lr: float | None = None) -> None:
+        if max_lr is not None and not 0 < max_lr < math.inf:
+            raise OptionError("max_lr", max_lr, "a finite learning rate > 0")
+        self.optimizer = inner_optimizer(optimizer)
+        self._max_lr = max_lr
+        if not any(True for _ in self._groups()):
+            raise ArgumentTypeError(
+                "optimizer", optimizer, "an optimizer with a group of scale-invariant weights",
+                "Build it from manifold_nets.param_groups(model, report=manifold_nets.diagnose(model, inputs), "
+                "weight_decay=…).",
+            )  # fmt: skip
+        if isinstance(self.optimizer, torch.optim.Adam):
+            for group in self._groups():
+                if not group["decoupled_weight_decay"]:
+                    raise OptionError("decoupled_weight_decay", False, "True, as in torch.optim.AdamW")
+        self.step()
+        hooked = hasattr(self.optimizer, "register_step_pre_hook")
+        self._hook = self.optimizer.register_step_pre_hook(self._before_step) if hooked else None
+
+    def step(self) -> None:
+        """Set the weight decay that belongs to the present learning rates."""
+        for group in self._groups():
+            rate = float(group["lr"])
+            if "initial_weight_decay" not in group:
+                group["initial_weight_decay"] = group["weight_decay"]
+                group["peak_lr"] = float(self._max_lr or group.get("max_lr") or group.get("initial_lr") or rate)
+            group["peak_lr"] = max(group["peak_lr"], rate)
+            share = rate / group["peak_lr"] if group["peak_lr"] else 0.0
+            group["weight_decay"] = share * group["initial_weight_decay"]
+
+    def remove(self) -> None:
+        """Take the hook away and give the groups their initial decay again."""
+        if self._hook is not None:
+            self._hook.remove()
+        for group in self._groups():
+            group["weight_decay"] = group["initial_weight_decay"]
+            for name in _REMEMBERED:
+                del group[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return λ and η_max of each group of scale-invariant weights."""
+        return {"groups": [{name: group[name] for name in _REMEMBERED} for group in self._groups()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over λ and η_max, and set the decay that belongs to the present learning rates.
+
+        Raises:
+            OptimizerStateError: the state is of another number of groups.
+        """
+        groups, saved = list(self._groups()), state_dict["groups"]
+        if len(groups) != len(saved):
+            found = f"{len(saved)} groups of scale-invariant weights"
+            raise OptimizerStateError("CorrectedDecay", found, f"{len(groups)}", "Load that of the same groups.")
+        for group, values in zip(groups, saved, strict=True):
+            group.update({name: values[name] for name in _REMEMBERED})
+        self.step()
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        return (group for group in self.optimizer.param_groups if group.get("scale_invariant"))
+
+    def _before_step(self, *_: object) -> None:
+        self.step()

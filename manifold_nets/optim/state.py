@@ -16,6 +16,7 @@ from manifold_nets.groups import accumulation_dtype
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends.inputs import PER_SPHERE, WIDE
 from manifold_nets.optim.param_groups import constrained_of, name_of
+from manifold_nets.optim.plain_run import NORM
 
 __all__ = [
     "check_loaded",
@@ -27,6 +28,9 @@ __all__ = [
 ]
 
 StateDict = dict[str, Any]
+
+# Where a step follows a plain run, second moments are those of the plain optimizer.
+_BY_ENTRIES = {"exp_avg_sq": "entry_sq"}
 
 
 def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
@@ -104,7 +108,8 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
     for number, saved in enumerate(saved_groups):
         _check_group(optimizer, number, saved)
     for name, weight, manifold, state in _constrained_states(optimizer, state_dict):
-        if not set(moments) <= state.keys():
+        needed = {_BY_ENTRIES.get(name, name) if NORM in state else name for name in moments}
+        if not needed <= state.keys() and state.keys() != {NORM}:
             expected = f"the state of {type(optimizer).__name__}: {', '.join(moments)}"
             raise OptimizerStateError(name, f"only {', '.join(state)}", expected)
         for key, value in state.items():
@@ -158,6 +163,8 @@ def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> N
                 continue
             if key == "step":
                 live[key] = value.detach().to("cpu", copy=True)
+            elif key == NORM:
+                live[key] = value.detach().to(device=weight.device, dtype=torch.float64, copy=True)
             else:
                 wide = key in WIDE or "master_weight" in state
                 dtype = accumulation_dtype(weight.dtype) if wide else weight.dtype

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from manifold_nets.errors import OptionError, ParameterGroupError, SelectionError, SphereOptionError
+from manifold_nets.errors import OptionError, ParameterGroupError, listed, near_matches
 from manifold_nets.gathered import whole
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
@@ -193,8 +193,9 @@ class AdamG(_Variant, RiemannianAdam):
     _kind = "adam-g"
 
     def __init__(self, params: Any, lr: float = 0.05, *, clip: float = 0.1, **options: Any) -> None:
-        if options.get("amsgrad"):
-            raise OptionError("amsgrad", True, "False, as Adam-G has no such variant")
+        for name in ("amsgrad", "per"):
+            if options.get(name):
+                raise OptionError(name, options[name], "left out, as Adam-G has no such variant")
         self._added = {"clip": clip}
         super().__init__(params, lr=lr, **options)
 
@@ -211,7 +212,7 @@ def scaled_metric_groups(
         weight_decay: weight decay of the other weights, as in `manifold_nets.param_groups`.
 
     Raises:
-        SelectionError: a name is none of the model's weights of at least two dimensions.
+        OptionError: a name is none of the model's weights of at least two dimensions.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -225,7 +226,8 @@ def scaled_metric_groups(
     names = {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
     for name in partitions:
         if name not in names:
-            raise SelectionError("partitions", name, sorted(names))
+            expected = f"names of weights: {listed(sorted(names), 40)}"
+            raise OptionError("partitions", name, expected, near_matches(name, names))
     wanted = {name: partition for name, partition in partitions.items() if partition is not None}
     groups: list[Group] = []
     for group in param_groups(model, weight_decay=weight_decay):
@@ -252,7 +254,7 @@ class ScaledMetricSGD(_Variant, RiemannianSGD):
         options: the other options of `RiemannianSGD`; weight decay acts on the other parameters only.
 
     Raises:
-        SphereOptionError: a weight lies on spheres.
+        ParameterGroupError: a weight lies on spheres.
         DegenerateGroupError: a filter is zero or not finite: it could not move.
         ParameterGroupError: partitions do not fit the parameters.
         OptionError: ``differentiable`` beside a partition.
@@ -301,7 +303,7 @@ def _require_scalable(group: Group, number: int) -> None:
     for index, _, _ in constrained_of(group):
         found = "ScaledMetricSGD, which would move it off them"
         expected = "an optimizer that steps on spheres, such as manifold_nets.optim.RiemannianSGD"
-        raise SphereOptionError(name_of(group, number, index), found, expected)
+        raise ParameterGroupError.on_spheres(name_of(group, number, index), found, expected)
     partitions = group.get("partitions")
     if partitions and len(partitions) != len(group["params"]):
         found = f"{len(partitions)} partitions for {len(group['params'])} parameters"

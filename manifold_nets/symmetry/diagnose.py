@@ -136,7 +136,7 @@ def diagnose(
         UnsupportedModelError: the model is a script or quantized, or has parameters without a shape.
         OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
             ``memory`` is neither ``"full"`` nor ``"small"``.
-        LossError: the loss is no function and no name of one, or does not accept the outputs.
+        OptionError: the loss is no function and no name of one, or does not accept the outputs.
         ArgumentTypeError: ``model`` is no `torch.nn.Module`.
 
     References:

@@ -19,24 +19,22 @@ contradicts itself, as it left them alone in the claims before it.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import DoublePrecisionError, ExampleInputsError
-from manifold_nets.float64 import map_tensors, tensors_in
+from manifold_nets.float64 import Reading, map_tensors, tensors_in, widened
 from manifold_nets.groups import Partition
-from manifold_nets.models import is_continuous, random_numbers
+from manifold_nets.models import is_continuous, other_values, random_numbers, state_kept
 from manifold_nets.running import Inputs, run, to_float64
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS, exact_mode
 from manifold_nets.symmetry.generators import Generators, Part, single_entries
@@ -72,6 +70,8 @@ _NOT_INVARIANT = "leave it: its scale matters to the function"
 # Their eps is made negligible, wherever it comes from.
 _NORMALIZATIONS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 Found = TypeVar("Found", WeightFinding, SymmetryFamily, ShiftSymmetry)
+# What is added to the groups of a parameter (True), and the binary logarithms of their factors (False).
+_Steps = dict[tuple[bool, Partition], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,11 @@ class Outcome:
 
 @dataclass
 class _Point:
-    """Inputs, the outputs there, and what the claims are moved by."""
+    """Inputs, the outputs there, the claims, and what these are moved by."""
 
     inputs: Inputs
     before: list[Tensor]
+    claims: Sequence[Generators]
     draws: list[NDArray[np.float64]]
     limits: list[float] = field(default_factory=list)
     eps: float = NEGLIGIBLE_EPS
@@ -133,31 +134,26 @@ class FiniteMove:
         logits: bool = False,
         outward: bool = False,
     ) -> None:
-        self.model_copy, self.seed, self.tolerance, self.logits, self.outward = (
-            model_copy,
-            seed,
-            tolerance,
-            logits,
-            outward,
-        )
+        self.model_copy, self.seed, self.tolerance = model_copy, seed, tolerance
+        self.logits, self.outward = logits, outward
         self.inputs, self.runs = to_float64(inputs), 0
+        # Where moved parameters are written: to be given new memory takes as long as the move.
+        self._room: dict[str, Tensor] = {}
         for name, parameter in model_copy.named_parameters():
             if parameter.dtype == torch.float64:
                 parameter.data = field.weights[name]
-        self._state = _State(model_copy)
 
     def outcomes(self, claims: Sequence[Generators]) -> list[Outcome]:
         """Move all claims at once, and find those that fail."""
         found = [Outcome() for _ in claims]
         most = self.runs + MOST_RUNS
         for number, (inputs, before) in enumerate(self._points if claims else ()):
-            point = _Point(inputs, before, [_draws(c, (self.seed, k), number) for k, c in enumerate(claims)])
+            point = _Point(inputs, before, claims, [_draws(c, (self.seed, k), number) for k, c in enumerate(claims)])
             alive = [index for index, outcome in enumerate(found) if not outcome.refuted]
-            if not self._settled(point, claims, alive, found):
+            if not self._settled(point, alive, found):
                 for adds in (False, True):
-                    part = [index for index in alive if claims[index].adds is adds]
-                    if part:
-                        self._search(point, claims, part, found, most)
+                    if part := [index for index in alive if claims[index].adds is adds]:
+                        self._search(point, part, found, most)
         return found
 
     @cached_property
@@ -171,36 +167,35 @@ class FiniteMove:
         there = (self.inputs, first) if larger is None or outputs is None else (larger, outputs)
         return [(self.inputs, first), there]
 
-    def _settled(self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome]) -> bool:
+    def _settled(self, point: _Point, alive: list[int], found: list[Outcome]) -> bool:
         """Whether the outputs stay the same when all claims are moved, as far as the tolerance tells."""
-        changes = self._changes(point, claims, alive)
+        changes = self._changes(point, alive)
         point.limits = [self.tolerance] * len(point.before)
         if changes is None:
             return True
         if any(change > self.tolerance for change in changes):
             return False
-        _survive(found, alive, max(changes, default=0.0))
+        for index in alive:
+            found[index] = Outcome(False, max(*changes, 0.0, found[index].change or 0.0))
         return True
 
-    def _search(
-        self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome], most: int
-    ) -> None:
+    def _search(self, point: _Point, alive: list[int], found: list[Outcome], most: int) -> None:
         """Find the claims that change the outputs, as many as the passes that are left allow."""
-        if self._settled(point, claims, alive, found):
+        if self._settled(point, alive, found):
             return
         before = self._outputs(point.inputs, {}, eps=_SMALLER_EPS)
         if before is not None:
             point = replace(point, before=before, eps=_SMALLER_EPS)
-            if self._settled(point, claims, alive, found):
+            if self._settled(point, alive, found):
                 return
-        if self.outward and not claims[alive[0]].adds:
+        if self.outward and not point.claims[alive[0]].adds:
             for index in alive:
                 point.draws[index] = np.abs(point.draws[index])
-            if self._settled(point, claims, alive, found):
+            if self._settled(point, alive, found):
                 return
-        point.limits = self._limits(point, claims, alive)
+        point.limits = self._limits(point, alive)
         good = 0
-        while (change := self._excess(point, claims, alive)) is not None:
+        while (change := self._excess(point, alive)) is not None:
             if self.runs >= most:
                 for index in alive[good:]:
                     found[index] = Outcome(True, change)
@@ -208,71 +203,96 @@ class FiniteMove:
             bad = len(alive)
             while bad - good > 1:
                 middle = (good + bad) // 2
-                excess = self._excess(point, claims, alive[:middle])
+                excess = self._excess(point, alive[:middle])
                 good, bad, change = (middle, bad, change) if excess is None else (good, middle, excess)
             found[alive.pop(bad - 1)] = Outcome(True, change)
 
-    def _excess(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> float | None:
+    def _excess(self, point: _Point, moved: Sequence[int]) -> float | None:
         """The largest change of an output beyond its limit; None where there is none."""
-        changes = self._changes(point, claims, moved) or []
+        changes = self._changes(point, moved) or []
         beyond = [change for change, limit in zip(changes, point.limits, strict=False) if not change <= limit]
         return max(beyond) if beyond else None
 
-    def _limits(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float]:
+    def _limits(self, point: _Point, moved: Sequence[int]) -> list[float]:
         """How much each output may change: the tolerance, or what rounding may do to it before or after the move."""
         limits = [self.tolerance] * len(point.before)
-        for moves in ({}, self._moves(point, claims, moved)):
+        for moves in ({}, self._moves(point, moved)):
             exact = self._outputs(point.inputs, moves, eps=point.eps) if moves else point.before
             jittered = self._outputs(point.inputs, moves, _JITTER, eps=point.eps)
             if exact is None or jittered is None or not len(exact) == len(jittered) == len(limits):
                 continue
             both = zip(point.before, exact, jittered, strict=True)
-            changes = [_change(one, other, before) for before, one, other in both]
+            noise = [_change(one, other, before) for before, one, other in both]
             # A move into what is not finite excuses nothing.
-            noise = [change if math.isfinite(change) else 0.0 for change in changes]
-            limits = [max(limit, _MARGIN * change) for limit, change in zip(limits, noise, strict=True)]
+            limits = [max(a, _MARGIN * b if math.isfinite(b) else 0.0) for a, b in zip(limits, noise, strict=True)]
         return limits
 
-    def _changes(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float] | None:
+    def _changes(self, point: _Point, moved: Sequence[int]) -> list[float] | None:
         """The relative change of each output when some claims are moved; None where the network refuses."""
         if not moved:
             return [0.0] * len(point.before)
-        after = self._outputs(point.inputs, self._moves(point, claims, moved), eps=point.eps)
+        after = self._outputs(point.inputs, self._moves(point, moved), eps=point.eps)
         if after is None:
             return None
         if len(after) != len(point.before):
             return [math.inf] * len(point.before)
         return [_change(a, b, a) for a, b in zip(point.before, after, strict=True)]
 
-    def _moves(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> dict[str, _Movement]:
+    def _moves(self, point: _Point, moved: Sequence[int]) -> dict[str, _Steps]:
         """What happens to each parameter."""
-        found: dict[str, _Movement] = {}
-        for index in moved:
-            for part in claims[index].parts:
-                values = part.coefficients * point.draws[index][part.numbers]
-                found.setdefault(part.parameter, _Movement()).add(part, values, claims[index].adds)
+        found: dict[str, _Steps] = {}
+        for claim, draws in ((point.claims[index], point.draws[index]) for index in moved):
+            for part in claim.parts:
+                steps = found.setdefault(part.parameter, {})
+                total = steps.setdefault((claim.adds, part.partition), np.zeros(part.partition.n_groups))
+                np.add.at(total, part.groups, part.coefficients * draws[part.numbers])
         return found
 
     def _outputs(
-        self, inputs: Inputs, moves: Mapping[str, _Movement], jitter: float = 0.0, *, eps: float = NEGLIGIBLE_EPS
+        self, inputs: Inputs, moves: Mapping[str, _Steps], jitter: float = 0.0, *, eps: float = NEGLIGIBLE_EPS
     ) -> list[Tensor] | None:
         """The outputs of the copy with some parameters moved; None where it refuses."""
         self.runs += 1
+        # Those in less than float64 are moved whenever an operation reads them.
+        parameters = {name: p for name, p in self.model_copy.named_parameters() if is_continuous(p)}
+        narrow = {
+            id(p): (name, p) for name, p in parameters.items() if p.dtype not in (torch.float64, torch.complex128)
+        }
+        wide = [name for name, p in parameters.items() if id(p) not in narrow and (name in moves or jitter)]
         # Some networks differentiate in their forward pass.
         for mode in (torch.no_grad, torch.enable_grad):
-            try:
-                # As the passes of the certificate do: what the network draws is the same in all runs.
-                jittered = _Jitter(jitter, self.seed)
-                with random_numbers(self.seed), mode(), _moved(self.model_copy, moves, jittered) as reading:
-                    given = map_tensors(jittered, inputs)
-                    with exact_mode(self.model_copy, reading, eps=eps):
+            jittered = _Jitter(jitter, torch.Generator().manual_seed(self.seed))
+            moved = functools.partial(self._moved, moves, jittered)
+            read = Reading(narrow, moved) if narrow else None
+            # As the passes of the certificate do: what the network draws is the same in all runs.
+            with random_numbers(self.seed), mode(), state_kept(self.model_copy):
+                values = {name: moved(name, parameters[name].data) for name in wide}
+                given = map_tensors(jittered, inputs)
+                try:
+                    with other_values(self.model_copy, values), exact_mode(self.model_copy, read, eps=eps):
                         outputs = [output.detach().clone() for output in run(self.model_copy, given)]
-            except (ExampleInputsError, DoublePrecisionError):
-                continue
-            finally:
-                self._state.restore()
+                except (ExampleInputsError, DoublePrecisionError):
+                    continue
             return [o - o.mean(1, keepdim=True) if self.logits and o.ndim >= 2 else o for o in outputs]
         return None
+
+    def _moved(self, moves: Mapping[str, _Steps], jitter: _Jitter, name: str, given: Tensor) -> Tensor:
+        """A parameter in float64 that is moved."""
+        values = widened(given.detach()).contiguous()
+        if name in moves:
+            fresh = values.data_ptr() != given.data_ptr()
+            room = values if fresh else self._room.setdefault(name, torch.empty_like(values))
+            values = _carried_out(moves[name], values, room)
+        return jitter(values)
+
+
+def _carried_out(steps: _Steps, values: Tensor, room: Tensor) -> Tensor:
+    """What a contiguous tensor is moved to, written to ``room``."""
+    for (adds, partition), numbers in sorted(steps.items(), key=lambda step: not step[0][0]):
+        by = partition.spread(torch.from_numpy(numbers if adds else np.exp2(numbers)).to(values.device))
+        (torch.add if adds else torch.mul)(values.view(partition.view), by, out=room.view(partition.view))
+        values = room
+    return values
 
 
 def _change(one: Tensor, other: Tensor, before: Tensor) -> float:
@@ -284,11 +304,6 @@ def _change(one: Tensor, other: Tensor, before: Tensor) -> float:
         return 0.0
     size, change = float(before[known].abs().max()), float((one - other)[known].abs().max())
     return 0.0 if change == 0 else change / size if size > 0 and math.isfinite(change) else math.inf
-
-
-def _survive(found: list[Outcome], alive: Sequence[int], change: float) -> None:
-    for index in alive:
-        found[index] = Outcome(False, max(change, found[index].change or 0.0))
 
 
 def _draws(claim: Generators, seed: tuple[int, int], number: int) -> NDArray[np.float64]:
@@ -307,102 +322,18 @@ def _multiplied(inputs: Inputs, factor: float) -> Inputs | None:
     return larger if any(tensor.is_floating_point() for tensor in tensors_in(inputs)) else None
 
 
+@dataclass
 class _Jitter:
     """Changes every entry of real and complex tensors by a relative amount, at random."""
 
-    def __init__(self, size: float, seed: int) -> None:
-        self.size, self.generator = size, torch.Generator().manual_seed(seed)
+    size: float
+    generator: torch.Generator
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.size or not is_continuous(x) or x.layout != torch.strided:
             return x
         noise = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
         return x * noise.mul_(self.size).add_(1).to(x.device)
-
-
-class _Movement:
-    """What is added to the groups of a parameter, and the binary logarithms of what they are then multiplied by."""
-
-    def __init__(self) -> None:
-        self.steps: dict[tuple[bool, Partition], NDArray[np.float64]] = {}
-
-    def add(self, part: Part, values: NDArray[np.float64], adds: bool) -> None:
-        total = self.steps.setdefault((adds, part.partition), np.zeros(part.partition.n_groups))
-        np.add.at(total, part.groups, values)
-
-    def carried_out(self, values: Tensor) -> Tensor:
-        """What a contiguous tensor is moved to."""
-        shape, target = values.shape, None
-        for (adds, partition), numbers in sorted(self.steps.items(), key=lambda step: not step[0][0]):
-            by = partition.spread(torch.from_numpy(numbers if adds else np.exp2(numbers)).to(values.device))
-            target = None if target is None else target.view(partition.view)
-            target = values = (torch.add if adds else torch.mul)(values.view(partition.view), by, out=target)
-        return values.view(shape)
-
-
-@contextlib.contextmanager
-def _moved(
-    model_copy: nn.Module, moves: Mapping[str, _Movement], jitter: _Jitter
-) -> Iterator[TorchFunctionMode | None]:
-    """Give a copy moved parameters; those in less than float64 are moved whenever an operation reads them."""
-
-    def moved(name: str, values: Tensor) -> Tensor:
-        wide = torch.complex128 if values.is_complex() else torch.float64
-        values = values.detach().to(wide).contiguous()
-        if name in moves:
-            values = moves[name].carried_out(values)
-        return jitter(values)
-
-    narrow: dict[int, tuple[str, Tensor]] = {}
-    saved: list[tuple[Tensor, Tensor]] = []
-    try:
-        for name, parameter in model_copy.named_parameters():
-            if is_continuous(parameter) and parameter.dtype not in (torch.float64, torch.complex128):
-                narrow[id(parameter)] = name, parameter
-            elif is_continuous(parameter) and (name in moves or jitter.size):
-                saved.append((parameter, parameter.data))
-                parameter.data = moved(name, parameter.data)
-        yield _Reading(narrow, moved) if narrow else None
-    finally:
-        for moving, values in saved:
-            moving.data = values
-
-
-class _Reading(TorchFunctionMode):
-    """Lets every operation read parameters in float64, and moved."""
-
-    def __init__(self, narrow: Mapping[int, tuple[str, Tensor]], moved: Any) -> None:
-        super().__init__()
-        self.narrow, self.moved = narrow, moved
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):
-            return func(*args, **(kwargs or {}))
-
-        def read(leaf: Any) -> Any:
-            known = self.narrow.get(id(leaf))
-            return leaf if known is None else self.moved(*known)
-
-        args, kwargs = pytree.tree_map(read, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-class _State:
-    """What modules remember from one call to the next: buffers, and attributes that are assigned anew."""
-
-    def __init__(self, model_copy: nn.Module) -> None:
-        self.modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model_copy.modules()]
-        self.values = [
-            (b, b.detach().clone()) for _, _, buffers in self.modules for b in buffers.values() if b is not None
-        ]
-
-    def restore(self) -> None:
-        for module, attributes, buffers in self.modules:
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, values in self.values:
-                buffer.copy_(values)
 
 
 def moved_claims(
@@ -422,8 +353,8 @@ def moved_claims(
 
     def moved(found: Found) -> Found:
         outcome = outcomes.get(id(found), Outcome())
-        certificate = _certificate(found.certificate, outcome)
-        return replace(found, certificate=certificate, remedy=_REMEDY if outcome.refuted else found.remedy)
+        remedy = _REMEDY if outcome.refuted else found.remedy
+        return replace(found, certificate=_certificate(found.certificate, outcome), remedy=remedy)
 
     weights = [moved(finding) for finding in findings]
     return (

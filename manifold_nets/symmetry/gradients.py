@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -19,10 +20,10 @@ from torch.autograd.graph import get_gradient_edge
 from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.float64 import map_tensors
 from manifold_nets.groups import Partition
-from manifold_nets.models import absent, is_continuous
+from manifold_nets.models import is_continuous
 from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.exact_mode import exact_mode
-from manifold_nets.symmetry.group_sums import GroupSums, group_sums
+from manifold_nets.symmetry.group_sums import GroupSums, coarsened, group_sums
 
 __all__ = [
     "MOST_PASSES",
@@ -44,6 +45,8 @@ MOST_PASSES = 4
 _FARTHER = 10.0
 # Size of what takes the place of zeros, beside the mean modulus of the other entries.
 _SMALL = 0.1
+# Entries of a parameter among which zeros are looked for at once.
+_PART = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class GradientPass:
     required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
-    _sizes: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False, compare=False)
+    _sizes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
     _slopes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -81,6 +84,8 @@ class GradientPass:
 
     def slope(self, name: str) -> float:
         """The largest modulus of an entry of the gradient of a parameter."""
+        if self.without_values:
+            return 0.0
         if name not in self._slopes:
             gradient = self.gradients[name]
             self._slopes[name] = float(torch.stack(gradient.aminmax()).abs().max()) if gradient.numel() else 0.0
@@ -89,10 +94,10 @@ class GradientPass:
     def sums(self, name: str, partition: Partition) -> GroupSums:
         """Sums of ``w ⊙ g``, ``w²``, ``g²`` and ``g`` over the groups of a partition, kept for whoever asks again."""
         if self.without_values:
-            return GroupSums(*torch.zeros(()).expand(4, partition.n_groups))
+            return GroupSums(*np.zeros((4, partition.n_groups)))
         known = self._sums.setdefault(name, {})
         if partition not in known:
-            finer = (sums.coarsened(fine, partition) for fine, sums in known.items())
+            finer = (coarsened(sums, fine, partition) for fine, sums in known.items())
             found = next((sums for sums in finer if sums is not None), None)
             known.update({partition: found} if found is not None else self._taken(name, partition))
         return known[partition]
@@ -103,19 +108,19 @@ class GradientPass:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        return min(self._group_sizes(name))[0]
+        return self._group_sizes(name)[0]
 
     def largest_group(self, name: str) -> float:
         """The largest ``‖w_g‖ ‖∂L/∂w_g‖`` of these groups."""
-        return min(self._group_sizes(name))[1]
+        return self._group_sizes(name)[1]
 
-    def _group_sizes(self, name: str) -> list[tuple[float, float]]:
-        """For each required partition of a parameter the sum of the sizes of its groups, and the largest of them."""
+    def _group_sizes(self, name: str) -> tuple[float, float]:
+        """The sum of the sizes of the groups of a parameter, and the largest of them, of the smallest partition."""
         if name not in self._sizes:
             partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
             sums = (self.sums(name, partition) for partition in partitions)
-            sizes = [each.weights.sqrt() * each.gradients.sqrt() for each in sums]
-            self._sizes[name] = [(float(size.sum()), float(size.max())) for size in sizes]
+            sizes = (np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums)
+            self._sizes[name] = min((float(size.sum()), float(size.max())) for size in sizes)
         return self._sizes[name]
 
     def forget(self, name: str, partition: Partition) -> None:
@@ -176,12 +181,17 @@ def move_vectors(parameters: Iterable[Tensor], generator: torch.Generator) -> No
     """Move parameters with entries along one axis at most a little at random, and draw those anew that are all zero."""
     with torch.no_grad():
         for parameter in parameters:
-            if is_vector(parameter) or not int(torch.count_nonzero(parameter)):
+            if is_vector(parameter) or _is_zero(parameter):
                 noise = torch.randn(
                     parameter.shape, generator=generator, dtype=parameter.dtype, device=parameter.device
                 )
                 # Not in place: the values may be shared with the model.
                 parameter.data = torch.add(parameter.data, noise, alpha=0.1)
+
+
+def _is_zero(parameter: Tensor) -> bool:
+    """Whether all entries are zero; most parameters need no look at more than one."""
+    return not bool(parameter[(slice(1),) * parameter.ndim].any()) and not bool(parameter.any())
 
 
 def is_vector(parameter: Tensor) -> bool:
@@ -216,7 +226,7 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
 
 def pass_without_values(model_copy: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
-    zeros = {name: absent(parameter.shape) for name, parameter in model_copy.named_parameters()}
+    zeros = _zeros(model_copy)
     return GradientPass(zeros, zeros, without_values=True)
 
 
@@ -255,15 +265,16 @@ def replace_zeros(model_copy: nn.Module, seed: int) -> None:
     tables = {id(module.weight) for module in model_copy.modules() if isinstance(module, nn.Embedding)}
     with torch.no_grad():
         for parameter in nn.Module.parameters(model_copy):
-            if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables:
+            if not is_continuous(parameter) or is_vector(parameter) or id(parameter) in tables or _is_zero(parameter):
                 continue
-            count = parameter.numel() - int(torch.count_nonzero(parameter))
-            if 0 < count < parameter.numel():
-                zero = parameter == 0
-                noise = torch.randn(count, generator=generator, dtype=parameter.dtype).to(parameter.device)
-                size = _SMALL * torch.linalg.vector_norm(parameter, 1) / parameter.numel()
-                parameter.data = parameter.data.clone()
-                parameter.data[zero] = size * noise
+            parameter.data, size = parameter.data.contiguous(), None
+            for start in range(0, parameter.numel(), _PART):
+                part = parameter.data.view(-1)[start : start + _PART]
+                zero = part == 0
+                if bool(zero.any()):
+                    size = _SMALL * torch.linalg.vector_norm(parameter, 1) / parameter.numel() if size is None else size
+                    noise = torch.randn(int(zero.sum()), generator=generator, dtype=parameter.dtype)
+                    part[zero] = size * noise.to(part.device)
 
 
 def second_pass(

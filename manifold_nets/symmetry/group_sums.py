@@ -10,21 +10,24 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.groups import Partition, sum_over
 
 __all__ = ["GroupSums", "coarsened", "group_sums"]
 
-# Entries of a weight that are multiplied at once, so that the products of a block stay in the cache.
-_BLOCK = 1 << 15
+# Entries of a weight that are multiplied at once, so that the products of a block stay in the cache, and how many
+# neighbours of these at most where there are more: sums over an outer axis are written once for each run of neighbours.
+_BLOCK, _RUN = 1 << 15, 1 << 10
+Floats = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class GroupSums:
+class GroupSums(NamedTuple):
     """What the certificates read of the groups of a partition: float64 vectors, one entry a group.
 
     Args:
@@ -34,17 +37,10 @@ class GroupSums:
         slopes: ``Σ_G g``.
     """
 
-    products: Tensor
-    weights: Tensor
-    gradients: Tensor
-    slopes: Tensor
-
-    def coarsened(self, fine: Partition, coarse: Partition) -> GroupSums | None:
-        """The sums of a partition whose groups are unions of groups; None where they are not."""
-        if _coarsening(fine, coarse) is None:
-            return None
-        found = (coarsened(values, fine, coarse) for values in vars(self).values())
-        return GroupSums(*(values for values in found if values is not None))
+    products: Floats
+    weights: Floats
+    gradients: Floats
+    slopes: Floats
 
 
 def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]) -> list[GroupSums]:
@@ -69,7 +65,7 @@ def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]
     else:
         taken = dict(zip(finest, _read(weight, gradient, finest, common), strict=True))
     for partition in (p for p in partitions if p not in taken):
-        coarse = (taken[fine].coarsened(fine, partition) for fine in finest)
+        coarse = (coarsened(taken[fine], fine, partition) for fine in finest)
         taken[partition] = next(sums for sums in coarse if sums is not None)
     return [taken[partition] for partition in partitions]
 
@@ -85,7 +81,7 @@ def _is_finer(fine: Partition, coarse: Partition) -> bool:
 
 def _read(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition], view: tuple[int, ...]) -> list[GroupSums]:
     """The sums of partitions whose kept axes are axes of a view, from one pass over the entries."""
-    kept = [sorted(_refined(partition, view)) for partition in partitions]
+    view, kept = _merged(view, [_refined(partition, view) for partition in partitions])
     runs = [_runs([axis for axis in range(len(view)) if axis not in axes]) for axes in kept]
     totals = [
         torch.zeros((4, *(n if axis in axes else 1 for axis, n in enumerate(view))), dtype=torch.float64)
@@ -93,18 +89,29 @@ def _read(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition], vie
     ]
     totals = [total.to(weight.device) for total in totals]
     viewed = weight.reshape(view), gradient.reshape(view)
-    entries = torch.empty((4, 0))
+    room = torch.empty(4 * min(weight.numel(), _BLOCK), dtype=torch.float64, device=weight.device)
     for block in _blocks(view):
         w, g = (x[block].to(torch.float64) for x in viewed)
-        if entries.shape[1:] != w.shape:
-            entries = torch.empty((4, *w.shape), dtype=torch.float64, device=w.device)
+        entries = room[: 4 * w.numel()].view(4, *w.shape)
         for product, (x, y) in zip(entries, ((w, g), (w, w), (g, g)), strict=False):
             torch.mul(x, y, out=product)
         entries[3] = g
         for axes, reduced, total in zip(kept, runs, totals, strict=True):
             place = tuple(part if axis in axes else slice(None) for axis, part in enumerate(block))
             total[(slice(None), *place)] += sum_over(entries, reduced)
-    return [GroupSums(*total.reshape(4, -1)) for total in totals]
+    return [GroupSums(*total.reshape(4, -1).cpu().numpy()) for total in totals]
+
+
+def _merged(view: Sequence[int], kept: Sequence[set[int]]) -> tuple[tuple[int, ...], list[list[int]]]:
+    """A view with neighbouring axes joined that all partitions treat alike, and the axes that each of these keeps."""
+    kinds = [tuple(axis in axes for axes in kept) for axis in range(len(view))]
+    joined = [
+        (kind, [n for _, n in axes]) for kind, axes in itertools.groupby(zip(kinds, view, strict=True), lambda x: x[0])
+    ]
+    return (
+        tuple(math.prod(sizes) for _, sizes in joined),
+        [[axis for axis, (kind, _) in enumerate(joined) if kind[k]] for k in range(len(kept))],
+    )
 
 
 def _runs(axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -116,42 +123,41 @@ def _runs(axes: Sequence[int]) -> tuple[tuple[int, ...], ...]:
 
 
 def _blocks(view: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Slices of a view that have about `_BLOCK` entries each."""
-    inner = next((axis for axis in range(len(view)) if math.prod(view[axis + 1 :]) <= _BLOCK), 0)
-    step = max(1, _BLOCK // math.prod(view[inner + 1 :]))
-    steps = [1 if axis < inner else step if axis == inner else n for axis, n in enumerate(view)]
+    """Slices of a view that have at most `_BLOCK` entries each."""
+    steps, size, most = list(view), 1, min(_RUN, _BLOCK) if math.prod(view) > _BLOCK else _BLOCK
+    for axis in reversed(range(len(view))):
+        pieces = math.ceil(view[axis] / max(1, most // size))
+        steps[axis] = math.ceil(view[axis] / pieces)
+        size *= steps[axis]
+        most = _BLOCK if pieces > 1 else most
     ranges = [range(0, n, by) for n, by in zip(view, steps, strict=True)]
     for starts in itertools.product(*ranges):
         yield tuple(slice(start, start + by) for start, by in zip(starts, steps, strict=True))
 
 
-def coarsened(values: Tensor, fine: Partition, coarse: Partition) -> Tensor | None:
-    """Add the values of the groups of ``fine`` that lie in each group of ``coarse``; None where some lie in several.
+def coarsened(sums: GroupSums, fine: Partition, coarse: Partition) -> GroupSums | None:
+    """Add the sums of the groups of ``fine`` that lie in each group of ``coarse``; None where some lie in several.
 
     Args:
-        values: one value a group of ``fine``.
+        sums: those of the groups of ``fine``.
         fine: a partition.
         coarse: a partition of the same shape.
 
     Example:
         >>> rows, blocks = Partition.filters((4, 3)), Partition.blocks((4, 3), 2)
-        >>> coarsened(torch.tensor([1.0, 2.0, 3.0, 4.0]), rows, blocks)
-        tensor([3., 7.])
-        >>> coarsened(torch.tensor([1.0, 2.0]), blocks, rows) is None
-        True
+        >>> sums = GroupSums(*np.arange(16.0).reshape(4, 4))
+        >>> coarsened(sums, rows, blocks).products.tolist(), coarsened(sums, blocks, rows) is None
+        ([1.0, 5.0], True)
     """
-    if not coarse.kept:
-        return values.sum().reshape(1)
-    plan = _coarsening(fine, coarse)
+    plan = _coarsening(fine, coarse) if coarse.kept else ((-1,), (0,))
     if plan is None:
         return None
     view, dropped = plan
-    viewed = values.reshape(view)
-    return (viewed.sum(dropped) if dropped else viewed).reshape(-1)
+    return GroupSums(*(values.reshape(view).sum(dropped).ravel() for values in sums))
 
 
 @functools.lru_cache(maxsize=1024)
-def _coarsening(fine: Partition, coarse: Partition) -> tuple[list[int], list[int]] | None:
+def _coarsening(fine: Partition, coarse: Partition) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """The view of the groups of a partition, and its axes over which those of another one are sums; None where none."""
     common = _common_view(fine.view, coarse.view)
     if common is None:
@@ -160,7 +166,8 @@ def _coarsening(fine: Partition, coarse: Partition) -> tuple[list[int], list[int
     if not of_coarse <= of_fine:
         return None
     axes = sorted(of_fine)
-    return [common[axis] for axis in axes], [number for number, axis in enumerate(axes) if axis not in of_coarse]
+    view, (kept,) = _merged([common[axis] for axis in axes], [{n for n, axis in enumerate(axes) if axis in of_coarse}])
+    return view, tuple(axis for axis in range(len(view)) if axis not in kept)
 
 
 def _ends(view: Sequence[int]) -> list[int]:

@@ -129,8 +129,8 @@ class InvarianceTest:
             total, size = self._part_sums(part.parameter, part.partition, adds=generators.adds)
             np.add.at(totals, part.numbers, part.coefficients * total[part.groups])
             np.add.at(sizes, part.numbers, np.abs(part.coefficients) * size[part.groups])
-            slopes = self.gradients.sums(part.parameter, part.partition).gradients.cpu().numpy()
-            np.add.at(finite, part.numbers, ~np.isfinite(slopes[part.groups]))
+            squares = self.gradients.sums(part.parameter, part.partition).gradients
+            np.add.at(finite, part.numbers, ~np.isfinite(squares[part.groups]))
         if claimed:
             sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
         return np.abs(totals), sizes, finite == 0
@@ -144,12 +144,11 @@ class InvarianceTest:
         could be, and would hide that this one is not zero: the size of the parameter is what it is at most.
         """
         sums = self.gradients.sums(name, partition)
-        gradients = sums.gradients.sqrt()
+        norms = np.sqrt(sums.gradients)
         if adds:
-            return sums.slopes.cpu().numpy(), (gradients * partition.group_size**0.5).cpu().numpy()
+            return sums.slopes, norms * partition.group_size**0.5
         most = self.gradients.size(name)
-        sizes = (sums.weights.sqrt() * gradients).clamp_max(most if math.isfinite(most) else math.inf)
-        return sums.products.cpu().numpy(), sizes.cpu().numpy()
+        return sums.products, np.minimum(np.sqrt(sums.weights) * norms, most if math.isfinite(most) else math.inf)
 
     def _lost(self, generators: Generators) -> NDArray[np.bool_]:
         """The scales that move entries which are not finite in the model."""

@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manifold_nets.constraints import ConstrainedWeight, constrained_weights
+from manifold_nets.documents import JsonForm
 from manifold_nets.errors import ArgumentTypeError, OptionError, ParameterNameError, ReportMismatchError
 from manifold_nets.groups import Partition, refuse_degenerate
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.symmetry.optimizer_settings import DEFAULT_BETAS, OptimizerSettings
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
@@ -19,7 +22,7 @@ __all__ = ["LearningRates", "Spread", "WeightRates", "matched_learning_rates"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(JsonForm):
     """Median, quartiles and extremes of a quantity over groups."""
 
     median: float
@@ -44,17 +47,13 @@ class Spread:
         median, lower, upper = torch.lerp(ordered[low], ordered[high], weight).tolist()
         return cls(median, lower, upper, float(ordered[0]), float(ordered[-1]))
 
-    def to_dict(self) -> dict[str, float]:
-        """Return plain data for JSON."""
-        return dict(vars(self))
-
     def __str__(self) -> str:
         quartiles = f"{self.lower_quartile:.3g} … {self.upper_quartile:.3g}"
         return f"{self.median:.3g} (quartiles {quartiles}; all {self.smallest:.3g} … {self.largest:.3g})"
 
 
 @dataclass(frozen=True)
-class WeightRates:
+class WeightRates(JsonForm):
     """The matched learning rates of the groups of one weight.
 
     Args:
@@ -73,13 +72,9 @@ class WeightRates:
     equilibrium: Spread | None
     gradients: Spread | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {name: v.to_dict() if isinstance(v, Spread) else v for name, v in vars(self).items()}
-
 
 @dataclass(frozen=True)
-class LearningRates:
+class LearningRates(JsonForm):
     """The sphere learning rates that match an optimizer on a model's scale-invariant weights.
 
     Args:
@@ -88,6 +83,7 @@ class LearningRates:
         weights: one entry for each scale-invariant weight.
         next_step: spread over all groups of all weights; None where there are none.
         equilibrium: likewise; None unless known for all weights.
+        held: whether the weights lie on spheres already, so that no norm approaches anything.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -102,6 +98,8 @@ class LearningRates:
     weights: tuple[WeightRates, ...]
     next_step: Spread | None
     equilibrium: Spread | None
+    held: bool = False
+    json_without = ("model", "settings", "held")
 
     def __getitem__(self, name: str) -> WeightRates:
         for weight in self.weights:
@@ -124,9 +122,7 @@ class LearningRates:
             **self.settings.to_dict(),
             "equilibrium_rotation": self.settings.equilibrium_rotation,
             "equilibrium_factor": self.settings.equilibrium_factor,
-            "next_step": None if self.next_step is None else self.next_step.to_dict(),
-            "equilibrium": None if self.equilibrium is None else self.equilibrium.to_dict(),
-            "weights": [weight.to_dict() for weight in self.weights],
+            **super().to_dict(),
         }
 
     @property
@@ -135,8 +131,10 @@ class LearningRates:
         rotation, factor = self.settings.equilibrium_rotation, self.settings.equilibrium_factor
         if rotation is None or factor is None:
             return "without weight decay no rotation is approached in the long run"
+        if self.held:
+            return "weight decay does nothing to weights whose norms are held"
         if self.settings.optimizer != "sgd":
-            rate = f"{factor:.3g}"
+            rate = f"{factor if self.equilibrium is None else self.equilibrium.median:.3g}"
         elif self.equilibrium is None:
             rate = f"{factor:.3g}/G, where G is the root mean square of ‖w‖·‖∂L/∂w‖"
         else:
@@ -146,7 +144,7 @@ class LearningRates:
 
     def __str__(self) -> str:
         if not self.weights:
-            return f"{self.model}: no scale-invariant weights, no learning rates to match"
+            return f"{self.model}: no scale-invariant weights, and none on spheres: no learning rates to match"
         width = max(len(weight.name) for weight in self.weights)
         lines = [f"{self.model}: learning rates on spheres that match the next step of {self.settings}"]
         lines += [f"  {weight.name:<{width}}  {weight.next_step}" for weight in self.weights]
@@ -155,7 +153,7 @@ class LearningRates:
 
 def matched_learning_rates(
     model: nn.Module,
-    report: SymmetryReport,
+    report: SymmetryReport | None = None,
     *,
     optimizer: str = "sgd",
     lr: float,
@@ -163,6 +161,7 @@ def matched_learning_rates(
     betas: tuple[float, float] = DEFAULT_BETAS,
     weight_decay: float = 0.0,
     gradients: Iterable[Mapping[str, Tensor]] = (),
+    per: str = "sphere",
 ) -> LearningRates:
     r"""Find the learning rates of `RiemannianSGD` or `RiemannianAdam` that match an optimizer of the plain network.
 
@@ -189,12 +188,23 @@ def matched_learning_rates(
       which no report has: pass those of some mini-batches.
     - ``"adamw"``: **η_s = √(2ηλ)**, the rate η√d/n at the equilibrium norm n² = ηd/(2λ); the same for all groups.
 
+    **One second moment per entry.** ``RiemannianAdam(per="entry")`` moves u by a vector of entries ±η_s, as Adam moves
+    w by one of entries ±η: its rate is **η/n**, without the √d, and √(2ηλ/d) in the long run.
+
+    **Weights on spheres**, without a report: the optimizer is the one of the usual recipe, which steps w as a plain
+    weight and puts it back on its sphere of radius r. Where w is tangent to its gradient, or the recipe projects the
+    gradient, its steps turn u by the angles above with n = r, whether or not the scale matters to the function; there
+    is no long run to match, as the norm is held. This is for weights that were put on spheres by
+    `manifold_nets.constrain` or are defined there, and for converted ones that a plain optimizer should be matched to
+    as they are now.
+
     Biases that are scaled with a group of unit radius (`WeightFinding.moves_along`) change their rate with it: by 1/n²
     for SGD, by 1/n for Adam.
 
     Args:
         model: the network as it is trained with the plain optimizer; only read.
-        report: what `manifold_nets.diagnose` found for it.
+        report: what `manifold_nets.diagnose` found for it; without one, the rates are those of the weights that lie on
+            spheres.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, of torch.
         lr: its learning rate η.
         momentum: μ, without dampening, also Nesterov's (``"sgd"``).
@@ -202,6 +212,7 @@ def matched_learning_rates(
         weight_decay: λ (``"sgd"``, ``"adamw"``).
         gradients: gradients ∂L/∂w of mini-batches by names of weights, in the weights' shapes, at the weights as they
             are; for the long run of SGD.
+        per: ``"sphere"``, or ``"entry"`` for a `RiemannianAdam` with this option.
 
     Returns:
         Rates in radians per unit gradient (SGD) or radians (Adam), with their spread over the groups of each weight.
@@ -225,45 +236,82 @@ def matched_learning_rates(
         >>> round(rates["0.weight"].next_step.median, 6)
         0.4
     """
-    if not isinstance(report, SymmetryReport):
+    if not isinstance(report, SymmetryReport | None):
         raise ArgumentTypeError(
             "report", report, "what manifold_nets.diagnose returned for this model", "Pass diagnose(model, inputs)."
         )
+    if per not in ("sphere", "entry") or (per == "entry" and optimizer == "sgd"):
+        raise OptionError("per", per, "'sphere', or with optimizers 'adam' and 'adamw' 'entry'")
     settings = OptimizerSettings(optimizer, lr, momentum, betas, weight_decay)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    found = [(finding, finding.partition) for finding in report.invariant if finding.partition is not None]
-    differing = [w.name for w in report.weights if w.name not in parameters or parameters[w.name].shape != w.shape]
-    if differing:
-        raise ReportMismatchError(type(model).__name__, report.model, differing)
-    batches = list(gradients)
-    rows = []
-    for finding, partition in found:
-        weight = parameters[finding.name]
-        if weight.is_meta:
-            raise OptionError("model", f"{finding.name} on the meta device", "weights with values")
-        norms = partition.norms(weight.detach().double()).flatten()
-        refuse_degenerate(norms, finding.name)
-        gradient = _gradient_sizes(batches, finding, partition, norms)
-        rows.append((finding.name, norms, *_matched(settings, partition, norms, gradient), gradient))
+    if report is None:
+        rows = [_constrained_row(settings, weight, per) for weight in constrained_weights(model)]
+    else:
+        rows = _diagnosed_rows(settings, model, report, list(gradients), per)
     weights = tuple(
         WeightRates(name, len(norms), Spread.of(norms), Spread.of(now), _spread([late]), _spread([gradient]))
         for name, norms, now, late, gradient in rows
     )
     now, late = _spread([row[2] for row in rows]), _spread([row[3] for row in rows])
-    return LearningRates(type(model).__name__, settings, weights, now, late)
+    return LearningRates(type(model).__name__, settings, weights, now, late, held=report is None)
 
 
-def _matched(
-    settings: OptimizerSettings, partition: Partition, norms: Tensor, gradient: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Rates of the groups of a weight, for the next step and for the long run."""
+_Row = tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _diagnosed_rows(
+    settings: OptimizerSettings,
+    model: nn.Module,
+    report: SymmetryReport,
+    batches: list[Mapping[str, Tensor]],
+    per: str,
+) -> list[_Row]:
+    """Name, norms, both rates and gradients of each weight that a report calls invariant."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    differing = [w.name for w in report.weights if w.name not in parameters or parameters[w.name].shape != w.shape]
+    if differing:
+        raise ReportMismatchError(type(model).__name__, report.model, differing)
+    rows = []
+    for finding in report.invariant:
+        weight, partition = parameters[finding.name], finding.partition
+        if partition is None:
+            continue
+        if weight.is_meta:
+            raise OptionError("model", f"{finding.name} on the meta device", "weights with values")
+        norms = partition.norms(weight.detach().double()).flatten()
+        refuse_degenerate(norms, finding.name)
+        gradient = _gradient_sizes(batches, finding, partition, norms)
+        now = _next_step(settings, norms, partition.group_size, per)
+        rows.append(
+            (finding.name, norms, now, _long_run(settings, norms, partition.group_size, gradient, per), gradient)
+        )
+    return rows
+
+
+def _constrained_row(settings: OptimizerSettings, weight: ConstrainedWeight, per: str) -> _Row:
+    """The same of a weight on spheres: its radii are its norms, and there is no long run."""
+    manifold = weight.manifold
+    partition = manifold.joint.sphere.partition if isinstance(manifold, JointSphereMember) else manifold.partition
+    return weight.name, manifold.radii, _next_step(settings, manifold.radii, partition.group_size, per), None, None
+
+
+def _next_step(settings: OptimizerSettings, norms: Tensor, size: int, per: str) -> Tensor:
+    """Rates of the groups of a weight that match the next step."""
     shrunk = 1 - settings.lr * settings.weight_decay
+    if settings.optimizer == "sgd":
+        return settings.lr / (norms.square() * shrunk)
+    return settings.lr * math.sqrt(size if per == "sphere" else 1) / (norms * shrunk)
+
+
+def _long_run(
+    settings: OptimizerSettings, norms: Tensor, size: int, gradient: Tensor | None, per: str
+) -> Tensor | None:
+    """Rates of the groups of a weight that match the rotation in the long run; None where it is not known."""
     factor = settings.equilibrium_factor
+    if factor is None:
+        return None
     if settings.optimizer != "sgd":
-        now = settings.lr * math.sqrt(partition.group_size) / (norms * shrunk)
-        return now, None if factor is None else torch.full_like(norms, factor)
-    now = settings.lr / (norms.square() * shrunk)
-    return now, None if factor is None or gradient is None else factor / gradient
+        return torch.full_like(norms, factor / math.sqrt(1 if per == "sphere" else size))
+    return None if gradient is None else factor / gradient
 
 
 def _gradient_sizes(

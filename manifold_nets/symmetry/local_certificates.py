@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from manifold_nets.models import other_values, state_kept
 from manifold_nets.running import Inputs, output_tensors, to_float64
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
 from manifold_nets.symmetry.gradients import MOST_PASSES, GradientPass, random_projection
@@ -70,13 +70,8 @@ class LocalCertificates:
     def __init__(
         self, model_copy: nn.Module, graph: TracedGraph, inputs: Inputs, seed: int, most_passes: int = MOST_PASSES
     ) -> None:
-        self.model_copy, self.graph, self.inputs, self.seed, self.most_passes = (
-            model_copy,
-            graph,
-            inputs,
-            seed,
-            most_passes,
-        )
+        self.model_copy, self.graph, self.inputs = model_copy, graph, inputs
+        self.seed, self.most_passes = seed, most_passes
         self.parameters = {name: p for name, p in model_copy.named_parameters() if p.is_floating_point()}
         # What was used of them, and the normalizations that are asked.
         self.passes = 0
@@ -120,8 +115,13 @@ class LocalCertificates:
 
     def _change_nothing(self, names: Sequence[str], outputs: Sequence[Tensor]) -> bool:
         """Whether all outputs are the same, bit for bit, with NaN in the place of some parameters."""
+        nothing = {name: torch.full_like(self.parameters[name], math.nan) for name in names}
         try:
-            with self._buffers_kept(), self._poisoned(names), torch.enable_grad():  # with the same kernels as before
+            with (
+                state_kept(self.model_copy),
+                other_values(self.model_copy, nothing),
+                torch.enable_grad(),
+            ):  # with the same kernels as before
                 found, _ = self._run()
         except RuntimeError:
             return False  # an operation that refuses NaN has read one
@@ -145,28 +145,6 @@ class LocalCertificates:
             outputs = output_tensors(self.graph.interpret(self.model_copy, to_float64(self.inputs), exactly))
         return [output.detach().clone() for output in outputs], inside
 
-    @contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        """Put the buffers back at the end; a backward pass belongs inside, as it may ask for what they were."""
-        buffers = {name: buffer.detach().clone() for name, buffer in self.model_copy.named_buffers()}
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, buffer in self.model_copy.named_buffers():
-                    buffer.copy_(buffers[name])
-
-    @contextmanager
-    def _poisoned(self, names: Sequence[str]) -> Iterator[None]:
-        saved = {name: self.parameters[name].data for name in names}
-        try:
-            for name, values in saved.items():
-                self.parameters[name].data = torch.full_like(values, math.nan)
-            yield
-        finally:
-            for name, values in saved.items():
-                self.parameters[name].data = values
-
     def _behind(self, names: Sequence[str]) -> set[Node] | None:
         """All operations behind parameters; None where one of them may return a number though it reads a NaN."""
         waiting = [node for name in names for node in self.graph.placeholders_of(name)]
@@ -188,7 +166,7 @@ class LocalCertificates:
     def _field(self) -> tuple[GradientPass, list[Tensor]]:
         """Weights, and gradients of a random projection of what the normalizations return; the outputs as well."""
         device = next(iter(self.parameters.values())).device
-        with self._buffers_kept(), torch.enable_grad():
+        with state_kept(self.model_copy), torch.enable_grad():
             outputs, inside = self._run()
             loss = random_projection(inside, torch.Generator(device).manual_seed(self.seed), logits=False)
             found: Sequence[Tensor | None] = torch.autograd.grad(

@@ -12,8 +12,8 @@ the example inputs keeps.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -22,9 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from manifold_nets.float64 import Reading
 from manifold_nets.groups import Partition
 from manifold_nets.models import analysis_copy, is_continuous
 from manifold_nets.running import Inputs
@@ -42,23 +41,13 @@ __all__ = ["ROUNDING", "low_memory_copy", "low_memory_pass", "widen_vectors"]
 
 # Gradients rounded to float32 leave values up to half of this where a group is invariant.
 ROUNDING = torch.finfo(torch.float32).eps
-_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
-class _Widened(Mapping[str, Tensor]):
+class _Widened(UserDict[str, Tensor]):
     """Tensors by name, each in float64 for as long as it is in use."""
 
-    def __init__(self, stored: dict[str, Tensor]) -> None:
-        self.stored = stored
-
     def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].to(torch.float64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
+        return super().__getitem__(name).to(torch.float64)
 
 
 def low_memory_copy(model: nn.Module) -> nn.Module:
@@ -112,7 +101,11 @@ class _Passes:
     """The casts of one forward and backward pass, and the gradients that it leaves."""
 
     def __init__(self, model_copy: nn.Module, required: Mapping[str, Sequence[Partition]]) -> None:
-        self.names = {id(p): name for name, p in model_copy.named_parameters() if p.is_floating_point()}
+        self.narrow = {
+            id(p): (name, p)
+            for name, p in model_copy.named_parameters()
+            if p.is_floating_point() and p.dtype != torch.float64
+        }
         self.weights = {name: parameter.detach() for name, parameter in model_copy.named_parameters()}
         self.required = required
         self.open: Counter[str] = Counter()
@@ -122,17 +115,13 @@ class _Passes:
         self.freed = _Freed(sum(weight.numel() * weight.element_size() for weight in self.weights.values()) // 8)
         self.casts: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 
-    def is_widened(self, leaf: Any) -> bool:
-        return isinstance(leaf, nn.Parameter) and id(leaf) in self.names and leaf.dtype != torch.float64
-
-    def widened(self, leaf: Any) -> Any:
-        if not self.is_widened(leaf):
-            return leaf
-        self.freed.add(8 * leaf.numel())
-        wide: Tensor = _Cast.apply(leaf, self, self.names[id(leaf)])  # type: ignore[no-untyped-call]
+    def widened(self, name: str, weight: Tensor) -> Tensor:
+        """A weight in float64, of which the gradient will be taken up."""
+        self.freed.add(8 * weight.numel())
+        wide: Tensor = _Cast.apply(weight, self, name)  # type: ignore[no-untyped-call]
         storage = wide.untyped_storage()
         reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self.casts[storage.data_ptr()] = reference, leaf.detach()
+        self.casts[storage.data_ptr()] = reference, weight.detach()
         return wide
 
     def take(self, name: str, gradient: Tensor) -> None:
@@ -193,22 +182,6 @@ class _Cast(torch.autograd.Function):
         return None, None, None
 
 
-class _Widening(TorchFunctionMode):
-    """Lets every operation read float64 weights."""
-
-    def __init__(self, passes: _Passes) -> None:
-        super().__init__()
-        self.passes = passes
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):
-            if func == _DTYPE and self.passes.is_widened(args[0]):
-                return torch.float64  # as those see it that read the weight
-            return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map(self.passes.widened, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
 @dataclass(frozen=True)
 class LowMemoryPass(GradientPass):
     """Sums of the weights whose gradients are not kept; whole gradients of the other parameters.
@@ -224,7 +197,7 @@ class LowMemoryPass(GradientPass):
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name."""
-        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).stored.items()}
+        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).data.items()}
 
     @cached_property
     def largest_slope(self) -> float:
@@ -289,7 +262,7 @@ def _pass(
         parameter.grad = None
     with torch.random.fork_rng(), torch.enable_grad(), saved_tensors_hooks(passes.pack, passes.unpack):
         torch.manual_seed(seed)
-        with exact_mode(model_copy, _Widening(passes)):
+        with exact_mode(model_copy, Reading(passes.narrow, passes.widened)):
             loss = random_projection(differentiable_outputs(model_copy, inputs), generator, logits=logits)
             with differentiating(model_copy):
                 torch.autograd.backward([get_gradient_edge(loss)])

@@ -11,10 +11,12 @@ remains holds near both points and may not hold far from them, as that of a ReLU
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +39,8 @@ __all__ = ["NumericalSearch", "searched_partitions"]
 
 # Blocks of filters that share a row: heads and groups of normalizations.
 _MOST_BLOCKS = 64
+# Slices of which all groups are looked at together; where there are more, their lists would take memory.
+_FEW = 1 << 12
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -48,21 +52,23 @@ def searched_partitions(shape: Sequence[int]) -> tuple[Partition, ...]:
         >>> [p.n_groups for p in searched_partitions((6, 5))]
         [6, 5, 10]
     """
-    return (*_slices(shape), *_blocks_of_rows(shape)[:1])
+    return (*_slices(tuple(shape)), *_blocks_of_rows(tuple(shape))[:1])
 
 
-def _slices(shape: Sequence[int]) -> list[Partition]:
-    return [Partition(tuple(shape), tuple(shape), (axis,)) for axis in range(min(len(shape), 2))]
+@functools.lru_cache(maxsize=1024)
+def _slices(shape: tuple[int, ...]) -> list[Partition]:
+    return [Partition(shape, shape, (axis,)) for axis in range(min(len(shape), 2))]
 
 
-def _blocks_of_rows(shape: Sequence[int]) -> list[Partition]:
+@functools.lru_cache(maxsize=1024)
+def _blocks_of_rows(shape: tuple[int, ...]) -> list[Partition]:
     """Rows that are added to all filters of a block, for numbers of blocks from the finest one to one."""
     if len(shape) < 2:
         return []
     counts = [n for n in range(1, min(shape[0] // 2, _MOST_BLOCKS) + 1) if shape[0] % n == 0]
     finest = max(counts, key=lambda n: sum(n % d == 0 for d in counts), default=1)
     views = [(n, shape[0] // n, *shape[1:]) for n in sorted(counts or [1], reverse=True) if finest % n == 0]
-    return [Partition(tuple(shape), view, (0, *range(2, len(view)))) for view in views]
+    return [Partition(shape, view, (0, *range(2, len(view)))) for view in views]
 
 
 class NumericalSearch:
@@ -75,22 +81,22 @@ class NumericalSearch:
     """
 
     def __init__(self, graph: TracedGraph, test: InvarianceTest, second: Callable[[], GradientPass]) -> None:
-        self.graph, self.first, self._second = graph, test.gradients, second
-        self.tolerance = test.tolerance * UNSUPPORTED
-        self.shapes = self.first.shapes
-        # What was found for each parameter at this many points, and the shifts that were known then.
-        self._searched: dict[tuple[str, int], tuple[list[ShiftSymmetry], list[UnexplainedSymmetry]]] = {}
-        self.points = [_Point(self.first, test.floor(), test.floor(adds=True))]
+        self.graph, self._second = graph, second
+        self.tolerance, self.shapes = test.tolerance * UNSUPPORTED, test.gradients.shapes
+        self.tests = [InvarianceTest(test.gradients, self.tolerance)]
+        self._names: Iterable[str] = self.shapes
+        self._modules: dict[str, list[str]] = {}
+        for name in self.shapes:
+            self._modules.setdefault(name.rpartition(".")[0], []).append(name)
 
-    def both(self) -> list[_Point]:
-        """The two points."""
-        if len(self.points) < 2:
+    def both(self) -> list[InvarianceTest]:
+        """The tests at the two points."""
+        if len(self.tests) < 2:
             for name, shape in self.shapes.items():
                 for partition in _blocks_of_rows(shape):
-                    self.first.forget(name, partition)
-            second = InvarianceTest(self._second(), self.tolerance)
-            self.points.append(_Point(second.gradients, second.floor(), second.floor(adds=True)))
-        return self.points
+                    self.tests[0].gradients.forget(name, partition)
+            self.tests.append(InvarianceTest(self._second(), self.tolerance))
+        return self.tests
 
     def unexplained(
         self,
@@ -104,8 +110,13 @@ class NumericalSearch:
         return (*found, *(self._shifts(shifts, self.both()) if self.shown_shifts(shifts) else ()))
 
     def shown_shifts(self, shifts: Iterable[ShiftSymmetry]) -> list[UnexplainedSymmetry]:
-        """The groups whose gradients sum to zero at the first point, without what the shifts explain."""
-        return self._shifts(shifts, self.points[:1])
+        """The groups whose gradients sum to zero at the first point, without what the shifts explain.
+
+        Asked again, with other shifts of the parameters for which it found some, it looks at these alone.
+        """
+        found = self._shifts(shifts, self.tests[:1])
+        self._names = list(dict.fromkeys(one.parameters[0] for one in found))
+        return found
 
     # ---- scales ------------------------------------------------------------------------------------------------------
 
@@ -119,8 +130,9 @@ class NumericalSearch:
         for finding in findings:
             if finding.partition is not None and finding.certificate.verdict == "invariant":
                 known.add_weight(finding)
-        self._add_without_gradient(known, self.points[0])
-        searches = [search for search in self._searches(known) if search.has_candidates(self.points[0])]
+        known.add_without_gradient(self.tests[0])
+        first = self.tests[:1]
+        searches = [search for search in self._searches(known) if search.has_candidates(first)]
         counts = Counter(dict.fromkeys(self.shapes, 0))
         for part in (part for generators in dead for part in generators.parts):
             counts[part.parameter] += len(part.groups)
@@ -128,17 +140,22 @@ class NumericalSearch:
         if searches and wholly:
             # Biases that are dead cannot tie scales either, as they do in the equations of the families.
             known.add_generators(joint_generators(solve_jointly(self.graph, wholly))[0])
-            searches = [search for search in searches if search.has_candidates(self.points[0])]
+            searches = [search for search in searches if search.has_candidates(first)]
         if not searches:
             return []
-        self._add_without_gradient(known, self.both()[1])
-        return [found for search in searches for found in search.found(self.points)]
+        known.add_without_gradient(self.both()[1])
+        return [found for search in searches for found in search.found(self.tests)]
 
-    def _searches(self, known: _KnownScales) -> Iterator[_ScaleSearch]:
+    def _searches(self, known: _KnownScales) -> Iterator[_SliceSearch]:
         for name, shape in self.shapes.items():
             for axis in range(min(len(shape), 2)):
                 for names in [(name,), *((name, other) for other in self._companions(name, axis))]:
-                    yield _ScaleSearch(known, names, shape, axis, self.tolerance)
+                    vector = _slices((shape[axis],))[0]
+                    places = [known.places(n, vector if k else _slices(shape)[axis]) for k, n in enumerate(names)]
+                    # Single entries scale nothing; slices along any axis are finer than the whole.
+                    finest = len(shape) > 1 or len(names) > 1
+                    whole = len(names) > 1 or axis == min(len(shape), 2) - 1
+                    yield _SliceSearch("scale", known, np.stack(places), names, shape, axis, finest, whole)
 
     def _companions(self, name: str, axis: int) -> list[str]:
         """Vectors of the same module with one entry for each slice; of two vectors the second follows the first."""
@@ -146,85 +163,107 @@ class NumericalSearch:
         after = module[module.index(name) + 1 :] if len(self.shapes[name]) == 1 else module
         return [other for other in after if other != name and self.shapes[other] == (self.shapes[name][axis],)]
 
-    @cached_property
-    def _modules(self) -> dict[str, list[str]]:
-        """The parameters of each module."""
-        found: dict[str, list[str]] = {}
-        for name in self.shapes:
-            found.setdefault(name.rpartition(".")[0], []).append(name)
-        return found
-
-    def _add_without_gradient(self, known: _KnownScales, point: _Point) -> None:
-        """Take the slices without a gradient out of the search: nothing can be found of them."""
-        for name, shape in self.shapes.items():
-            for axis, partition in enumerate(_slices(shape)):
-                _, weights, gradients = point.slices(name, axis)
-                (without_gradient,) = np.nonzero(~(np.sqrt(weights * gradients) > point.floor))
-                places = known.places(name, partition)[without_gradient]
-                known.add(np.arange(len(places)), places, np.ones(len(places)))
-
     # ---- shifts ------------------------------------------------------------------------------------------------------
 
-    def _shifts(self, shifts: Iterable[ShiftSymmetry], points: Sequence[_Point]) -> list[UnexplainedSymmetry]:
-        known: dict[str, list[ShiftSymmetry]] = {}
+    def _shifts(self, shifts: Iterable[ShiftSymmetry], tests: Sequence[InvarianceTest]) -> list[UnexplainedSymmetry]:
+        known: dict[str, list[Generators]] = {}
         for shift in shifts:
             if len(shift.parameters) == 1 and shift.certificate.verdict == "invariant":
-                known.setdefault(shift.parameters[0], []).append(shift)
-        found = []
-        for name in self.shapes:
-            own = known.get(name, [])
-            before, result = self._searched.get((name, len(points)), (None, []))
-            if before is None or list(map(id, before)) != list(map(id, own)):
-                result = self._shifts_of(name, own, points)
-                self._searched[name, len(points)] = own, result
-            found += result
+                known.setdefault(shift.parameters[0], []).append(shift.generators)
+        found: list[UnexplainedSymmetry] = []
+        for name in self._names:
+            shape, gradients = self.shapes[name], [test.gradients.gradients[name] for test in tests]
+            if shape and 0 not in shape and all(test.gradients.slope(name) != 0 for test in tests):
+                search = self._vector_shifts if len(shape) == 1 else self._tensor_shifts
+                found += search(name, known.get(name, []), tests, gradients)
         return found
 
-    def _shifts_of(
-        self, name: str, known: Sequence[ShiftSymmetry], points: Sequence[_Point]
-    ) -> list[UnexplainedSymmetry]:
-        shape = self.shapes[name]
-        if not shape or 0 in shape or not all(point.has_gradient(name) for point in points):
-            return []
-        return list((_vector_shifts if len(shape) == 1 else _tensor_shifts)(self, name, known, points))
-
-    def beside(self, name: str, point: _Point) -> float:
-        """The largest gradient of another parameter of the same module."""
+    def _vector_shifts(
+        self, name: str, shifts: Iterable[Generators], tests: Sequence[InvarianceTest], gradients: Sequence[Tensor]
+    ) -> Iterator[UnexplainedSymmetry]:
+        """Entries that do nothing, then blocks of entries, interleaved ones, and all entries."""
+        (count,) = self.shapes[name]
+        known = Explained()
+        index = known.coordinates(count)
+        for part in (part for generators in shifts for part in generators.parts):
+            known.add(part.numbers, part.groups, part.coefficients)
+        sizes = np.stack([gradient.abs().cpu().numpy() for gradient in gradients])
         others = [other for other in self._modules[name.rpartition(".")[0]] if other != name]
-        return max(map(point.gradients.slope, others), default=0.0)
+        beside = np.array([max(map(test.gradients.slope, others), default=0.0) for test in tests])
+        # Blocks of which every entry has no gradient but rounding, next to a parameter of the same module that has.
+        # Single entries prove nothing: whether a channel is cut off often depends on the inputs. What is exactly zero
+        # was not reached and proves nothing either.
+        for blocks in (n for n in (3, 2, 1) if count % n == 0):
+            cut = sizes.reshape(len(tests), blocks, -1)
+            dead = ((cut <= EVIDENCE_FLOOR * beside[:, None, None]).all(2) & (cut > 0).any(2)).all(0)
+            entries = index.reshape(blocks, -1)[dead].reshape(-1, 1)
+            new = entries[known.take(entries), 0] if len(entries) else index[:0]
+            if len(new):
+                value = float((sizes[:, new].max(1) / beside).max())
+                yield UnexplainedSymmetry("shift", (name,), single_entries((count,)), tuple(new.tolist()), value)
+        floors = np.array([test.floor(adds=True) for test in tests])
+        without_gradient = np.flatnonzero((sizes <= floors[:, None]).any(0))
+        known.add(np.arange(len(without_gradient)), without_gradient, np.ones(len(without_gradient)))
+        search = _SliceSearch("shift", known, index[None], (name,), (count,), 0, finest=False)
+        yield from search.found(tests)
 
+    def _tensor_shifts(
+        self, name: str, shifts: Iterable[Generators], tests: Sequence[InvarianceTest], gradients: Sequence[Tensor]
+    ) -> Iterator[UnexplainedSymmetry]:
+        """Rows that are added to blocks of filters, constants that are added to filters, and one constant."""
+        shape = self.shapes[name]
+        partitions = [*_blocks_of_rows(shape)]
+        if len(shape) > 2 and shape[1] > 1:
+            partitions.append(Partition(shape, shape, (0, *range(2, len(shape)))))
+        partitions += [p for p in (Partition.filters(shape), Partition.whole(shape)) if p.group_size > 1]
+        known: list[Tensor] | None = None
+        for partition in partitions:
+            numbers, values = self._near(name, partition, partitions[0], tests)
+            if not len(numbers):
+                continue
+            if known is None:
+                # What was not reached at all, as rows that are not looked up, may be in a group or not.
+                live = torch.stack([(gradient != 0).cpu() for gradient in gradients]).all(0)
+                labels = [_label(generators) for generators in shifts]
+                known = [_orthogonal(label, live) for label in (*labels, *_joined(labels))]
+            follow = np.zeros(partition.n_groups, dtype=bool)
+            for vector in known:
+                totals, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
+                follow |= (totals.abs() <= NOTHING * sizes).numpy()
+            new = ~follow[numbers]
+            if new.any():
+                fresh = numbers[new].tolist()
+                known.append(_orthogonal(_label(Generators.of_groups(name, partition, fresh)), live))
+                yield UnexplainedSymmetry("shift", (name,), partition, tuple(fresh), float(values[new].max()))
 
-@dataclass
-class _Point:
-    """The sums of one pass, and below which sizes of scales and of shifts they prove nothing."""
+    def _near(
+        self, name: str, partition: Partition, finest: Partition, tests: Sequence[InvarianceTest]
+    ) -> tuple[Ints, Floats]:
+        """The groups of a partition that can be shifted at all points, and their values.
 
-    gradients: GradientPass
-    floor: float
-    slope_floor: float
-    _known: dict[tuple[str, int], Floats] = field(default_factory=dict)
-
-    def slices(self, name: str, axis: int) -> Floats:
-        """Σ w ⊙ g, Σ w² and Σ g² of each slice of a parameter along an axis."""
-        if (name, axis) not in self._known:
-            sums = self.gradients.sums(name, _slices(self.gradients.shapes[name])[axis])
-            self._known[name, axis] = torch.stack([sums.products, sums.weights, sums.gradients]).cpu().numpy()
-        return self._known[name, axis]
-
-    def slopes(self, name: str, partition: Partition, finest: Partition) -> tuple[Floats, Floats]:
-        """Σ g and Σ g² of each group of a tensor; those of blocks of rows are added up from the finest ones."""
+        The sums of blocks of rows are added up from the finest ones, and not kept.
+        """
+        numbers, values = np.zeros(0, dtype=np.int64), np.zeros(0)
         blocks = partition.kept == finest.kept and partition.view[0] < finest.view[0]
-        sums = self.gradients.sums(name, finest if blocks else partition)
-        slopes, squares = sums.slopes.cpu().numpy(), sums.gradients.cpu().numpy()
-        if not blocks:
-            return slopes, squares
-        view = partition.view[0], finest.view[0] // partition.view[0], -1
-        return slopes.reshape(view).sum(1).ravel(), squares.reshape(view).sum(1).ravel()
+        for place, test in enumerate(tests):
+            sums = test.gradients.sums(name, finest if blocks else partition)
+            slopes, squares = sums.slopes, sums.gradients
+            if blocks:
+                view = partition.view[0], finest.view[0] // partition.view[0], -1
+                slopes, squares = (x.reshape(view).sum(1).ravel() for x in (slopes, squares))
+            if place == 0:  # nearly all groups are none
+                numbers = np.flatnonzero(slopes * slopes <= (2 * self.tolerance) ** 2 * partition.group_size * squares)
+                values = np.zeros(len(numbers))
+            norms = np.sqrt(squares[numbers])
+            own = np.full(len(norms), np.inf)
+            size = norms * partition.group_size**0.5
+            np.divide(np.abs(slopes[numbers]), size, out=own, where=norms > test.floor(adds=True))
+            values = np.maximum(values, own)
+        kept = values <= self.tolerance
+        return numbers[kept], values[kept]
 
-    def has_gradient(self, name: str) -> bool:
-        return bool(self.slices(name, 0)[2].any())
 
-
-# ---- scales ----------------------------------------------------------------------------------------------------------
+# ---- what is known ---------------------------------------------------------------------------------------------------
 
 
 class _KnownScales(Explained):
@@ -282,219 +321,31 @@ class _KnownScales(Explained):
             _, number = np.unique(np.concatenate(numbers), return_inverse=True)
             self.add(number, np.concatenate(places), np.ones(len(number)))
 
+    def add_without_gradient(self, test: InvarianceTest) -> None:
+        """Take the slices without a gradient out of the search: nothing can be found of them."""
+        for name, shape in self.shapes.items():
+            for partition in _slices(shape):
+                sums = test.gradients.sums(name, partition)
+                places = self.places(name, partition)[~(np.sqrt(sums.weights * sums.gradients) > test.floor())]
+                self.add(np.arange(len(places)), places, np.ones(len(places)))
+
 
 def _slices_of_groups(partition: Partition, axis: int) -> tuple[Ints, Ints]:
     """The smallest sets of slices along an axis that consist of whole groups, by slice and by group."""
     (small,) = without_last_axes(partition, least=axis + 1)
     count = small.shape[axis]
+    if small.view == small.shape and axis not in small.kept:
+        return np.zeros(count, dtype=np.int64), np.zeros(small.n_groups, dtype=np.int64)  # each meets every group
     ids = small.group_ids().movedim(axis, 0).reshape(count, -1).numpy()
     label = np.arange(count)
     while True:
-        least = np.full(small.n_groups, count, dtype=np.int64)
-        np.minimum.at(least, ids.ravel(), np.repeat(label, ids.shape[1]))
+        order = np.argsort(-label)
+        least = np.zeros(small.n_groups, dtype=np.int64)
+        least[ids[order]] = label[order, None]  # the smallest label is written last
         joined = least[ids].min(1)
         if (joined == label).all():
             return label, least
         label = joined
-
-
-@dataclass
-class _Level:
-    """The groups of a partition that are invariant: their numbers, the slices of each, and their values."""
-
-    view: tuple[int, ...]
-    kept: tuple[int, ...]
-    numbers: Ints
-    members: Ints
-    values: Floats
-
-
-@dataclass
-class _ScaleSearch:
-    """The slices of a parameter along an axis, with the entries of a companion."""
-
-    known: _KnownScales
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    axis: int
-    tolerance: float
-
-    def has_candidates(self, point: _Point) -> bool:
-        """Whether some group is invariant at a point and does not follow from what is known."""
-        if not self.known.vector[self._places].any():
-            return False  # every slice follows
-        return any(
-            not self.known.follows(self._groups(level)).all() for level in self._levels([point]) if len(level.numbers)
-        )
-
-    def found(self, points: Sequence[_Point]) -> Iterator[UnexplainedSymmetry]:
-        """The invariant groups that nothing explains, from fine to coarse; they are known from then on."""
-        for level in self._levels(points):
-            new = self.known.take(self._groups(level)) if len(level.numbers) else np.zeros(0, dtype=bool)
-            if new.any():
-                numbers, value = tuple(level.numbers[new].tolist()), float(level.values[new].max())
-                partition = Partition(self.shape, level.view, level.kept)
-                yield UnexplainedSymmetry("scale", self.names, partition, numbers, value)
-
-    @cached_property
-    def _places(self) -> Ints:
-        """The coordinates of the slices: one row for the parameter and one for its companion."""
-        own = self.known.places(self.names[0], _slices(self.shape)[self.axis])
-        vector = _slices((self.shape[self.axis],))[0]
-        return np.stack([own, *(self.known.places(name, vector) for name in self.names[1:])])
-
-    def _groups(self, level: _Level) -> Ints:
-        return np.moveaxis(self._places[:, level.members], 0, 1).reshape(len(level.numbers), -1)
-
-    def _levels(self, points: Sequence[_Point]) -> Iterator[_Level]:
-        """Partitions from fine to coarse, with the groups that are invariant at all points."""
-        count, shape = self.shape[self.axis], self.shape
-        before, after = shape[: self.axis], shape[self.axis + 1 :]
-        sized = []
-        for p in points:
-            sums = sum((p.slices(name, 0) for name in self.names[1:]), p.slices(self.names[0], self.axis))
-            # No sum can be larger than the parameters; the product of the norms can where the scales differ.
-            sized.append((sums, sum(p.gradients.size(name) for name in self.names), p.floor))
-        if len(shape) > 1 or len(self.names) > 1:
-            yield self._level(shape, (self.axis,), (count, 1), sized)
-        for blocks in (n for n in range(count - 1, 1, -1) if count % n == 0):
-            size = count // blocks
-            consecutive = (*before, blocks, size, *after)
-            yield self._level(consecutive, (self.axis,), (blocks, size), sized)
-            interleaved = (*before, size, blocks, *after)
-            yield self._level(interleaved, (self.axis + 1,), (size, blocks), sized, kept=1)
-        # Slices along any axis are finer than the whole.
-        if len(self.names) > 1 or self.axis == min(len(shape), 2) - 1:
-            yield self._level(shape, (), (1, count), sized)
-
-    def _level(
-        self,
-        view: tuple[int, ...],
-        numbered: tuple[int, ...],
-        cut: tuple[int, int],
-        sized: Sequence[tuple[Floats, float, float]],
-        kept: int = 0,
-    ) -> _Level:
-        """The invariant groups of a partition, numbered along one of the two axes into which the slices are cut."""
-        numbers, worst = np.arange(cut[kept]), np.zeros(cut[kept])
-        for sums, most, floor in sized:
-            given = sums if cut[1 - kept] == 1 else sums.reshape(3, *cut).sum(2 - kept)
-            products, weights, gradients = given[:, numbers]
-            size = np.minimum(np.sqrt(weights) * np.sqrt(gradients), most)
-            near = (np.abs(products) <= 2 * self.tolerance * size) & (size > floor)
-            numbers, worst = numbers[near], np.maximum(worst[near], np.abs(products[near]) / size[near])
-            if not len(numbers):
-                break
-        numbers, worst = numbers[worst <= self.tolerance], worst[worst <= self.tolerance]
-        members = np.moveaxis(np.arange(cut[0] * cut[1]).reshape(cut), kept, 0)[numbers]
-        return _Level(view, numbered, numbers, members, worst)
-
-
-# ---- shifts ----------------------------------------------------------------------------------------------------------
-
-
-def _invariant(sums: Iterable[tuple[Floats, Floats, _Point]], size: int, tolerance: float) -> tuple[Ints, Floats]:
-    """The groups that are invariant at all points, by the sums of their gradients and of the squares, and their values.
-
-    Args:
-        sums: the sums of each group at each point.
-        size: how many entries a group has.
-        tolerance: the largest value.
-    """
-    numbers, worst = np.zeros(0, dtype=np.int64), np.zeros(0)
-    for place, (slopes, squares, point) in enumerate(sums):
-        if place == 0:  # nearly all groups are none
-            numbers = np.flatnonzero(np.abs(slopes) <= 2 * tolerance * size**0.5 * np.sqrt(squares))
-            worst = np.zeros(len(numbers))
-        if not len(numbers):
-            break
-        norms = np.sqrt(squares.ravel()[numbers])
-        values = np.full(len(norms), np.inf)
-        np.divide(np.abs(slopes.ravel()[numbers]), norms * size**0.5, out=values, where=norms > point.slope_floor)
-        worst = np.maximum(values, worst)
-    kept = worst <= tolerance
-    return numbers[kept], worst[kept]
-
-
-def _vector_shifts(
-    search: NumericalSearch, name: str, shifts: Iterable[ShiftSymmetry], points: Sequence[_Point]
-) -> Iterator[UnexplainedSymmetry]:
-    """Entries that do nothing, then blocks of entries, interleaved ones, and all entries."""
-    (count,) = search.shapes[name]
-    known = Explained()
-    index = known.coordinates(count)
-    for shift in shifts:
-        for part in shift.generators.parts:
-            known.add(part.numbers, part.groups, part.coefficients)
-    gradients = [point.gradients.gradients[name].cpu().numpy() for point in points]
-    sizes = [np.abs(gradient) for gradient in gradients]
-    beside = [search.beside(name, point) for point in points]
-    for blocks in (n for n in (3, 2, 1) if count % n == 0):
-        entries = index.reshape(blocks, -1)[_dead_blocks(sizes, beside, blocks)].reshape(-1, 1)
-        new = entries[known.take(entries), 0] if len(entries) else index[:0]
-        if len(new):
-            value = max(float(s[new].max()) / b for s, b in zip(sizes, beside, strict=True))
-            yield UnexplainedSymmetry("shift", (name,), single_entries((count,)), tuple(new.tolist()), value)
-    (without_gradient,) = np.nonzero(
-        np.any([s <= point.slope_floor for s, point in zip(sizes, points, strict=True)], axis=0)
-    )
-    known.add(np.arange(len(without_gradient)), without_gradient, np.ones(len(without_gradient)))
-    for blocks in (n for n in range(count - 1, 0, -1) if count % n == 0):
-        size = count // blocks
-        for view, axis in (((blocks, size), 0), ((size, blocks), 1)):
-            viewed = [gradient.reshape(view) for gradient in gradients]
-            terms = ((g.sum(1 - axis), (g * g).sum(1 - axis)) for g in viewed)
-            sums = ((*pair, point) for pair, point in zip(terms, points, strict=True))
-            numbers, values = _invariant(sums, size, search.tolerance)
-            members = index.reshape(view) if axis == 0 else index.reshape(view).T
-            new = known.take(members[numbers]) if len(numbers) else np.zeros(0, dtype=bool)
-            if new.any():
-                partition, value = Partition((count,), view, (axis,)), float(values[new].max())
-                yield UnexplainedSymmetry("shift", (name,), partition, tuple(numbers[new].tolist()), value)
-
-
-def _dead_blocks(sizes: Sequence[Floats], beside: Sequence[float], blocks: int) -> Ints:
-    """Blocks of which every entry has no gradient but rounding, next to one of the same module that has.
-
-    Single entries prove nothing: whether a channel is cut off often depends on the inputs. What is exactly zero was
-    not reached and proves nothing either.
-    """
-    found = np.ones(blocks, dtype=bool)
-    for size, other in zip(sizes, beside, strict=True):
-        block = size.reshape(blocks, -1)
-        found &= (block <= EVIDENCE_FLOOR * other).all(1) & (block > 0).any(1)
-    return np.flatnonzero(found)
-
-
-def _tensor_shifts(
-    search: NumericalSearch, name: str, shifts: Iterable[ShiftSymmetry], points: Sequence[_Point]
-) -> Iterator[UnexplainedSymmetry]:
-    """Rows that are added to blocks of filters, constants that are added to filters, and one constant."""
-    shape = search.shapes[name]
-    partitions = _blocks_of_rows(shape)
-    if len(shape) > 2 and shape[1] > 1:
-        partitions.append(Partition(shape, shape, (0, *range(2, len(shape)))))
-    partitions += [p for p in (Partition.filters(shape), Partition.whole(shape)) if p.group_size > 1]
-    known: list[Tensor] | None = None
-    for partition in partitions:
-        sums = ((*point.slopes(name, partition, partitions[0]), point) for point in points)
-        numbers, values = _invariant(sums, partition.group_size, search.tolerance)
-        if not len(numbers):
-            continue
-        if known is None:
-            # What was not reached at all, as rows that are not looked up, may be in a group or not.
-            live = torch.stack([(point.gradients.gradients[name] != 0).cpu() for point in points]).all(0)
-            labels = [_label(shift.generators) for shift in shifts]
-            known = [_orthogonal(label, live) for label in (*labels, *_joined(labels))]
-        follow = np.zeros(partition.n_groups, dtype=bool)
-        for vector in known:
-            totals, sizes = partition.sum(vector).flatten(), partition.sum(vector.abs()).flatten()
-            follow |= (totals.abs() <= NOTHING * sizes).numpy()
-        new = ~follow[numbers]
-        if new.any():
-            fresh = numbers[new].tolist()
-            known.append(_orthogonal(_label(Generators.of_groups(name, partition, fresh)), live))
-            yield UnexplainedSymmetry("shift", (name,), partition, tuple(fresh), float(values[new].max()))
 
 
 def _label(shifts: Generators) -> Tensor:
@@ -524,3 +375,128 @@ def _orthogonal(label: Tensor, live: Tensor) -> Tensor:
     means = torch.bincount(moved, drawn.flatten()) / torch.bincount(moved).clamp_min(1)
     means[0] = 0.0
     return drawn - means[moved].reshape(label.shape)
+
+
+# ---- groups of slices ------------------------------------------------------------------------------------------------
+
+
+class _Cuts(NamedTuple):
+    """Cuts of the slices along an axis into groups, from fine to coarse.
+
+    Args:
+        views: for each cut the two axes that the slices are viewed as, and which of these numbers the groups.
+        members: for each cut the slices of each group.
+        flat: all members, group after group.
+        starts: where each group begins among these.
+        ends: where each cut but the last one ends among the groups.
+    """
+
+    views: Sequence[tuple[tuple[int, int], int]]
+    members: list[Ints]
+    flat: Ints
+    starts: Ints
+    ends: Ints
+
+    @classmethod
+    def of_views(cls, views: Sequence[tuple[tuple[int, int], int]]) -> _Cuts:
+        """The groups of such views."""
+        members = [np.moveaxis(np.arange(math.prod(view)).reshape(view), axis, 0) for view, axis in views]
+        sizes = np.concatenate([np.full(*groups.shape) for groups in members])
+        ends = np.cumsum([len(groups) for groups in members])[:-1]
+        return cls(views, members, np.concatenate([g.ravel() for g in members]), np.cumsum(sizes) - sizes, ends)
+
+
+def _cuts(count: int) -> Iterable[_Cuts]:
+    """Each slice, blocks of neighbours and interleaved ones for every divisor, and all slices."""
+    return _all_cuts(count) if count <= _FEW else (_Cuts.of_views([view]) for view in _views(count))
+
+
+@functools.lru_cache(maxsize=64)
+def _all_cuts(count: int) -> Iterable[_Cuts]:
+    return (_Cuts.of_views(list(_views(count))),)
+
+
+def _views(count: int) -> Iterator[tuple[tuple[int, int], int]]:
+    yield (count, 1), 0
+    for blocks in (n for n in range(count - 1, 1, -1) if count % n == 0):
+        yield (blocks, count // blocks), 0
+        yield (count // blocks, blocks), 1
+    yield (1, count), 0
+
+
+@dataclass(frozen=True)
+class _SliceSearch:
+    """Looks for invariant groups of the slices of a parameter along an axis, with the entries of a companion.
+
+    Args:
+        kind: ``"scale"`` or ``"shift"``.
+        known: what is known of these.
+        places: the coordinates of the slices there: one row for the parameter and one for its companion.
+        names: the parameter and its companion.
+        shape: the shape of the parameter.
+        axis: the axis.
+        finest: whether single slices are groups.
+        whole: whether all of them are one.
+    """
+
+    kind: str
+    known: Explained
+    places: Ints
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    axis: int
+    finest: bool = True
+    whole: bool = True
+
+    def has_candidates(self, tests: Sequence[InvarianceTest]) -> bool:
+        """Whether some group is invariant at all points and does not follow from what is known."""
+        if not self.known.vector[self.places].any():
+            return False  # every slice follows
+        return any(not self.known.follows(groups).all() for *_, groups in self._candidates(tests))
+
+    def found(self, tests: Sequence[InvarianceTest]) -> Iterator[UnexplainedSymmetry]:
+        """The invariant groups that nothing explains, from fine to coarse; they are known from then on."""
+        for partition, numbers, values, groups in self._candidates(tests):
+            new = self.known.take(groups)
+            if new.any():
+                fresh, value = tuple(numbers[new].tolist()), float(values[new].max())
+                yield UnexplainedSymmetry(self.kind, self.names, partition, fresh, value)
+
+    def _candidates(self, tests: Sequence[InvarianceTest]) -> Iterator[tuple[Partition, Ints, Floats, Ints]]:
+        """Partitions with the groups that are invariant at all points: numbers, values, and coordinates."""
+        sums = [self._sums(test) for test in tests]
+        for cuts in _cuts(self.shape[self.axis]):
+            values = np.max([self._values(*given, cuts) for given in sums], axis=0)
+            if not (values <= tests[0].tolerance).any():
+                continue
+            for view, members, own in zip(cuts.views, cuts.members, np.split(values, cuts.ends), strict=True):
+                count, size = members.shape
+                numbers = np.flatnonzero(own <= tests[0].tolerance)
+                if len(numbers) and (size > 1 or self.finest) and (count > 1 or self.whole):
+                    groups = np.moveaxis(self.places[:, members[numbers]], 0, 1).reshape(len(numbers), -1)
+                    yield self._partition(*view), numbers, own[numbers], groups
+
+    def _sums(self, test: InvarianceTest) -> tuple[Floats, Floats, float]:
+        """Σ ξ g, Σ ξ² and Σ g² of each slice of each parameter, what no size is above, and what none is below."""
+        if self.kind == "shift":
+            g = test.gradients.gradients[self.names[0]].cpu().numpy()
+            return np.stack([g, np.ones(len(g)), g * g])[None], np.array([np.inf]), test.floor(adds=True)
+        slices = [_slices(self.shape)[self.axis], *_slices((self.shape[self.axis],))]
+        pairs = list(zip(self.names, slices, strict=False))
+        sums = np.stack([np.stack(test.gradients.sums(*pair)[:3]) for pair in pairs])
+        return sums, np.array([test.gradients.size(name) for name, _ in pairs]), test.floor()
+
+    @staticmethod
+    def _values(sums: Floats, most: Floats, floor: float, cuts: _Cuts) -> Floats:
+        """The value of each group, as `InvarianceTest` has it; infinite where there is no evidence."""
+        totals, squares, slopes = np.add.reduceat(sums[..., cuts.flat], cuts.starts, -1).swapaxes(0, 1)
+        # No sum can be larger than the parameter; the product of the norms can where the scales differ.
+        sizes = np.minimum(np.sqrt(squares) * np.sqrt(slopes), most[:, None]).sum(0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(sizes > floor, np.abs(totals.sum(0)) / sizes, np.inf)
+
+    def _partition(self, view: tuple[int, int], numbered: int) -> Partition:
+        if view[1] == 1 or view[0] == 1:
+            return Partition(self.shape, self.shape, (self.axis,) if view[1] == 1 else ())
+        cut = (*self.shape[: self.axis], *view, *self.shape[self.axis + 1 :])
+        return Partition(self.shape, cut, (self.axis + numbered,))

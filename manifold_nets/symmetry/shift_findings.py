@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from manifold_nets.errors import LossError
+from manifold_nets.errors import OptionError
 from manifold_nets.float64 import following
 from manifold_nets.groups import Partition
 from manifold_nets.running import Inputs, called
@@ -28,6 +28,7 @@ _LOSS_ROUNDING = 1e-9
 # The name of a loss of logits, or the loss as a function of what the model returns.
 Loss = str | Callable[[Any], Tensor]
 LOSSES = ("cross_entropy", "softmax")
+_EXPECTED = "'cross_entropy', 'softmax', or a function of what the model returns whose result is one number"
 _REFUTED = "leave it and report it: structure and certificate contradict each other"
 _REMEDIES = {
     "dead bias": "remove it: it does nothing",
@@ -43,14 +44,14 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
     """Whether a loss stays the same when a constant is added to all logits of an example, along axis 1.
 
     Raises:
-        LossError: an unknown name, or a function that does not accept the outputs.
+        OptionError: an unknown name, or a function that does not accept the outputs.
         ExampleInputsError: the model refuses the inputs.
     """
     if loss is None:
         return False
     if isinstance(loss, str):
         if loss not in LOSSES:
-            raise LossError(f"the name {loss!r}")
+            raise OptionError("loss", loss, _EXPECTED)
         return True
     generator = torch.Generator().manual_seed(0)
 
@@ -65,7 +66,7 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
         try:
             before, after = float(loss(outputs)), float(loss(pytree.tree_map(shifted, outputs)))
         except Exception as error:
-            raise LossError(f"{type(error).__name__}: {error}") from error
+            raise OptionError("loss", error, _EXPECTED) from error
     return abs(after - before) <= _LOSS_ROUNDING * max(1.0, abs(before))
 
 

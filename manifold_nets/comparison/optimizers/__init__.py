@@ -32,12 +32,12 @@ OptimizerSource = Callable[..., torch.optim.Optimizer]
 AnyOptimizer = str | OptimizerSpec | OptimizerSource
 
 
-def optimizer_spec(name: str) -> OptimizerSpec:
+def optimizer_spec(name: AnyOptimizer) -> OptimizerSpec:
     """Return the built-in optimizer of a name, or one from a Python file or module.
 
     Args:
         name: that of a built-in optimizer, or ``file.py:NAME`` or ``package.module:NAME`` of what `spec_of`
-            takes, or of a `OptimizerSpec`.
+            takes, or of an `OptimizerSpec`; or one of these itself.
 
     Raises:
         OptimizerNameError: the name is neither.
@@ -49,6 +49,8 @@ def optimizer_spec(name: str) -> OptimizerSpec:
         >>> optimizer_spec("rsgd").form, optimizer_spec("torch.optim:SGD").library
         ('converted', 'own')
     """
+    if not isinstance(name, str):
+        return name if isinstance(name, OptimizerSpec) else spec_of(name)
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     try:
@@ -90,10 +92,8 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
 
 
 def _takes_rate(source: object) -> bool:
-    if not callable(source):
-        return False
     try:
-        parameters = inspect.signature(source).parameters.values()
-    except (TypeError, ValueError):  # as of some callables written in C
-        return True
+        parameters = inspect.signature(source).parameters.values()  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # nothing that can be called, or a callable written in C
+        return callable(source)
     return any(p.name == "lr" or p.kind is p.VAR_KEYWORD for p in parameters)

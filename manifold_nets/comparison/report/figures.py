@@ -9,21 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from manifold_nets.comparison.measures import first_at
 from manifold_nets.comparison.report import style
-from manifold_nets.comparison.report.style import INK, NARROW, WIDE, Size, finite, look, mark, short_name
+from manifold_nets.comparison.report.style import INK, Size, finite, look, mark, panels, short_name
 from manifold_nets.comparison.report.summary import OptimizerSummary, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "NARROW", "WIDE", "Drawing", "Size"]
-
 MOST_LAYERS = 4
 _STEP, _CLIQUE_STEP = 0.30, 0.16
-
-
-def _has_optimizers(summary: Summary) -> bool:
-    """Whether there is anything at all to show."""
-    return bool(summary.optimizers)
 
 
 @dataclass(frozen=True)
@@ -42,72 +35,67 @@ class Drawing:
     title: str
     draw: Callable[[Summary, Size], Figure]
     caption: Callable[[Summary], str]
-    has_data: Callable[[Summary], bool] = _has_optimizers
+    has_data: Callable[[Summary], bool] = lambda _: True
 
 
 def _row_height(summary: Summary, size: Size) -> float:
     return (0.42 if size.narrow else 0.34) * len(summary.optimizers) + 0.9
 
 
+def _rows(summary: Summary, size: Size, label: str, *, more: float = 0.0) -> tuple[Figure, Any]:
+    """A figure of a row per optimizer, and its axes."""
+    figure = style.new_figure(size, _row_height(summary, size) + more)
+    axes = figure.subplots()
+    axes.set_xlabel(label)
+    style.name_rows(axes, [o.name for o in summary.optimizers])
+    return figure, axes
+
+
 def _draw_test_errors(summary: Summary, size: Size) -> Figure:
     """Test error of every run, and the mean with its confidence interval."""
-    figure = style.new_figure(size, _row_height(summary, size))
-    axes = figure.subplots()
+    figure, axes = _rows(summary, size, summary.unit.label("test error"))
     every = finite(error for o in summary.optimizers for error in o.test_errors)
     style.error_axis(axes, "x", every, scale=summary.unit.scale)
     for i, o in enumerate(summary.optimizers):
-        color, shown = look(i)["color"], finite(o.test_errors)
-        axes.plot(shown, [i + 0.2] * len(shown), color=color, marker="|", markersize=9, linestyle="none")
+        style.strokes(axes, o.test_errors, i)
         if o.test.count > 1:
             # No error is negative, whatever the interval says.
             low = max(o.test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
-            axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=color, linewidth=2)
+            axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=look(i)["color"], linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
         if o.test.lost:
-            style.note_beside(
-                axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {'not finite' if o.not_finite else 'diverged'}"
-            )
-    style.name_rows(axes, [o.name for o in summary.optimizers])
-    axes.set_xlabel(summary.unit.label("test error"))
+            why = "not finite" if o.not_finite else "diverged"
+            style.note_beside(axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {why}")
     return figure
 
 
 def _draw_target(summary: Summary, size: Size) -> Figure:
     """Passes over the data and seconds until each run first reaches the target."""
-    height, names = _row_height(summary, size), [o.name for o in summary.optimizers]
-    figure = style.new_figure(size, 2 * height if size.narrow else height)
-    left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2, sharey=True)
+    height = _row_height(summary, size)
+    figure, (left, right) = panels(size, 2 * height if size.narrow else height, sharey=not size.narrow)
     for axes, label, which in ((left, "passes over the data", "passes"), (right, "seconds of training", "seconds")):
-        spent = [_spent(o, summary.target, which) for o in summary.optimizers]
+        costs = [o.seconds if which == "seconds" else (o.passes,) * len(o.errors) for o in summary.optimizers]
+        spent = [
+            [first_at(run, cost, summary.target) for run, cost in zip(o.errors, each, strict=True)]
+            for o, each in zip(summary.optimizers, costs, strict=True)
+        ]
         style.error_axis(axes, "x", [value for values in spent for value in values])
-        for i, (o, values) in enumerate(zip(summary.optimizers, map(finite, spent), strict=True)):
-            above = [i + 0.2] * len(values)
-            axes.plot(values, above, color=look(i)["color"], marker="|", markersize=9, linestyle="none")
-            median = getattr(o.reach, which)
-            if math.isfinite(median):
-                mark(axes, median, i - 0.1, i, markersize=8)
+        for i, (o, values) in enumerate(zip(summary.optimizers, spent, strict=True)):
+            style.strokes(axes, values, i)
+            if math.isfinite(getattr(o.reach, which)):
+                mark(axes, getattr(o.reach, which), i - 0.1, i, markersize=8)
             if (size.narrow or axes is right) and o.reach.reached < o.reach.runs:
                 style.note_beside(axes, i, f"✕ {o.reach.runs - o.reach.reached} of {o.reach.runs} never")
         axes.set_xlabel(label)
-    style.name_rows(left, names)
-    if size.narrow:
-        style.name_rows(right, names)
-    else:
-        right.tick_params(axis="y", labelleft=False, length=0)
-        right.spines["left"].set_visible(False)
-        right.grid(visible=False, axis="y")
+        style.name_rows(axes, [o.name for o in summary.optimizers])
+    right.tick_params(axis="y", labelleft=size.narrow)
     return figure
-
-
-def _spent(o: OptimizerSummary, target: float, which: str) -> list[float]:
-    costs = o.seconds if which == "seconds" else [o.passes] * len(o.errors)
-    return [first_at(run, cost, target) for run, cost in zip(o.errors, costs, strict=True)]
 
 
 def _draw_rescaled(summary: Summary, size: Size) -> Figure:
     """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
-    figure = style.new_figure(size, _row_height(summary, size) + 0.3)
-    axes = figure.subplots()
+    label = f"{summary.unit.label('mean validation error')}; hollow: rescaled start"
+    figure, axes = _rows(summary, size, label, more=0.3)
     both = [(i, o.rescaled) for i, o in enumerate(summary.optimizers) if o.rescaled is not None]
     values = [value for _, found in both for value in (found.plain.value, found.same_rate.value)]
     style.error_axis(axes, "x", values, scale=summary.unit.scale)
@@ -118,20 +106,14 @@ def _draw_rescaled(summary: Summary, size: Size) -> Figure:
         mark(axes, same.value, i, i, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
         if same.lost:
             style.note_beside(axes, i, f"✕ {same.lost} of {same.lost + same.count} diverged")
-    style.name_rows(axes, [o.name for o in summary.optimizers])
-    axes.set_xlabel(f"{summary.unit.label('mean validation error')}; hollow: rescaled start")
     return figure
 
 
 def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
     """Training loss and validation error over epochs: the median over the seeds, and a band over all of them."""
-    figure = style.new_figure(size, 7.2 if size.narrow else 4.0)
-    left, right = figure.subplots(2, 1) if size.narrow else figure.subplots(1, 2)
-    error = summary.unit.label("Validation error")
-    for axes, title, which, scale in (
-        (left, "Training loss", "losses", 1.0),
-        (right, error, "errors", summary.unit.scale),
-    ):
+    figure, (left, right) = panels(size, 7.2 if size.narrow else 4.0)
+    error = summary.unit.label("Validation error"), "errors", summary.unit.scale
+    for axes, (title, which, scale) in ((left, ("Training loss", "losses", 1.0)), (right, error)):
         every = finite(value for o in summary.optimizers for run in getattr(o, which) for value in run)
         style.error_axis(axes, "y", every, scale=scale)
         for i, o in enumerate(summary.optimizers):
@@ -155,7 +137,7 @@ def _curve(axes: Any, place: int, count: int, o: OptimizerSummary, runs: Sequenc
     if len(runs) > 1:
         low, high = ([pick(finite(step), default=math.nan) for step in steps] for pick in (min, max))
         axes.fill_between(epochs, low, high, color=look(place)["color"], alpha=0.14, linewidth=0)
-    known = [value if math.isfinite(value) else math.nan for value in median]
+    known = style.with_gaps(median)
     every = max(1, len(steps) // 6)
     lost = f", ✕ {o.test.lost} of {len(o.seeds)}" if o.test.lost else ""
     marked = (place * every // max(count, 1) % every, every)
@@ -175,8 +157,7 @@ def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
     every = [error for grid in grids for error in (*grid.errors, *grid.survivor_errors)]
     style.error_axis(upper, "y", every, scale=summary.unit.scale)
     for i, (o, grid) in enumerate(zip(summary.optimizers, grids, strict=True)):
-        whole = [error if math.isfinite(error) else math.nan for error in grid.errors]
-        (line,) = upper.plot(grid.rates, whole, **look(i), label=short_name(o.name))
+        (line,) = upper.plot(grid.rates, style.with_gaps(grid.errors), **look(i), label=short_name(o.name))
         line.set_gid(f"series-{i}")
         for rate, mean, lost in zip(grid.rates, grid.survivor_errors, grid.diverged, strict=True):
             if lost and math.isfinite(mean):  # a mean over survivors only: hollow, and on no line
@@ -217,25 +198,19 @@ def _draw_layers(summary: Summary, size: Size) -> Figure:
         for row, (which, what) in enumerate((("rotation", "rotation a step (rad)"), ("norm", "norm of filters"))):
             axes = grid[row, column]
             _layer(axes, summary, name, which)
-            axes.set_title(f"{short_name(name)}: {what}" if size.narrow else what)
-            if not size.narrow and not row:
-                axes.set_title(f"{short_name(name)}\n{what}")
+            above = f"{short_name(name)}: " if size.narrow else "" if row else f"{short_name(name)}\n"
+            axes.set_title(f"{above}{what}")
     style.legend(figure, grid[0, 0], size)
     return figure
 
 
 def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
-    traces = [
-        (i, o, getattr(layer, which))
-        for i, o in enumerate(summary.optimizers)
-        for layer in o.layers
-        if layer.name == name
-    ]
+    every = [(i, o, layer) for i, o in enumerate(summary.optimizers) for layer in o.layers]
+    traces = [(i, o, getattr(layer, which)) for i, o, layer in every if layer.name == name]
     style.error_axis(axes, "y", [value for *_, values in traces for value in values])
     for i, o, values in traces:
-        known, step = [v if math.isfinite(v) else math.nan for v in values], max(1, len(values) // 4)
-        marked = (i % step, step)
-        axes.plot(o.passes[: len(values)], known, **look(i), markevery=marked, label=short_name(o.name))
+        step, known = max(1, len(values) // 4), style.with_gaps(values)
+        axes.plot(o.passes[: len(values)], known, **look(i), markevery=(i % step, step), label=short_name(o.name))
     style.passes_axis(axes, [o.passes for o in summary.optimizers])
 
 

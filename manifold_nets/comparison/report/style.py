@@ -5,31 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from manifold_nets.page.plots import COLOURS, SERIES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = [
-    "INK",
-    "NARROW",
-    "WIDE",
-    "Size",
-    "error_axis",
-    "finite",
-    "legend",
-    "look",
-    "mark",
-    "name_rows",
-    "new_figure",
-    "note_beside",
-    "passes_axis",
-    "rate_axis",
-    "short_name",
-    "strict_median",
-]
 
 INK = COLOURS["ink"]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
@@ -74,11 +56,23 @@ def mark(axes: Any, x: float, y: float, place: int, **options: Any) -> Any:
     return drawn
 
 
+def strokes(axes: Any, values: Iterable[float], place: int) -> None:
+    """Draw the value of every run above the row of the optimizer at an index."""
+    shown, color = finite(values), look(place)["color"]
+    axes.plot(shown, [place + 0.2] * len(shown), color=color, marker="|", markersize=9, linestyle="none")
+
+
 def new_figure(size: Size, height: float) -> Figure:
     """An empty figure."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(size.width, height), layout="constrained")
+
+
+def panels(size: Size, height: float, **options: Any) -> tuple[Figure, Any]:
+    """A figure of two panels, side by side or below each other, and the axes of both."""
+    figure = new_figure(size, height)
+    return figure, figure.subplots(2, 1, **options) if size.narrow else figure.subplots(1, 2, **options)
 
 
 def legend(figure: Figure, axes: Any, size: Size) -> None:
@@ -92,8 +86,8 @@ def legend(figure: Figure, axes: Any, size: Size) -> None:
 
 def note_beside(axes: Any, place: int, text: str) -> None:
     """A remark at the right end of a row."""
-    right = {"xycoords": ("axes fraction", "data"), "xytext": (6, 0), "textcoords": "offset points"}
-    axes.annotate(text, (1.0, place), **right, va="center", color=INK, annotation_clip=False)
+    right: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (1.0, place), (6, 0), **right, va="center", color=INK, annotation_clip=False)
 
 
 def passes_axis(axes: Any, passes: Sequence[Sequence[float]]) -> None:
@@ -127,12 +121,14 @@ def finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
+def with_gaps(values: Iterable[float]) -> list[float]:
+    """The values, NaN for those that are not finite, where lines have gaps."""
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
 def strict_median(values: Sequence[float]) -> float:
     """The median of runs in which those that diverged count as infinite: finite while most runs are."""
-    ordered = sorted(math.inf if math.isnan(value) else value for value in values)
-    if not ordered:
-        return math.nan
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return median(math.inf if math.isnan(value) else value for value in values) if values else math.nan
 
 
 def error_axis(axes: Any, which: str, values: Iterable[float], *, scale: float = 1.0) -> None:

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
-from manifold_nets.comparison.measures import (
-    CostRatio,
-    Reach,
-    Sensitivity,
-    cost_ratio,
-    learning_rate_sensitivity,
-    reach,
-)
-from manifold_nets.comparison.ranks import Friedman, cliques, critical_difference, friedman
+from manifold_nets.comparison import measures, statistics
+from manifold_nets.comparison.measures import CostRatio, Reach, Sensitivity
 from manifold_nets.comparison.results import Comparison, RunResult
 from manifold_nets.comparison.settings import InitialScale, Settings
-from manifold_nets.comparison.statistics import MeanInterval, PairedDifference, all_differences, mean_interval
-
-__all__ = ["LayerTrace", "OptimizerSummary", "RescaledStart", "Summary", "Unit", "summarise"]
+from manifold_nets.comparison.statistics import Friedman, MeanInterval, PairedDifference, mean_interval
 
 
 @dataclass(frozen=True)
@@ -221,18 +213,18 @@ def summarise(comparison: Comparison) -> Summary:
     optimizers = tuple(_optimizer(comparison, name, scale, runs) for name in settings.optimizers)
     tests = {found.name: found.test_errors for found in optimizers}
     ranked = len(optimizers) > 1 and len(settings.seeds) > 1
-    ranks = friedman(np.array([found.test_errors for found in optimizers]).T) if ranked else None
-    difference = critical_difference(len(optimizers), len(settings.seeds)) if ranked else math.nan
+    ranks = statistics.friedman(np.array([found.test_errors for found in optimizers]).T) if ranked else None
+    difference = statistics.critical_difference(len(optimizers), len(settings.seeds)) if ranked else math.nan
     every = [epoch.validation_error for run in comparison.results for epoch in run.epochs]
     every += [_number(run.test_error) for run in comparison.results]
     return Summary(
         title=f"{settings.task}, {settings.model}",
         optimizers=optimizers,
         reference=settings.optimizers[0],
-        differences=all_differences(tests),
+        differences=statistics.all_differences(tests),
         friedman=ranks,
         critical_difference=difference,
-        cliques=() if ranks is None else cliques(ranks.mean_ranks, difference),
+        cliques=() if ranks is None else statistics.cliques(ranks.mean_ranks, difference),
         unit=unit_of(every),
         target=settings.target_error,
         choices=tuple((str(choice), choice.reason) for choice in comparison.choices),
@@ -245,12 +237,8 @@ def _optimizer(
     comparison: Comparison, name: str, scale: InitialScale, every: dict[str, list[RunResult]]
 ) -> OptimizerSummary:
     settings, choice, runs = comparison.settings, comparison.choice(name, scale), comparison.chosen_runs(name, scale)
-    reference = every[settings.optimizers[0]]
-    seconds_per_step, memory = (
-        [
-            [float(cost) for run in costed if (cost := getattr(run, field)) is not None]
-            for costed in (every[name], reference)
-        ]
+    step, memory = (
+        [[_number(getattr(run, field), math.nan) for run in every[one]] for one in (name, settings.optimizers[0])]
         for field in ("seconds_per_step", "peak_memory_bytes")
     )
     losses, errors, seconds = (
@@ -260,7 +248,7 @@ def _optimizer(
     tests = tuple(_number(run.test_error) for run in runs) or (math.inf,) * len(settings.seeds)
     return OptimizerSummary(
         name=name,
-        sensitivity=learning_rate_sensitivity(*_grid(comparison, name, scale)),
+        sensitivity=measures.learning_rate_sensitivity(*_grid(comparison, name, scale)),
         learning_rate=_number(choice.learning_rate, math.nan),
         seeds=settings.seeds,
         test_errors=tests,
@@ -271,10 +259,10 @@ def _optimizer(
         errors=errors,
         passes=passes,
         seconds=seconds,
-        reach=reach(errors, [passes] * len(errors), seconds, settings.target_error),
-        step_seconds=float(np.median(seconds_per_step[0])) if seconds_per_step[0] else math.nan,
-        step_ratio=cost_ratio(*seconds_per_step),
-        memory_ratio=cost_ratio(*memory),
+        reach=measures.reach(errors, [passes] * len(errors), seconds, settings.target_error),
+        step_seconds=_median(step[0]),
+        step_ratio=measures.cost_ratio(*step),
+        memory_ratio=measures.cost_ratio(*memory),
         layers=_layers(runs, settings),
         rescaled=_rescaled(comparison, name),
         failed=sum(run.diverged for run in every[name]),
@@ -284,15 +272,21 @@ def _optimizer(
 
 def _passes(runs: Sequence[RunResult], settings: Settings) -> tuple[float, ...]:
     """Passes over the training data to the end of each epoch: those of the run that needed most."""
-    passes = list(map(float, range(1, settings.epochs + 1)))
+    passes = np.arange(1.0, settings.epochs + 1)
     for run in runs:
-        for i, epoch in enumerate(run.epochs[: settings.epochs]):
-            passes[i] = max(passes[i], round(epoch.evaluations, 6))
+        made = [round(epoch.evaluations, 6) for epoch in run.epochs]
+        passes[: len(made)] = np.maximum(passes[: len(made)], made)
     return tuple(np.maximum.accumulate(passes).tolist())
 
 
 def _number(value: float | None, missing: float = math.inf) -> float:
     return missing if value is None else value
+
+
+def _median(values: Iterable[float]) -> float:
+    """The median of the finite values; NaN where there is none."""
+    known = [value for value in values if math.isfinite(value)]
+    return float(np.median(known)) if known else math.nan
 
 
 def _grid(comparison: Comparison, name: str, scale: InitialScale) -> tuple[list[float], list[list[float]]]:
@@ -320,11 +314,8 @@ def _layers(runs: Sequence[RunResult], settings: Settings) -> tuple[LayerTrace, 
     traces = []
     for place, name in enumerate(runs[0].layers if runs else ()):
         steps = [[run.epochs[i].layers[place] for run in runs if i < len(run.epochs)] for i in range(settings.epochs)]
-        rotation, norm = (
-            tuple(float(np.median([getattr(layer, field) for layer in step])) if step else math.nan for step in steps)
-            for field in ("rotation", "norm")
-        )
-        traces.append(LayerTrace(name, rotation, norm))
+        rotation = tuple(_median(layer.rotation for layer in step) for step in steps)
+        traces.append(LayerTrace(name, rotation, tuple(_median(layer.norm for layer in step) for step in steps)))
     return tuple(traces)
 
 
@@ -333,26 +324,22 @@ def _rescaled(comparison: Comparison, name: str) -> RescaledStart | None:
     if set(comparison.settings.initial_scales) != {"plain", "rescaled"}:
         return None
     lost = [math.inf] * len(comparison.settings.seeds)
-    trial = comparison.choice(name, "plain").trial
-    plain, same = lost, lost
+    trial, starts = comparison.choice(name, "plain").trial, get_args(InitialScale)
+    plain = same = mean_interval(lost)
     if trial is not None and trial in comparison.settings.trials(name, "rescaled"):
-        starts: tuple[InitialScale, InitialScale] = ("plain", "rescaled")
-        plain, same = (
-            [_number(run.validation_error) for run in comparison.runs(name, trial[0], start, trial[1])]
-            for start in starts
-        )
+        found = [comparison.runs(name, trial[0], start, trial[1]) for start in starts]
+        plain, same = (mean_interval([_number(run.validation_error) for run in runs]) for runs in found)
     tests = [_number(run.test_error) for run in comparison.chosen_runs(name, "rescaled")] or lost
     rate = _number(comparison.choice(name, "rescaled").learning_rate, math.nan)
-    return RescaledStart(mean_interval(plain), mean_interval(same), rate, mean_interval(tests))
+    return RescaledStart(plain, same, rate, mean_interval(tests))
 
 
 def _described(comparison: Comparison) -> tuple[tuple[str, str], ...]:
     """Every setting that has a value, and where it ran."""
-    values = {field.name: getattr(comparison.settings, field.name) for field in fields(comparison.settings)}
     shown = [
         (name.replace("_", " "), _text(value))
-        for name, value in values.items()
-        if value is not None and value != () and name != "tuned"
+        for name, value in vars(comparison.settings).items()
+        if value not in (None, ()) and name != "tuned"
     ]
     versions = ", ".join(f"{package} {version}" for package, version in comparison.environment.versions)
     return (*shown, ("versions", versions), ("machine", comparison.environment.machine))

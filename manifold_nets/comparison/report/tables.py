@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from manifold_nets.comparison.report.summary import OptimizerSummary, Summary, Unit
 from manifold_nets.comparison.results import Comparison, RunResult
 from manifold_nets.comparison.statistics import MeanInterval, PairedDifference
+from manifold_nets.documents import without_infinities
 from manifold_nets.page.markup import plural
-
-__all__ = [
-    "Table",
-    "conclusions",
-    "difference_table",
-    "epochs_csv",
-    "explanation",
-    "latex",
-    "markdown",
-    "markdown_text",
-    "mean_text",
-    "rescaled_table",
-    "result_table",
-    "robustness_table",
-    "runs_csv",
-    "summary_json",
-    "times_csv",
-]
 
 SIGNIFICANCE = 0.05
 
@@ -56,13 +38,14 @@ class Table:
 def result_table(summary: Summary) -> Table:
     """Test errors at the chosen learning rates, and their differences from the reference."""
     unit, reference = summary.unit, summary.reference
-    compared = {d.second: _reversed(d) for d in summary.differences if d.first == reference}
+    compared = {d.second: d for d in summary.differences if d.first == reference}
     rows = []
     for place, o in enumerate(summary.optimizers):
         difference, p_value = "reference", ""
         if o.name in compared:
-            found = compared[o.name]
-            difference, p_value = difference_text(found, unit), _p(found.adjusted_p, found)
+            d = compared[o.name]
+            difference = difference_text(replace(d, value=-d.value, low=-d.high, high=-d.low), unit)
+            p_value = _p(d.adjusted_p, d)
         rate = f"{_rate(o.learning_rate)}{' (edge of the grid)' if o.at_edge else ''}"
         diverged = f"{o.test.lost - o.not_finite} of {len(o.seeds)}"
         rank = "–" if summary.friedman is None else f"{summary.friedman.mean_ranks[place]:.2f}"
@@ -246,22 +229,6 @@ def _rate(value: float) -> str:
     return f"{value:.3g}" if math.isfinite(value) else "–"
 
 
-def _reversed(d: PairedDifference) -> PairedDifference:
-    """The same of second − first."""
-    return replace(
-        d,
-        first=d.second,
-        second=d.first,
-        value=-d.value,
-        low=-d.high,
-        high=-d.low,
-        t_low=-d.t_high,
-        t_high=-d.t_low,
-        lost_first=d.lost_second,
-        lost_second=d.lost_first,
-    )
-
-
 def _and(names: Sequence[str], word: str = "and") -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"
 
@@ -365,68 +332,60 @@ def runs_csv(comparison: Comparison) -> str:
     Empty cells are values that a run does not have: it diverged, or the test data were not read for it. Texts that a
     spreadsheet would take for a formula begin with an apostrophe.
     """
-    chosen = {(c.optimizer, c.initial_scale, c.trial) for c in comparison.choices}
-    rows = []
-    for run in comparison.results:
-        key, last = run.key, run.epochs[-1] if run.epochs else None
-        first = run.first_at(comparison.settings.target_error)
-        row = {
-            **_key(run, comparison),
-            "status": run.status,
-            "chosen": int((key.optimizer, key.initial_scale, (key.learning_rate, key.weight_decay)) in chosen),
+
+    def row(run: RunResult) -> dict[str, Any]:
+        first, last = run.first_at(comparison.settings.target_error), vars(run.epochs[-1]) if run.epochs else {}
+        return {
+            "chosen": int(any(choice.chose(run.key) for choice in comparison.choices)),
             "epochs": len(run.epochs),
-            "steps": run.steps,
-            "passes": last and last.evaluations,
-            "train_loss": last and last.train_loss,
+            "passes": last.get("evaluations"),
+            "train_loss": last.get("train_loss"),
+            "epoch_at_target": first and first.epoch,
         }
-        results = ("validation_loss", "validation_error", "test_loss", "test_error")
-        rows.append(row | {name: getattr(run, name) for name in results} | {"epoch_at_target": first and first.epoch})
-    return _csv(list(rows[0]), rows)
+
+    head = "status chosen epochs steps passes train_loss validation_loss validation_error test_loss test_error"
+    return _csv(comparison, [*head.split(), "epoch_at_target"], lambda run: [row(run)])
 
 
 def epochs_csv(comparison: Comparison) -> str:
     """One row per run and epoch, without anything that is measured on a machine; norm and rotation of every layer."""
-    layers = list(dict.fromkeys(name for run in comparison.results for name in run.layers))
-    recorded = ("train_loss", "validation_loss", "validation_error")
-    rows = []
-    for run in comparison.results:
+
+    def rows(run: RunResult) -> Iterable[dict[str, Any]]:
         for epoch in run.epochs:
-            row = {"epoch": epoch.epoch, "steps": epoch.steps, "passes": epoch.evaluations}
-            row |= {name: getattr(epoch, name) for name in recorded}
-            for name, layer in zip(run.layers, epoch.layers, strict=True):
-                row |= {f"norm:{name}": layer.norm, f"rotation:{name}": layer.rotation}
-            rows.append({**_key(run, comparison), **row})
-    head = [*_key(comparison.results[0], comparison), "epoch", "steps", "passes", *recorded]
-    return _csv([*head, *(f"{field}:{name}" for name in layers for field in ("norm", "rotation"))], rows)
+            layers = zip(run.layers, epoch.layers, strict=True)
+            yield vars(epoch) | {
+                "passes": epoch.evaluations,
+                **{f"{field}:{name}": value for name, layer in layers for field, value in vars(layer).items()},
+            }
+
+    layers = dict.fromkeys(name for run in comparison.results for name in run.layers)
+    fields = [f"{field}:{name}" for name in layers for field in ("norm", "rotation")]
+    head = ("epoch", "steps", "passes", "train_loss", "validation_loss", "validation_error")
+    return _csv(comparison, [*head, *fields], rows)
 
 
 def times_csv(comparison: Comparison) -> str:
     """What was measured on the machine: one row per run, with the training time to the end of each epoch."""
     measured = ("seconds_per_step", "peak_memory_bytes", "harness_seconds", "validation_seconds", "machine")
-    rows = [
-        {
-            **_key(run, comparison),
-            **{name: getattr(run, name) for name in measured},
-            **{f"seconds_to_epoch_{epoch.epoch}": epoch.seconds for epoch in run.epochs[: comparison.settings.epochs]},
-        }
-        for run in comparison.results
-    ]
-    epochs = [f"seconds_to_epoch_{i}" for i in range(1, comparison.settings.epochs + 1)]
-    return _csv([*_key(comparison.results[0], comparison), *measured, *epochs], rows)
+    ends = [f"seconds_to_epoch_{i}" for i in range(1, comparison.settings.epochs + 1)]
+    return _csv(
+        comparison,
+        [*measured, *ends],
+        lambda run: [{f"seconds_to_epoch_{epoch.epoch}": epoch.seconds for epoch in run.epochs}],
+    )
 
 
-def _key(run: RunResult, comparison: Comparison) -> dict[str, Any]:
-    key = run.key
-    names = ("optimizer", "initial_scale", "learning_rate", "weight_decay", "seed")
-    values = (key.optimizer, key.initial_scale, key.learning_rate, comparison.settings.decay_of(key), key.seed)
-    return dict(zip(names, values, strict=True))
-
-
-def _csv(head: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+def _csv(comparison: Comparison, columns: Sequence[str], rows: Callable[[RunResult], Iterable[dict[str, Any]]]) -> str:
+    """Rows of each run: which run it is, and columns that are those of its rows or else fields of the run itself."""
+    key = ("optimizer", "initial_scale", "learning_rate", "weight_decay", "seed")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_cell, head))
-    writer.writerows([_cell(row.get(name)) for name in head] for row in rows)
+    writer.writerow(map(_cell, (*key, *columns)))
+    for run in comparison.results:
+        which = vars(run.key) | {"weight_decay": comparison.settings.decay_of(run.key)}
+        for row in rows(run):
+            cells = which | row
+            writer.writerow([_cell(cells.get(name, getattr(run, name, None))) for name in (*key, *columns)])
     return text.getvalue()
 
 
@@ -438,15 +397,6 @@ def _cell(value: object) -> object:
 
 def summary_json(summary: Summary) -> str:
     """Everything that the tables and figures show as one JSON document; null for what is not finite."""
-    data = {{"optimizers": "contestants"}.get(name, name): value for name, value in dataclasses.asdict(summary).items()}
-    return json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    # Where files of earlier versions have their optimizers.
+    data = {"contestants" if name == "optimizers" else name: value for name, value in asdict(summary).items()}
+    return json.dumps(without_infinities(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

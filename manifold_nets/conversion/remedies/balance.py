@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
-from manifold_nets.conversion.remedies.energies import Energies, exponents_of
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport
 
-__all__ = ["LARGEST_IMBALANCE", "Descent", "Rescaling", "descend", "rescaling_families", "smallest_norm"]
+__all__ = ["LARGEST_IMBALANCE", "Descent", "Energies", "Rescaling", "descend", "rescaling_families", "smallest_norm"]
 
 LARGEST_IMBALANCE = 1e-9
 _SWEEPS = 100
@@ -118,6 +117,96 @@ def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
         return "it moves rows and columns of one weight at once"
     on_spheres = [name for name in family.parameters if name in constrained]
     return f"{on_spheres[0]} is on spheres" if on_spheres else None
+
+
+# ---- sums of squares over blocks -------------------------------------------------------------------------------------
+
+
+def exponents_of(entries: Sequence[tuple[int, int, float]], shape: tuple[int, int]) -> Tensor:
+    """The exponents with which symmetries move cells: a sparse matrix, cells by symmetries, float64 on the CPU.
+
+    Example:
+        >>> exponents = exponents_of([(0, 0, 1.0), (2, 1, -1.0)], (3, 2))
+        >>> (exponents @ torch.tensor([0.5, 2.0], dtype=torch.float64)).tolist()
+        [0.5, 0.0, -2.0]
+    """
+    cells, symmetries, powers = zip(*entries, strict=True) if entries else ((), (), ())
+    indices = torch.tensor([cells, symmetries], dtype=torch.int64, device="cpu")
+    values = torch.tensor(powers, dtype=torch.float64, device="cpu")
+    return torch.sparse_coo_tensor(indices, values, shape, check_invariants=True).coalesce()
+
+
+@dataclass(frozen=True)
+class Energies:
+    """Sums of squares of a weight over the blocks that rescalings move in one piece, as a matrix.
+
+    Rescalings with logarithms t multiply a block by ``exp(Σ_s c_s t_s)`` and its sum of squares by the square of that.
+    The sums are taken once, as a matrix B: the squared norm is ``rᵀ B c`` with the factors r of its rows, as of the
+    output channels of a convolution, and c of its columns, the input channels. Where the weight is not cut into rows
+    and columns, B has one column, and a row for each block.
+
+    Args:
+        blocks: the sums, on the device of the weight, float64.
+        exponents: how symmetries move the rows of the matrix, and below that its columns; sparse.
+
+    Example:
+        >>> rows, columns = Partition.filters((2, 3, 5)), Partition((2, 3, 5), (2, 3, 5), (1,))
+        >>> moved = {rows: exponents_of([(0, 0, 1.0)], (2, 2)), columns: exponents_of([(1, 1, -1.0)], (3, 2))}
+        >>> energies = Energies.of(torch.ones(2, 3, 5), moved)
+        >>> energies.blocks.tolist(), tuple(energies.exponents.shape)
+        ([[10.0, 5.0], [10.0, 5.0]], (4, 2))
+        >>> energies.products(torch.ones(4, dtype=torch.float64)).tolist()
+        [15.0, 15.0, 20.0, 10.0]
+    """
+
+    blocks: Tensor
+    exponents: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, exponents: Mapping[Partition, Tensor]) -> Energies:
+        """Sum the squares of a weight over blocks.
+
+        Args:
+            weight: the weight.
+            exponents: for each partition how symmetries move its groups.
+        """
+        sides, index = [], torch.zeros(weight.numel(), dtype=torch.int64, device=weight.device)
+        for partition, found in exponents.items():
+            moved, classes = _alike(found)
+            sides.append(moved)
+            index.mul_(len(moved)).view(partition.view).add_(partition.spread(classes.to(weight.device)))
+        if len(sides) > 2 or math.prod(map(len, sides)) > weight.numel():
+            numbers, index = index.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+            total, rest = exponents_of([], (len(numbers), sides[0].shape[1])), numbers.cpu()
+            for moved in reversed(sides):
+                total, rest = total + moved.index_select(0, rest % len(moved)), rest // len(moved)
+            sides = [total]
+        rows, columns = [*sides, exponents_of([], (1, sides[0].shape[1]))][:2]
+        squares = weight.detach().to(torch.float64, copy=True).square_().flatten()
+        blocks = squares.new_zeros(len(rows) * len(columns)).index_add_(0, index, squares)
+        return cls(blocks.reshape(len(rows), len(columns)), torch.cat([rows, columns]).coalesce())
+
+    def products(self, factors: Tensor) -> Tensor:
+        """``B c`` and below it ``Bᵀ r``, for the factors r of the rows and c of the columns; on the CPU."""
+        rows, columns = torch.split(factors.to(self.blocks.device), list(self.blocks.shape))
+        return torch.cat([self.blocks @ columns, self.blocks.T @ rows]).cpu()
+
+    def counts(self) -> Tensor:
+        """For each cell the largest number of symmetries that move one entry of it, shape (cells,)."""
+        counts = torch.bincount(self.exponents.indices()[0], minlength=len(self.exponents)).double()
+        rows, columns = torch.split(counts, list(self.blocks.shape))
+        return torch.cat([rows + columns.max(), columns + rows.max()])
+
+
+def _alike(exponents: Tensor) -> tuple[Tensor, Tensor]:
+    """The exponents of the classes of groups that every symmetry moves alike, and the class of each group."""
+    moved: list[list[tuple[int, float]]] = [[] for _ in range(len(exponents))]
+    for group, symmetry, power in zip(*exponents.indices().tolist(), exponents.values().tolist(), strict=True):
+        moved[group].append((symmetry, power))
+    numbers: dict[tuple[tuple[int, float], ...], int] = {}
+    classes = [numbers.setdefault(tuple(each), len(numbers)) for each in moved]
+    entries = [(number, *move) for moves, number in numbers.items() for move in moves]
+    return exponents_of(entries, (len(numbers), exponents.shape[1])), torch.tensor(classes, device="cpu")
 
 
 # ---- the descent -----------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ had been built with ``bias=False``, and its key leaves the `state_dict`. The rec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -40,29 +39,18 @@ _CONSTANT = 1e-9
 # ---- removing a bias -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Removed:
-    """What is needed to make the bias anew."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-
-
-def remove_bias(module: nn.Module, leaf: str) -> Callable[[], None]:
-    """Replace a bias by None, and return a function that undoes it.
+def remove_bias(module: nn.Module, leaf: str) -> None:
+    """Replace a bias by None, and keep what is needed to make it anew: shape, dtype and whether it was trained.
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> _ = remove_bias(layer, "bias")
+        >>> remove_bias(layer, "bias")
         >>> list(layer.state_dict()), list(removed_biases(layer))
         (['weight'], ['bias'])
     """
     bias = module.get_parameter(leaf)
     module.register_parameter(leaf, None)
-    record = module.__dict__.setdefault(_RECORD, {})
-    record[leaf] = _Removed(tuple(bias.shape), bias.dtype, bias.requires_grad)
-    return lambda: _set_bias(module, leaf, bias)
+    module.__dict__.setdefault(_RECORD, {})[leaf] = bias.detach().to("meta").requires_grad_(bias.requires_grad)
 
 
 def put_back_bias(module: nn.Module, leaf: str) -> None:
@@ -72,22 +60,25 @@ def put_back_bias(module: nn.Module, leaf: str) -> None:
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> _ = remove_bias(layer, "bias")
+        >>> remove_bias(layer, "bias")
         >>> put_back_bias(layer, "bias")
         >>> layer.bias.tolist(), list(removed_biases(layer))
         ([0.0, 0.0], [])
     """
-    if leaf in module.__dict__.get(_RECORD, {}):
-        _set_bias(module, leaf, absent_bias(module, leaf))
+    record = module.__dict__.get(_RECORD, {})
+    if leaf in record:
+        setattr(module, leaf, absent_bias(module, leaf))
+        del record[leaf]
+        if not record:
+            del module.__dict__[_RECORD]
 
 
 def absent_bias(module: nn.Module, leaf: str) -> nn.Parameter:
     """Return what `put_back_bias` would set; the module is not changed."""
-    removed: _Removed = module.__dict__[_RECORD][leaf]
+    removed: Tensor = module.__dict__[_RECORD][leaf]
     weight = module._parameters.get("weight")
     device, dtype = (None, removed.dtype) if weight is None else (weight.device, weight.dtype)
-    zeros = torch.zeros(removed.shape, dtype=dtype, device=device)
-    return nn.Parameter(zeros, requires_grad=removed.requires_grad)
+    return nn.Parameter(torch.zeros(removed.shape, dtype=dtype, device=device), removed.requires_grad)
 
 
 def removed_biases(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -101,13 +92,6 @@ def removed_biases(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for leaf in module.__dict__.get(_RECORD, {})
         if module._parameters.get(leaf) is None
     }
-
-
-def _set_bias(module: nn.Module, leaf: str, bias: nn.Parameter) -> None:
-    setattr(module, leaf, bias)
-    module.__dict__[_RECORD].pop(leaf)
-    if not module.__dict__[_RECORD]:
-        del module.__dict__[_RECORD]
 
 
 # ---- which ones can be removed ---------------------------------------------------------------------------------------
@@ -165,91 +149,78 @@ class _Measurement:
     def moves(self, shifts: Sequence[ShiftSymmetry]) -> dict[str, RemovedBias | str]:
         """For each bias what it adds to every running mean behind it, or why it cannot be removed."""
         found: dict[str, RemovedBias | str] = {s.parameters[0]: RemovedBias(s.parameters[0]) for s in shifts}
-        waiting = [shift for shift in shifts if _means(shift)]
-        if waiting:
-            reference = self._inputs_of({mean for shift in waiting for mean in _means(shift)})
-            # A change that is like no other shows what arrives as it is, also where the bias itself is zero; what
-            # arrives as something else is measured with the bias.
-            for probing in (True, False):
-                for shift, measured, change in self._measured(waiting, reference, probing):
-                    name = shift.parameters[0]
-                    if isinstance(measured, str):
-                        found[name] = measured
-                    elif not probing:
-                        found[name] = RemovedBias(name, {m: tuple((-v).tolist()) for m, v in measured.items()}, False)
-                    elif all(torch.equal(by_channel, change) for by_channel in measured.values()):
-                        found[name] = RemovedBias(name, dict.fromkeys(measured, tuple(self._bias(name).tolist())))
-                    else:
-                        continue
-                    waiting = [other for other in waiting if other is not shift]
+        means = {shift.parameters[0]: _means(shift) for shift in shifts if _means(shift)}
+        reference = self._inputs_of(set().union(*means.values())) if means else {}
+        # A change that is like no other shows what arrives as it is, also where the bias itself is zero.
+        generator = torch.Generator().manual_seed(0)
+        probes = {name: self._probe(self.parameters[name].detach(), generator) for name in means}
+        for name, measured in self._measured(means, reference, probes).items():
+            if isinstance(measured, str):
+                found[name] = measured
+            elif all(torch.equal(by_channel, probes[name]) for by_channel in measured.values()):
+                found[name] = RemovedBias(name, dict.fromkeys(measured, tuple(self.parameters[name].tolist())))
+            else:
+                continue
+            del means[name]
+        # What arrives as something else is measured with the bias.
+        changes = {name: -self.parameters[name].detach() for name in means}
+        for name, measured in self._measured(means, reference, changes).items():
+            if isinstance(measured, str):
+                found[name] = measured
+                continue
+            found[name] = RemovedBias(name, {mean: tuple((-v).tolist()) for mean, v in measured.items()}, direct=False)
         return found | self._needed([name for name, move in found.items() if isinstance(move, RemovedBias)])
 
-    def _bias(self, name: str) -> Tensor:
-        return self.parameters[name].detach()
+    @staticmethod
+    def _probe(bias: Tensor, generator: torch.Generator) -> Tensor:
+        probe = 0.5 + torch.rand(bias.shape, generator=generator, dtype=torch.float64)
+        return probe.to(bias.device) * max(float(bias.abs().max()), 1.0)
 
     def _measured(
-        self, shifts: Sequence[ShiftSymmetry], reference: Mapping[str, list[Tensor]], probing: bool
-    ) -> Iterator[tuple[ShiftSymmetry, dict[str, Tensor] | str, Tensor]]:
-        """What a change of each bias adds to its running means, and the change; `_shifts_of` says why where nothing."""
-        generator = torch.Generator().manual_seed(0)
-        left = list(shifts)
+        self, means: Mapping[str, set[str]], reference: Mapping[str, list[Tensor]], changes: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor] | str]:
+        """What a change of each bias adds to the running means behind it, or why there is no such constant."""
+        found: dict[str, dict[str, Tensor] | str] = {}
+        left = dict(means)
         while left:
             # Biases without a running mean in common are measured in one pass.
-            together: list[ShiftSymmetry] = []
-            for shift in left:
-                if all(_means(shift).isdisjoint(_means(other)) for other in together):
-                    together.append(shift)
-            left = [shift for shift in left if not any(shift is other for other in together)]
-            changes = {}
-            for name in (shift.parameters[0] for shift in together):
-                bias = self._bias(name)
-                probe = 0.5 + torch.rand(bias.shape, generator=generator, dtype=torch.float64)
-                changes[name] = probe.to(bias.device) * max(float(bias.abs().max()), 1.0) if probing else -bias
-            with self._changed(changes):
-                moved = self._inputs_of({mean for shift in together for mean in _means(shift)})
-            for shift in together:
-                change = changes[shift.parameters[0]]
-                channels = {mean: self.model.get_buffer(mean).numel() for mean in sorted(_means(shift))}
-                yield shift, _shifts_of(channels, reference, moved, change), change
+            together: dict[str, set[str]] = {}
+            for name, behind in left.items():
+                if behind.isdisjoint(set().union(*together.values())):
+                    together[name] = behind
+            moved = self._inputs_of(set().union(*together.values()), {name: changes[name] for name in together})
+            for name in together:
+                channels = {mean: self.model.get_buffer(mean).numel() for mean in sorted(left.pop(name))}
+                found[name] = _shifts_of(channels, reference, moved, changes[name])
+        return found
 
-    @contextmanager
-    def _changed(self, changes: Mapping[str, Tensor]) -> Iterator[None]:
-        saved = {name: self._bias(name).clone() for name in changes}
-        with torch.no_grad():
-            for name, change in changes.items():
-                self.parameters[name].add_(change)
-            try:
-                yield
-            finally:
-                for name, value in saved.items():
-                    self.parameters[name].copy_(value)
-
-    def _inputs_of(self, means: set[str]) -> dict[str, list[Tensor]]:
+    def _inputs_of(self, means: Iterable[str], changes: Mapping[str, Tensor] | None = None) -> dict[str, list[Tensor]]:
         """Inputs of the modules that own some running means, one for each call, in training mode.
 
-        The pass leaves the buffers as they were: another one, which is compared with it, has to begin where it did. A
-        spectral norm computes its weight from vectors that it improves at every pass.
+        Each pass begins with the same buffers: a spectral norm computes its weight from vectors that it improves.
         """
         seen: dict[str, list[Tensor]] = {mean: [] for mean in means}
-        handles = []
-        for mean in means:
+        new = {id(buffer): buffer.clone() for buffer in self.model.buffers()}
+        for name, change in (changes or {}).items():
+            new[id(self.parameters[name])] = self.parameters[name].detach() + change
+        # Each place once: torch would not restore a module that has two names.
+        tensors = {
+            f"{prefix}.{leaf}".lstrip("."): new[id(tensor)]
+            for prefix, module in self.model.named_modules()
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+            if id(tensor) in new
+        }
+        with ExitStack() as stack:
+            for mean in seen:
 
-            def look(_: nn.Module, args: tuple[Any, ...], mean: str = mean) -> None:
-                seen[mean].extend(x.detach().clone() for x in args[:1] if isinstance(x, Tensor))
+                def look(_: nn.Module, args: tuple[Any, ...], mean: str = mean) -> None:
+                    seen[mean].extend(x.detach().clone() for x in args[:1] if isinstance(x, Tensor))
 
-            module = self.model.get_submodule(mean.rpartition(".")[0])
-            handles.append(module.register_forward_pre_hook(look))
-        places = [(m._buffers, name, b) for m in self.model.modules() for name, b in m._buffers.items()]
-        saved = [(buffers, name, b, b.clone()) for buffers, name, b in places if b is not None]
-        args, kwargs = self.inputs
-        try:
-            with torch.no_grad(), random_numbers(0), in_float64():
-                self.model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for buffers, name, buffer, value in saved:
-                buffers[name] = buffer.copy_(value)
+                module = self.model.get_submodule(mean.rpartition(".")[0])
+                stack.callback(module.register_forward_pre_hook(look).remove)
+            for context in (torch.no_grad(), random_numbers(0), in_float64()):
+                stack.enter_context(context)
+            torch.func.functional_call(self.model, tensors, *self.inputs, tie_weights=False)
         return seen
 
     def _needed(self, names: Sequence[str]) -> dict[str, str]:
@@ -263,19 +234,18 @@ class _Measurement:
         }
 
     def _runs_without(self, names: Sequence[str]) -> bool:
-        undo = []
+        places = [(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
         try:
-            for name in names:
-                prefix, _, leaf = name.rpartition(".")
-                undo.append(remove_bias(self.model.get_submodule(prefix), leaf))
+            for place in places:
+                remove_bias(*place)
             with torch.no_grad(), random_numbers(0), in_float64():
                 for training in (True, False):
                     run(self.model.train(training), self.inputs)
         except (DoublePrecisionError, ExampleInputsError):
             return False
         finally:
-            for put_back in undo:
-                put_back()
+            for place in places:
+                put_back_bias(*place)
         return True
 
 

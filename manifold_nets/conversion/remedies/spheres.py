@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
@@ -134,31 +134,23 @@ def _partitions(family: SymmetryFamily, shared: Sequence[str]) -> dict[str, Part
     found: dict[str, Partition] = {}
     first: list[int] | None = None
     for name in shared:
-        places = [place for place in family.partitions if place[0] == name]
-        if len(places) > 1:
+        parts = [part for part in family.generators.parts if part.parameter == name]
+        if len(parts) > 1:
             return f"it moves rows and columns of {name} at once"
-        seed = family.partitions[places[0]]
-        classes = [sorted(symmetry.get(places[0], {})) for symmetry in family.symmetries]
-        if sorted(index for members in classes for index in members) != list(range(seed.n_groups)):
-            return f"only some of the {places[0][1]} of {name} belong to it"
+        seed, what = parts[0].partition, next(member.part for member in family.members if member.parameter == name)
+        number = np.full(seed.n_groups, -1)
+        number[parts[0].groups] = parts[0].numbers
+        if len(parts[0].groups) != seed.n_groups or (number < 0).any():
+            return f"only some of the {what} of {name} belong to it"
+        classes = [(number == each).nonzero()[0].tolist() for each in range(family.count)]
         partition = joined_partition(seed, classes) if len(classes) > 1 else Partition.whole(seed.shape)
         if partition.n_groups != len(classes):
             return f"no view of {name} has its groups"
-        order = _order(seed, partition, classes)
+        # For each group the number of the symmetry that moves it.
+        of_class = dict(zip(*(p.group_ids().flatten().tolist() for p in (partition, seed)), strict=True))
+        order = [int(number[of_class[group]]) for group in range(partition.n_groups)]
         first = order if first is None else first
         if order != first:
             return f"the groups of {name} are in another order than those of {shared[0]}"
         found[name] = partition
     return found
-
-
-def _order(seed: Partition, partition: Partition, classes: Sequence[Sequence[int]]) -> list[int]:
-    """For each group of a joined partition the number of the class that it holds."""
-    if len(classes) == 1:
-        return [0]
-    class_of = torch.empty(seed.n_groups, dtype=torch.int64)
-    for number, members in enumerate(classes):
-        class_of[list(members)] = number
-    order = torch.empty(partition.n_groups, dtype=torch.int64)
-    order[partition.group_ids().flatten()] = class_of[seed.group_ids().flatten()]
-    return order.tolist()

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import SphereOptionError
+from manifold_nets.errors import ParameterGroupError
 from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.groups import Partition
 from manifold_nets.manifold import SphereProduct
@@ -31,7 +31,7 @@ Combine = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a sharded weight that this process holds.
+    """The part of a weight that this process holds: all of it, where it is not sharded.
 
     Attributes:
         manifold: the spheres of the tensors that a rule works on.
@@ -42,9 +42,9 @@ class Part:
     """
 
     manifold: SphereProduct
-    combine: Combine | None
-    place: tuple[slice, ...] | None
-    scalars: tuple[Any, ...]
+    combine: Combine | None = None
+    place: tuple[slice, ...] | None = None
+    scalars: tuple[Any, ...] = ()
     elsewhere: Combine | None = None
 
     def read(self, tensor: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def part_of(manifold: SphereProduct, weight: Tensor) -> Part:
     """Return the part of a sharded weight that this process holds; remembered for each manifold.
 
     Raises:
-        SphereOptionError: the part is no box of the whole, as with shards that are strided.
+        ParameterGroupError: the part is no box of the whole, as with shards that are strided.
     """
     mesh, placements = weight.device_mesh, tuple(weight.placements)  # type: ignore[attr-defined]
     known = _parts.setdefault(manifold, {})
@@ -111,15 +111,13 @@ def _cut(manifold: SphereProduct, mesh: Any, placements: tuple[Any, ...]) -> Par
         return None  # a block crosses the boundary, or a process holds nothing
     first, last = rank * block_chunk, min((rank + 1) * block_chunk, blocks)
     held = min((rank + 1) * chunk, rows) - rank * chunk
-    view = (last - first, *partition.view[1:])
-    local = Partition((held, *partition.shape[1:]), view, partition.kept)
-    radius: Any = manifold.uniform_radius
+    local = Partition((held, *partition.shape[1:]), (last - first, *partition.view[1:]), partition.kept)
+    radii, add_up = manifold.radii, _adding_up(mesh, cuts)
     if 0 not in partition.kept:
-        spheres = SphereProduct(local, radius=manifold.radii if radius is None else radius)
-        return Part(spheres, _adding_up(mesh, cuts), None, (Replicate(),) * len(placements))
+        return Part(SphereProduct(local, radius=radii), add_up, None, (Replicate(),) * len(placements))
     each = partition.n_groups // blocks
-    spheres = SphereProduct(local, radius=manifold.radii[first * each : last * each] if radius is None else radius)
-    return Part(spheres, None, None, placements, _adding_up(mesh, cuts))
+    spheres = SphereProduct(local, radius=radii[first * each : last * each])
+    return Part(spheres, None, None, placements, add_up)
 
 
 def _set_into_zeros(manifold: SphereProduct, mesh: Any, placements: tuple[Any, ...]) -> Part:
@@ -133,7 +131,8 @@ def _set_into_zeros(manifold: SphereProduct, mesh: Any, placements: tuple[Any, .
         corners = zip(*(torch.unravel_index(held.flatten()[end], shape) for end in (0, -1)), strict=True)
         place = tuple(slice(int(low), int(high) + 1) for low, high in corners)
     if not torch.equal(numbers[place], held):
-        raise SphereOptionError(f"a weight of shape {shape}", f"placements {placements}", "shards that are boxes")
+        found = f"placements {placements}"
+        raise ParameterGroupError.on_spheres(f"a weight of shape {shape}", found, "shards that are boxes")
     cuts = [dimension for dimension, placement in enumerate(placements) if placement != Replicate()]
     return Part(manifold, _adding_up(mesh, cuts), place, (Replicate(),) * len(placements))
 

@@ -1,0 +1,333 @@
+"""Putting weights of a model on spheres by name, without a diagnosis, and taking them off again."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from manifold_nets.constraints import (
+    attach,
+    constrained_weights,
+    detach,
+    is_converted,
+    note_defined,
+)
+from manifold_nets.errors import ConstraintError, OptionError, listed, near_matches
+from manifold_nets.gathered import is_sharded
+from manifold_nets.groups import Partition, filter_partition
+from manifold_nets.joint_sphere import by_joint_sphere
+from manifold_nets.layers import UNIT_NORM_LAYERS
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.models import holders
+from manifold_nets.padded import PaddedSphereProduct, padding_of
+
+__all__ = ["Constrained", "ConstrainedNorms", "constrain", "unconstrain"]
+
+Names = str | Iterable[str] | Callable[[str], bool]
+Per = Literal["filter", "row", "column", "tensor", "head"] | Partition
+
+_PER = ("filter", "row", "column", "tensor", "head")
+# What modules of attention call the number of features of a head.
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+_PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items()}
+
+
+@dataclass(frozen=True)
+class ConstrainedNorms:
+    """A weight that `constrain` has put on spheres, and what that did to its norms.
+
+    Args:
+        name: the parameter.
+        manifold: its spheres.
+        smallest: smallest norm of its groups before; the row of a padding index does not count.
+        median: their median.
+        largest: the largest.
+        change: relative change of the weight, ‖w_after − w_before‖/‖w_before‖.
+    """
+
+    name: str
+    manifold: SphereProduct
+    smallest: float
+    median: float
+    largest: float
+    change: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {**vars(self), "manifold": self.manifold.to_dict()}
+
+    def __str__(self) -> str:
+        norms = f"{self.smallest:.3g} … {self.largest:.3g} (median {self.median:.3g})"
+        if self.change == 0:
+            return f"{self.manifold.partition}; norms {norms} kept"
+        radius = self.manifold.uniform_radius
+        return f"{self.manifold.partition}; norms {norms} set to {radius:g}; the weight changed by {self.change:.2%}"
+
+
+@dataclass(frozen=True)
+class Constrained:
+    """What `constrain` has done to a model; its text says it in words.
+
+    Args:
+        model: class of the model.
+        weights: one entry for each weight that was put on spheres.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> record = mn.constrain(nn.Linear(4, 3), "weight", radius="keep")
+        >>> [weight.name for weight in record.weights], record.function_kept
+        (['weight'], True)
+    """
+
+    model: str
+    weights: tuple[ConstrainedNorms, ...]
+
+    @property
+    def function_kept(self) -> bool:
+        """Whether all values are what they were, so that the model computes the same function, bit for bit."""
+        return all(weight.change == 0 for weight in self.weights)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return {"model": self.model, "weights": [weight.to_dict() for weight in self.weights]}
+
+    def __str__(self) -> str:
+        width = max(len(weight.name) for weight in self.weights)
+        lines = [f"{self.model}: {len(self.weights)} weight{'s'[: len(self.weights) - 1]} put on spheres"]
+        lines += [f"  {weight.name:<{width}}  {weight}" for weight in self.weights]
+        return "\n".join([*lines, f"  {_SAME if self.function_kept else _CHANGED}"])
+
+
+_SAME = (
+    "The function is the same. From here on the norms are held: training turns the groups and cannot scale them, which "
+    "restricts the functions that the model can reach wherever nothing behind the weights makes up for their scale."
+)
+_CHANGED = (
+    "The function changed: rescaling a weight is no symmetry in general. Only where a normalization or another weight "
+    "makes up for the scale does the output stay; manifold_nets.convert finds these places and keeps the function."
+)
+
+
+@torch.no_grad()
+def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: float | str = 1.0) -> Constrained:
+    r"""Put weights on products of spheres by name: from here on ‖w_G‖ = r for each of their groups G.
+
+    This is for models that ask for norms of their own, as dictionaries of sparse autoencoders, class weights on a
+    cosine, and embeddings do. It is **not a symmetry** in general: setting the norms, ``w_G ← r w_G/‖w_G‖``, changes
+    the function, and holding them restricts what training can reach. For weights whose scale does not matter
+    `manifold_nets.convert` keeps the function. The returned record says what changed and by how much.
+
+    The parameters become `geoopt.ManifoldParameter` objects under their names, in their shape and dtype. Build
+    optimizers afterwards, from `manifold_nets.param_groups`; one that knows nothing of spheres is stopped before its
+    first step. `manifold_nets.save` and ``load`` and `state_dict` keep the constraint. The row of the padding index of
+    an `torch.nn.Embedding` stays zero.
+
+    Args:
+        model: any module, changed in place; on an error it is left as it was.
+        names: names of parameters, or shell patterns (``"layer1.*"``) or names of modules for their weights of at least
+            two dimensions, or a predicate on the names of such weights.
+        per: which entries share a norm. ``"filter"``: those that reach one output channel, also in transposed
+            convolutions; ``"row"`` and ``"column"``: those with one index along axis 0 or 1; ``"tensor"``: all;
+            ``"head"``: the rows of one attention head (blocks of ``head_dim`` rows, as the module says it); or a
+            `Partition` of the weight's shape.
+        radius: r, positive and finite; or ``"keep"``: every group keeps its own norm, and no value changes.
+
+    Returns:
+        The weights in the order of the model, with their norms before, and in words what this did to the function.
+
+    Raises:
+        OptionError: a name or a pattern matches no weight.
+        OptionError: ``per`` or ``radius`` is none of the above.
+        ConstraintError: a weight is on spheres already, has no values here, or cannot be divided as asked.
+        DegenerateGroupError: a group is zero or not finite, and has no direction.
+
+    References:
+        Unit-norm dictionaries: Bricken et al., *Towards monosemanticity* (2023); class weights on spheres: Deng et al.,
+        ArcFace, arXiv:1801.07698; one sphere for each matrix: arXiv:2606.16899.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> autoencoder = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> record = mn.constrain(autoencoder, "2.weight", per="column")
+        >>> autoencoder[2].weight.norm(dim=0).allclose(torch.ones(16)), record.function_kept
+        (True, False)
+    """
+    if radius != "keep" and not (isinstance(radius, int | float) and 0 < radius < math.inf):
+        raise OptionError("radius", radius, "a positive finite number, or 'keep'")
+    if not (isinstance(per, Partition) or per in _PER):
+        raise OptionError("per", per, f"{', '.join(map(repr, _PER))}, or a manifold_nets.Partition")
+    # All that may be refused is found out before anything changes.
+    planned = [_planned(model, name, per, radius) for name in _selected(dict(model.named_parameters()), names)]
+    for _, (module, leaf), manifold, point in planned:
+        old = module.get_parameter(leaf)
+        attach(module, leaf, manifold, point)
+        note_defined(module, leaf)
+        _replace(model, old, module.get_parameter(leaf))
+    return Constrained(type(model).__name__, tuple(row for row, *_ in planned))
+
+
+def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
+    """Make weights that lie on spheres plain parameters again; no value changes.
+
+    Args:
+        model: changed in place.
+        names: as for `constrain`, among the weights on spheres; all when left out, but for those that
+            `manifold_nets.convert` put there, which `manifold_nets.revert` takes off.
+
+    Returns:
+        The names of the weights that are plain now. Build optimizers afterwards.
+
+    Raises:
+        OptionError: a name or a pattern matches no weight on spheres.
+        ConstraintError: a weight came onto its spheres by a conversion.
+        ConstraintError: a weight shares its sphere with weights that were not named.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = nn.Linear(4, 3)
+        >>> _ = mn.constrain(layer, "weight")
+        >>> mn.unconstrain(layer), type(layer.weight).__name__
+        (['weight'], 'Parameter')
+    """
+    present = {weight.name: weight for weight in constrained_weights(model)}
+    if names is None:
+        chosen = [weight for weight in present.values() if not is_converted(weight)]
+    else:
+        chosen = [present[name] for name in _selected({n: w.parameter for n, w in present.items()}, names)]
+    for weight in chosen:
+        if is_converted(weight):
+            found = "a weight that a conversion put on its spheres"
+            raise ConstraintError(weight.name, found, "one that manifold_nets.constrain did (see manifold_nets.revert)")
+    for joint, members in by_joint_sphere((weight.manifold, weight) for weight in chosen).items():
+        if len(members) < len(joint.names):
+            raise ConstraintError.joint(next(iter(members.values())).name, joint.missing(members))
+    for weight in chosen:
+        old = weight.parameter
+        detach(weight.module, weight.leaf)
+        _replace(model, old, weight.parameter)
+        # A unit-norm layer would put the weight on spheres again when it is reset.
+        weight.module.__class__ = _PLAIN_LAYERS.get(type(weight.module), type(weight.module))
+    return [weight.name for weight in chosen]
+
+
+def _selected(candidates: Mapping[str, Tensor], names: Names) -> list[str]:
+    """The names that were asked for, in the order of the model.
+
+    A name stands for its parameter, whatever it is; patterns, modules and predicates pick among matrices and the like.
+    """
+    patterns = [names] if isinstance(names, str) else names
+    wide = [name for name, parameter in candidates.items() if is_lazy(parameter) or parameter.ndim >= 2]
+    found: set[str] = set()
+    if callable(patterns):
+        found = {name for name in wide if patterns(name)}
+        if not found:
+            raise OptionError("names", patterns, f"a predicate that holds for one of {listed(wide, 40)}")
+        patterns = ()
+    for pattern in patterns:
+        own = {pattern} & candidates.keys()
+        own = own or {n for n in wide if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
+        if not own:
+            expected = f"a name or a pattern such as 'layer1.*' of {listed(wide, 40)}"
+            raise OptionError("names", pattern, expected, near_matches(pattern, wide))
+        found |= own
+    if not found:
+        raise OptionError("names", [], "the name of at least one weight")
+    return [name for name in candidates if name in found]
+
+
+Planned = tuple[ConstrainedNorms, tuple[nn.Module, str], SphereProduct, Tensor | None]
+
+
+def _planned(model: nn.Module, name: str, per: Per, radius: float | str) -> Planned:
+    """What is to be said of a weight, where it is, its spheres, and its point on them; None where no value changes."""
+    prefix, _, leaf = name.rpartition(".")
+    module, weight = model.get_submodule(prefix), model.get_parameter(name)
+    _require_free(name, module, weight)
+    partition, padding = _partition(model, name, per), padding_of(module, leaf)
+    norms = partition.norms(weight.detach().double()).flatten()
+    manifold: SphereProduct
+    radii: Any = norms if radius == "keep" else radius
+    if padding is not None and partition == Partition.filters(weight.shape):
+        counted = torch.cat([norms[:padding], norms[padding + 1 :]])
+        if radius == "keep":
+            radii = norms.index_fill(0, torch.tensor(padding, device=norms.device), 1.0)
+        PaddedSphereProduct(partition, padding).refuse_degenerate(weight.detach(), name)
+        manifold = PaddedSphereProduct(partition, padding, radius=radii)
+    else:
+        SphereProduct(partition).refuse_degenerate(weight.detach(), name)
+        counted, manifold = norms, SphereProduct(partition, radius=radii)
+    # Norms that are right to rounding are left as they are.
+    is_there = float(manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(weight.dtype).eps
+    point = None if is_there else manifold.projx(weight.detach())
+    change = 0.0 if point is None else float((point - weight).double().norm() / weight.detach().double().norm())
+    low, middle, high = (float(value) for value in (counted.min(), counted.median(), counted.max()))
+    return ConstrainedNorms(name, manifold, low, middle, high, change), (module, leaf), manifold, point
+
+
+def _require_free(name: str, module: nn.Module, weight: Tensor) -> None:
+    manifold = next((w.manifold for w in constrained_weights(module) if w.parameter is weight), None)
+    expected = "a plain parameter with values; manifold_nets.unconstrain takes weights off their spheres"
+    if manifold is not None:
+        raise ConstraintError(name, f"a weight on {manifold} already", expected)
+    if getattr(weight, "manifold", None) is not None:
+        raise ConstraintError(name, f"a weight on {weight.manifold}", expected)  # type: ignore[attr-defined]
+    if is_lazy(weight) or weight.is_meta or not weight.is_floating_point():
+        found = "no values yet" if is_lazy(weight) or weight.is_meta else f"dtype {weight.dtype}"
+        raise ConstraintError(name, found, "real numbers; run or fill the model first")
+    if is_sharded(weight):
+        raise ConstraintError(name, "a sharded weight", "a whole one: constrain before fully_shard")
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        raise ConstraintError(name, "a parameter that a parametrization computes from", "the weight without one")
+    if getattr(module, "max_norm", None) is not None:
+        raise ConstraintError(name, f"max_norm={module.max_norm}, which rescales rows", "max_norm=None")
+
+
+def _partition(model: nn.Module, name: str, per: Per) -> Partition:
+    """The groups of a weight."""
+    weight, (prefix, _, leaf) = model.get_parameter(name), name.rpartition(".")
+    shape = tuple(weight.shape)
+    if isinstance(per, Partition):
+        if per.shape != shape:
+            raise ConstraintError(name, f"shape {shape}", f"the shape of the partition, {per.shape}")
+        return per
+    if per == "tensor":
+        return Partition.whole(shape)
+    if len(shape) < (2 if per == "column" else 1):
+        raise ConstraintError(name, f"shape {shape}", f"an axis to divide it by, for per={per!r}")
+    if per == "column":
+        return Partition(shape, shape, (1,))
+    if per == "head":
+        size = _head_size(model, prefix)
+        if size is None or shape[0] % size:
+            found = "no head_dim in its modules" if size is None else f"{shape[0]} rows for heads of {size}"
+            raise ConstraintError(name, found, "whole heads, or per=Partition.blocks(shape, number_of_heads)")
+        return Partition.blocks(shape, shape[0] // size)
+    if per == "filter" and leaf == "weight":
+        return filter_partition(model.get_submodule(prefix))
+    return Partition.filters(shape)
+
+
+def _head_size(model: nn.Module, path: str) -> int | None:
+    """The number of rows of a head: what the module, or the next one around it that knows, says."""
+    parts = path.split(".") if path else []
+    for length in range(len(parts), -1, -1):
+        module = model.get_submodule(".".join(parts[:length]))
+        for name in _HEAD_SIZES:
+            size = getattr(module, name, None)
+            if isinstance(size, int) and size > 0:
+                return size
+    return None
+
+
+def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put a new parameter where others still hold the old one, so that tied weights stay tied."""
+    for module, leaf in holders(model).get(id(old), ()):
+        detach(module, leaf)
+        setattr(module, leaf, new)

@@ -1,0 +1,364 @@
+"""From the optimizer of a plain model to that of the converted one and back, in mid-training: the run goes on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifold_nets.constraints import NEAR, constrained_weights
+from manifold_nets.errors import OptionError
+from manifold_nets.groups import accumulation_dtype, refuse_degenerate
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.adam import RiemannianAdam
+from manifold_nets.optim.base import SphereOptimizer
+from manifold_nets.optim.param_groups import Group, name_of
+from manifold_nets.optim.plain_run import NORM, SCALED_WITH, TRANSFERS
+from manifold_nets.optim.sgd import RiemannianSGD
+
+__all__ = ["from_torch", "plain_norms", "to_torch"]
+
+Transfer = Literal["follow", "step", "equilibrium"]
+# What a plain state is called in that of a weight on spheres.
+_NAMES = {"exp_avg_sq": "entry_sq", "max_exp_avg_sq": "max_entry_sq"}
+_PLAIN_NAMES = {new: old for old, new in _NAMES.items()}
+# What each optimizer has of its own in its groups.
+_OWN = ("params", "param_names", "manifolds", "transfer", "compile", "master_weights", SCALED_WITH)
+
+
+def from_torch(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    converted: nn.Module,
+    *,
+    transfer: Transfer = "follow",
+    scheduler: Any = None,
+) -> RiemannianSGD | RiemannianAdam:
+    r"""Return the optimizer with which a converted model goes on where the plain one is in its training.
+
+    Groups, their order and all their options stay, with ``lr`` the plain learning rate: every scheduler of torch goes
+    on as it was. Plain parameters take over their states and the steps of the torch optimizer, bit for bit.
+
+    A weight on spheres keeps the plain run in polar coordinates. The function does not depend on the norm n of a
+    scale-invariant group ``w = n u``, and ``∂L/∂w = (∂L/∂u)/n`` is orthogonal to w. So the gradient at the point of
+    the sphere, divided by n, is the plain gradient; with it the plain optimizer's step (its momentum or moments in the
+    state, weight decay included) leads from w to ``w'``. The weight becomes the direction of w' on its sphere, and
+    the state keeps one number a sphere, ``n' = ‖w'‖``; without momentum
+
+    .. math:: n'^2 = (1 - η λ)^2 n^2 + η^2 ‖∇f(w)‖^2, \quad \tan θ = \frac{η ‖∇f(w)‖}{(1 - η λ) n}.
+
+    - ``"follow"``: n follows the plain run, and the path of functions is that of the plain run, to rounding: its
+      learning rates on the sphere are η/n² for SGD and η/n for Adam, which weight decay drives as it did.
+    - ``"step"``: n is held. The next step is that of the plain run; from then on rates change with the schedule alone.
+    - ``"equilibrium"``: n is held where decay and growth balance at the present rate, for SGD with momentum μ at
+      ``n⁴ = η G²/(2 λ (1 − μ))``, with the mean G² over the spheres of a weight of the squared gradient of u, read off
+      the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. The rates of the long run, at once.
+
+    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest.
+
+    Args:
+        optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; only read.
+        model: the model that it trains, as it is before the conversion; only read.
+        converted: the model that `manifold_nets.convert` made of it.
+        transfer: ``"follow"``, ``"step"`` or ``"equilibrium"``.
+        scheduler: a learning-rate scheduler of the optimizer, or several; from now on they set the rates of the new
+            one. A scheduler that is made anew goes on by its ``load_state_dict``.
+
+    Returns:
+        A `RiemannianSGD` or `RiemannianAdam` of the converted model; Adam's second moments are kept for each entry.
+
+    Raises:
+        OptionError: the optimizer is of another kind or of other parameters, the converted model is another one,
+            ``transfer`` is unknown, or there is no equilibrium, as without weight decay.
+        DegenerateGroupError: a group of a weight is zero or not finite.
+        ParameterGroupError: an option such as ``differentiable`` does not work on spheres.
+
+    References:
+        Derived above; the rates are those of Hoffer et al., arXiv:1803.01814, the equilibria those of Wan et al.,
+        arXiv:2006.08419, and Kosson et al., arXiv:2305.17212.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sgd, x = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4), torch.randn(16, 4)
+        >>> net(x).square().mean().backward(); sgd.step()
+        >>> converted = mn.convert(net, x)
+        >>> optimizer = mn.optim.from_torch(sgd, net, converted)
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]
+        ('RiemannianSGD', 0.1, 0.0005)
+        >>> optimizer.state[converted[0].weight]["norm"].shape
+        torch.Size([8, 1])
+    """
+    kind = _kind_of(optimizer)
+    if transfer not in TRANSFERS:
+        raise OptionError("transfer", transfer, "'follow', 'step' or 'equilibrium'")
+    manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(converted)}
+    groups, pairs = _other_groups(optimizer, model, converted, "converted")
+    for group in groups:
+        group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
+    _scale_biases_along(groups, converted)
+    made = kind(groups, lr=optimizer.defaults["lr"])
+    made.defaults.update(optimizer.defaults)
+    for group, name, source, target in pairs:
+        state, manifold = optimizer.state.get(source, {}), manifolds.get(id(target))
+        if manifold is None:
+            made.state[target].update({key: _copied(value) for key, value in state.items()})
+        else:
+            made.state[target].update(_on_spheres(group, name, source, target, manifold, state, transfer))
+    _reattach(scheduler, optimizer, made)
+    return made
+
+
+def plain_norms(optimizer: torch.optim.Optimizer, converted: nn.Module) -> dict[str, Tensor]:
+    r"""Return the norms at which plain weights take the steps that an optimizer takes on spheres.
+
+    For an optimizer of `from_torch` these are the norms that its state follows or holds; for another `RiemannianSGD`
+    with learning rate η they are 1, as η/n² is, and for `RiemannianAdam` √d for spheres of d entries, as η√d/n.
+
+    Args:
+        optimizer: a `RiemannianSGD` or `RiemannianAdam` of the model.
+        converted: its model.
+
+    Returns:
+        For the name of each weight on spheres the norm of each group, float64, as ``manifold_nets.revert(converted,
+        norms=…)`` takes them.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> layer = mn.layers.UnitNormLinear(4, 3)
+        >>> optimizer = mn.optim.RiemannianAdam(mn.param_groups(layer), lr=0.1)
+        >>> {name: norms.tolist() for name, norms in mn.optim.plain_norms(optimizer, layer).items()}
+        {'weight': [2.0, 2.0, 2.0]}
+    """
+    return {w.name: _norms_in(optimizer, w.parameter, w.manifold).flatten() for w in constrained_weights(converted)}
+
+
+def to_torch(
+    optimizer: RiemannianSGD | RiemannianAdam, converted: nn.Module, plain: nn.Module, *, scheduler: Any = None
+) -> torch.optim.SGD | torch.optim.Adam:
+    r"""Return the torch optimizer with which a model goes on that was given back, from where the run on spheres is.
+
+    The way back of `from_torch`: groups, options and states are those of the plain run. After ``transfer="follow"`` the
+    plain run has never been left, to rounding. For an optimizer that came from nowhere the next step of the plain one
+    turns each group as its own, up to the entry-wise second moments of Adam, of which there is one mean a sphere.
+
+    Args:
+        optimizer: the running `RiemannianSGD` or `RiemannianAdam`; only read.
+        converted: its model; only read.
+        plain: ``manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))``, which
+            gives the weights the norms of the plain run, and scales biases and running statistics along.
+        scheduler: a learning-rate scheduler of the optimizer, or several; they go on with the new one.
+
+    Returns:
+        A `torch.optim.SGD`, `Adam` or `AdamW` of the plain model. Biases that the conversion removed, which have no
+        effect, are in none of its groups.
+
+    Raises:
+        OptionError: the optimizer is of another kind or of other parameters, the plain model is another one, or its
+            weights have other norms.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> net = mn.layers.UnitNormLinear(4, 3)
+        >>> optimizer = mn.optim.RiemannianSGD(mn.param_groups(net), lr=0.1, momentum=0.9)
+        >>> mn.optim.to_torch(optimizer, net, mn.revert(net)).param_groups[0]["lr"]
+        0.1
+    """
+    if type(optimizer) not in (RiemannianSGD, RiemannianAdam):
+        raise OptionError("optimizer", type(optimizer).__name__, "a RiemannianSGD or RiemannianAdam")
+    constrained = {id(weight.parameter): weight for weight in constrained_weights(converted)}
+    groups, pairs = _other_groups(optimizer, converted, plain, "plain")
+    decoupled = [group.get("decoupled_weight_decay") for group in groups]
+    adam = torch.optim.AdamW if all(decoupled) else torch.optim.Adam
+    made = (torch.optim.SGD if isinstance(optimizer, RiemannianSGD) else adam)(groups, lr=optimizer.defaults["lr"])
+    for _, name, source, target in pairs:
+        state, weight = optimizer.state.get(source, {}), constrained.get(id(source))
+        if weight is not None:
+            norms = _norms_in(optimizer, source, weight.manifold)
+            off = float((weight.manifold.partition.norms(target.detach()) / norms - 1).abs().max())
+            if not off <= NEAR:
+                expected = (
+                    "manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))"
+                )
+                raise OptionError("plain", f"{name} with norms that are off by {off:.2g}", expected)
+            state = _off_spheres(state, source, weight.manifold, norms)
+        made.state[target].update({key: _copied(value) for key, value in state.items()})
+    _reattach(scheduler, optimizer, made)
+    return made
+
+
+def _kind_of(optimizer: torch.optim.Optimizer) -> type[RiemannianSGD] | type[RiemannianAdam]:
+    expected = "a torch.optim.SGD, Adam or AdamW"
+    if isinstance(optimizer, SphereOptimizer):
+        expected += "; a state of an optimizer on spheres is taken over by load_state_dict"
+    elif isinstance(optimizer, torch.optim.SGD):
+        return RiemannianSGD
+    elif isinstance(optimizer, torch.optim.Adam):
+        return RiemannianAdam
+    raise OptionError("optimizer", type(optimizer).__name__, expected)
+
+
+def _other_groups(
+    optimizer: torch.optim.Optimizer, model: nn.Module, other: nn.Module, role: str
+) -> tuple[list[Group], list[tuple[Group, str, Tensor, Tensor]]]:
+    """Return the groups of an optimizer for another model of the same names, and who takes whose place.
+
+    Biases that the other model does not have, as a conversion removes them, are left out.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    biases = {name for name, p in model.named_parameters() if p.ndim < 2}
+    targets = dict(other.named_parameters(remove_duplicate=False))
+    groups: list[Group] = []
+    pairs: list[tuple[Group, str, Tensor, Tensor]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        new = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
+        new.update(params=[], param_names=[])
+        for index, p in enumerate(group["params"]):
+            name = names.get(id(p))
+            if name is None:
+                expected = f"parameters of {'model, as it was before the conversion' if role == 'converted' else 'it'}"
+                raise OptionError("optimizer", name_of(group, number, index), expected)
+            if name not in targets and name in biases:
+                continue
+            if name not in targets or targets[name].shape != p.shape:
+                raise OptionError(role, name, "the same model, converted or given back")
+            new["params"].append(targets[name])
+            new["param_names"].append(name)
+            pairs.append((new, name, p, targets[name]))
+        groups.append(new)
+    return groups, pairs
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _on_spheres(
+    group: Group,
+    name: str,
+    source: Tensor,
+    target: Tensor,
+    manifold: SphereProduct,
+    state: dict[str, Any],
+    transfer: Transfer,
+) -> dict[str, Any]:
+    """The state of a weight on its spheres: the norms in the plain run, and the plain moments."""
+    partition = manifold.partition
+    norms = partition.norms(source.detach().double())
+    refuse_degenerate(norms, name)
+    made: dict[str, Any] = {NORM: norms}
+    for key, value in state.items():
+        if value is None or key == "step":
+            made[key] = _copied(value) if value is None else torch.as_tensor(value).detach().float().cpu().clone()
+        elif key in _NAMES:
+            made[_NAMES[key]] = value.detach().to(accumulation_dtype(target.dtype), copy=True)
+        else:  # a momentum, in the scale of the weight on its spheres
+            scaled = partition.multiply(value.detach().double(), manifold.radius_for(target.detach().double()))
+            made[key] = scaled.to(target.dtype)
+    if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
+        made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
+        second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
+        made.update((key, torch.zeros_like(target, dtype=accumulation_dtype(target.dtype))) for key in second)
+    if transfer == "equilibrium":
+        _to_equilibrium(group, name, source, manifold, state, made)
+    return made
+
+
+def _to_equilibrium(
+    group: Group, name: str, source: Tensor, manifold: SphereProduct, state: dict[str, Any], made: dict[str, Any]
+) -> None:
+    """Replace the norms by those at which growth and decay balance; gradients, and so moments, are as 1/n."""
+    partition, norms = manifold.partition, made[NORM]
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if not lr * decay > 0 or ("betas" in group and not group.get("decoupled_weight_decay")):
+        found = f"'equilibrium' with weight_decay={decay:g} and lr={lr:g} for {name}"
+        expected = "weight decay of SGD or AdamW and a learning rate above 0; or take 'follow' or 'step'"
+        raise OptionError("transfer", found, expected)
+    if "betas" in group:
+        new = torch.full_like(norms, (lr * partition.group_size / (2 * decay)) ** 0.5)
+    else:
+        mu, buffer = float(group["momentum"]), state.get("momentum_buffer")
+        gradient = source.grad if buffer is None else buffer
+        if gradient is None:
+            raise OptionError("transfer", f"'equilibrium', but {name} has neither momentum nor gradient", "one of them")
+        # Of independent gradients G/n, (1 − τ)² Σ μ^{2k} = (1 − τ)²/(1 − μ²) are in the squared length of the momentum.
+        tangent = manifold.proju(manifold.projx(source.detach()), gradient.detach())
+        share = 1.0 if buffer is None else (1 - mu**2) / (1 - float(group["dampening"])) ** 2
+        squared = share * (norms.square() * partition.inner(tangent, tangent).double()).mean()
+        new = torch.full_like(norms, float(lr * squared / (2 * decay * (1 - mu))) ** 0.25)
+        refuse_degenerate(new, name)
+    ratio = norms / new
+    made[NORM] = new
+    for key, power in (("momentum_buffer", 1), ("exp_avg", 1), ("entry_sq", 2), ("max_entry_sq", 2)):
+        if isinstance(made.get(key), Tensor):
+            made[key] = partition.multiply(made[key], ratio.pow(power).to(made[key].dtype))
+
+
+def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
+    """Note which biases the conversion scaled with which weight: in the plain run they are longer with it."""
+    # The record of `manifold_nets.conversion`, which lies beside this package.
+    record = converted.__dict__.get("_manifold_nets_moves")
+    places = {name: (k, i) for k, group in enumerate(groups) for i, name in enumerate(group["param_names"])}
+    for weight, move in (record.weights if record is not None else {}).items():
+        for bias in move.biases if weight in places else ():
+            if bias.name in places:
+                number, place = places[bias.name]
+                known = groups[number].setdefault(SCALED_WITH, {})
+                known[str(place)] = [*places[weight], list(bias.groups)]
+
+
+def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: SphereProduct) -> Tensor:
+    """Norms at which plain steps are those of the spheres."""
+    norms: Tensor | None = optimizer.state.get(weight, {}).get(NORM)
+    if norms is not None:
+        return norms
+    partition = manifold.partition
+    value = math.sqrt(partition.group_size) if isinstance(optimizer, RiemannianAdam) else 1.0
+    return torch.full(partition.spread_shape, value, dtype=torch.float64, device=weight.device)
+
+
+def _off_spheres(state: dict[str, Any], weight: Tensor, manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
+    """The state of a weight on spheres as that of the plain weight; the way back of `carry_momentum`."""
+    partition, found, follows = manifold.partition, dict[str, Any](), NORM in state
+    scale = manifold.radius_for(norms) * (torch.ones_like(norms) if follows else norms)
+    for key, value in state.items():
+        if key in ("momentum_buffer", "exp_avg") and value is not None:
+            found[key] = partition.divide(value, scale.to(value.dtype))
+        elif key in _NAMES and not follows:
+            mean = value / (norms.square() * partition.group_size)
+            found[key] = partition.multiply(torch.ones_like(weight), mean.to(weight.dtype))
+        elif key not in (NORM, "master_weight"):
+            found[_PLAIN_NAMES.get(key, key)] = value
+    return found
+
+
+# ---- schedulers ------------------------------------------------------------------------------------------------------
+
+
+def _reattach(schedulers: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Let schedulers, and those that they are made of, set the rates of another optimizer.
+
+    Raises:
+        OptionError: one of them is of another optimizer.
+    """
+    for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
+        parts = [] if scheduler is None else [part for part in _parts(scheduler) if part.optimizer is old]
+        if scheduler is not None and not parts:
+            raise OptionError("scheduler", type(scheduler).__name__, "a scheduler of the optimizer")
+        for part in parts:
+            part.optimizer = new
+            if getattr(part, "_step_count", 0) == 1:
+                # In its first step it would warn that no optimizer's step of this object came before.
+                part._step_count = 2
+
+
+def _parts(scheduler: Any) -> Iterator[Any]:
+    """A scheduler and those that it chains."""
+    if hasattr(scheduler, "optimizer"):
+        yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _parts(part)

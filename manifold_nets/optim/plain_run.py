@@ -1,0 +1,88 @@
+r"""Steps that follow the run of a plain optimizer: the weight in polar coordinates, its direction and its norm.
+
+With ``w = n u`` and ``f(n u) = f(u)``, ``∇f(w) = ∇f(u)/n``: the direction on the sphere and the norm ``n`` say all of
+the plain weight. So a step takes the plain optimizer's own step from ``w`` to ``w'``, keeps the direction of ``w'`` on
+the sphere, and its norm in the state, where the plain run goes on; or it holds the norm that it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.backends.inputs import NORM
+from manifold_nets.optim.backends.rule import Rule
+from manifold_nets.optim.param_groups import Group
+
+__all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "of_plain_run"]
+
+# In a group: for the place of a bias the group and the place of the weight that it is scaled with, and the sphere of
+# each entry.
+SCALED_WITH = "scaled_with"
+TRANSFERS = ("follow", "step", "equilibrium")
+
+
+def norms_of(state: dict[str, Any], weight: Tensor, manifold: SphereProduct) -> Tensor:
+    """Return the norms of the plain run; those of the weight itself where none are known yet."""
+    if NORM not in state:
+        radii = manifold.partition.spread(manifold.radii)
+        state[NORM] = radii.to(device=weight.device, dtype=torch.float64, copy=True)
+    norms: Tensor = state[NORM]
+    return norms
+
+
+@contextmanager
+def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
+    """For the time of a step give biases that are scaled with a weight their size in the plain run.
+
+    Behind a weight ``r u`` in the place of ``n u`` stands the bias ``β = b r/n``. With the gradient of b torch's step
+    is that of the plain run, and the new norm makes a new β of the new b.
+    """
+    found = [
+        (group["params"][int(place)], groups[other]["params"][index], groups[other]["manifolds"][index], of_entries)
+        for group in groups
+        for place, (other, index, of_entries) in group.get(SCALED_WITH, {}).items()
+    ]
+
+    def up(bias: Tensor, weight: Tensor, manifold: SphereProduct, of_entries: Sequence[int]) -> Tensor:
+        """n/r of the group of each entry of a bias."""
+        norms = norms_of(states[weight], weight, manifold)
+        index = torch.tensor(of_entries, device=norms.device)
+        ratio = (norms / manifold.radius_for(norms)).flatten()[index.clamp_min(0)]
+        return torch.where(index < 0, 1.0, ratio).to(bias.dtype).reshape(bias.shape)
+
+    gradients = [each[0].grad for each in found]
+    with torch.no_grad():
+        for each, gradient in zip(found, gradients, strict=True):
+            ratio = up(*each)
+            each[0].mul_(ratio)
+            each[0].grad = None if gradient is None else gradient / ratio
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for each, gradient in zip(found, gradients, strict=True):
+                each[0].div_(up(*each))
+                each[0].grad = gradient
+
+
+def of_plain_run(rule: Rule, group: Group) -> Rule:
+    """Return the rule of a group; that of a plain optimizer where the group follows its run."""
+    if not group.get("transfer") or rule.kind not in ("sgd", "adam", "adam-entries"):
+        return rule
+    decay, lr = float(group["weight_decay"]), float(group["lr"])
+    apart = bool(group.get("decoupled_weight_decay"))
+    return replace(
+        rule,
+        kind="plain-adam" if "betas" in group else "plain-sgd",
+        lr=lr,
+        decay=0.0 if apart else decay,
+        shrink=1 - lr * decay if apart else 1.0,
+        follows=group["transfer"] == "follow",
+    )
