@@ -249,11 +249,12 @@ def _inline_regions(graph: Graph) -> None:
 
     What comes out of a region without gradients is detached. Autocast has no effect on float64.
     """
+    owner: Any = graph.owning_module
     while regions := [node for node in graph.nodes if op_name(node) in _REGIONS]:
         for region in regions:
             place = next(k for k, a in enumerate(region.args) if isinstance(a, Node) and a.op == "get_attr")
             held: Any = region.args[place]
-            inner = graph.owning_module.get_submodule(held.target).graph  # type: ignore[union-attr]
+            inner: Graph = owner.get_submodule(held.target).graph
             copies: dict[Node, Any] = dict(
                 zip(inner.find_nodes(op="placeholder"), region.args[place + 1 :], strict=True)
             )
