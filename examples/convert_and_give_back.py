@@ -1,4 +1,4 @@
-"""Convert an ordinary network without changing what it computes, train it on spheres, store it, and give it back."""
+"""Convert a network in mid-training without changing what it computes, go on on spheres, store it, and give it back."""
 
 import tempfile
 from pathlib import Path
@@ -42,17 +42,16 @@ def main() -> None:
     """Walk through the life of a converted model."""
     torch.manual_seed(0)
     model = build()
-    train(model, torch.optim.SGD(model.parameters(), lr=0.05), steps=30)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    train(model, sgd, steps=30)
     x = torch.randn(8, 3, 8, 8)
 
-    report = mn.diagnose(model, x)
-    converted = mn.convert(model, report)
+    converted = mn.convert(model, x)
     print(mn.conversion_record(converted))
 
-    # A learning rate means something else on spheres: these rates match the next step of SGD.
-    rates = mn.matched_learning_rates(model, report, lr=0.05, momentum=0.9).by_weight()
-    groups = mn.param_groups(converted, sphere_lr=rates)
-    loss = train(converted, mn.optim.RiemannianSGD(groups, lr=0.05, momentum=0.9), steps=30)
+    # The run goes on: the same steps, momentum and rates, on spheres.
+    optimizer = mn.optim.from_torch(sgd, model, converted)
+    loss = train(converted, optimizer, steps=30)
     print(f"\nloss after 30 steps on spheres: {loss:.3f}")
 
     with tempfile.TemporaryDirectory() as folder:
@@ -64,6 +63,11 @@ def main() -> None:
     plain = mn.revert(loaded)
     print("given back:", type(plain.stem[0].weight))
     print("the same function:", mn.verify(converted, plain, x))
+
+    # Or with the norms that the plain run would have by now, so that it can go on as if it had never been converted.
+    plain = mn.revert(converted, norms=mn.optim.plain_norms(optimizer, converted))
+    loss = train(plain, mn.optim.to_torch(optimizer, converted, plain), steps=30)
+    print(f"loss after 30 more steps, plain again: {loss:.3f}")
 
 
 if __name__ == "__main__":

@@ -32,25 +32,32 @@ int main(int count, char **arguments) {
     static const int64_t sizes[] = {2, 3, 7, 16, 255, 256, 257, 2049, 16384, 16385, 65537, 70001};
     static const double scales[] = {1.0, 1e-30, 1e-6, 1e6, 1e18};
     for (int64_t round = 0; round < rounds; round++) {
-        Rule rule = {(int64_t)draw(3), (int64_t)draw(4), (int64_t)draw(2), (int64_t)draw(2), draw(4) ? 0.1 : 30.0, 0.9, 0.99, 1e-8};
+        Rule rule = {(int64_t)draw(7), (int64_t)draw(4), (int64_t)draw(2), (int64_t)draw(2), (int64_t)draw(2),
+                     draw(4) ? 0.1 : 30.0, 0.9, 0.99, 1e-8, draw(2) ? 0.1 : 0.0, 0.99};
         if (!spheres_know(rule.dtype)) continue;
         int64_t wide = rule.dtype == FLOAT64 ? FLOAT64 : FLOAT32, n_jobs = 1 + (int64_t)draw(4);
-        int task = rule.kind == ANGULAR_ADAM ? STEP : (int)draw(2) ? MEASURE : STEP;
+        int entry = by_entries(&rule), sgd = rule.kind == SGD || rule.kind == PLAIN_SGD || rule.kind == PUT_BACK;
+        int task = entry || rule.kind == PLAIN_SGD ? STEP : (int)draw(2) ? MEASURE : STEP;
         Job jobs[4];
         memset(jobs, 0, sizeof jobs);
-        int has_moment = rule.kind != SGD || draw(2);
+        int has_moment = !sgd || draw(2);
         for (int64_t k = 0; k < n_jobs; k++) {
             Job *job = jobs + k;
-            /* AngularAdam takes no long rows: suits_by_entries. */
-            job->size = draw(3) ? sizes[draw(rule.kind == ANGULAR_ADAM ? 10 : 12)] : 2 + (int64_t)draw(300);
+            /* Steps by entries take no long rows: suits_by_entries. */
+            job->size = draw(3) ? sizes[draw(entry ? 10 : 12)] : 2 + (int64_t)draw(300);
             job->rows = 1 + (int64_t)draw(job->size > 300 ? 3 : 140);
             int64_t n = job->rows * job->size;
             double scale = scales[draw(5)];
             job->w = entries(n, rule.dtype, SHORT, 1.0);
             job->g = entries(n, rule.dtype, 0, scale);
             job->b = has_moment ? entries(n, rule.dtype, 0, scale) : NULL;
-            if (rule.kind != SGD) job->v = entries(rule.kind == ADAM ? job->rows : n, wide, 0, 1.0);
-            if (rule.kind == ADAM && draw(2)) job->v_max = entries(job->rows, wide, 0, 1.0);
+            if (!sgd) job->v = entries(entry ? n : job->rows, wide, 0, 1.0);
+            if ((rule.kind == ADAM || rule.kind == PLAIN_ADAM) && draw(2))
+                job->v_max = entries(entry ? n : job->rows, wide, 0, 1.0);
+            if (rule.kind == PLAIN_SGD || rule.kind == PLAIN_ADAM) {
+                job->norms = malloc(sizeof(double) * (size_t)job->rows);
+                for (int64_t i = 0; i < job->rows; i++) job->norms[i] = 0.5 + draw(8);
+            }
             job->squares = draw(2) ? 1 : job->rows;
             double *square = malloc(sizeof(double) * (size_t)job->squares);
             for (int64_t i = 0; i < job->squares; i++) square[i] = 0.5 + draw(8);
@@ -74,7 +81,7 @@ int main(int count, char **arguments) {
         for (int64_t k = 0; k < n_jobs; k++) {
             Job *job = jobs + k;
             free(job->w); free((void *)job->g); free(job->b); free(job->v); free(job->v_max); free((void *)job->square);
-            free(job->products); free((void *)job->written); free((void *)job->far);
+            free(job->norms); free(job->products); free((void *)job->written); free((void *)job->far);
         }
     }
     printf("%ld rounds\n", (long)rounds);

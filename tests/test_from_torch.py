@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +115,39 @@ def test_sabotage_decay_and_norms_are_followed() -> None:
 
     assert distances("sgd, decay", 20, without_decay)[-1] > 1e-3
     assert distances("sgd, decay", 20, transfer="step")[-1] > 1e-3
+
+
+def grouped() -> nn.Sequential:
+    """A network whose biases have a scale with their weights: group normalization does not take a shift away."""
+    torch.manual_seed(5)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 6, 3), nn.GroupNorm(3, 6, eps=1e-30), nn.Tanh(), nn.Flatten()),
+        *(nn.Linear(96, 5), nn.LayerNorm(5, eps=1e-30), nn.Tanh(), nn.Linear(5, 3)),
+    ).double()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_biases_that_are_scaled_with_a_weight_go_along(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest() -> float:
+        net = grouped()
+        plain: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+        for number in range(BEFORE):
+            step(net, plain, number)
+        converted = mn.convert(net, batch(0)[0])
+        optimizer = mn.optim.from_torch(plain, net, converted)
+        found = [
+            float((step(net, plain, n) - step(converted, optimizer, n)).abs().max()) for n in range(BEFORE, BEFORE + 30)
+        ]
+        given_back = mn.revert(converted, norms=mn.optim.plain_norms(optimizer, converted))
+        for a, b in zip(net.parameters(), given_back.parameters(), strict=True):
+            found.append(float((a - b).detach().abs().max()))
+        return max(found)
+
+    assert largest() <= 1e5 * EPS
+    # Sabotage.
+    module = importlib.import_module("manifold_nets.optim.from_torch")
+    monkeypatch.setattr(module, "_scale_biases_along", lambda groups, converted: None)
+    assert largest() > 1e8 * EPS
 
 
 def test_in_float32_the_norms_are_those_of_the_plain_run() -> None:
@@ -333,6 +367,22 @@ def test_a_plain_average_is_loaded_into_that_of_the_converted_model() -> None:
     torch.testing.assert_close(average.eval()(x), ema.eval()(x), rtol=0, atol=1e4 * EPS)
     assert int(average.n_averaged) == 4
     assert float(average.resultant_lengths()["3.weight"].min()) == 1
+
+
+@pytest.mark.parametrize("name", ["sgd, momentum", "adamw"])
+def test_a_run_may_begin_on_spheres(name: str) -> None:
+    """The plain optimizer has not taken a step yet; its state on spheres can be copied and loaded all the same."""
+    runs = []
+    for convert in (False, True):
+        net = network()
+        optimizer: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+        if convert:
+            converted = mn.convert(net, batch(0)[0])
+            optimizer = mn.optim.from_torch(optimizer, net, converted)
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            net = converted
+        runs.append([step(net, optimizer, number) for number in range(5)])
+    torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=256 * EPS)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

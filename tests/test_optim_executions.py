@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manifold_nets as mn
 from manifold_nets.errors import NativeKernelError, OptionError
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.backends import batched, compiled, dispatch, native, reference, views
+from manifold_nets.optim.backends import compiled, dispatch, native, products, reference, views
 
 EAGER = {"single": {"foreach": False}, "batched": {"foreach": True}, "kernel": {"fused": True}}
 ALL = [*EAGER.items(), ("default", {})]
@@ -261,7 +261,7 @@ def test_rows_that_the_compiled_kernel_leaves_are_looked_for_in_their_matrices_a
     for share in (0.0, 0.01, 0.3, 1.0):
         sizes = torch.randint(1, 40, (30,)).tolist()
         matrices = [
-            views.GroupView(torch.zeros(size, 2), torch.zeros(size, 2), None, None, None, 1.0) for size in sizes
+            products.GroupView(torch.zeros(size, 2), torch.zeros(size, 2), None, None, None, 1.0) for size in sizes
         ]
         flags = [(torch.rand(size, 1) < share).to(torch.int16) for size in sizes]
         found = [(id(matrix), which.tolist()) for matrix, which in compiled._left(matrices, flags)]
@@ -352,7 +352,7 @@ def test_a_compiled_kernel_passes_twice_over_a_row_and_once_over_the_rows(monkey
 
 
 def test_a_difference_of_squares_is_not_exact_near_the_radius(monkeypatch):
-    monkeypatch.setattr(mn.optim.backends.products, "_SHORT", 0.0)
+    monkeypatch.setattr(products, "_SHORT", 0.0)
     with pytest.raises(AssertionError):
         check_short_gradients({"foreach": False})
 
@@ -468,8 +468,8 @@ def test_no_temporary_is_larger_than_a_weight_in_float32(how, dtype):
 
 
 def test_batches_are_small_beside_a_large_weight():
-    assert views.CHUNK <= 512 * 512 * 9 // 4  # a quarter of the largest weight of ResNet-50
-    assert batched._SMALL <= views.CHUNK
+    assert products.CHUNK <= 512 * 512 * 9 // 4  # a quarter of the largest weight of ResNet-50
+    assert views._SMALL <= products.CHUNK
 
 
 def check_constraint(optimizer, options, dtype, steps, allowed):

@@ -16,6 +16,7 @@ import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS
 from manifold_nets.optim.backends import reference
 from manifold_nets.optim.backends.rule import StepInput
+from manifold_nets.optim.backends.sharded import Part
 
 STATUS = Path("/proc/self/status")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -126,7 +127,7 @@ def test_chunks_hold_whole_groups_with_their_radii(name, radius):
     weight = sphere.random(dtype=torch.float64).as_subclass(torch.Tensor)
     second = torch.arange(partition.n_groups).double().reshape(partition.spread_shape)
     member = StepInput(weight, -weight, sphere, 2 * weight, second)
-    view, _ = reference._view_of(member, partition, None, by_entries=False)
+    view, _ = reference._view_of(member, Part(sphere), by_entries=False)
     parts = list(view.chunks(2 * weight.numel() // partition.view[0]))
     assert len(parts) == partition.view[0] // 2 > 1
     for number, expected in enumerate((weight, -weight, 2 * weight, second)):

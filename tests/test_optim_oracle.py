@@ -39,6 +39,16 @@ OPTIONS = {
     "angular-adam": ADAPTIVE,
     "pbwn": MOMENTUM,
     "sm": MOMENTUM,
+    # Steps of a plain optimizer, from weights of other norms: see manifold_nets.optim.from_torch.
+    **{
+        f"rsgd {run}": [{}, *MOMENTUM[1:5], {**MOMENTUM[5], "weight_decay": 0.7}, {"weight_decay": 0.7}]
+        for run in ("follow", "step")
+    },
+    **{
+        f"radam {run}": [*ADAPTIVE[:3], {**ADAPTIVE[3], "weight_decay": 0.7}]
+        + [{**options, "weight_decay": 0.7, "amsgrad": True} for options in ADAPTIVE[1:3]]
+        for run in ("follow", "step")
+    },
 }
 CASES = [(name, options) for name, each in OPTIONS.items() for options in each]
 case = pytest.mark.parametrize(("name", "options"), CASES, ids=str)
@@ -57,11 +67,13 @@ class Oracle:
     """One weight whose groups are the rows of a matrix, on unit spheres; plain rows for the scaled metric."""
 
     def __init__(self, name, start, *, momentum=0.0, dampening=0.0, nesterov=False, maximize=False, betas=(0.9, 0.999),
-                 eps=1e-8, amsgrad=False, clip=0.1, per="sphere", **without_effect):  # fmt: skip
+                 eps=1e-8, amsgrad=False, clip=0.1, per="sphere", weight_decay=0.0, decoupled_weight_decay=False,
+                 norms=None):  # fmt: skip
         self.name, self.u, self.t, self.sign = name, start.copy(), 0, -1.0 if maximize else 1.0
         self.b, self.v, self.largest = np.zeros_like(start), 0.0, 0.0
         self.mu, self.tau, self.nesterov, self.amsgrad = momentum, dampening, nesterov, amsgrad
         self.betas, self.eps, self.clip, self.per = betas, eps, clip, per
+        self.n, self.decay, self.decoupled = norms, weight_decay, decoupled_weight_decay
 
     def step(self, g):
         self.t += 1
@@ -69,11 +81,28 @@ class Oracle:
         if self.name == "sm":
             norm = np.linalg.norm(self.u, axis=1, keepdims=True)
             self.u = self.u - LR * norm * self.heavy_ball(norm * g)
+        elif self.n is not None:
+            self.plain(g)
         elif self.name == "pbwn":
             self.u = normalized(self.u - LR * self.heavy_ball(g))
         else:
             getattr(self, self.name.replace("-", "_"))(g - dot(self.u, g) * self.u)
         return self.u
+
+    def plain(self, g):
+        """The step of the optimizer without spheres, from the weight n u, of which the direction is kept."""
+        w = self.n * self.u
+        g = g / self.n + (0 if self.decoupled else self.decay) * w
+        if self.name.startswith("radam"):
+            m, v = self.adam(g, g**2)
+            d = m / (np.sqrt(v) + self.eps)
+        else:
+            d = self.heavy_ball(g)
+        w = w * (1 - LR * self.decay * self.decoupled) - LR * d
+        norms = np.linalg.norm(w, axis=1, keepdims=True)
+        self.u = w / norms
+        if self.name.endswith("follow"):
+            self.n = norms
 
     def heavy_ball(self, g):
         if self.mu == 0:
@@ -129,7 +158,8 @@ class Oracle:
 
 
 def check(name, options, layout, dtype, wrong=None, radius="per group", **how):
-    row, generator = OPTIMIZERS[name], np.random.default_rng(0)
+    row, generator = OPTIMIZERS[name.partition(" ")[0]], np.random.default_rng(0)
+    transfer = name.partition(" ")[2]
     partition, ids = layout.partition, layout.ids().ravel()
     rows = [np.flatnonzero(ids == group) for group in range(partition.n_groups)]
     radii = radii_for(layout, radius)
@@ -148,10 +178,14 @@ def check(name, options, layout, dtype, wrong=None, radius="per group", **how):
     )
     group = {"params": [weight]} if on_spheres else {"params": [weight], "partitions": [partition.to_dict()]}
     optimizer = row.kind([group], lr=LR, **options, **how)
+    norms = np.linspace(0.6, 2.0, partition.n_groups)[:, None] if transfer else None
+    if transfer:
+        optimizer.param_groups[0]["transfer"] = transfer
+        optimizer.state[weight]["norm"] = torch.tensor(norms).reshape(partition.spread_shape)
     optimizer.param_groups[0].update(wrong or {})
     unit = radii[:, None] if on_spheres else 1.0
     held = weight.detach().double().numpy().ravel()
-    oracle = Oracle(name, np.stack([held[entries] for entries in rows]) / unit, **options)
+    oracle = Oracle(name, np.stack([held[entries] for entries in rows]) / unit, **options, norms=norms)
     for step, size in enumerate(SIZES, start=1):
         gradient = size * generator.standard_normal(start.shape)
         # Gradients of plain weights fall with their norms, as behind a normalization.
@@ -163,6 +197,10 @@ def check(name, options, layout, dtype, wrong=None, radius="per group", **how):
         off = np.abs(np.stack([flat[entries] for entries in rows]) / unit - expected).max() / np.abs(expected).max()
         # Each step adds a few roundings.
         assert off <= 64 * step * torch.finfo(dtype).eps, f"step {step} is off by {off:.1e}"
+        if transfer:
+            found = optimizer.state[weight]["norm"].reshape(-1, 1).numpy()
+            off = np.abs(found / oracle.n - 1).max()
+            assert off <= 64 * step * torch.finfo(dtype).eps, f"norms of step {step} is off by {off:.1e}"
 
 
 @case
@@ -197,6 +235,8 @@ WRONG = {
     "momentum": lambda options: {"momentum": 0.801},
     "betas": lambda options: {"betas": tuple(beta + 1e-3 for beta in options["betas"])},
     "eps": lambda options: {"eps": options["eps"] + 1e-4},
+    "weight_decay": lambda options: {"weight_decay": options["weight_decay"] + 1e-3},
+    "decoupled_weight_decay": lambda options: {"decoupled_weight_decay": False},
 }
 
 
@@ -206,12 +246,13 @@ def test_sabotage_each_option_makes_a_difference_that_is_noticed(name, how):
     """The optimizer has one option otherwise than the oracle."""
     for key, wrong in WRONG.items():
         options = next((options for options in OPTIONS[name] if key in {"lr", *options}), None)
-        if options is not None:
+        # Decay does nothing on spheres where no plain run is followed.
+        if options is not None and ("decay" not in key or " " in name):
             with pytest.raises(AssertionError, match="is off by"):
                 check(name, options, LAYOUTS[1], torch.float64, wrong(options), **how)
 
 
-@pytest.mark.parametrize("name", ["rsgd", "sgd-g", "angular", "pbwn", "sm"])
+@pytest.mark.parametrize("name", ["rsgd", "sgd-g", "angular", "pbwn", "sm", "rsgd follow"])
 def test_sabotage_a_wrong_nesterov_coefficient_is_noticed(name, monkeypatch):
     right = rule.sgd_update
     planted = lambda *given, **more: (u := right(*given, **more))._replace(follow=1 / u.follow if u.ahead else 1.0)  # noqa: E731

@@ -14,7 +14,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.backends import compiled, momentum_step, native, products, reference, views
+from manifold_nets.optim.backends import compiled, momentum_step, native, products, views
 
 SPHERES = {name: row for name, row in OPTIMIZERS.items() if row.weights == "spheres"}
 # Those of which the length of the gradient decides nothing, or little.
@@ -70,7 +70,7 @@ def test_a_gradient_along_the_radius_turns_nothing(name, layout, how):
 @pytest.mark.parametrize("how", [BACKENDS["single"], BACKENDS["batched"], BACKENDS["kernel"]], ids=BACKENDS)
 @pytest.mark.parametrize("name", NORMALIZED)
 def test_sabotage_where_no_rounding_counts_as_zero_weights_turn(name, how, monkeypatch):
-    for module in (products, reference, views, momentum_step, native):
+    for module in (products, native):
         monkeypatch.setattr(module, "rounding_of", lambda dtype: 0.0)
     assert turned_by_radial_gradients(name, how, LAYOUTS[1]) > 1e-3
 
@@ -163,11 +163,11 @@ def test_no_step_of_an_angle_is_longer_than_the_angle(how, name, dtype, exponent
 
 @pytest.mark.parametrize("how", [BACKENDS["single"], BACKENDS["batched"]], ids=["single", "batched"])
 def test_sabotage_lengths_from_products_let_adam_step_too_far(how, monkeypatch):
-    for module in (products, views, momentum_step):
-        if hasattr(module, "radial_share"):
-            monkeypatch.setattr(module, "radial_share", lambda dots: torch.zeros_like(dots[0]))
+    for module in (products, views):
+        monkeypatch.setattr(module, "radial_share", lambda dots: torch.zeros_like(dots[0]))
     with pytest.raises(AssertionError):
-        check_turns("radam", how, torch.float32, (0.9, 0.999), [(2.0, -7.0)] * 4, seed=0)
+        # By how much the difference of squares is off is a matter of luck.
+        [check_turns("radam", how, torch.float32, (0.9, 0.999), [(2.0, -7.0)] * 4, seed) for seed in range(4)]
 
 
 def reference_step(name, w, g, m, v, lr):
@@ -230,9 +230,8 @@ def test_small_tangential_parts_are_exact(name, share, how):
 
 @pytest.mark.parametrize("how", [BACKENDS["single"], BACKENDS["batched"]], ids=["single", "batched"])
 def test_sabotage_a_gradient_that_keeps_its_radial_part_is_not_exact(how, monkeypatch):
-    for module in (products, views, momentum_step):
-        if hasattr(module, "radial_share"):
-            monkeypatch.setattr(module, "radial_share", lambda dots: torch.zeros_like(dots[0]))
+    for module in (products, views):
+        monkeypatch.setattr(module, "radial_share", lambda dots: torch.zeros_like(dots[0]))
     with pytest.raises(AssertionError):
         check_small_share("radam", how, 1e-5, 1e-5)
 
@@ -268,12 +267,8 @@ def test_mostly_radial_gradients_leave_long_rows_on_their_spheres(name, how):
 
 
 def test_sabotage_a_norm_that_forgets_what_was_taken_off_leaves_the_spheres(monkeypatch):
-    class Forgetful(momentum_step._Step):
-        def take(self, dampening, step):
-            monkeypatch.setattr(momentum_step, "some", lambda condition: False)
-            super().take(dampening, step)
-
-    monkeypatch.setattr(momentum_step, "_Step", Forgetful)
+    for module in (products, momentum_step):
+        monkeypatch.setattr(module, "some", lambda condition: False)
     assert worst_deviation("radam", {"foreach": True}, torch.float32, (40, 9)) > 100
 
 

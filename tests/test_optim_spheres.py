@@ -11,9 +11,8 @@ from optim_cases import LAYOUTS, STEPS, Problem, check_path, radii_for, referenc
 import manifold_nets as mn
 from manifold_nets.optim import RiemannianAdam, RiemannianSGD
 from manifold_nets.optim.backends import reference
-from manifold_nets.optim.backends.products import Spheres
+from manifold_nets.optim.backends.products import GroupView
 from manifold_nets.optim.backends.rule import Rule
-from manifold_nets.optim.backends.views import GroupView
 
 RADII = ["unit", "uniform", "per group"]
 SGD_OPTIONS = [
@@ -311,15 +310,15 @@ def test_norms_of_a_million_entries_are_exact(optimizer, options, shape):
 
 
 def test_a_norm_added_in_sequence_is_not_exact(monkeypatch):
-    def sequential(spheres, *pairs):
+    def sequential(view, *pairs):
         return tuple(
-            torch.linalg.vector_norm(x, dim=spheres.axes, keepdim=True).square()
+            torch.linalg.vector_norm(x, dim=view.axes, keepdim=True).square()
             if x is y
-            else (x * y).sum(spheres.axes, keepdim=True)
+            else (x * y).sum(view.axes, keepdim=True)
             for x, y in pairs
         )
 
-    monkeypatch.setattr(Spheres, "dots", sequential)
+    monkeypatch.setattr(GroupView, "dots", sequential)
     with pytest.raises(AssertionError, match="constraint error"):
         check_norm_of_many(RiemannianSGD, {"lr": 0.05, "momentum": 0.9, "foreach": False}, (1, 2**20))
 
@@ -330,7 +329,7 @@ def test_rules_by_themselves_take_an_undampened_first_step_by_default():
         weight, gradient = torch.eye(3)[:2].double(), torch.randn(2, 3).double()
         moment = torch.full((2, 3), 0.1).double()
         view = GroupView(weight, gradient, moment, second and second(), None, 1.0)
-        reference.step_(rule, view, Spheres((1,), 1.0), **options)
+        reference.step_(rule, view, **options)
         return weight
 
     cases = [

@@ -165,3 +165,153 @@ def test_timms_averages_are_refused_until_they_are_projected(kind, tmp_path):
     mn.save(averaged, tmp_path / "net.safetensors")
     for other in (averaged, target):
         assert mn.verify(before, other, images.x[:50]).eval_difference <= 1e-5
+
+
+# ---- plain checkpoints that go on converted --------------------------------------------------------------------------
+
+
+def check_goes_on(found, expected, fresh):
+    """The logits of a run that went on converted are those of the plain run, up to eps and rounding.
+
+    Without the state of the plain optimizer they are not.
+    """
+
+    def off(logits):
+        return float((logits - expected).norm() / expected.norm())
+
+    assert off(found) < 0.02
+    assert off(fresh) > 3 * off(found)
+
+
+def test_a_plain_checkpoint_of_lightning_goes_on_converted(tmp_path):
+    run = example("train_with_lightning", "lightning", "sklearn")
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options |= {"enable_checkpointing": False, "default_root_dir": tmp_path}
+
+    def plain_run():
+        torch.manual_seed(0)
+        model = example("digits", "sklearn").network().train()
+        sgd = torch.optim.SGD(mn.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
+        return model, sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, run.EPOCHS)
+
+    class Digits(run.Digits):
+        def __init__(self, model, optimizer, schedule):
+            super().__init__(model)
+            self.pair = [optimizer], [schedule]
+
+        def configure_optimizers(self):
+            return self.pair
+
+    def logits(model):
+        return model.train()(digits()[1].x[:200]).detach()
+
+    plain = plain_run()
+    run.lightning.Trainer(max_epochs=run.EPOCHS, **options).fit(Digits(*plain), run.loader())
+    begun = plain_run()
+    first = run.lightning.Trainer(max_epochs=1, **options)
+    first.fit(Digits(*begun), run.loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+
+    checkpoint, results = torch.load(tmp_path / "one.ckpt", weights_only=False), []
+    for with_state in (True, False):
+        model, sgd, schedule = plain_run()
+        model.load_state_dict({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()})
+        if with_state:
+            sgd.load_state_dict(checkpoint["optimizer_states"][0])
+            schedule.load_state_dict(checkpoint["lr_schedulers"][0])
+        converted = mn.convert(model, digits()[1].x[:50])
+        optimizer = mn.optim.from_torch(sgd, model, converted, scheduler=schedule)
+        rest = run.lightning.Trainer(max_epochs=run.EPOCHS - 1, **options)
+        rest.fit(Digits(converted, optimizer, schedule), run.loader())
+        results.append(logits(converted))
+    check_goes_on(results[0], logits(plain[0]), results[1])
+
+
+def test_a_plain_checkpoint_of_accelerate_goes_on_converted(tmp_path):
+    accelerate = example("train_with_accelerate", "accelerate", "sklearn")
+    images = digits()[1]
+
+    def plain_run():
+        torch.manual_seed(0)
+        model = example("digits", "sklearn").network().train()
+        adam = torch.optim.AdamW(mn.param_groups(model, weight_decay=5e-2), lr=0.01)
+        accelerator = accelerate.Accelerator(cpu=True)
+        return accelerator, *accelerator.prepare(model, adam, torch.optim.lr_scheduler.CosineAnnealingLR(adam, 20))
+
+    def go_on(accelerator, model, optimizer, schedule, steps):
+        for step in steps:
+            rows = slice(50 * step, 50 * step + 50)
+            accelerator.backward(cross_entropy(model(images.x[rows]), images.y[rows]))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return model(images.x[:200]).detach()
+
+    expected = go_on(*plain_run(), range(20))
+    begun = plain_run()
+    go_on(*begun, range(8))
+    begun[0].save_state(str(tmp_path / "state"))
+    results = []
+    for with_state in (True, False):
+        accelerator, model, optimizer, schedule = plain_run()
+        if with_state:
+            accelerator.load_state(str(tmp_path / "state"))
+        else:
+            model.load_state_dict(begun[1].state_dict())
+        plain = accelerator.unwrap_model(model)
+        converted = mn.convert(plain, images.x[:50])
+        new = mn.optim.from_torch(optimizer.optimizer, plain, converted, scheduler=schedule.scheduler)
+        other = accelerate.Accelerator(cpu=True)
+        results.append(go_on(other, *other.prepare(converted, new, schedule.scheduler), range(8, 20)))
+    check_goes_on(results[0], expected, results[1])
+
+
+def test_a_plain_checkpoint_of_transformers_goes_on_converted(tmp_path):
+    run = example("train_with_transformers", "transformers")
+    from safetensors.torch import load_file
+
+    options = {"per_device_train_batch_size": run.BATCH, "learning_rate": 5e-3, "weight_decay": 0.1, "use_cpu": True,
+               "train_sampling_strategy": "sequential", "report_to": [], "logging_strategy": "no",
+               "disable_tqdm": True}  # fmt: skip
+    steps, half = 12, 6
+
+    class Rest(run.Source):
+        """What is left of the data after the first half."""
+
+        def __init__(self):
+            super().__init__()
+            self.pieces = self.pieces[half * run.BATCH :]
+
+    def trainer(model, total, data, **more):
+        arguments = run.TrainingArguments(output_dir=str(tmp_path), max_steps=total, **options, **more.pop("how"))
+        return run.Trainer(model=model, args=arguments, train_dataset=data, **more)
+
+    def logits(model):
+        return model.eval()(input_ids=run.Source().pieces[:16]).logits.detach()
+
+    whole = run.language_model()
+    trainer(whole, steps, run.Source(), how={"save_strategy": "steps", "save_steps": half}).train()
+    folder, results = tmp_path / f"checkpoint-{half}", []
+    for with_state in (True, False):
+        model = type(whole).from_pretrained(folder)
+        assert torch.equal(model.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+        first = trainer(model, steps, run.Source(), how={"save_strategy": "no"})
+        first.create_optimizer_and_scheduler(steps)
+        if with_state:
+            first.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+            first.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+        converted = run.convert(model)
+        optimizer = mn.optim.from_torch(first.optimizer, model, converted, scheduler=first.lr_scheduler)
+        rest = trainer(
+            converted, steps - half, Rest(), how={"save_strategy": "no"}, optimizers=(optimizer, first.lr_scheduler)
+        )
+        rest.train()
+        results.append(logits(converted))
+    check_goes_on(results[0], logits(whole), results[1])
+    # A plain model again in the trainer's own format, and converted once more on the same spheres.
+    converted.save_pretrained(tmp_path / "saved")
+    again = run.convert(type(whole).from_pretrained(tmp_path / "saved"))
+    assert all(torch.equal(a, b) for a, b in zip(converted.parameters(), again.parameters(), strict=True))
+    deviations = [w.manifold.deviations(w.parameter.detach()).max() for w in mn.constraints.constrained_weights(again)]
+    assert len(deviations) == 4
+    assert float(max(deviations)) < 4 * torch.finfo(torch.float32).eps

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -27,13 +28,11 @@ from manifold_nets.comparison.scheduler import Observer, Scheduler, conclude, sh
 from manifold_nets.comparison.selection import choose_all, tuned_settings, tuning_settings
 from manifold_nets.comparison.settings import Settings
 from manifold_nets.comparison.tasks import Task, load_task
-from manifold_nets.errors import ArgumentTypeError, MissingExtraError
+from manifold_nets.errors import ArgumentTypeError, MissingExtraError, listed
 from manifold_nets.files import atomic_file, resolved
 
 if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
-
-__all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
 
 STUDY_FILE, STUDY_NAME_FILE = "study.db", "study-name.txt"
 _SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
@@ -148,7 +147,7 @@ def _listed_optimizers(optimizers: object) -> tuple[AnyOptimizer, ...]:
     if isinstance(optimizers, str):
         return tuple(name.strip() for name in optimizers.split(","))
     one = isinstance(optimizers, OptimizerSpec) or callable(optimizers) or not isinstance(optimizers, Iterable)
-    found: tuple[Any, ...] = (optimizers,) if one else tuple(optimizers)
+    found: tuple[Any, ...] = (optimizers,) if one else tuple(cast(Iterable[Any], optimizers))
     for item in found:
         if not (isinstance(item, (str, OptimizerSpec)) or callable(item)):
             expected, remedy = "names, optimizer classes or OptimizerSpecs", "Write them as ['sgd', 'rsgd']."
@@ -161,8 +160,9 @@ def _numbers(
 ) -> tuple[Number, ...]:
     """The numbers of an argument, converted to one kind."""
     try:
-        # Of a text nothing is a number.
-        return tuple(kind(value) for value in ([values] if isinstance(values, str) else values))
+        if isinstance(values, str):
+            raise TypeError("the letters of a text are no numbers")
+        return tuple(map(kind, values))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy) from error
 
@@ -302,7 +302,7 @@ def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | No
         # The system takes the lock back from a process that is killed.
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
     except Timeout as error:
-        raise FolderInUseError(folder) from error
+        raise FolderInUseError(folder, "another process that runs a comparison in this folder") from error
     return folder
 
 
@@ -344,7 +344,10 @@ def join_comparison(
         settings = store.settings()
         refused = [spec for spec in foreign_code(settings) if spec not in allow]
         if refused:
-            raise CodeNotAllowedError(study, refused)
+            flags = " ".join(f"--allow {shlex.quote(spec)}" for spec in refused)
+            remedy = f"If you trust it, start the worker with {flags} (in Python allow={list(refused)!r})."
+            found = f"{listed(refused)}, code of this machine that the worker was not allowed to run"
+            raise CodeNotAllowedError(f"study {study}", found, remedy=remedy)
         store.create(settings, environment())  # refuses other versions
         require_device(settings)
         Experiment.from_settings(settings)

@@ -25,18 +25,6 @@ from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.report import WeightFinding
 
-__all__ = [
-    "Experiment",
-    "InitialModels",
-    "balance_weights",
-    "converted_form",
-    "derived_seed",
-    "foreign_code",
-    "require_device",
-    "rescale_filters",
-    "weight_layers",
-]
-
 KEPT_MODELS = 12
 Layer = nn.Linear | nn.modules.conv._ConvNd
 
@@ -202,7 +190,9 @@ class InitialModels:
                 with torch.random.fork_rng():
                     experiment.optimizers[name].make(made.model(key), rate, made.settings.of_run(key))
             except Exception as error:
-                raise OptimizerBuildError(key, name, f"{type(error).__name__}: {error}") from error
+                found = f"{type(error).__name__}: {error}".rstrip(".")
+                remedy = f"Correct the cause, or leave {name} out of the optimizers."
+                raise OptimizerBuildError(f"run {key}", found, remedy=remedy) from error
         return made
 
     def model(self, key: RunKey) -> nn.Module:

@@ -12,13 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.comparison.errors import TaskNameError, TaskSourceError
+from manifold_nets.comparison.errors import TaskNameError, TaskSourceError, what_to_write
 from manifold_nets.comparison.tasks import Task
 from manifold_nets.comparison.tasks.task import evaluation_mode
 from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources import ModelSpec, load_model, load_object
-
-__all__ = ["MODEL_NAMES", "SmallResNet", "build_model", "is_built_in", "multilayer_perceptron"]
 
 MODEL_NAMES = ("mlp", "mlp-plain", "resnet")
 _KNOWN = "mlp:WIDTHS, mlp-plain:WIDTHS, resnet:DEPTH,WIDTH, file.py:callable, torchvision:NAME, timm:NAME"
@@ -81,9 +79,9 @@ def _by_name(source: str, task: Task) -> nn.Module:
             return _built_in(source, task)
         spec = ModelSpec.parse(source)
     except ModelSpecError as error:
-        raise TaskNameError.unknown("model", source, _KNOWN, MODEL_NAMES) from error
+        raise TaskNameError("model", repr(source), _KNOWN, what_to_write("--model", source, MODEL_NAMES)) from error
     except ValueError as error:
-        raise TaskNameError("model", source, _KNOWN, str(error)) from error
+        raise TaskNameError("model", repr(source), _KNOWN, str(error)) from error
     if spec.kind == "torchvision":
         return load_model(spec, kwargs={"num_classes": task.outputs})
     if spec.kind == "timm":

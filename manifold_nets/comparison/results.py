@@ -23,18 +23,6 @@ from manifold_nets.comparison.settings import InitialScale, RunKey, Settings, Tr
 from manifold_nets.files import atomic_file
 from manifold_nets.page.markup import plural
 
-__all__ = [
-    "MEASURED_FIELDS",
-    "Choice",
-    "Comparison",
-    "Environment",
-    "EpochRecord",
-    "LayerRecord",
-    "RunResult",
-    "environment",
-    "machine_in_words",
-]
-
 _FILE_NAME = "comparison.json"
 _PACKAGES = ("manifold_nets", "torch", "geoopt", "numpy", "sqlalchemy", "pymanopt", "scikit-learn", "timm")
 
@@ -414,6 +402,5 @@ class Comparison(JsonRecord):
         """
         path = Path(folder) / _FILE_NAME
         if not path.is_file():
-            remedy = "Name the --output folder of a comparison that has ended, or start its command again."
-            raise ComparisonFolderError(folder, f"no {_FILE_NAME}", "a finished comparison", remedy)
+            raise ComparisonFolderError(folder, f"no {_FILE_NAME}")
         return cls.from_json(path.read_bytes(), path)

@@ -159,7 +159,7 @@ def _chosen(model: nn.Module, given: Any, edited: EditedPlan | None, options: di
         return make_plan(model, given, **options)
     changed = [name for name, value in options.items() if value != _DEFAULTS[name]]
     if changed:
-        raise OptionError(changed[0], options[changed[0]], "its default beside a plan, which says all")
+        raise OptionError(changed[0], options[changed[0]], "the default, as the plan decides it")
     return edited_plan(model, given, edited)
 
 
@@ -200,10 +200,14 @@ def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tu
     _carry_out(trial, chosen)
     found, limit = compare_outputs(before, both_modes(trial, inputs)), eval_limit(dtype_of(trial))
     if not found.eval_difference <= limit:
-        wide = compare_in_float64(model, named_tensors(trial), inputs, lambda copied: _carry_out(copied, chosen))
-        if wide.why_not is not None:
-            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, wide.why_not)
-        found = replace(found, float64_eval_difference=wide.difference)
+        carry_out = functools.partial(_carry_out, chosen=chosen)
+        difference, why = compare_in_float64(model, named_tensors(trial), inputs, carry_out)
+        if why is not None:
+            remedy = (
+                f"Rounding does not explain it: {why}. Nothing was changed. Use radius='keep', or exclude the layers."
+            )
+            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, remedy)
+        found = replace(found, float64_eval_difference=difference)
     if not inplace:
         return trial, found
     _carry_out(model, chosen)

@@ -18,6 +18,7 @@ from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.backends.sharded import zero_scalars
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group, constrained_of, name_of
+from manifold_nets.optim.plain_run import of_plain_run
 
 __all__ = ["AngularAdam", "RiemannianAdam"]
 
@@ -199,12 +200,13 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     def _rule(self, group: Group) -> Rule:
         beta1, beta2 = (float(beta) for beta in group["betas"])
-        return Rule(self._kind, group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
+        rule = Rule(self._kind, group["lr"], beta1, maximize=group["maximize"], beta2=beta2, eps=group["eps"])
+        return of_plain_run(rule, group)
 
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
     ) -> StepInput:
-        by_entries = self._per_entry or bool(group.get("transfer"))
+        by_entries = self._rule(group).by_entries
         key, most = ("entry_sq", "max_entry_sq") if by_entries else ("exp_avg_sq", "max_exp_avg_sq")
         if "exp_avg" not in state:
             # The step on the CPU, as torch keeps it, wherever the weight is: reading it there waits for nothing.

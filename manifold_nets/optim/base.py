@@ -25,7 +25,7 @@ from manifold_nets.optim.backends.graph import register, standing_in, step_group
 from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
-from manifold_nets.optim.plain_run import norms_of, step_as_plain_
+from manifold_nets.optim.plain_run import biases_of_the_plain_run, norms_of
 from manifold_nets.optim.rows import by_rows, whole_rows
 from manifold_nets.optim.state import (
     check_loaded,
@@ -159,12 +159,17 @@ class SphereOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with biases_of_the_plain_run(self.param_groups, self.state):
+            self._step_groups()
+        return loss
+
+    def _step_groups(self) -> None:
         if torch.compiler.is_compiling():
             for number, group in enumerate(self.param_groups):
                 given = {place: p for place, p in enumerate(group["params"]) if p.grad is not None}
                 if given:
                     step_group_(list(given.values()), [p.grad for p in given.values()], given, self._number, number)
-            return loss
+            return
         # All that is read is checked before anything is changed.
         gradients = [self._checked_gradients(number, group) for number, group in enumerate(self.param_groups)]
         for number, group in enumerate(self.param_groups):
@@ -172,8 +177,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             plain = [p for place, p in enumerate(group["params"]) if place not in on_spheres]
             if plain:
                 self._step_plain({**group, "params": plain})
-            self._step_spheres(number, group["params"], gradients[number])
-        return loss
+            if on_spheres:
+                self._step_spheres(number, group["params"], gradients[number])
 
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
@@ -215,23 +220,18 @@ class SphereOptimizer(torch.optim.Optimizer):
                     idle.append(place)
                     continue
                 gradient = torch.zeros_like(weight)
-            is_kept = group.get("momentum") != 0 or group.get("transfer")
+            is_kept = group.get("momentum") != 0 or rule.is_plain
             state, point = self.state[parameter] if is_kept else {}, weight
             if group.get("master_weights") and accumulation_dtype(weight.dtype) != weight.dtype:
                 state = self.state[parameter]
                 point = master_weights[weight] = master_weight_of(weight, state)
             places.append(place)
             inputs.append(self._input(group, state, point, gradient, manifold))
+            if rule.is_plain:
+                inputs[-1].norms = norms_of(state, weight, manifold)
         # A sphere of one entry is two points: there is nowhere to go. Its state is made, as torch's checkpoints ask for
         # one of every parameter.
         able = [m for m in inputs if self._can_move(m.manifold)]
-        if group.get("transfer"):
-            for parameter, member in zip((group["params"][place] for place in places), inputs, strict=True):
-                if self._can_move(member.manifold):
-                    norms = norms_of(self.state[parameter], member.weight, member.manifold)
-                    step_as_plain_(rule, group, member, norms)
-            write_master_weights(master_weights)
-            return
         options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
         with joined(able) if moving else nullcontext(able) as together, by_rows(rule, together) as stepped:
             batches = assign(rule, stepped, **options) if stepped else []

@@ -17,7 +17,7 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.adam import RiemannianAdam
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group, name_of
-from manifold_nets.optim.plain_run import NORM, TRANSFERS
+from manifold_nets.optim.plain_run import NORM, SCALED_WITH, TRANSFERS
 from manifold_nets.optim.sgd import RiemannianSGD
 
 __all__ = ["from_torch", "plain_norms", "to_torch"]
@@ -27,7 +27,7 @@ Transfer = Literal["follow", "step", "equilibrium"]
 _NAMES = {"exp_avg_sq": "entry_sq", "max_exp_avg_sq": "max_entry_sq"}
 _PLAIN_NAMES = {new: old for old, new in _NAMES.items()}
 # What each optimizer has of its own in its groups.
-_OWN = ("params", "param_names", "manifolds", "transfer", "compile", "master_weights")
+_OWN = ("params", "param_names", "manifolds", "transfer", "compile", "master_weights", SCALED_WITH)
 
 
 def from_torch(
@@ -100,6 +100,7 @@ def from_torch(
     groups, pairs = _other_groups(optimizer, model, converted, "converted")
     for group in groups:
         group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
+    _scale_biases_along(groups, converted)
     made = kind(groups, lr=optimizer.defaults["lr"])
     made.defaults.update(optimizer.defaults)
     for group, name, source, target in pairs:
@@ -258,6 +259,10 @@ def _on_spheres(
         else:  # a momentum, in the scale of the weight on its spheres
             scaled = partition.multiply(value.detach().double(), manifold.radius_for(target.detach().double()))
             made[key] = scaled.to(target.dtype)
+    if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
+        made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
+        second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
+        made.update((key, torch.zeros_like(target, dtype=accumulation_dtype(target.dtype))) for key in second)
     if transfer == "equilibrium":
         _to_equilibrium(group, name, source, manifold, state, made)
     return made
@@ -291,6 +296,19 @@ def _to_equilibrium(
     for key, power in (("momentum_buffer", 1), ("exp_avg", 1), ("entry_sq", 2), ("max_entry_sq", 2)):
         if isinstance(made.get(key), Tensor):
             made[key] = partition.multiply(made[key], ratio.pow(power).to(made[key].dtype))
+
+
+def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
+    """Note which biases the conversion scaled with which weight: in the plain run they are longer with it."""
+    # The record of `manifold_nets.conversion`, which lies beside this package.
+    record = converted.__dict__.get("_manifold_nets_moves")
+    places = {name: (k, i) for k, group in enumerate(groups) for i, name in enumerate(group["param_names"])}
+    for weight, move in (record.weights if record is not None else {}).items():
+        for bias in move.biases if weight in places else ():
+            if bias.name in places:
+                number, place = places[bias.name]
+                known = groups[number].setdefault(SCALED_WITH, {})
+                known[str(place)] = [*places[weight], list(bias.groups)]
 
 
 def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: SphereProduct) -> Tensor:

@@ -53,7 +53,7 @@ def by_rows(rule: Rule, members: Sequence[StepInput]) -> Iterator[list[StepInput
 
 def _tensors(member: StepInput) -> tuple[Tensor | None, ...]:
     """What of a weight a step changes."""
-    return member.weight.detach(), member.moment, member.second, member.largest
+    return member.weight.detach(), member.moment, member.second, member.largest, member.norms
 
 
 def _part(member: StepInput, rows: slice, spheres: SphereProduct) -> StepInput:
@@ -62,8 +62,8 @@ def _part(member: StepInput, rows: slice, spheres: SphereProduct) -> StepInput:
 
 
 def _with(member: StepInput, tensors: Sequence[Any], gradient: Tensor, spheres: SphereProduct) -> StepInput:
-    weight, moment, second, largest = tensors
-    return StepInput(weight, gradient.detach(), spheres, moment, second, largest, member.dampening, member.step)
+    weight, moment, second, largest, norms = tensors
+    return StepInput(weight, gradient.detach(), spheres, moment, second, largest, member.dampening, member.step, norms)
 
 
 def _picked(member: StepInput) -> tuple[Tensor, StepInput] | None:

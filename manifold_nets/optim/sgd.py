@@ -14,6 +14,7 @@ from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group
+from manifold_nets.optim.plain_run import of_plain_run
 
 __all__ = ["RiemannianSGD"]
 
@@ -133,7 +134,8 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
                 self.state[parameter]["momentum_buffer"] = buffer
 
     def _rule(self, group: Group) -> Rule:
-        return Rule(self._kind, group["lr"], group["momentum"], group["nesterov"], group["maximize"])
+        rule = Rule(self._kind, group["lr"], group["momentum"], group["nesterov"], group["maximize"])
+        return of_plain_run(rule, group)
 
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct

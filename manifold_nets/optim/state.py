@@ -113,7 +113,7 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
             expected = f"the state of {type(optimizer).__name__}: {', '.join(moments)}"
             raise OptimizerStateError(name, f"only {', '.join(state)}", expected)
         for key, value in state.items():
-            wanted = manifold.partition.spread_shape if key in (*PER_SPHERE, NORM) else tuple(weight.shape)
+            wanted = manifold.partition.spread_shape if key in PER_SPHERE else tuple(weight.shape)
             if isinstance(value, Tensor) and key != "step" and tuple(value.shape) != wanted:
                 raise OptimizerStateError(name, f"{key} of shape {tuple(value.shape)}", f"shape {wanted}")
 
@@ -166,7 +166,7 @@ def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> N
             elif key == NORM:
                 live[key] = value.detach().to(device=weight.device, dtype=torch.float64, copy=True)
             else:
-                wide = key in (*WIDE, "max_entry_sq") or "master_weight" in state
+                wide = key in WIDE or "master_weight" in state
                 dtype = accumulation_dtype(weight.dtype) if wide else weight.dtype
                 live[key] = value.detach().to(device=weight.device, dtype=dtype, copy=True)
 

@@ -18,12 +18,14 @@ __all__ = [
     "DataFlow",
     "bound_arguments",
     "is_in_place",
+    "is_linear_map",
     "is_region",
     "op_name",
     "operation_key",
     "overload_key",
     "region_graph",
     "target_of",
+    "weight_uses",
 ]
 
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
@@ -127,6 +129,17 @@ def bound_arguments(node: Node) -> dict[str, Any]:
         else:
             bound[argument.name] = argument.default_value if argument.has_default_value() else None
     return bound
+
+
+def weight_uses(sources: Iterable[Node]) -> set[str]:
+    """The operations that use a parameter as their weight; an empty name stands for all other uses."""
+    users = [(node, user) for node in sources for user in node.users]
+    return {op_name(user) if bound_arguments(user).get("weight") is node else "" for node, user in users}
+
+
+def is_linear_map(op: str) -> bool:
+    """Whether an operation is a linear layer or a convolution, by its name."""
+    return op == "linear" or op.startswith("conv")
 
 
 # ---- what depends on what ----

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,12 +25,10 @@ from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends.products import (
+    GroupView,
     Scalar,
-    Spheres,
     TangentProducts,
     is_short,
-    pairs,
-    rounding_of,
     tangential,
     tangential_of,
 )
@@ -44,7 +42,6 @@ from manifold_nets.optim.backends.rule import (
     normalized_step,
     sgd_update,
 )
-from manifold_nets.optim.backends.views import GroupView
 
 __all__ = ["step_compiled"]
 
@@ -60,8 +57,7 @@ _FLAG = torch.int16
 _LEAST_KEPT = 2**-6
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """What a step is compiled for; all else it gets as tensors.
 
     Attributes:
@@ -99,29 +95,23 @@ def step_compiled(rule: Rule, matrices: Sequence[GroupView], dampening: float, s
     first = matrices[0]
     device, dtype = first.weight.device, accumulation_dtype(first.weight.dtype)
     complete = _completes(device)
-    mixes = not complete and _mixes(rule, first)
+    mixes = not complete and first.moment is not None and not rule.nesterov and rule.beta1 >= _LEAST_KEPT
     kind = _Kind(rule.kind, rule.nesterov, rule.maximize, mixes, complete, torch.get_num_threads() > 1)
-    corrections = bias_corrections(rule.beta1, rule.beta2, step) if rule.kind == "adam" else (1.0, 1.0)
-    values = (rule.lr, rule.beta1, dampening, rule.beta2, rule.eps, *corrections)
-    numbers = torch.tensor([float(value) for value in values], dtype=_precise(device), device=device)
-    share = (1 - rule.beta1 if rule.kind == "adam" else 1 - dampening) / rule.beta1 if kind.mixes else 1.0
+    is_adam = rule.kind == "adam"
+    corrections = bias_corrections(rule.beta1, rule.beta2, step) if is_adam else (1.0, 1.0)
+    share = (1 - rule.beta1 if is_adam else 1 - dampening) / rule.beta1 if mixes else 1.0
     share = -share if rule.maximize else share
-    uniform: dict[float, tuple[Tensor, Tensor]] = {}
-    kernels: dict[_Form, Callable[..., Sequence[Tensor]]] = {}  # of this kind, which takes longer to look up
+    values = (rule.lr, rule.beta1, dampening, rule.beta2, rule.eps, *corrections, share)
+    numbers = torch.tensor([float(value) for value in values], dtype=_precise(device), device=device)
+    uniform: dict[float, Tensor] = {}
     flags: list[Tensor] = []
     for rows in matrices:
         radius = rows.radius
-        if isinstance(radius, Tensor):
-            columns = _radius_and_share(radius.to(dtype), share)
-        elif radius in uniform:
-            columns = uniform[radius]
-        else:
-            columns = uniform[radius] = _radius_and_share(numbers.new_full((1, 1), radius, dtype=dtype), share)
-        form = _form_of(rows, dtype, device)
-        kernel = kernels.get(form)
-        if kernel is None:
-            kernel = kernels[form] = _kernel(kind, form)
-        flags += kernel(*rows[:5], *columns, numbers)[-1:]
+        if not isinstance(radius, Tensor):
+            if radius not in uniform:
+                uniform[radius] = numbers.new_full((1, 1), radius, dtype=dtype)
+            radius = uniform[radius]
+        flags += _kernel(kind, _form_of(rows, dtype, device))(*rows[:5], radius.to(dtype), numbers)[-1:]
     if complete:
         return
     # For the reference a rate is a number.
@@ -159,14 +149,6 @@ def _form_of(rows: GroupView, compute: torch.dtype, device: torch.device) -> _Fo
     return _Form(dtypes, compute, device, count == 1, size == 1, long, wide, one_radius)
 
 
-def _mixes(rule: Rule, rows: GroupView) -> bool:
-    return rows.moment is not None and not rule.nesterov and rule.beta1 >= _LEAST_KEPT
-
-
-def _radius_and_share(radius: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    return radius, radius * radius * share
-
-
 @functools.cache
 def _kernel(kind: _Kind, form: _Form) -> Callable[..., Sequence[Tensor]]:
     """Compile a step for matrices of a form.
@@ -175,8 +157,8 @@ def _kernel(kind: _Kind, form: _Form) -> Callable[..., Sequence[Tensor]]:
     right, for longer than a small weight's step takes. What it asks is what a form says.
     """
 
-    def step(*arguments: Tensor) -> Sequence[Tensor]:
-        return _step(kind, GroupView(*arguments[:6]), *arguments[6:])
+    def step(*arguments: Any) -> Sequence[Tensor]:
+        return _step(kind, GroupView(*arguments[:6]), arguments[6])
 
     compiled: Any = torch.compile(step, fullgraph=True, dynamic=True)
     try:
@@ -207,104 +189,81 @@ def _examples(form: _Form) -> tuple[Tensor | None, ...]:
         for width, dtype in zip(columns, form.dtypes, strict=True)
     ]
     radius = torch.ones(1 if form.one_radius else rows, 1, dtype=form.compute, device=form.device)
-    return (*matrices, radius, radius.clone(), torch.ones(7, dtype=_precise(form.device), device=form.device))
+    return (*matrices, radius, torch.ones(8, dtype=_precise(form.device), device=form.device))
 
 
-def _step(kind: _Kind, rows: GroupView, share: Tensor, numbers: Tensor) -> list[Tensor]:
-    """Step the rows, in place, and return the coefficients and, at last, where a row was left as it is.
-
-    The share is ± r² times what the gradient counts for beside the moment.
-    """
+def _step(kind: _Kind, rows: GroupView, numbers: Tensor) -> list[Tensor]:
+    """Step the rows, in place, and return the coefficients and, at last, where a row was left as it is."""
+    wide = rows.wide()
+    # ± r² times what the gradient counts for beside the moment.
+    share = rows.radius * rows.radius * numbers[7]
     if kind.complete:
-        return _step_completely(kind, rows, numbers)
-    w, g, b = rows.wide()[:3]
-    second, largest = rows.second, rows.largest
-    q = b + g * share if b is not None and kind.mixes else b
-    states = None if second is None else (second.clone(), None if largest is None else largest.clone())
-    *columns, left = _columns(kind, w, g, q, states, rows.radius, share, numbers)
-    ww, wb, wg, bw, bb, bg = columns
+        # By the reference, which measures everywhere where a graph cannot ask.
+        found, exact = tangential(wide, maximize=kind.maximize, sharp=rows.second is not None)
+        write_(exact, _move(kind, found, wide, numbers), maximize=kind.maximize)
+        rows.write(wide)
+        return []
+    w, g, b = wide[:3]
+    mixed = b + g * share if b is not None and kind.mixes else b
+    second, largest = (None if x is None else x.clone() for x in rows[3:5])
+    wide = wide._replace(moment=mixed, second=second, largest=largest)
+    *factors, left = _factors(kind, wide, share, numbers)
+    ww, wb, wg, bw, bb, bg = factors
     new, turned = w * ww + g * wg, w * bw + g * bg
     if b is not None:
         new, turned = new + b * wb, turned + b * bb
     rows.write(rows._replace(weight=new, moment=turned))
-    for old, state in zip((second, largest), states or (), strict=False):
+    for old, state in ((rows.second, second), (rows.largest, largest)):
         if old is not None and state is not None:
             old.copy_(torch.where(left != 0, old, state))
-    return [*columns, left]
+    return [*factors, left]
 
 
-def _columns(
-    kind: _Kind,
-    w: Tensor,
-    g: Tensor,
-    b: Tensor | None,
-    states: tuple[Tensor, Tensor | None] | None,
-    radius: Scalar,
-    share: Tensor,
-    numbers: Tensor,
-) -> list[Tensor]:
+def _factors(kind: _Kind, rows: GroupView, share: Scalar, numbers: Tensor) -> list[Tensor]:
     """Return what each row is multiplied by, and update the second moments; what is left is written as it is."""
-    found = _tangential(kind, w, g, b, radius * radius, adaptive=states is not None)
-    move = _move(kind, found, states, numbers, remembers=b is not None)
-    left = move.far if states is None else move.far | is_short(found)
+    found = _tangential(kind, rows)
+    move = _move(kind, found, rows, numbers)
+    left = move.far if rows.second is None else move.far | is_short(found)
     # A gradient that is in the moment is written with it.
     wg, bg = (move.wb, move.bb) if kind.mixes else (move.wg, move.bg)
     # 1 w + 0 b + 0 g, and so on.
     terms = [(move.ww, 1.0), (move.wb, 0.0), (wg * share, 0.0), (move.bw, 0.0), (move.bb, 1.0), (bg * share, 0.0)]
-    kept = [torch.where(left, as_it_is, torch.as_tensor(x, device=w.device)).to(w.dtype) for x, as_it_is in terms]
-    return [*kept, left.to(_FLAG)]
+    kept = [torch.where(left, as_it_is, torch.as_tensor(x, device=left.device)) for x, as_it_is in terms]
+    return [*(x.to(rows.weight.dtype) for x in kept), left.to(_FLAG)]
 
 
-def _tangential(
-    kind: _Kind, w: Tensor, g: Tensor, b: Tensor | None, square: Scalar, *, adaptive: bool
-) -> TangentProducts:
+def _tangential(kind: _Kind, rows: GroupView) -> TangentProducts:
     """Take the inner products that are needed: of a gradient that is in the moment, Adam's second moment's alone."""
+    w, _, b = rows[:3]
     if not kind.mixes or b is None:
-        dots = [(x * y).sum(1, keepdim=True) for x, y in pairs(w, g, b)]
-        return tangential_of(dots, square, maximize=kind.maximize)
-    products = [(x * y).sum(1, keepdim=True) for x, y in (pairs(w, g, None) if adaptive else ((w, w),))]
+        return tangential_of(rows.products(), rows.radius, maximize=kind.maximize)
+    products = list(rows.dots((w, w)) if rows.second is None else rows._replace(moment=None).products())
     products += [torch.zeros_like(products[0])] * (3 - len(products))
-    found = tangential_of(products, square, maximize=kind.maximize)
-    wb, total = ((x * b).sum(1, keepdim=True) / square for x in (w, b))
+    found = tangential_of(products, rows.radius, maximize=kind.maximize)
+    wb, total = (x / (rows.radius * rows.radius) for x in rows.dots((w, b), (b, b)))
     slope = wb / found.ww
     return found._replace(b_slope=slope, bb=total - slope * wb, b_total=total)
 
 
-def _move(
-    kind: _Kind,
-    found: TangentProducts,
-    states: tuple[Tensor, Tensor | None] | None,
-    numbers: Tensor,
-    *,
-    remembers: bool,
-) -> Coefficients:
+def _move(kind: _Kind, found: TangentProducts, rows: GroupView, numbers: Tensor) -> Coefficients:
     """Return what to write, of options that are tensors, and update the second moments."""
-    lr, beta1, dampening, beta2, eps, *corrections = numbers.unbind()
+    lr, beta1, dampening, beta2, eps, *corrections = numbers[:7].unbind()
     # What a gradient counts for beside the moment may be in it already.
     apart: Any = 1.0 if kind.mixes else dampening
-    if states is None:
-        momentum: Any = beta1 if remembers else 0.0
+    if rows.second is None:
+        momentum: Any = 0.0 if rows.moment is None else beta1
         return normalized_step(found, sgd_update(momentum, apart, nesterov=kind.nesterov), lr)
     options: Any = {"beta2": beta2, "eps": eps, "corrections": corrections}
-    return normalized_step(found, adam_update(beta1, adam_factor(found, *states, **options), 1 - apart), lr)
-
-
-def _step_completely(kind: _Kind, rows: GroupView, numbers: Tensor) -> list[Tensor]:
-    """Step all rows, in place, by the reference, which measures everywhere where a graph cannot ask; return nothing."""
-    wide, spheres = rows.wide(), Spheres((1,), rows.radius)
-    options: Any = {"sharp": rows.second is not None, "rounding": rounding_of(rows.gradient.dtype)}
-    found, gradient = tangential(*wide[:3], spheres, maximize=kind.maximize, **options)
-    move = _move(kind, found, rows.second_moments, numbers, remembers=rows.moment is not None)
-    write_(wide._replace(gradient=gradient), spheres, move, maximize=kind.maximize)
-    rows.write(wide)
-    return []
+    factor = adam_factor(found.gg, rows.second, rows.largest, **options)
+    return normalized_step(found, adam_update(beta1, factor, 1 - apart), lr)
 
 
 def _step_left(rule: Rule, rows: GroupView, which: Tensor, dampening: float, step: float) -> None:
     """Step rows that the kernel has left as they were, by the reference."""
-    left = GroupView(*(x[which] if isinstance(x, Tensor) else x for x in rows)).wide()  # type: ignore[arg-type]
-    rounding = rounding_of(rows.gradient.dtype)
-    step_(rule, left, Spheres((1,), left.radius), dampening=dampening, step=step, rounding=rounding)
-    for old, new in zip((rows.weight, *rows[2:5]), (left.weight, *left[2:5]), strict=True):
-        if isinstance(old, Tensor) and isinstance(new, Tensor):
-            old[which] = new.to(old.dtype)
+    left = rows.of_groups(which)
+    wide = left.wide()
+    step_(rule, wide, dampening=dampening, step=step)
+    left.write(wide)
+    for old, new in zip(rows[:5], left[:5], strict=True):
+        if isinstance(old, Tensor) and isinstance(new, Tensor) and old is not rows.gradient:
+            old[which] = new

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
@@ -22,6 +23,8 @@ from manifold_nets.optim.backends.sharded import part_of
 from manifold_nets.optim.backends.views import suits_rows
 
 __all__ = ["Backend", "assign", "in_motion", "joined", "run"]
+
+_TENSORS = ("weight", "gradient", "moment", "second", "largest", "norms")
 
 # Steps weights, and may give some of them back.
 Backend = Callable[[Rule, Batch], "list[StepInput] | None"]
@@ -47,9 +50,11 @@ def assign(
     found: list[tuple[Backend, Batch]] = []
 
     def give(backend: Backend, suits: Callable[[StepInput], bool]) -> None:
-        fits = [suits(member) for member in remaining]
-        taken = [member for member, fit in zip(remaining, fits, strict=True) if fit]
-        remaining[:] = [member for member, fit in zip(remaining, fits, strict=True) if not fit]
+        taken: list[StepInput] = []
+        left: list[StepInput] = []
+        for member in remaining:
+            (taken if suits(member) else left).append(member)
+        remaining[:] = left
         if taken:
             found.append((backend, Batch(taken)))
 
@@ -57,10 +62,8 @@ def assign(
     if compiled:
         give(run_compiled, suits_rows)
     elif rule.by_groups and _wants_native(fused, foreach, members):
-        if rule.by_entries:
-            give(run_native, suits_by_entries)
-        else:
-            give(run_native if rule.has_kernel else run_in_passes, suits_native)
+        suits = suits_by_entries if rule.by_entries else suits_native
+        give(run_native if rule.is_native else run_in_passes, suits)
     if rule.by_groups and not rule.by_entries and (foreach or (foreach is None and not compiled)):
         give(run_batched, suits_rows)
     give(run_single, lambda _: True)
@@ -80,15 +83,9 @@ def _local(member: StepInput) -> StepInput:
     part = part_of(member.manifold, member.weight)
     if part.combine is not None:
         return member
-    return replace(
-        member,
-        weight=part.read(member.weight),
-        gradient=part.read(member.gradient),
-        manifold=part.manifold,
-        moment=None if member.moment is None else part.read(member.moment),
-        second=None if member.second is None else local_part(member.second),
-        largest=None if member.largest is None else local_part(member.largest),
-    )
+    tensors = {name: getattr(member, name) for name in _TENSORS}
+    held: Any = {name: x if x is None else local_part(x.detach()) for name, x in tensors.items()}
+    return replace(member, manifold=part.manifold, **held)
 
 
 # ---- the kernel in C -------------------------------------------------------------------------------------------------
@@ -161,25 +158,18 @@ def joined(members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
 
 def _whole(joint: JointSphere, members: Sequence[StepInput]) -> StepInput:
     first = members[0]
-    second, largest = (None if x is None else x.clone().reshape(-1, 1) for x in (first.second, first.largest))
-    moments = [member.moment for member in members if member.moment is not None]
-    return StepInput(
-        joint.join([member.weight.detach() for member in members]),
-        joint.join([member.gradient.detach() for member in members]),
-        joint.sphere,
-        joint.join(moments) if moments else None,
-        second,
-        largest,
-        first.dampening,
-        first.step,
-    )
+    columns = first.second, first.largest, first.norms
+    second, largest, norms = (None if x is None else x.clone().reshape(-1, 1) for x in columns)
+    point, gradient = (joint.join([getattr(m, x).detach() for m in members]) for x in ("weight", "gradient"))
+    moment = None if first.moment is None else joint.join([m.moment for m in members if m.moment is not None])
+    return StepInput(point, gradient, joint.sphere, moment, second, largest, first.dampening, first.step, norms)
 
 
 def _write_back(joint: JointSphere, members: Sequence[StepInput], whole: StepInput) -> None:
     points = joint.split(whole.weight)
     moments = joint.split(whole.moment) if whole.moment is not None else [None] * len(members)
     for member, point, moment in zip(members, points, moments, strict=True):
-        own = member.weight.detach(), member.moment, member.second, member.largest
-        for old, new in zip(own, (point, moment, whole.second, whole.largest), strict=True):
+        own = member.weight.detach(), member.moment, member.second, member.largest, member.norms
+        for old, new in zip(own, (point, moment, whole.second, whole.largest, whole.norms), strict=True):
             if old is not None and new is not None:
                 old.copy_(new.reshape(old.shape))

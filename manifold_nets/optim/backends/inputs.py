@@ -8,7 +8,7 @@ the kernel in C needs (strides, lazy negation, weights that share memory) is in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -25,9 +25,11 @@ from manifold_nets.optim.backends.rule import StepInput
 __all__ = ["PER_SPHERE", "WIDE", "Batch", "StepPlan", "check", "mark_written"]
 
 # Moments of one value per sphere; every other tensor in a weight's state but the step count has the weight's shape.
-PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq")
+PER_SPHERE = ("exp_avg_sq", "max_exp_avg_sq", "norm")
 # Tensors that stay in float32 beside half-precision weights.
-WIDE = (*PER_SPHERE, "entry_sq", "master_weight")
+WIDE = ("exp_avg_sq", "max_exp_avg_sq", "entry_sq", "max_entry_sq", "master_weight")
+# The norms of a plain run, always in float64: a step often changes them by less than the last digit of float32.
+NORM = "norm"
 _MOMENTS = ("momentum_buffer", "exp_avg")
 # Half precision cannot count beyond a few hundred steps.
 _COUNTS = (torch.float32, torch.float64)
@@ -62,26 +64,26 @@ def check(
     shape = partition.shape
     if weight.shape != shape:
         raise StepInputError(name(), f"shape {tuple(weight.shape)}", f"the shape of its spheres, {shape}", _RESHAPED)
-    sharded = is_sharded(weight)
-    fault = "" if sharded else _fault(weight, written=True)
+    fault = _fault(weight, written=True)
     if fault:
         if _is_abstract(weight):
             return
         raise StepInputError(name(), fault, "memory for every entry", _REFILL)
     if gradient is not None:
-        _check_gradient(weight, gradient, partition, sharded, name)
+        _check_gradient(weight, gradient, partition, name)
     if state:
         _check_state(weight, partition, state, name)
 
 
 class Batch(list[StepInput]):
-    """Weights that one backend steps, and what it keeps of them from step to step."""
+    """Weights that one backend steps, and what it keeps of them from step to step.
 
-    def __init__(self, members: Iterable[StepInput]) -> None:
-        super().__init__(members)
-        # What the kernel in C is called with, for each of those that are alike.
-        self.jobs: list[Any] = []
-        self._alike: list[tuple[Any, list[StepInput]]] | None = None
+    Attributes:
+        jobs: what the kernel in C is called with, for each of those that are alike.
+    """
+
+    jobs: Sequence[Any] = ()
+    _alike: list[tuple[Any, list[StepInput]]] | None = None
 
     def alike(self, key: Callable[[StepInput], Any]) -> list[tuple[Any, list[StepInput]]]:
         """Return the weights by what a backend, always with the same function, finds that they have in common."""
@@ -96,7 +98,7 @@ class Batch(list[StepInput]):
 def mark_written(members: Sequence[StepInput]) -> None:
     """Tell autograd what a kernel has written behind torch's back."""
     torch.autograd.graph.increment_version(
-        [x for m in members for x in (m.weight, m.moment, m.second, m.largest) if x is not None]
+        [x for m in members for x in (m.weight, m.moment, m.second, m.largest, m.norms) if x is not None]
     )
 
 
@@ -181,45 +183,42 @@ class StepPlan:
             member.gradient = _NO_GRADIENT
 
 
+_LAYOUT = Tensor.size, Tensor.stride, attrgetter("dtype"), Tensor.is_neg, attrgetter("is_cpu")
+
+
 def _pointers(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
 def _layouts(tensors: Sequence[Tensor]) -> list[Any]:
     """How tensors lie in memory, wherever that is."""
-    of_each = Tensor.size, Tensor.stride, _dtype_of, Tensor.is_neg, _is_on_cpu
-    return [list(map(ask, tensors)) for ask in of_each]
+    return [list(map(ask, tensors)) for ask in _LAYOUT]
 
 
 def _memory(tensors: Sequence[Tensor]) -> list[Any]:
     return [_pointers(tensors), *_layouts(tensors)]
 
 
-_dtype_of, _is_on_cpu = attrgetter("dtype"), attrgetter("is_cpu")
-
-
 def _check_state(weight: Tensor, partition: Partition, state: dict[str, Any], name: Callable[[], str]) -> None:
-    sharded, wide = is_sharded(weight), accumulation_dtype(weight.dtype)
+    wide = accumulation_dtype(weight.dtype)
     dtype = wide if "master_weight" in state else weight.dtype
     for key, value in state.items():
         if not isinstance(value, Tensor):
             continue
-        if key in _MOMENTS or key in WIDE:
+        if key == "step":
+            if value.is_meta:
+                raise StepInputError(name(), "a step count on the meta device", "the number of steps so far", _RESTART)
+            state[key] = value if value.dtype in _COUNTS else value.to(_COUNTS[0])
+        elif key in _MOMENTS or key in WIDE or key == NORM:
             wanted = partition.spread_shape if key in PER_SPHERE else partition.shape
             if value.shape != wanted:
                 raise StepInputError(name(), f"{key} of shape {tuple(value.shape)}", f"{wanted}", _RESTART)
-            right = wide if key in WIDE else dtype
-            if value.dtype != right or value.is_cpu != weight.is_cpu or (not sharded and _fault(value, written=True)):
+            right = torch.float64 if key == NORM else wide if key in WIDE else dtype
+            if value.dtype != right or value.is_cpu != weight.is_cpu or _fault(value, written=True):
                 state[key] = _repaired(key, value, weight, right, name)
-        elif key == "step" and value.dtype not in _COUNTS:
-            state[key] = value.to(_COUNTS[0])
-        if key == "step" and value.is_meta:
-            raise StepInputError(name(), "a step count on the meta device", "the number of steps so far", _RESTART)
 
 
-def _check_gradient(
-    weight: Tensor, gradient: Tensor, partition: Partition, sharded: bool, name: Callable[[], str]
-) -> None:
+def _check_gradient(weight: Tensor, gradient: Tensor, partition: Partition, name: Callable[[], str]) -> None:
     by_row = partition.view == partition.shape and partition.kept == (0,)
     if gradient.layout != torch.strided and not (by_row and gradient.is_sparse and gradient.sparse_dim() == 1):
         raise StepInputError(name(), f"a gradient of layout {gradient.layout}", "a dense gradient", _DENSE)
@@ -230,9 +229,8 @@ def _check_gradient(
         found = f"a gradient of dtype {gradient.dtype}"
     elif gradient.is_cpu != weight.is_cpu:
         found = f"a gradient on {gradient.device}"
-    elif not (sharded or gradient.is_sparse):
-        lacking = _fault(gradient, written=False)
-        found = f"a gradient with {lacking}" if lacking else None
+    elif not gradient.is_sparse and (lacking := _fault(gradient, written=False)):
+        found = f"a gradient with {lacking}"
     if found:
         raise StepInputError(name(), found, f"real numbers of shape {tuple(weight.shape)} on {weight.device}", _RENEW)
 
@@ -240,8 +238,10 @@ def _check_gradient(
 def _fault(tensor: Tensor, *, written: bool) -> str:
     """Return what is wrong with the memory of a tensor, in words; nothing where all entries are in it.
 
-    A tensor that is written needs a place in memory for every entry by itself.
+    A tensor that is written needs a place in memory for every entry by itself. Sharded tensors are left to torch.
     """
+    if type(tensor) not in _ORDINARY and is_sharded(tensor):
+        return ""
     try:
         held = tensor.untyped_storage().nbytes()
     except (RuntimeError, NotImplementedError):  # inside vmap and other transforms
@@ -254,7 +254,7 @@ def _fault(tensor: Tensor, *, written: bool) -> str:
     else:
         sizes = sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1])
     if _is_abstract(tensor):
-        return "no values (a meta or fake tensor)"
+        return _NO_VALUES
     if tensor._is_zerotensor():  # zeros without memory; what reads them finds zeros
         return "no memory" if written else ""
     end = tensor.storage_offset() + 1 + sum((size - 1) * step for size, step in sizes)
@@ -268,6 +268,7 @@ def _fault(tensor: Tensor, *, written: bool) -> str:
     return ""
 
 
+_NO_VALUES = "no values (a meta or fake tensor)"
 # Their memory is what they say; of other classes more is asked.
 _ORDINARY = (Tensor, geoopt.ManifoldParameter, torch.nn.Parameter)
 
@@ -279,8 +280,7 @@ def _is_abstract(tensor: Tensor) -> bool:
 
 def _repaired(key: str, value: Tensor, weight: Tensor, dtype: torch.dtype, name: Callable[[], str]) -> Tensor:
     """Return a tensor of the state with the same values in memory of its own, in another dtype or on another device."""
-    lacking = "no values (a meta or fake tensor)" if _is_abstract(value) else ""
-    lacking = lacking or ("" if is_sharded(value) else _fault(value, written=False))
+    lacking = _NO_VALUES if _is_abstract(value) else _fault(value, written=False)
     if lacking:
         raise StepInputError(name(), f"{key} with {lacking}", "the numbers of the last step", _RESTART)
     if is_sharded(value):

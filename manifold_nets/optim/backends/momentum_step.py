@@ -13,23 +13,16 @@ with ``t`` the learning rate over r, times Adam's factor. Each operation passes 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from manifold_nets.optim.backends.products import (
-    Scalar,
-    noise_in,
-    radial_share,
-    rounding_of,
-    some,
-    tangential_of,
-)
+from manifold_nets.optim.backends.products import CHUNK, GroupView, Scalar, some
 from manifold_nets.optim.backends.rule import Rule, adam_factor, bias_corrections
-from manifold_nets.optim.backends.views import CHUNK, GroupView, keep_second_moments, portions, radii, second_moments
+from manifold_nets.optim.backends.views import columns_of, without_radial_parts, write_second_moments
 
-__all__ = ["follows_moment", "step_along_moment"]
+__all__ = ["step_along_moment"]
 
 # `torch.linalg.vector_norm` adds in sequence. Equal entries are rounded alike: at 8192 of them it is off by 50 machine
 # epsilons, at this many entries by two at most.
@@ -39,10 +32,8 @@ _SHORT_RUN = 2**4
 # From this many matrices on, two calls for all cost less than one for each.
 _MANY = 8
 
-
-def follows_moment(rule: Rule) -> bool:
-    """Whether a step is along the moment; it is taken so where all is at hand in the dtype to compute in."""
-    return not rule.nesterov and rule.has_kernel
+# One number for each row of all matrices, and views of those of each matrix.
+Column = tuple[Tensor, tuple[Tensor, ...]]
 
 
 def step_along_moment(rule: Rule, matrices: Sequence[GroupView], dampening: float, step: float) -> None:
@@ -51,134 +42,117 @@ def step_along_moment(rule: Rule, matrices: Sequence[GroupView], dampening: floa
     # Room for the products of two matrices: a new one every time would cost more than the products.
     largest = max(min(rows.weight.numel(), max(CHUNK, rows.weight.shape[1])) for rows in matrices)
     room = first.new_empty(largest) if first.is_cpu else None
-    for portion in portions(chunk for rows in matrices for chunk in rows.chunks()):
-        _Step(rule, portion, room).take(dampening, step)
+    for portion in _portions(chunk for rows in matrices for chunk in rows.chunks()):
+        _Portion(portion, room).step(rule, dampening, step)
+
+
+def _portions(matrices: Iterable[GroupView]) -> Iterator[list[GroupView]]:
+    """Yield runs of matrices of together at most one chunk's entries; larger matrices by themselves."""
+    portion: list[GroupView] = []
+    entries = 0
+    for rows in matrices:
+        if portion and entries + rows.weight.numel() > CHUNK:
+            yield portion
+            portion, entries = [], 0
+        portion.append(rows)
+        entries += rows.weight.numel()
+    if portion:
+        yield portion
+
+
+class _Portion:
+    """Matrices that take a step together, with the numbers of their rows in columns for all of them."""
+
+    def __init__(self, matrices: Sequence[GroupView], room: Tensor | None) -> None:
+        self.matrices, self.room = matrices, room if len(matrices) < _MANY else None
+        self.sizes = [len(rows.weight) for rows in matrices]
+        self.w = [rows.weight for rows in matrices]
+        self.b = [rows.moment for rows in matrices if rows.moment is not None]
+
+    def step(self, rule: Rule, dampening: float, step: float) -> None:
+        w, b, g, gain = self.w, self.b, [rows.gradient for rows in self.matrices], 1 - dampening
+        norm, norms = self.norms(w)
+        squares = norm.square()
+        radius, second = columns_of(self.matrices, norm.dtype)
+        turn: Scalar = float(rule.lr) / radius
+        if second is not None:
+            gain, (g, square) = 1 - rule.beta1, self.gradients(squares, g)
+            corrections = bias_corrections(rule.beta1, rule.beta2, step)
+            square.mul_(radius * radius)
+            turn = turn * adam_factor(square, *second, beta2=rule.beta2, eps=rule.eps, corrections=corrections)
+            write_second_moments(self.matrices, second)
+        self.take_up(g, rule.beta1, (-gain if rule.maximize else gain) * radius * radius)
+        slope, slopes = self.dots(w, b)
+        slope.div_(squares)
+        torch._foreach_addcmul_(b, w, slopes, value=-1)
+        if rule.lr == 0:
+            return  # the weights stay as they are, bit for bit
+        length, lengths = self.norms(b)
+        length.square_()
+        reach = norm.mul_(turn)
+        moved = (reach * length).mul_(reach)  # the sides of a right angle are w and what it moves by
+        # What was taken off the moment has left its rounding in it.
+        whole = (slope * reach).square_().mul_(squares).add_(moved)
+        torch._foreach_addcmul_(w, b, norms, value=-1)
+        # In the places of numbers that are needed no more: the factor of w, and of w in b.
+        if some(whole > squares):  # steps with a part of more than a radian, whose ends are measured
+            # A norm out of range would send a group to zero without a word; 0·∞ makes it NaN, as it should be.
+            slope.copy_((radius + 0.0 * moved) / self.norms(w)[0])
+            torch.mul(self.dots(w, b)[0], slope, out=length).neg_()
+        else:
+            torch.div(radius, moved.add_(squares).sqrt_(), out=slope)
+            length.mul_(reach).mul_(slope)
+        torch._foreach_mul_(w, slopes)
+        length.div_(radius * radius)
+        torch._foreach_addcmul_(b, w, lengths)
+
+    def gradients(self, squares: Tensor, g: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return the gradients to take, and the squared length of the tangential part of each row's."""
+        products = squares, self.dots(self.w, g)[0], self.norms(g)[0].square_()
+        matrices, (ww, wg, gg), _ = without_radial_parts(self.matrices, products)
+        return [rows.gradient for rows in matrices], torch.addcmul(gg, wg / ww, wg, value=-1).clamp_min_(0)
+
+    def take_up(self, g: list[Tensor], beta: float, share: Scalar) -> None:
+        """Let the moment become ``μ b + share g``, in one pass where there is an operation for it."""
+        if isinstance(share, Tensor):
+            torch._foreach_mul_(self.b, beta)
+            torch._foreach_addcmul_(self.b, g, share.split_with_sizes(self.sizes))
+        elif share == 1 - beta:
+            torch._foreach_lerp_(self.b, g, share)
+        elif share == 1 and len(g) < _MANY:
+            for b, gradient in zip(self.b, g, strict=True):
+                torch.add(gradient, b, alpha=beta, out=b)
+        else:
+            torch._foreach_mul_(self.b, beta)
+            torch._foreach_add_(self.b, g, alpha=share)
+
+    def column(self) -> Column:
+        values = self.w[0].new_empty(sum(self.sizes), 1)
+        return values, values.split_with_sizes(self.sizes)
+
+    def dots(self, x: list[Tensor], y: list[Tensor]) -> Column:
+        found = self.column()
+        room = self.room
+        products: Iterable[Tensor] = (
+            torch._foreach_mul(x, y)
+            if room is None
+            else (torch.mul(a, b, out=room[: a.numel()].view(a.shape)) for a, b in zip(x, y, strict=True))
+        )
+        for product, out in zip(products, found[1], strict=True):
+            torch.sum(product, 1, keepdim=True, out=out)
+        return found
+
+    def norms(self, x: list[Tensor]) -> Column:
+        found = self.column()
+        for each, out in zip(x, found[1], strict=True):
+            _norms(each, out)
+        return found
 
 
 @functools.lru_cache(maxsize=4096)
 def _run_of(size: int) -> int:
     """Return the length of the runs in which the squares of a row are added in sequence: a divisor of its size."""
     return next(run for run in range(min(size, _IN_SEQUENCE), 0, -1) if size % run == 0)
-
-
-class _Column:
-    """A number for each row of all matrices, and the views of those of each matrix."""
-
-    def __init__(self, values: Tensor, sizes: list[int]) -> None:
-        self.values, self.parts = values, values.split_with_sizes(sizes)
-
-
-class _Step:
-    """One step of some matrices, with the numbers of their rows in columns for all of them."""
-
-    def __init__(self, rule: Rule, matrices: Sequence[GroupView], room: Tensor | None) -> None:
-        self.rule, self.matrices = rule, matrices
-        self.room = room if len(matrices) < _MANY else None
-        self.w = [rows.weight for rows in matrices]
-        self.g = [rows.gradient for rows in matrices]
-        self.b = [rows.moment for rows in matrices if rows.moment is not None]
-        self.sizes = [w.shape[0] for w in self.w]
-        self.radius = radii(matrices)
-
-    def take(self, dampening: float, step: float) -> None:
-        w, b, radius, rule = self.w, self.b, self.radius, self.rule
-        norm, gain, turn = self.norms(w), 1 - dampening, float(rule.lr) / radius
-        norms = norm.values
-        squares = norms.square()
-        second = second_moments(self.matrices)
-        if second is not None:
-            gain, turn = 1 - rule.beta1, turn * self.adam_factor(second, squares, step)
-        self.take_up((-gain if rule.maximize else gain) * radius * radius)
-        slope = self.dots(w, b)
-        slope.values.div_(squares)
-        self.add(b, w, slope, -1)
-        if rule.lr == 0:
-            return  # the weights stay as they are, bit for bit
-        length = self.norms(b)
-        lengths = length.values.square_()
-        reach = norms.mul_(turn)
-        moved = (reach * lengths).mul_(reach)  # the sides of a right angle are w and what it moves by
-        # What was taken off the moment has left its rounding in it.
-        whole = (slope.values * reach).square_().mul_(squares).add_(moved)
-        self.add(w, b, norm, -1)
-        # In the places of numbers that are needed no more: the factor of w, and of w in b.
-        scale, overlap = slope, length
-        if some(whole > squares):  # steps with a part of more than a radian, whose ends are measured
-            # A norm out of range would send a group to zero without a word; 0·∞ makes it NaN, as it should be.
-            scale.values.copy_((radius + 0.0 * moved) / self.norms(w).values)
-            torch.mul(self.dots(w, b).values, scale.values, out=overlap.values).neg_()
-        else:
-            torch.div(radius, moved.add_(squares).sqrt_(), out=scale.values)
-            overlap.values.mul_(reach).mul_(scale.values)
-        torch._foreach_mul_(w, scale.parts)
-        overlap.values.div_(radius * radius)
-        self.add(b, w, overlap, 1)
-
-    def take_up(self, share: Scalar) -> None:
-        """Let the moment become ``μ b + share g``, in one pass where there is an operation for it."""
-        beta = self.rule.beta1
-        if isinstance(share, Tensor):
-            torch._foreach_mul_(self.b, beta)
-            self.add(self.b, self.g, _Column(share, self.sizes), 1)
-        elif share == 1 - beta:
-            torch._foreach_lerp_(self.b, self.g, share)
-        elif share == 1 and len(self.b) < _MANY:
-            for b, g in zip(self.b, self.g, strict=True):
-                torch.add(g, b, alpha=beta, out=b)
-        else:
-            torch._foreach_mul_(self.b, beta)
-            torch._foreach_add_(self.b, self.g, alpha=share)
-
-    def adam_factor(self, second: tuple[Tensor, Tensor | None], squares: Tensor, step: float) -> Tensor:
-        """Return by what Adam multiplies the moment of each row, and update the second moments."""
-        rule = self.rule
-        dots = self.without_radial_parts([squares, *self.products_of(self.g)])
-        found = tangential_of(dots, self.radius * self.radius, maximize=rule.maximize)
-        corrections = bias_corrections(rule.beta1, rule.beta2, step)
-        factor = adam_factor(found, *second, beta2=rule.beta2, eps=rule.eps, corrections=corrections)
-        keep_second_moments(self.matrices, second)
-        return factor
-
-    def products_of(self, g: list[Tensor]) -> list[Tensor]:
-        """Return ⟨w, g⟩ and ⟨g, g⟩ of each row."""
-        return [self.dots(self.w, g).values, self.norms(g).values.square_()]
-
-    def without_radial_parts(self, dots: list[Tensor]) -> Sequence[Tensor]:
-        """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`."""
-        taken = radial_share(dots)
-        if not some(taken):
-            return dots
-        rounding = rounding_of(self.g[0].dtype)
-        parts = list(torch._foreach_addcmul(self.g, self.w, _Column(taken, self.sizes).parts, value=-1))
-        found = [dots[0], *self.products_of(parts)]
-        is_noise = noise_in(found, taken, dots[2], rounding)
-        torch._foreach_mul_(parts, _Column((~is_noise).to(taken.dtype), self.sizes).parts)
-        self.g = parts
-        return [dots[0], *(x.masked_fill_(is_noise, 0) for x in found[1:])]
-
-    def add(self, to: list[Tensor], what: list[Tensor], share: _Column, sign: int) -> None:
-        torch._foreach_addcmul_(to, what, share.parts, value=sign)
-
-    def column(self) -> _Column:
-        return _Column(self.w[0].new_empty(sum(self.sizes), 1), self.sizes)
-
-    def dots(self, x: list[Tensor], y: list[Tensor]) -> _Column:
-        found = self.column()
-        if self.room is None:
-            products: Sequence[Tensor] = torch._foreach_mul(x, y)
-            for product, out in zip(products, found.parts, strict=True):
-                torch.sum(product, 1, keepdim=True, out=out)
-            return found
-        for a, b, out in zip(x, y, found.parts, strict=True):
-            product = torch.mul(a, b, out=self.room[: a.numel()].view(a.shape))
-            torch.sum(product, 1, keepdim=True, out=out)
-        return found
-
-    def norms(self, x: list[Tensor]) -> _Column:
-        found = self.column()
-        for each, out in zip(x, found.parts, strict=True):
-            _norms(each, out)
-        return found
 
 
 def _norms(x: Tensor, out: Tensor) -> None:

@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends import build
 from manifold_nets.optim.backends.build import UnavailableError
 from manifold_nets.optim.backends.inputs import Batch, mark_written
-from manifold_nets.optim.backends.products import Scalar, rounding_of
+from manifold_nets.optim.backends.products import rounding_of
 from manifold_nets.optim.backends.rule import Rule, StepInput, bias_corrections
-from manifold_nets.optim.backends.views import rows_of, what_to_write, without_radial_parts
+from manifold_nets.optim.backends.views import rows_of, what_to_write
 
 __all__ = ["SHORT", "UnavailableError", "available", "run_in_passes", "run_native", "suits_by_entries", "suits_native"]
 
@@ -40,7 +40,12 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # Entries of the longest rows that are stepped by one thread, without cutting them: ``is_long`` of spheres.c.
 SHORT = 2**16
 # The rules that spheres.c knows.
-_KINDS = {"sgd": 0, "adam": 1, "angular-adam": 2, "adam-entries": 3}
+_KINDS = {
+    kind: number
+    for number, kind in enumerate(
+        ("sgd", "adam", "angular-adam", "adam-entries", "plain-sgd", "plain-adam", "put-back")
+    )
+}
 
 # Entries that are worth a thread: a quarter of a millisecond's work.
 _PER_THREAD = 2**18
@@ -52,11 +57,11 @@ _CARRIED, _ALONE = 1, 2
 JOB = np.dtype(
     [(name, np.int64) for name in ("w", "g", "b", "v", "v_max", "square", "rows", "size", "squares")]
     + [(name, np.float64) for name in ("take", "first", "second", "rounding")]
-    + [(name, np.int64) for name in ("products", "written", "far")]
+    + [(name, np.int64) for name in ("products", "written", "far", "norms")]
 )
 RULE = np.dtype(
-    [(name, np.int64) for name in ("kind", "dtype", "nesterov", "maximize")]
-    + [(name, np.float64) for name in ("lr", "beta1", "beta2", "eps")]
+    [(name, np.int64) for name in ("kind", "dtype", "nesterov", "maximize", "follows")]
+    + [(name, np.float64) for name in ("lr", "beta1", "beta2", "eps", "decay", "shrink")]
 )
 
 
@@ -95,24 +100,13 @@ def step(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
     _call("spheres_step", rule, jobs, threads)
 
 
-def measure(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
-    """Measure ⟨w, w⟩, ⟨w, g⟩, ⟨g, g⟩, ⟨w, b⟩, ⟨g, b⟩, ⟨b, b⟩ of every row, into memory at each job's ``"products"``.
-
-    Arguments and errors as for `step`.
-    """
-    _call("spheres_measure", rule, jobs, threads)
-
-
-def write(rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
-    """Write ``ww w + wb b + wg g`` to w and ``bw w + bb b + bg g`` to b, with the numbers at each job's ``"written"``.
-
-    Rows with a mark at ``"far"`` are put on their spheres afterwards, ``_CARRIED`` ones with their moments. Arguments
-    and errors as for `step`.
-    """
-    _call("spheres_write", rule, jobs, threads)
-
-
 def _call(name: str, rule: np.ndarray, jobs: np.ndarray, threads: int) -> None:
+    """Call a function of spheres.c: ``spheres_step``, or one of the passes by themselves.
+
+    ``spheres_measure`` writes ⟨w, w⟩, ⟨w, g⟩, ⟨g, g⟩, ⟨w, b⟩, ⟨g, b⟩, ⟨b, b⟩ of every row to each job's ``"products"``.
+    ``spheres_write`` writes ``ww w + wb b + wg g`` to w and ``bw w + bb b + bg g`` to b, with the numbers at each job's
+    ``"written"``; rows with a mark at ``"far"`` are put on their spheres afterwards, ``_CARRIED`` ones with moments.
+    """
     library = _library()
     if isinstance(library, UnavailableError):
         raise library
@@ -128,9 +122,7 @@ def _load() -> ctypes.CDLL:
         for options in build.CHOICES:
             path = folder / build.file_name(command, options)
             # What was found is built anew where it cannot be loaded either.
-            for is_found in (True, False):
-                if is_found and not build.is_sound(path):
-                    continue
+            for is_found in (True, False) if build.is_sound(path) else (False,):
                 try:
                     if not is_found:
                         build.compile_to(path, command, options)
@@ -173,7 +165,10 @@ def suits_by_entries(member: StepInput) -> bool:
         member.manifold.partition.group_size <= SHORT
         and member.second is not None
         and suits_native(member)
-        and _lies(member.second, accumulation_dtype(weight.dtype), weight.stride())
+        and all(
+            x is None or _lies(x, accumulation_dtype(weight.dtype), weight.stride())
+            for x in (member.second, member.largest)
+        )
     )
 
 
@@ -192,6 +187,8 @@ def _fits(member: StepInput) -> tuple[bool, bool]:
     # Second moments of spheres; those of entries lie as the weight does.
     per_sphere = [x for x in (member.second, member.largest) if x is not None and x.numel() != weight.numel()]
     if not all((_is_plain(x) and x.dtype == wide and x.is_contiguous()) for x in per_sphere):
+        return False, False
+    if member.norms is not None and not (_is_plain(member.norms) and member.norms.is_contiguous()):
         return False, False
     return True, _lies(member.gradient, dtype, stride)
 
@@ -224,34 +221,31 @@ def run_in_passes(rule: Rule, members: Batch) -> list[StepInput]:
 
     The coefficients of all rows are computed together, in float64. Weights that share memory with others are returned.
     """
-
-    def alike(m: StepInput) -> Any:
-        return m.dampening, m.step, m.moment is None, m.second is None, m.weight.dtype
-
     shared: list[StepInput] = []
-    for chosen, _gradients, jobs in _jobs(rule, members, alike, shared):
-        first, dtype = chosen[0], chosen[0].weight.dtype
-        matrices = [rows_of(member) for member in chosen]
+    for chosen, _gradients, jobs in _jobs(rule, members, _kind_of, shared):
+        first, matrices = chosen[0], [rows_of(member) for member in chosen]
         # On the CPU whatever torch's default device is: the kernel writes there.
         measured = torch.empty(int(jobs["rows"].sum()), 6, dtype=torch.float64, device="cpu")
         places = np.cumsum(jobs["rows"]) - jobs["rows"]
-        packed, threads = _packed(rule, dtype), _threads(jobs)
+        packed, threads = _packed(rule, first.weight.dtype), _threads(jobs)
         jobs["products"] = measured.data_ptr() + places * measured[0].nbytes
-        measure(packed, jobs, threads)
+        _call("spheres_measure", packed, jobs, threads)
         # Without a moment, its products are left out, as in all other backends.
-        products, taken = measured.t()[: 3 if first.moment is None else 6], cast("Scalar", 0.0)
-        if rule.needs_lengths:
-            former, (matrices, products, taken) = matrices, without_radial_parts(matrices, products)
-            for job, old, new in zip(jobs, former, matrices, strict=True):
-                if new is not old:
-                    job["g"] = new.gradient.data_ptr()
-        factors, far, carried = what_to_write(rule, matrices, products, taken, first.dampening, first.step)
+        products = measured.t()[: 3 if first.moment is None else 6]
+        exact, factors, far, carried = what_to_write(rule, matrices, products, first.dampening, first.step)
+        for job, old, new in zip(jobs, matrices, exact, strict=True):
+            if new is not old:
+                job["g"] = new.gradient.data_ptr()
         marks = far.to(torch.uint8) * (_CARRIED if carried else _ALONE)
         jobs["written"] = factors.data_ptr() + places * factors[0].nbytes
         jobs["far"] = marks.data_ptr() + places
-        write(packed, jobs, threads)
+        _call("spheres_write", packed, jobs, threads)
     mark_written(members)
     return shared
+
+
+def _kind_of(m: StepInput) -> tuple[Any, ...]:
+    return m.dampening, m.step, m.moment is None, m.second is None, m.weight.dtype
 
 
 def _jobs(
@@ -269,17 +263,13 @@ def _jobs(
         for (_, chosen), jobs in zip(alike, members.jobs, strict=True):
             gradients = [_readable_gradient(member) for member in chosen]
             jobs["g"] = [gradient.data_ptr() for gradient in gradients]
-            for name, values in zip(("take", "first", "second"), _shares(rule, chosen), strict=True):
-                jobs[name] = values
+            jobs["take"], jobs["first"], jobs["second"] = _shares(rule, chosen)
             apart = _apart(jobs, chosen[0])
             if not apart.all():
                 # A gradient by itself, as it is only read; weights and moments are left to whoever can take them.
-                shared += [
-                    replace(m, gradient=m.gradient.clone(), fits=None, rows=None)
-                    for m, own in zip(chosen, apart, strict=True)
-                    if not own
-                ]
-                places = apart.nonzero()[0].tolist()
+                left = [chosen[k] for k in (~apart).nonzero()[0]]
+                shared += [replace(m, gradient=m.gradient.clone(), fits=None, rows=None) for m in left]
+                places = apart.nonzero()[0]
                 chosen, gradients, jobs = [chosen[k] for k in places], [gradients[k] for k in places], jobs[apart]
             if chosen:
                 found.append((chosen, gradients, jobs))
@@ -298,8 +288,9 @@ def _job(member: StepInput) -> tuple[float, ...]:
     partition, squares = member.manifold.partition, member.manifold.squared_radii
     tensors = member.weight, None, member.moment, member.second, member.largest
     pointers = (0 if x is None else x.data_ptr() for x in tensors)
+    norms = 0 if member.norms is None else member.norms.data_ptr()
     of_groups = (squares.ctypes.data, partition.n_groups, partition.group_size, len(squares))
-    return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0)
+    return (*pointers, *of_groups, 1.0, 1.0, 1.0, rounding_of(member.gradient.dtype), 0, 0, 0, norms)
 
 
 def _shares(rule: Rule, members: Sequence[StepInput]) -> tuple[Any, Any, Any]:
@@ -342,8 +333,8 @@ def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
 
 def _packed(rule: Rule, dtype: torch.dtype) -> np.ndarray:
     # Passes by themselves do not ask for the rule.
-    options = (_KINDS.get(rule.kind, 0), _DTYPES[dtype], rule.nesterov, rule.maximize)
-    return np.array((*options, float(rule.lr), rule.beta1, rule.beta2, rule.eps), dtype=RULE)
+    options = (_KINDS.get(rule.kind, 0), _DTYPES[dtype], rule.nesterov, rule.maximize, rule.follows)
+    return np.array((*options, float(rule.lr), rule.beta1, rule.beta2, rule.eps, rule.decay, rule.shrink), dtype=RULE)
 
 
 def _threads(jobs: np.ndarray) -> int:

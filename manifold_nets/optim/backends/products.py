@@ -1,9 +1,13 @@
-"""The inner products of a step: all that an update rule has to know of a group, taken before anything is written."""
+"""A weight in the view of its groups, and their inner products: all that a rule has to know before anything is written.
+
+The radial part of a gradient moves nothing. Where it is most of the gradient, the length of the tangential part cannot
+be read off the inner products, and the tangential part itself takes the gradient's place (`without_radial_part`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +15,11 @@ from torch import Tensor
 from manifold_nets.groups import accumulation_dtype, has_values
 
 __all__ = [
+    "CHUNK",
+    "GroupView",
     "Scalar",
-    "Spheres",
     "TangentProducts",
     "is_short",
-    "noise_in",
-    "pairs",
-    "products_of",
     "radial_share",
     "rounding_of",
     "some",
@@ -28,6 +30,8 @@ __all__ = [
 
 Scalar = float | Tensor
 
+# Entries of a chunk: a few of them, in float32, fit in the third level of a processor's cache.
+CHUNK = 2**19
 # Where the tangential part of a gradient is shorter than half of it, the difference of squares loses digits.
 _SHORT = 0.25
 
@@ -48,26 +52,77 @@ def rounding_of(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps + torch.finfo(accumulation_dtype(dtype)).eps / 2
 
 
-class Spheres(NamedTuple):
-    """The groups of a viewed weight.
+class GroupView(NamedTuple):
+    """A weight, or a part of it, in the view of its groups; second moments and radii broadcast over it.
 
     Attributes:
-        axes: axes of the view inside a group.
-        radius: one radius, or one a group that broadcasts over the view.
-        combine: adds up inner products over all parts of a sphere where the tensors of a step are only one of them;
-            takes and returns a tensor of shape ``(number of products, *groups, with size 1 along axes)``.
-        elsewhere: adds up sums over groups where these are only some of a weight's groups, each of them whole.
+        weight: the point.
+        gradient: the Euclidean gradient.
+        moment: the tangent vector that is kept from step to step, or None.
+        second: second moments, or None.
+        largest: the largest second moments so far, or None.
+        radius: one radius, or one per group.
+        axes: axes of the view inside a group; by default groups are the rows of a matrix.
+        combine: adds up inner products over the processes that hold parts of the same groups; takes and returns a
+            tensor of shape ``(number of products, *groups, with size 1 along axes)``.
+        elsewhere: adds up sums over groups where other processes hold other groups of the weight.
+        rounding: `rounding_of` the dtype in which the gradient was stored, where that is not its dtype here.
+        norms: of the groups in the run of a plain optimizer, or None.
     """
 
-    axes: tuple[int, ...]
-    radius: float | Tensor
+    weight: Tensor
+    gradient: Tensor
+    moment: Tensor | None
+    second: Tensor | None
+    largest: Tensor | None
+    radius: Scalar
+    axes: tuple[int, ...] = (1,)
     combine: Callable[[Tensor], Tensor] | None = None
     elsewhere: Callable[[Tensor], Tensor] | None = None
+    rounding: float | None = None
+    norms: Tensor | None = None
 
     @property
-    def square(self) -> float | Tensor:
-        """The squared radius."""
-        return self.radius * self.radius
+    def second_moments(self) -> tuple[Tensor, Tensor | None] | None:
+        """The second moments and the largest so far; None where there are none."""
+        return None if self.second is None else (self.second, self.largest)
+
+    def wide(self) -> GroupView:
+        """Return weight, gradient and moment in the dtype to compute in: float32 or better."""
+        dtype = accumulation_dtype(self.weight.dtype)
+        moment = None if self.moment is None else self.moment.to(dtype)
+        weight, gradient = self.weight.to(dtype), self.gradient.to(dtype)
+        rounding = rounding_of(self.gradient.dtype)
+        return self._replace(weight=weight, gradient=gradient, moment=moment, rounding=rounding)
+
+    def write(self, found: GroupView) -> None:
+        """Take weight and moment of another view of the same groups, rounded once."""
+        for own, new in ((self.weight, found.weight), (self.moment, found.moment)):
+            if own is not None and new is not None and own is not new:
+                own.copy_(new)
+
+    def of_groups(self, which: slice | Tensor) -> GroupView:
+        """Return a part along the first axis: views for a slice, copies for indices."""
+        part: Any = (x[which] if isinstance(x, Tensor) else x for x in self)
+        return GroupView(*part)
+
+    def chunks(self, entries: int = CHUNK) -> Iterator[GroupView]:
+        """Yield parts of about this many entries, which stay in a processor's cache; all at once on other devices.
+
+        The first axis has to number groups.
+
+        Example:
+            >>> view = GroupView(torch.zeros(600, 2048), torch.zeros(600, 2048), None, None, None, 1.0)
+            >>> [len(chunk.weight) for chunk in view.chunks()]
+            [256, 256, 88]
+        """
+        count, total = len(self.weight), self.weight.numel()
+        at_once = max(1, entries * count // total) if self.weight.is_cpu and total else count
+        if at_once >= count:
+            yield self
+            return
+        for start in range(0, count, at_once):
+            yield self.of_groups(slice(start, start + at_once))
 
     def dots(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Return ⟨x, y⟩ of each group of each pair, with size 1 along the axes inside a group.
@@ -75,8 +130,13 @@ class Spheres(NamedTuple):
         The products are added by torch's cascade summation: those of `torch.linalg.vector_norm` and of a batched
         matrix product are added in sequence, and are off by hundreds of machine epsilons on a million entries.
         """
-        sums = [(x * y).sum(self.axes, keepdim=True) for x, y in pairs]
-        return tuple(sums) if self.combine is None else self.combine(torch.stack(sums)).unbind()
+        sums = tuple((x * y).sum(self.axes, keepdim=True) for x, y in pairs)
+        return sums if self.combine is None else self.combine(torch.stack(sums)).unbind()
+
+    def products(self) -> tuple[Tensor, ...]:
+        """Return ⟨w, w⟩, ⟨w, g⟩ and ⟨g, g⟩, and with a moment also ⟨w, b⟩, ⟨g, b⟩ and ⟨b, b⟩."""
+        w, g, b = self[:3]
+        return self.dots((w, w), (w, g), (g, g), *(() if b is None else ((w, b), (g, b), (b, b))))
 
 
 class TangentProducts(NamedTuple):
@@ -109,25 +169,19 @@ class TangentProducts(NamedTuple):
     eps: float
 
 
-def pairs(weight: Tensor, gradient: Tensor, moment: Tensor | None) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Return the pairs whose inner products a step needs, in the order in which `tangential_of` takes them."""
-    first = ((weight, weight), (weight, gradient), (gradient, gradient))
-    return first if moment is None else (*first, (weight, moment), (gradient, moment), (moment, moment))
-
-
 def tangential_of(
-    dots: Sequence[Tensor], square: Scalar, *, maximize: bool, taken: Scalar | None = None, eps: float | None = None
+    dots: Sequence[Tensor], radius: Scalar, *, maximize: bool, taken: Scalar | None = None, eps: float | None = None
 ) -> TangentProducts:
-    """Return what the inner products of `pairs` say, three without a moment and six with one.
+    """Return what the inner products of `GroupView.products` say, three without a moment and six with one.
 
     Args:
         dots: the inner products.
-        square: squared radii.
+        radius: the radii.
         maximize: whether to ascend.
         taken: what was taken off the gradient before, as `radial_share` gives it.
         eps: machine epsilon of the arithmetic of the products, where it is not that of their dtype.
     """
-    sign = -1.0 if maximize else 1.0
+    sign, square = -1.0 if maximize else 1.0, radius * radius
     ww, wg, g_total = dots[:3]
     if len(dots) == 3:
         wb = gb = b_total = torch.zeros_like(ww)
@@ -143,59 +197,18 @@ def tangential_of(
     return TangentProducts(ww, g_slope, b_slope, gg, gb - b_slope * wg, bb, g_total, b_total, g_taken, eps)
 
 
-def tangential(
-    weight: Tensor,
-    gradient: Tensor,
-    moment: Tensor | None,
-    spheres: Spheres,
-    *,
-    maximize: bool,
-    sharp: bool,
-    rounding: float | None = None,
-) -> tuple[TangentProducts, Tensor]:
-    """Take all inner products of a step, before anything is written.
+def tangential(view: GroupView, *, maximize: bool, sharp: bool) -> tuple[TangentProducts, GroupView]:
+    """Return the inner products of a step, and the view with the gradient that they and the step are of.
 
     Args:
-        weight: the point.
-        gradient: the Euclidean gradient.
-        moment: the tangent vector that is kept from step to step, or None.
-        spheres: the groups and their radii.
+        view: the weight, in the dtype to compute in; not yet changed.
         maximize: whether to ascend.
-        sharp: whether the length of the tangential gradient matters by itself. Where it is less than half of the whole,
-            the difference of squares has lost digits, and the tangential part takes the place of the gradient.
-        rounding: what `rounding_of` gives for the dtype in which the gradient was stored; by default for its own.
-
-    Returns:
-        The products, and the gradient that they and the step are of.
+        sharp: whether the length of the tangential gradient matters by itself, and has to be exact where it is short.
     """
-    dots, gradient, taken = products_of(weight, gradient, moment, spheres, sharp=sharp, rounding=rounding)
-    return tangential_of(dots, spheres.square, maximize=maximize, taken=taken), gradient
-
-
-def products_of(
-    weight: Tensor,
-    gradient: Tensor,
-    moment: Tensor | None,
-    spheres: Spheres,
-    *,
-    sharp: bool,
-    rounding: float | None = None,
-) -> tuple[Sequence[Tensor], Tensor, Tensor | None]:
-    """Return the inner products of `pairs`, the gradient that they are of, and what was taken off it, if anything.
-
-    Arguments as for `tangential`.
-    """
-
-    def measure(gradient: Tensor) -> Sequence[Tensor]:
-        return spheres.dots(*pairs(weight, gradient, moment))
-
-    dots = measure(gradient)
-    taken = radial_share(dots) if sharp else None
-    if taken is None or not some(taken):
-        return dots, gradient, None
-    rounding = rounding_of(gradient.dtype) if rounding is None else rounding
-    gradient, dots = without_radial_part(weight, gradient, taken, dots[2], rounding, measure)
-    return dots, gradient, taken
+    taken, dots = None, view.products()
+    if sharp:
+        view, dots, taken = without_radial_part(view, dots)
+    return tangential_of(dots, view.radius, maximize=maximize, taken=taken), view
 
 
 def is_short(found: TangentProducts) -> Tensor:
@@ -212,42 +225,33 @@ def radial_share(dots: Sequence[Tensor]) -> Tensor:
 
 
 def without_radial_part(
-    weight: Tensor,
-    gradient: Tensor,
-    taken: Tensor,
-    total: Tensor,
-    rounding: float,
-    measure: Callable[[Tensor], Sequence[Tensor]],
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Subtract radial parts entry by entry, and leave nothing of gradients of which only rounding remains.
+    view: GroupView, dots: tuple[Tensor, ...]
+) -> tuple[GroupView, tuple[Tensor, ...], Tensor | None]:
+    """Subtract radial parts that are most of a gradient, and leave nothing where only rounding remains.
 
     The entries of what remains are rounded at its own size, and so are its products; the rules project it once more.
 
     Args:
-        weight: the point.
-        gradient: the gradient; only read.
-        taken: multiples of the weight.
-        total: ⟨g, g⟩ of the whole gradient.
-        rounding: see `rounding_of`.
-        measure: takes the inner products of `pairs` for another gradient.
+        view: the weight; nothing of it is written to.
+        dots: its inner products.
 
     Returns:
-        The new gradient and its products.
+        The view with the new gradient, its products, and what was taken off, None where there was nothing to take.
     """
-    part = torch.addcmul(gradient, weight, taken.to(weight.dtype), value=-1)
-    found = list(measure(part))
-    is_noise = noise_in(found, taken, total, rounding)
+    taken = radial_share(dots)
+    if not some(taken):
+        return view, dots, None
+    part = torch.addcmul(view.gradient, view.weight, taken.to(view.weight.dtype), value=-1)
+    rounding = rounding_of(view.gradient.dtype) if view.rounding is None else view.rounding
+    view = view._replace(gradient=part)
+    found = list(view.products())
+    ww, wg, gg = found[:3]
+    is_noise = (taken != 0) & (gg - wg / ww * wg <= rounding * rounding * dots[2])
     part.masked_fill_(is_noise, 0)
     for place in (1, 2, 4):  # of the gradient
         if place < len(found):
             found[place] = found[place].masked_fill(is_noise, 0)
-    return part, found
-
-
-def noise_in(dots: Sequence[Tensor], taken: Tensor, total: Tensor, rounding: float) -> Tensor:
-    """Where nothing but rounding remains of a gradient; arguments as for `without_radial_part`."""
-    ww, wg, gg = dots[:3]
-    return (taken != 0) & (gg - wg / ww * wg <= rounding * rounding * total)
+    return view, tuple(found), taken
 
 
 def some(condition: Tensor) -> bool:

@@ -180,6 +180,10 @@ static void NAME(close)(const Rule *rule, const Job *job, int64_t offset, int64_
 static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n, const REAL *w, const REAL *g,
                        const REAL *b, REAL *rest, Measured *m, Turned *turned) {
     int64_t size = job->size;
+    if (rule->kind == PLAIN_SGD) {
+        plain_coefficients(rule, job, m, from, n, turned);
+        return;
+    }
     for (int64_t i = 0; i < n; i++) {
         if (!brief_gradient(rule, job, m, i, from + i)) continue;
         Products p;
@@ -190,7 +194,8 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
     }
     to_unit(m, rule, job, from, n);
     NAME(second_moments)(rule, job, from, m, n);
-    coefficients(rule, job, m, n, turned);
+    if (rule->kind == PUT_BACK) put_back_coefficients(rule, m, n, turned);
+    else coefficients(rule, job, m, n, turned);
 }
 
 /* AngularAdam's step of one row, or that of Adam by entries: see reference.py. The direction d is made of m and v wherever it is needed. */
@@ -262,16 +267,65 @@ static void NAME(turn_by_angle)(const Rule *rule, const Job *job, int64_t row, R
     if (far) NAME(put_back)(w, m, n, square);
 }
 
+/* Plain Adam's step of one row, from a weight of another norm: see reference.py. */
+static void NAME(plain_adam)(const Rule *rule, const Job *job, int64_t row, REAL *restrict w, const REAL *restrict g,
+                             REAL *restrict m, REAL *restrict v, REAL *restrict v_max, int64_t n) {
+    double square = square_of(job, row), radius = sqrt(square), ww = 0, wd = 0, dd = 0, norm = job->norms[row];
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = start; i < end; i++) squares += w[i] * w[i];
+        ww += squares;
+    }
+    double down = sqrt(ww) / norm;
+    REAL of_g = (REAL)(rule->maximize ? -down : down), of_w = (REAL)(rule->decay / down), eps = (REAL)rule->eps;
+    REAL keep = (REAL)rule->keep, take = (REAL)((1.0 - rule->keep) * radius), correction = (REAL)job->second;
+    REAL keep2 = (REAL)rule->beta2, take2 = (REAL)(1.0 - rule->beta2);
+    const REAL *seconds = v_max ? v_max : v;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        int64_t end = start + PIECE < n ? start + PIECE : n;
+        REAL wd_part = 0, dd_part = 0;
+        if (v_max)
+            for (int64_t i = start; i < end; i++) {
+                REAL x = of_g * g[i] + of_w * w[i], z = keep2 * v[i] + take2 * x * x;
+                v_max[i] = z > v_max[i] || z != z ? z : v_max[i];
+            }
+#pragma omp simd reduction(+ : wd_part, dd_part)
+        for (int64_t i = start; i < end; i++) {
+            REAL x = of_g * g[i] + of_w * w[i], y = keep * m[i] + take * x, z = keep2 * v[i] + take2 * x * x;
+            REAL d = y / (ROOT((v_max ? seconds[i] : z) * correction) + eps);
+            m[i] = y; v[i] = z;
+            wd_part += w[i] * d; dd_part += d * d;
+        }
+        wd += wd_part; dd += dd_part;
+    }
+    double w_w = rule->shrink / down, w_d = -rule->lr * job->first / radius, moved = w_d * w_d * dd;
+    double squared = rule->shrink * norm * rule->shrink * norm + 2.0 * w_w * w_d * wd + moved, scale = radius / sqrt(squared);
+    if (rule->follows) job->norms[row] = sqrt(squared);
+    if (rule->lr == 0) return;
+    REAL of_old = (REAL)(scale * w_w), of_d = (REAL)(scale * w_d);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) w[i] = of_old * w[i] + of_d * (m[i] / (ROOT(seconds[i] * correction) + eps));
+    if (moved > squared) NAME(put_back)(w, NULL, n, square);
+}
+
 /* Step, measure or write `n` rows from row `from` on. `space` has room for them three times where they are in half
  * precision, `rest` for their gradients in the compute type. */
 static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from, int64_t n, REAL *space, REAL *rest) {
     int64_t size = job->size, offset = from * size, entries = n * size;
     REAL *w, *g, *b;
     NAME(open)(rule, job, offset, entries, space, &w, &g, &b);
-    if (rule->kind >= ANGULAR_ADAM) {
+    if (rule->kind == PLAIN_ADAM)
+        for (int64_t i = 0; i < n; i++)
+            NAME(plain_adam)(rule, job, from + i, w + i * size, g + i * size, b + i * size,
+                             (REAL *)job->v + offset + i * size,
+                             job->v_max ? (REAL *)job->v_max + offset + i * size : NULL, size);
+    if (rule->kind == ANGULAR_ADAM || rule->kind == ADAM_ENTRIES)
         for (int64_t i = 0; i < n; i++)
             NAME(turn_by_angle)(rule, job, from + i, w + i * size, g + i * size, b + i * size,
                                 (REAL *)job->v + offset + i * size, size, rest);
+    if (by_entries(rule)) {
         if (space) NAME(close)(rule, job, offset, entries, w, b);
         return;
     }
@@ -289,7 +343,7 @@ static void NAME(block)(int task, const Rule *rule, const Job *job, int64_t from
         REAL *moment = b ? b + i * size : NULL;
         const REAL *gradient = task == STEP && m.taken[i] != 0 ? rest : g;
         NAME(write)(w + i * size, gradient + i * size, moment, size, &row);
-        int far = task == STEP ? turned.far[i] > 1.0 ? CARRIED : STAYS : job->far[from + i];
+        int far = task == STEP ? turned.far[i] > 1.0 ? kept_as(rule) : STAYS : job->far[from + i];
         if (far) NAME(put_back)(w + i * size, far == CARRIED ? moment : NULL, size, square_of(job, from + i));
     }
     if (space) NAME(close)(rule, job, offset, entries, w, b);
@@ -303,6 +357,11 @@ static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const 
     Measured m;
     Turned turned;
     keep_products(&m, 0, sum);
+    if (rule->kind == PLAIN_SGD) {
+        plain_coefficients(rule, piece->job, &m, piece->row, 1, &turned);
+        *far = turned.far[0] > 1.0 ? ALONE : STAYS;
+        return row_of(&turned, 0);
+    }
     if (brief_gradient(rule, piece->job, &m, 0, piece->row)) { /* seldom, and by one thread */
         Products part, again = {0, 0, 0, 0, 0, 0};
         work->taken[l] = sum->wg / sum->ww;
@@ -315,7 +374,8 @@ static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const 
     }
     to_unit(&m, rule, piece->job, piece->row, 1);
     NAME(second_moments)(rule, piece->job, piece->row, &m, 1);
-    coefficients(rule, piece->job, &m, 1, &turned);
+    if (rule->kind == PUT_BACK) put_back_coefficients(rule, &m, 1, &turned);
+    else coefficients(rule, piece->job, &m, 1, &turned);
     *far = turned.far[0] > 1.0 ? CARRIED : STAYS;
     return row_of(&turned, 0);
 }

@@ -6,7 +6,7 @@ Every rule writes linear combinations of a weight w, its gradient g and its mome
 
 A rule is defined by how it makes its momentum and its direction (`MomentumUpdate`), how far it goes, and how it returns
 to the sphere: by normalization (`normalized_step`), along the geodesic (`geodesic_step`), by a Euclidean step that is
-normalized (`projected_step`), or not at all (`scaled_step`).
+normalized (`projected_step`), from a plain weight of another norm (`plain_step`), or not at all (`scaled_step`).
 
 Rounding does not add up. ⟨w, w⟩ and ⟨w, b⟩ are measured in every step, and a step starts from the nearest point of the
 sphere and the tangential part of the momentum. The norm after the step is predicted from the products, to a few machine
@@ -53,6 +53,7 @@ class StepInput:
         largest: the largest second moments so far, changed in place; None without AMSGrad.
         dampening: share of the new gradient that is left out; 0 in the first step.
         step: number of this step, counted from 1.
+        norms: those of the weight's groups in the run of a plain optimizer, float64, changed in place; None elsewhere.
         fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
         rows: weight, momentum, second moments and radii as a matrix of the groups and columns beside it, made at first
             use by `manifold_nets.optim.backends.views.rows_of`.
@@ -67,6 +68,7 @@ class StepInput:
     largest: Tensor | None = None
     dampening: float = 0.0
     step: float = 1.0
+    norms: Tensor | None = None
     fits: tuple[bool, bool] | None = None
     rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | Tensor] | None = None
     stride: tuple[int, ...] = ()
@@ -90,7 +92,12 @@ class MomentumUpdate(NamedTuple):
     @property
     def direction(self) -> tuple[Scalar, Scalar]:
         """Factors of the old momentum and of the gradient in d."""
-        return self.follow * self.beta, self.follow * self.gain + self.ahead
+        return self.follow * self.beta, 0.0 if self.is_alone else self.follow * self.gain + self.ahead
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the momentum, with whatever is in it, is all there is."""
+        return _is_nothing(self.gain) and _is_nothing(self.ahead)
 
 
 class Coefficients(NamedTuple):
@@ -117,7 +124,7 @@ class Rule:
 
     Attributes:
         kind: ``"sgd"``, ``"adam"``, ``"sgd-g"``, ``"adam-g"``, ``"angular"``, ``"angular-adam"``, ``"adam-entries"``,
-            ``"projected"`` or ``"scaled-metric"``.
+            ``"projected"``, ``"scaled-metric"``, ``"plain-sgd"`` or ``"plain-adam"``.
         lr: learning rate.
         beta1: decay of the momentum; that of the first moment for variants of Adam.
         nesterov: whether to look ahead.
@@ -126,6 +133,9 @@ class Rule:
         eps: what is added to the root of the second moment; under the root for Adam-G.
         clip: the largest length of a gradient, for SGD-G and Adam-G.
         per_weight: whether the groups of a weight turn by one angle in the mean, for angular steps.
+        decay: weight decay of a plain optimizer in the gradient, and
+        shrink: factor of the plain weight in each step, for a decay beside the gradient.
+        follows: whether the norms of the plain run go on with each step, or stay.
     """
 
     kind: str
@@ -137,21 +147,39 @@ class Rule:
     eps: float = 0.0
     clip: float = math.inf
     per_weight: bool = False
+    decay: float = 0.0
+    shrink: float = 1.0
+    follows: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether steps are those of a plain optimizer, from weights of other norms."""
+        return self.kind in ("plain-sgd", "plain-adam")
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the kernel in C takes whole steps by the rule; for others it lends its passes."""
+        return self.kind in ("sgd", "adam", "plain-sgd") or self.by_entries
 
     @property
     def has_kernel(self) -> bool:
-        """Whether kernels, in C and compiled by torch, know the rule; for others the one in C lends its passes."""
+        """Whether there is a kernel that torch compiles."""
         return self.kind in ("sgd", "adam")
+
+    @property
+    def follows_moment(self) -> bool:
+        """Whether the direction of a step is the moment itself, times a number of each sphere."""
+        return not self.nesterov and self.has_kernel
 
     @property
     def by_entries(self) -> bool:
         """Whether each entry has a second moment of its own, so that no coefficients of groups say all."""
-        return self.kind in ("angular-adam", "adam-entries")
+        return self.kind in ("angular-adam", "adam-entries", "plain-adam")
 
     @property
     def needs_lengths(self) -> bool:
         """Whether the length of the tangential gradient matters by itself, and has to be exact where it is short."""
-        return self.kind not in ("sgd", "scaled-metric")
+        return self.kind not in ("sgd", "scaled-metric", "plain-sgd")
 
     @property
     def by_groups(self) -> bool:
@@ -166,8 +194,9 @@ class Rule:
         dampening: float,
         step: float,
         elsewhere: Callable[[Tensor], Tensor] | None = None,
+        norms: Tensor | None = None,
     ) -> Coefficients:
-        """Return what to write, and update the second moments in place.
+        """Return what to write, and update the second moments and the norms in place.
 
         Args:
             found: what the inner products of each group say.
@@ -175,7 +204,10 @@ class Rule:
             dampening: share of the gradient that is left out of the momentum.
             step: number of the step, counted from 1.
             elsewhere: adds up sums over groups of which other processes hold others.
+            norms: of the groups in the run of a plain optimizer.
         """
+        if norms is not None:
+            return plain_step(self, found, sgd_update(self.beta1, dampening, nesterov=self.nesterov), norms)
         clip = clip_factor(found, self.clip) if self.kind in ("sgd-g", "adam-g") else 1.0
         if second is None:
             update = sgd_update(self.beta1, dampening, nesterov=self.nesterov)
@@ -187,7 +219,7 @@ class Rule:
                 v = second[0].lerp_(clip * clip * found.gg, 1 - self.beta2)
                 factor: Scalar = corrections[0] / (v * corrections[1] + self.eps).sqrt()
             else:
-                factor = adam_factor(found, *second, beta2=self.beta2, eps=self.eps, corrections=corrections)
+                factor = adam_factor(found.gg, *second, beta2=self.beta2, eps=self.eps, corrections=corrections)
             update = adam_update(self.beta1, factor, clip)
         lr: Scalar = self.lr
         if self.kind == "angular":
@@ -211,7 +243,7 @@ def adam_update(beta1: Scalar, factor: Scalar, share: Scalar = 1.0) -> MomentumU
 
 
 def adam_factor(
-    found: TangentProducts,
+    square: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
     *,
@@ -219,8 +251,8 @@ def adam_factor(
     eps: Scalar,
     corrections: tuple[Scalar, Scalar],
 ) -> Tensor:
-    """Return by what Adam multiplies the first moment of each group, and update the second moments in place."""
-    second = exp_avg_sq.lerp_(found.gg, 1 - beta2)
+    """Return Adam's factor of the first moment, and update the second ones by the gradient's squared length."""
+    second = exp_avg_sq.lerp_(square, 1 - beta2)
     if max_exp_avg_sq is not None:
         second = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, second))
     return corrections[0] / ((second * corrections[1]).sqrt() + eps)
@@ -256,25 +288,48 @@ def angular_rate(
     to the rounding of their products. Where other processes hold other groups of the weight, ``elsewhere`` adds up
     over them.
     """
-    length, (d_b, d_g) = _length(found, update), update.direction
+    square, (d_b, d_g) = _squares(found, update)[0], update.direction
     total = d_b * d_b * found.b_total + d_g * d_g * found.g_total
-    length = torch.where(length.square() <= _KNOWN * found.eps * total, 0.0, length)
+    square = torch.where(square <= _KNOWN * found.eps * total, 0.0, square)
     if per_weight:
-        sums = torch.stack([length.square().sum(), length.new_tensor(float(length.numel()))])
+        sums = torch.stack([square.sum(), square.new_tensor(float(square.numel()))])
         total, count = sums if elsewhere is None else elsewhere(sums)
-        length = (total / count).sqrt().expand_as(length)
-    return torch.where(length == 0, 0.0, lr / length)
+        square = (total / count).expand_as(square)
+    return torch.where(square == 0, 0.0, lr / square.sqrt())
 
 
-def _length(found: TangentProducts, update: MomentumUpdate) -> Tensor:
-    """Return ‖d‖ of each group, in radians per unit of learning rate."""
-    d_b, d_g = update.direction
-    square = d_b * d_b * found.bb + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
-    return square.clamp_min(0).sqrt()
+def _squares(found: TangentProducts, update: MomentumUpdate) -> tuple[Tensor, Tensor]:
+    """Return ‖d‖² and ⟨d, p⟩ of each group, in square radians per squared learning rate."""
+    beta, gain, (d_b, d_g) = update.beta, update.gain, update.direction
+    square, overlap = d_b * d_b * found.bb, d_b * beta * found.bb
+    if not update.is_alone:
+        square = square + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
+        overlap = overlap + (d_b * gain + d_g * beta) * found.gb + d_g * gain * found.gg
+    return square.clamp_min(0), overlap
 
 
 def _is_nothing(factor: Scalar) -> bool:
     return isinstance(factor, float | int) and factor == 0
+
+
+# ---- the way back to the sphere --------------------------------------------------------------------------------------
+
+
+def _coefficients(
+    found: TangentProducts, update: MomentumUpdate, lr: Scalar, keep: Scalar, reach: Scalar, along: Scalar, back: Scalar
+) -> Coefficients:
+    """Return what writes ``w' = keep u − reach d`` and ``p' = p + along d + back u``, of tangential parts, u = w/‖w‖.
+
+    A learning rate of 0 leaves w bit for bit.
+    """
+    beta, gain, (d_b, d_g) = update.beta, update.gain, update.direction
+    root = _where_moved(lr, found.ww.rsqrt())
+    d_w, p_w = -d_b * found.b_slope, -beta * found.b_slope
+    if not update.is_alone:
+        d_w, p_w = d_w - d_g * found.g_slope, p_w - gain * found.g_slope
+    w_b, w_g = -reach * d_b, 0.0 if update.is_alone else -reach * d_g
+    moment = p_w + along * d_w + back * root, beta + along * d_b, gain + along * d_g
+    return Coefficients(keep * root - reach * d_w, w_b, w_g, *moment, _is_far(found, w_b, w_g))
 
 
 def _where_moved(lr: Scalar, factor: Tensor) -> Tensor:
@@ -284,59 +339,39 @@ def _where_moved(lr: Scalar, factor: Tensor) -> Tensor:
     return factor if lr != 0 else torch.ones_like(factor)
 
 
-# ---- the way back to the sphere --------------------------------------------------------------------------------------
+def _is_far(found: TangentProducts, w_b: Scalar, w_g: Scalar) -> Tensor:
+    return w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
 
 
 def normalized_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
     r"""Step and normalize, with transport of the momentum by projection.
 
     As d is orthogonal to w, ``‖w − η d‖² = 1 + η² ‖d‖²``; so ``w' = (w − η d)/(1 + η² ‖d‖²)^½``, and the transport
-    ``b' = p − ⟨w', p⟩ w'`` has ``⟨w', p⟩ = −η ⟨d, p⟩/(1 + η² ‖d‖²)^½``. A learning rate of 0 leaves w bit for bit.
+    ``b' = p − ⟨w', p⟩ w'`` has ``⟨w', p⟩ = −η ⟨d, p⟩/(1 + η² ‖d‖²)^½``.
     """
-    beta, gain, follow, ahead = update
-    alone = _is_nothing(gain) and _is_nothing(ahead)  # the momentum, with whatever is in it, is all there is
-    d_b, d_g = follow * beta, 0.0 if alone else follow * gain + ahead
-    p_w, d_w = -beta * found.b_slope, -d_b * found.b_slope
-    length, overlap = d_b * d_b * found.bb, d_b * beta * found.bb
-    if not alone:
-        p_w, d_w = p_w - gain * found.g_slope, d_w - d_g * found.g_slope
-        length = length + 2.0 * d_b * d_g * found.gb + d_g * d_g * found.gg
-        overlap = overlap + (d_b * gain + d_g * beta) * found.gb + d_g * gain * found.gg
-    length = length.clamp_min(0)
+    square, overlap = _squares(found, update)
     # Products out of range would send the group to zero without a word; 0·∞ makes it NaN, as a diverged step should.
-    scale = (1.0 + 0.0 * length) / (1.0 + lr * lr * length).sqrt()
-    root = _where_moved(lr, found.ww.rsqrt())
-    along, turn = -lr * scale, -lr * scale * overlap
-    w_w, w_b, w_g = scale * (root - lr * d_w), along * d_b, 0.0 if alone else along * d_g
-    reach = w_b * w_b * found.b_total
-    far = (reach if alone else reach + w_g * w_g * found.g_total) > 1
-    b_g = 0.0 if alone else gain - turn * w_g
-    return Coefficients(w_w, w_b, w_g, p_w - turn * w_w, beta - turn * w_b, b_g, far)
+    scale = (1.0 + 0.0 * square) / (1.0 + lr * lr * square).sqrt()
+    reach = lr * scale
+    return _coefficients(found, update, lr, scale, reach, -reach * reach * overlap, reach * scale * overlap)
 
 
 def geodesic_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
     r"""Step along the geodesic, with parallel transport of the momentum.
 
     With ``θ = η‖d‖`` and ``e = d/‖d‖``, ``w' = cos θ w − sin θ e`` and
-    ``p' = p + ⟨e, p⟩ ((cos θ − 1) e + sin θ w)``.
+    ``p' = p + ⟨e, p⟩ ((cos θ − 1) e + sin θ w)``; where d is zero the momentum stays as it is.
 
     References:
         Absil, Mahony, Sepulchre, *Optimization Algorithms on Matrix Manifolds*, examples 5.4.1 and 8.1.1.
     """
-    beta, gain, (d_b, d_g), length = update.beta, update.gain, update.direction, _length(found, update)
-    overlap = d_b * beta * found.bb + (d_b * gain + d_g * beta) * found.gb + d_g * gain * found.gg
-    angle = lr * length
+    square, overlap = _squares(found, update)
+    length = square.sqrt()
     inverse = torch.where(length == 0, 0.0, 1.0 / length)
     # Of one angle, so that their squares add up to 1: torch.sinc would round it once more.
-    cosine, sine_rate = torch.cos(angle), torch.where(length == 0, lr, torch.sin(angle) * inverse)
-    root = _where_moved(lr, found.ww.rsqrt())
-    # Factors of d in w' and in p', and of w in p'; where d is zero the momentum stays as it is.
-    along, back = overlap * inverse * inverse * (cosine - 1.0), overlap * sine_rate
-    d_w = -(d_b * found.b_slope + d_g * found.g_slope)
-    p_w = -(beta * found.b_slope + gain * found.g_slope)
-    w_w, w_b, w_g = cosine * root - sine_rate * d_w, -sine_rate * d_b, -sine_rate * d_g
-    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
-    return Coefficients(w_w, w_b, w_g, p_w + along * d_w + back * root, beta + along * d_b, gain + along * d_g, far)
+    cosine, reach = torch.cos(lr * length), torch.where(length == 0, lr, torch.sin(lr * length) * inverse)
+    along = overlap * inverse * inverse * (cosine - 1.0)
+    return _coefficients(found, update, lr, cosine, reach, along, overlap * reach)
 
 
 def projected_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
@@ -344,17 +379,40 @@ def projected_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -
 
     ``p = beta b + gain g`` and ``d`` keep their radial parts, ``w' = (w − η d)/‖w − η d‖`` and ``b' = p``.
     """
-    beta, gain, (d_b, d_g), length = update.beta, update.gain, update.direction, _length(found, update)
+    beta, gain, (d_b, d_g) = update.beta, update.gain, update.direction
     taken = d_g * found.g_taken
     radial = d_b * found.b_slope + d_g * found.g_slope + taken  # of d, as a multiple of w
     # w − η d has a part along w and a tangential part; they are orthogonal.
-    squared = (1.0 - lr * radial).square() * found.ww + (lr * length).square()
+    squared = (1.0 - lr * radial).square() * found.ww + lr * lr * _squares(found, update)[0]
     # Of a step that cancels the weight itself only rounding remains: the group stays where it is.
     lr = lr * torch.ones_like(squared).masked_fill(squared <= (4.0 * found.eps) ** 2, 0.0)
     scale = _where_moved(lr, (1.0 + 0.0 * squared) / squared.sqrt())
-    w_w, w_b, w_g = scale * (1.0 - lr * taken), -lr * scale * d_b, -lr * scale * d_g
-    far = w_b * w_b * found.b_total + w_g * w_g * found.g_total > 1
-    return Coefficients(w_w, w_b, w_g, gain * found.g_taken, beta, gain, far, carried=False)
+    w_b, w_g = -lr * scale * d_b, -lr * scale * d_g
+    weight = scale * (1.0 - lr * taken), w_b, w_g
+    return Coefficients(*weight, gain * found.g_taken, beta, gain, _is_far(found, w_b, w_g), carried=False)
+
+
+def plain_step(rule: Rule, found: TangentProducts, update: MomentumUpdate, norms: Tensor) -> Coefficients:
+    r"""Take the step of plain SGD from the weight ``n u`` in the place of ``r u``, and normalize; update the norms.
+
+    With ``k = ‖u‖/n``, where ``‖u‖ = 1`` to rounding, the plain gradient is ``k g + (λ/k) u`` and the plain weight
+    ``u/k``. The norm after the step is computed in float64 from the products, exactly n where nothing moves.
+    """
+    lr, beta, gain, whole = float(rule.lr), update.beta, update.gain, update.follow * update.gain + update.ahead
+    ww, g_slope, b_slope = found.ww.double(), found.g_slope.double(), found.b_slope.double()
+    down = ww.sqrt() / norms
+    stays = 1.0 - lr * whole * rule.decay
+    w_w, w_b, w_g = stays / down, -lr * update.follow * beta, -lr * whole * down
+    moved = w_b * w_b * found.b_total.double() + w_g * w_g * found.g_total.double()
+    mixed = w_w * (w_b * b_slope + w_g * g_slope) + w_b * w_g * (found.gb.double() / ww + b_slope * g_slope)
+    squared = (stays * norms).square() + moved + 2.0 * ww * mixed
+    end = squared.sqrt()
+    numbers = [_where_moved(lr, w_w / end), w_b / end, w_g / end, gain * rule.decay / down, beta, gain * down]
+    if rule.follows:
+        norms.copy_(end)
+    dtype = found.ww.dtype
+    w_w, w_b, w_g, b_w, b_b, b_g = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
+    return Coefficients(w_w, w_b, w_g, b_w, b_b, b_g, moved > squared, carried=False)
 
 
 def scaled_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:

@@ -31,7 +31,7 @@ Combine = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a sharded weight that this process holds.
+    """The part of a weight that this process holds: all of it, where it is not sharded.
 
     Attributes:
         manifold: the spheres of the tensors that a rule works on.
@@ -42,9 +42,9 @@ class Part:
     """
 
     manifold: SphereProduct
-    combine: Combine | None
-    place: tuple[slice, ...] | None
-    scalars: tuple[Any, ...]
+    combine: Combine | None = None
+    place: tuple[slice, ...] | None = None
+    scalars: tuple[Any, ...] = ()
     elsewhere: Combine | None = None
 
     def read(self, tensor: Tensor) -> Tensor:
@@ -111,15 +111,13 @@ def _cut(manifold: SphereProduct, mesh: Any, placements: tuple[Any, ...]) -> Par
         return None  # a block crosses the boundary, or a process holds nothing
     first, last = rank * block_chunk, min((rank + 1) * block_chunk, blocks)
     held = min((rank + 1) * chunk, rows) - rank * chunk
-    view = (last - first, *partition.view[1:])
-    local = Partition((held, *partition.shape[1:]), view, partition.kept)
-    radius: Any = manifold.uniform_radius
+    local = Partition((held, *partition.shape[1:]), (last - first, *partition.view[1:]), partition.kept)
+    radii, add_up = manifold.radii, _adding_up(mesh, cuts)
     if 0 not in partition.kept:
-        spheres = SphereProduct(local, radius=manifold.radii if radius is None else radius)
-        return Part(spheres, _adding_up(mesh, cuts), None, (Replicate(),) * len(placements))
+        return Part(SphereProduct(local, radius=radii), add_up, None, (Replicate(),) * len(placements))
     each = partition.n_groups // blocks
-    spheres = SphereProduct(local, radius=manifold.radii[first * each : last * each] if radius is None else radius)
-    return Part(spheres, None, None, placements, _adding_up(mesh, cuts))
+    spheres = SphereProduct(local, radius=radii[first * each : last * each])
+    return Part(spheres, None, None, placements, add_up)
 
 
 def _set_into_zeros(manifold: SphereProduct, mesh: Any, placements: tuple[Any, ...]) -> Part:

@@ -12,7 +12,7 @@
 #include <string.h>
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum { SGD, ADAM, ANGULAR_ADAM, ADAM_ENTRIES };
+enum { SGD, ADAM, ANGULAR_ADAM, ADAM_ENTRIES, PLAIN_SGD, PLAIN_ADAM, PUT_BACK };
 enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 256, BLOCK = 16384, ROWS = 64 };
 enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see reference.py */
@@ -24,8 +24,8 @@ typedef struct {
     void *w;            /* the weight, changed */
     const void *g;      /* its gradient */
     void *b;            /* its moment, changed; null without one */
-    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad. AngularAdam and Adam by
-                           entries: v has one an entry */
+    void *v, *v_max;    /* second moments, one a row, changed; null for SGD and without AMSGrad. AngularAdam, Adam by
+                           entries and plain Adam: one an entry */
     const double *square; /* squared radii: one, or one a row */
     int64_t rows, size, squares;
     double take, first, second; /* share of the new gradient; bias corrections 1/(1 - beta^t) of Adam */
@@ -33,11 +33,13 @@ typedef struct {
     Products *products; /* of each row, in a pass that measures */
     const Row *written; /* of each row, in a pass that writes */
     const uint8_t *far; /* and whether it steps farther than a radian: STAYS, CARRIED with its moment, or ALONE */
+    double *norms;      /* of the rows in the run of a plain optimizer, changed; null elsewhere */
 } Job;
 
 typedef struct {
-    int64_t kind, dtype, nesterov, maximize;
+    int64_t kind, dtype, nesterov, maximize, follows; /* follows: whether norms go on as in the plain run */
     double lr, keep, beta2, eps; /* keep: momentum, or beta1 */
+    double decay, shrink; /* of a plain optimizer: decay in the gradient, and factor of the weight */
 } Rule;
 
 /* Numbers of up to ROWS rows, each kind in a run of memory, so that one instruction takes those of several rows. */
@@ -51,6 +53,11 @@ typedef struct {
 } Measured;
 typedef struct { double ww[ROWS], wb[ROWS], wg[ROWS], bw[ROWS], bb[ROWS], bg[ROWS], far[ROWS]; } Turned;
 
+static int by_entries(const Rule *rule) {
+    return rule->kind == ANGULAR_ADAM || rule->kind == ADAM_ENTRIES || rule->kind == PLAIN_ADAM;
+}
+/* How a row is put on its sphere whose step is far: the moment of a plain optimizer stays what it is. */
+static int kept_as(const Rule *rule) { return rule->kind == PLAIN_SGD ? ALONE : CARRIED; }
 static double positive(double x) { return x < 0 ? 0.0 : x; } /* keeps NaN */
 
 static void add_products(Products *sum, const Products *part) {
@@ -122,6 +129,47 @@ static void coefficients(const Rule *rule, const Job *job, const Measured *restr
         r->ww[i] = ww; r->wb[i] = wb; r->wg[i] = wg * to_g;
         r->far[i] = wb * wb * m->bb[i] + wg * wg * m->gg[i];
         r->bw[i] = p_w - turn * ww; r->bb[i] = keep - turn * wb; r->bg[i] = (taken - turn * wg) * to_g;
+    }
+}
+
+/* The same of weights that another optimizer has moved, g being where they were: see on_spheres.py. `nesterov` says
+ * whether the outward part of the move is halved, instead of all of its radial part being taken off. */
+static void put_back_coefficients(const Rule *rule, const Measured *restrict m, int64_t n, Turned *restrict r) {
+    double least = 4.0 * (rule->dtype == FLOAT64 ? 0x1p-52 : 0x1p-23);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double inverse = 1.0 / sqrt(m->gg[i]), xy = m->wg[i] * inverse, outward = xy - 1.0;
+        double taken = rule->nesterov ? 0.5 * positive(outward) : outward;
+        double norm = m->ww[i] - 2.0 * taken * xy + taken * taken;
+        int is_lost = norm <= least * least;
+        double ww = is_lost ? 0.0 : 1.0 / sqrt(norm), wg = (is_lost ? 1.0 : -ww * taken) * inverse;
+        double overlap = ww * m->wb[i] + wg * m->gb[i], to_g = m->square[i];
+        r->ww[i] = ww; r->wb[i] = 0; r->wg[i] = wg * to_g;
+        r->bw[i] = -overlap * ww; r->bb[i] = 1; r->bg[i] = -overlap * wg * to_g;
+        r->far[i] = 4.0 * taken * taken;
+    }
+}
+
+/* The step of plain SGD from weights of other norms; see rule.py. */
+static void plain_coefficients(const Rule *rule, const Job *job, const Measured *restrict m, int64_t row, int64_t n,
+                               Turned *restrict r) {
+    double keep = job->b ? rule->keep : 0.0, take = job->b ? job->take : 0.0, lr = rule->lr, decay = rule->decay;
+    double along = job->b && rule->nesterov ? keep : 1.0, ahead = !job->b || rule->nesterov ? 1.0 : 0.0;
+    double sign = rule->maximize ? -1.0 : 1.0, whole = along * take + ahead, *restrict norms = job->norms + row;
+    int stays = lr == 0.0, follows = rule->follows != 0;
+    double square[ROWS];
+    for (int64_t i = 0; i < n; i++) square[i] = square_of(job, row + i);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double norm = norms[i], radius = sqrt(square[i]), down = sqrt(m->ww[i]) / norm, up = 1.0 / down;
+        double ww = up * (1.0 - lr * whole * decay), wb = -lr * along * keep / radius, wg = -lr * whole * sign * down;
+        double rest = norm * (1.0 - lr * whole * decay), moved = wb * wb * m->bb[i] + wg * wg * m->gg[i];
+        double squared = rest * rest + moved + 2.0 * (ww * (wb * m->wb[i] + wg * m->wg[i]) + wb * wg * m->gb[i]);
+        double end = sqrt(squared), scale = radius / end;
+        r->ww[i] = stays ? 1.0 : scale * ww; r->wb[i] = scale * wb; r->wg[i] = scale * wg;
+        r->far[i] = moved / squared;
+        r->bw[i] = take * radius * decay * up; r->bb[i] = keep; r->bg[i] = take * radius * sign * down;
+        norms[i] = follows ? end : norm;
     }
 }
 

@@ -1,20 +1,22 @@
-"""Weights viewed as their groups: whole or in chunks, in place wherever their memory allows."""
+"""Weights as matrices whose rows are groups, in place: one by one, and many together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.optim.backends.products import (
+    CHUNK,
+    GroupView,
     Scalar,
-    pairs,
     radial_share,
-    rounding_of,
     some,
     tangential_of,
     without_radial_part,
@@ -22,71 +24,17 @@ from manifold_nets.optim.backends.products import (
 from manifold_nets.optim.backends.rule import Rule, StepInput
 
 __all__ = [
-    "CHUNK",
-    "GroupView",
-    "dots_of",
-    "keep_second_moments",
-    "portions",
-    "radii",
+    "columns_of",
     "rows_of",
-    "second_moments",
+    "small_together",
     "suits_rows",
     "what_to_write",
     "without_radial_parts",
+    "write_second_moments",
 ]
 
-# Entries of a chunk: a few of them, in float32, fit in the third level of a processor's cache.
-CHUNK = 2**19
-
-
-class GroupView(NamedTuple):
-    """A weight, or a part of it, in the view of its groups; second moments and radii broadcast over it."""
-
-    weight: Tensor
-    gradient: Tensor
-    moment: Tensor | None
-    second: Tensor | None
-    largest: Tensor | None
-    radius: float | Tensor
-
-    @property
-    def second_moments(self) -> tuple[Tensor, Tensor | None] | None:
-        """The second moments and the largest so far; None where there are none."""
-        return None if self.second is None else (self.second, self.largest)
-
-    def wide(self) -> GroupView:
-        """Return weight, gradient and moment in the dtype to compute in: float32 or better."""
-        dtype = accumulation_dtype(self.weight.dtype)
-        moment = None if self.moment is None else self.moment.to(dtype)
-        return self._replace(weight=self.weight.to(dtype), gradient=self.gradient.to(dtype), moment=moment)
-
-    def write(self, found: GroupView) -> None:
-        """Take weight and moment of another view of the same groups, rounded once."""
-        for own, new in ((self.weight, found.weight), (self.moment, found.moment)):
-            if own is not None and new is not None and own is not new:
-                own.copy_(new)
-
-    def between(self, start: int, end: int) -> GroupView:
-        """Return a part along the first axis, as views."""
-        return GroupView(*(x[start:end] if isinstance(x, Tensor) else x for x in self))  # type: ignore[arg-type]
-
-    def chunks(self, entries: int = CHUNK) -> Iterator[GroupView]:
-        """Yield parts of about this many entries, which stay in a processor's cache; all at once on other devices.
-
-        The first axis has to number groups.
-
-        Example:
-            >>> view = GroupView(torch.zeros(600, 2048), torch.zeros(600, 2048), None, None, None, 1.0)
-            >>> [len(chunk.weight) for chunk in view.chunks()]
-            [256, 256, 88]
-        """
-        count, total = len(self.weight), self.weight.numel()
-        at_once = max(1, entries * count // total) if self.weight.is_cpu and total else count
-        if at_once >= count:
-            yield self
-            return
-        for start in range(0, count, at_once):
-            yield self.between(start, start + at_once)
+# Weights of at most this many entries are stepped together, up to a chunk at once.
+_SMALL = 2**15
 
 
 def suits_rows(member: StepInput) -> bool:
@@ -115,135 +63,118 @@ def rows_of(member: StepInput) -> GroupView:
     if gradient.stride() != member.stride:
         gradient = torch.empty_like(member.weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
     w, *others = member.rows
-    return GroupView(w, gradient.as_strided(*matrix), *others)  # type: ignore[arg-type]
+    norms = None if member.norms is None else member.norms.view(-1, 1)
+    return GroupView(w, gradient.as_strided(*matrix), *others, norms=norms)  # type: ignore[arg-type]
 
 
-def portions(matrices: Iterable[GroupView]) -> Iterator[list[GroupView]]:
-    """Yield runs of matrices of together at most one chunk's entries; larger matrices by themselves."""
-    portion: list[GroupView] = []
-    entries = 0
-    for rows in matrices:
-        if portion and entries + rows.weight.numel() > CHUNK:
-            yield portion
-            portion, entries = [], 0
-        portion.append(rows)
-        entries += rows.weight.numel()
-    if portion:
-        yield portion
-
-
-def radii(matrices: Sequence[GroupView]) -> float | Tensor:
-    """Return the radius of all rows, or one for each of them as a column."""
-    found = [rows.radius for rows in matrices]
-    if len(found) == 1 or not any(isinstance(radius, Tensor) or radius != found[0] for radius in found):
-        return found[0]
-    first = matrices[0].weight
-    columns = [
-        r if isinstance(r, Tensor) else first.new_full((len(rows.weight), 1), r)
-        for rows, r in zip(matrices, found, strict=True)
-    ]
-    return torch.cat([column.to(accumulation_dtype(first.dtype)) for column in columns])
-
-
-def second_moments(matrices: Sequence[GroupView]) -> tuple[Tensor, Tensor | None] | None:
-    """Return the second moments of all rows and the largest so far, as copies in columns; None where there are none."""
-    both = [
-        None if any(x is None for x in column) else torch.cat(column)
-        for column in zip(*((rows.second, rows.largest) for rows in matrices), strict=True)
-    ]
-    return None if both[0] is None else (both[0], both[1])
-
-
-def keep_second_moments(matrices: Sequence[GroupView], second: tuple[Tensor, Tensor | None]) -> None:
-    """Write second moments of all rows back to where `second_moments` took them from."""
-    sizes = [len(rows.weight) for rows in matrices]
-    for whole, parts in zip(second, zip(*((r.second, r.largest) for r in matrices), strict=True), strict=True):
-        if whole is not None:
-            torch._foreach_copy_(list(parts), list(torch.split(whole, sizes)))
-
-
-def dots_of(rows: GroupView) -> Tensor:
-    """Return the inner products of each row, in float32 or better, as rows of a matrix; in the order of `pairs`."""
-    wide = rows.wide()
-    return torch.stack([(x * y).sum(1) for x, y in pairs(wide.weight, wide.gradient, wide.moment)])
-
-
-def without_radial_parts(matrices: Sequence[GroupView], products: Tensor) -> tuple[list[GroupView], Tensor, Scalar]:
-    """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`.
-
-    Args:
-        matrices: weights, not yet changed.
-        products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
-
-    Returns:
-        The matrices with gradients of which nothing is written to, their products, and what was taken off.
-    """
-    taken = radial_share(products.unbind())
-    if not some(taken):
-        return list(matrices), products, 0.0
-    sizes, result, columns = [len(rows.weight) for rows in matrices], [], []
-    for rows, slope, known in zip(matrices, torch.split(taken, sizes), torch.split(products, sizes, 1), strict=True):
-        if not some(slope):
-            result.append(rows)
-            columns.append(known)
+@contextmanager
+def small_together(batch: Sequence[GroupView]) -> Iterator[list[GroupView]]:
+    """Join small weights with groups of one size to matrices, and write back what became of them."""
+    alike: dict[Any, list[GroupView]] = defaultdict(list)
+    matrices: list[GroupView] = []
+    joined: list[tuple[GroupView, list[GroupView]]] = []
+    room: dict[Any, int] = defaultdict(int)
+    for rows in batch:
+        entries = rows.weight.numel()
+        if entries > _SMALL:
+            matrices.append(rows)
             continue
-        gradient, start = torch.empty_like(rows.weight), 0
-        for chunk in rows.chunks():
-            end = start + len(chunk.weight)
-            gradient[start:end], found = _without_radial_part(chunk, slope[start:end], known[2, start:end])
-            columns.append(found.to(products.dtype))
-            start = end
-        result.append(rows._replace(gradient=gradient))
-    return result, torch.cat(columns, 1), taken
+        radius = rows.radius if isinstance(rows.radius, float) else None
+        kind = rows.weight.shape[1], rows.weight.dtype, rows.gradient.dtype, radius
+        room[kind] += entries
+        alike[*kind, room[kind] // CHUNK].append(rows)
+    for portion in alike.values():
+        whole = portion[0]
+        if len(portion) > 1:
+            columns = zip(*portion, strict=True)
+            joint: Any = (torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns)
+            whole = GroupView(*joint)
+            joined.append((whole, portion))
+        matrices.append(whole)
+    yield matrices
+    for whole, portion in joined:
+        for k in (0, 2, 3, 4, -1):  # all but the gradients
+            _split_into([rows[k] for rows in portion], whole[k])
 
 
-def _without_radial_part(rows: GroupView, slope: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    def measure(part: Tensor) -> list[Tensor]:
-        return list(dots_of(rows._replace(gradient=part)).unsqueeze(-1).unbind())
-
-    wide, slope, total = rows.wide(), slope.unsqueeze(-1), total.unsqueeze(-1)
-    rounding = rounding_of(rows.gradient.dtype)
-    part, found = without_radial_part(wide.weight, wide.gradient, slope, total, rounding, measure)
-    if part.dtype != rows.weight.dtype:  # what is written is of the rounded one
-        part = part.to(rows.weight.dtype)
-        found = measure(part)
-    return part, torch.stack(list(found)).squeeze(-1)
+def _split_into(parts: Sequence[Any], whole: Any) -> None:
+    """Write the rows of a whole to the parts that it was made of; nothing where there is none."""
+    if whole is not None:
+        torch._foreach_copy_(list(parts), list(whole.split([len(part) for part in parts])))
 
 
 def what_to_write(
-    rule: Rule, matrices: Sequence[GroupView], products: Tensor, taken: Scalar, dampening: float, step: float
-) -> tuple[Tensor, Tensor, bool]:
+    rule: Rule, matrices: Sequence[GroupView], products: Tensor, dampening: float, step: float
+) -> tuple[list[GroupView], Tensor, Tensor, bool]:
     """Return the coefficients of all rows of all matrices, and update their second moments.
 
     Args:
         rule: the rule.
         matrices: weights, not yet changed.
-        products: the inner products of `pairs`, one in each line, with a column for each row of the matrices.
-        taken: what `without_radial_parts` has taken off their gradients.
+        products: their inner products, one in each line, with a column for each row of the matrices.
         dampening: of all of them.
         step: of all of them.
 
     Returns:
-        A matrix with the six numbers of `Coefficients` for each row, of w, b and the Euclidean gradient; a column that
-        says which rows step farther than a radian; and whether their momenta are carried along.
+        The matrices, with the gradients to take; a matrix with the six numbers of `Coefficients` for each row, of w, b
+        and the Euclidean gradient; a column that says which rows step farther than a radian; and whether their momenta
+        are carried along.
     """
-    radius, second, dtype = radii(matrices), second_moments(matrices), products.dtype
+    dots: Sequence[Tensor] = products.unsqueeze(-1).unbind()
+    taken = None
+    if rule.needs_lengths:
+        matrices, dots, taken = without_radial_parts(matrices, dots)
+    dtype, eps = products.dtype, torch.finfo(accumulation_dtype(matrices[0].weight.dtype)).eps
+    radius, second = columns_of(matrices, dtype)
+    found = tangential_of(dots, radius, maximize=rule.maximize, taken=taken, eps=eps)
+    norms = None if matrices[0].norms is None else torch.cat([rows.norms for rows in matrices])  # type: ignore[misc]
+    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step, norms=norms)
+    write_second_moments(matrices, second)
+    _split_into([rows.norms for rows in matrices], norms)
+    square = (-radius if rule.maximize else radius) * radius
+    *numbers, far, carried = move._replace(wg=move.wg * square, bg=move.bg * square)
+    factors = [torch.as_tensor(x, dtype=dtype, device=far.device).expand_as(far) for x in numbers]
+    return list(matrices), torch.cat(factors, 1), far, carried
+
+
+def columns_of(matrices: Sequence[GroupView], dtype: torch.dtype) -> tuple[Scalar, tuple[Tensor, Tensor | None] | None]:
+    """Return radii and second moments of all rows, as copies in columns; one number where all share the radius."""
+    radius: Scalar = matrices[0].radius
+    if len(matrices) > 1 and any(isinstance(rows.radius, Tensor) or rows.radius != radius for rows in matrices):
+        columns = [(len(r.weight), torch.as_tensor(r.radius, dtype=dtype, device=r.weight.device)) for r in matrices]
+        radius = torch.cat([column.expand(size, 1) for size, column in columns])
     if isinstance(radius, Tensor):
         radius = radius.to(dtype)
-    if second is not None:
-        second = second[0].to(dtype), None if second[1] is None else second[1].to(dtype)
-    taken = taken.unsqueeze(-1) if isinstance(taken, Tensor) else taken
-    eps = torch.finfo(accumulation_dtype(matrices[0].weight.dtype)).eps
-    found = tangential_of(
-        products.unsqueeze(-1).unbind(), radius * radius, maximize=rule.maximize, taken=taken, eps=eps
-    )
-    move = replace(rule, lr=float(rule.lr)).coefficients(found, second, dampening=dampening, step=step)
-    if second is not None:
-        keep_second_moments(matrices, second)
-    square = (-radius if rule.maximize else radius) * radius
-    *columns, far, carried = move._replace(wg=move.wg * square, bg=move.bg * square)
-    return (
-        torch.cat([torch.as_tensor(x, dtype=dtype, device=far.device).expand_as(far) for x in columns], 1),
-        far,
-        carried,
-    )
+    if matrices[0].second is None:
+        return radius, None
+    both = zip(*(rows[3:5] for rows in matrices), strict=True)
+    second, largest = (None if x[0] is None else torch.cat(x).to(dtype) for x in both)
+    return radius, None if second is None else (second, largest)
+
+
+def write_second_moments(matrices: Sequence[GroupView], second: tuple[Tensor, Tensor | None] | None) -> None:
+    """Write second moments of all rows back to where `columns_of` took them from."""
+    for k, whole in zip((3, 4), second or (), strict=False):
+        _split_into([rows[k] for rows in matrices], whole)
+
+
+def without_radial_parts(
+    matrices: Sequence[GroupView], dots: Sequence[Tensor]
+) -> tuple[Sequence[GroupView], Sequence[Tensor], Tensor | None]:
+    """Let tangential parts take the place of gradients that are mostly radial; see `without_radial_part`."""
+    taken = radial_share(dots)
+    if not some(taken):
+        return matrices, dots, None
+    exact, products, start = [], torch.stack(list(dots)), 0
+    for rows in matrices:
+        gradient = torch.empty_like(rows.weight)
+        exact.append(rows._replace(gradient=gradient))
+        for chunk, new in zip(rows.chunks(), exact[-1].chunks(), strict=True):
+            columns = products[:, start : (start := start + len(chunk.weight))]
+            wide = chunk.wide() if len(dots) > 3 else chunk.wide()._replace(moment=None)
+            view, found, _ = without_radial_part(wide, columns.unbind())
+            new.gradient.copy_(view.gradient)
+            if gradient.dtype != view.gradient.dtype:  # what is written is of the rounded one
+                found = new.wide().products()
+            columns.copy_(torch.stack(list(found)))
+    return exact, products.unbind(), taken
