@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from manifold_nets import comparison, errors, layers, optim, sources
+    from manifold_nets import comparison, errors, layers, monitor, optim, sources
     from manifold_nets.comparison import Comparison, compare
     from manifold_nets.constraining import Constrained, constrain, unconstrain
     from manifold_nets.constraints import joint_spheres, restore
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from manifold_nets.groups import Partition
     from manifold_nets.joint_sphere import JointSphere
     from manifold_nets.manifold import SphereProduct
+    from manifold_nets.monitor import Monitor
     from manifold_nets.optim.param_groups import param_groups
     from manifold_nets.symmetry import LearningRates, SymmetryReport, matched_learning_rates
     from manifold_nets.symmetry.diagnose import diagnose
@@ -29,6 +30,7 @@ __all__ = [
     "Constrained",
     "JointSphere",
     "LearningRates",
+    "Monitor",
     "Partition",
     "SphereProduct",
     "SymmetryReport",
@@ -44,6 +46,7 @@ __all__ = [
     "layers",
     "load",
     "matched_learning_rates",
+    "monitor",
     "optim",
     "param_groups",
     "plan",
@@ -64,6 +67,7 @@ _NAMES = {
     "groups": ("Partition",),
     "joint_sphere": ("JointSphere",),
     "manifold": ("SphereProduct",),
+    "monitor": ("Monitor",),
     "optim": ("param_groups",),
     "symmetry": ("LearningRates", "SymmetryReport", "diagnose", "matched_learning_rates"),
 }

@@ -33,15 +33,12 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
         """
         for tensor in tensors:
             if tensor.shape != self.partition.shape:
-                raise PartitionError(
-                    f"a tensor of shape {tuple(tensor.shape)} for {self.partition}",
-                    f"the natural shape {self.partition.shape} of the weight",
-                    "Pass the whole weight in that shape, one at a time.",
-                )
+                found = f"a tensor of shape {tuple(tensor.shape)} for {self.partition}"
+                expected = f"the natural shape {self.partition.shape} of the weight"
+                raise PartitionError(found, expected, "Pass the whole weight in that shape, one at a time.")
             if not tensor.dtype.is_floating_point:
-                raise PartitionError(
-                    f"a tensor of {tensor.dtype}", "a real floating-point dtype", "Cast it, or use real parameters."
-                )
+                remedy = "Cast it, or use real parameters."
+                raise PartitionError(f"a tensor of {tensor.dtype}", "a real floating-point dtype", remedy)
 
     def refuse_degenerate(self, x: Tensor, name: str) -> None:
         """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
@@ -51,7 +48,7 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
     def deviations(self, x: Tensor) -> Tensor:
         """Relative deviation ``|‖w_G‖/r_G − 1|`` of each group: float64, shape ``(n_groups,)``, on the CPU."""
         self.require_shape(x)
-        return (self._norms(x) / self._radii.tensor() - 1).abs()
+        return (self.partition.norms(x.detach().double()).flatten().cpu() / self._radii.tensor() - 1).abs()
 
     def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str | Callable[[], str]) -> None:
         """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
@@ -67,14 +64,8 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         bad = ~(self.deviations(x) <= atol + rtol + torch.finfo(x.dtype).eps)
-        if not bool(bad.any()):
-            return True, None
-        group = int(bad.nonzero()[0])
-        found, expected = self._found_and_expected(x, group)
-        return False, (
-            f"group {group} of `x` has norm {found:.9g} instead of {expected:.9g} "
-            f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
-        )
+        found, expected = self._found_and_expected(x, int(bad.byte().argmax()))
+        return _verdict(bad, f"`x` has norm {found:.9g} instead of {expected:.9g}", atol, rtol)
 
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
@@ -83,13 +74,8 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
         radial = self.partition.inner(x_unit, u_unit).abs()
         eps = max(torch.finfo(x.dtype).eps, torch.finfo(u.dtype).eps)
         bad = ~(radial <= atol + (rtol + eps) * self.partition.norms(u_unit)).flatten()
-        if not bool(bad.any()):
-            return True, None
-        group = int(bad.nonzero()[0])
-        return False, (
-            f"group {group} of `u` has a radial part of {float(radial.flatten()[group]):.6g} radians instead of 0 "
-            f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
-        )
+        found = float(radial.flatten()[int(bad.byte().argmax())])
+        return _verdict(bad, f"`u` has a radial part of {found:.6g} radians instead of 0", atol, rtol)
 
     def _norms(self, x: Tensor) -> Tensor:
         norms: Tensor = self.partition.norms(x.detach().to(torch.float64))
@@ -97,3 +83,11 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
 
     def _found_and_expected(self, x: Tensor, group: int) -> tuple[float, float]:
         return float(self._norms(x)[group]), float(self._radii.tensor()[group])
+
+
+def _verdict(bad: Tensor, first: str, atol: float, rtol: float) -> tuple[bool, str | None]:
+    """What geoopt's checks return, with the number of the first bad group and what is said of it."""
+    if not bool(bad.any()):
+        return True, None
+    count = f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"
+    return False, f"group {int(bad.byte().argmax())} of {first} {count}"

@@ -54,10 +54,6 @@ class LoadHook:
         module._register_load_state_dict_pre_hook(self)  # type: ignore[no-untyped-call]
         check_values_last(module)
 
-    def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Change or check the values before `load_state_dict` copies them."""
-        raise NotImplementedError
-
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "module": self.module()}
 

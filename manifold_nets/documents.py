@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -9,11 +10,12 @@ import sys
 import zlib
 from collections.abc import Callable, Mapping
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from manifold_nets.errors import near_matches
 
-__all__ = ["Schema", "crc32", "is_intact", "parse_json", "printable", "with_checksum", "without_infinities"]
+__all__ = ["JsonForm", "Schema", "crc32", "is_intact", "parse_json", "printable"]
+__all__ += ["with_checksum", "without_infinities"]
 
 _TOO_DEEP = "it is nested too deeply"
 
@@ -38,6 +40,38 @@ def parse_json(text: str | bytes) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
+
+
+class JsonForm:
+    """Base of frozen data classes with a JSON form: their fields, without those that are not compared.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Square(JsonForm):
+        ...     side: float
+        ...     area = property(lambda self: self.side**2)
+        ...     json_also = ("area",)
+        >>> Square(3.0).to_dict()
+        {'side': 3.0, 'area': 9.0}
+    """
+
+    # Properties that are part of the form, and fields that are not.
+    json_also: ClassVar[tuple[str, ...]] = ()
+    json_without: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        names = [field.name for field in dataclasses.fields(self) if field.compare]  # type: ignore[arg-type]
+        kept = [name for name in (*names, *self.json_also) if name not in self.json_without]
+        return {name: _plain(getattr(self, name)) for name in kept}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 class Schema:

@@ -480,6 +480,7 @@ _FORMER: dict[str, type[Exception]] = {
     "UnsupportedManifoldError": ParameterGroupError,
     "WeightsFileError": CheckpointFormatError,
 }
+__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and value.__module__ == __name__]
 for _module in ("analysis", "base", "checkpoints", "constraints", "conversion", "files", "models", "optimizers"):
     sys.modules[f"{__name__}.{_module}"] = sys.modules[__name__]
 

@@ -18,16 +18,7 @@ from torch import Tensor, nn
 
 from manifold_nets.errors import DegenerateGroupError, PartitionError
 
-__all__ = [
-    "Partition",
-    "accumulation_dtype",
-    "filter_partition",
-    "has_values",
-    "refuse_degenerate",
-    "root_sum_squares",
-    "sum_over",
-    "wide",
-]
+__all__ = ["Partition"]
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -121,17 +112,15 @@ class Partition:
         for field in ("shape", "view", "kept"):
             object.__setattr__(self, field, tuple(int(n) for n in getattr(self, field)))
         if math.prod(self.view) != math.prod(self.shape) or any(size < 1 for size in self.shape + self.view):
-            raise PartitionError(
-                f"view {self.view} of shape {self.shape}",
-                "positive sizes, and a view with as many entries as the shape",
-                "Choose a view whose sizes multiply to the number of weight entries.",
-            )
+            found = f"view {self.view} of shape {self.shape}"
+            remedy = "Choose a view whose sizes multiply to the number of weight entries."
+            raise PartitionError(found, "positive sizes, and a view with as many entries as the shape", remedy)
         if any(axis not in range(len(self.view)) for axis in self.kept) or list(self.kept) != sorted(set(self.kept)):
-            raise PartitionError(
+            found, expected = (
                 f"kept axes {self.kept} of view {self.view}",
                 f"increasing axes among 0 … {len(self.view) - 1}",
-                "List every kept axis once, in increasing order, counted from 0.",
             )
+            raise PartitionError(found, expected, "List every kept axis once, in increasing order, counted from 0.")
 
     @classmethod
     def filters(cls, shape: Sequence[int]) -> Partition:
@@ -146,22 +135,18 @@ class Partition:
         """
         channels_in, per_group, *kernel = shape
         if groups < 1 or channels_in % groups:
-            raise PartitionError(
-                f"groups={groups} for a transposed convolution weight of shape {tuple(shape)}",
-                f"a positive divisor of the {channels_in} input channels",
-                "Pass the groups of the convolution that owns this weight.",
-            )
+            found = f"groups={groups} for a transposed convolution weight of shape {tuple(shape)}"
+            expected = f"a positive divisor of the {channels_in} input channels"
+            raise PartitionError(found, expected, "Pass the groups of the convolution that owns this weight.")
         return cls(tuple(shape), (groups, channels_in // groups, per_group, *kernel), (0, 2))
 
     @classmethod
     def blocks(cls, shape: Sequence[int], count: int) -> Partition:
         """`count` groups of equally many consecutive filters: GroupNorm groups, attention heads."""
         if count < 1 or shape[0] % count:
-            raise PartitionError(
-                f"{count} blocks of the {shape[0]} filters of shape {tuple(shape)}",
-                f"a positive divisor of {shape[0]}",
-                "Choose a number of blocks that divides axis 0.",
-            )
+            found = f"{count} blocks of the {shape[0]} filters of shape {tuple(shape)}"
+            remedy = "Choose a number of blocks that divides axis 0."
+            raise PartitionError(found, f"a positive divisor of {shape[0]}", remedy)
         return cls(tuple(shape), (count, shape[0] // count, *shape[1:]), (0,))
 
     @classmethod

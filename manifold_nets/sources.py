@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError, near_matches
+from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError, described, near_matches
 from manifold_nets.files import is_link_loop
 from manifold_nets.weights import load_weights
 
 __all__ = ["ModelSpec", "import_torchvision", "load_attribute", "load_model", "load_object"]
 
 _log = logging.getLogger(__name__)
-_VISION = "pip install 'manifold_nets[vision]'"
 _declared_operators: list[torch.library.Library] = []
 # What another's code may raise: where it means to end its own program, it is no part of ours that ends.
 _FAULTS = (Exception, SystemExit)
@@ -59,28 +58,20 @@ class ModelSpec:
         Raises:
             ModelSpecError: the text has none of these forms.
         """
-        place, colon, name = text.rpartition(":")
-        if not (place and colon and name):
-            raise ModelSpecError(text)
-        if place in ("torchvision", "timm"):
+        place, _, name = text.rpartition(":")
+        if place in ("torchvision", "timm") and name:
             return cls(place, place, name)
-        if not all(part.isidentifier() for part in name.split(".")):
+        dotted = name if place.endswith(".py") else f"{place}.{name}"
+        if not place or not all(part.isidentifier() for part in dotted.split(".")):
             raise ModelSpecError(text)
-        if place.endswith(".py"):
-            return cls("file", place, name)
-        if not all(part.isidentifier() for part in place.split(".")):
-            raise ModelSpecError(text)
-        return cls("module", place, name)
+        return cls("file" if place.endswith(".py") else "module", place, name)
 
     def __str__(self) -> str:
         return f"{self.place}:{self.name}"
 
 
 def load_model(
-    spec: str | ModelSpec,
-    *,
-    kwargs: Mapping[str, Any] | None = None,
-    weights: str | Path | None = None,
+    spec: str | ModelSpec, *, kwargs: Mapping[str, Any] | None = None, weights: str | Path | None = None
 ) -> nn.Module:
     """Build the model that a specification names, and load its weights from a file.
 
@@ -105,7 +96,7 @@ def load_model(
         Linear(in_features=4, out_features=2, bias=True)
     """
     spec = ModelSpec.parse(spec) if isinstance(spec, str) else spec
-    build = {"torchvision": _from_torchvision, "timm": _from_timm}.get(spec.kind, _from_python)
+    build = _from_library if spec.kind in ("torchvision", "timm") else _from_python
     model = build(spec, dict(kwargs or {}))
     return model if weights is None else load_weights(model, weights)
 
@@ -191,15 +182,18 @@ def _declare_operator(name: str) -> None:
     _declared_operators.append(library)
 
 
-def _from_torchvision(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
+def _from_library(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     try:
         models = import_torchvision().models
+        timm = importlib.import_module("timm") if spec.kind == "timm" else None
     except ModuleNotFoundError as error:
-        raise _not_installed(spec, error) from error
-    if spec.name not in models.list_models():
-        raise ModelNotFoundError(
-            spec, f"torchvision has no model {spec.name!r}", _near(spec.name, models.list_models())
-        )
+        found = f"{error.name} is not installed"
+        raise ModelNotFoundError(spec, found, "Install the extra: pip install 'manifold_nets[vision]'.") from error
+    if not (timm.is_model(spec.name) if timm is not None else spec.name in models.list_models()):
+        known = (timm or models).list_models()
+        raise ModelNotFoundError(spec, f"{spec.kind} has no model {spec.name!r}", _near(spec.name, known))
+    if timm is not None:
+        return _model(spec, timm.create_model, {"model_name": spec.name, "pretrained": False, **kwargs})
     builder = models.get_model_builder(spec.name)
     # Segmentation and detection models download a trained backbone by default.
     accepted = inspect.signature(builder).parameters
@@ -207,18 +201,7 @@ def _from_torchvision(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
     with warnings.catch_warnings():
         # googlenet and inception_v3 announce a future change of their initialization at every call.
         warnings.filterwarnings("ignore", "The default weight initialization of", FutureWarning)
-        return _model(spec, _call(spec, builder, {**offline, **kwargs}))
-
-
-def _from_timm(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
-    try:
-        import_torchvision()
-        timm = importlib.import_module("timm")
-    except ModuleNotFoundError as error:
-        raise _not_installed(spec, error) from error
-    if not timm.is_model(spec.name):
-        raise ModelNotFoundError(spec, f"timm has no model {spec.name!r}", _near(spec.name, timm.list_models()))
-    return _model(spec, _call(spec, timm.create_model, {"model_name": spec.name, "pretrained": False, **kwargs}))
+        return _model(spec, builder, {**offline, **kwargs})
 
 
 def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
@@ -227,7 +210,7 @@ def _from_python(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:
             return found
         if not callable(found) or isinstance(found, nn.Module):
             raise ModelBuildError(spec, f"{spec.name} is a {type(found).__name__}, which takes no arguments")
-        return _model(spec, _call(spec, found, kwargs))
+        return _model(spec, found, kwargs)
 
 
 @contextlib.contextmanager
@@ -238,7 +221,8 @@ def _attribute(spec: ModelSpec) -> Iterator[Any]:
         why = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
         raise ModelNotFoundError(spec, why, "Write the path from the working directory.")
     with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
-        found: Any = _import_file(spec, path) if spec.kind == "file" else _import_module(spec)
+        with _importing(spec):
+            found: Any = _import_file(path) if spec.kind == "file" else importlib.import_module(spec.place)
         for part in spec.name.split("."):
             if not hasattr(found, part):
                 names = [name for name in vars(found) if callable(getattr(found, name)) and not name.startswith("_")]
@@ -247,33 +231,33 @@ def _attribute(spec: ModelSpec) -> Iterator[Any]:
         yield found
 
 
-def _import_file(spec: ModelSpec, path: Path) -> ModuleType:
-    name = f"_manifold_nets_model_{path.stem}"
-    location = importlib.util.spec_from_file_location(name, path)
-    if location is None or location.loader is None:
-        raise ModelNotFoundError(spec, f"{path} is no Python file", "Name a file that ends in .py.")
-    module = importlib.util.module_from_spec(location)
-    # Classes look their own module up by name (dataclasses, pickle), also after the import.
-    sys.modules[name] = module
+@contextlib.contextmanager
+def _importing(spec: ModelSpec) -> Iterator[None]:
+    """Turn what an import raises into an error about the specification."""
     try:
-        location.loader.exec_module(module)
-    except _FAULTS as error:
-        del sys.modules[name]
-        raise ModelBuildError(spec, f"importing {path} raised {_described(error)}") from error
-    return module
-
-
-def _import_module(spec: ModelSpec) -> ModuleType:
-    try:
-        return importlib.import_module(spec.place)
+        yield
     except ModuleNotFoundError as error:
-        if error.name is not None and f"{spec.place}.".startswith(f"{error.name}."):
+        if spec.kind == "module" and error.name is not None and f"{spec.place}.".startswith(f"{error.name}."):
             remedy = "Install the package, run from the folder that holds it, or name a file: path/to/file.py:callable."
             remedy = f"{near_matches(spec.place, ('torchvision', 'timm'))} {remedy}".strip()
             raise ModelNotFoundError(spec, f"there is no module {error.name!r}", remedy) from error
-        raise ModelBuildError(spec, f"importing {spec.place} raised {_described(error)}") from error
+        raise ModelBuildError(spec, f"importing {spec.place} raised {described(error)}") from error
     except _FAULTS as error:
-        raise ModelBuildError(spec, f"importing {spec.place} raised {_described(error)}") from error
+        raise ModelBuildError(spec, f"importing {spec.place} raised {described(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"_manifold_nets_model_{path.stem}"
+    location = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(location)  # type: ignore[arg-type]
+    # Classes look their own module up by name (dataclasses, pickle), also after the import.
+    sys.modules[name] = module
+    try:
+        location.loader.exec_module(module)  # type: ignore[union-attr]
+    except _FAULTS:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _call(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
@@ -281,10 +265,11 @@ def _call(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) ->
         return build(**kwargs)
     except _FAULTS as error:
         shown = ", ".join(f"{name}={value!r}" for name, value in kwargs.items())
-        raise ModelBuildError(spec, f"{spec.name}({shown}) raised {_described(error)}") from error
+        raise ModelBuildError(spec, f"{spec.name}({shown}) raised {described(error)}") from error
 
 
-def _model(spec: ModelSpec, found: Any) -> nn.Module:
+def _model(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, Any]) -> nn.Module:
+    found = _call(spec, build, kwargs)
     if isinstance(found, nn.Module):
         return found
     raise ModelBuildError(spec, f"{spec.name} returned an object of type {type(found).__name__}")
@@ -303,17 +288,9 @@ def _importable(folder: Path) -> Iterator[None]:
             sys.path.remove(entry)
 
 
-def _not_installed(spec: ModelSpec, error: ModuleNotFoundError) -> ModelNotFoundError:
-    return ModelNotFoundError(spec, f"{error.name} is not installed", f"Install the extra: {_VISION}.")
-
-
 def _near(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = near_matches(name, names)
     if near:
         return near
     return f"It has {', '.join(names[:8])}{' and others' if len(names) > 8 else ''}." if names else "It has none."
-
-
-def _described(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -13,8 +13,8 @@ grimp = pytest.importorskip("grimp")
 LAYERS = (
     ("cli",),
     ("comparison",),
-    ("pymanopt_bridge", "sources"),
-    ("weights",),
+    ("pymanopt_bridge", "sources", "monitor"),
+    ("weights", "monitor_page"),
     ("conversion", "optim"),
     ("symmetry",),
 )

@@ -197,4 +197,4 @@ def test_buffers_that_hold_infinities_are_their_own_rounding(fault: str | None, 
     if fault is not None:
         values[fault][2] = 0.0
     found = verify_module.compare_in_float64(copy.deepcopy(model), values, x, lambda twin: None)
-    assert found == verify_module.Float64Comparison(0.0, told and f"{told}, rounded")
+    assert found == (0.0, told and f"{told}, rounded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,7 +28,7 @@ from manifold_nets.comparison.scheduler import Observer, Scheduler, conclude, sh
 from manifold_nets.comparison.selection import choose_all, tuned_settings, tuning_settings
 from manifold_nets.comparison.settings import Settings
 from manifold_nets.comparison.tasks import Task, load_task
-from manifold_nets.errors import ArgumentTypeError, MissingExtraError
+from manifold_nets.errors import ArgumentTypeError, MissingExtraError, listed
 from manifold_nets.files import atomic_file, resolved
 
 if TYPE_CHECKING:
@@ -161,8 +162,9 @@ def _numbers(
 ) -> tuple[Number, ...]:
     """The numbers of an argument, converted to one kind."""
     try:
-        # Of a text nothing is a number.
-        return tuple(kind(value) for value in ([values] if isinstance(values, str) else values))
+        if isinstance(values, str):
+            raise TypeError("the letters of a text are no numbers")
+        return tuple(map(kind, values))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy) from error
 
@@ -302,7 +304,7 @@ def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | No
         # The system takes the lock back from a process that is killed.
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
     except Timeout as error:
-        raise FolderInUseError(folder) from error
+        raise FolderInUseError(folder, "another process that runs a comparison in this folder") from error
     return folder
 
 
@@ -344,7 +346,10 @@ def join_comparison(
         settings = store.settings()
         refused = [spec for spec in foreign_code(settings) if spec not in allow]
         if refused:
-            raise CodeNotAllowedError(study, refused)
+            flags = " ".join(f"--allow {shlex.quote(spec)}" for spec in refused)
+            remedy = f"If you trust it, start the worker with {flags} (in Python allow={list(refused)!r})."
+            found = f"{listed(refused)}, code of this machine that the worker was not allowed to run"
+            raise CodeNotAllowedError(f"study {study}", found, remedy=remedy)
         store.create(settings, environment())  # refuses other versions
         require_device(settings)
         Experiment.from_settings(settings)

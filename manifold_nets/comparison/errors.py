@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -23,29 +22,26 @@ __all__ = [
     "StorageError",
     "TaskNameError",
     "TaskSourceError",
+    "what_to_write",
 ]
 
-# Names that earlier versions had built in, and where they are now.
+# Names that earlier versions had built in, by the files of examples/paper that have them now.
 _MOVED = {
-    "camvid": "camvid.py:camvid",
-    **{
-        name: f"series.py:{name.replace('-', '_')}" for name in ("japanese-vowels", "osuleaf", "acsf1", "basic-motions")
-    },
-    "python-manual": "text.py:python_manual",
-    "movielens": "ratings.py:movielens",
-    "segnet-basic": "camvid.py:segnet_basic",
-    "conv1d": "series.py:conv1d",
-    "transformer": "text.py:transformer",
-    "towers": "ratings.py:towers",
-    **{name: f"protocol.py:{name.replace('-', '_')}" for name in ("un", "sm-columns", "rsgd-all", "radam-all")},
+    "camvid": "camvid segnet-basic",
+    "protocol": "un sm-columns rsgd-all radam-all",
+    "ratings": "movielens towers",
+    "series": "japanese-vowels osuleaf acsf1 basic-motions conv1d",
+    "text": "python-manual transformer",
 }
 
 
-def _unknown(option: str, name: str, known: Iterable[str]) -> str:
+def what_to_write(option: str, name: str, known: Iterable[str]) -> str:
     """What to do about a name that is not known: where it has moved to, or which names look like it."""
-    moved = _MOVED.get(name.partition(":")[0])
-    if moved is not None:
-        return f"It is no longer built in; from the source repository, use {option} examples/paper/{moved}."
+    name = name.partition(":")[0]
+    for file, names in _MOVED.items():
+        if name in names.split():
+            place = f"examples/paper/{file}.py:{name.replace('-', '_')}"
+            return f"It is no longer built in; from the source repository, use {option} {place}."
     return f"{near_matches(name, known)} Correct the name.".strip()
 
 
@@ -55,14 +51,14 @@ class _FoundError(ManifoldNetsError):
     Args:
         where: file, place or setting.
         found: what is there.
-        expected: what should be.
+        expected: what should be; that of the class when left out.
         remedy: what to do; that of the class when left out.
     """
 
-    remedy = ""
+    expected = remedy = ""
 
-    def __init__(self, where: object, found: object, expected: str, remedy: str | None = None) -> None:
-        super().__init__(f"{where}: found {found}; expected {expected}. {self.remedy if remedy is None else remedy}")
+    def __init__(self, where: object, found: object, expected: str = "", remedy: str = "") -> None:
+        super().__init__(f"{where}: found {found}; expected {expected or self.expected}. {remedy or self.remedy}")
 
 
 class RecordError(_FoundError, ValueError):
@@ -102,32 +98,24 @@ class DataFileError(_FoundError, ValueError):
 class ComparisonFolderError(_FoundError, OSError):
     """A folder holds no finished comparison."""
 
+    expected = "a finished comparison"
+    remedy = "Name the --output folder of a comparison that has ended, or start its command again."
+
 
 class StorageError(_FoundError, RuntimeError):
     """The database of a comparison cannot be opened, or lacks the study."""
 
 
-class OptimizerNameError(ManifoldNetsError, ValueError):
+class OptimizerNameError(_FoundError, ValueError):
     """No optimizer has this name."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        names = sorted(known)
-        super().__init__(
-            f"optimizers: found {name!r}; expected one of {', '.join(names)}, or file.py:NAME of an optimizer class. "
-            f"{_unknown('--optimizers', name, names)}"
-        )
+        expected = f"one of {', '.join(sorted(known))}, or file.py:NAME of an optimizer class"
+        super().__init__("optimizers", repr(name), expected, what_to_write("--optimizers", name, known))
 
 
 class TaskNameError(_FoundError, ValueError):
     """No task or model of a comparison has this name, or its settings are invalid."""
-
-    def __init__(self, what: str, found: str, expected: str, remedy: str) -> None:
-        super().__init__(what, repr(found), expected, remedy)
-
-    @classmethod
-    def unknown(cls, what: str, found: str, expected: str, known: Iterable[str]) -> TaskNameError:
-        """The error for a name that is not known, with similar names or the file that it has moved to."""
-        return cls(what, found, expected, _unknown(f"--{what}", found.partition(":")[0], known))
 
 
 class DifferentCommandError(ManifoldNetsError, ValueError):
@@ -142,47 +130,32 @@ class DifferentCommandError(ManifoldNetsError, ValueError):
         self.differences = tuple(differences)
 
 
-class FolderInUseError(ManifoldNetsError, RuntimeError):
+class FolderInUseError(_FoundError, RuntimeError):
     """Another process works in the same folder."""
 
-    def __init__(self, folder: object) -> None:
-        super().__init__(
-            f"{folder}: another process runs a comparison in this folder; expected none. Wait for it or end it; "
-            "for several processes at once use --workers N, or --storage URL for several machines."
-        )
+    expected = "none"
+    remedy = (
+        "Wait for it or end it; for several processes at once use --workers N, or --storage URL for several machines."
+    )
 
 
-class RunFailedError(ManifoldNetsError, RuntimeError):
+class RunFailedError(_FoundError, RuntimeError):
     """A run ended without a result, for a reason other than divergence."""
 
-    def __init__(self, run: object, reasons: Sequence[str]) -> None:
-        super().__init__(
-            f"run {run}: found {listed(reasons)}; expected a result. Correct the cause and start the same command "
-            "again: the runs that are done are kept."
-        )
+    expected = "a result"
+    remedy = "Correct the cause and start the same command again: the runs that are done are kept."
 
 
 class OptimizerBuildError(RunFailedError):
     """An optimizer cannot be made for the model of the comparison, so that none of its runs could be carried out."""
 
-    def __init__(self, run: object, name: str, reason: str) -> None:
-        ManifoldNetsError.__init__(
-            self,
-            f"run {run}: found {reason.rstrip('.')}; expected an optimizer that can be made for this model; no run was "
-            f"carried out. Correct the cause, or leave {name} out of the optimizers.",
-        )
+    expected = "an optimizer that can be made for this model; no run was carried out"
 
 
-class CodeNotAllowedError(ManifoldNetsError, RuntimeError):
+class CodeNotAllowedError(_FoundError, RuntimeError):
     """The study in a shared database names code that the worker was not allowed to run."""
 
-    def __init__(self, study: str, refused: Sequence[str]) -> None:
-        flags = " ".join(f"--allow {shlex.quote(spec)}" for spec in refused)
-        super().__init__(
-            f"study {study}: found {listed(refused)}, code of this machine that the worker was not allowed to run; "
-            f"expected built-in tasks, models and optimizers. If you trust it, start the worker with {flags} "
-            f"(in Python allow={list(refused)!r})."
-        )
+    expected = "built-in tasks, models and optimizers"
 
 
 def __getattr__(name: str) -> object:

@@ -202,7 +202,9 @@ class InitialModels:
                 with torch.random.fork_rng():
                     experiment.optimizers[name].make(made.model(key), rate, made.settings.of_run(key))
             except Exception as error:
-                raise OptimizerBuildError(key, name, f"{type(error).__name__}: {error}") from error
+                found = f"{type(error).__name__}: {error}".rstrip(".")
+                remedy = f"Correct the cause, or leave {name} out of the optimizers."
+                raise OptimizerBuildError(f"run {key}", found, remedy=remedy) from error
         return made
 
     def model(self, key: RunKey) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.comparison.errors import TaskNameError, TaskSourceError
+from manifold_nets.comparison.errors import TaskNameError, TaskSourceError, what_to_write
 from manifold_nets.comparison.tasks import Task
 from manifold_nets.comparison.tasks.task import evaluation_mode
 from manifold_nets.errors import ModelSpecError
@@ -81,9 +81,9 @@ def _by_name(source: str, task: Task) -> nn.Module:
             return _built_in(source, task)
         spec = ModelSpec.parse(source)
     except ModelSpecError as error:
-        raise TaskNameError.unknown("model", source, _KNOWN, MODEL_NAMES) from error
+        raise TaskNameError("model", repr(source), _KNOWN, what_to_write("--model", source, MODEL_NAMES)) from error
     except ValueError as error:
-        raise TaskNameError("model", source, _KNOWN, str(error)) from error
+        raise TaskNameError("model", repr(source), _KNOWN, str(error)) from error
     if spec.kind == "torchvision":
         return load_model(spec, kwargs={"num_classes": task.outputs})
     if spec.kind == "timm":

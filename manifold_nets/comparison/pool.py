@@ -66,7 +66,7 @@ class InProcessExecutor:
             try:
                 done.append((run_id, self._runner.run(key)))
             except (Exception, SystemExit) as error:
-                raise RunFailedError(key, [f"{type(error).__name__}: {error}"]) from error
+                raise RunFailedError(f"run {key}", f"{type(error).__name__}: {error}") from error
         self._started.clear()
         return done
 
@@ -143,14 +143,15 @@ class ProcessPool:
         run_id, key = self._busy.pop(process, (-1, None))
         if answer is not None and key is not None:
             if isinstance(answer, str):
-                raise RunFailedError(key, [answer])
+                raise RunFailedError(f"run {key}", answer)
             return [(run_id, answer)]
         self._processes.remove(process)
         status, fresh = process.end(), self._add_process()
         if key is not None:
             self._lost[key] = self._lost.get(key, 0) + 1
             if self._lost[key] >= ATTEMPTS:
-                raise RunFailedError(key, [f"a process that ended with status {status}, {ATTEMPTS} times"])
+                found = f"a process that ended with status {status}, {ATTEMPTS} times"
+                raise RunFailedError(f"run {key}", found)
             self._send(fresh, run_id, key)
         return []
 

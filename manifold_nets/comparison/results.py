@@ -414,6 +414,5 @@ class Comparison(JsonRecord):
         """
         path = Path(folder) / _FILE_NAME
         if not path.is_file():
-            remedy = "Name the --output folder of a comparison that has ended, or start its command again."
-            raise ComparisonFolderError(folder, f"no {_FILE_NAME}", "a finished comparison", remedy)
+            raise ComparisonFolderError(folder, f"no {_FILE_NAME}")
         return cls.from_json(path.read_bytes(), path)

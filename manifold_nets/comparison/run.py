@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,7 @@ class _Training:
     modules: tuple[nn.Module, ...]
     steps: int = 0
     examples: int = 0
+    status: Literal["finished", "diverged"] = "finished"
     seconds: float = 0.0
     validation_seconds: float = 0.0
     step_times: list[float] = field(default_factory=list)
@@ -117,7 +118,8 @@ class Runner:
         self._task = initial_models.experiment.task.to(settings.device)
         self._train = self._task.parts["train"]
         self._memory: dict[str, int | None] = {}
-        self._orders: dict[tuple[int, int], list[Tensor]] = {}
+        kept = settings.epochs if len(self._train) * settings.epochs <= KEPT_NUMBERS else 0
+        self._shuffled = lru_cache(kept)(self._shuffle)  # the runs of a seed come one after the other
         self._validation = torch.split(torch.arange(len(self._task.parts["validation"])), 4 * settings.batch_size)
         self._machine = machine_in_words()
         # Every built-in optimizer is made once, so that no run pays for the import of its library.
@@ -135,16 +137,17 @@ class Runner:
         """
         start = time.perf_counter()
         with self._threads(), torch.random.fork_rng():
-            model = self._initial.model(key)
-            memory = self._peak_memory(key, model)
-            self._seed(derived_seed(key.seed, "contestant"))
-            stepper = self._stepper(key, model)
+            memory = self._peak_memory(key)
+            model, stepper = self._start(key)
             modules = tuple(module for module in model.modules() if module._parameters)
             run = _Training(key, model, stepper, FilterWatch(model, self._initial.partitions), modules)
-            diverged = self._diverges(run)
+            try:
+                self._train_model(run)
+            except _DivergedError:
+                run.status = "diverged"
         result = RunResult(
             key=key,
-            status="diverged" if diverged else "finished",
+            status=run.status,
             layers=run.watch.names,
             epochs=tuple(run.epochs),
             steps=run.steps,
@@ -154,7 +157,7 @@ class Runner:
             machine=self._machine,
             validation_seconds=run.validation_seconds,
         )
-        if self._folder is not None and not diverged:
+        if self._folder is not None and not result.diverged:
             # A safetensors file holds plain contiguous tensors that share no memory.
             state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
             keep_weights(self._folder, key, state)
@@ -174,11 +177,9 @@ class Runner:
             self.run(key)
             weights = kept_weights(folder, key)
         if weights is None:
-            raise RunFailedError(key, ["weights that cannot be read back"])
+            raise RunFailedError(f"run {key}", "weights that cannot be read back")
         with self._threads(), torch.random.fork_rng():
-            model = self._initial.model(key)
-            self._seed(derived_seed(key.seed, "contestant"))
-            self._stepper(key, model)  # it may have given the model another form
+            model, _ = self._start(key)
             model.load_state_dict(weights)
             scores = evaluate(model, self._task, "test")
         return scores["error"], scores["loss"]
@@ -192,17 +193,19 @@ class Runner:
         finally:
             torch.set_num_threads(before)
 
-    def _diverges(self, run: _Training) -> bool:
-        """Train until the last epoch or an early stop; return whether the run diverged before that."""
-        try:
-            for epoch in range(1, self._settings.epochs + 1):
-                self._epoch(run, epoch)
-                errors = [record.validation_error for record in run.epochs]
-                if self._settings.early_stop and should_stop(run.losses, errors):
-                    break
-        except _DivergedError:
-            return True
-        return False
+    def _start(self, key: RunKey) -> tuple[nn.Module, Stepper]:
+        """The model that a run starts from, in the form that its optimizer may have given it, and the optimizer."""
+        model = self._initial.model(key)
+        self._seed(derived_seed(key.seed, "contestant"))
+        return model, self._stepper(key, model)
+
+    def _train_model(self, run: _Training) -> None:
+        """Train until the last epoch or an early stop."""
+        for epoch in range(1, self._settings.epochs + 1):
+            self._epoch(run, epoch)
+            errors = [record.validation_error for record in run.epochs]
+            if self._settings.early_stop and should_stop(run.losses, errors):
+                break
 
     def _epoch(self, run: _Training, epoch: int) -> None:
         """Train for one epoch and validate."""
@@ -245,9 +248,8 @@ class Runner:
         begun = time.perf_counter()
         schedule, epochs = self._settings.schedule, self._settings.epochs
         if schedule == "cosine" or (schedule != "constant" and share == 0):
-            run.stepper.set_learning_rate(
-                learning_rate_factor(schedule, epoch=epoch, share=share, epochs=epochs, losses=run.losses)
-            )
+            factor = learning_rate_factor(schedule, epoch=epoch, share=share, epochs=epochs, losses=run.losses)
+            run.stepper.set_learning_rate(factor)
         objective = BatchObjective(run.model, self._task.loss, *self._train.batch(rows), modules=run.modules)
         fetched = time.perf_counter()
         try:
@@ -283,25 +285,21 @@ class Runner:
         """The examples of each step of an epoch: all at once, or batches in an order that seed and epoch determine."""
         if self._optimizers[key.optimizer].full_batch:
             return [torch.arange(len(self._train))]
-        if (key.seed, epoch) in self._orders:
-            return self._orders[key.seed, epoch]
-        order = torch.Generator().manual_seed(derived_seed(key.seed, "order", epoch))
+        return self._shuffled(key.seed, epoch)
+
+    def _shuffle(self, seed: int, epoch: int) -> list[Tensor]:
+        order = torch.Generator().manual_seed(derived_seed(seed, "order", epoch))
         batches = list(torch.split(torch.randperm(len(self._train), generator=order), self._settings.batch_size))
         # Batch normalization cannot be trained on one example.
-        batches = batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
-        if len(self._train) * self._settings.epochs <= KEPT_NUMBERS:
-            if any(seed != key.seed for seed, _ in self._orders):
-                self._orders.clear()  # the runs of a seed come one after the other
-            self._orders[key.seed, epoch] = batches
-        return batches
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
     def _stepper(self, key: RunKey, model: nn.Module) -> Stepper:
         return self._optimizers[key.optimizer].make(model, key.learning_rate, self._settings.of_run(key))
 
-    def _peak_memory(self, key: RunKey, model: nn.Module) -> int | None:
-        """Bytes of weights, gradients, optimizer and two steps, measured once per optimizer on a copy of the model."""
+    def _peak_memory(self, key: RunKey) -> int | None:
+        """Bytes of weights, gradients, optimizer and two steps, measured once per optimizer on a model of its own."""
         if key.optimizer not in self._memory:
-            model, batches = copy.deepcopy(model).train(), self._order(key, 1)[:2]
+            model, batches = self._initial.model(key).train(), self._order(key, 1)[:2]
             weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
             def steps() -> None:

@@ -89,37 +89,27 @@ class RunStore:
         Raises:
             DifferentCommandError: it belongs to another command, or to other versions.
         """
-        values = {
-            "name": self.study,
-            "settings": settings.to_json(sort_keys=True),
-            "environment": environment.to_json(),
-        }
+        values = {"settings": settings.to_json(sort_keys=True), "environment": environment.to_json()}
         with self._transaction() as connection:
             if self._study(connection) is None:
                 if self._rows(connection, _RUNS.c.id):
                     raise self._damaged("runs without the study that they belong to")
                 with contextlib.suppress(IntegrityError):  # another process made it at this moment
-                    connection.execute(sa.insert(_STUDIES).values(values))
+                    connection.execute(sa.insert(_STUDIES).values(name=self.study, **values))
                     return settings
         there, here, stored = dict(self.environment().versions), dict(environment.versions), self.settings()
         versions = [name for name in _SAME_VERSIONS if there.get(name) != here[name]]
-        differences = [
-            *settings.differences(stored),
-            *(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in versions),
-        ]
+        differences = [f"{name} is {there.get(name)} there and {here.get(name)} here" for name in versions]
+        differences[:0] = settings.differences(stored)
         if differences:
             raise DifferentCommandError(self._place, differences)
         return stored
 
     def extend(self, settings: Settings) -> None:
         """Replace the settings of the study by some that have at least its runs."""
+        this, text = _STUDIES.c.name == self.study, settings.to_json(sort_keys=True)
         with self._transaction() as connection:
-            new = (
-                sa.update(_STUDIES)
-                .where(_STUDIES.c.name == self.study)
-                .values(settings=settings.to_json(sort_keys=True))
-            )
-            connection.execute(new)
+            connection.execute(sa.update(_STUDIES).where(this).values(settings=text))
 
     def settings(self) -> Settings:
         """The settings of the study.
@@ -137,13 +127,10 @@ class RunStore:
         """Add a waiting row for every run that has none, nor a running or done one."""
         with self._transaction() as connection:
             live = {row.key for row in self._rows(connection, _RUNS.c.key, states=(*_UNFINISHED, "done"))}
-            new = [
-                {"study": self.study, "key": _key_json(key), "state": "waiting", "heartbeat": 0}
-                for key in keys
-                if _key_json(key) not in live
-            ]
+            new = [key for key in map(_key_json, keys) if key not in live]
             if new:
-                connection.execute(sa.insert(_RUNS), new)
+                row = {"study": self.study, "state": "waiting", "heartbeat": 0}
+                connection.execute(sa.insert(_RUNS), [{**row, "key": key} for key in new])
 
     def claim(self, *, alone: bool = False, among: Collection[RunKey] | None = None) -> tuple[int, RunKey] | None:
         """Take the next waiting run that no other process takes first; return its id and key, None without one.
@@ -182,12 +169,10 @@ class RunStore:
         Only differences of this process's own clock are used, so that the clocks of machines need not agree.
         """
         now = time.monotonic() if now is None else now
-        running, seen = self.running(), self._heartbeats
-        unchanged = {run_id for run_id, beat in running.items() if run_id in seen and seen[run_id][0] == beat}
-        self._heartbeats = {
-            run_id: seen[run_id] if run_id in unchanged else (beat, now) for run_id, beat in running.items()
-        }
-        stale = [run_id for run_id in unchanged if now - seen[run_id][1] > GRACE_SECONDS]
+        for run_id, beat in (running := self.running()).items():
+            if self._heartbeats.get(run_id, (None,))[0] != beat:
+                self._heartbeats[run_id] = beat, now
+        stale = [run_id for run_id in running if now - self._heartbeats[run_id][1] > GRACE_SECONDS]
         self.mark_failed(stale)
         return len(stale)
 
@@ -310,27 +295,24 @@ class RunStore:
             study = {row.key: row.value_json for row in connection.execute(_OPTUNA_STUDY, {"study": self.study})}
             if "settings" not in study:
                 return
-            values = {name: json.loads(study[name]) for name in ("settings", "environment")}
-            connection.execute(sa.insert(_STUDIES).values(name=self.study, **values))
+            texts = {name: json.loads(study[name]) for name in ("settings", "environment")}
+            connection.execute(sa.insert(_STUDIES).values(name=self.study, **texts))
             trials: dict[int, dict[str, str]] = {}
             for row in connection.execute(_OPTUNA_TRIALS, {"study": self.study}):
                 trials.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
             for trial in trials.values():
                 key, count = trial["key"], sum(name.startswith("result-") for name in trial)
-                values = {
-                    "result": "".join(trial[f"result-{i}"] for i in range(count)),
-                    "test": study.get(f"test {key}"),
-                }
-                connection.execute(sa.insert(_RUNS).values(study=self.study, key=key, state="done", **values))
+                result = "".join(trial[f"result-{i}"] for i in range(count))
+                row = {"study": self.study, "key": key, "state": "done", "test": study.get(f"test {key}")}
+                connection.execute(sa.insert(_RUNS).values(**row, result=result))
 
 
-_COMPLETE = "AND t.state = 'COMPLETE'"
-_OPTUNA_STUDY, _OPTUNA_TRIALS = (
-    sa.text(f"SELECT a.* FROM {source} WHERE s.study_name = :study {only} ORDER BY 1")
-    for source, only in (
-        ("study_user_attributes a JOIN studies s USING (study_id)", ""),
-        ("trial_user_attributes a JOIN trials t USING (trial_id) JOIN studies s USING (study_id)", _COMPLETE),
-    )
+_OPTUNA_STUDY = sa.text(
+    "SELECT a.* FROM study_user_attributes a JOIN studies s USING (study_id) WHERE s.study_name = :study ORDER BY 1"
+)
+_OPTUNA_TRIALS = sa.text(
+    "SELECT a.* FROM trial_user_attributes a JOIN trials t USING (trial_id) JOIN studies s USING (study_id) "
+    "WHERE s.study_name = :study AND t.state = 'COMPLETE' ORDER BY 1"
 )
 
 

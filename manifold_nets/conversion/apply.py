@@ -200,10 +200,11 @@ def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tu
     _carry_out(trial, chosen)
     found, limit = compare_outputs(before, both_modes(trial, inputs)), eval_limit(dtype_of(trial))
     if not found.eval_difference <= limit:
-        wide = compare_in_float64(model, named_tensors(trial), inputs, lambda copied: _carry_out(copied, chosen))
-        if wide.why_not is not None:
-            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, wide.why_not)
-        found = replace(found, float64_eval_difference=wide.difference)
+        carry_out = functools.partial(_carry_out, chosen=chosen)
+        difference, why = compare_in_float64(model, named_tensors(trial), inputs, carry_out)
+        if why is not None:
+            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, why)
+        found = replace(found, float64_eval_difference=difference)
     if not inplace:
         return trial, found
     _carry_out(model, chosen)

@@ -109,20 +109,17 @@ def export_model(
             raise FunctionChangedError(type(model).__name__, mode, difference, limit)
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "pt2": _write_pt2}[format]
     with atomic_file(path) as temporary:
-        written = write(plain, temporary, split_inputs(example_inputs), Path(path))
+        found, read_by, batch = write(plain, temporary, split_inputs(example_inputs), Path(path))
         # Another engine adds in another order, and folds the normalizations into the weights first.
         allowed = 10 * limit if format == "onnx" else limit
-        if written.difference is not None and not written.difference <= allowed:
-            raise FunctionChangedError(f"{path} ({type(model).__name__})", "evaluation", written.difference, allowed)
+        if found is not None and not found <= allowed:
+            raise FunctionChangedError(f"{path} ({type(model).__name__})", "evaluation", found, allowed)
     count = sum(1 for _ in constrained_weights(model))
-    return ExportRecord(Path(path), format, count, verification, written.difference, written.read_by, written.batch)
+    return ExportRecord(Path(path), format, count, verification, found, read_by, batch)
 
 
-@dataclass(frozen=True)
-class _Written:
-    difference: float | None
-    read_by: str
-    batch: int | Literal["any"] | None = None
+# The difference between the outputs of the model and those of the file, where it was run; what read it; the batch.
+_Written = tuple[float | None, str, int | Literal["any"] | None]
 
 
 def _write_safetensors(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Written:
@@ -133,7 +130,7 @@ def _write_safetensors(plain: nn.Module, file: Path, inputs: Inputs, final: Path
         for value in copied.state_dict().values():
             value.zero_()
     safetensors.torch.load_model(copied, file)
-    return _Written(verify(plain, copied, inputs).eval_difference, "safetensors")
+    return verify(plain, copied, inputs).eval_difference, "safetensors", None
 
 
 def _write_pt2(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Written:
@@ -146,7 +143,7 @@ def _write_pt2(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Wr
         run = torch.export.load(stream).module()
     with torch.no_grad():
         outputs = output_tensors(run(*inputs[0], **inputs[1]))
-    return _Written(_difference(plain, inputs, outputs), "torch.export", _batch(program))
+    return _difference(plain, inputs, outputs), "torch.export", _batch(program)
 
 
 def _write_onnx(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _Written:
@@ -166,8 +163,8 @@ def _write_onnx(plain: nn.Module, file: Path, inputs: Inputs, final: Path) -> _W
     except Exception as error:
         raise ExportError(final, "onnxruntime", error) from error
     if outputs is None:
-        return _Written(None, "onnx.checker (onnxruntime is not installed: the file was not run)", _batch(program))
-    return _Written(_difference(plain, inputs, outputs), "onnxruntime", _batch(program))
+        return None, "onnx.checker (onnxruntime is not installed: the file was not run)", _batch(program)
+    return _difference(plain, inputs, outputs), "onnxruntime", _batch(program)
 
 
 def _run_onnx(file: Path, inputs: Inputs) -> list[Tensor] | None:
@@ -178,10 +175,9 @@ def _run_onnx(file: Path, inputs: Inputs) -> list[Tensor] | None:
         return None
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
-    named = {
-        entry.name: tensor.detach().cpu().numpy() for entry, tensor in zip(session.get_inputs(), given, strict=True)
-    }
-    return [torch.from_numpy(array) for array in session.run(None, named)]
+    names = [entry.name for entry in session.get_inputs()]
+    arrays = [tensor.detach().cpu().numpy() for tensor in given]
+    return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
 
 
 def _program(plain: nn.Module, inputs: Inputs, final: Path) -> torch.export.ExportedProgram:

@@ -30,6 +30,7 @@ __all__ = ["EditedPlan", "Selector", "early_actions", "edited_plan", "plan", "pl
 
 Selector = str | Sequence[str] | Callable[[str], bool] | None
 EditedPlan = ConversionPlan | Mapping[str, Any] | str | os.PathLike[str]
+Radius = Literal["unit", "keep"]
 State = Mapping[str, Tensor]
 """Parameters and buffers by name."""
 
@@ -108,7 +109,8 @@ def plan(
         return action if wanted.issuperset(action.parameters) else action.left("not selected")
 
     def weights(state: State) -> list[Action]:
-        return _weight_actions(report, state, radius, train_tolerance, wanted if "spheres" in chosen else set())
+        on_spheres = wanted if "spheres" in chosen else set()
+        return _weight_actions(report, state, dict.fromkeys(on_spheres, radius), train_tolerance)
 
     return plan_of(model, report, early, weights, choose, joint="joint-spheres" in chosen)
 
@@ -179,17 +181,13 @@ def staged(
 
 
 def _weight_actions(
-    report: SymmetryReport,
-    state: State,
-    radius: Literal["unit", "keep"],
-    tolerance: float,
-    wanted: set[str],
+    report: SymmetryReport, state: State, radii: Mapping[str, Radius], tolerance: float
 ) -> list[Action]:
-    """Return what is done with each weight by itself."""
+    """Return what is done with each weight by itself, at the radius that is asked for; without one it is left."""
     return [
         Action(finding.name, "leave", "not selected", finding.partition)
-        if finding.status == "invariant" and finding.name not in wanted
-        else sphere_action(finding, state, radius, tolerance)
+        if finding.status == "invariant" and finding.name not in radii
+        else sphere_action(finding, state, radii.get(finding.name, "unit"), tolerance)
         for finding in report.weights
     ]
 
@@ -254,11 +252,14 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     doing = {remedy for (_, remedy), entry in wanted.items() if entry["action"] not in ("leave", "already")}
     asked = [remedy for remedy in REMEDIES if remedy in doing]
     # A weight that stays as it is may have groups without a direction.
-    spheres = {name for (name, _), entry in wanted.items() if entry["action"] == "sphere"}
+    radii: dict[str, Radius] = {
+        name: "keep" if entry.get("radius") == "keep" else "unit"
+        for (name, _), entry in wanted.items()
+        if entry["action"] == "sphere"
+    }
 
     def weights(state: State) -> list[Action]:
-        unit, keep = (_weight_actions(report, state, radius, math.inf, spheres) for radius in ("unit", "keep"))
-        return [_decided_weight(source, *pair, wanted) for pair in zip(unit, keep, strict=True)]
+        return [_decided_weight(source, a, wanted) for a in _weight_actions(report, state, radii, math.inf)]
 
     found = plan_of(
         model,
@@ -322,21 +323,21 @@ def _decided(source: str, action: Action, wanted: _Wanted) -> Action:
     return action
 
 
-def _decided_weight(source: str, unit: Action, keep: Action, wanted: _Wanted) -> Action:
+def _decided_weight(source: str, possible: Action, wanted: _Wanted) -> Action:
     """The action for a weight that the plan asks for, where it is possible at this radius."""
-    entry = wanted.get((unit.name, "spheres"), {"action": "leave" if unit.action != "already" else "already"})
+    name, already = possible.name, possible.action == "already"
+    entry = wanted.get((name, "spheres"), {"action": "already" if already else "leave"})
     what, radius = entry["action"], entry.get("radius")
-    if what == "already" and unit.action == "already":
-        return unit
-    if what == "leave" and unit.action != "already":
-        return Action(unit.name, "leave", "left by the plan", unit.partition)
+    if what == "already" and already:
+        return possible
+    if what == "leave" and not already:
+        return Action(name, "leave", "left by the plan", possible.partition)
     if what != "sphere" or radius not in ("unit", "keep"):
-        found = f"action {what!r} with radius {radius!r} for {unit.name}"
+        found = f"action {what!r} with radius {radius!r} for {name}"
         expected = "'leave', 'sphere' with radius 'unit' or 'keep', or 'already' where the weight is on spheres"
         raise PlanError(source, found, expected)
-    possible = unit if radius == "unit" else keep
     if possible.action != "sphere":
-        raise PlanError(source, f"'sphere' for {unit.name}", f"'{possible.action}': {possible.reason}")
+        raise PlanError(source, f"'sphere' for {name}", f"'{possible.action}': {possible.reason}")
     if possible.radius != radius:
-        raise PlanError(source, f"radius 'unit' for {unit.name}", f"'keep': it {possible.reason}")
+        raise PlanError(source, f"radius 'unit' for {name}", f"'keep': it {possible.reason}")
     return possible

@@ -15,17 +15,7 @@ from manifold_nets.models import duplicate, named_tensors, random_numbers
 from manifold_nets.running import output_tensors, split_inputs, to_float64
 from manifold_nets.symmetry import SymmetryReport, diagnose
 
-__all__ = [
-    "Float64Comparison",
-    "Verification",
-    "both_modes",
-    "compare_in_float64",
-    "compare_outputs",
-    "eval_limit",
-    "report_of",
-    "require_same_model",
-    "verify",
-]
+__all__ = ["Verification", "verify"]
 
 _EVAL_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
 # Each value is rounded once for each remedy that changes it, and magnified a little where these cancel.
@@ -116,13 +106,14 @@ def both_modes(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> dict[
 
 def compare_outputs(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> Verification:
     """Relative difference of two sets of outputs, mode by mode; infinite where they cannot be compared."""
-    return Verification(_largest(before["eval"], after["eval"]), _largest(before["train"], after["train"]))
-
-
-def _largest(before: list[Tensor], after: list[Tensor]) -> float:
-    if [t.shape for t in before] != [t.shape for t in after]:
-        return float("inf")
-    return max((_relative(a.double(), b.double()) for a, b in zip(before, after, strict=True)), default=0.0)
+    differences = []
+    for mode in ("eval", "train"):
+        pairs = list(zip(before[mode], after[mode], strict=False))
+        if [t.shape for t in before[mode]] != [t.shape for t in after[mode]]:
+            differences.append(float("inf"))
+        else:
+            differences.append(max((_relative(a.double(), b.double()) for a, b in pairs), default=0.0))
+    return Verification(*differences)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -145,22 +136,9 @@ def _relative(a: Tensor, b: Tensor) -> float:
 # ---- the same conversion in float64 ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Float64Comparison:
-    """What the same conversion does to float64 copies.
-
-    Args:
-        difference: largest relative difference of the outputs of the float64 copies, in evaluation mode.
-        why_not: what differs by more than rounding; None where nothing does.
-    """
-
-    difference: float
-    why_not: str | None
-
-
 def compare_in_float64(
     model: nn.Module, values: Mapping[str, Tensor], example_inputs: Any, carry_out: Callable[[nn.Module], object]
-) -> Float64Comparison:
+) -> tuple[float, str | None]:
     """Convert a float64 copy of a model and compare its outputs with the model's, and its values with given ones.
 
     Rounding can be magnified without bound: where it decides which of two nearly equal values a max-pooling takes and
@@ -174,10 +152,14 @@ def compare_in_float64(
         example_inputs: as for `diagnose`.
         carry_out: converts a copy of the model in place.
 
+    Returns:
+        The largest relative difference of the outputs of the float64 copies in evaluation mode, and what differs by
+        more than rounding; None where nothing does.
+
     Example:
         >>> net = nn.Linear(3, 2)
         >>> compare_in_float64(net, net.state_dict(), torch.randn(4, 3), lambda copied: None)
-        Float64Comparison(difference=0.0, why_not=None)
+        (0.0, None)
     """
     copied: nn.Module = duplicate(model, change=widened)._apply(widened)  # type: ignore[no-untyped-call]
     inputs = to_float64(split_inputs(example_inputs))
@@ -188,10 +170,10 @@ def compare_in_float64(
         difference = compare_outputs(before, both_modes(copied, inputs)).eval_difference
     limit = eval_limit(torch.float64)
     if not difference <= limit:
-        return Float64Comparison(difference, f"float64 copies differ by {difference:.3g}, at most {limit:.0e} expected")
+        return difference, f"float64 copies differ by {difference:.3g}, at most {limit:.0e} expected"
     wide = named_tensors(copied)
     wrong = [name for name, value in values.items() if not _is_rounded(value, wide.get(name))]
-    return Float64Comparison(difference, f"{wrong[0]} is not what it is in a float64 copy, rounded" if wrong else None)
+    return difference, f"{wrong[0]} is not what it is in a float64 copy, rounded" if wrong else None
 
 
 def _is_rounded(value: Tensor, exact: Tensor | None) -> bool:
@@ -242,14 +224,14 @@ def require_same_model(model: nn.Module, report: SymmetryReport) -> None:
         manifold_nets.errors.ReportMismatchError: report: it was made for Sequential, but Sequential differs
         from it in 1 (ReLU, BatchNorm1d in the report), 1.weight (missing), ...
     """
-    differences: dict[str, None] = {}
+    differences = []
     for name, found, reported in _compared(model, report):
         if found is None and reported is not None:
-            differences[f"{name} (missing)"] = None
+            differences.append(f"{name} (missing)")
         elif found != reported:
-            differences[f"{name} ({found}, {'not' if reported is None else reported} in the report)"] = None
+            differences.append(f"{name} ({found}, {'not' if reported is None else reported} in the report)")
     if differences:
-        raise ReportMismatchError(type(model).__name__, report.model, list(differences))
+        raise ReportMismatchError(type(model).__name__, report.model, list(dict.fromkeys(differences)))
 
 
 def _compared(model: nn.Module, report: SymmetryReport) -> Iterator[tuple[str, Any, Any]]:

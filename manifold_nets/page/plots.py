@@ -126,13 +126,10 @@ def figure_svg(figure: Figure, *, label: str, prefix: str, titles: Mapping[str, 
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     root = ET.fromstring(buffer.getvalue())
     _without_namespaces(root)
-    for unwanted in ("metadata", "defs/style"):
-        parent = root.find(unwanted.rpartition("/")[0] or ".")
-        for found in root.findall(unwanted) if parent is not None else []:
-            (parent if parent is not None else root).remove(found)
     _title(root, titles)
     _rename(root, prefix)
     _clean(root)
+    _prune(root)
     box = root.get("viewBox", "")
     inside = "".join(ET.tostring(child, encoding="unicode", short_empty_elements=True) for child in root)
     return (
@@ -148,8 +145,7 @@ def _without_namespaces(root: ET.Element) -> None:
 
 def _title(root: ET.Element, titles: Mapping[str, str]) -> None:
     for element in root.iter("g"):
-        said = titles.get(element.get("id", ""))
-        if said:
+        if said := titles.get(element.get("id", "")):
             title = ET.Element("title")
             title.text = said
             element.insert(0, title)
@@ -170,22 +166,22 @@ def _rename(root: ET.Element, prefix: str) -> None:
                 element.set(key, value.replace("url(#", f"url(#{prefix}-"))
 
 
+def _prune(parent: ET.Element) -> None:
+    """Take out groups without content, and what the page says itself."""
+    for child in list(parent):
+        _prune(child)
+        if child.tag in ("metadata", "style") or (child.tag in ("g", "defs") and not len(child)):
+            parent.remove(child)
+
+
 def _clean(root: ET.Element) -> None:
-    """Take out groups without content and white space between elements; colours become those of the page."""
+    """Take out white space between elements; colours become those of the page."""
     for element in root.iter():
         if "style" in element.attrib:
             element.set("style", _recoloured(element.attrib["style"]))
         element.tail = None
         if element.tag not in ("text", "tspan", "title"):
             element.text = None
-    again = True
-    while again:
-        again = False
-        for parent in root.iter():
-            for child in list(parent):
-                if child.tag in ("g", "defs") and not len(child):
-                    parent.remove(child)
-                    again = True
 
 
 def _recoloured(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,15 +20,7 @@ from manifold_nets.errors import ParameterGroupError, PointError
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
 
-__all__ = [
-    "Point",
-    "SphereProductManifold",
-    "parameter_names",
-    "point_of",
-    "product_manifold",
-    "trained_parameters",
-    "write_back",
-]
+__all__ = ["SphereProductManifold", "parameter_names", "point_of", "product_manifold", "write_back"]
 
 Array = NDArray[Any]
 Point = list[Array]
@@ -206,13 +199,12 @@ def product_manifold(model: nn.Module) -> Product:
         >>> int(product_manifold(mn.layers.UnitNormLinear(4, 3)).dim)  # 3 spheres of 3 dimensions, 3 biases
         12
     """
-    spheres = _spheres(model)
-    return Product(
-        [
-            SphereProductManifold(spheres[name]) if name in spheres else Euclidean(*(parameter.shape or (1,)))
-            for name, parameter in trained_parameters(model).items()
-        ]
-    )
+    spheres, parameters = _spheres(model), trained_parameters(model)
+    factors = [
+        SphereProductManifold(spheres[name]) if name in spheres else Euclidean(*(parameter.shape or (1,)))
+        for name, parameter in parameters.items()
+    ]
+    return Product(factors)
 
 
 def point_of(model: nn.Module) -> Point:
@@ -235,11 +227,10 @@ def point_of(model: nn.Module) -> Point:
     for name, parameter in trained_parameters(model).items():
         value = parameter.detach().as_subclass(torch.Tensor).cpu().to(torch.float64, copy=True)
         if name in spheres:
-            sphere = spheres[name]
-            sphere.refuse_degenerate(value, name)
-            remedy = way_back(model, name)
-            sphere.require_point(value, name, rtol=_DECIMALS_LEFT, remedy=remedy)
-            value = sphere.projx(value)
+            spheres[name].refuse_degenerate(value, name)
+            remedy = functools.partial(way_back, model, name)
+            spheres[name].require_point(value, name, rtol=_DECIMALS_LEFT, remedy=remedy)
+            value = spheres[name].projx(value)
         point.append(value.numpy().reshape(value.shape or (1,)))
     return point
 

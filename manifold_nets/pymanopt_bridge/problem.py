@@ -112,13 +112,7 @@ class NetworkCost:
     def gradient(self, *point: NDArray[Any]) -> Point:
         """Euclidean gradient at a point."""
         self._go_to(point)
-        if self._gradient is None:
-            self.evaluations.gradient += 1
-            tensors = self._tensors(point, differentiable=True)
-            loss = self._loss(tensors)
-            gradients = _gradients(loss, tensors)
-            self._value, self._gradient = _number(loss), _arrays(gradients, point)
-        return [array.copy() for array in self._gradient]
+        return [array.copy() for array in self._gradient or self._differentiate(point)[0]]
 
     def hessian(self, *point_and_vector: NDArray[Any]) -> Point:
         """Euclidean Hessian at a point along a vector: the gradient of ``⟨gradient, vector⟩``."""
@@ -126,29 +120,36 @@ class NetworkCost:
         point, vector = point_and_vector[:half], point_and_vector[half:]
         self._go_to(point)
         if self._graph is None:
-            self.evaluations.gradient += 1
-            tensors = self._tensors(point, differentiable=True)
             # The fused kernels of attention have no second derivative.
             with sdpa_kernel(SDPBackend.MATH):
-                loss = self._loss(tensors)
-                gradients = _gradients(loss, tensors, create_graph=True)
-            self._value, self._gradient = _number(loss), _arrays(gradients, point)
-            self._graph = tensors, gradients
+                self._graph = self._differentiate(point, create_graph=True)[1:]
         tensors, gradients = self._graph
         self.evaluations.hessian += 1
         # A parameter in which the loss is linear has a constant gradient.
-        rows = [(g, v) for g, v in zip(gradients, self._tensors(vector), strict=True) if g.requires_grad]
+        rows = [(g, v.to(g.dtype)) for g, v in zip(gradients, self._tensors(vector), strict=True) if g.requires_grad]
         if not rows:
             return [np.zeros_like(array) for array in point]
-        along = torch.autograd.grad(
-            [g for g, _ in rows],
-            tensors,
-            [v.to(g.dtype) for g, v in rows],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
+        outputs, along = zip(*rows, strict=True)
+        products = torch.autograd.grad(
+            outputs, tensors, along, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return _arrays([product.to_dense() for product in along], point)
+        return _arrays(products, point)
+
+    def _differentiate(
+        self, point: Sequence[NDArray[Any]], *, create_graph: bool = False
+    ) -> tuple[Point, list[Tensor], tuple[Tensor, ...]]:
+        """The gradient at a point, and the parameters and gradients in torch, between which is a graph if asked for."""
+        self.evaluations.gradient += 1
+        tensors = self._tensors(point, differentiable=True)
+        loss = self._loss(tensors)
+        if not loss.requires_grad:
+            remedy = "Compute it from the outputs of the model that is handed over, with gradients enabled."
+            found = "a number that does not depend on the parameters"
+            raise CostError(found, "a differentiable function of them", remedy)
+        each = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+        gradients = tuple(gradient.to_dense() for gradient in each)  # those of embeddings may be sparse
+        self._value, self._gradient = _number(loss), _arrays(gradients, point)
+        return self._gradient, tensors, gradients
 
     def require_function(self, point: Point) -> None:
         """Raise `CostError` unless the loss is one finite number, the same at every evaluation."""
@@ -191,14 +192,6 @@ class NetworkCost:
         return loss.reshape(())
 
 
-def _gradients(loss: Tensor, tensors: list[Tensor], *, create_graph: bool = False) -> tuple[Tensor, ...]:
-    if not loss.requires_grad:
-        remedy = "Compute it from the outputs of the model that is handed over, with gradients enabled."
-        raise CostError("a number that does not depend on the parameters", "a differentiable function of them", remedy)
-    found = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-    return tuple(gradient.to_dense() for gradient in found)  # those of embeddings may be sparse
-
-
 def _number(loss: Tensor) -> float:
     value = float(loss.detach())
     return value if math.isfinite(value) else math.inf
@@ -206,7 +199,7 @@ def _number(loss: Tensor) -> float:
 
 def _arrays(tensors: Sequence[Tensor], point: Sequence[NDArray[Any]]) -> Point:
     return [
-        tensor.detach().cpu().to(torch.float64, copy=True).numpy().reshape(array.shape)
+        tensor.detach().to_dense().cpu().to(torch.float64, copy=True).numpy().reshape(array.shape)
         for tensor, array in zip(tensors, point, strict=True)
     ]
 

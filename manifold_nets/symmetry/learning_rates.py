@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import ConstrainedWeight, constrained_weights
+from manifold_nets.documents import JsonForm
 from manifold_nets.errors import ArgumentTypeError, OptionError, ParameterNameError, ReportMismatchError
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember
@@ -21,7 +22,7 @@ __all__ = ["LearningRates", "Spread", "WeightRates", "matched_learning_rates"]
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(JsonForm):
     """Median, quartiles and extremes of a quantity over groups."""
 
     median: float
@@ -46,17 +47,13 @@ class Spread:
         median, lower, upper = torch.lerp(ordered[low], ordered[high], weight).tolist()
         return cls(median, lower, upper, float(ordered[0]), float(ordered[-1]))
 
-    def to_dict(self) -> dict[str, float]:
-        """Return plain data for JSON."""
-        return dict(vars(self))
-
     def __str__(self) -> str:
         quartiles = f"{self.lower_quartile:.3g} … {self.upper_quartile:.3g}"
         return f"{self.median:.3g} (quartiles {quartiles}; all {self.smallest:.3g} … {self.largest:.3g})"
 
 
 @dataclass(frozen=True)
-class WeightRates:
+class WeightRates(JsonForm):
     """The matched learning rates of the groups of one weight.
 
     Args:
@@ -75,13 +72,9 @@ class WeightRates:
     equilibrium: Spread | None
     gradients: Spread | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {name: v.to_dict() if isinstance(v, Spread) else v for name, v in vars(self).items()}
-
 
 @dataclass(frozen=True)
-class LearningRates:
+class LearningRates(JsonForm):
     """The sphere learning rates that match an optimizer on a model's scale-invariant weights.
 
     Args:
@@ -106,6 +99,7 @@ class LearningRates:
     next_step: Spread | None
     equilibrium: Spread | None
     held: bool = False
+    json_without = ("model", "settings", "held")
 
     def __getitem__(self, name: str) -> WeightRates:
         for weight in self.weights:
@@ -128,9 +122,7 @@ class LearningRates:
             **self.settings.to_dict(),
             "equilibrium_rotation": self.settings.equilibrium_rotation,
             "equilibrium_factor": self.settings.equilibrium_factor,
-            "next_step": None if self.next_step is None else self.next_step.to_dict(),
-            "equilibrium": None if self.equilibrium is None else self.equilibrium.to_dict(),
-            "weights": [weight.to_dict() for weight in self.weights],
+            **super().to_dict(),
         }
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 from torch.fx import Node
 
+from manifold_nets.documents import JsonForm
 from manifold_nets.symmetry.graph import is_in_place, op_name
 from manifold_nets.symmetry.trace import TracedGraph
 
@@ -18,7 +18,7 @@ _NORMALIZATIONS = {"batch_norm", "instance_norm", "group_norm", "layer_norm", "r
 
 
 @dataclass(frozen=True)
-class GraphNode:
+class GraphNode(JsonForm):
     """One step of the network: the call of an innermost module, or an operation that joins several results.
 
     Args:
@@ -37,10 +37,6 @@ class GraphNode:
     label: str
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {**vars(self), "inputs": list(self.inputs), "weights": list(self.weights)}
 
 
 def module_graph(graph: TracedGraph) -> tuple[GraphNode, ...]:

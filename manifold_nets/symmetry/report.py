@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from manifold_nets.documents import JsonForm
 from manifold_nets.errors import ParameterNameError
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.generators import Direction, Generators
@@ -32,7 +32,7 @@ _NO_INFLUENCE = "the network's output does not depend on this weight"
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(JsonForm):
     """What the Euler certificate says of one weight.
 
     Args:
@@ -58,11 +58,6 @@ class Certificate:
     because: str = ""
     moved: float | None = None
     no_evidence: tuple[int, ...] = field(default=(), repr=False, compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        moved = self.moved if self.moved is None or math.isfinite(self.moved) else None
-        return {**{name: value for name, value in vars(self).items() if name != "no_evidence"}, "moved": moved}
 
     def __str__(self) -> str:
         value = "" if self.value is None else f" ({self.value:.1e})"
@@ -101,7 +96,7 @@ class ScaledAlong:
 
 
 @dataclass(frozen=True)
-class Absorber:
+class Absorber(JsonForm):
     """A normalization that removes the scale of a weight's groups.
 
     Args:
@@ -131,17 +126,14 @@ class Absorber:
     calls: int = 1
     groups: tuple[int, ...] = field(default=(), repr=False)
     variances: tuple[float, ...] = field(default=(), repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON, without the values channel by channel."""
-        return {name: value for name, value in vars(self).items() if name not in ("groups", "variances")}
+    json_without = ("groups", "variances")
 
     def __str__(self) -> str:
         return f"{self.module or 'model'} ({self.op})"
 
 
 @dataclass(frozen=True)
-class WeightFinding:
+class WeightFinding(JsonForm):
     """What is known of one weight.
 
     Args:
@@ -181,6 +173,12 @@ class WeightFinding:
     finer_groups: int = 0
     free_groups: int = 0
     generators: Generators = field(default=Generators((), 0), repr=False, compare=False)
+    json_also, json_without = ("groups", "moves_along", "convert_remedy"), ("scaled_along",)
+
+    @property
+    def groups(self) -> int | None:
+        """How many groups ``partition`` has; None where there is none."""
+        return None if self.partition is None else self.partition.n_groups
 
     @property
     def groups_in_words(self) -> str:
@@ -201,27 +199,6 @@ class WeightFinding:
         """Name under which `convert` may do something about it; the plan says whether it does."""
         return "spheres" if self.status == "invariant" else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "layer": self.layer,
-            "status": self.status,
-            "partition": None if self.partition is None else self.partition.to_dict(),
-            "groups": None if self.partition is None else self.partition.n_groups,
-            "filters_per_group": self.filters_per_group,
-            "finer_groups": self.finer_groups,
-            "free_groups": self.free_groups,
-            "free_filters": self.free_filters,
-            "absorbers": [absorber.to_dict() for absorber in self.absorbers],
-            "moves_along": list(self.moves_along),
-            "certificate": self.certificate.to_dict(),
-            "broken_by": self.broken_by,
-            "remedy": self.remedy,
-            "convert_remedy": self.convert_remedy,
-        }
-
 
 def joined(names: Sequence[str], limit: int = 2) -> str:
     """Write the first few distinct names and how many more there are."""
@@ -231,7 +208,7 @@ def joined(names: Sequence[str], limit: int = 2) -> str:
 
 
 @dataclass(frozen=True)
-class FamilyMember:
+class FamilyMember(JsonForm):
     """A part of a parameter that takes part in a family of symmetries.
 
     Args:
@@ -252,7 +229,7 @@ class FamilyMember:
 
 
 @dataclass(frozen=True)
-class SymmetryFamily:
+class SymmetryFamily(JsonForm):
     """Symmetries of the same make-up: one for each channel, head or matrix.
 
     Args:
@@ -275,6 +252,7 @@ class SymmetryFamily:
     absorbed: bool = False
     generators: Generators = field(default=Generators((), 0), repr=False, compare=False)
     partial: bool = False
+    json_also = ("convert_remedy",)
 
     @cached_property
     def symmetries(self) -> tuple[dict[tuple[str, str], dict[int, float]], ...]:
@@ -307,25 +285,12 @@ class SymmetryFamily:
         weights = {name for (name, _), partition in self.partitions.items() if len(partition.shape) > 1}
         return "joint-spheres" if len(weights) > 1 else "spheres" if weights else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "kind": self.kind,
-            "members": [dict(vars(member)) for member in self.members],
-            "count": self.count,
-            "absorbed": self.absorbed,
-            "partial": self.partial,
-            "certificate": self.certificate.to_dict(),
-            "remedy": self.remedy,
-            "convert_remedy": self.convert_remedy,
-        }
-
     def __str__(self) -> str:
         return f"{self.count} × {self.kind}: {joined([str(m) for m in self.members], 4)} · {self.certificate}"
 
 
 @dataclass(frozen=True)
-class ShiftSymmetry:
+class ShiftSymmetry(JsonForm):
     """Constants that can be added to parameters without a change in what the network computes in training mode.
 
     Args:
@@ -351,6 +316,7 @@ class ShiftSymmetry:
     remedy: str
     condition: str | None = None
     generators: Generators = field(default=Generators((), 0, adds=True), repr=False, compare=False)
+    json_also = ("convert_remedy",)
 
     @property
     def partition(self) -> Partition | None:
@@ -380,19 +346,6 @@ class ShiftSymmetry:
         holds = self.certificate.verdict == "invariant" and self.condition is None
         return "dead-biases" if self.kind == "dead bias" and holds else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "kind": self.kind,
-            "parameters": list(self.parameters),
-            "count": self.count,
-            "absorbers": [absorber.to_dict() for absorber in self.absorbers],
-            "certificate": self.certificate.to_dict(),
-            "condition": self.condition,
-            "remedy": self.remedy,
-            "convert_remedy": self.convert_remedy,
-        }
-
     def __str__(self) -> str:
         names = ", ".join(self.parameters[:3]) + (
             f" and {len(self.parameters) - 3} more" if self.parameters[3:] else ""
@@ -405,7 +358,7 @@ class ShiftSymmetry:
 
 
 @dataclass(frozen=True)
-class UnexplainedSymmetry:
+class UnexplainedSymmetry(JsonForm):
     """Groups of entries of a parameter that the numbers call invariant without a reason in the graph.
 
     Args:
@@ -422,21 +375,12 @@ class UnexplainedSymmetry:
     groups: tuple[int, ...] = field(repr=False)
     value: float
 
+    json_also = ("count",)
+
     @property
     def count(self) -> int:
         """How many groups there are."""
         return len(self.groups)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON."""
-        return {
-            "kind": self.kind,
-            "parameters": list(self.parameters),
-            "partition": self.partition.to_dict(),
-            "count": self.count,
-            "groups": list(self.groups),
-            "value": self.value,
-        }
 
     def __str__(self) -> str:
         names = " with ".join(self.parameters)
@@ -444,7 +388,7 @@ class UnexplainedSymmetry:
 
 
 @dataclass(frozen=True)
-class SymmetryReport:
+class SymmetryReport(JsonForm):
     """The scale symmetries of a network's weights, each explained by structure and proven by a number.
 
     Args:
@@ -478,6 +422,8 @@ class SymmetryReport:
     shifts: tuple[ShiftSymmetry, ...] = ()
     unexplained: tuple[UnexplainedSymmetry, ...] = ()
     not_searched: str = ""
+
+    json_also = ("unexplained_groups", "unexplained_shifts")
 
     @property
     def invariant(self) -> tuple[WeightFinding, ...]:
@@ -517,20 +463,7 @@ class SymmetryReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {
-            "format": REPORT_FORMAT,
-            "model": self.model,
-            "tolerance": self.tolerance,
-            "summary": self.counts(),
-            "unexplained_groups": self.unexplained_groups,
-            "unexplained_shifts": self.unexplained_shifts,
-            "families": [family.to_dict() for family in self.families],
-            "shifts": [shift.to_dict() for shift in self.shifts],
-            "unexplained": [found.to_dict() for found in self.unexplained],
-            "not_searched": self.not_searched,
-            "weights": [weight.to_dict() for weight in self.weights],
-            "graph": [node.to_dict() for node in self.graph],
-        }
+        return {"format": REPORT_FORMAT, "summary": self.counts(), **super().to_dict()}
 
     def counts(self) -> dict[str, int]:
         """Number of weights by status."""

@@ -243,21 +243,24 @@ class NumericalSearch:
 
         The sums of blocks of rows are added up from the finest ones, and not kept.
         """
-        values = np.zeros(partition.n_groups)
+        numbers, values = np.zeros(0, dtype=np.int64), np.zeros(0)
         blocks = partition.kept == finest.kept and partition.view[0] < finest.view[0]
-        for test in tests:
+        for place, test in enumerate(tests):
             sums = test.gradients.sums(name, finest if blocks else partition)
             slopes, squares = sums.slopes, sums.gradients
             if blocks:
                 view = partition.view[0], finest.view[0] // partition.view[0], -1
                 slopes, squares = (x.reshape(view).sum(1).ravel() for x in (slopes, squares))
-            sizes = np.sqrt(squares * partition.group_size)
-            near = np.flatnonzero((np.abs(slopes) <= self.tolerance * sizes) & (values < np.inf))
-            known, values = values, np.full_like(values, np.inf)
-            near = near[np.sqrt(squares[near]) > test.floor(adds=True)]
-            values[near] = np.maximum(known[near], np.abs(slopes[near]) / sizes[near])
-        numbers = np.flatnonzero(values < np.inf)
-        return numbers, values[numbers]
+            if place == 0:  # nearly all groups are none
+                numbers = np.flatnonzero(slopes * slopes <= (2 * self.tolerance) ** 2 * partition.group_size * squares)
+                values = np.zeros(len(numbers))
+            norms = np.sqrt(squares[numbers])
+            own = np.full(len(norms), np.inf)
+            size = norms * partition.group_size**0.5
+            np.divide(np.abs(slopes[numbers]), size, out=own, where=norms > test.floor(adds=True))
+            values = np.maximum(values, own)
+        kept = values <= self.tolerance
+        return numbers[kept], values[kept]
 
 
 # ---- what is known ---------------------------------------------------------------------------------------------------
@@ -334,8 +337,9 @@ def _slices_of_groups(partition: Partition, axis: int) -> tuple[Ints, Ints]:
     ids = small.group_ids().movedim(axis, 0).reshape(count, -1).numpy()
     label = np.arange(count)
     while True:
-        least = np.full(small.n_groups, count, dtype=np.int64)
-        np.minimum.at(least, ids.ravel(), np.repeat(label, ids.shape[1]))
+        order = np.argsort(-label)
+        least = np.zeros(small.n_groups, dtype=np.int64)
+        least[ids[order]] = label[order, None]  # the smallest label is written last
         joined = least[ids].min(1)
         if (joined == label).all():
             return label, least

@@ -42,31 +42,36 @@ def _row_height(summary: Summary, size: Size) -> float:
     return (0.42 if size.narrow else 0.34) * len(summary.optimizers) + 0.9
 
 
+def _rows(summary: Summary, size: Size, label: str, *, more: float = 0.0) -> tuple[Figure, Any]:
+    """A figure of a row per optimizer, and its axes."""
+    figure = style.new_figure(size, _row_height(summary, size) + more)
+    axes = figure.subplots()
+    axes.set_xlabel(label)
+    style.name_rows(axes, [o.name for o in summary.optimizers])
+    return figure, axes
+
+
 def _draw_test_errors(summary: Summary, size: Size) -> Figure:
     """Test error of every run, and the mean with its confidence interval."""
-    figure = style.new_figure(size, _row_height(summary, size))
-    axes = figure.subplots()
+    figure, axes = _rows(summary, size, summary.unit.label("test error"))
     every = finite(error for o in summary.optimizers for error in o.test_errors)
     style.error_axis(axes, "x", every, scale=summary.unit.scale)
     for i, o in enumerate(summary.optimizers):
-        color, shown = look(i)["color"], finite(o.test_errors)
-        axes.plot(shown, [i + 0.2] * len(shown), color=color, marker="|", markersize=9, linestyle="none")
+        style.strokes(axes, o.test_errors, i)
         if o.test.count > 1:
             # No error is negative, whatever the interval says.
             low = max(o.test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
-            axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=color, linewidth=2)
+            axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=look(i)["color"], linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
         if o.test.lost:
             why = "not finite" if o.not_finite else "diverged"
             style.note_beside(axes, i, f"✕ {o.test.lost} of {len(o.seeds)} {why}")
-    style.name_rows(axes, [o.name for o in summary.optimizers])
-    axes.set_xlabel(summary.unit.label("test error"))
     return figure
 
 
 def _draw_target(summary: Summary, size: Size) -> Figure:
     """Passes over the data and seconds until each run first reaches the target."""
-    height, names = _row_height(summary, size), [o.name for o in summary.optimizers]
+    height = _row_height(summary, size)
     figure, (left, right) = panels(size, 2 * height if size.narrow else height, sharey=not size.narrow)
     for axes, label, which in ((left, "passes over the data", "passes"), (right, "seconds of training", "seconds")):
         costs = [o.seconds if which == "seconds" else (o.passes,) * len(o.errors) for o in summary.optimizers]
@@ -75,29 +80,22 @@ def _draw_target(summary: Summary, size: Size) -> Figure:
             for o, each in zip(summary.optimizers, costs, strict=True)
         ]
         style.error_axis(axes, "x", [value for values in spent for value in values])
-        for i, (o, values) in enumerate(zip(summary.optimizers, map(finite, spent), strict=True)):
-            above = [i + 0.2] * len(values)
-            axes.plot(values, above, color=look(i)["color"], marker="|", markersize=9, linestyle="none")
-            median = getattr(o.reach, which)
-            if math.isfinite(median):
-                mark(axes, median, i - 0.1, i, markersize=8)
+        for i, (o, values) in enumerate(zip(summary.optimizers, spent, strict=True)):
+            style.strokes(axes, values, i)
+            if math.isfinite(getattr(o.reach, which)):
+                mark(axes, getattr(o.reach, which), i - 0.1, i, markersize=8)
             if (size.narrow or axes is right) and o.reach.reached < o.reach.runs:
                 style.note_beside(axes, i, f"✕ {o.reach.runs - o.reach.reached} of {o.reach.runs} never")
         axes.set_xlabel(label)
-    style.name_rows(left, names)
-    if size.narrow:
-        style.name_rows(right, names)
-    else:
-        right.tick_params(axis="y", labelleft=False, length=0)
-        right.spines["left"].set_visible(False)
-        right.grid(visible=False, axis="y")
+        style.name_rows(axes, [o.name for o in summary.optimizers])
+    right.tick_params(axis="y", labelleft=size.narrow)
     return figure
 
 
 def _draw_rescaled(summary: Summary, size: Size) -> Figure:
     """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
-    figure = style.new_figure(size, _row_height(summary, size) + 0.3)
-    axes = figure.subplots()
+    label = f"{summary.unit.label('mean validation error')}; hollow: rescaled start"
+    figure, axes = _rows(summary, size, label, more=0.3)
     both = [(i, o.rescaled) for i, o in enumerate(summary.optimizers) if o.rescaled is not None]
     values = [value for _, found in both for value in (found.plain.value, found.same_rate.value)]
     style.error_axis(axes, "x", values, scale=summary.unit.scale)
@@ -108,19 +106,14 @@ def _draw_rescaled(summary: Summary, size: Size) -> Figure:
         mark(axes, same.value, i, i, markersize=11, markerfacecolor="none", markeredgewidth=1.5)
         if same.lost:
             style.note_beside(axes, i, f"✕ {same.lost} of {same.lost + same.count} diverged")
-    style.name_rows(axes, [o.name for o in summary.optimizers])
-    axes.set_xlabel(f"{summary.unit.label('mean validation error')}; hollow: rescaled start")
     return figure
 
 
 def _draw_learning_curves(summary: Summary, size: Size) -> Figure:
     """Training loss and validation error over epochs: the median over the seeds, and a band over all of them."""
     figure, (left, right) = panels(size, 7.2 if size.narrow else 4.0)
-    error = summary.unit.label("Validation error")
-    for axes, title, which, scale in (
-        (left, "Training loss", "losses", 1.0),
-        (right, error, "errors", summary.unit.scale),
-    ):
+    error = summary.unit.label("Validation error"), "errors", summary.unit.scale
+    for axes, (title, which, scale) in ((left, ("Training loss", "losses", 1.0)), (right, error)):
         every = finite(value for o in summary.optimizers for run in getattr(o, which) for value in run)
         style.error_axis(axes, "y", every, scale=scale)
         for i, o in enumerate(summary.optimizers):
@@ -144,7 +137,7 @@ def _curve(axes: Any, place: int, count: int, o: OptimizerSummary, runs: Sequenc
     if len(runs) > 1:
         low, high = ([pick(finite(step), default=math.nan) for step in steps] for pick in (min, max))
         axes.fill_between(epochs, low, high, color=look(place)["color"], alpha=0.14, linewidth=0)
-    known = [value if math.isfinite(value) else math.nan for value in median]
+    known = style.with_gaps(median)
     every = max(1, len(steps) // 6)
     lost = f", ✕ {o.test.lost} of {len(o.seeds)}" if o.test.lost else ""
     marked = (place * every // max(count, 1) % every, every)
@@ -164,8 +157,7 @@ def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
     every = [error for grid in grids for error in (*grid.errors, *grid.survivor_errors)]
     style.error_axis(upper, "y", every, scale=summary.unit.scale)
     for i, (o, grid) in enumerate(zip(summary.optimizers, grids, strict=True)):
-        whole = [error if math.isfinite(error) else math.nan for error in grid.errors]
-        (line,) = upper.plot(grid.rates, whole, **look(i), label=short_name(o.name))
+        (line,) = upper.plot(grid.rates, style.with_gaps(grid.errors), **look(i), label=short_name(o.name))
         line.set_gid(f"series-{i}")
         for rate, mean, lost in zip(grid.rates, grid.survivor_errors, grid.diverged, strict=True):
             if lost and math.isfinite(mean):  # a mean over survivors only: hollow, and on no line
@@ -217,9 +209,8 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
     traces = [(i, o, getattr(layer, which)) for i, o, layer in every if layer.name == name]
     style.error_axis(axes, "y", [value for *_, values in traces for value in values])
     for i, o, values in traces:
-        known, step = [v if math.isfinite(v) else math.nan for v in values], max(1, len(values) // 4)
-        marked = (i % step, step)
-        axes.plot(o.passes[: len(values)], known, **look(i), markevery=marked, label=short_name(o.name))
+        step, known = max(1, len(values) // 4), style.with_gaps(values)
+        axes.plot(o.passes[: len(values)], known, **look(i), markevery=(i % step, step), label=short_name(o.name))
     style.passes_axis(axes, [o.passes for o in summary.optimizers])
 
 

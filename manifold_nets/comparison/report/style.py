@@ -56,6 +56,12 @@ def mark(axes: Any, x: float, y: float, place: int, **options: Any) -> Any:
     return drawn
 
 
+def strokes(axes: Any, values: Iterable[float], place: int) -> None:
+    """Draw the value of every run above the row of the optimizer at an index."""
+    shown, color = finite(values), look(place)["color"]
+    axes.plot(shown, [place + 0.2] * len(shown), color=color, marker="|", markersize=9, linestyle="none")
+
+
 def new_figure(size: Size, height: float) -> Figure:
     """An empty figure."""
     from matplotlib.figure import Figure
@@ -113,6 +119,11 @@ def passes_axis(axes: Any, passes: Sequence[Sequence[float]]) -> None:
 def finite(values: Iterable[float]) -> list[float]:
     """Those that are finite."""
     return [value for value in values if math.isfinite(value)]
+
+
+def with_gaps(values: Iterable[float]) -> list[float]:
+    """The values, NaN for those that are not finite, where lines have gaps."""
+    return [value if math.isfinite(value) else math.nan for value in values]
 
 
 def strict_median(values: Sequence[float]) -> float:

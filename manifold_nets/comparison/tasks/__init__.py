@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from manifold_nets.comparison.errors import DataFolderError, TaskNameError, TaskSourceError
+from manifold_nets.comparison.errors import DataFolderError, TaskNameError, TaskSourceError, what_to_write
 from manifold_nets.comparison.tasks.from_data import classification, task_from_data
 from manifold_nets.comparison.tasks.images import digits, idx_images
 from manifold_nets.comparison.tasks.task import DatasetPart, Part, Subset, Task, TensorPart, evaluate
@@ -66,12 +66,12 @@ def load_task(spec: str, *, data: str | Path | None = None) -> Task:
         return _from_python(spec, data)
     if name == "digits":
         if colon:
-            raise TaskNameError("task", spec, "digits without settings", "Leave the settings out.")
+            raise TaskNameError("task", repr(spec), "digits without settings", "Leave the settings out.")
         return digits()
     words = numbers.split(",") if colon else []
     if len(words) > 2 or not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
         expected = f"{name}:TRAIN or {name}:TRAIN,VALIDATION with positive whole numbers"
-        raise TaskNameError("task", spec, expected, "Write the numbers like this.")
+        raise TaskNameError("task", repr(spec), expected, "Write the numbers like this.")
     return idx_images(data_folder(name, data), name=name, sizes=tuple(int(word) for word in words))
 
 
@@ -98,7 +98,7 @@ def _from_python(spec: str, data: str | Path | None) -> Task:
     try:
         task = load_object(ModelSpec.parse(spec), kwargs={} if data is None else {"data": data})
     except ModelSpecError as error:
-        raise TaskNameError.unknown("task", spec, _KNOWN, TASK_NAMES) from error
+        raise TaskNameError("task", repr(spec), _KNOWN, what_to_write("--task", spec, TASK_NAMES)) from error
     except ModelBuildError as error:
         # Errors about data say themselves what to do.
         if isinstance(error.__cause__, ManifoldNetsError):

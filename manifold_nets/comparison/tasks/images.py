@@ -220,7 +220,7 @@ def idx_images(folder: str | Path, *, name: str = "idx", sizes: tuple[int, ...] 
     for part, order, size in zip_longest(("train", "validation"), rows, sizes):
         if size is not None and not 0 < size <= len(order):
             remedy = "Ask for fewer, or leave the sizes out."
-            raise TaskNameError(f"task {name}", f"{size} images", f"1 … {len(order)}", remedy)
+            raise TaskNameError(f"task {name}", repr(f"{size} images"), f"1 … {len(order)}", remedy)
         parts[part] = x[order[:size], None], y[order[:size]].long()
     return _classification(name, parts, "four idx files", batch_size=100)
 

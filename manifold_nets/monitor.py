@@ -1,0 +1,618 @@
+"""Watch how scale-invariant weights turn while any optimizer trains them: norms, angles, effective learning rates."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from manifold_nets.constraints import constrained_weights
+from manifold_nets.errors import ArgumentTypeError, OptionError, listed
+from manifold_nets.gathered import is_sharded, local_part
+from manifold_nets.groups import Partition, wide
+from manifold_nets.joint_sphere import JointSphereMember
+from manifold_nets.models import inner_model
+from manifold_nets.monitor_records import CSVWriter, Finding, History, MonitorWarning, Row, as_writers
+from manifold_nets.optim.param_groups import invariant_weights
+from manifold_nets.optim.schedules import inner_optimizer
+from manifold_nets.symmetry.diagnose import diagnose
+from manifold_nets.symmetry.optimizer_settings import OptimizerSettings
+from manifold_nets.symmetry.report import SymmetryReport
+
+__all__ = [
+    "Finding",
+    "History",
+    "Monitor",
+    "MonitorWarning",
+    "Outlook",
+    "lightning_callback",
+    "outlook",
+    "transformers_callback",
+]
+
+# The rotation counts as that of the equilibrium within a tenth; it goes with the root of what relaxes.
+_NEAR = 0.2
+_MEMORY = 0.9  # of the mean square of the rotation, from one sample to the next
+_CAPTURED = 32  # examples of the first batch that are diagnosed
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What learning rate, momentum and decay do to a scale-invariant weight of norm n in the long run.
+
+    Args:
+        power: the effective learning rate is η/n to this power; 0 on a sphere.
+        rotation: radians per step in equilibrium; NaN where it is unknown or there is none.
+        relaxation: n^(2·power) approaches its equilibrium as exp(−relaxation · steps); NaN likewise.
+    """
+
+    power: int
+    rotation: float = math.nan
+    relaxation: float = math.nan
+
+
+def outlook(group: Mapping[str, Any], *, on_sphere: bool = False) -> Outlook:
+    r"""Derive the equilibrium of the scale-invariant weights of a parameter group.
+
+    A gradient g of such a weight w is orthogonal to it and goes with 1/n, n = ‖w‖: ‖g‖ = G/n. Write g for gradients
+    that are mostly noise. In SGD with momentum μ and dampening τ a gradient moves w by η(1−τ)g/(1−μ) in the end, so
+
+    .. math:: n² ← n² − 2\bar η λ n² + \bar η² G²/n², \qquad \bar η = η(1−τ)/(1−μ).
+
+    So n⁴ goes exponentially to its equilibrium, where ‖g‖² = 2λn²/η̄, with the rate 4η̄λ. Steps of momentum have
+    the mean square η²(1−τ)²‖g‖²/(1−μ²), and turn w by **√(2η(1−τ)λ/(1+μ))** radians; with Nesterov's momentum the
+    mean square is 1+2μ−2μ³ times as large. In AdamW a gradient moves w by a vector of some length η√C whatever n is:
+    n² ← n² − 2ηλn² + η²C goes to equilibrium with the rate 2ηλ, and moments of β1 turn w by
+    **√(2ηλ(1−β1)/(1+β1))**. Adam with an L2 penalty and other optimizers have none that is known here.
+
+    Args:
+        group: a parameter group of an optimizer of torch, or of this package.
+        on_sphere: the norm is held, so that decay does nothing.
+
+    References:
+        Wan et al., arXiv:2006.08419; Kosson et al., arXiv:2305.17212.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9, weight_decay=5e-4)
+        >>> found = outlook(optimizer.param_groups[0])
+        >>> found.power, round(found.rotation, 4), round(found.relaxation, 6)
+        (2, 0.0073, 0.002)
+    """
+    if on_sphere:
+        return Outlook(0)
+    rate, decay = float(group["lr"]), float(group.get("weight_decay") or 0.0)
+    moves = 0 < rate * decay < 1
+    if "dampening" in group:
+        momentum, rate = float(group["momentum"]), rate * (1 - float(group["dampening"]))
+        if not moves or not 0 <= momentum < 1:
+            return Outlook(2)
+        rotation = OptimizerSettings("sgd", rate, momentum, weight_decay=decay).equilibrium_rotation or math.nan
+        longer = 1 + 2 * momentum - 2 * momentum**3 if group.get("nesterov") else 1.0
+        return Outlook(2, rotation * math.sqrt(longer), 4 * rate * decay / (1 - momentum))
+    if moves and "betas" in group and group.get("decoupled_weight_decay"):
+        betas = (float(group["betas"][0]), float(group["betas"][1]))
+        rotation = OptimizerSettings("adamw", rate, betas=betas, weight_decay=decay).equilibrium_rotation or math.nan
+        return Outlook(1, rotation, 2 * rate * decay)
+    return Outlook(1)
+
+
+class _Weight:
+    """A watched weight: which of its entries are read, and to which group they belong.
+
+    Read are rows: slices along the axes that tell groups apart, of this process's part of the weight. At most so many
+    groups as asked for are measured, at equal distances.
+    """
+
+    def __init__(self, name: str, parameter: Tensor, partition: Partition, most: int | None, *, on_sphere: bool):
+        self.name, self.parameter, self.on_sphere = name, parameter, on_sphere
+        self.groups = partition.n_groups
+        every = 1 if most is None else -(-self.groups // most)
+        self.count = -(-self.groups // every)
+        self.exchange: tuple[Any, tuple[int, ...]] | None = None
+        if partition.view == partition.shape and not is_sharded(parameter):
+            axes, ids = partition.kept, torch.arange(self.groups)
+        else:
+            axes, ids = self._numbers(partition)
+        self.order = (*axes, *(axis for axis in range(len(partition.shape)) if axis not in axes))
+        self.axes = len(axes)
+        places = (ids % every == 0).nonzero().flatten()
+        numbers = ids[places] // every
+        device = local_part(parameter).device
+        self.chosen: slice | Tensor = places.to(device)
+        if torch.equal(places, torch.arange(0, len(ids), every)):
+            self.chosen = slice(None, None, every)
+        alone = self.exchange is None and torch.equal(numbers, torch.arange(self.count))
+        self.numbers = None if alone else numbers.to(device)
+        self._memory: Tensor | None = None
+
+    def _numbers(self, partition: Partition) -> tuple[tuple[int, ...], Tensor]:
+        """The axes along which the group changes, and the groups along them in this process's part."""
+        ids = partition.group_ids()
+        axes = tuple(a for a in range(ids.ndim) if ids.shape[a] > 1 and bool((ids.narrow(a, 0, 1) != ids).any()))
+        if is_sharded(self.parameter):
+            from torch.distributed.tensor import Replicate, distribute_tensor
+
+            mesh, placements = self.parameter.device_mesh, self.parameter.placements  # type: ignore[attr-defined]
+            cuts = tuple(k for k, placement in enumerate(placements) if not isinstance(placement, Replicate))
+            self.exchange = (mesh, cuts)
+            on_mesh = distribute_tensor(ids.to(mesh.device_type), mesh, placements, src_data_rank=None)
+            ids = on_mesh.to_local().cpu()
+        if not ids.numel():
+            return axes, ids.new_zeros(0)
+        rest = (axis for axis in range(ids.ndim) if axis not in axes)
+        along = math.prod(ids.shape[axis] for axis in axes)
+        return axes, ids.permute(*axes, *rest).reshape(along, -1)[:, 0]
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The chosen entries of a tensor like the weight, in float32 or better; may share its memory."""
+        local = local_part(tensor.detach())
+        local = local.to_dense() if local.layout != torch.strided else local
+        if not local.numel():
+            return wide(local.new_zeros(0, 1))
+        local = local.permute(self.order)
+        local = local.flatten(0, self.axes - 1) if self.axes else local.unsqueeze(0)
+        chosen = local[self.chosen]
+        return wide(chosen.reshape(chosen.shape[0], -1))
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inner products of rows, added up by group."""
+        products = (x * y).sum(1)
+        if self.numbers is None:
+            return products
+        return products.new_zeros(self.count).index_add_(0, self.numbers, products)
+
+    def keep(self) -> Tensor:
+        """Copy the rows of the weight as it is, into memory that stays where making it anew would cost time."""
+        rows = self.rows(self.parameter)
+        if self._memory is None or self._memory.shape != rows.shape or self._memory.dtype != rows.dtype:
+            kept = rows.clone()
+            self._memory = kept if kept.device.type == "cpu" else None
+            return kept
+        return self._memory.copy_(rows)
+
+    def gradient(self, before: Tensor) -> list[Tensor]:
+        """⟨w, g⟩ and ⟨g, g⟩ for the gradient at the weight as it was; NaN without a gradient."""
+        if self.parameter.grad is None:
+            return [before.new_full((self.count,), math.nan)] * 2
+        rows = self.rows(self.parameter.grad).to(before.dtype)
+        return [self.inner(before, rows), self.inner(rows, rows)]
+
+    def step(self, before: Tensor) -> list[Tensor]:
+        """⟨w, w⟩, ⟨w, Δ⟩ and ⟨Δ, Δ⟩ for the step Δ from the weight as it was."""
+        moved = self.rows(self.parameter) - before
+        return [self.inner(before, before), self.inner(before, moved), self.inner(moved, moved)]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What was measured at a step: sums on the device, and what the optimizer was set to then."""
+
+    step: int
+    sums: Tensor
+    rates: list[float]
+    decays: list[float]
+    outlooks: list[Outlook]
+
+
+class Monitor:
+    r"""Watch the scale-invariant weights of a model while any optimizer trains it; training itself stays as it is.
+
+    A scale-invariant group of entries w (a filter in front of batch normalization, a head in front of QK-norm) means
+    nothing but its direction. What a step does to it is the angle by which it turns; its norm n only sets how large the
+    angle is. Hooks of the optimizer measure at every tenth step, for each such weight, over its groups:
+
+    ============================  ====================================================================================
+    ``norm``, ``_min``, ``_max``  Euclidean norm before the step: median, smallest and largest
+    ``rotation``, ``_max``        angle of the step in radians: median and largest
+    ``effective_lr``              η/n² for SGD, η/n for optimizers whose steps do not grow with the gradient, η on a
+                                  sphere: learning rate of the direction, at the median norm
+    ``radial_gradient``           \|⟨w, g⟩\|/(‖w‖‖g‖), median: 0 up to rounding where the scale has no effect
+    ``radial_step``               the same of the step: how much of it is spent on the norm, by decay and momentum
+    ``equilibrium_rotation``      radians per step that rate, momentum and decay lead to: see `outlook`
+    ``steps_to_equilibrium``      steps until the rotation is within a tenth of that, at the present rate, if gradients
+                                  are mostly noise: \|θ*²/θ² − 1\| e^{−kt} = 0.2, θ² smoothed over samples
+    ``lr``, ``weight_decay``      of the parameter group
+    ============================  ====================================================================================
+
+    What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a weight that
+    turns ten times slower as its norm has grown, an equilibrium that the run will not reach, half a radian per step,
+    gradients along a weight that should have none, numbers that are not finite.
+
+    Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. Weights
+    of joint spheres are left out, as no norm of one of them alone means anything.
+
+    Args:
+        model: the network as it is trained, also inside DistributedDataParallel or ``torch.compile``, sharded by
+            ``fully_shard``, or with tensor-parallel weights.
+        optimizer: its optimizer, of any kind that has torch's step hooks, also as Accelerate wraps it.
+        report: what `diagnose` found for the model, before it was sharded or converted. When left out, constrained
+            weights are watched as their spheres say, and others are diagnosed: on `inputs`, or without them, before the
+            first step, on the first batch that the model gets (at most 32 examples of it).
+        inputs: example inputs to diagnose the model with.
+        every: measure at step 0 and every so many steps.
+        writer: where rows go: the name of a CSV file, a SummaryWriter of TensorBoard, a run of Weights & Biases, a
+            logger of Lightning, an Accelerator, a function of a step and its rows, or a list of these. With several
+            processes the first one writes.
+        total_steps: length of the run, for the warning about the equilibrium.
+        max_groups: measure at most so many groups of each weight, at equal distances; None for all.
+
+    Attributes:
+        history: the measured steps; see `History`.
+        findings: the warnings so far, with their numbers.
+
+    Raises:
+        ArgumentTypeError: an argument is of another kind, or the optimizer holds none of the scale-invariant weights.
+        ReportMismatchError: the report is of another model.
+        OptionError: ``every`` or another number is not positive, or the model has no scale-invariant weight.
+
+    References:
+        van Laarhoven, arXiv:1706.05350, for the effective learning rate; Wan et al., arXiv:2006.08419, and Kosson et
+        al., arXiv:2305.17212, for the equilibrium.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> with mn.Monitor(net, optimizer, inputs=torch.randn(16, 4), every=1) as monitor:
+        ...     net(torch.randn(16, 4)).square().sum().backward()
+        ...     optimizer.step()
+        >>> [(row["weight"], row["groups"], row["rotation"] > 0) for row in monitor.history.rows()]
+        [('0.weight', 8, True)]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        report: SymmetryReport | None = None,
+        *,
+        inputs: Any = None,
+        every: int = 10,
+        writer: Any = None,
+        total_steps: int | None = None,
+        max_groups: int | None = 64,
+    ) -> None:
+        for name, number in (("every", every), ("total_steps", total_steps), ("max_groups", max_groups)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise OptionError(name, number, "a whole number ≥ 1")
+        self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
+        if not hasattr(self.optimizer, "register_step_post_hook"):
+            remedy = "Wrap the optimizer in a class that is one."
+            raise ArgumentTypeError("optimizer", optimizer, "a torch.optim.Optimizer, whose steps have hooks", remedy)
+        self.every, self.total_steps, self._most = every, total_steps, max_groups
+        writers = as_writers(writer)
+        self._writers = writers if _is_first_process() else []
+        self.step, self._resumed = 0, False
+        self.findings: list[Finding] = []
+        self._captured: Any = None
+        self._watched: list[_Weight] = []
+        self._kept: list[Tensor] = []
+        self._gradients: list[list[Tensor]] = []
+        self._pending: _Sample | None = None
+        self._loaded: dict[str, Any] | None = None
+        self.history = History([], [])
+        self._begin(report, inputs)
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    # ---- what is watched ---------------------------------------------------------------------------------------------
+
+    def _begin(self, report: SymmetryReport | None, inputs: Any) -> None:
+        on_spheres = {weight.name: weight.manifold for weight in constrained_weights(self.model)}
+        if report is not None:
+            self._watch(report)
+        elif inputs is not None:
+            self._watch(diagnose(self.model, inputs))
+        elif on_spheres:
+            self._watch(None)
+        else:
+            self._capture = self.model.register_forward_pre_hook(self._capture_batch, with_kwargs=True)
+
+    def _capture_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the first examples of a batch, to diagnose the model with before its first step."""
+        if not self.model.training:
+            return
+        self._capture.remove()
+        sizes = {leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
+
+        def first(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return (leaf[:_CAPTURED] if leaf.ndim and len(sizes) == 1 else leaf).detach().clone()
+
+        self._captured = tree_map(first, (args, kwargs))
+
+    def _watch(self, report: SymmetryReport | None) -> None:
+        """Set up the weights to watch: those of a report, and those on spheres."""
+        on_spheres = {weight.name: weight for weight in constrained_weights(self.model)}
+        partitions = {name: (w.parameter, w.manifold.partition) for name, w in on_spheres.items()}
+        if report is not None:
+            found = {finding.name: (p, finding.partition) for finding, p in invariant_weights(self.model, report)}
+            partitions = {**{name: pair for name, pair in found.items() if pair[1] is not None}, **partitions}
+        joint = {name for name, weight in on_spheres.items() if isinstance(weight.manifold, JointSphereMember)}
+        names = [name for name, _ in self.model.named_parameters() if name in partitions and name not in joint]
+        if not names:
+            raise OptionError("model", "no scale-invariant weight", "one in front of a normalization")
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self._watched = [
+            _Weight(name, *partitions[name], self._most, on_sphere=name in on_spheres)
+            for name in names
+            if id(partitions[name][0]) in held
+        ]
+        if not self._watched:
+            remedy = "Build it from the parameters of this model, and the monitor after it was sharded or wrapped."
+            raise ArgumentTypeError("optimizer", self.optimizer, f"an optimizer of {listed(names, 3)}", remedy)
+        counts = torch.tensor([weight.count for weight in self._watched])
+        self._of_weight = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        first = counts.cumsum(0) - counts
+        columns = torch.arange(int(counts.max()))
+        inside = columns < counts[:, None]
+        # For each weight the places of its groups; short rows are filled up with a NaN, or with the first group.
+        self._padded = torch.where(inside, first[:, None] + columns, int(counts.sum()))
+        self._repeated = torch.where(inside, first[:, None] + columns, first[:, None])
+        self._squares = torch.zeros(int(counts.sum()), dtype=torch.float64)
+        self._samples = 0
+        self.history = History([w.name for w in self._watched], [w.groups for w in self._watched])
+        if self._loaded is not None:
+            self._take_over(self._loaded)
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._captured is not None:
+            inputs, self._captured = self._captured, None
+            with torch.enable_grad():
+                self._watch(diagnose(self.model, inputs))
+        if not self._watched or self.step % self.every:
+            return
+        self._kept = [weight.keep() for weight in self._watched]
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        # A closure computes the gradients in the step; without one they are read before the step may change them.
+        self._gradients = [] if closure is not None else self._read_gradients()
+
+    def _read_gradients(self) -> list[list[Tensor]]:
+        return [weight.gradient(kept) for weight, kept in zip(self._watched, self._kept, strict=True)]
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.no_grad()
+    def _after_step(self, *_: Any) -> None:
+        step, self.step = self.step, self.step + 1
+        if not self._kept:
+            return
+        gradients = self._gradients or self._read_gradients()
+        moved = [weight.step(kept) for weight, kept in zip(self._watched, self._kept, strict=True)]
+        self._kept, self._gradients = [], []
+        sums = [torch.stack([*a, *b]) for a, b in zip(moved, gradients, strict=True)]
+        self._exchange(sums)
+        device = sums[0].device
+        total = torch.cat([part.to(device) for part in sums], dim=1)
+        self.flush()
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        own = [(groups[id(weight.parameter)], weight.on_sphere) for weight in self._watched]
+        self._pending = _Sample(
+            step,
+            total,
+            [float(group["lr"]) for group, _ in own],
+            [0.0 if on_sphere else float(group.get("weight_decay") or 0.0) for group, on_sphere in own],
+            [outlook(group, on_sphere=on_sphere) for group, on_sphere in own],
+        )
+        if device.type == "cpu":
+            self.flush()  # elsewhere this would wait for the device; the next sample does not
+
+    def _exchange(self, sums: list[Tensor]) -> None:
+        """Add up what the processes hold of sharded weights: one all-reduce for each way of sharding."""
+        together: dict[Any, list[int]] = {}
+        for place, weight in enumerate(self._watched):
+            if weight.exchange is not None and weight.exchange[1]:
+                together.setdefault(weight.exchange, []).append(place)
+        for (mesh, cuts), places in together.items():
+            joined = torch.cat([sums[place] for place in places], dim=1)
+            for cut in cuts:
+                torch.distributed.all_reduce(joined, group=mesh.get_group(cut))
+            for place, part in zip(places, joined.split([sums[p].shape[1] for p in places], dim=1), strict=True):
+                sums[place] = part
+
+    def flush(self) -> None:
+        """Work out the last sample, which on a GPU waits for the next one so that the device need not be waited for."""
+        sample, self._pending = self._pending, None
+        if sample is None:
+            return
+        self.history.append(sample.step, self._values(sample))
+        if self._writers:
+            rows = self.history.rows()
+            for writer in self._writers:
+                if isinstance(writer, CSVWriter):
+                    writer(sample.step, rows, resumed=self._resumed)
+                else:
+                    writer(sample.step, rows)
+        self._warn()
+
+    def _values(self, sample: _Sample) -> Tensor:
+        """One row of `QUANTITIES` for each weight."""
+        ww, wd, dd, wg, gg = sample.sums.cpu().double()
+        norms = ww.sqrt()
+        rotations = torch.atan2((ww * dd - wd * wd).clamp(min=0).sqrt(), ww + wd)
+        radial_gradients, radial_steps = wg.abs() / (ww * gg).sqrt(), wd.abs() / (ww * dd).sqrt()
+        self._samples += 1
+        fresh = torch.where(rotations.isfinite(), rotations, 0.0).square()
+        self._squares = _MEMORY * self._squares + (1 - _MEMORY) * fresh
+        squares = self._squares / (1 - _MEMORY**self._samples)
+        power, target, relaxation = (
+            torch.tensor([getattr(found, name) for found in sample.outlooks], dtype=torch.float64)
+            for name in ("power", "rotation", "relaxation")
+        )
+        off = (target.square()[self._of_weight] / squares - 1).abs()
+        steps = ((off / _NEAR).log() / relaxation[self._of_weight]).clamp(min=0)
+        by_group = torch.stack([norms, rotations, radial_gradients, radial_steps, steps])
+        by_group = torch.cat([by_group, by_group.new_full((5, 1), math.nan)], dim=1)
+        norm, rotation, radial_gradient, radial_step, to_go = by_group[:, self._padded].nanmedian(dim=-1).values
+        spread = norms[self._repeated]
+        rate = torch.tensor(sample.rates, dtype=torch.float64)
+        columns = [
+            norm, spread.amin(1), spread.amax(1), rotation, rotations[self._repeated].amax(1), rate / norm**power,
+            radial_gradient, radial_step, target, to_go, rate, torch.tensor(sample.decays, dtype=torch.float64),
+        ]  # fmt: skip
+        return torch.stack(columns, dim=1)
+
+    def _warn(self) -> None:
+        said = {finding.kind: finding.number for finding in self.findings}
+        for finding in self.history.findings(self.total_steps):
+            if finding.kind not in said or finding.number >= 4 * said[finding.kind]:
+                self.findings.append(finding)
+                if _is_first_process():
+                    warnings.warn(finding.text, MonitorWarning, stacklevel=7)  # the line that steps
+
+    # ---- results and states ------------------------------------------------------------------------------------------
+
+    def summary(self, depth: int | None = None) -> list[Row]:
+        """The last sample, one row for each weight, or for each layer; see `History.summary`."""
+        self.flush()
+        return self.history.summary(depth)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained HTML page with plots of all samples so far.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        from manifold_nets.monitor_page import write_page
+
+        self.flush()
+        write_page(self.history, path, title=type(self.model).__name__, total_steps=self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from: the number of the step, smoothed rotations, and what was said."""
+        self.flush()
+        return {
+            "step": self.step,
+            "weights": list(self.history.weights),
+            "squares": getattr(self, "_squares", torch.zeros(0)).tolist(),
+            "samples": getattr(self, "_samples", 0),
+            "fastest": self.history.fastest.tolist(),
+            "findings": [dict(vars(finding)) for finding in self.findings],
+        }
+
+    def skip_to(self, step: int) -> None:
+        """Count steps from this number on, in a run that was resumed without a state of its monitor."""
+        self.step, self._resumed = step, step > 0
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state: steps are counted on, and a CSV file is continued."""
+        self.skip_to(int(state_dict["step"]))
+        self.findings = [Finding(**finding) for finding in state_dict["findings"]]
+        self._loaded = dict(state_dict)
+        if self._watched:
+            self._take_over(self._loaded)
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        """Take over smoothed numbers, where the same weights are watched in the same way."""
+        self._loaded = None
+        if state["weights"] == self.history.weights and len(state["squares"]) == len(self._squares):
+            self._squares = torch.tensor(state["squares"], dtype=torch.float64)
+            self._samples = int(state["samples"])
+            self.history.take_fastest(state["fastest"])
+
+    def close(self) -> None:
+        """Take the hooks away; what was measured stays."""
+        self.flush()
+        for hook in (*self._hooks, *([self._capture] if hasattr(self, "_capture") else [])):
+            hook.remove()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_first_process() -> bool:
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+# ---- trainers of other libraries -------------------------------------------------------------------------------------
+
+
+def lightning_callback(report: SymmetryReport | None = None, *, model: nn.Module | None = None, **options: Any) -> Any:
+    """Make a callback for Lightning's Trainer that monitors a run, and resumes with it.
+
+    The run's length is the Trainer's, rows go to its loggers unless another ``writer`` is named, and its checkpoints
+    hold the state of the monitor. The monitor is the callback's attribute ``monitor`` from the start of training on.
+
+    Args:
+        report: what `diagnose` found for `model`.
+        model: the network inside the LightningModule that the report is about, or that is to be diagnosed on its first
+            batch; the LightningModule itself when left out.
+        options: those of `Monitor`.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        >>> callback = lightning_callback(model=net, writer="run.csv")  # doctest: +SKIP
+        >>> lightning.Trainer(callbacks=[callback]).fit(...)  # doctest: +SKIP
+    """
+    from lightning.pytorch import Callback
+
+    class MonitorCallback(Callback):  # type: ignore[misc]
+        monitor: Monitor | None = None
+        _state: dict[str, Any] | None = None
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            steps = trainer.estimated_stepping_batches
+            own = {"writer": list(trainer.loggers), "total_steps": int(steps) if 0 < steps < math.inf else None}
+            self.monitor = Monitor(model or pl_module, trainer.optimizers[0], report, **{**own, **options})
+            if self._state is not None:
+                self.monitor.load_state_dict(self._state)
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            if self.monitor is not None:
+                self.monitor.close()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {} if self.monitor is None else self.monitor.state_dict()
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self._state = state_dict or None
+
+    return MonitorCallback()
+
+
+def transformers_callback(report: SymmetryReport | None = None, **options: Any) -> Any:
+    """Make a callback for transformers' Trainer that monitors a run.
+
+    The run's length is the Trainer's. A run that is resumed counts its steps on. The monitor is the callback's
+    attribute ``monitor`` from the start of training on.
+
+    Args:
+        report: what `diagnose` found for the model; when left out, it is diagnosed on its first batch.
+        options: those of `Monitor`.
+
+    Example:
+        >>> callback = transformers_callback(writer="run.csv")  # doctest: +SKIP
+        >>> transformers.Trainer(model, arguments, callbacks=[callback]).train()  # doctest: +SKIP
+    """
+    from transformers import TrainerCallback
+
+    class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+        monitor: Monitor | None = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            own = {"total_steps": state.max_steps if state.max_steps > 0 else None}
+            self.monitor = Monitor(given["model"], given["optimizer"], report, **{**own, **options})
+            self.monitor.skip_to(state.global_step)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            if self.monitor is not None:
+                self.monitor.close()
+
+    return MonitorCallback()

@@ -1,0 +1,362 @@
+"""What a monitor has measured: its history, the files and loggers it goes to, and what to say about it in words."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from manifold_nets.errors import ArgumentTypeError
+
+__all__ = ["COLUMNS", "QUANTITIES", "CSVWriter", "Finding", "History", "MonitorWarning", "Row", "as_writers"]
+
+# Of each weight at each measured step; described in `manifold_nets.Monitor`.
+QUANTITIES = (
+    "norm", "norm_min", "norm_max", "rotation", "rotation_max", "effective_lr", "radial_gradient", "radial_step",
+    "equilibrium_rotation", "steps_to_equilibrium", "lr", "weight_decay",
+)  # fmt: skip
+COLUMNS = ("step", "weight", "groups", *QUANTITIES)
+# Those that go to a logger, which shows each as a plot of its own.
+_LOGGED = ("norm", "rotation", "effective_lr", "radial_gradient", "radial_step", "steps_to_equilibrium")
+_PLACE = {name: place for place, name in enumerate(QUANTITIES)}
+# How many samples a history keeps at most; beyond that every other one is dropped.
+_KEPT = 512
+
+Row = dict[str, Any]
+Writer = Callable[[int, Sequence[Row]], None]
+
+
+class MonitorWarning(UserWarning):
+    """What a monitor found out about a run that its user should know."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to say about a run.
+
+    Args:
+        kind: ``"slow"``, ``"equilibrium"``, ``"fast"``, ``"radial"`` or ``"not finite"``.
+        weight: the weight of which it holds most.
+        number: how much.
+        text: the same in a sentence.
+    """
+
+    kind: str
+    weight: str
+    number: float
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class History:
+    """The measured steps of a run: one row of `QUANTITIES` for each weight, NaN where there is no such number.
+
+    Long runs are thinned out: at most 512 steps are kept, at equal distances, besides the last one.
+
+    Args:
+        weights: the names of the weights.
+        groups: the number of scale-invariant groups of each.
+
+    Example:
+        >>> history = History(["conv.weight"], [8])
+        >>> history.append(0, [[1.0] * 12])
+        >>> history.rows()[0]["norm"], history.steps
+        (1.0, [0])
+    """
+
+    def __init__(self, weights: Sequence[str], groups: Sequence[int]) -> None:
+        self.weights, self.groups = list(weights), list(groups)
+        self.steps: list[int] = []
+        self._values: list[NDArray[np.float64]] = []
+        self._stride, self._seen = 1, 0
+        # Step, rotation per rate, norm, effective rate per rate, and rate where each weight turned fastest.
+        self.fastest = np.full((5, len(self.weights)), np.nan)
+
+    def append(self, step: int, values: Any) -> None:
+        """Add a measured step: the number of steps before it, and one row per weight."""
+        array = np.asarray(values, dtype=np.float64)
+        if self._seen and (self._seen - 1) % self._stride:
+            self.steps.pop(), self._values.pop()
+        self.steps.append(step)
+        self._values.append(array)
+        self._seen += 1
+        if len(self.steps) > _KEPT:
+            self.steps, self._values = self.steps[::2], self._values[::2]
+            self._stride *= 2
+        self._note_fastest(step, array)
+
+    def _note_fastest(self, step: int, array: NDArray[np.float64]) -> None:
+        norm, rotation, rate = (array[:, _PLACE[name]] for name in ("norm", "rotation", "lr"))
+        with np.errstate(all="ignore"):
+            speed, effective = rotation / rate, array[:, _PLACE["effective_lr"]] / rate
+        new = np.isfinite(speed) & ~(speed <= self.fastest[1])
+        self.fastest[:, new] = np.stack([np.full_like(norm, step), speed, norm, effective, rate])[:, new]
+
+    def take_fastest(self, fastest: Sequence[Sequence[float]]) -> None:
+        """Go on from the `fastest` of an earlier part of the run."""
+        self.fastest = np.asarray(fastest, dtype=np.float64)
+
+    def of(self, quantity: str) -> NDArray[np.float64]:
+        """One quantity as an array (steps, weights)."""
+        return np.stack(self._values)[:, :, _PLACE[quantity]]
+
+    def rows(self, place: int = -1) -> list[Row]:
+        """The rows of a measured step, the last one by default; none before the first."""
+        if not self.steps:
+            return []
+        pairs = zip(self.weights, self.groups, self._values[place].tolist(), strict=True)
+        return [
+            {"step": self.steps[place], "weight": name, "groups": groups, **dict(zip(QUANTITIES, row, strict=True))}
+            for name, groups, row in pairs
+        ]
+
+    def layers(self, depth: int | None = None) -> dict[str, list[int]]:
+        """The weights by layer: numbers of those whose names begin with the same `depth` parts."""
+        found: dict[str, list[int]] = {}
+        for number, name in enumerate(self.weights):
+            layer = name if depth is None else ".".join(name.split(".")[:-1][:depth]) or name
+            found.setdefault(layer, []).append(number)
+        return found
+
+    def by_layer(self, quantity: str, depth: int | None = None) -> dict[str, NDArray[np.float64]]:
+        """One quantity along the steps for each layer, the median over its weights; extremes are those of all."""
+        values = self.of(quantity)
+        over = np.min if quantity.endswith("_min") else np.max if quantity.endswith("_max") else _median
+        return {layer: over(values[:, numbers], axis=1) for layer, numbers in self.layers(depth).items()}
+
+    def summary(self, depth: int | None = None) -> list[Row]:
+        """The last measured step: one row for each weight, or for each layer.
+
+        Args:
+            depth: how many parts of a name make a layer: 2 joins ``layer3.0.conv1.weight`` and
+                ``layer3.0.conv2.weight`` to ``layer3.0``. One row per weight when left out.
+        """
+        if depth is None or not self.steps:
+            return self.rows()
+        columns = {quantity: self.by_layer(quantity, depth) for quantity in QUANTITIES}
+        return [
+            {
+                "step": self.steps[-1],
+                "layer": layer,
+                "groups": sum(self.groups[number] for number in numbers),
+                **{quantity: float(columns[quantity][layer][-1]) for quantity in QUANTITIES},
+            }
+            for layer, numbers in self.layers(depth).items()
+        ]
+
+    # ---- in words ----------------------------------------------------------------------------------------------------
+
+    def findings(self, total_steps: int | None = None) -> list[Finding]:
+        """What is to be said of the last measured step, with the number of each; at most one sentence of each kind.
+
+        Args:
+            total_steps: the length of the run.
+        """
+        if not self.steps:
+            return []
+        now = dict(zip(QUANTITIES, self._values[-1].T, strict=True))
+        found = [self._not_finite(now), self._fast(now), self._slow(now), self._radial(now)]
+        if total_steps is not None:
+            found.append(self._late(now, total_steps))
+        return [finding for finding in found if finding is not None]
+
+    def _worst(
+        self, kind: str, numbers: NDArray[np.float64], limit: float, text: Callable[[int, str], str]
+    ) -> Finding | None:
+        """The finding on the weight with the largest number, where that is above a limit."""
+        above = np.flatnonzero(numbers > limit)  # NaN is not
+        if not len(above):
+            return None
+        worst = int(above[np.argmax(numbers[above])])
+        others = len(above) - 1
+        more = "" if not others else f" The same holds of {others} other weight{'s' if others > 1 else ''}."
+        name = self.weights[worst].removesuffix(".weight")
+        return Finding(kind, self.weights[worst], float(numbers[worst]), text(worst, name) + more)
+
+    def _not_finite(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
+        bad = (~np.isfinite(now["norm_max"])).astype(np.float64)
+        return self._worst(
+            "not finite", bad, 0.5, lambda _, name: f"{name} has NaN or infinity in it at step {self.steps[-1]:,}."
+        )
+
+    def _fast(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
+        def text(i: int, name: str) -> str:
+            why = f"the learning rate {now['lr'][i]:.2g} is large for its norm {now['norm'][i]:.2g}"
+            return f"{name} turns {now['rotation'][i]:.2g} radians a step: {why}."
+
+        return self._worst("fast", now["rotation"], 0.5, text)
+
+    def _slow(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
+        step, speed, norm, effective, rate = self.fastest
+        with np.errstate(all="ignore"):
+            times = speed * now["lr"] / now["rotation"]
+            grown = (effective * now["lr"] / now["effective_lr"] >= 5) & (now["norm"] > norm)
+
+        def text(i: int, name: str) -> str:
+            same = "" if math.isclose(now["lr"][i], rate[i], rel_tol=0.01) else " at the same learning rate"
+            only = " Without weight decay it only grows." if not now["weight_decay"][i] else ""
+            grew = f"its norm grew from {norm[i]:.2g} to {now['norm'][i]:.2g}"
+            return f"{name} turns {_rounded(times[i])} times slower than at step {int(step[i]):,}{same}: {grew}.{only}"
+
+        return self._worst("slow", np.where(grown, times, 0.0), 10, text)
+
+    def _radial(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
+        return self._worst(
+            "radial",
+            now["radial_gradient"],
+            0.05,
+            lambda i, name: (
+                f"{now['radial_gradient'][i]:.0%} of the gradient of {name} is along the weight: as it is trained, its "
+                "scale matters. Its normalization may be in evaluation mode, its eps large against the variance, or a "
+                "bias that would scale with it large."
+            ),
+        )
+
+    def _late(self, now: Mapping[str, NDArray[np.float64]], total_steps: int) -> Finding | None:
+        steps = np.where(np.isfinite(now["steps_to_equilibrium"]), now["steps_to_equilibrium"], 0.0)
+        return self._worst(
+            "equilibrium",
+            steps if self._seen > 2 else np.zeros_like(steps),
+            float(total_steps),
+            lambda i, name: (
+                f"{name}: with this decay equilibrium takes {_rounded(steps[i])} steps, the run has {total_steps:,}."
+            ),
+        )
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_csv(cls, path: str | os.PathLike[str]) -> History:
+        """Read what a monitor wrote.
+
+        Raises:
+            ArgumentTypeError: the file is not such a one.
+            OSError: it cannot be read.
+        """
+        remedy = "Pass a file that manifold_nets.Monitor(…, writer='run.csv') wrote."
+        by_step: dict[int, dict[str, list[float]]] = {}
+        groups: dict[str, int] = {}
+        with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+            reader = csv.reader(file)
+            head = next(reader, [])
+            if head != list(COLUMNS):
+                raise ArgumentTypeError(str(path), ",".join(head[:20]), f"the columns {', '.join(COLUMNS)}", remedy)
+            for line in reader:
+                try:
+                    step, name, count = int(line[0]), line[1], int(line[2])
+                    values = [float(cell) if cell else math.nan for cell in line[3:]]
+                    if len(values) != len(QUANTITIES):
+                        raise ValueError
+                except (ValueError, IndexError):
+                    raise ArgumentTypeError(
+                        f"{path}, line {reader.line_num}", ",".join(line), f"{len(COLUMNS)} cells of numbers", remedy
+                    ) from None
+                by_step.setdefault(step, {})[name] = values
+                groups[name] = count
+        if not groups:
+            raise ArgumentTypeError(str(path), "", "at least one measured step", remedy)
+        history = cls(list(groups), list(groups.values()))
+        missing = [math.nan] * len(QUANTITIES)
+        for step in sorted(by_step):
+            history.append(step, [by_step[step].get(name, missing) for name in groups])
+        return history
+
+
+def _median(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """The median of the numbers that there are, NaN where there is none."""
+    known = np.where(np.isnan(values).all(axis=axis, keepdims=True), -1.0, values)
+    middle = np.nanmedian(known, axis=axis)
+    return np.where(np.isnan(values).all(axis=axis), np.nan, middle)
+
+
+def _rounded(number: float) -> str:
+    """Two significant digits, with commas between thousands.
+
+    Example:
+        >>> _rounded(213456.0), _rounded(40.4), _rounded(9.96)
+        ('210,000', '40', '10')
+    """
+    if not math.isfinite(number):
+        return "infinitely many"
+    return f"{float(f'{number:.2g}'):,.0f}"
+
+
+class CSVWriter:
+    """Writes the rows of a monitor to a file, step by step; a run that is resumed goes on in the same file.
+
+    Args:
+        path: the file. One that is there is replaced, except by a run that was resumed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path, self._begun = Path(path), False
+
+    def __call__(self, step: int, rows: Sequence[Row], *, resumed: bool = False) -> None:
+        """Write the rows of a step, and close the file: what was measured outlives a run that breaks off."""
+        goes_on = self._begun or (resumed and self.path.exists() and self.path.stat().st_size > 0)
+        with self.path.open("a" if goes_on else "w", newline="", encoding="utf-8") as file:
+            lines = csv.writer(file)
+            if not goes_on:
+                lines.writerow(COLUMNS)
+            lines.writerows([_cell(row[column]) for column in COLUMNS] for row in rows)
+        self._begun = True
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "" if math.isnan(value) else f"{value:.6g}"
+
+
+def as_writers(given: Any) -> list[Writer]:
+    """Make writers of what a user passes: file names, loggers, functions, or several of them.
+
+    Raises:
+        ArgumentTypeError: it is none of these.
+    """
+    if given is None:
+        return []
+    if isinstance(given, (list, tuple)):
+        return [writer for one in given for writer in as_writers(one)]
+    if isinstance(given, (str, os.PathLike)):
+        return [CSVWriter(given)]
+    if hasattr(given, "add_scalar"):  # a SummaryWriter of TensorBoard
+        return [partial(_to_board, given)]
+    if hasattr(given, "log_metrics"):  # a logger of Lightning
+        return [lambda step, rows: given.log_metrics(dict(_scalars(rows)), step=step)]
+    if type(given).__module__.startswith("accelerate"):
+        return [lambda step, rows: given.log(dict(_scalars(rows)), step=step)]
+    if hasattr(given, "log"):  # a run of Weights & Biases, whose own steps go on with the user's next call
+        return [lambda step, rows: given.log({"monitor/step": step, **dict(_scalars(rows))}, commit=False)]
+    if callable(given):
+        return [given]
+    raise ArgumentTypeError(
+        "writer",
+        given,
+        "a file name, a SummaryWriter of TensorBoard, a run of Weights & Biases, a logger of Lightning, an "
+        "Accelerator, or a function of a step and its rows",
+        "Pass one of these, or a list of them.",
+    )
+
+
+def _to_board(board: Any, step: int, rows: Sequence[Row]) -> None:
+    for name, value in _scalars(rows):
+        board.add_scalar(name, value, step)
+
+
+def _scalars(rows: Iterable[Row]) -> Iterable[tuple[str, float]]:
+    """Names and values for a logger, which takes finite numbers."""
+    for row in rows:
+        for quantity in _LOGGED:
+            if math.isfinite(row[quantity]):
+                yield f"{quantity}/{row['weight'].removesuffix('.weight')}", row[quantity]
