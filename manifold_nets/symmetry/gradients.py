@@ -35,6 +35,7 @@ __all__ = [
     "move_vectors",
     "pass_without_values",
     "random_projection",
+    "real_fields",
     "replace_zeros",
     "second_pass",
 ]
@@ -157,11 +158,8 @@ def gradient_pass(model_copy: nn.Module, inputs: Inputs, seed: int, *, logits: b
             gradients: Sequence[Tensor | None] = (
                 torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
             )
-    weights = _zeros(model_copy)
-    slopes = dict(weights)
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
-    return GradientPass(weights, slopes)
+    zeros = _zeros(model_copy)
+    return GradientPass(*({**zeros, **part} for part in real_fields(parameters, gradients)))
 
 
 @contextmanager
@@ -236,15 +234,21 @@ def _zeros(model_copy: nn.Module) -> dict[str, Tensor]:
     return {name: zero.expand(parameter.shape) for name, parameter in model_copy.named_parameters()}
 
 
-def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and gradient; of a complex weight its modulus and the gradient along it, which have the same products."""
-    # Embeddings may have sparse gradients.
-    gradient = torch.zeros_like(weight) if gradient is None else gradient.detach().to_dense()
-    if not weight.is_complex():
-        return weight, gradient
-    modulus = weight.abs()
-    radial = (weight.conj() * gradient).real
-    return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
+def real_fields(
+    parameters: Mapping[str, Tensor], gradients: Iterable[Tensor | None]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and gradients; of a complex weight its modulus and the gradient along it: their products are the same."""
+    weights, slopes = {}, {}
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        weight = weights[name] = parameter.detach()
+        if gradient is None:
+            slopes[name] = torch.zeros((), dtype=torch.float64, device=weight.device).expand(weight.shape)
+        else:
+            slopes[name] = gradient.detach().to_dense()  # embeddings may have sparse ones
+        if weight.is_complex():
+            modulus = weights[name] = weight.abs()
+            slopes[name] = torch.where(modulus > 0, (weight.conj() * slopes[name]).real / modulus, 0.0)
+    return weights, slopes
 
 
 def replace_zeros(model_copy: nn.Module, seed: int) -> None:

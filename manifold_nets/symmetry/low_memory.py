@@ -12,6 +12,7 @@ the example inputs keeps.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import Counter, UserDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,8 +192,8 @@ class LowMemoryPass(GradientPass):
         largest: the largest modulus of an entry of the gradients that were not kept.
     """
 
-    again: Callable[[], GradientPass] | None = field(default=None, repr=False, compare=False)
-    largest: float = 0.0
+    again: Callable[[], GradientPass] = field(kw_only=True, repr=False, compare=False)
+    largest: float = field(kw_only=True)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -206,8 +207,6 @@ class LowMemoryPass(GradientPass):
 
     @cached_property
     def _whole(self) -> GradientPass:
-        if self.again is None:
-            raise RuntimeError("gradients that were not kept")
         return self.again()
 
     def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
@@ -223,7 +222,8 @@ def low_memory_pass(
     required: Mapping[str, Sequence[Partition]] | None = None,
     *,
     logits: bool = False,
-) -> GradientPass:
+    state: Tensor | None = None,
+) -> LowMemoryPass:
     """Run the forward and backward pass of the certificate on such a copy; see `gradient_pass`.
 
     Args:
@@ -233,6 +233,7 @@ def low_memory_pass(
         required: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
             rounded to float32. Should other sums be asked for, the pass is run once more.
         logits: whether the cotangent sums to zero along axis 1.
+        state: that of the random numbers, where the parameters have been moved already.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -240,23 +241,11 @@ def low_memory_pass(
     """
     device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    move_vectors([p for p in nn.Module.parameters(model_copy) if is_continuous(p)], generator)
-    return _pass(model_copy, inputs, seed, generator.get_state(), required or {}, logits=logits)
-
-
-def _pass(
-    model_copy: nn.Module,
-    inputs: Inputs,
-    seed: int,
-    state: Tensor,
-    required: Mapping[str, Sequence[Partition]],
-    *,
-    logits: bool,
-) -> LowMemoryPass:
-    """One forward and backward pass with the random numbers of a state."""
-    device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
-    generator = torch.Generator(device)
+    if state is None:
+        move_vectors([p for p in nn.Module.parameters(model_copy) if is_continuous(p)], generator)
+        state = generator.get_state()
     generator.set_state(state)
+    required = required or {}
     passes = _Passes(model_copy, required)
     for parameter in nn.Module.parameters(model_copy):
         parameter.grad = None
@@ -274,14 +263,11 @@ def _pass(
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
             gradients[name] = none if parameter.grad is None else parameter.grad.to_dense()
 
-    def again() -> GradientPass:
-        return _pass(model_copy, inputs, seed, state, {}, logits=logits)
-
     return LowMemoryPass(
         _Widened(passes.weights),
         _Widened(gradients),
         required=required,
         _sums=passes.sums,
-        again=again,
+        again=functools.partial(low_memory_pass, model_copy, inputs, seed, logits=logits, state=state),
         largest=passes.largest,
     )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
 from manifold_nets.symmetry.equations import UNSCALED, Ids, Label, Scales
-from manifold_nets.symmetry.graph import is_region, region_graph
 from manifold_nets.symmetry.in_place import write_back
-from manifold_nets.symmetry.rules import Absorption, Coscaled, Result, Use, Walk, apply_rule, as_list
+from manifold_nets.symmetry.rules import Absorption, Coscaled, Use, Walk, apply_rule, as_list
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["follow_shifts", "propagate"]
@@ -47,26 +46,21 @@ def propagate(
 
 
 def follow_shifts(
-    graph: TracedGraph, seeds: dict[str, Ids], scales: Scales, *, rows: dict[str, int] | None = None,
-    inactive: Callable[[str], bool] = lambda module: False, loss: bool = False,
-) -> dict[int, list[Absorption]]:  # fmt: skip
+    graph: TracedGraph, seeds: dict[str, Ids], scales: Scales, **options: Any
+) -> dict[int, list[Absorption]]:
     """Follow the shifts of some parameters through a graph.
 
     Args:
         graph: the graph.
         seeds: for each parameter the number of the form of each entry; broadcasts to its shape.
         scales: the unknown shifts; takes the equations that the network puts on them.
-        rows: the weights whose shift is ``W → W + 1vᵀ``, with their number of blocks of output channels.
-        inactive: whether a module drops nothing at random.
-        loss: whether the outputs are logits, compared along axis 1.
+        options: those of the walk: ``rows``, ``inactive`` and ``loss``.
 
     Returns:
         For each unknown that is free the operations that absorb it, directly or after linear maps.
     """
-    nodes = {name: graph.placeholders_of(name) for name in seeds}
-    blocks = {node: count for name, count in (rows or {}).items() for node in nodes[name]}
-    walk = _ShiftWalk(graph, scales, graph.live_or_stored, shifts=True, rows=blocks, inactive=inactive, loss=loss)
-    walk.run({node: Label(ids) for name, ids in seeds.items() for node in nodes[name]})
+    walk = _ShiftWalk(graph, scales, graph.live_or_stored, shifts=True, **options)
+    walk.run({node: Label(ids) for name, ids in seeds.items() for node in graph.placeholders_of(name)})
     return walk.absorbed()
 
 
@@ -105,28 +99,11 @@ class _Walk(Walk):
         if node.op == "output":
             self._leave(use)
             self.labels[node] = None
-        elif is_region(node):
-            self.labels[node] = self._enter(node)
         elif any(self._is_labelled(source) for source in node.all_input_nodes):
             self.labels[node] = apply_rule(use)
         else:
             self.labels[node] = None
         write_back(use, self.labels[node])
-
-    def _enter(self, region: Node) -> Result:
-        """Follow the labels through the graph of a region that runs under autocast or in another gradient mode."""
-        inner, arguments = region_graph(region)
-        given = iter(arguments)
-        for node in inner.nodes:
-            if node.op == "placeholder":
-                argument = next(given)
-                self.labels[node] = self.labels.get(argument) if isinstance(argument, Node) else None
-            elif node.op == "output":
-                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                return [found if isinstance(found := self.labels.get(r), Label) else None for r in results]
-            elif node in self.live:
-                self._visit(node)
-        return None
 
     def _leave(self, use: Use) -> None:
         use.refuse("is reached without a normalization", certainty="smooth")

@@ -44,14 +44,13 @@ def recheck_shifts(
 
     Args:
         structure: what may be added to the parameters of the network.
-        shown: what the numerical search found.
+        shown: the shifts of single parameters that the numerical search found.
         test: tests what the structure explains.
     """
     findings = ShiftFindings(test, structure.drops_samples)
     groups: dict[str, list[UnexplainedSymmetry]] = {}
     for one in shown:
-        if one.kind == "shift" and len(one.parameters) == 1:
-            groups.setdefault(one.parameters[0], []).append(one)
+        groups.setdefault(one.parameters[0], []).append(one)
     found: list[ShiftSymmetry] = []
     for name, members in groups.items():
         explained = _explained(structure, name, members, findings)

@@ -104,7 +104,7 @@ def _with_bias(use: Use, axis: int, ids: Ids) -> Result:
 def linear_map_of_shifts(use: Use) -> Result:
     """The bias shifts its channel; a shift of the input or of the rows is linked."""
     axis, rank = _channel_axis(use), len(use.out_shape)
-    source, weight, blocks = use.label("input"), use.label("weight"), use.walk.rows.get(use.args["weight"])
+    source, weight, blocks = use.label("input"), use.label("weight"), use.blocks
     ids = unscaled(rank)
     if any(_lets_no_shift_pass(user) for user in use.node.users.keys() & use.graph.live_or_stored):
         use.refuse("is read by an operation that lets no shift pass")  # at once: each entry would be an unknown
@@ -171,7 +171,7 @@ def embedding_bag(use: Use) -> Result:
 @of_first
 def embedding_of_shifts(use: Use, label: Label) -> Result:
     """A constant added to all of a row shifts the result at every place where it is looked up."""
-    if use.args["weight"] in use.walk.rows:
+    if use.blocks is not None:
         return use.fresh(label.ids, (*use.out_shape[:-1], 1), "looks up shifted rows")
     return embedding(use)
 

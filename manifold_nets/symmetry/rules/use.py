@@ -91,7 +91,7 @@ class Walk:
     live: Collection[Node]
     columns: dict[str, Ids] | None = None
     shifts: bool = False
-    rows: dict[Node, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
     inactive: Callable[[str], bool] = lambda module: False
     labels: dict[Node, Result] = field(default_factory=dict)
     absorptions: list[Absorption] = field(default_factory=list)
@@ -155,6 +155,11 @@ class Use:
         """
         few = math.prod(shape) <= _MOST_ZEROS and not self.shifts
         return self.scales.add(math.prod(shape)).reshape(tuple(shape)) if few else None
+
+    @property
+    def blocks(self) -> int | None:
+        """The number of blocks of filters of the weight that share one unknown row; None where it gets no rows."""
+        return self.walk.rows.get(self.graph.parameter_of(self.args["weight"]) or "")
 
     # ---- conditions ------------------------------------------------------------------------------------------------
 
