@@ -23,6 +23,7 @@ from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.guard import allow_euclidean
 from manifold_nets.optim.param_groups import name_of, resolve_manifolds
 from manifold_nets.optim.rows import by_rows, whole_rows
+from manifold_nets.padded import PaddedSphereProduct
 
 __all__ = ["on_spheres"]
 
@@ -226,8 +227,12 @@ class _Hooks:
         else:
             self._put_back_anew(key, options, before, firsts)
         for p, own in buffers.items():
+            manifold = self.manifolds[p][0]
             for other in own[1:]:
-                write_whole_(other, self.manifolds[p][0].proju(whole(p), whole(other)))
+                write_whole_(other, manifold.proju(whole(p), whole(other)))
+            if isinstance(manifold, PaddedSphereProduct):
+                for x in (p.detach(), *own[:1]):
+                    x[manifold.padding] = 0.0
 
     def _put_back_anew(
         self,
