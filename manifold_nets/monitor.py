@@ -277,7 +277,7 @@ class Monitor:
         every: int = 10,
         writer: Any = None,
         total_steps: int | None = None,
-        max_groups: int | None = 64,
+        max_groups: int | None = 32,
     ) -> None:
         for name, number in (("every", every), ("total_steps", total_steps), ("max_groups", max_groups)):
             if number is not None and (not isinstance(number, int) or number < 1):

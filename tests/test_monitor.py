@@ -3,19 +3,28 @@
 import copy
 import csv
 import functools
+import json
 import math
+import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from browser import measure, photograph
+from click.testing import CliRunner
+from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import manifold_nets as mn
 from manifold_nets import monitor as module
+from manifold_nets.cli import main
 from manifold_nets.errors import ArgumentTypeError, OptionError, ReportMismatchError
 from manifold_nets.monitor import Finding, History, MonitorWarning, outlook
+from manifold_nets.monitor_page import page_html
 from manifold_nets.monitor_records import COLUMNS, QUANTITIES, as_writers
 
 EPS = torch.finfo(torch.float64).eps
@@ -687,3 +696,149 @@ def test_a_monitor_warns_once_and_again_when_it_gets_worse(report):
         ]
         assert len(kinds) == (step == 0), step
     assert {type(finding) for finding in monitor.findings} == {Finding}
+
+
+# ---- the page and the command ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def run_file(folder):
+    """A run of which everything there is to say is said, as a file."""
+    history = History(["layer1.0.conv1.weight", "layer1.0.conv2.weight", "<head>.weight"], [4, 8, 2])
+    rows = []
+    for step in range(0, 100, 10):
+        grown = 1 + step / 20
+        rows.append([
+            row_of(norm=0.6 * grown, effective_lr=0.1 / (0.6 * grown) ** 2, rotation=0.02 / grown**2,
+                   steps_to_equilibrium=213_000.0 - step),
+            row_of(equilibrium_rotation=math.nan, steps_to_equilibrium=math.nan),
+            row_of(radial_gradient=0.3, steps_to_equilibrium=0.0),
+        ])  # fmt: skip
+        history.append(step, rows[-1])
+        as_writers(folder / "run.csv")[0](step, history.rows(), resumed=step > 0)
+    return folder / "run.csv", history
+
+
+SAYS = (
+    "layer1.0.conv1 turns 30 times slower than at step 0, all else equal: its norm grew from 0.6 to 3.3.",
+    "layer1.0.conv1: with this decay equilibrium takes 210,000 steps, the run has 91.",
+    "30% of the gradient of <head> is along the weight",
+)
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["monitor", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return run_file(tmp_path_factory.mktemp("run"))
+
+
+def test_the_command_shows_what_was_measured_and_says_what_stands_out(written, tmp_path):
+    path, history = written
+    shown = command(path)
+    assert shown.exit_code == 0, shown.stderr
+    for sentence in SAYS:
+        assert sentence in shown.stdout
+    assert re.search(r"layer1\.0\.conv1\.weight +4 +3\.3 .* 212,910 ", shown.stdout)
+    assert re.search(r"layer1\.0\.conv2\.weight +8 +1 +0\.01 +– +– ", shown.stdout)
+    joined = command(path, "--depth", 1, "--total-steps", 10**6, "--json")
+    document = json.loads(joined.stdout)
+    assert document["ok"]
+    assert [row["layer"] for row in document["summary"]] == ["layer1", "<head>"]
+    assert [finding["kind"] for finding in document["findings"]] == ["slow", "radial"]
+    assert document["steps"] == history.steps
+    assert document["summary"][0]["groups"] == 12
+
+
+def test_the_command_refuses_other_files(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n")
+    for arguments, status in (((tmp_path / "other.csv",), 1), ((tmp_path / "none.csv",), 2), ((), 2)):
+        refused = command(*arguments)
+        assert refused.exit_code == status
+        assert refused.stdout == ""
+        assert refused.stderr
+    document = json.loads(command(tmp_path / "other.csv", "--json").stdout)
+    assert not document["ok"]
+    assert document["error"] == "ArgumentTypeError"
+
+
+def test_the_command_needs_no_torch(written):
+    code = "import sys; sys.modules['torch'] = None; from manifold_nets.cli import main; main(['monitor', sys.argv[1]])"
+    arguments = [sys.executable, "-c", code, str(written[0])]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert SAYS[0] in done.stdout
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    pytest.importorskip("matplotlib")
+    path = written[0].with_suffix(".html")
+    done = command(written[0], "--html", path)
+    assert done.exit_code == 0, done.stderr
+    return path
+
+
+def check_page(text):
+    check_self_contained(text)
+    check_accessible(text)
+    check_contrast(text)
+    parsed = Page(text)
+    for sentence in SAYS:
+        assert sentence in parsed.text
+    for name in ("layer1.0.conv1.weight", "<head>.weight", "0.6 → 3.3", "210,000", "there"):
+        assert name in parsed.text.replace("\u200b", "")
+    # Wide and narrow drawings of each quantity.
+    assert len(parsed.having("svg", **{"class": "figure-svg"})) == 12
+
+
+def test_the_page_is_self_contained_accessible_and_true(page):
+    check_page(page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("</h1>", '</h1><img src="a.png">'), ("210,000", "120,000"), ('role="img"', ""), ("&lt;head", "<head")],
+)
+def test_sabotage_a_wrong_page_is_noticed(page, old, new):
+    text = page.read_text()
+    assert old in text
+    with pytest.raises(AssertionError):
+        check_page(text.replace(old, new))
+
+
+@pytest.mark.slow
+def test_the_page_fits_every_screen(page, tmp_path):
+    for width, (window, whole) in measure(page.read_text(), tmp_path, [320, 390, 768, 1280], opened=True).items():
+        assert window == whole == width
+    for scheme in ("light", "dark"):
+        check_picture(photograph(page, tmp_path / "a.png", 1000, 1200, scheme), (1000, 1200), scheme)
+
+
+def test_a_page_of_one_sample_and_one_of_none(tmp_path, report):
+    pytest.importorskip("matplotlib")
+    model = network()
+    optimizer = sgd(model)
+    monitor = mn.Monitor(model, optimizer, report)
+    monitor.to_html(tmp_path / "none.html")
+    assert "Nothing was measured" in (tmp_path / "none.html").read_text()
+    train(model, optimizer, range(1))
+    monitor.to_html(tmp_path / "one.html")
+    check_self_contained((tmp_path / "one.html").read_text())
+
+
+def test_many_layers_are_drawn_as_a_few(tmp_path):
+    pytest.importorskip("matplotlib")
+    deep = [f"model.layers.{layer}.{part}.weight" for layer in range(30) for part in ("q", "k")]
+    flat = [f"layer{n}.{m}.weight" for n in range(4) for m in range(9)]
+    for names, shown, note in ((deep, "model.layers.29", "7 of 30 layers"), (flat, "layer3", ""), (["w"], "w", "")):
+        history = History(names, [4] * len(names))
+        for step in range(3):
+            history.append(step, [row_of()] * len(names))
+        text = page_html(history)
+        check_self_contained(text)
+        assert f">{shown}<" in text
+        assert note in text
+        assert ("Drawn are" in text) == bool(note)
