@@ -15,6 +15,7 @@ import pytest
 import torch
 from browser import measure, photograph
 from click.testing import CliRunner
+from example_modules import example
 from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -498,6 +499,20 @@ def test_other_dtypes(report, dtype):
     assert row["rotation"] == pytest.approx(float(expected["rotation"]), rel=1e3 * torch.finfo(torch.float32).eps)
 
 
+def test_another_default_device_does_not_matter(report):
+    rows = []
+    for device in ("cpu", "meta"):
+        model = network()
+        optimizer = sgd(model)
+        model.zero_grad()
+        cross_entropy(model(batch()[0]), batch()[1]).backward()
+        with torch.device(device):
+            monitor = mn.Monitor(model, optimizer, report, every=1)
+            optimizer.step()
+        rows.append(monitor.history.rows())
+    assert rows[0] == rows[1]
+
+
 def test_what_cannot_be_watched_is_refused(report):
     model = network()
     optimizer = sgd(model)
@@ -842,3 +857,107 @@ def test_many_layers_are_drawn_as_a_few(tmp_path):
         assert f">{shown}<" in text
         assert note in text
         assert ("Drawn are" in text) == bool(note)
+
+
+# ---- trainers of other libraries -------------------------------------------------------------------------------------
+
+of_libraries = pytest.mark.filterwarnings("ignore")  # they warn about each other
+
+
+def parameters(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.slow
+@of_libraries
+def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
+    run = example("train_with_lightning", "lightning", "sklearn")
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Plain(run.Digits):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def fit(epochs, callbacks, resume=None, save=None, **options):
+        torch.manual_seed(0)
+        net = run.network()
+        callback = module.lightning_callback(model=net, every=5) if callbacks else None
+        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, **options}
+        trainer = run.lightning.Trainer(
+            max_epochs=epochs, callbacks=[callback] if callbacks else [], enable_checkpointing=False, **options
+        )
+        trainer.fit(Plain(net), run.loader(), ckpt_path=resume, weights_only=resume and True)
+        if save is not None:
+            trainer.save_checkpoint(save)
+        return net, callback
+
+    plain, _ = fit(2, callbacks=False, logger=False)
+    watched, callback = fit(
+        2, callbacks=True, logger=CSVLogger(tmp_path, name="", version="a", flush_logs_every_n_steps=1)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(parameters(plain), parameters(watched), strict=True))
+    history = callback.monitor.history
+    assert history.steps == [5, 10, 15, 20, 25, 30, 35]  # the first step's batch is what was diagnosed
+    assert history.weights == ["0.weight", "3.weight", "7.weight"]
+    assert callback.monitor.total_steps == 40
+    assert "rotation/0" in (tmp_path / "a" / "metrics.csv").read_text()
+    fit(1, callbacks=True, logger=False, save=tmp_path / "one.ckpt")
+    resumed, callback = fit(2, callbacks=True, logger=False, resume=tmp_path / "one.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(parameters(plain), parameters(resumed), strict=True))
+    assert callback.monitor.history.steps == [25, 30, 35]
+    np.testing.assert_array_equal(callback.monitor.history.of("rotation"), history.of("rotation")[-3:])
+
+
+@pytest.mark.slow
+@of_libraries
+def test_transformers_trains_alike_with_the_callback(tmp_path):
+    run = example("train_with_transformers", "transformers")
+    found = []
+    for callback in (None, module.transformers_callback(every=5, writer=tmp_path / "run.csv")):
+        model = run.language_model()
+        arguments = run.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=run.BATCH, learning_rate=5e-3,
+            train_sampling_strategy="sequential", use_cpu=True, report_to=[], logging_strategy="no",
+            disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        callbacks = [] if callback is None else [callback]
+        run.Trainer(model=model, args=arguments, train_dataset=run.Source(), callbacks=callbacks).train()
+        found.append(parameters(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    read = History.from_csv(tmp_path / "run.csv")
+    assert read.steps == [0, 5, 10]
+    assert read.weights == [
+        f"model.layers.{n}.self_attn.{part}_proj.weight" for n in range(2) for part in ("q", "k")
+    ]  # fmt: skip
+    assert read.groups == [4, 2, 4, 2]
+
+
+@pytest.mark.slow
+@of_libraries
+def test_accelerate_logs_what_is_measured_of_a_prepared_optimizer(report):
+    pytest.importorskip("accelerate")
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "kept", False, None
+
+        def __init__(self):
+            super().__init__()
+            self.seen = {}
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **_):
+            self.seen[step] = values
+
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("test")
+    model = network()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    monitor = mn.Monitor(model, optimizer, report, every=2, writer=accelerator)
+    train(model, optimizer, range(4))
+    assert list(tracker.seen) == monitor.history.steps == [0, 2]
+    assert tracker.seen[2]["norm/conv"] == monitor.history.rows()[0]["norm"]
