@@ -168,14 +168,20 @@ def _steps(value: float) -> str:
 
 
 def _shown(history: History) -> tuple[int | None, list[str], str]:
-    """How deep the names of layers go so that there are few lines, the layers drawn, and a word about the others."""
-    most = len(SERIES)
-    for depth in (None, *range(max(name.count(".") for name in history.weights), 0, -1)):
+    """How many parts of a name make a layer so that there are few lines, the layers drawn, and a word about others."""
+    most, deeper = len(SERIES), (None, history.weights)
+    for depth in range(max(name.count(".") for name in history.weights), 0, -1):
+        if len(deeper[1]) <= most:
+            break
         layers = list(history.layers(depth))
-        if len(layers) <= most:
-            return depth, layers, ""
+        if len(layers) < 3:  # so few that they hide what is different
+            break
+        deeper = depth, layers
+    depth, layers = deeper
+    if len(layers) <= most:
+        return depth, layers, ""
     places = np.linspace(0, len(layers) - 1, most).round().astype(int)
-    return 1 if depth is None else depth, [layers[place] for place in places], f" {most} of {len(layers)} layers."
+    return depth, [layers[place] for place in places], f" Drawn are {most} of {len(layers)} layers."
 
 
 def _figures(plot: _Plot, history: History) -> str:
@@ -231,7 +237,7 @@ def _draw(
     axes.set_ylabel(plot.label)
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    written: Callable[[float, Any], str] = lambda value, _: number(value)  # noqa: E731 (typed for matplotlib)
+    written: Callable[[float, Any], str] = lambda value, _: f"{value:,.0f}" if 100 <= value < 1e6 else number(value)  # noqa: E731 (typed for matplotlib)
     axes.yaxis.set_major_formatter(FuncFormatter(written))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda *_: ""))
     least, most = (edge([edge(values[np.isfinite(values)]) for values in lines.values()]) for edge in (np.min, np.max))
