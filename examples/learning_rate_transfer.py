@@ -88,7 +88,7 @@ def digits(_: Path) -> Problem:
 
 def mnist(data: Path) -> Problem:
     """2,000 images of MNIST to train on, and 500 held out."""
-    from manifold_nets.comparison.tasks.idx import read_images_and_labels
+    from manifold_nets.comparison.tasks.images import read_images_and_labels
 
     x, y = (torch.tensor(part[:2500]) for part in read_images_and_labels(data, "train"))
     x = (x.float().reshape(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081
