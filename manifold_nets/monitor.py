@@ -221,9 +221,9 @@ class Monitor:
     ``lr``, ``weight_decay``      of the parameter group
     ============================  ====================================================================================
 
-    What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a weight that
-    turns ten times slower as its norm has grown, an equilibrium that the run will not reach, half a radian per step,
-    gradients along a weight that should have none, numbers that are not finite.
+    What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a norm that has
+    grown until steps turn the weight ten times less, an equilibrium that the run will not reach, half a radian per
+    step, gradients along a weight that should have none, numbers that are not finite.
 
     Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. Weights
     of joint spheres are left out, as no norm of one of them alone means anything.
@@ -500,6 +500,7 @@ class Monitor:
             "squares": getattr(self, "_squares", torch.zeros(0)).tolist(),
             "samples": getattr(self, "_samples", 0),
             "fastest": self.history.fastest.tolist(),
+            "arrival": self.history.arrival.tolist(),
             "findings": [dict(vars(finding)) for finding in self.findings],
         }
 
@@ -521,7 +522,7 @@ class Monitor:
         if state["weights"] == self.history.weights and len(state["squares"]) == len(self._squares):
             self._squares = torch.tensor(state["squares"], dtype=torch.float64)
             self._samples = int(state["samples"])
-            self.history.take_fastest(state["fastest"])
+            self.history.go_on_from(state["fastest"], state["arrival"])
 
     def close(self) -> None:
         """Take the hooks away; what was measured stays."""

@@ -177,7 +177,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             plain = [p for place, p in enumerate(group["params"]) if place not in on_spheres]
             if plain:
                 self._step_plain({**group, "params": plain})
-            self._step_spheres(number, group["params"], gradients[number])
+            if on_spheres:
+                self._step_spheres(number, group["params"], gradients[number])
 
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:

@@ -194,7 +194,8 @@ static void NAME(turn)(const Rule *rule, const Job *job, int64_t from, int64_t n
     }
     to_unit(m, rule, job, from, n);
     NAME(second_moments)(rule, job, from, m, n);
-    coefficients(rule, job, m, n, turned);
+    if (rule->kind == PUT_BACK) put_back_coefficients(rule, m, n, turned);
+    else coefficients(rule, job, m, n, turned);
 }
 
 /* AngularAdam's step of one row, or that of Adam by entries: see reference.py. The direction d is made of m and v wherever it is needed. */
@@ -373,7 +374,8 @@ static Row NAME(turn_long)(const Rule *rule, const Work *work, int64_t l, const 
     }
     to_unit(&m, rule, piece->job, piece->row, 1);
     NAME(second_moments)(rule, piece->job, piece->row, &m, 1);
-    coefficients(rule, piece->job, &m, 1, &turned);
+    if (rule->kind == PUT_BACK) put_back_coefficients(rule, &m, 1, &turned);
+    else coefficients(rule, piece->job, &m, 1, &turned);
     *far = turned.far[0] > 1.0 ? CARRIED : STAYS;
     return row_of(&turned, 0);
 }
