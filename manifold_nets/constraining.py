@@ -263,7 +263,9 @@ def _planned(model: nn.Module, name: str, per: Per, radius: float | str) -> Plan
     else:
         SphereProduct(partition).refuse_degenerate(weight.detach(), name)
         counted, manifold = norms, SphereProduct(partition, radius=radii)
-    point = None if radius == "keep" else manifold.projx(weight.detach())
+    # Norms that are right to rounding are left as they are.
+    is_there = float(manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(weight.dtype).eps
+    point = None if is_there else manifold.projx(weight.detach())
     change = 0.0 if point is None else float((point - weight).double().norm() / weight.detach().double().norm())
     low, middle, high = (float(value) for value in (counted.min(), counted.median(), counted.max()))
     return ConstrainedNorms(name, manifold, low, middle, high, change), (module, leaf), manifold, point

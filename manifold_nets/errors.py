@@ -307,12 +307,10 @@ class PlanError(FoundError, ValueError):
 class FunctionChangedError(ManifoldNetsError, RuntimeError):
     """A rewritten model does not compute what it computed before."""
 
-    def __init__(self, model: str, mode: str, difference: float, limit: float, why_no_rounding: str = "") -> None:
-        why = f" Rounding does not explain it: {why_no_rounding}." if why_no_rounding else ""
+    def __init__(self, model: str, mode: str, difference: float, limit: float, remedy: str) -> None:
         super().__init__(
             f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; "
-            f"at most {limit:.3g} is allowed.{why} Nothing was changed. Use radius='keep', or exclude the layers in "
-            "question."
+            f"at most {limit:.3g} is allowed. {remedy}"
         )
 
 
@@ -359,9 +357,9 @@ class EuclideanStepError(ManifoldNetsError, RuntimeError):
         else:
             found += (
                 f"{optimizer} is about to step it as a Euclidean weight; nothing was changed. Use "
-                "manifold_nets.optim.RiemannianSGD or RiemannianAdam with manifold_nets.param_groups(model); or, if "
-                "your code puts the weight back on its spheres itself, call "
-                "manifold_nets.optim.allow_euclidean(optimizer)."
+                "manifold_nets.optim.RiemannianSGD or RiemannianAdam with manifold_nets.param_groups(model); make this "
+                "optimizer's steps tangent with manifold_nets.optim.on_spheres(optimizer, model); or, if your code "
+                "puts the weight back on its spheres itself, call manifold_nets.optim.allow_euclidean(optimizer)."
             )
         super().__init__(found)
         self.names = tuple(names)

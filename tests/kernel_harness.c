@@ -32,11 +32,11 @@ int main(int count, char **arguments) {
     static const int64_t sizes[] = {2, 3, 7, 16, 255, 256, 257, 2049, 16384, 16385, 65537, 70001};
     static const double scales[] = {1.0, 1e-30, 1e-6, 1e6, 1e18};
     for (int64_t round = 0; round < rounds; round++) {
-        Rule rule = {(int64_t)draw(6), (int64_t)draw(4), (int64_t)draw(2), (int64_t)draw(2), (int64_t)draw(2),
+        Rule rule = {(int64_t)draw(7), (int64_t)draw(4), (int64_t)draw(2), (int64_t)draw(2), (int64_t)draw(2),
                      draw(4) ? 0.1 : 30.0, 0.9, 0.99, 1e-8, draw(2) ? 0.1 : 0.0, 0.99};
         if (!spheres_know(rule.dtype)) continue;
         int64_t wide = rule.dtype == FLOAT64 ? FLOAT64 : FLOAT32, n_jobs = 1 + (int64_t)draw(4);
-        int entry = by_entries(&rule), sgd = rule.kind == SGD || rule.kind == PLAIN_SGD;
+        int entry = by_entries(&rule), sgd = rule.kind == SGD || rule.kind == PLAIN_SGD || rule.kind == PUT_BACK;
         int task = entry || rule.kind == PLAIN_SGD ? STEP : (int)draw(2) ? MEASURE : STEP;
         Job jobs[4];
         memset(jobs, 0, sizeof jobs);

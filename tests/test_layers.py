@@ -448,5 +448,5 @@ def check_geometry(sphere: mn.SphereProduct) -> None:
 
 def test_the_geometry_beside_a_padding_row_is_that_of_the_other_rows() -> None:
     check_geometry(PaddedSphereProduct((4, 4), 2))
-    with pytest.raises(Exception, match=r"group 2|zero"):
+    with pytest.raises(AssertionError):
         check_geometry(mn.SphereProduct((4, 4)))

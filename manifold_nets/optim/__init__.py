@@ -6,6 +6,7 @@ from manifold_nets.optim.averaging import AveragedModel
 from manifold_nets.optim.clipping import clip_sphere_grad_norm_
 from manifold_nets.optim.from_torch import from_torch, plain_norms, to_torch
 from manifold_nets.optim.guard import allow_euclidean
+from manifold_nets.optim.on_spheres import on_spheres
 from manifold_nets.optim.param_groups import param_groups
 from manifold_nets.optim.schedules import BoldDriver, CorrectedDecay
 from manifold_nets.optim.sgd import RiemannianSGD
@@ -39,6 +40,7 @@ __all__ = [
     "carry_momentum",
     "clip_sphere_grad_norm_",
     "from_torch",
+    "on_spheres",
     "param_groups",
     "plain_norms",
     "scaled_metric_groups",

@@ -177,7 +177,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             plain = [p for place, p in enumerate(group["params"]) if place not in on_spheres]
             if plain:
                 self._step_plain({**group, "params": plain})
-            self._step_spheres(number, group["params"], gradients[number])
+            if on_spheres:
+                self._step_spheres(number, group["params"], gradients[number])
 
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
@@ -232,7 +233,10 @@ class SphereOptimizer(torch.optim.Optimizer):
         # one of every parameter.
         able = [m for m in inputs if self._can_move(m.manifold)]
         options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
-        with joined(able) if moving else nullcontext(able) as together, by_rows(rule, together) as stepped:
+        with (
+            joined(able, by_entries=rule.by_entries) if moving else nullcontext(able) as together,
+            by_rows(rule, together) as stepped,
+        ):
             batches = assign(rule, stepped, **options) if stepped else []
             run(rule, batches)
         write_master_weights(master_weights)

@@ -8,11 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from manifold_nets.comparison.errors import OptimizerNameError, SettingsError
 from manifold_nets.comparison.optimizers.builtin import OPTIMIZERS, from_torch
 from manifold_nets.comparison.optimizers.spec import Form, Make, Objective, OptimizerSpec, Stepper, TorchStepper
+from manifold_nets.comparison.settings import Settings
 from manifold_nets.errors import ModelSpecError
+from manifold_nets.optim import on_spheres
 from manifold_nets.sources import ModelSpec, load_attribute
 
 __all__ = [
@@ -28,6 +31,11 @@ __all__ = [
     "spec_of",
 ]
 
+# Before the name of an optimizer for plain networks.
+_WRAPPED = "on-spheres:"
+# Optimizers that train something else in the place of the weights, or move them by themselves.
+_OTHER_WEIGHTS = ("sgd-wn", "adam-wn", "sm")
+
 OptimizerSource = Callable[..., torch.optim.Optimizer]
 AnyOptimizer = str | OptimizerSpec | OptimizerSource
 
@@ -37,7 +45,8 @@ def optimizer_spec(name: AnyOptimizer) -> OptimizerSpec:
 
     Args:
         name: that of a built-in optimizer, or ``file.py:NAME`` or ``package.module:NAME`` of what `spec_of`
-            takes, or of an `OptimizerSpec`; or one of these itself.
+            takes, or of an `OptimizerSpec`; or one of these itself. ``on-spheres:NAME`` is the optimizer of a name for
+            plain networks that trains the converted one; see `manifold_nets.optim.on_spheres`.
 
     Raises:
         OptimizerNameError: the name is neither.
@@ -53,6 +62,8 @@ def optimizer_spec(name: AnyOptimizer) -> OptimizerSpec:
         return name if isinstance(name, OptimizerSpec) else spec_of(name)
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
+    if name.startswith(_WRAPPED):
+        return _on_spheres(optimizer_spec(name.removeprefix(_WRAPPED)), name)
     try:
         spec = ModelSpec.parse(name)
         if spec.kind not in ("file", "module"):
@@ -89,6 +100,25 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
         return made
 
     return OptimizerSpec(name, "plain", "own", "own", from_torch(checked), description="the user's own optimizer")
+
+
+def _on_spheres(plain: OptimizerSpec, name: str) -> OptimizerSpec:
+    """An optimizer of torch's kind whose steps are made tangent."""
+    if plain.form != "plain" or plain.full_batch or plain.name in _OTHER_WEIGHTS:
+        raise SettingsError(
+            "optimizers", name, f"{_WRAPPED} before an optimizer that trains the plain network's weights"
+        )
+
+    def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
+        stepper = plain.make(model, rate, settings)
+        if not isinstance(stepper, TorchStepper):
+            raise SettingsError("optimizers", name, f"{_WRAPPED} before an optimizer of torch's kind")
+        on_spheres(stepper.optimizer, model)
+        return stepper
+
+    return OptimizerSpec(
+        name, "converted", plain.family, plain.library, make, description=f"{plain.name}, made tangent"
+    )
 
 
 def _takes_rate(source: object) -> bool:

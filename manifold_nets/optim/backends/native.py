@@ -40,7 +40,12 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 # Entries of the longest rows that are stepped by one thread, without cutting them: ``is_long`` of spheres.c.
 SHORT = 2**16
 # The rules that spheres.c knows.
-_KINDS = {"sgd": 0, "adam": 1, "angular-adam": 2, "adam-entries": 3, "plain-sgd": 4, "plain-adam": 5}
+_KINDS = {
+    kind: number
+    for number, kind in enumerate(
+        ("sgd", "adam", "angular-adam", "adam-entries", "plain-sgd", "plain-adam", "put-back")
+    )
+}
 
 # Entries that are worth a thread: a quarter of a millisecond's work.
 _PER_THREAD = 2**18

@@ -12,7 +12,7 @@
 #include <string.h>
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-enum { SGD, ADAM, ANGULAR_ADAM, ADAM_ENTRIES, PLAIN_SGD, PLAIN_ADAM };
+enum { SGD, ADAM, ANGULAR_ADAM, ADAM_ENTRIES, PLAIN_SGD, PLAIN_ADAM, PUT_BACK };
 enum { STAYS, CARRIED, ALONE };
 enum { PIECE = 256, BLOCK = 16384, ROWS = 64 };
 enum { UNKNOWN = 8 }; /* machine epsilons of AngularAdam's directions: see reference.py */
@@ -129,6 +129,24 @@ static void coefficients(const Rule *rule, const Job *job, const Measured *restr
         r->ww[i] = ww; r->wb[i] = wb; r->wg[i] = wg * to_g;
         r->far[i] = wb * wb * m->bb[i] + wg * wg * m->gg[i];
         r->bw[i] = p_w - turn * ww; r->bb[i] = keep - turn * wb; r->bg[i] = (taken - turn * wg) * to_g;
+    }
+}
+
+/* The same of weights that another optimizer has moved, g being where they were: see on_spheres.py. `nesterov` says
+ * whether the outward part of the move is halved, instead of all of its radial part being taken off. */
+static void put_back_coefficients(const Rule *rule, const Measured *restrict m, int64_t n, Turned *restrict r) {
+    double least = 4.0 * (rule->dtype == FLOAT64 ? 0x1p-52 : 0x1p-23);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        double inverse = 1.0 / sqrt(m->gg[i]), xy = m->wg[i] * inverse, outward = xy - 1.0;
+        double taken = rule->nesterov ? 0.5 * positive(outward) : outward;
+        double norm = m->ww[i] - 2.0 * taken * xy + taken * taken;
+        int is_lost = norm <= least * least;
+        double ww = is_lost ? 0.0 : 1.0 / sqrt(norm), wg = (is_lost ? 1.0 : -ww * taken) * inverse;
+        double overlap = ww * m->wb[i] + wg * m->gb[i], to_g = m->square[i];
+        r->ww[i] = ww; r->wb[i] = 0; r->wg[i] = wg * to_g;
+        r->bw[i] = -overlap * ww; r->bb[i] = 1; r->bg[i] = -overlap * wg * to_g;
+        r->far[i] = 4.0 * taken * taken;
     }
 }
 
