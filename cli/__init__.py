@@ -11,12 +11,13 @@ from .compare import compare
 from .convert import convert
 from .diagnose import diagnose
 from .export import export
+from .monitor import monitor
 
 __all__ = ["main"]
 
 
 @click.group(
-    commands=[diagnose, convert, export, compare],
+    commands=[diagnose, convert, export, compare, monitor],
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
 )
 @click.version_option(package_name="manifold_nets", prog_name="manifold-nets")

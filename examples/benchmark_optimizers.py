@@ -122,7 +122,7 @@ def named(contestant: Contestant, device: str) -> str:
     if device != "cpu" or native.available() is not None:
         return "default: batches of torch's operations"
     # The kernel knows these rules; it lends its passes to the others.
-    whole = contestant.name in ("RiemannianSGD", "RiemannianAdam", "angular-adam")
+    whole = contestant.name.startswith(("RiemannianSGD", "RiemannianAdam")) or contestant.name == "angular-adam"
     return f"default: {'' if whole else 'passes of the '}native kernel"
 
 

@@ -88,9 +88,9 @@ def digits(_: Path) -> Problem:
 
 def mnist(data: Path) -> Problem:
     """2,000 images of MNIST to train on, and 500 held out."""
-    from manifold_nets.comparison.tasks.idx import read_images_and_labels
+    from manifold_nets.comparison.tasks.images import find_idx_files, read_images_and_labels
 
-    x, y = (torch.tensor(part[:2500]) for part in read_images_and_labels(data, "train"))
+    x, y = (torch.tensor(part[:2500]) for part in read_images_and_labels(*find_idx_files(data)["train"]))
     x = (x.float().reshape(-1, 1, 28, 28) / 255 - 0.1307) / 0.3081
     return _images((x[:2000], y[:2000].long()), (x[2000:], y[2000:].long()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import geoopt
@@ -116,6 +117,7 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
             for how in ("fused", "foreach")
         ),
         Contestant(f"Riemannian{name}", "default", "spheres", with_options(ours)),
+        Contestant(f"Riemannian{name}, from_torch", "default", "spheres", with_options(partial(following, ours))),
         *(
             Contestant(f"Riemannian{name}", f"{how}={on}", "spheres", with_options(ours, **{how: on}))
             for how, on in (("foreach", True), ("compile", True), ("foreach", False))
@@ -133,6 +135,12 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
             make = row.kind if row.weights == "spheres" else in_scaled_metric
             found.append(Contestant(key, "default", row.weights, with_options(make, **row.options)))
     return found
+
+
+def following(kind: Callable[..., torch.optim.Optimizer], params: list[Any], **options: Any) -> torch.optim.Optimizer:
+    """Return an optimizer that follows the run of a plain one, as `manifold_nets.optim.from_torch` makes it."""
+    groups = params if isinstance(params[0], dict) else [{"params": params}]
+    return kind([{**group, "transfer": "follow"} for group in groups], **options)
 
 
 def in_scaled_metric(weights: list[Tensor], **options: Any) -> torch.optim.Optimizer:

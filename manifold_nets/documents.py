@@ -14,8 +14,7 @@ from typing import Any, ClassVar, NoReturn
 
 from manifold_nets.errors import near_matches
 
-__all__ = ["JsonForm", "Schema", "crc32", "is_intact", "parse_json", "printable"]
-__all__ += ["with_checksum", "without_infinities"]
+__all__ = ["JsonForm", "Schema", "crc32", "is_intact", "parse_json", "printable", "with_checksum", "without_infinities"]
 
 _TOO_DEEP = "it is nested too deeply"
 
@@ -63,15 +62,8 @@ class JsonForm:
         """Return plain data for JSON."""
         names = [field.name for field in dataclasses.fields(self) if field.compare]  # type: ignore[arg-type]
         kept = [name for name in (*names, *self.json_also) if name not in self.json_without]
-        return {name: _plain(getattr(self, name)) for name in kept}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value.to_dict() if hasattr(value, "to_dict") else value
+        form: dict[str, Any] = without_infinities({name: getattr(self, name) for name in kept})
+        return form
 
 
 class Schema:
@@ -172,9 +164,11 @@ def crc32(document: Mapping[str, Any]) -> int:
 
 
 def without_infinities(value: Any) -> Any:
-    """Return data for JSON with null for every number that JSON does not have, and lists for tuples."""
+    """Return data for JSON: null for numbers that JSON does not have, lists for tuples, the forms of objects."""
     if isinstance(value, dict):
         return {key: without_infinities(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_infinities(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -307,12 +307,10 @@ class PlanError(FoundError, ValueError):
 class FunctionChangedError(ManifoldNetsError, RuntimeError):
     """A rewritten model does not compute what it computed before."""
 
-    def __init__(self, model: str, mode: str, difference: float, limit: float, why_no_rounding: str = "") -> None:
-        why = f" Rounding does not explain it: {why_no_rounding}." if why_no_rounding else ""
+    def __init__(self, model: str, mode: str, difference: float, limit: float, remedy: str) -> None:
         super().__init__(
             f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; "
-            f"at most {limit:.3g} is allowed.{why} Nothing was changed. Use radius='keep', or exclude the layers in "
-            "question."
+            f"at most {limit:.3g} is allowed. {remedy}"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,16 +34,7 @@ _CASTS = {
     Tensor.chalf: torch.complex128,
 }
 # Their result has torch's default dtype where none is given. That of others follows from what they are given.
-_FACTORIES = (
-    torch.empty,
-    torch.eye,
-    torch.linspace,
-    torch.logspace,
-    torch.ones,
-    torch.rand,
-    torch.randn,
-    torch.zeros,
-)
+_FACTORIES = [getattr(torch, name) for name in "empty eye linspace logspace ones rand randn zeros".split()]
 _DEEPCOPY: Any = Tensor.__deepcopy__
 _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
 # Types without tensors inside.
@@ -67,10 +58,11 @@ class _Float64(TorchFunctionMode):
             return args[0].to(_CASTS[func], **kwargs)
         if func in _FACTORIES and kwargs.get("dtype") is None and "out" not in kwargs:
             kwargs = {**kwargs, "dtype": torch.float64}
-        if func is not Tensor.view:  # it reads the bits as they are
+        leaves = list(_leaves((args, kwargs)))
+        # Tensor.view reads the bits as they are.
+        if func is not Tensor.view and any(isinstance(leaf, (torch.dtype, type)) for leaf in leaves):
             args, kwargs = _map(_wide_dtype, args), _map(_wide_dtype, kwargs)
-        tensors: list[Tensor] = []
-        _map(lambda value: tensors.append(value) if isinstance(value, Tensor) else None, [args, kwargs])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         narrow = [tensor for tensor in tensors if tensor.dtype in _WIDE]
         if narrow and len(narrow) < sum(map(_has_numbers, tensors)):
             args, kwargs = _mixed(name, args, kwargs)
@@ -108,6 +100,15 @@ def _map(change: Callable[[Any], Any], value: Any) -> Any:
     if type(value) is dict:
         return {key: _map(change, part) for key, part in value.items()}
     return change(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The leaves of nested arguments."""
+    for part in value.values() if type(value) is dict else value:
+        if type(part) in (tuple, list, dict):
+            yield from _leaves(part)
+        else:
+            yield part
 
 
 def _detached(value: Any) -> Any:

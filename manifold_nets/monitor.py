@@ -40,6 +40,7 @@ __all__ = [
 # The rotation counts as that of the equilibrium within a tenth; it goes with the root of what relaxes.
 _NEAR = 0.2
 _MEMORY = 0.9  # of the mean square of the rotation, from one sample to the next
+_DOUBLE: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 _CAPTURED = 32  # examples of the first batch that are diagnosed
 
 
@@ -117,7 +118,7 @@ class _Weight:
         self.count = -(-self.groups // every)
         self.exchange: tuple[Any, tuple[int, ...]] | None = None
         if partition.view == partition.shape and not is_sharded(parameter):
-            axes, ids = partition.kept, torch.arange(self.groups)
+            axes, ids = partition.kept, torch.arange(self.groups, device="cpu")
         else:
             axes, ids = self._numbers(partition)
         self.order = (*axes, *(axis for axis in range(len(partition.shape)) if axis not in axes))
@@ -126,9 +127,9 @@ class _Weight:
         numbers = ids[places] // every
         device = local_part(parameter).device
         self.chosen: slice | Tensor = places.to(device)
-        if torch.equal(places, torch.arange(0, len(ids), every)):
+        if torch.equal(places, torch.arange(0, len(ids), every, device="cpu")):
             self.chosen = slice(None, None, every)
-        alone = self.exchange is None and torch.equal(numbers, torch.arange(self.count))
+        alone = self.exchange is None and torch.equal(numbers, torch.arange(self.count, device="cpu"))
         self.numbers = None if alone else numbers.to(device)
         self._memory: Tensor | None = None
 
@@ -221,9 +222,9 @@ class Monitor:
     ``lr``, ``weight_decay``      of the parameter group
     ============================  ====================================================================================
 
-    What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a weight that
-    turns ten times slower as its norm has grown, an equilibrium that the run will not reach, half a radian per step,
-    gradients along a weight that should have none, numbers that are not finite.
+    What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a norm that has
+    grown until steps turn the weight ten times less, an equilibrium that the run will not reach, half a radian per
+    step, gradients along a weight that should have none, numbers that are not finite.
 
     Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. Weights
     of joint spheres are left out, as no norm of one of them alone means anything.
@@ -277,7 +278,7 @@ class Monitor:
         every: int = 10,
         writer: Any = None,
         total_steps: int | None = None,
-        max_groups: int | None = 64,
+        max_groups: int | None = 32,
     ) -> None:
         for name, number in (("every", every), ("total_steps", total_steps), ("max_groups", max_groups)):
             if number is not None and (not isinstance(number, int) or number < 1):
@@ -292,6 +293,8 @@ class Monitor:
         self.step, self._resumed = 0, False
         self.findings: list[Finding] = []
         self._captured: Any = None
+        self._capture: torch.utils.hooks.RemovableHandle | None = None
+        self._squares, self._samples = torch.zeros(0, **_DOUBLE), 0
         self._watched: list[_Weight] = []
         self._kept: list[Tensor] = []
         self._gradients: list[list[Tensor]] = []
@@ -307,19 +310,18 @@ class Monitor:
     # ---- what is watched ---------------------------------------------------------------------------------------------
 
     def _begin(self, report: SymmetryReport | None, inputs: Any) -> None:
-        on_spheres = {weight.name: weight.manifold for weight in constrained_weights(self.model)}
         if report is not None:
             self._watch(report)
         elif inputs is not None:
             self._watch(diagnose(self.model, inputs))
-        elif on_spheres:
+        elif any(True for _ in constrained_weights(self.model)):
             self._watch(None)
         else:
             self._capture = self.model.register_forward_pre_hook(self._capture_batch, with_kwargs=True)
 
     def _capture_batch(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep the first examples of a batch, to diagnose the model with before its first step."""
-        if not self.model.training:
+        if not self.model.training or self._capture is None:
             return
         self._capture.remove()
         sizes = {leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim}
@@ -351,15 +353,15 @@ class Monitor:
         if not self._watched:
             remedy = "Build it from the parameters of this model, and the monitor after it was sharded or wrapped."
             raise ArgumentTypeError("optimizer", self.optimizer, f"an optimizer of {listed(names, 3)}", remedy)
-        counts = torch.tensor([weight.count for weight in self._watched])
-        self._of_weight = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        counts = torch.tensor([weight.count for weight in self._watched], device="cpu")
+        self._of_weight = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
         first = counts.cumsum(0) - counts
-        columns = torch.arange(int(counts.max()))
+        columns = torch.arange(int(counts.max()), device="cpu")
         inside = columns < counts[:, None]
         # For each weight the places of its groups; short rows are filled up with a NaN, or with the first group.
         self._padded = torch.where(inside, first[:, None] + columns, int(counts.sum()))
         self._repeated = torch.where(inside, first[:, None] + columns, first[:, None])
-        self._squares = torch.zeros(int(counts.sum()), dtype=torch.float64)
+        self._squares = torch.zeros(int(counts.sum()), **_DOUBLE)
         self._samples = 0
         self.history = History([w.name for w in self._watched], [w.groups for w in self._watched])
         if self._loaded is not None:
@@ -449,7 +451,7 @@ class Monitor:
         self._squares = _MEMORY * self._squares + (1 - _MEMORY) * fresh
         squares = self._squares / (1 - _MEMORY**self._samples)
         power, target, relaxation = (
-            torch.tensor([getattr(found, name) for found in sample.outlooks], dtype=torch.float64)
+            torch.tensor([getattr(found, name) for found in sample.outlooks], **_DOUBLE)
             for name in ("power", "rotation", "relaxation")
         )
         off = (target.square()[self._of_weight] / squares - 1).abs()
@@ -458,10 +460,10 @@ class Monitor:
         by_group = torch.cat([by_group, by_group.new_full((5, 1), math.nan)], dim=1)
         norm, rotation, radial_gradient, radial_step, to_go = by_group[:, self._padded].nanmedian(dim=-1).values
         spread = norms[self._repeated]
-        rate = torch.tensor(sample.rates, dtype=torch.float64)
+        rate, decay = torch.tensor(sample.rates, **_DOUBLE), torch.tensor(sample.decays, **_DOUBLE)
         columns = [
             norm, spread.amin(1), spread.amax(1), rotation, rotations[self._repeated].amax(1), rate / norm**power,
-            radial_gradient, radial_step, target, to_go, rate, torch.tensor(sample.decays, dtype=torch.float64),
+            radial_gradient, radial_step, target, to_go, rate, decay,
         ]  # fmt: skip
         return torch.stack(columns, dim=1)
 
@@ -497,9 +499,10 @@ class Monitor:
         return {
             "step": self.step,
             "weights": list(self.history.weights),
-            "squares": getattr(self, "_squares", torch.zeros(0)).tolist(),
-            "samples": getattr(self, "_samples", 0),
+            "squares": self._squares.tolist(),
+            "samples": self._samples,
             "fastest": self.history.fastest.tolist(),
+            "arrival": self.history.arrival.tolist(),
             "findings": [dict(vars(finding)) for finding in self.findings],
         }
 
@@ -519,15 +522,16 @@ class Monitor:
         """Take over smoothed numbers, where the same weights are watched in the same way."""
         self._loaded = None
         if state["weights"] == self.history.weights and len(state["squares"]) == len(self._squares):
-            self._squares = torch.tensor(state["squares"], dtype=torch.float64)
+            self._squares = torch.tensor(state["squares"], **_DOUBLE)
             self._samples = int(state["samples"])
-            self.history.take_fastest(state["fastest"])
+            self.history.go_on_from(state["fastest"], state["arrival"])
 
     def close(self) -> None:
         """Take the hooks away; what was measured stays."""
         self.flush()
-        for hook in (*self._hooks, *([self._capture] if hasattr(self, "_capture") else [])):
-            hook.remove()
+        for hook in (*self._hooks, self._capture):
+            if hook is not None:
+                hook.remove()
 
     def __enter__(self) -> Monitor:
         return self

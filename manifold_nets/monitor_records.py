@@ -79,8 +79,10 @@ class History:
         self.steps: list[int] = []
         self._values: list[NDArray[np.float64]] = []
         self._stride, self._seen = 1, 0
-        # Step, rotation per rate, norm, effective rate per rate, and rate where each weight turned fastest.
-        self.fastest = np.full((5, len(self.weights)), np.nan)
+        # Step, rotation per rate, norm and effective rate per rate where each weight turned fastest at its rate.
+        self.fastest = np.full((4, len(self.weights)), np.nan)
+        # The earliest step at which each weight was expected to be in equilibrium.
+        self.arrival = np.full(len(self.weights), np.inf)
 
     def append(self, step: int, values: Any) -> None:
         """Add a measured step: the number of steps before it, and one row per weight."""
@@ -94,17 +96,21 @@ class History:
             self.steps, self._values = self.steps[::2], self._values[::2]
             self._stride *= 2
         self._note_fastest(step, array)
+        rates = array[:, _PLACE["lr"]]
+        if self._seen > 2 and (rates <= self._rates).all():  # the first samples, and those of a warm-up, tell nothing
+            self.arrival = np.fmin(self.arrival, step + array[:, _PLACE["steps_to_equilibrium"]])
+        self._rates = rates
 
     def _note_fastest(self, step: int, array: NDArray[np.float64]) -> None:
         norm, rotation, rate = (array[:, _PLACE[name]] for name in ("norm", "rotation", "lr"))
         with np.errstate(all="ignore"):
             speed, effective = rotation / rate, array[:, _PLACE["effective_lr"]] / rate
         new = np.isfinite(speed) & ~(speed <= self.fastest[1])
-        self.fastest[:, new] = np.stack([np.full_like(norm, step), speed, norm, effective, rate])[:, new]
+        self.fastest[:, new] = np.stack([np.full_like(norm, step), speed, norm, effective])[:, new]
 
-    def take_fastest(self, fastest: Sequence[Sequence[float]]) -> None:
-        """Go on from the `fastest` of an earlier part of the run."""
-        self.fastest = np.asarray(fastest, dtype=np.float64)
+    def go_on_from(self, fastest: Sequence[Sequence[float]], arrival: Sequence[float]) -> None:
+        """Take over `fastest` and `arrival` of an earlier part of the run."""
+        self.fastest, self.arrival = (np.asarray(values, dtype=np.float64) for values in (fastest, arrival))
 
     def of(self, quantity: str) -> NDArray[np.float64]:
         """One quantity as an array (steps, weights)."""
@@ -167,7 +173,7 @@ class History:
         now = dict(zip(QUANTITIES, self._values[-1].T, strict=True))
         found = [self._not_finite(now), self._fast(now), self._slow(now), self._radial(now)]
         if total_steps is not None:
-            found.append(self._late(now, total_steps))
+            found.append(self._late(total_steps))
         return [finding for finding in found if finding is not None]
 
     def _worst(
@@ -197,18 +203,17 @@ class History:
         return self._worst("fast", now["rotation"], 0.5, text)
 
     def _slow(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
-        step, speed, norm, effective, rate = self.fastest
+        step, _, norm, effective = self.fastest
         with np.errstate(all="ignore"):
-            times = speed * now["lr"] / now["rotation"]
-            grown = (effective * now["lr"] / now["effective_lr"] >= 5) & (now["norm"] > norm)
+            times = effective * now["lr"] / now["effective_lr"]
 
         def text(i: int, name: str) -> str:
-            same = "" if math.isclose(now["lr"][i], rate[i], rel_tol=0.01) else " at the same learning rate"
             only = " Without weight decay it only grows." if not now["weight_decay"][i] else ""
             grew = f"its norm grew from {norm[i]:.2g} to {now['norm'][i]:.2g}"
-            return f"{name} turns {_rounded(times[i])} times slower than at step {int(step[i]):,}{same}: {grew}.{only}"
+            slower = f"{_rounded(times[i])} times slower than at step {int(step[i]):,}, all else equal"
+            return f"{name} turns {slower}: {grew}.{only}"
 
-        return self._worst("slow", np.where(grown, times, 0.0), 10, text)
+        return self._worst("slow", np.where(now["norm"] > norm, times, 0.0), 10, text)
 
     def _radial(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
         return self._worst(
@@ -222,11 +227,11 @@ class History:
             ),
         )
 
-    def _late(self, now: Mapping[str, NDArray[np.float64]], total_steps: int) -> Finding | None:
-        steps = np.where(np.isfinite(now["steps_to_equilibrium"]), now["steps_to_equilibrium"], 0.0)
+    def _late(self, total_steps: int) -> Finding | None:
+        steps = np.where(np.isfinite(self.arrival), self.arrival, 0.0)
         return self._worst(
             "equilibrium",
-            steps if self._seen > 2 else np.zeros_like(steps),
+            steps,
             float(total_steps),
             lambda i, name: (
                 f"{name}: with this decay equilibrium takes {_rounded(steps[i])} steps, the run has {total_steps:,}."

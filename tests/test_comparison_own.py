@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import replace
 
@@ -222,6 +223,25 @@ def test_a_worker_names_the_optimizer_that_it_cannot_make(tmp_path):
     own = replace(spec_of(torch.optim.Rprop, "mine"), description=Unmade())
     with pytest.raises(RunFailedError, match="optimizer mine cannot be made again in a worker"):
         tiny(optimizers=["sgd", own], workers=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_a_run_whose_process_ends_is_repeated_three_times_at_most(deaths, tmp_path):
+    def make(model, rate, settings):
+        ended = len(list(tmp_path.glob("died-*")))
+        if os.getpid() != parent and ended < deaths:
+            (tmp_path / f"died-{ended}").touch()
+            os._exit(7)
+        return optimizer_spec("sgd").make(model, rate, settings)
+
+    parent = os.getpid()
+    options = {"optimizers": [OptimizerSpec("mine", "plain", "own", "here", make)], "seeds": 1, "learning_rates": [0.1]}
+    if deaths == 1:
+        assert tiny(**options, workers=2).results[0].status == "finished"
+        return
+    with pytest.raises(RunFailedError, match=r"a process that ended with status 7, 3 times; expected a result"):
+        tiny(**options, workers=2)
 
 
 # ---- what a shared database names ------------------------------------------------------------------------------------

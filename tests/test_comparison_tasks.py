@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from manifold_nets.comparison.errors import DataFolderError, TaskNameError, TaskSourceError
 from manifold_nets.comparison.models import build_model
 from manifold_nets.comparison.tasks import Task, evaluate, load_task, task_from_data
-from manifold_nets.comparison.tasks.from_data import classification_scores, hits
+from manifold_nets.comparison.tasks.task import classification_scores, hits
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError
 
 pytest.importorskip("sklearn")

@@ -34,6 +34,13 @@ PROMISES = {
         r"TrustRegions +loss \S+ after",
         r"training error 0\.0 %",
     ],
+    "monitor_training": [
+        r"weight decay 0\.0005: 120 steps",
+        r"turns \d+ times slower than at step \d+, all else equal: its norm grew from 0\.\d+ to \d",
+        r"with this decay equilibrium takes [\d,]+ steps, the run has 120\.",
+        r"Without weight decay it only grows\.",
+        r"pages: decay-0\.0005\.html, decay-0\.html",
+    ],
     "train_with_torch_schedulers": [r"the same bit for bit: True", r"bold driver, epoch 4"],
 }
 # As PROMISES, of examples that take longer, and the package that they need.

@@ -21,7 +21,7 @@ from torch import nn
 import manifold_nets as mn
 from manifold_nets.cli import main
 from manifold_nets.conversion import write_plan
-from manifold_nets.errors import DiskFullError, OutputFileError
+from manifold_nets.errors import OutputFileError
 from manifold_nets.files import atomic_file, is_stream
 
 TEXT = "all or nothing\n" * 20_000  # more than a pipe holds
@@ -155,7 +155,7 @@ def run_without_room(folder: Path, script: str, limit: int = 2000) -> str:
     program = f"""
         import resource, signal, sys
         import torch, manifold_nets as mn
-        from manifold_nets.errors import DiskFullError, ManifoldNetsError
+        from manifold_nets.errors import OutputFileError, ManifoldNetsError
         torch.manual_seed(0)
         net = torch.nn.Sequential(torch.nn.Linear(60, 60), torch.nn.BatchNorm1d(60), torch.nn.Linear(60, 2))
         x = torch.randn(8, 60)
@@ -192,7 +192,7 @@ def test_where_there_is_no_room_the_old_files_stay(tmp_path: Path) -> None:
         ):
             try:
                 write()
-            except DiskFullError as error:
+            except OutputFileError as error:
                 print(error)
         """,
     )
@@ -208,7 +208,7 @@ def test_where_there_is_no_room_the_old_files_stay(tmp_path: Path) -> None:
 def test_a_full_device_is_said_in_one_line() -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no device that is full")
-    with pytest.raises(DiskFullError, match=r"^/dev/full: it could not be written \(No space left on device\)"):
+    with pytest.raises(OutputFileError, match=r"^/dev/full: it could not be written \(No space left on device\)"):
         write(Path("/dev/full"))
 
 
@@ -228,5 +228,5 @@ def test_a_comparison_without_room_ends_in_one_line(tmp_path: Path, limit: int) 
         """,
         limit,
     )
-    assert re.fullmatch(r"(StorageError|DiskFullError|RunFailedError) .*\n", said), said
+    assert re.fullmatch(r"(StorageError|OutputFileError|RunFailedError) .*\n", said), said
     assert not list(tmp_path.rglob("*.tmp"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_joint import PreNorm
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -148,6 +149,34 @@ def test_biases_that_are_scaled_with_a_weight_go_along(name: str, monkeypatch: p
     module = importlib.import_module("manifold_nets.optim.from_torch")
     monkeypatch.setattr(module, "_scale_biases_along", lambda groups, converted: None)
     assert largest() > 1e8 * EPS
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_joint_spheres_go_along(name: str) -> None:
+    """A residual stream in front of normalizations: its weights share one norm."""
+    torch.manual_seed(0)
+    net = PreNorm().double()
+    net.n1.eps = net.n2.eps = 1e-30
+    tokens = [torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(k)) for k in range(30)]
+
+    def one(model: nn.Module, optimizer: Any, number: int) -> Tensor:
+        optimizer.zero_grad()
+        out = model(tokens[number])
+        nn.functional.cross_entropy(out.flatten(0, 1), tokens[number].roll(1).flatten()).backward()
+        optimizer.step()
+        return out.detach()
+
+    plain: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+    for number in range(5):
+        one(net, plain, number)
+    converted = mn.convert(net, tokens[0], remedies="joint-spheres")
+    assert len(mn.joint_spheres(converted)) == 1
+    optimizer = mn.optim.from_torch(plain, net, converted)
+    for number in range(5, 30):
+        torch.testing.assert_close(one(converted, optimizer, number), one(net, plain, number), rtol=0, atol=1e6 * EPS)
+    given_back = mn.revert(converted, norms=mn.optim.plain_norms(optimizer, converted))
+    for a, b in zip(net.parameters(), given_back.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e6 * EPS)
 
 
 def test_in_float32_the_norms_are_those_of_the_plain_run() -> None:

@@ -3,19 +3,29 @@
 import copy
 import csv
 import functools
+import json
 import math
+import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from browser import measure, photograph
+from click.testing import CliRunner
+from example_modules import example
+from page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import manifold_nets as mn
 from manifold_nets import monitor as module
+from manifold_nets.cli import main
 from manifold_nets.errors import ArgumentTypeError, OptionError, ReportMismatchError
 from manifold_nets.monitor import Finding, History, MonitorWarning, outlook
+from manifold_nets.monitor_page import page_html
 from manifold_nets.monitor_records import COLUMNS, QUANTITIES, as_writers
 
 EPS = torch.finfo(torch.float64).eps
@@ -489,6 +499,20 @@ def test_other_dtypes(report, dtype):
     assert row["rotation"] == pytest.approx(float(expected["rotation"]), rel=1e3 * torch.finfo(torch.float32).eps)
 
 
+def test_another_default_device_does_not_matter(report):
+    rows = []
+    for device in ("cpu", "meta"):
+        model = network()
+        optimizer = sgd(model)
+        model.zero_grad()
+        cross_entropy(model(batch()[0]), batch()[1]).backward()
+        with torch.device(device):
+            monitor = mn.Monitor(model, optimizer, report, every=1)
+            optimizer.step()
+        rows.append(monitor.history.rows())
+    assert rows[0] == rows[1]
+
+
 def test_what_cannot_be_watched_is_refused(report):
     model = network()
     optimizer = sgd(model)
@@ -638,16 +662,16 @@ def test_a_weight_that_turns_slowly_as_it_has_grown_is_named_with_its_numbers():
     grown = row_of(norm=3.8, effective_lr=0.1 / 3.8**2, rotation=2.5e-4)
     start = row_of(norm=0.6, effective_lr=0.1 / 0.6**2)
     assert said([start], [grown]) == [
-        "layer3.0.conv1 turns 40 times slower than at step 100: its norm grew from 0.6 to 3.8."
+        "layer3.0.conv1 turns 40 times slower than at step 100, all else equal: its norm grew from 0.6 to 3.8."
     ]
     (both,) = said([start, start], [grown, grown])
     assert both.endswith("grew from 0.6 to 3.8. The same holds of 1 other weight.")
     free = row_of(norm=3.8, effective_lr=0.1 / 3.8**2, rotation=2.5e-4, weight_decay=0.0)
     assert said([start], [free])[0].endswith("Without weight decay it only grows.")
-    # A tenth of the rate makes a tenth of the rotation: of that the norm is innocent.
-    cooled = row_of(norm=3.8, effective_lr=0.01 / 3.8**2, rotation=2.5e-5, lr=0.01)
-    assert "40 times slower than at step 100 at the same learning rate" in said([start], [cooled])[0]
-    assert said([start], [row_of(norm=0.6, effective_lr=0.001 / 0.6**2, rotation=1e-4, lr=0.001)]) == []
+    # Of a tenth of the rate and a tenth of the gradient the norm is innocent.
+    cooled = row_of(norm=3.8, effective_lr=0.01 / 3.8**2, rotation=2.5e-6, lr=0.01)
+    assert "turns 40 times slower than at step 100" in said([start], [cooled])[0]
+    assert said([start], [row_of(norm=0.6, effective_lr=0.001 / 0.6**2, rotation=1e-5, lr=0.001)]) == []
 
 
 def test_an_equilibrium_that_the_run_does_not_reach_is_named_with_its_numbers():
@@ -687,3 +711,253 @@ def test_a_monitor_warns_once_and_again_when_it_gets_worse(report):
         ]
         assert len(kinds) == (step == 0), step
     assert {type(finding) for finding in monitor.findings} == {Finding}
+
+
+# ---- the page and the command ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def run_file(folder):
+    """A run of which everything there is to say is said, as a file."""
+    history = History(["layer1.0.conv1.weight", "layer1.0.conv2.weight", "<head>.weight"], [4, 8, 2])
+    rows = []
+    for step in range(0, 100, 10):
+        grown = 1 + step / 20
+        rows.append([
+            row_of(norm=0.6 * grown, effective_lr=0.1 / (0.6 * grown) ** 2, rotation=0.02 / grown**2,
+                   steps_to_equilibrium=213_000.0 - step),
+            row_of(equilibrium_rotation=math.nan, steps_to_equilibrium=math.nan),
+            row_of(radial_gradient=0.3, steps_to_equilibrium=0.0),
+        ])  # fmt: skip
+        history.append(step, rows[-1])
+        as_writers(folder / "run.csv")[0](step, history.rows(), resumed=step > 0)
+    return folder / "run.csv", history
+
+
+SAYS = (
+    "layer1.0.conv1 turns 30 times slower than at step 0, all else equal: its norm grew from 0.6 to 3.3.",
+    "layer1.0.conv1: with this decay equilibrium takes 210,000 steps, the run has 91.",
+    "30% of the gradient of <head> is along the weight",
+)
+
+
+def command(*arguments):
+    return CliRunner().invoke(main, ["monitor", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return run_file(tmp_path_factory.mktemp("run"))
+
+
+def test_the_command_shows_what_was_measured_and_says_what_stands_out(written, tmp_path):
+    path, history = written
+    shown = command(path)
+    assert shown.exit_code == 0, shown.stderr
+    for sentence in SAYS:
+        assert sentence in shown.stdout
+    assert re.search(r"layer1\.0\.conv1\.weight +4 +3\.3 .* 212,910 ", shown.stdout)
+    assert re.search(r"layer1\.0\.conv2\.weight +8 +1 +0\.01 +– +– ", shown.stdout)
+    joined = command(path, "--depth", 1, "--total-steps", 10**6, "--json")
+    document = json.loads(joined.stdout)
+    assert document["ok"]
+    assert [row["layer"] for row in document["summary"]] == ["layer1", "<head>"]
+    assert [finding["kind"] for finding in document["findings"]] == ["slow", "radial"]
+    assert document["steps"] == history.steps
+    assert document["summary"][0]["groups"] == 12
+
+
+def test_the_command_refuses_other_files(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n")
+    for arguments, status in (((tmp_path / "other.csv",), 1), ((tmp_path / "none.csv",), 2), ((), 2)):
+        refused = command(*arguments)
+        assert refused.exit_code == status
+        assert refused.stdout == ""
+        assert refused.stderr
+    document = json.loads(command(tmp_path / "other.csv", "--json").stdout)
+    assert not document["ok"]
+    assert document["error"] == "ArgumentTypeError"
+
+
+def test_the_command_needs_no_torch(written):
+    code = "import sys; sys.modules['torch'] = None; from manifold_nets.cli import main; main(['monitor', sys.argv[1]])"
+    arguments = [sys.executable, "-c", code, str(written[0])]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert SAYS[0] in done.stdout
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    pytest.importorskip("matplotlib")
+    path = written[0].with_suffix(".html")
+    done = command(written[0], "--html", path)
+    assert done.exit_code == 0, done.stderr
+    return path
+
+
+def check_page(text):
+    check_self_contained(text)
+    check_accessible(text)
+    check_contrast(text)
+    parsed = Page(text)
+    for sentence in SAYS:
+        assert sentence in parsed.text
+    for name in ("layer1.0.conv1.weight", "<head>.weight", "0.6 → 3.3", "210,000", "there"):
+        assert name in parsed.text.replace("\u200b", "")
+    # Wide and narrow drawings of each quantity.
+    assert len(parsed.having("svg", **{"class": "figure-svg"})) == 12
+
+
+def test_the_page_is_self_contained_accessible_and_true(page):
+    check_page(page.read_text())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("</h1>", '</h1><img src="a.png">'), ("210,000", "120,000"), ('role="img"', ""), ("&lt;head", "<head")],
+)
+def test_sabotage_a_wrong_page_is_noticed(page, old, new):
+    text = page.read_text()
+    assert old in text
+    with pytest.raises(AssertionError):
+        check_page(text.replace(old, new))
+
+
+@pytest.mark.slow
+def test_the_page_fits_every_screen(page, tmp_path):
+    for width, (window, whole) in measure(page.read_text(), tmp_path, [320, 390, 768, 1280], opened=True).items():
+        assert window == whole == width
+    for scheme in ("light", "dark"):
+        check_picture(photograph(page, tmp_path / "a.png", 1000, 1200, scheme), (1000, 1200), scheme)
+
+
+def test_a_page_of_one_sample_and_one_of_none(tmp_path, report):
+    pytest.importorskip("matplotlib")
+    model = network()
+    optimizer = sgd(model)
+    monitor = mn.Monitor(model, optimizer, report)
+    monitor.to_html(tmp_path / "none.html")
+    assert "Nothing was measured" in (tmp_path / "none.html").read_text()
+    train(model, optimizer, range(1))
+    monitor.to_html(tmp_path / "one.html")
+    check_self_contained((tmp_path / "one.html").read_text())
+
+
+def test_many_layers_are_drawn_as_a_few(tmp_path):
+    pytest.importorskip("matplotlib")
+    deep = [f"model.layers.{layer}.{part}.weight" for layer in range(30) for part in ("q", "k")]
+    flat = [f"layer{n}.{m}.weight" for n in range(4) for m in range(9)]
+    for names, shown, note in ((deep, "model.layers.29", "7 of 30 layers"), (flat, "layer3", ""), (["w"], "w", "")):
+        history = History(names, [4] * len(names))
+        for step in range(3):
+            history.append(step, [row_of()] * len(names))
+        text = page_html(history)
+        check_self_contained(text)
+        assert f">{shown}<" in text
+        assert note in text
+        assert ("Drawn are" in text) == bool(note)
+
+
+# ---- trainers of other libraries -------------------------------------------------------------------------------------
+
+of_libraries = pytest.mark.filterwarnings("ignore")  # they warn about each other
+
+
+def parameters(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.slow
+@of_libraries
+def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
+    run = example("train_with_lightning", "lightning", "sklearn")
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Plain(run.Digits):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def fit(epochs, callbacks, resume=None, save=None, **options):
+        torch.manual_seed(0)
+        net = run.network()
+        callback = module.lightning_callback(model=net, every=5) if callbacks else None
+        options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, **options}
+        trainer = run.lightning.Trainer(
+            max_epochs=epochs, callbacks=[callback] if callbacks else [], enable_checkpointing=False, **options
+        )
+        trainer.fit(Plain(net), run.loader(), ckpt_path=resume, weights_only=resume and True)
+        if save is not None:
+            trainer.save_checkpoint(save)
+        return net, callback
+
+    plain, _ = fit(2, callbacks=False, logger=False)
+    watched, callback = fit(
+        2, callbacks=True, logger=CSVLogger(tmp_path, name="", version="a", flush_logs_every_n_steps=1)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(parameters(plain), parameters(watched), strict=True))
+    history = callback.monitor.history
+    assert history.steps == [5, 10, 15, 20, 25, 30, 35]  # the first step's batch is what was diagnosed
+    assert history.weights == ["0.weight", "3.weight", "7.weight"]
+    assert callback.monitor.total_steps == 40
+    assert "rotation/0" in (tmp_path / "a" / "metrics.csv").read_text()
+    fit(1, callbacks=True, logger=False, save=tmp_path / "one.ckpt")
+    resumed, callback = fit(2, callbacks=True, logger=False, resume=tmp_path / "one.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(parameters(plain), parameters(resumed), strict=True))
+    assert callback.monitor.history.steps == [25, 30, 35]
+    np.testing.assert_array_equal(callback.monitor.history.of("rotation"), history.of("rotation")[-3:])
+
+
+@pytest.mark.slow
+@of_libraries
+def test_transformers_trains_alike_with_the_callback(tmp_path):
+    run = example("train_with_transformers", "transformers")
+    found = []
+    for callback in (None, module.transformers_callback(every=5, writer=tmp_path / "run.csv")):
+        model = run.language_model()
+        arguments = run.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=run.BATCH, learning_rate=5e-3,
+            train_sampling_strategy="sequential", use_cpu=True, report_to=[], logging_strategy="no",
+            disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        callbacks = [] if callback is None else [callback]
+        run.Trainer(model=model, args=arguments, train_dataset=run.Source(), callbacks=callbacks).train()
+        found.append(parameters(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    read = History.from_csv(tmp_path / "run.csv")
+    assert read.steps == [0, 5, 10]
+    assert read.weights == [
+        f"model.layers.{n}.self_attn.{part}_proj.weight" for n in range(2) for part in ("q", "k")
+    ]  # fmt: skip
+    assert read.groups == [4, 2, 4, 2]
+
+
+@pytest.mark.slow
+@of_libraries
+def test_accelerate_logs_what_is_measured_of_a_prepared_optimizer(report):
+    pytest.importorskip("accelerate")
+    from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory, tracker = "kept", False, None
+
+        def __init__(self):
+            super().__init__()
+            self.seen = {}
+
+        def store_init_configuration(self, values):
+            pass
+
+        def log(self, values, step=None, **_):
+            self.seen[step] = values
+
+    tracker = Tracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("test")
+    model = network()
+    model, optimizer = accelerator.prepare(model, sgd(model))
+    monitor = mn.Monitor(model, optimizer, report, every=2, writer=accelerator)
+    train(model, optimizer, range(4))
+    assert list(tracker.seen) == monitor.history.steps == [0, 2]
+    assert tracker.seen[2]["norm/conv"] == monitor.history.rows()[0]["norm"]

@@ -493,3 +493,21 @@ def check_constraint(optimizer, options, dtype, steps, allowed):
 def test_the_constraint_error_stays_bounded(optimizer, options, dtype, steps):
     # Rounding every entry once more is all that is added to a few roundings of the coefficients.
     check_constraint(optimizer, {**options, "lr": 1e-2}, dtype, steps, allowed=4)
+
+
+@eager
+def test_half_precision_weights_of_different_radii_keep_their_digits(how):
+    """A radius is no number of the weight's dtype: 3.7 in bfloat16 is off by 6e-4, and a second moment by twice that."""
+
+    def second_moments(how):
+        torch.manual_seed(0)
+        spheres = [mn.SphereProduct((4, 18), radius=radius) for radius in (3.7, 1.0)]
+        weights = [geoopt.ManifoldParameter(s.random().to(torch.bfloat16), manifold=s) for s in spheres]
+        stepper = RiemannianAdam(weights, lr=0.1, **how)
+        for weight in weights:
+            weight.grad = torch.randn(4, 18).to(torch.bfloat16)
+        stepper.step()
+        return [stepper.state[weight]["exp_avg_sq"] for weight in weights]
+
+    for found, expected in zip(second_moments(how), second_moments({"foreach": False}), strict=True):
+        torch.testing.assert_close(found, expected, rtol=64 * EPS, atol=0)

@@ -34,9 +34,11 @@ from manifold_nets.errors import (
     NothingToConvertError,
     OffManifoldError,
     OptimizerStateError,
+    OptionError,
     ParameterGroupError,
     ProjectionError,
 )
+from manifold_nets.monitor_records import History
 
 LIMIT = EVAL_LIMIT[torch.float64]
 Case = Callable[..., None]
@@ -231,6 +233,48 @@ def weights_of_joint_spheres(tmp_path: Path) -> None:
     error_of(OffManifoldError, lambda: mn.optim.RiemannianSGD(mn.param_groups(moved(model)), lr=0.1))
     mn.project(model)
     mn.optim.RiemannianSGD(mn.param_groups(model), lr=0.1)
+
+
+@advises(
+    "manifold_nets.unconstrain(model)", "manifold_nets.unconstrain", "manifold_nets.constrain", "manifold_nets.revert",
+    "manifold_nets.Partition",
+)  # fmt: skip
+def weights_constrained_by_name(tmp_path: Path) -> None:
+    model, state = conv_net(), other_net().state_dict()
+    mn.constrain(model, "0.weight")
+    error_of(OffManifoldError, lambda: model.load_state_dict(state))
+    error_of(ConstraintError, lambda: mn.constrain(model, "0.weight"))
+    mn.unconstrain(model)
+    model.load_state_dict(state)
+    mn.constrain(model, "0.weight")
+    converted = mn.convert(conv_net(), images())
+    error_of(ConstraintError, lambda: mn.unconstrain(converted, "0.weight"))
+    assert same(converted, mn.revert(converted), images())
+    error_of(OptionError, lambda: mn.constrain(conv_net(), "0.weight", per="rows"))  # type: ignore[arg-type]
+    mn.constrain(conv_net(), "0.weight", per=mn.Partition.filters(conv_net()[0].weight.shape))
+
+
+@advises("manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))")
+def a_plain_network_of_other_norms(tmp_path: Path) -> None:
+    converted = mn.convert(conv_net(), images())
+    optimizer = mn.optim.RiemannianSGD(mn.param_groups(converted, sphere_lr=0.1), lr=0.1)
+    plain = mn.revert(converted, norms=mn.optim.plain_norms(optimizer, converted))
+    assert same(converted, plain, images())
+    mn.optim.to_torch(optimizer, converted, plain)
+    with torch.no_grad():
+        plain[0].weight.mul_(3)
+    error_of(OptionError, lambda: mn.optim.to_torch(optimizer, converted, plain))
+
+
+@advises("manifold_nets.Monitor(…, writer='run.csv')")
+def files_that_no_monitor_wrote(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("step,loss\n")
+    error_of(ArgumentTypeError, lambda: History.from_csv(tmp_path / "other.csv"))
+    model = conv_net()
+    optimizer = plain_sgd(model)
+    with mn.Monitor(model, optimizer, mn.diagnose(model, images()), every=1, writer=tmp_path / "run.csv"):
+        optimizer.step()
+    assert History.from_csv(tmp_path / "run.csv").rows()
 
 
 @advises("manifold_nets.param_groups(model)")

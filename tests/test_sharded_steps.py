@@ -40,6 +40,13 @@ CASES = {
 }
 # Here sums are exchanged, but each group has all its entries in one process.
 HELD_BY_ONE = ("one filter", "columns cut along columns")
+
+
+def followed(groups):
+    """Groups whose steps are those of a plain optimizer; see manifold_nets.optim.from_torch."""
+    return [{**group, "transfer": "follow"} for group in groups]
+
+
 KINDS = {
     "sgd": lambda groups: RiemannianSGD(groups, lr=0.1, momentum=0.9, nesterov=True),
     "adam": lambda groups: RiemannianAdam(groups, lr=0.05, amsgrad=True),
@@ -53,6 +60,8 @@ KINDS = {
     "adam by entries": lambda groups: RiemannianAdam(groups, lr=0.05, per="entry"),
     "torch's sgd": lambda groups: on_spheres(torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True), nn.Module()),
     "torch's adam": lambda groups: on_spheres(torch.optim.Adam(groups, lr=0.05), nn.Module(), radial="brake"),
+    "followed sgd": lambda groups: RiemannianSGD(followed(groups), lr=0.1, momentum=0.9, weight_decay=0.1),
+    "followed adam": lambda groups: RiemannianAdam(followed(groups), lr=0.05, weight_decay=0.1, amsgrad=True),
     "angular by weight": lambda groups: AngularSGD(groups, lr=0.1, momentum=0.9, per="weight"),
 }
 pytestmark = pytest.mark.slow
@@ -116,6 +125,8 @@ def check_all(rank, world):
             elif kind == "sgd":
                 # One sum for each step: all inner products are taken at once.
                 assert len(sizes) == STEPS, (case, sizes)
+            elif kind == "followed adam":
+                assert len(sizes) == 3 * STEPS, (case, sizes)
             elif kind in ("angular-adam", "adam by entries"):
                 # A fifth one where a gradient is nearly along the radius.
                 assert 4 * STEPS <= len(sizes) <= 5 * STEPS, (case, sizes)

@@ -24,7 +24,7 @@ from manifold_nets.errors import (
     NothingToConvertError,
     UnsupportedModelError,
 )
-from manifold_nets.models import absent, analysis_copy, random_numbers
+from manifold_nets.models import analysis_copy, random_numbers
 from manifold_nets.symmetry.rules import RULES, guarded
 from manifold_nets.symmetry.weight_findings import natural_partitions
 
@@ -244,13 +244,6 @@ def test_an_untraceable_model_on_the_meta_device_is_unknown() -> None:
     report = mn.diagnose(model, torch.randn(ROWS))
     assert {w.status for w in report.weights} == {"unknown"}
     assert {w.certificate.verdict for w in report.weights} == {"no evidence"}
-
-
-def test_absent_values_are_zeros_that_cost_nothing() -> None:
-    field = absent((1_000_000, 1_000_000))
-    assert (field * field).sum(1)[:3].tolist() == [0.0, 0.0, 0.0]
-    assert float(field.abs().max()) == 0.0
-    assert field.flatten()[:2].cpu().numpy().tolist() == [0.0, 0.0]
 
 
 class Complex(nn.Module):

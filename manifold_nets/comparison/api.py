@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -33,8 +33,6 @@ from manifold_nets.files import atomic_file, resolved
 
 if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
-
-__all__ = ["compare", "compare_settings", "join_comparison", "study_name"]
 
 STUDY_FILE, STUDY_NAME_FILE = "study.db", "study-name.txt"
 _SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
@@ -149,7 +147,7 @@ def _listed_optimizers(optimizers: object) -> tuple[AnyOptimizer, ...]:
     if isinstance(optimizers, str):
         return tuple(name.strip() for name in optimizers.split(","))
     one = isinstance(optimizers, OptimizerSpec) or callable(optimizers) or not isinstance(optimizers, Iterable)
-    found: tuple[Any, ...] = (optimizers,) if one else tuple(optimizers)
+    found: tuple[Any, ...] = (optimizers,) if one else tuple(cast(Iterable[Any], optimizers))
     for item in found:
         if not (isinstance(item, (str, OptimizerSpec)) or callable(item)):
             expected, remedy = "names, optimizer classes or OptimizerSpecs", "Write them as ['sgd', 'rsgd']."

@@ -14,8 +14,6 @@ from manifold_nets.comparison.errors import StorageError
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-__all__ = ["PASSWORD_VARIABLE", "redacted", "with_password", "without_secrets"]
-
 PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 _FILE_VARIABLE = f"{PASSWORD_VARIABLE}_FILE"
 # Options of drivers that hold a secret; `passfile` is a path.

@@ -25,18 +25,6 @@ from manifold_nets.models import named_tensors
 from manifold_nets.symmetry import SymmetryReport, diagnose
 from manifold_nets.symmetry.report import WeightFinding
 
-__all__ = [
-    "Experiment",
-    "InitialModels",
-    "balance_weights",
-    "converted_form",
-    "derived_seed",
-    "foreign_code",
-    "require_device",
-    "rescale_filters",
-    "weight_layers",
-]
-
 KEPT_MODELS = 12
 Layer = nn.Linear | nn.modules.conv._ConvNd
 

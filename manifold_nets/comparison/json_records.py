@@ -14,8 +14,6 @@ from typing import Any, Self
 from manifold_nets.comparison.errors import RecordError
 from manifold_nets.documents import Schema, is_intact, parse_json, with_checksum
 
-__all__ = ["JsonRecord", "schema_of"]
-
 # JSON has no such numbers; records write and read them as strings.
 _NOT_FINITE = ("nan", "inf", "-inf")
 

@@ -18,8 +18,6 @@ from manifold_nets.comparison.tasks.task import evaluation_mode
 from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources import ModelSpec, load_model, load_object
 
-__all__ = ["MODEL_NAMES", "SmallResNet", "build_model", "is_built_in", "multilayer_perceptron"]
-
 MODEL_NAMES = ("mlp", "mlp-plain", "resnet")
 _KNOWN = "mlp:WIDTHS, mlp-plain:WIDTHS, resnet:DEPTH,WIDTH, file.py:callable, torchvision:NAME, timm:NAME"
 

@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_leaves
 from manifold_nets.comparison.results import LayerRecord
 from manifold_nets.groups import Partition, wide
 
-__all__ = ["FilterWatch", "peak_memory", "sampled_steps"]
-
 
 def sampled_steps(steps: int) -> frozenset[int]:
     """The steps of an epoch, counted from 0, around which rotation is measured: one in sixteen, at most four.

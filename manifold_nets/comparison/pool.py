@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import pickle
@@ -11,8 +10,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from manifold_nets.comparison.errors import RunFailedError, SettingsError
 from manifold_nets.comparison.experiment import Experiment, InitialModels
@@ -20,8 +20,6 @@ from manifold_nets.comparison.results import RunResult
 from manifold_nets.comparison.run import Runner
 from manifold_nets.comparison.settings import RunKey, Settings
 from manifold_nets.errors import MissingExtraError
-
-__all__ = ["Executor", "InProcessExecutor", "ProcessPool", "packed", "unpacked", "worker_main"]
 
 ATTEMPTS = 3
 # Ctrl-C reaches all processes of a terminal. Workers leave it to the process that started them, which ends them, and do
@@ -86,74 +84,44 @@ class ProcessPool:
     """
 
     def __init__(self, count: int, settings: Settings, own: Mapping[str, bytes], folder: Path | None) -> None:
-        self._start_message = pickle.dumps((list(sys.path), settings, dict(own), folder))
-        self._threads = settings.threads
-        self._busy: dict[_Process, tuple[int, RunKey]] = {}
-        self._answers: queue.Queue[tuple[_Process, Any]] = queue.Queue()
-        self._lost: dict[RunKey, int] = {}
-        self._processes: list[_Process] = []
-        try:
-            for _ in range(count):
-                self._add_process()
-        except BaseException:
-            self.close()
-            raise
+        start_message = pickle.dumps((list(sys.path), settings, dict(own), folder))
+        self._processes = [_Process(start_message, settings.threads) for _ in range(count)]
+        self._idle = list(self._processes)
+        # A thread for each process waits for its answer.
+        self._threads = ThreadPoolExecutor(count)
+        self._busy: dict[Future[RunResult], tuple[_Process, int, RunKey]] = {}
 
     def idle(self) -> int:
         """Processes without a run."""
-        return len(self._processes) - len(self._busy)
+        return len(self._idle)
 
     def running(self) -> dict[int, RunKey]:
         """The runs of the others."""
-        return dict(self._busy.values())
+        return {run_id: key for _, run_id, key in self._busy.values()}
 
     def start(self, run_id: int, key: RunKey) -> None:
         """Send a run to a process that has none."""
-        self._send(next(process for process in self._processes if process not in self._busy), run_id, key)
+        process = self._idle.pop()
+        self._busy[self._threads.submit(process.run, key)] = process, run_id, key
 
     def wait(self, seconds: float) -> list[tuple[int, RunResult]]:
-        """Wait for answers; a run whose process ended is carried out again by a new one."""
-        if not self._busy:
-            return []
-        try:
-            arrived = [self._answers.get(timeout=seconds)]
-        except queue.Empty:
-            return []
-        while not self._answers.empty():
-            arrived.append(self._answers.get())
-        return [done for process, answer in arrived for done in self._ended(process, answer)]
+        """Wait for answers."""
+        done = []
+        for future in wait(self._busy, seconds, FIRST_COMPLETED).done:
+            result = future.result()
+            process, run_id, _ = self._busy.pop(future)
+            self._idle.append(process)
+            done.append((run_id, result))
+        return done
 
     def close(self) -> None:
         """End all processes."""
         for process in self._processes:
+            process.kill()
+        self._threads.shutdown()
+        for process in self._processes:
             process.end()
-        self._processes.clear()
         self._busy.clear()
-
-    def _add_process(self) -> _Process:
-        process = _Process(self._start_message, self._threads, self._answers)
-        self._processes.append(process)
-        return process
-
-    def _send(self, process: _Process, run_id: int, key: RunKey) -> None:
-        self._busy[process] = (run_id, key)
-        process.write(pickle.dumps(key))
-
-    def _ended(self, process: _Process, answer: Any) -> list[tuple[int, RunResult]]:
-        run_id, key = self._busy.pop(process, (-1, None))
-        if answer is not None and key is not None:
-            if isinstance(answer, str):
-                raise RunFailedError(f"run {key}", answer)
-            return [(run_id, answer)]
-        self._processes.remove(process)
-        status, fresh = process.end(), self._add_process()
-        if key is not None:
-            self._lost[key] = self._lost.get(key, 0) + 1
-            if self._lost[key] >= ATTEMPTS:
-                found = f"a process that ended with status {status}, {ATTEMPTS} times"
-                raise RunFailedError(f"run {key}", found)
-            self._send(fresh, run_id, key)
-        return []
 
 
 Executor = InProcessExecutor | ProcessPool
@@ -162,40 +130,53 @@ Executor = InProcessExecutor | ProcessPool
 class _Process:
     """A worker process: runs go to its standard input, results come from its standard output."""
 
-    def __init__(self, start_message: bytes, threads: int, answers: queue.Queue[tuple[_Process, Any]]) -> None:
-        command = [sys.executable, "-c", _WORKER]
-        variables = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
-        self._listener = threading.Thread(target=self._listen, args=(answers,), daemon=True)
-        self._listener.start()
-        self.write(start_message)
+    def __init__(self, start_message: bytes, threads: int) -> None:
+        self._start_message, self._variables = start_message, {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self._lock, self._closed = threading.Lock(), False
+        self._start()
 
-    def write(self, message: bytes) -> None:
-        pipe = self._popen.stdin
-        # Where the process has ended, the listener notices it.
-        with contextlib.suppress(OSError):
-            if pipe is not None:
-                pipe.write(message)
-                pipe.flush()
+    def _start(self) -> None:
+        command = [sys.executable, "-c", _WORKER]
+        self._popen = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=self._variables)
+        self._unsent = self._start_message
+
+    def run(self, key: RunKey) -> RunResult:
+        """Have a run carried out, again by a new process where one ends.
+
+        Raises:
+            RunFailedError: the run has no result.
+        """
+        status = 0
+        for _ in range(ATTEMPTS):
+            try:
+                requests, answers = cast(BinaryIO, self._popen.stdin), cast(BinaryIO, self._popen.stdout)
+                requests.write(self._unsent + pickle.dumps(key))
+                requests.flush()
+                self._unsent = b""
+                answer: RunResult | str = pickle.load(answers)
+            except (EOFError, OSError, pickle.UnpicklingError):
+                status = self.end()
+                with self._lock:
+                    if self._closed:
+                        break
+                    self._start()
+                continue
+            if isinstance(answer, str):
+                raise RunFailedError(f"run {key}", answer)
+            return answer
+        raise RunFailedError(f"run {key}", f"a process that ended with status {status}, {ATTEMPTS} times")
+
+    def kill(self) -> None:
+        """Have the process end, and no other take its place."""
+        with self._lock:
+            self._closed = True
+            self._popen.kill()
 
     def end(self) -> int:
+        """End the process; return its status."""
         self._popen.kill()
-        status = self._popen.wait()
-        self._listener.join()
-        for pipe in (self._popen.stdin, self._popen.stdout):
-            # What was not written yet is lost with the process.
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        return status
-
-    def _listen(self, answers: queue.Queue[tuple[_Process, Any]]) -> None:
-        pipe = self._popen.stdout
-        try:
-            while pipe is not None:
-                answers.put((self, pickle.load(pipe)))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            answers.put((self, None))
+        self._popen.communicate()  # what was not written yet is lost with it
+        return self._popen.returncode
 
 
 def worker_main() -> None:

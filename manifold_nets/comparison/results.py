@@ -23,18 +23,6 @@ from manifold_nets.comparison.settings import InitialScale, RunKey, Settings, Tr
 from manifold_nets.files import atomic_file
 from manifold_nets.page.markup import plural
 
-__all__ = [
-    "MEASURED_FIELDS",
-    "Choice",
-    "Comparison",
-    "Environment",
-    "EpochRecord",
-    "LayerRecord",
-    "RunResult",
-    "environment",
-    "machine_in_words",
-]
-
 _FILE_NAME = "comparison.json"
 _PACKAGES = ("manifold_nets", "torch", "geoopt", "numpy", "sqlalchemy", "pymanopt", "scikit-learn", "timm")
 

@@ -26,8 +26,6 @@ from manifold_nets.comparison.tasks import evaluate
 from manifold_nets.comparison.tasks.task import scores_of
 from manifold_nets.optim import BoldDriver
 
-__all__ = ["BatchObjective", "Runner", "learning_rate_factor", "should_stop"]
-
 # The order of the data is kept for the next optimizer of the same seed, up to this many example numbers.
 KEPT_NUMBERS = 10_000_000
 _DECAY = 0.95

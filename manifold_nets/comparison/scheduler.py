@@ -19,8 +19,6 @@ from manifold_nets.comparison.settings import RunKey, Settings
 if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
 
-__all__ = ["Observer", "Progress", "Scheduler", "conclude", "shown_progress"]
-
 HEARTBEAT_SECONDS = 30.0
 IDLE_SECONDS = 2.0
 LINE_SECONDS = 30.0

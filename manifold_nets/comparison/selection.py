@@ -18,17 +18,6 @@ from manifold_nets.conversion.storage import read_tensors, tensors_checksum
 from manifold_nets.files import atomic_file
 from manifold_nets.page.markup import plural
 
-__all__ = [
-    "choose",
-    "choose_all",
-    "keep_weights",
-    "kept_weights",
-    "prune_weights",
-    "tuned_settings",
-    "tuning_settings",
-    "weights_file",
-]
-
 _ALL_DIVERGED = "every run diverged at every learning rate"
 
 

@@ -13,8 +13,6 @@ from typing import Any, Literal, get_args
 from manifold_nets.comparison.errors import SettingsError
 from manifold_nets.comparison.json_records import JsonRecord
 
-__all__ = ["InitialScale", "RunKey", "Schedule", "Settings", "Trial", "Tuned"]
-
 InitialScale = Literal["plain", "rescaled"]
 Schedule = Literal["constant", "cosine", "bold-driver", "exponential"]
 Initialization = Literal["default", "balanced"]

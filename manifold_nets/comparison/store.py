@@ -29,8 +29,6 @@ from manifold_nets.comparison.results import Environment, RunResult
 from manifold_nets.comparison.settings import RunKey, Settings
 from manifold_nets.documents import crc32
 
-__all__ = ["RunStore"]
-
 Record = TypeVar("Record", bound=JsonRecord)
 
 # A run whose heartbeat has not changed for this long belongs to a process that has ended.
@@ -303,8 +301,8 @@ class RunStore:
             for trial in trials.values():
                 key, count = trial["key"], sum(name.startswith("result-") for name in trial)
                 result = "".join(trial[f"result-{i}"] for i in range(count))
-                row = {"study": self.study, "key": key, "state": "done", "test": study.get(f"test {key}")}
-                connection.execute(sa.insert(_RUNS).values(**row, result=result))
+                done = {"study": self.study, "key": key, "state": "done", "test": study.get(f"test {key}")}
+                connection.execute(sa.insert(_RUNS).values(**done, result=result))
 
 
 _OPTUNA_STUDY = sa.text(

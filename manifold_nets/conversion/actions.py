@@ -57,7 +57,7 @@ class Action:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that the action is about."""
-        return (self.name,) if self.move is None else self.move.parameters
+        return self.move.parameters if isinstance(self.move, SymmetryFamily) else (self.name,)
 
     def left(self, reason: str) -> Action:
         """The same, but left as it is."""

@@ -159,7 +159,7 @@ def _chosen(model: nn.Module, given: Any, edited: EditedPlan | None, options: di
         return make_plan(model, given, **options)
     changed = [name for name, value in options.items() if value != _DEFAULTS[name]]
     if changed:
-        raise OptionError(changed[0], options[changed[0]], "its default beside a plan, which says all")
+        raise OptionError(changed[0], options[changed[0]], "the default, as the plan decides it")
     return edited_plan(model, given, edited)
 
 
@@ -203,7 +203,10 @@ def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tu
         carry_out = functools.partial(_carry_out, chosen=chosen)
         difference, why = compare_in_float64(model, named_tensors(trial), inputs, carry_out)
         if why is not None:
-            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, why)
+            remedy = (
+                f"Rounding does not explain it: {why}. Nothing was changed. Use radius='keep', or exclude the layers."
+            )
+            raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, remedy)
         found = replace(found, float64_eval_difference=difference)
     if not inplace:
         return trial, found

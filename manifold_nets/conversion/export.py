@@ -106,14 +106,16 @@ def export_model(
     limit = eval_limit(dtype_of(plain))
     for mode, difference in (("evaluation", verification.eval_difference), ("training", verification.train_difference)):
         if not difference <= limit:
-            raise FunctionChangedError(type(model).__name__, mode, difference, limit)
+            remedy = "No file was written. Export a model whose output depends on nothing but its inputs and seeds."
+            raise FunctionChangedError(type(model).__name__, mode, difference, limit, remedy)
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "pt2": _write_pt2}[format]
     with atomic_file(path) as temporary:
         found, read_by, batch = write(plain, temporary, split_inputs(example_inputs), Path(path))
         # Another engine adds in another order, and folds the normalizations into the weights first.
         allowed = 10 * limit if format == "onnx" else limit
         if found is not None and not found <= allowed:
-            raise FunctionChangedError(f"{path} ({type(model).__name__})", "evaluation", found, allowed)
+            remedy = "No file was written. Write the weights alone with the format safetensors."
+            raise FunctionChangedError(f"{path} ({type(model).__name__})", "evaluation", found, allowed, remedy)
     count = sum(1 for _ in constrained_weights(model))
     return ExportRecord(Path(path), format, count, verification, found, read_by, batch)
 

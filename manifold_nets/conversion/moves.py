@@ -70,11 +70,6 @@ class ScaledWeight:
         return cls(finding.name, radius, finding.scaled_along, finding.absorbers)
 
     @property
-    def parameters(self) -> tuple[str, ...]:
-        """The weight alone: what follows is no choice."""
-        return (self.name,)
-
-    @property
     def along(self) -> tuple[str, ...]:
         """Names of the biases and running statistics that are scaled along."""
         buffers = [n for a in self.absorbers for n in (a.running_mean, a.running_var) if n is not None]
@@ -154,11 +149,6 @@ class RemovedBias:
     name: str
     means: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     direct: bool = True
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """The bias."""
-        return (self.name,)
 
     def take_out(self, values: Values) -> None:
         """Put zeros in the place of the bias, and take what it adds out of the running means."""

@@ -8,7 +8,7 @@ statistics stay behind. So a hook of `load_state_dict` makes of such a state wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -228,15 +228,12 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
 def way_back(model: nn.Module, name: str) -> str:
     """Say what to do with a weight that is off its spheres, and what that does to the output of the model."""
     weight = next(weight for weight in constrained_weights(model) if weight.name == name)
-    for _, part, record in moves_within(model):
-        tensors = named_tensors(part)
-        known = record.present(removed_biases(part)).items()
-        own = [move for n, move in known if tensors.get(n) is weight.parameter]
-        if own and tensors.keys() >= set(own[0].along):
-            return (
-                "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, "
-                "and the output stays."
-            )
+    known = _followers(moves_within(model)).get(id(weight.parameter))
+    if known is not None and not known[1]:
+        return (
+            "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, and "
+            "the output stays."
+        )
     if is_converted(weight):
         return (
             "What has to be scaled along with it is not known here. The plain network computes the same: "
@@ -247,6 +244,18 @@ def way_back(model: nn.Module, name: str) -> str:
         "To put it back, call manifold_nets.project(model): the output changes with it unless a normalization takes "
         "its scale away. To keep the output, take the plain network: manifold_nets.revert(model)."
     )
+
+
+def _followers(records: Iterable[tuple[str, nn.Module, Moves]]) -> dict[int, tuple[str, list[str]]]:
+    """The name of each weight whose moves are known, and what changes with it and is gone; by `id`."""
+    found: dict[int, tuple[str, list[str]]] = {}
+    for prefix, part, record in records:
+        tensors = named_tensors(part)
+        for name, move in record.present(removed_biases(part)).items():
+            if name in tensors:
+                gone = [prefix + along for along in move.along if along not in tensors]
+                found.setdefault(id(tensors[name]), (prefix + name, gone))
+    return found
 
 
 @torch.no_grad()
@@ -293,23 +302,19 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
         records = list(moves_within(model))
     else:
         records = [("", model, _moves_found(model, given, weights, off))]
+    known = _followers(records)
+    for key, (name, gone) in known.items():
+        if key in weights and weights[key].name in off and gone:  # as after fusing layers
+            raise _would_change(name, f"{gone[0]}, which changes with it, is not in the model any more")
     values: list[tuple[Tensor, Tensor]] = []
     manifolds: dict[int, SphereProduct] = {}
-    settled: set[int] = set()
     for prefix, part, record in records:
         tensors = named_tensors(part)
-        for name, move in record.present(removed_biases(part)).items():
-            weight = weights.get(id(tensors.get(name)))
-            gone = [prefix + along for along in move.along if along not in tensors]
-            if weight is not None and weight.name in off and gone:  # as after fusing layers
-                why = f"{gone[0]}, which changes with it, is not in the model any more"
-                raise _would_change(prefix + name, why)
         found = _Converted(tensors, prefix)
         _convert_values(part, record, found)
         values += [(tensors[name], value) for name, value in found.items()]
         manifolds |= found.manifolds
-        settled |= {id(tensors[name]) for name in record.weights if name in tensors}
-    rest = {key: weight for key, weight in weights.items() if key not in settled}
+    rest = {key: weight for key, weight in weights.items() if key not in known}
     for weight in rest.values():
         if is_converted(weight) and weight.name in off:
             raise _would_change(

@@ -13,6 +13,7 @@ from manifold_nets.conversion.projection import leave_as_loaded
 from manifold_nets.conversion.remedies.dead_biases import put_back_bias, removed_biases
 from manifold_nets.errors import OptionError
 from manifold_nets.groups import refuse_degenerate
+from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.models import duplicate, holders, named_tensors
 
@@ -84,10 +85,11 @@ def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
     for name, wanted in norms.items():
         if name not in known or name not in manifolds:
             raise OptionError("norms", name, "converted weights of which it is known what changes with them")
-        partition = manifolds[name].partition
+        manifold, partition = manifolds[name], manifolds[name].partition
         if wanted.numel() != partition.n_groups:
             raise OptionError("norms", f"{wanted.numel()} for {name}", f"one for each of {partition}")
-        factors = wanted.detach().double().flatten() / partition.norms(values[name]).flatten()
+        own = manifold.radii if isinstance(manifold, JointSphereMember) else partition.norms(values[name])
+        factors = wanted.detach().double().flatten() / own.flatten().to(wanted.device)
         refuse_degenerate(factors, name)
         values.update(rescaled_along(known[name], factors, values))
         values[name] = partition.multiply(values[name], partition.spread(factors))

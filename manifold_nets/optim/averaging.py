@@ -37,7 +37,7 @@ class _Lengths(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         for name, buffer in self.named_buffers():
             state_dict.setdefault(prefix + name, torch.ones_like(buffer))
-        super()._load_from_state_dict(state_dict, prefix, *others)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 class AveragedModel(swa_utils.AveragedModel):

@@ -233,7 +233,10 @@ class SphereOptimizer(torch.optim.Optimizer):
         # one of every parameter.
         able = [m for m in inputs if self._can_move(m.manifold)]
         options = {"foreach": group["foreach"], "fused": group["fused"], "compiled": group.get("compile")}
-        with joined(able) if moving else nullcontext(able) as together, by_rows(rule, together) as stepped:
+        with (
+            joined(able, by_entries=rule.by_entries) if moving else nullcontext(able) as together,
+            by_rows(rule, together) as stepped,
+        ):
             batches = assign(rule, stepped, **options) if stepped else []
             run(rule, batches)
         write_master_weights(master_weights)

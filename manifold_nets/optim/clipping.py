@@ -61,28 +61,25 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     for weight in constrained_weights(model):
         gradient = weight.parameter.grad
         if gradient is not None and not isinstance(weight.manifold, JointSphereMember):
-            found = wide(whole(gradient))
-            lengths = _lengths(whole(weight.parameter), found, weight.manifold)
-            factors = max_norm / lengths.clamp(min=max_norm)
-            write_whole_(gradient, weight.manifold.partition.multiply(found, factors))
-            largest.append(lengths.amax())
+            clipped, length = _clipped(whole(weight.parameter), wide(whole(gradient)), weight.manifold, max_norm)
+            write_whole_(gradient, clipped)
+            largest.append(length)
     for joint, weights in joint_spheres(model):
         points = [weight.parameter.detach() for weight in weights]
         gradients = [weight.parameter.grad for weight in weights]
         if any(gradient is not None for gradient in gradients):
             pairs = zip(points, gradients, strict=True)
             rows = joint.join([wide(torch.zeros_like(p) if g is None else g.detach()) for p, g in pairs])
-            lengths = _lengths(joint.join(points), rows, joint.sphere)
-            factors = max_norm / lengths.clamp(min=max_norm)
-            for partition, gradient in zip(joint.partitions, gradients, strict=True):
+            clipped, length = _clipped(joint.join(points), rows, joint.sphere, max_norm)
+            for gradient, part in zip(gradients, joint.split(clipped), strict=True):
                 if gradient is not None:
-                    gradient.copy_(partition.multiply(wide(gradient), factors.reshape(partition.spread_shape)))
-            largest.append(lengths.amax())
+                    gradient.copy_(part)
+            largest.append(length)
     return torch.stack([length.to(largest[0].device) for length in largest]).amax() if largest else torch.zeros(())
 
 
-def _lengths(weight: Tensor, gradient: Tensor, manifold: SphereProduct) -> Tensor:
-    """Return the lengths ``‖ξ_G‖/r`` of the Riemannian gradient in ``spread_shape``, in float32 or better."""
-    radius = manifold.radius_for(weight)
+def _clipped(weight: Tensor, gradient: Tensor, manifold: SphereProduct, max_norm: float) -> tuple[Tensor, Tensor]:
+    """Return the clipped gradient, and the largest length ``‖ξ_G‖/r`` before, in float32 or better."""
     # r times the tangential part of g, rather than ξ, whose factor r² may leave the range.
-    return manifold.partition.norms(manifold.proju(wide(weight), gradient)) * radius
+    lengths = manifold.partition.norms(manifold.proju(wide(weight), gradient)) * manifold.radius_for(weight)
+    return manifold.partition.multiply(gradient, max_norm / lengths.clamp(min=max_norm)), lengths.amax()

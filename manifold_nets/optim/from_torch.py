@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import NEAR, constrained_weights
 from manifold_nets.errors import OptionError
+from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import accumulation_dtype, refuse_degenerate
+from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.adam import RiemannianAdam
+from manifold_nets.optim.backends.sharded import zero_scalars
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group, name_of
 from manifold_nets.optim.plain_run import NORM, SCALED_WITH, TRANSFERS
@@ -103,12 +106,15 @@ def from_torch(
     _scale_biases_along(groups, converted)
     made = kind(groups, lr=optimizer.defaults["lr"])
     made.defaults.update(optimizer.defaults)
+    norms = _plain_norms_of({name: (source, manifolds.get(id(target))) for _, name, source, target in pairs})
     for group, name, source, target in pairs:
         state, manifold = optimizer.state.get(source, {}), manifolds.get(id(target))
         if manifold is None:
             made.state[target].update({key: _copied(value) for key, value in state.items()})
-        else:
-            made.state[target].update(_on_spheres(group, name, source, target, manifold, state, transfer))
+            continue
+        made.state[target].update(_on_spheres(group, target, manifold, state, norms[name]))
+        if transfer == "equilibrium":
+            _to_equilibrium(group, name, source, manifold, state, made.state[target])
     _reattach(scheduler, optimizer, made)
     return made
 
@@ -134,7 +140,8 @@ def plain_norms(optimizer: torch.optim.Optimizer, converted: nn.Module) -> dict[
         >>> {name: norms.tolist() for name, norms in mn.optim.plain_norms(optimizer, layer).items()}
         {'weight': [2.0, 2.0, 2.0]}
     """
-    return {w.name: _norms_in(optimizer, w.parameter, w.manifold).flatten() for w in constrained_weights(converted)}
+    weights = list(constrained_weights(converted))
+    return {w.name: whole(_norms_in(optimizer, w.parameter, w.manifold)).flatten() for w in weights}
 
 
 def to_torch(
@@ -179,7 +186,9 @@ def to_torch(
         state, weight = optimizer.state.get(source, {}), constrained.get(id(source))
         if weight is not None:
             norms = _norms_in(optimizer, source, weight.manifold)
-            off = float((weight.manifold.partition.norms(target.detach()) / norms - 1).abs().max())
+            is_joint = isinstance(weight.manifold, JointSphereMember)
+            found = norms if is_joint else weight.manifold.partition.norms(target.detach())
+            off = float((found / norms - 1).abs().max())
             if not off <= NEAR:
                 expected = (
                     "manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))"
@@ -237,34 +246,45 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
+def _plain_norms_of(weights: dict[str, tuple[Tensor, SphereProduct | None]]) -> dict[str, Tensor]:
+    """Norms of the groups of plain weights that go on spheres, in ``spread_shape``; of joint spheres the joint ones.
+
+    Raises:
+        DegenerateGroupError: a group is zero or not finite.
+    """
+    found = {}
+    for name, (source, manifold) in weights.items():
+        if manifold is not None:
+            found[name] = manifold.partition.norms(whole(source.detach()).double())
+    joints = by_joint_sphere((manifold, name) for name, (_, manifold) in weights.items())
+    for members in joints.values():
+        squares = torch.stack([found[name].flatten().square() for name in members.values()]).sum(0)
+        found.update((name, squares.sqrt().reshape(found[name].shape)) for name in members.values())
+    for name, norms in found.items():
+        refuse_degenerate(norms, name)
+    return found
+
+
 def _on_spheres(
-    group: Group,
-    name: str,
-    source: Tensor,
-    target: Tensor,
-    manifold: SphereProduct,
-    state: dict[str, Any],
-    transfer: Transfer,
+    group: Group, target: Tensor, manifold: SphereProduct, state: dict[str, Any], norms: Tensor
 ) -> dict[str, Any]:
     """The state of a weight on its spheres: the norms in the plain run, and the plain moments."""
-    partition = manifold.partition
-    norms = partition.norms(source.detach().double())
-    refuse_degenerate(norms, name)
-    made: dict[str, Any] = {NORM: norms}
+    wide, radius = accumulation_dtype(target.dtype), manifold.radius_for(norms)
+    made: dict[str, Any] = {NORM: zero_scalars(target, manifold, torch.float64)}
+    write_whole_(made[NORM], norms.to(target.device))
     for key, value in state.items():
         if value is None or key == "step":
             made[key] = _copied(value) if value is None else torch.as_tensor(value).detach().float().cpu().clone()
         elif key in _NAMES:
-            made[_NAMES[key]] = value.detach().to(accumulation_dtype(target.dtype), copy=True)
+            made[_NAMES[key]] = value.detach().to(wide, copy=True)
         else:  # a momentum, in the scale of the weight on its spheres
-            scaled = partition.multiply(value.detach().double(), manifold.radius_for(target.detach().double()))
-            made[key] = scaled.to(target.dtype)
+            is_unit = manifold.uniform_radius == 1
+            scaled = value.detach() if is_unit else manifold.partition.multiply(value.detach().double(), radius)
+            made[key] = scaled.to(target.dtype, copy=True)
     if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
         made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
         second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
-        made.update((key, torch.zeros_like(target, dtype=accumulation_dtype(target.dtype))) for key in second)
-    if transfer == "equilibrium":
-        _to_equilibrium(group, name, source, manifold, state, made)
+        made.update((key, torch.zeros_like(target, dtype=wide, requires_grad=False)) for key in second)
     return made
 
 
@@ -274,6 +294,8 @@ def _to_equilibrium(
     """Replace the norms by those at which growth and decay balance; gradients, and so moments, are as 1/n."""
     partition, norms = manifold.partition, made[NORM]
     lr, decay = float(group["lr"]), float(group["weight_decay"])
+    if isinstance(manifold, JointSphereMember):
+        raise OptionError("transfer", f"'equilibrium' for {name} on a joint sphere", "'follow' or 'step'")
     if not lr * decay > 0 or ("betas" in group and not group.get("decoupled_weight_decay")):
         found = f"'equilibrium' with weight_decay={decay:g} and lr={lr:g} for {name}"
         expected = "weight decay of SGD or AdamW and a learning rate above 0; or take 'follow' or 'step'"

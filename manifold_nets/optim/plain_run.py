@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manifold_nets.gathered import write_whole_
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends.inputs import NORM
 from manifold_nets.optim.backends.rule import Rule
+from manifold_nets.optim.backends.sharded import zero_scalars
 from manifold_nets.optim.param_groups import Group
 
 __all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "of_plain_run"]
@@ -31,8 +33,8 @@ TRANSFERS = ("follow", "step", "equilibrium")
 def norms_of(state: dict[str, Any], weight: Tensor, manifold: SphereProduct) -> Tensor:
     """Return the norms of the plain run; those of the weight itself where none are known yet."""
     if NORM not in state:
-        radii = manifold.partition.spread(manifold.radii)
-        state[NORM] = radii.to(device=weight.device, dtype=torch.float64, copy=True)
+        state[NORM] = zero_scalars(weight, manifold, torch.float64)
+        write_whole_(state[NORM], manifold.partition.spread(manifold.radii).to(weight.device))
     norms: Tensor = state[NORM]
     return norms
 

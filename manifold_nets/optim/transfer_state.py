@@ -66,18 +66,14 @@ def carry_momentum(
         state = optimizer.state.get(source)
         if not state:
             continue
-        _refuse_other_kinds(state, target)
+        for moment, kind in _MOMENTS.items():
+            if moment in state and not isinstance(target, kind):
+                raise OptionError("target", type(target).__name__, f"a {kind.__name__}, for an optimizer with {moment}")
         manifold = manifolds.get(name)
         if manifold is None:
             target.state[parameter].update({k: _copied(v) for k, v in state.items()})
         elif isinstance(manifold, SphereProduct):
             target.state[parameter].update(_on_spheres(state, source.detach(), parameter.detach(), manifold))
-
-
-def _refuse_other_kinds(state: dict[str, Any], target: torch.optim.Optimizer) -> None:
-    for moment, kind in _MOMENTS.items():
-        if moment in state and not isinstance(target, kind):
-            raise OptionError("target", type(target).__name__, f"a {kind.__name__}, for an optimizer with {moment}")
 
 
 def _copied(value: Any) -> Any:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,86 +72,82 @@ def iterations(
         >>> costs == sorted(costs, reverse=True), costs[-1] < 1e-10
         (True, True)
     """
-    run = _Run(optimizer, problem, problem.initial_point() if initial_point is None else initial_point, options)
+    start = problem.initial_point() if initial_point is None else initial_point
+    turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Iteration | BaseException | None] = queue.SimpleQueue()
+    ended, threads = threading.Event(), torch.get_num_threads()
+
+    def hand_over(iteration: Iteration | None = None) -> None:
+        if iteration is not None:
+            results.put(iteration)
+        if not turns.get():
+            raise _EndedError
+
+    def work() -> None:
+        try:
+            torch.set_num_threads(threads)  # a setting of each thread
+            _optimize(copy.copy(optimizer), problem, start, options, hand_over, ended)
+            results.put(None)
+        except _EndedError:
+            results.put(None)
+        except BaseException as error:  # noqa: BLE001  raised again where the caller waits
+            results.put(error)
+
+    thread = threading.Thread(target=work, name="pymanopt", daemon=True)
+    thread.start()
     try:
-        yield from run.results()
+        while True:
+            turns.put(True)
+            found = results.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                return
+            yield found
     finally:
-        run.end()
+        ended.set()
+        turns.put(False)
+        thread.join()
 
 
 class _EndedError(Exception):
     """The caller wants no more iterations."""
 
 
-class _Run:
-    """The thread of an optimizer, and the two queues by which it and the caller take turns."""
+def _optimize(
+    optimizer: Any,
+    problem: NetworkProblem,
+    start: Point,
+    options: dict[str, Any],
+    hand_over: Callable[..., None],
+    ended: threading.Event,
+) -> None:
+    """Run an optimizer, and hand over what it has reached after each of its iterations, until the caller asks on."""
+    network_cost, check = problem._network_cost, optimizer._check_stopping_criterion
+    before, searched, number = network_cost.on_cost, False, 0
+    hand_over()
+    best = (problem.cost(start), start)  # remembered, so not counted again
 
-    def __init__(self, optimizer: Any, problem: NetworkProblem, start: Point, options: dict[str, Any]) -> None:
-        self.optimizer, self.problem, self.start, self.options = copy.copy(optimizer), problem, start, options
-        self.turns: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.found: queue.SimpleQueue[Iteration | BaseException | None] = queue.SimpleQueue()
-        self.ended = threading.Event()
-        self.best: tuple[float, Point] = (math.inf, start)
-        self.searched, self.number = False, 0
-        self.threads = torch.get_num_threads()
-        self.thread = threading.Thread(target=self._work, name="pymanopt", daemon=True)
-
-    def results(self) -> Iterator[Iteration]:
-        self.thread.start()
-        while True:
-            self.turns.put(True)
-            found = self.found.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
-                return
-            yield found
-
-    def end(self) -> None:
-        self.ended.set()
-        self.turns.put(False)
-        if self.thread.is_alive():
-            self.thread.join()
-
-    def _work(self) -> None:
-        network_cost = self.problem._network_cost
-        before, check = network_cost.on_cost, self.optimizer._check_stopping_criterion
-
-        def on_cost(point: Point, cost: float) -> None:
-            if self.ended.is_set():
-                raise _EndedError
-            if before is not None:
-                before(point, cost)
-            self.searched = True
-            if cost < self.best[0]:
-                self.best = (cost, point)
-
-        def on_check(**facts: Any) -> Any:
-            # Conjugate gradient also checks before its first iteration, when no cost but that of the start is known.
-            if self.searched:
-                self._hand_over()
-            return check(**facts)
-
-        try:
-            self._wait()
-            torch.set_num_threads(self.threads)  # a setting of each thread
-            self.best = (self.problem.cost(self.start), self.start)  # remembered, so not counted again
-            network_cost.on_cost = on_cost
-            self.optimizer._check_stopping_criterion = on_check
-            self.optimizer.run(self.problem, initial_point=self.start, **self.options)
-            self.found.put(None)
-        except _EndedError:
-            self.found.put(None)
-        except BaseException as error:  # noqa: BLE001  raised again where the caller waits
-            self.found.put(error)
-        finally:
-            network_cost.on_cost = before
-
-    def _hand_over(self) -> None:
-        self.number += 1
-        self.found.put(Iteration(self.number, *self.best))
-        self._wait()
-
-    def _wait(self) -> None:
-        if not self.turns.get():
+    def on_cost(point: Point, cost: float) -> None:
+        nonlocal best, searched
+        if ended.is_set():
             raise _EndedError
+        if before is not None:
+            before(point, cost)
+        searched = True
+        if cost < best[0]:
+            best = (cost, point)
+
+    def on_check(**facts: Any) -> Any:
+        nonlocal number
+        # Conjugate gradient also checks before its first iteration, when no cost but that of the start is known.
+        if searched:
+            number += 1
+            hand_over(Iteration(number, *best))
+        return check(**facts)
+
+    network_cost.on_cost, optimizer._check_stopping_criterion = on_cost, on_check
+    try:
+        optimizer.run(problem, initial_point=start, **options)
+    finally:
+        network_cost.on_cost = before

@@ -21,7 +21,7 @@ from manifold_nets.float64 import following
 from manifold_nets.groups import Partition
 from manifold_nets.models import analysis_copy, draw_not_finite, is_continuous, is_meta, random_numbers
 from manifold_nets.running import Inputs, run, split_inputs, to_float64
-from manifold_nets.symmetry.families import certified_families
+from manifold_nets.symmetry.families import certified_families, with_mixed_weights
 from manifold_nets.symmetry.finite_move import FiniteMove, has_written_eps, moved_claims, moved_numbers
 from manifold_nets.symmetry.gradients import (
     MOST_PASSES,
@@ -37,7 +37,6 @@ from manifold_nets.symmetry.joint import required_partitions, solve_jointly
 from manifold_nets.symmetry.local_certificates import LocalCertificates
 from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
 from manifold_nets.symmetry.low_variance import LowVariance
-from manifold_nets.symmetry.mixed import with_mixed_weights
 from manifold_nets.symmetry.module_graph import module_graph
 from manifold_nets.symmetry.recheck import recheck_shifts, shift_symmetries, with_shown
 from manifold_nets.symmetry.report import (
@@ -381,9 +380,12 @@ def _trace(model_copy: nn.Module, inputs: Inputs, meta: bool) -> TracedGraph | A
 def _batch_variances(graph: TracedGraph, model_copy: nn.Module, inputs: Inputs, seed: int) -> dict[Any, Tensor]:
     """Batch variance of every channel in front of every batch normalization, on the example inputs."""
     found: dict[Any, Tensor] = {}
+    normalizations = {node for node in graph.order if op_name(node) == "batch_norm"}
+    if not normalizations:
+        return found
 
     def visit(node: torch.fx.Node, fetch: Any) -> None:
-        if op_name(node) == "batch_norm":
+        if node in normalizations:
             z = fetch(bound_arguments(node)["input"])
             found[node] = z.var([axis for axis in range(z.ndim) if axis != 1], unbiased=False)
 

@@ -168,7 +168,7 @@ class Scales:
         roots = self.roots(ids)
         result = np.zeros_like(roots)
         for number in self._distinct(roots).tolist():
-            power = {k: _exact(c * exponent) for k, c in self.form(number).items()}
+            power = {k: _exact(c * exponent) for k, c in self.form(number).items() if exponent}
             result[roots == number] = self._number(power)
         return result
 

@@ -24,36 +24,17 @@ __all__ = ["NEGLIGIBLE_EPS", "exact_mode"]
 # torch refuses eps = 0 in training; this one is lost in any float64 variance that is not zero.
 NEGLIGIBLE_EPS = 1e-30
 # Position of the eps argument. Both storeys are listed: what a functional calls inside is not intercepted again.
-_EPS_POSITION = {
-    torch.batch_norm: 7,
-    torch.instance_norm: 7,
-    torch.group_norm: 4,
-    torch.layer_norm: 4,
-    torch.rms_norm: 3,
-    F.batch_norm: 7,
-    F.instance_norm: 7,
-    F.group_norm: 4,
-    F.layer_norm: 4,
-    F.rms_norm: 3,
-    F.normalize: 3,
-}
+_POSITIONS = {"batch_norm": 7, "instance_norm": 7, "group_norm": 4, "layer_norm": 4, "rms_norm": 3}
+_EPS_POSITION = {getattr(storey, name): n for name, n in _POSITIONS.items() for storey in (torch, F)} | {F.normalize: 3}
 _EPS_NAMES = ("eps", "epsilon", "variance_epsilon", "norm_eps", "layer_norm_eps")
-_DROPOUTS = (
-    torch.dropout,
-    torch.feature_dropout,
-    torch.alpha_dropout,
-    torch.feature_alpha_dropout,
-    torch.dropout_,
-    torch.feature_dropout_,
-    torch.alpha_dropout_,
-    torch.feature_alpha_dropout_,
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-)
+_STEMS = "dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout".split()
+_DROPOUTS = {
+    getattr(storey, name)
+    for storey in (torch, F)
+    for stem in _STEMS
+    for name in (stem, f"{stem}_")
+    if hasattr(storey, name)
+}
 _ADDITIONS = (torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
 

@@ -89,10 +89,11 @@ class Outcome:
 
 @dataclass
 class _Point:
-    """Inputs, the outputs there, and what the claims are moved by."""
+    """Inputs, the outputs there, the claims, and what these are moved by."""
 
     inputs: Inputs
     before: list[Tensor]
+    claims: Sequence[Generators]
     draws: list[NDArray[np.float64]]
     limits: list[float] = field(default_factory=list)
     eps: float = NEGLIGIBLE_EPS
@@ -147,13 +148,12 @@ class FiniteMove:
         found = [Outcome() for _ in claims]
         most = self.runs + MOST_RUNS
         for number, (inputs, before) in enumerate(self._points if claims else ()):
-            point = _Point(inputs, before, [_draws(c, (self.seed, k), number) for k, c in enumerate(claims)])
+            point = _Point(inputs, before, claims, [_draws(c, (self.seed, k), number) for k, c in enumerate(claims)])
             alive = [index for index, outcome in enumerate(found) if not outcome.refuted]
-            if not self._settled(point, claims, alive, found):
+            if not self._settled(point, alive, found):
                 for adds in (False, True):
-                    part = [index for index in alive if claims[index].adds is adds]
-                    if part:
-                        self._search(point, claims, part, found, most)
+                    if part := [index for index in alive if claims[index].adds is adds]:
+                        self._search(point, part, found, most)
         return found
 
     @cached_property
@@ -167,9 +167,9 @@ class FiniteMove:
         there = (self.inputs, first) if larger is None or outputs is None else (larger, outputs)
         return [(self.inputs, first), there]
 
-    def _settled(self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome]) -> bool:
+    def _settled(self, point: _Point, alive: list[int], found: list[Outcome]) -> bool:
         """Whether the outputs stay the same when all claims are moved, as far as the tolerance tells."""
-        changes = self._changes(point, claims, alive)
+        changes = self._changes(point, alive)
         point.limits = [self.tolerance] * len(point.before)
         if changes is None:
             return True
@@ -179,25 +179,23 @@ class FiniteMove:
             found[index] = Outcome(False, max(*changes, 0.0, found[index].change or 0.0))
         return True
 
-    def _search(
-        self, point: _Point, claims: Sequence[Generators], alive: list[int], found: list[Outcome], most: int
-    ) -> None:
+    def _search(self, point: _Point, alive: list[int], found: list[Outcome], most: int) -> None:
         """Find the claims that change the outputs, as many as the passes that are left allow."""
-        if self._settled(point, claims, alive, found):
+        if self._settled(point, alive, found):
             return
         before = self._outputs(point.inputs, {}, eps=_SMALLER_EPS)
         if before is not None:
             point = replace(point, before=before, eps=_SMALLER_EPS)
-            if self._settled(point, claims, alive, found):
+            if self._settled(point, alive, found):
                 return
-        if self.outward and not claims[alive[0]].adds:
+        if self.outward and not point.claims[alive[0]].adds:
             for index in alive:
                 point.draws[index] = np.abs(point.draws[index])
-            if self._settled(point, claims, alive, found):
+            if self._settled(point, alive, found):
                 return
-        point.limits = self._limits(point, claims, alive)
+        point.limits = self._limits(point, alive)
         good = 0
-        while (change := self._excess(point, claims, alive)) is not None:
+        while (change := self._excess(point, alive)) is not None:
             if self.runs >= most:
                 for index in alive[good:]:
                     found[index] = Outcome(True, change)
@@ -205,46 +203,45 @@ class FiniteMove:
             bad = len(alive)
             while bad - good > 1:
                 middle = (good + bad) // 2
-                excess = self._excess(point, claims, alive[:middle])
+                excess = self._excess(point, alive[:middle])
                 good, bad, change = (middle, bad, change) if excess is None else (good, middle, excess)
             found[alive.pop(bad - 1)] = Outcome(True, change)
 
-    def _excess(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> float | None:
+    def _excess(self, point: _Point, moved: Sequence[int]) -> float | None:
         """The largest change of an output beyond its limit; None where there is none."""
-        changes = self._changes(point, claims, moved) or []
+        changes = self._changes(point, moved) or []
         beyond = [change for change, limit in zip(changes, point.limits, strict=False) if not change <= limit]
         return max(beyond) if beyond else None
 
-    def _limits(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float]:
+    def _limits(self, point: _Point, moved: Sequence[int]) -> list[float]:
         """How much each output may change: the tolerance, or what rounding may do to it before or after the move."""
         limits = [self.tolerance] * len(point.before)
-        for moves in ({}, self._moves(point, claims, moved)):
+        for moves in ({}, self._moves(point, moved)):
             exact = self._outputs(point.inputs, moves, eps=point.eps) if moves else point.before
             jittered = self._outputs(point.inputs, moves, _JITTER, eps=point.eps)
             if exact is None or jittered is None or not len(exact) == len(jittered) == len(limits):
                 continue
             both = zip(point.before, exact, jittered, strict=True)
-            changes = [_change(one, other, before) for before, one, other in both]
+            noise = [_change(one, other, before) for before, one, other in both]
             # A move into what is not finite excuses nothing.
-            noise = [change if math.isfinite(change) else 0.0 for change in changes]
-            limits = [max(limit, _MARGIN * change) for limit, change in zip(limits, noise, strict=True)]
+            limits = [max(a, _MARGIN * b if math.isfinite(b) else 0.0) for a, b in zip(limits, noise, strict=True)]
         return limits
 
-    def _changes(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> list[float] | None:
+    def _changes(self, point: _Point, moved: Sequence[int]) -> list[float] | None:
         """The relative change of each output when some claims are moved; None where the network refuses."""
         if not moved:
             return [0.0] * len(point.before)
-        after = self._outputs(point.inputs, self._moves(point, claims, moved), eps=point.eps)
+        after = self._outputs(point.inputs, self._moves(point, moved), eps=point.eps)
         if after is None:
             return None
         if len(after) != len(point.before):
             return [math.inf] * len(point.before)
         return [_change(a, b, a) for a, b in zip(point.before, after, strict=True)]
 
-    def _moves(self, point: _Point, claims: Sequence[Generators], moved: Sequence[int]) -> dict[str, _Steps]:
+    def _moves(self, point: _Point, moved: Sequence[int]) -> dict[str, _Steps]:
         """What happens to each parameter."""
         found: dict[str, _Steps] = {}
-        for claim, draws in ((claims[index], point.draws[index]) for index in moved):
+        for claim, draws in ((point.claims[index], point.draws[index]) for index in moved):
             for part in claim.parts:
                 steps = found.setdefault(part.parameter, {})
                 total = steps.setdefault((claim.adds, part.partition), np.zeros(part.partition.n_groups))

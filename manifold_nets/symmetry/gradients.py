@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from manifold_nets.errors import AnalysisError, DoublePrecisionError, ExampleInputsError, ManifoldNetsError
 from manifold_nets.float64 import map_tensors
 from manifold_nets.groups import Partition
-from manifold_nets.models import absent, is_continuous
+from manifold_nets.models import is_continuous
 from manifold_nets.running import Inputs, run
 from manifold_nets.symmetry.exact_mode import exact_mode
 from manifold_nets.symmetry.group_sums import GroupSums, coarsened, group_sums
@@ -35,6 +35,7 @@ __all__ = [
     "move_vectors",
     "pass_without_values",
     "random_projection",
+    "real_fields",
     "replace_zeros",
     "second_pass",
 ]
@@ -69,7 +70,7 @@ class GradientPass:
     required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
-    _sizes: dict[str, list[tuple[float, float]]] = field(default_factory=dict, repr=False, compare=False)
+    _sizes: dict[str, tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
     _slopes: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -84,6 +85,8 @@ class GradientPass:
 
     def slope(self, name: str) -> float:
         """The largest modulus of an entry of the gradient of a parameter."""
+        if self.without_values:
+            return 0.0
         if name not in self._slopes:
             gradient = self.gradients[name]
             self._slopes[name] = float(torch.stack(gradient.aminmax()).abs().max()) if gradient.numel() else 0.0
@@ -106,19 +109,19 @@ class GradientPass:
         No ``|Σ_G w ⊙ ∂L/∂w|`` is larger, and no scale of a filter changes it. ``‖w‖ ‖∂L/∂w‖`` has the first property
         alone: the gradient of a tiny filter in front of a normalization is huge, and multiplies the others' norm there.
         """
-        return min(self._group_sizes(name))[0]
+        return self._group_sizes(name)[0]
 
     def largest_group(self, name: str) -> float:
         """The largest ``‖w_g‖ ‖∂L/∂w_g‖`` of these groups."""
-        return min(self._group_sizes(name))[1]
+        return self._group_sizes(name)[1]
 
-    def _group_sizes(self, name: str) -> list[tuple[float, float]]:
-        """For each required partition of a parameter the sum of the sizes of its groups, and the largest of them."""
+    def _group_sizes(self, name: str) -> tuple[float, float]:
+        """The sum of the sizes of the groups of a parameter, and the largest of them, of the smallest partition."""
         if name not in self._sizes:
             partitions = self.required.get(name) or (Partition.filters(self.shapes[name] or (1,)),)
             sums = (self.sums(name, partition) for partition in partitions)
-            sizes = [np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums]
-            self._sizes[name] = [(float(size.sum()), float(size.max())) for size in sizes]
+            sizes = (np.sqrt(each.weights) * np.sqrt(each.gradients) for each in sums)
+            self._sizes[name] = min((float(size.sum()), float(size.max())) for size in sizes)
         return self._sizes[name]
 
     def forget(self, name: str, partition: Partition) -> None:
@@ -155,11 +158,8 @@ def gradient_pass(model_copy: nn.Module, inputs: Inputs, seed: int, *, logits: b
             gradients: Sequence[Tensor | None] = (
                 torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
             )
-    weights = _zeros(model_copy)
-    slopes = dict(weights)
-    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
-        weights[name], slopes[name] = _real_field(parameter.detach(), gradient)
-    return GradientPass(weights, slopes)
+    zeros = _zeros(model_copy)
+    return GradientPass(*({**zeros, **part} for part in real_fields(parameters, gradients)))
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def random_projection(outputs: Iterable[Tensor], generator: torch.Generator, *, 
 
 def pass_without_values(model_copy: nn.Module) -> GradientPass:
     """The field of a model without values: zeros that take neither memory nor time, so that nothing has evidence."""
-    zeros = {name: absent(parameter.shape) for name, parameter in model_copy.named_parameters()}
+    zeros = _zeros(model_copy)
     return GradientPass(zeros, zeros, without_values=True)
 
 
@@ -234,15 +234,21 @@ def _zeros(model_copy: nn.Module) -> dict[str, Tensor]:
     return {name: zero.expand(parameter.shape) for name, parameter in model_copy.named_parameters()}
 
 
-def _real_field(weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and gradient; of a complex weight its modulus and the gradient along it, which have the same products."""
-    # Embeddings may have sparse gradients.
-    gradient = torch.zeros_like(weight) if gradient is None else gradient.detach().to_dense()
-    if not weight.is_complex():
-        return weight, gradient
-    modulus = weight.abs()
-    radial = (weight.conj() * gradient).real
-    return modulus, torch.where(modulus > 0, radial / modulus, 0.0)
+def real_fields(
+    parameters: Mapping[str, Tensor], gradients: Iterable[Tensor | None]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and gradients; of a complex weight its modulus and the gradient along it: their products are the same."""
+    weights, slopes = {}, {}
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        weight = weights[name] = parameter.detach()
+        if gradient is None:
+            slopes[name] = torch.zeros((), dtype=torch.float64, device=weight.device).expand(weight.shape)
+        else:
+            slopes[name] = gradient.detach().to_dense()  # embeddings may have sparse ones
+        if weight.is_complex():
+            modulus = weights[name] = weight.abs()
+            slopes[name] = torch.where(modulus > 0, (weight.conj() * slopes[name]).real / modulus, 0.0)
+    return weights, slopes
 
 
 def replace_zeros(model_copy: nn.Module, seed: int) -> None:

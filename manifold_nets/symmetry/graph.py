@@ -18,15 +18,13 @@ __all__ = [
     "DataFlow",
     "bound_arguments",
     "is_in_place",
-    "is_region",
+    "is_linear_map",
     "op_name",
     "operation_key",
     "overload_key",
-    "region_graph",
     "target_of",
+    "weight_uses",
 ]
-
-_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
 def op_name(node: Node) -> str:
@@ -89,11 +87,6 @@ def _has_out(overload: torch._ops.OpOverload) -> bool:
     return any(argument.is_out for argument in overload._schema.arguments)
 
 
-def is_region(node: Node) -> bool:
-    """Whether a node runs a graph of its own, under autocast or in another gradient mode."""
-    return node.op == "call_function" and op_name(node) in _REGIONS
-
-
 def is_in_place(node: Node) -> bool:
     """Whether the operation writes into its first argument."""
     if not isinstance(node.target, torch._ops.OpOverload):
@@ -129,27 +122,35 @@ def bound_arguments(node: Node) -> dict[str, Any]:
     return bound
 
 
+def weight_uses(sources: Iterable[Node]) -> set[str]:
+    """The operations that use a parameter as their weight; an empty name stands for all other uses."""
+    users = [(node, user) for node in sources for user in node.users]
+    return {op_name(user) if bound_arguments(user).get("weight") is node else "" for node, user in users}
+
+
+def is_linear_map(op: str) -> bool:
+    """Whether an operation is a linear layer or a convolution, by its name."""
+    return op == "linear" or op.startswith("conv")
+
+
 # ---- what depends on what ----
 # In-place operations that change no entry.
 _ONLY_VIEWS = frozenset("detach requires_grad squeeze unsqueeze t transpose swapaxes swapdims as_strided".split())
 
 
 class DataFlow:
-    """Dependencies of a graph, the graphs of its regions included.
-
-    ``order`` numbers all nodes as they run; the nodes of a region come before the node that runs the region.
-    """
+    """Dependencies of a graph; ``order`` numbers its nodes as they run."""
 
     def __init__(self, graph: Graph) -> None:
-        self.order: dict[Node, int] = {}
+        self.order: dict[Node, int] = {node: place for place, node in enumerate(graph.nodes)}
         self._looks_at: dict[Node, Node] = {}
-        self._needs: dict[Node, list[Node]] = {}
         self._writers: dict[Node, list[Node]] = {}
         self._written: dict[Node, list[Node]] = {}
-        self._region_of: dict[Node, Node] = {}
-        self._results: dict[Node, list[Any]] = {}
         for node in graph.nodes:
-            self._add(node)
+            if isinstance(node.target, torch._ops.OpOverload):
+                self._add_aliases(node, node.target._schema.arguments)
+            elif operation_key(node) == "operator.getitem":
+                self._looks_at[node] = node.args[0]
         self._output = next(iter(reversed(graph.nodes)))
         self._views: dict[Node, list[Node]] = {}
         for view in self._looks_at:
@@ -170,7 +171,7 @@ class DataFlow:
         return self._writers.get(self.root(node), [])
 
     def written(self, node: Node) -> list[Node]:
-        """The arguments into which an operation, or something inside a region, writes."""
+        """The arguments into which an operation writes."""
         return self._written.get(node, [])
 
     def views(self, node: Node) -> list[Node]:
@@ -184,21 +185,17 @@ class DataFlow:
     def needed(self, nodes: Iterable[Node]) -> frozenset[Node]:
         """The nodes that some nodes depend on, and themselves."""
         found: set[Node] = set()
-        regions: set[Node] = set()
         waiting = list(nodes)
         while waiting:
             node = waiting.pop()
-            if node in found:
-                continue
-            found.add(node)
-            if node in self._region_of:
-                regions.add(self._region_of[node])
-            waiting += self._needs[node]
-            waiting += self.writers(node)
-        return frozenset(found | regions)
+            if node not in found:
+                found.add(node)
+                waiting += node.all_input_nodes
+                waiting += self.writers(node)
+        return frozenset(found)
 
     def behind(self, nodes: Iterable[Node]) -> frozenset[Node]:
-        """The nodes outside of regions that depend on some nodes directly or through others, by their arguments."""
+        """The nodes that depend on some nodes directly or through others, by their arguments."""
         found: set[Node] = set()
         waiting = list(nodes)
         while waiting:
@@ -206,25 +203,6 @@ class DataFlow:
             found |= new
             waiting += new
         return frozenset(found)
-
-    def _add(self, node: Node, region: Node | None = None) -> None:
-        if is_region(node):
-            self._enter(node)
-        self.order[node] = len(self.order)
-        if region is not None:
-            self._region_of[node] = region
-        source = node.args[0] if operation_key(node) == "operator.getitem" else None
-        if isinstance(source, Node) and source in self._results:
-            picked = self._results[source][node.args[1]]  # type: ignore[index]
-            self._needs[node] = [picked] if isinstance(picked, Node) else []
-            if isinstance(picked, Node):
-                self._looks_at[node] = picked
-            return
-        self._needs.setdefault(node, list(node.all_input_nodes))
-        if isinstance(source, Node):
-            self._looks_at[node] = source
-        if isinstance(node.target, torch._ops.OpOverload):
-            self._add_aliases(node, node.target._schema.arguments)
 
     def _add_aliases(self, node: Node, declared: Any) -> None:
         given = [*node.args, *[node.kwargs.get(argument.name) for argument in declared[len(node.args) :]]]
@@ -240,34 +218,3 @@ class DataFlow:
                 if argument.alias_info.is_write and not harmless:
                     self._written.setdefault(node, []).append(tensor)
                     self._writers.setdefault(self.root(tensor), []).append(node)
-
-    def _enter(self, region: Node) -> None:
-        """Add the graph of a region: its arguments are views of those of the node, its results are needed by it."""
-        inner, arguments = region_graph(region)
-        values = iter(arguments)
-        for node in inner.nodes:
-            self._add(node, region)
-            if node.op == "placeholder":
-                argument = next(values)
-                if isinstance(argument, Node):
-                    self._needs[node] = [argument]
-                    self._looks_at[node] = argument
-            elif node.op == "output":
-                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                self._results[region] = list(results)
-                if isinstance(node.args[0], Node):
-                    self._looks_at[region] = node.args[0]
-                self._needs[region] = [result for result in results if isinstance(result, Node)]
-            for target in self.written(node):
-                outside = next(
-                    (a for a in arguments if isinstance(a, Node) and self.root(a) is self.root(target)), None
-                )
-                if outside is not None:
-                    self._written.setdefault(region, []).append(outside)
-
-
-def region_graph(region: Node) -> tuple[Graph, list[Any]]:
-    """The graph that a region runs, and the arguments that it is given."""
-    held = next(a for a in region.args if isinstance(a, Node) and a.op == "get_attr")
-    inner: Graph = getattr(region.graph.owning_module, str(held.target)).graph
-    return inner, list(region.args[region.args.index(held) + 1 :])

@@ -37,6 +37,7 @@ EVIDENCE_FLOOR = 1e-11
 # A sum this small against the evidence floor, some 45 roundings of the largest product of the network, refutes nothing:
 # where gradients nearly cancel, as those of a channel with one active entry do, it is what rounding leaves.
 ROUNDED = 1e-3
+Floats = NDArray[np.float64]
 # Given the generators that are refuted or lack a gradient: those absorbed by a statistic of low variance, and where.
 Excuse = Callable[[NDArray[np.bool_]], Mapping[int, Places]]
 
@@ -70,6 +71,11 @@ class InvarianceTest:
     def floor(self, *, adds: bool = False) -> float:
         """The size up to which a generator has no evidence."""
         return EVIDENCE_FLOOR * (self.gradients.largest_slope if adds else self.largest)
+
+    def values(self, totals: Floats, sizes: Floats, *, adds: bool) -> Floats:
+        """|⟨g, ξ⟩| over its size, for sums that only the numbers know; infinite where there is no evidence."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(sizes > self.floor(adds=adds), np.abs(totals) / sizes, np.inf)
 
     def of_partition(self, name: str, partition: Partition) -> Certificate:
         """Certificate of all groups of a parameter without any bias."""
@@ -120,9 +126,7 @@ class InvarianceTest:
             no_evidence=tuple(np.flatnonzero(~evidence).tolist()),
         )
 
-    def _sums(
-        self, generators: Generators, claimed: bool
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    def _sums(self, generators: Generators, claimed: bool) -> tuple[Floats, Floats, NDArray[np.bool_]]:
         """|⟨g, ξ⟩| and its size for each generator, and whether its gradients are finite."""
         totals, sizes, finite = (np.zeros(generators.count) for _ in range(3))
         for part in generators.parts:
@@ -135,9 +139,7 @@ class InvarianceTest:
             sizes[generators.entries == 1] = self.gradients.largest_slope if generators.adds else self.largest
         return np.abs(totals), sizes, finite == 0
 
-    def _part_sums(
-        self, name: str, partition: Partition, *, adds: bool
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _part_sums(self, name: str, partition: Partition, *, adds: bool) -> tuple[Floats, Floats]:
         """Σ w ⊙ g or Σ g of each group, and the size that it is compared with.
 
         Where filters of different scales make a group, the product of its norms may be far above what any sum of it

@@ -20,11 +20,11 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.equations import Ids, Label, Scales
-from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.graph import bound_arguments, is_linear_map, op_name, weight_uses
 from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.seeds import seed_label, seed_partition
-from manifold_nets.symmetry.shifts import ShiftStructure, only_multiplies
+from manifold_nets.symmetry.shifts import ShiftStructure
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["JointStructure", "required_partitions", "solve_jointly"]
@@ -34,31 +34,19 @@ _LARGEST_BY_ENTRY = 4096
 Part = Literal["rows", "columns", "entries"]
 
 
-@dataclass(frozen=True)
-class _Seed:
-    """The scales given to one parameter: one for each index of a part of it."""
-
-    part: Part
-    partition: Partition
-    ids: Ids
-
-
 @dataclass
 class JointStructure:
     """The solved equations of a whole network.
 
     Args:
         scales: the scales of all parameters and what is left of them.
-        seeds: the scales of each parameter, by name.
-        columns: for each weight the form that its columns undo, one for each input channel.
-        partitions: for each of these weights the partition into columns.
+        seeds: every part of every parameter, with its partition, the forms of its indices, and their sign: columns
+            undo the scales of the input.
         absorptions: the normalizations that absorb some of them.
     """
 
     scales: Scales
-    seeds: dict[str, _Seed]
-    columns: dict[str, Ids]
-    partitions: dict[str, Partition]
+    seeds: list[tuple[str, Part, Partition, Ids, float]]
     absorptions: list[Absorption]
 
     @cached_property
@@ -67,11 +55,9 @@ class JointStructure:
         return frozenset(scale for a in self.absorptions for scale in self.scales.scales_in(a.ids).tolist())
 
     def parts(self) -> Iterator[tuple[str, Part, Partition, Ids, float]]:
-        """Yield every part of every parameter with its partition, the forms of its indices, and their sign."""
-        for name, seed in self.seeds.items():
-            yield name, seed.part, seed.partition, self.scales.roots(seed.ids), 1.0
-        for name, ids in self.columns.items():
-            yield name, "columns", self.partitions[name], self.scales.roots(ids), -1.0
+        """Yield the seeds with what the equations make of their forms."""
+        for name, part, partition, ids, sign in self.seeds:
+            yield name, part, partition, self.scales.roots(ids), sign
 
 
 def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStructure:
@@ -82,7 +68,7 @@ def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStr
         without: parameters that take part in nothing: dead biases, whose scale never matters.
     """
     scales = Scales()
-    seeds: dict[str, _Seed] = {}
+    seeds: list[tuple[str, Part, Partition, Ids, float]] = []
     labels: dict[Node, Label] = {}
     for name in dict.fromkeys(graph.parameters.values()):
         sources = [node for node in graph.placeholders_of(name) if node.users]
@@ -90,12 +76,12 @@ def solve_jointly(graph: TracedGraph, without: Collection[str] = ()) -> JointStr
             continue
         part, partition, label = _seed(sources)
         ids = scales.add(partition.n_groups)
-        seeds[name] = _Seed(part, partition, ids)
+        seeds.append((name, part, partition, ids, 1.0))
         labels.update({node: Label(ids[label]) for node in sources})
     columns: dict[str, Ids] = {}
     absorptions, _ = propagate(graph, labels, scales, columns)
-    partitions = {name: _column_partition(graph, name) for name in columns}
-    return JointStructure(scales, seeds, columns, partitions, absorptions)
+    seeds += [(name, "columns", _column_partition(graph, name), ids, -1.0) for name, ids in columns.items()]
+    return JointStructure(scales, seeds, absorptions)
 
 
 def required_partitions(joint: JointStructure, shifts: ShiftStructure) -> dict[str, tuple[Partition, ...]]:
@@ -105,7 +91,7 @@ def required_partitions(joint: JointStructure, shifts: ShiftStructure) -> dict[s
     """
     found: dict[str, dict[Partition, None]] = {}
     for name, shape in shifts.shapes.items():
-        if len(shape) >= 2 and only_multiplies(shifts.sources(name)):
+        if len(shape) >= 2 and shifts.only_multiplies(name):
             found[name] = {seed_partition(shifts.sources(name)): None}
     for name, _, partition, _, _ in joint.parts():
         found.get(name, {})[partition] = None
@@ -117,11 +103,11 @@ def required_partitions(joint: JointStructure, shifts: ShiftStructure) -> dict[s
 def _seed(sources: list[Node]) -> tuple[Part, Partition, Ids]:
     """Which part of a parameter gets scales of its own, and the index of the scale of each entry."""
     shape = tuple(int(n) for n in sources[0].meta["val"].shape)
-    roles = {role for node in sources for user in node.users if (role := _role(node, user)) is not None}
-    if "rows" in roles:
+    uses = weight_uses(sources)
+    if any(map(is_linear_map, uses)):
         partition = seed_partition(sources)
         return "rows", partition, seed_label(partition)
-    if roles == {"columns"}:
+    if "embedding" in uses:
         return "columns", Partition(shape, shape, (1,)), np.arange(shape[1], dtype=np.int64)[None, :]
     entries = int(np.prod(shape))
     if len(shape) == 1 or entries <= _LARGEST_BY_ENTRY:
@@ -131,21 +117,11 @@ def _seed(sources: list[Node]) -> tuple[Part, Partition, Ids]:
     return "columns", partition, np.arange(shape[-1], dtype=np.int64).reshape((1,) * (len(shape) - 1) + (-1,))
 
 
-def _role(node: Node, user: Node) -> str | None:
-    """How an operation uses a parameter: as the rows of a linear map, as a table of columns, or neither."""
-    if bound_arguments(user).get("weight") is not node:
-        return None
-    op = op_name(user)
-    if op.startswith("conv") or op == "linear":
-        return "rows"
-    return "columns" if op == "embedding" else None
-
-
 def _column_partition(graph: TracedGraph, name: str) -> Partition:
     """Partition of a weight into the entries that one input channel meets."""
     sources = graph.placeholders_of(name)
     shape = tuple(int(n) for n in sources[0].meta["val"].shape)
-    user = next(user for node in sources for user in node.users if _role(node, user) == "rows")
+    user = next(user for node in sources for user in node.users)  # a linear map, as all others
     arguments = bound_arguments(user)
     if "transpose" in op_name(user) or arguments.get("transposed"):
         return Partition.filters(shape)

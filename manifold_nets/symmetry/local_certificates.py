@@ -32,7 +32,7 @@ from torch.fx.node import map_arg
 from manifold_nets.models import other_values, state_kept
 from manifold_nets.running import Inputs, output_tensors, to_float64
 from manifold_nets.symmetry.exact_mode import NEGLIGIBLE_EPS
-from manifold_nets.symmetry.gradients import MOST_PASSES, GradientPass, random_projection
+from manifold_nets.symmetry.gradients import MOST_PASSES, GradientPass, random_projection, real_fields
 from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name
 from manifold_nets.symmetry.rules import RULES, VIEWS
 from manifold_nets.symmetry.trace import TracedGraph
@@ -117,11 +117,8 @@ class LocalCertificates:
         """Whether all outputs are the same, bit for bit, with NaN in the place of some parameters."""
         nothing = {name: torch.full_like(self.parameters[name], math.nan) for name in names}
         try:
-            with (
-                state_kept(self.model_copy),
-                other_values(self.model_copy, nothing),
-                torch.enable_grad(),
-            ):  # with the same kernels as before
+            # With gradients, for the same kernels as before.
+            with state_kept(self.model_copy), other_values(self.model_copy, nothing), torch.enable_grad():
                 found, _ = self._run()
         except RuntimeError:
             return False  # an operation that refuses NaN has read one
@@ -172,14 +169,7 @@ class LocalCertificates:
             found: Sequence[Tensor | None] = torch.autograd.grad(
                 loss, list(self.parameters.values()), allow_unused=True
             )
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        slopes = {
-            name: torch.zeros((), dtype=torch.float64, device=device).expand(weight.shape)
-            if slope is None
-            else slope.to_dense()
-            for (name, weight), slope in zip(weights.items(), found, strict=True)
-        }
-        return GradientPass(weights, slopes), outputs
+        return GradientPass(*real_fields(self.parameters, found)), outputs
 
 
 def _names(structure: Structure) -> list[str]:

@@ -12,8 +12,9 @@ the example inputs keeps.
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections import Counter, UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -43,20 +44,11 @@ __all__ = ["ROUNDING", "low_memory_copy", "low_memory_pass", "widen_vectors"]
 ROUNDING = torch.finfo(torch.float32).eps
 
 
-class _Widened(Mapping[str, Tensor]):
+class _Widened(UserDict[str, Tensor]):
     """Tensors by name, each in float64 for as long as it is in use."""
 
-    def __init__(self, stored: dict[str, Tensor]) -> None:
-        self.stored = stored
-
     def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].to(torch.float64)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
+        return super().__getitem__(name).to(torch.float64)
 
 
 def low_memory_copy(model: nn.Module) -> nn.Module:
@@ -200,13 +192,13 @@ class LowMemoryPass(GradientPass):
         largest: the largest modulus of an entry of the gradients that were not kept.
     """
 
-    again: Callable[[], GradientPass] | None = field(default=None, repr=False, compare=False)
-    largest: float = 0.0
+    again: Callable[[], GradientPass] = field(kw_only=True, repr=False, compare=False)
+    largest: float = field(kw_only=True)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parameters by name."""
-        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).stored.items()}
+        return {name: tuple(weight.shape) for name, weight in cast(_Widened, self.weights).data.items()}
 
     @cached_property
     def largest_slope(self) -> float:
@@ -215,8 +207,6 @@ class LowMemoryPass(GradientPass):
 
     @cached_property
     def _whole(self) -> GradientPass:
-        if self.again is None:
-            raise RuntimeError("gradients that were not kept")
         return self.again()
 
     def _taken(self, name: str, partition: Partition) -> dict[Partition, GroupSums]:
@@ -232,7 +222,8 @@ def low_memory_pass(
     required: Mapping[str, Sequence[Partition]] | None = None,
     *,
     logits: bool = False,
-) -> GradientPass:
+    state: Tensor | None = None,
+) -> LowMemoryPass:
     """Run the forward and backward pass of the certificate on such a copy; see `gradient_pass`.
 
     Args:
@@ -242,6 +233,7 @@ def low_memory_pass(
         required: for some weights the partitions whose sums will be asked for; the gradients of the others are kept,
             rounded to float32. Should other sums be asked for, the pass is run once more.
         logits: whether the cotangent sums to zero along axis 1.
+        state: that of the random numbers, where the parameters have been moved already.
 
     Raises:
         ExampleInputsError: the model refuses the inputs or returns no floating-point tensor.
@@ -249,23 +241,11 @@ def low_memory_pass(
     """
     device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
-    move_vectors([p for p in nn.Module.parameters(model_copy) if is_continuous(p)], generator)
-    return _pass(model_copy, inputs, seed, generator.get_state(), required or {}, logits=logits)
-
-
-def _pass(
-    model_copy: nn.Module,
-    inputs: Inputs,
-    seed: int,
-    state: Tensor,
-    required: Mapping[str, Sequence[Partition]],
-    *,
-    logits: bool,
-) -> LowMemoryPass:
-    """One forward and backward pass with the random numbers of a state."""
-    device = next((parameter.device for parameter in nn.Module.parameters(model_copy)), torch.device("cpu"))
-    generator = torch.Generator(device)
+    if state is None:
+        move_vectors([p for p in nn.Module.parameters(model_copy) if is_continuous(p)], generator)
+        state = generator.get_state()
     generator.set_state(state)
+    required = required or {}
     passes = _Passes(model_copy, required)
     for parameter in nn.Module.parameters(model_copy):
         parameter.grad = None
@@ -283,14 +263,11 @@ def _pass(
             none = torch.zeros((), device=parameter.device).expand(parameter.shape)
             gradients[name] = none if parameter.grad is None else parameter.grad.to_dense()
 
-    def again() -> GradientPass:
-        return _pass(model_copy, inputs, seed, state, {}, logits=logits)
-
     return LowMemoryPass(
         _Widened(passes.weights),
         _Widened(gradients),
         required=required,
         _sums=passes.sums,
-        again=again,
+        again=functools.partial(low_memory_pass, model_copy, inputs, seed, logits=logits, state=state),
         largest=passes.largest,
     )

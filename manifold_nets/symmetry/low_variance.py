@@ -37,6 +37,7 @@ _ROUNDING = torch.finfo(torch.float64).eps
 # For each normalization that has no variance somewhere, its channels, where its statistics are those of channels.
 Places = dict[str, set[int]]
 _CHANNELS = ("batch_norm", "instance_norm")
+_NORMALIZATIONS = (*_CHANNELS, "group_norm", "layer_norm", "rms_norm")
 
 
 class LowVariance:
@@ -117,7 +118,7 @@ class LowVariance:
 
         def visit(node: Node, fetch: Any) -> Any:
             arguments = bound_arguments(node)
-            if op_name(node) in _STATISTICS:
+            if op_name(node) in _NORMALIZATIONS:
                 low = self._is_low(op_name(node), wide(fetch(arguments["input"])).detach(), arguments)
                 found.update({node: low} if low is not None else {})
             if not callable(node.target) or not (low_memory or "eps" in arguments):
@@ -143,7 +144,7 @@ class LowVariance:
         """Where eps, or the rounding of what a statistic subtracts from its input, reaches the tolerance."""
         if not x.numel():
             return None
-        x, axes = _STATISTICS[op](x, arguments)
+        x, axes = _statistics(op, x, arguments)
         if op == "rms_norm":
             return np.asarray(_below_eps(x.square().mean(axes, keepdim=True), self.tolerance).cpu().numpy())
         variance = x.var(axes, unbiased=False, keepdim=True)
@@ -180,31 +181,15 @@ def _below_eps(statistic: Tensor, tolerance: float) -> Tensor:
     return tolerance * statistic <= NEGLIGIBLE_EPS
 
 
-def _of_channels(x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
-    return x, [axis for axis in range(x.ndim) if axis != 1]
-
-
-def _of_examples(x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
-    return x, list(range(2, x.ndim))
-
-
-def _of_groups(x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
-    groups = int(arguments["num_groups"])
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]), list(range(2, x.ndim + 1))
-
-
-def _of_rows(x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+def _statistics(op: str, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Tensor, list[int]]:
+    """The input of a normalization, and the axes over which it takes one statistic."""
+    if op == "batch_norm":
+        return x, [axis for axis in range(x.ndim) if axis != 1]
+    if op == "instance_norm":
+        return x, list(range(2, x.ndim))
+    if op == "group_norm":
+        return x.reshape(len(x), int(arguments["num_groups"]), -1, *x.shape[2:]), list(range(2, x.ndim + 1))
     return x, list(range(-len(arguments["normalized_shape"]), 0))
-
-
-# The input of a normalization, and the axes over which it takes one statistic.
-_STATISTICS = {
-    "batch_norm": _of_channels,
-    "instance_norm": _of_examples,
-    "group_norm": _of_groups,
-    "layer_norm": _of_rows,
-    "rms_norm": _of_rows,
-}
 
 
 def _in_shape_of(ids: Ids, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

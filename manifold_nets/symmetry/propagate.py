@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
 from manifold_nets.symmetry.equations import UNSCALED, Ids, Label, Scales
-from manifold_nets.symmetry.graph import is_region, region_graph
 from manifold_nets.symmetry.in_place import write_back
-from manifold_nets.symmetry.rules import (
-    RULES,
-    Absorption,
-    Coscaled,
-    Link,
-    Result,
-    ShiftUse,
-    Use,
-    apply_rule,
-    as_list,
-    of_real_numbers,
-)
+from manifold_nets.symmetry.rules import Absorption, Coscaled, Use, Walk, apply_rule, as_list
 from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["follow_shifts", "propagate"]
@@ -54,44 +42,30 @@ def propagate(
         live = frozenset(graph.order)  # no output depends on them: what does depend on them is asked
     walk = _Walk(graph, scales, live, columns)
     walk.run(seeds)
-    return walk.absorptions, walk.adoptions
+    return walk.absorptions, walk.coscaled
 
 
 def follow_shifts(
-    graph: TracedGraph, seeds: dict[str, Ids], scales: Scales, *, rows: dict[str, int] | None = None,
-    inactive: Callable[[str], bool] = lambda module: False, loss: bool = False,
-) -> dict[int, list[Absorption]]:  # fmt: skip
+    graph: TracedGraph, seeds: dict[str, Ids], scales: Scales, **options: Any
+) -> dict[int, list[Absorption]]:
     """Follow the shifts of some parameters through a graph.
 
     Args:
         graph: the graph.
         seeds: for each parameter the number of the form of each entry; broadcasts to its shape.
         scales: the unknown shifts; takes the equations that the network puts on them.
-        rows: the weights whose shift is ``W → W + 1vᵀ``, with their number of blocks of output channels.
-        inactive: whether a module drops nothing at random.
-        loss: whether the outputs are logits, compared along axis 1.
+        options: those of the walk: ``rows``, ``inactive`` and ``loss``.
 
     Returns:
         For each unknown that is free the operations that absorb it, directly or after linear maps.
     """
-    nodes = {name: graph.placeholders_of(name) for name in seeds}
-    blocks = {node: count for name, count in (rows or {}).items() for node in nodes[name]}
-    walk = _ShiftWalk(graph, scales, graph.live_or_stored, rows=blocks, inactive=inactive, loss=loss)
-    walk.run({node: Label(ids) for name, ids in seeds.items() for node in nodes[name]})
+    walk = _ShiftWalk(graph, scales, graph.live_or_stored, shifts=True, **options)
+    walk.run({node: Label(ids) for name, ids in seeds.items() for node in graph.placeholders_of(name)})
     return walk.absorbed()
 
 
-@dataclass
-class _Walk:
+class _Walk(Walk):
     """Labels of scales on their way through a graph, and the equations that the network puts on them."""
-
-    graph: TracedGraph
-    scales: Scales
-    live: Collection[Node]
-    columns: dict[str, Ids] | None = None
-    labels: dict[Node, Result] = field(default_factory=dict)
-    absorptions: list[Absorption] = field(default_factory=list)
-    adoptions: list[Coscaled] = field(default_factory=list)
 
     def run(self, seeds: dict[Node, Label]) -> None:
         """Visit everything that a label reaches, in the order of the graph."""
@@ -121,92 +95,54 @@ class _Walk:
         return any(label is not None for label in as_list(self.labels.get(node)))
 
     def _visit(self, node: Node) -> None:
-        use = self._use(node)
+        use = Use(node, self)
         if node.op == "output":
             self._leave(use)
             self.labels[node] = None
-        elif is_region(node):
-            self.labels[node] = self._enter(node)
         elif any(self._is_labelled(source) for source in node.all_input_nodes):
-            self.labels[node] = self._apply(use)
+            self.labels[node] = apply_rule(use)
         else:
             self.labels[node] = None
         write_back(use, self.labels[node])
 
-    def _enter(self, region: Node) -> Result:
-        """Follow the labels through the graph of a region that runs under autocast or in another gradient mode."""
-        inner, arguments = region_graph(region)
-        given = iter(arguments)
-        for node in inner.nodes:
-            if node.op == "placeholder":
-                argument = next(given)
-                self.labels[node] = self.labels.get(argument) if isinstance(argument, Node) else None
-            elif node.op == "output":
-                results = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                return [found if isinstance(found := self.labels.get(r), Label) else None for r in results]
-            elif node in self.live:
-                self._visit(node)
-        return None
-
-    # ---- what differs between scales and shifts ----------------------------------------------------------------------
-
-    def _use(self, node: Node) -> Use:
-        return Use(node, self.graph, self.scales, self.labels, self.absorptions, self.adoptions, self.columns)
-
     def _leave(self, use: Use) -> None:
         use.refuse("is reached without a normalization", certainty="smooth")
-
-    def _apply(self, use: Use) -> Result:
-        known = RULES.get(use.key)
-        if known is None:
-            use.refuse("has no rule: what it does to a scale is unknown", unknown=True)
-            return None
-        return of_real_numbers(use, known(use))
 
 
 @dataclass
 class _ShiftWalk(_Walk):
-    """Labels of shifts on their way through a graph."""
+    """Labels of shifts on their way through a graph.
 
-    rows: dict[Node, int] = field(default_factory=dict)
-    inactive: Callable[[str], bool] = lambda module: False
+    Args:
+        loss: whether the outputs are logits, compared along axis 1.
+    """
+
     loss: bool = False
-    links: list[Link] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.first_link = self.scales.count
+        super().__post_init__()
         self._refused: set[int] = set()  # numbers of links
         self._checked = 0  # how many unknowns were solved when links were last checked
         self.scales.on_solved = self._refuse_sources
         self.scales.on_pinned = self._refuse_links
 
-    def _use(self, node: Node) -> ShiftUse:
-        for source in node.all_input_nodes:
-            self._drop_refused(source)
-        return ShiftUse(
-            node, self.graph, self.scales, self.labels, self.absorptions, links=self.links, rows=self.rows,
-            inactive=self.inactive, first_link=self.first_link,
-        )  # fmt: skip
-
-    def _drop_refused(self, node: Node) -> None:
+    def _visit(self, node: Node) -> None:
         """Forget the shifts of a tensor where all have been refused: they would be carried through all that follows."""
-        given = [label for label in as_list(self.labels.get(node)) if label is not None]
-        alive = any(not self.scales.is_pinned(int(label.ids.flat[0])) for label in given)
-        if given and not alive and not any(self.scales.roots(label.ids).any() for label in given):
-            self.labels[node] = None
+        for source in node.all_input_nodes:
+            given = [label for label in as_list(self.labels.get(source)) if label is not None]
+            alive = any(not self.scales.is_pinned(int(label.ids.flat[0])) for label in given)
+            if given and not alive and not any(self.scales.roots(label.ids).any() for label in given):
+                self.labels[source] = None
+        super()._visit(node)
 
     def _leave(self, use: Use) -> None:
         """A loss of logits does not see what is added to all of them; any other output is seen."""
-        for node in use.node.all_input_nodes:
-            label = use.label_of(node)
+        for label in map(use.label_of, use.node.all_input_nodes):
             if label is not None and self.loss and label.ids.ndim >= 2:
                 ids = use.merge(label.ids, [1], "compares logits that are shifted differently")
                 self.absorptions.append(Absorption(use.node, "loss", "loss", "", ids))
             elif label is not None:
                 use.refuse("is reached without a normalization", label)
-
-    def _apply(self, use: Use) -> Result:
-        return apply_rule(use)  # type: ignore[arg-type]
 
     def _refuse_sources(self) -> None:
         """Refuse the sources of links whose results are not free, until nothing changes."""

@@ -17,7 +17,7 @@ from manifold_nets.symmetry.equations import UNSCALED, Scales
 from manifold_nets.symmetry.invariance import InvarianceTest
 from manifold_nets.symmetry.report import ShiftSymmetry, UnexplainedSymmetry
 from manifold_nets.symmetry.shift_findings import ShiftFindings
-from manifold_nets.symmetry.shifts import ShiftStructure, only_multiplies
+from manifold_nets.symmetry.shifts import ShiftStructure
 
 __all__ = ["recheck_shifts", "shift_symmetries", "with_shown"]
 
@@ -34,7 +34,7 @@ def shift_symmetries(structure: ShiftStructure, test: InvarianceTest) -> tuple[S
     """
     findings = ShiftFindings(test, structure.drops_samples)
     found = [findings.added(shift.directions, shift.absorptions, shift.rank) for shift in structure.added()]
-    return (*found, *(findings.rows(row.name, row.partition, row.free, row.absorptions) for row in structure.rows))
+    return (*found, *(findings.groups(row.name, row.partition, row.groups, row.absorptions) for row in structure.rows))
 
 
 def recheck_shifts(
@@ -44,14 +44,13 @@ def recheck_shifts(
 
     Args:
         structure: what may be added to the parameters of the network.
-        shown: what the numerical search found.
+        shown: the shifts of single parameters that the numerical search found.
         test: tests what the structure explains.
     """
     findings = ShiftFindings(test, structure.drops_samples)
     groups: dict[str, list[UnexplainedSymmetry]] = {}
     for one in shown:
-        if one.kind == "shift" and len(one.parameters) == 1:
-            groups.setdefault(one.parameters[0], []).append(one)
+        groups.setdefault(one.parameters[0], []).append(one)
     found: list[ShiftSymmetry] = []
     for name, members in groups.items():
         explained = _explained(structure, name, members, findings)
@@ -88,8 +87,8 @@ def _explained(
         found = [findings.added(s.directions, s.absorptions, s.rank) for s in structure.added_together({name: shape})]
     else:
         row = structure.row(name, [one.partition for one in members])
-        found = [] if row is None else [findings.rows(row.name, row.partition, row.free, row.absorptions)]
-    if not found and not only_multiplies(structure.sources(name)) and int(np.prod(shape)) <= _LARGEST:
+        found = [] if row is None else [findings.groups(row.name, row.partition, row.groups, row.absorptions)]
+    if not found and not structure.only_multiplies(name) and int(np.prod(shape)) <= _LARGEST:
         found += _of_groups(structure, name, members, findings)
     return found
 

@@ -254,10 +254,7 @@ class NumericalSearch:
             if place == 0:  # nearly all groups are none
                 numbers = np.flatnonzero(slopes * slopes <= (2 * self.tolerance) ** 2 * partition.group_size * squares)
                 values = np.zeros(len(numbers))
-            norms = np.sqrt(squares[numbers])
-            own = np.full(len(norms), np.inf)
-            size = norms * partition.group_size**0.5
-            np.divide(np.abs(slopes[numbers]), size, out=own, where=norms > test.floor(adds=True))
+            own = test.values(slopes[numbers], np.sqrt(squares[numbers]), adds=True) / partition.group_size**0.5
             values = np.maximum(values, own)
         kept = values <= self.tolerance
         return numbers[kept], values[kept]
@@ -334,6 +331,8 @@ def _slices_of_groups(partition: Partition, axis: int) -> tuple[Ints, Ints]:
     """The smallest sets of slices along an axis that consist of whole groups, by slice and by group."""
     (small,) = without_last_axes(partition, least=axis + 1)
     count = small.shape[axis]
+    if small.view == small.shape and axis not in small.kept:
+        return np.zeros(count, dtype=np.int64), np.zeros(small.n_groups, dtype=np.int64)  # each meets every group
     ids = small.group_ids().movedim(axis, 0).reshape(count, -1).numpy()
     label = np.arange(count)
     while True:
@@ -462,7 +461,7 @@ class _SliceSearch:
 
     def _candidates(self, tests: Sequence[InvarianceTest]) -> Iterator[tuple[Partition, Ints, Floats, Ints]]:
         """Partitions with the groups that are invariant at all points: numbers, values, and coordinates."""
-        sums = [self._sums(test) for test in tests]
+        sums = [(test, *self._sums(test)) for test in tests]
         for cuts in _cuts(self.shape[self.axis]):
             values = np.max([self._values(*given, cuts) for given in sums], axis=0)
             if not (values <= tests[0].tolerance).any():
@@ -474,24 +473,22 @@ class _SliceSearch:
                     groups = np.moveaxis(self.places[:, members[numbers]], 0, 1).reshape(len(numbers), -1)
                     yield self._partition(*view), numbers, own[numbers], groups
 
-    def _sums(self, test: InvarianceTest) -> tuple[Floats, Floats, float]:
-        """Σ ξ g, Σ ξ² and Σ g² of each slice of each parameter, what no size is above, and what none is below."""
+    def _sums(self, test: InvarianceTest) -> tuple[Floats, Floats]:
+        """Σ ξ g, Σ ξ² and Σ g² of each slice of each parameter, and what no size is above."""
         if self.kind == "shift":
             g = test.gradients.gradients[self.names[0]].cpu().numpy()
-            return np.stack([g, np.ones(len(g)), g * g])[None], np.array([np.inf]), test.floor(adds=True)
+            return np.stack([g, np.ones(len(g)), g * g])[None], np.array([np.inf])
         slices = [_slices(self.shape)[self.axis], *_slices((self.shape[self.axis],))]
         pairs = list(zip(self.names, slices, strict=False))
         sums = np.stack([np.stack(test.gradients.sums(*pair)[:3]) for pair in pairs])
-        return sums, np.array([test.gradients.size(name) for name, _ in pairs]), test.floor()
+        return sums, np.array([test.gradients.size(name) for name, _ in pairs])
 
-    @staticmethod
-    def _values(sums: Floats, most: Floats, floor: float, cuts: _Cuts) -> Floats:
-        """The value of each group, as `InvarianceTest` has it; infinite where there is no evidence."""
+    def _values(self, test: InvarianceTest, sums: Floats, most: Floats, cuts: _Cuts) -> Floats:
+        """The value of each group; infinite where there is no evidence."""
         totals, squares, slopes = np.add.reduceat(sums[..., cuts.flat], cuts.starts, -1).swapaxes(0, 1)
         # No sum can be larger than the parameter; the product of the norms can where the scales differ.
         sizes = np.minimum(np.sqrt(squares) * np.sqrt(slopes), most[:, None]).sum(0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(sizes > floor, np.abs(totals.sum(0)) / sizes, np.inf)
+        return test.values(totals.sum(0), sizes, adds=self.kind == "shift")
 
     def _partition(self, view: tuple[int, int], numbered: int) -> Partition:
         if view[1] == 1 or view[0] == 1:

@@ -11,7 +11,7 @@ from manifold_nets.groups import Partition
 from manifold_nets.symmetry.equations import Ids
 from manifold_nets.symmetry.graph import bound_arguments, op_name
 
-__all__ = ["is_linear_map", "joined_partition", "only_looked_up", "seed_label", "seed_partition", "without_last_axes"]
+__all__ = ["joined_partition", "seed_label", "seed_partition", "without_last_axes"]
 
 
 def seed_partition(sources: list[Node]) -> Partition:
@@ -51,23 +51,6 @@ def without_last_axes(*partitions: Partition, least: int = 1) -> list[Partition]
     ):
         shape, views = shape[:-1], [view[:-1] for view in views]
     return [Partition(shape, view, p.kept) for view, p in zip(views, partitions, strict=True)]
-
-
-def is_linear_map(sources: list[Node]) -> bool:
-    """Whether every use of a weight is that of a linear map or a convolution, whose filters are as fine as it gets."""
-    return all(
-        bound_arguments(user).get("weight") is node and (op_name(user) == "linear" or op_name(user).startswith("conv"))
-        for node in sources
-        for user in node.users
-    )
-
-
-def only_looked_up(sources: list[Node]) -> bool:
-    """Whether every use of a weight looks up some of its rows."""
-    users = [(node, user) for node in sources for user in node.users]
-    return bool(users) and all(
-        op_name(user) == "embedding" and bound_arguments(user).get("weight") is node for node, user in users
-    )
 
 
 def joined_partition(seed: Partition, classes: list[list[int]]) -> Partition:

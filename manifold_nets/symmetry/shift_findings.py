@@ -92,18 +92,10 @@ class ShiftFindings:
             kind = "logit shift"
         return self._finding(kind, Generators.of_shifts(directions, self.test.gradients.shapes), absorptions)
 
-    def rows(self, name: str, partition: Partition, free: list[int], absorptions: list[Absorption]) -> ShiftSymmetry:
-        """Test rows added to blocks of filters."""
-        index = torch.arange(partition.n_groups).reshape(partition.spread_shape)
-        if len(partition.kept) > 1:
-            lead = index.reshape(-1).reshape([partition.view[axis] for axis in partition.kept])
-            index = lead if len(partition.view) == len(partition.shape) else _blocks_of(lead, partition, free)
-        return self.groups(name, partition, index.flatten().tolist(), absorptions)
-
     def groups(
         self, name: str, partition: Partition, numbers: list[int], absorptions: list[Absorption]
     ) -> ShiftSymmetry:
-        """Test constants added to groups of entries."""
+        """Test constants added to groups of entries of a weight."""
         return self._finding("row shift", Generators.of_groups(name, partition, numbers, adds=True), absorptions)
 
     def _finding(self, kind: str, generators: Generators, absorptions: list[Absorption]) -> ShiftSymmetry:
@@ -142,11 +134,3 @@ class ShiftFindings:
             entry = dict(zip(part.numbers.tolist(), part.groups.tolist(), strict=True))
             return {number: places for number in np.flatnonzero(asked).tolist() if entry[number] in channels}
         return dict.fromkeys(range(generators.count), places)
-
-
-def _blocks_of(index: torch.Tensor, partition: Partition, free: list[int]) -> torch.Tensor:
-    """Numbers of the groups of a partition that belong to the free blocks."""
-    if partition.kept[:3] == (0, 1, 2):  # transposed: groups, input channels, blocks of a group
-        moved = index.movedim(2, 1)
-        return moved.reshape(-1, *moved.shape[2:])[free]
-    return index[free]

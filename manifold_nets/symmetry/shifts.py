@@ -19,13 +19,12 @@ from torch.fx import Node
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.equations import UNSCALED, Ids, Scales
 from manifold_nets.symmetry.generators import Direction
-from manifold_nets.symmetry.graph import bound_arguments, op_name
+from manifold_nets.symmetry.graph import bound_arguments, is_linear_map, op_name, weight_uses
 from manifold_nets.symmetry.propagate import follow_shifts
 from manifold_nets.symmetry.rules import LARGEST_LINK, Absorption
-from manifold_nets.symmetry.seeds import only_looked_up
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["AddedShift", "RowShift", "ShiftStructure", "only_multiplies"]
+__all__ = ["AddedShift", "RowShift", "ShiftStructure"]
 
 # Larger parameters that are no biases get one shift a filter or a row instead of one an entry.
 _LARGEST_BY_ENTRY = 1024
@@ -41,13 +40,13 @@ class RowShift:
     Args:
         name: the weight.
         partition: the entries that are shifted together.
-        free: the blocks whose row is free.
+        groups: the groups of it in the blocks whose row is free.
         absorptions: the operations that do not see it.
     """
 
     name: str
     partition: Partition
-    free: list[int]
+    groups: list[int]
     absorptions: list[Absorption]
 
 
@@ -129,12 +128,16 @@ class ShiftStructure:
         """The shapes of the parameters that the network reads."""
         return {name: tuple(int(n) for n in nodes[0].meta["val"].shape) for name, nodes in self._placeholders.items()}
 
+    def only_multiplies(self, name: str) -> bool:
+        """Whether a parameter is used as the weight of linear maps and normalizations only."""
+        return "" not in weight_uses(self.sources(name))
+
     # ---- parameters that are added -----------------------------------------------------------------------------------
 
     def added(self) -> Iterator[AddedShift]:
         """Shifts of biases, all at once, and of larger parameters that are added, one after the other."""
         shapes = {name: shape for name, shape in self.shapes.items() if shape}
-        shapes = {name: shape for name, shape in shapes.items() if not only_multiplies(self.sources(name))}
+        shapes = {name: shape for name, shape in shapes.items() if not self.only_multiplies(name)}
         yield from self.added_together({name: shape for name, shape in shapes.items() if len(shape) == 1})
         for name, shape in shapes.items():
             if len(shape) > 1:  # positions times channels would be too many different sums
@@ -177,41 +180,45 @@ class ShiftStructure:
             name: the weight.
             suggested: blocks to try beside those of the normalizations.
         """
-        shape, sources = self.shapes.get(name, ()), self.sources(name)
+        shape, uses = self.shapes.get(name, ()), weight_uses(self.sources(name))
         if len(shape) < 2:
             return None
-        if not only_multiplies(sources) or only_looked_up(sources):
-            along = self._along_an_axis(name, shape)
-            if along or not only_multiplies(sources):
+        if "" in uses or uses == {"embedding"}:
+            along = self._along_an_axis(name, shape, uses)
+            if along or "" in uses:
                 return along
         best: RowShift | None = None
         covered = 0.0
-        for blocks, partition in self._row_partitions(name, suggested):
-            scales = Scales(blocks)
+        for partition, block_of in self._row_partitions(name, suggested):
+            if covered == 1.0:
+                break
+            blocks = int(block_of.max()) + 1
             ids = np.arange(1, blocks + 1).reshape(blocks, *(1 for _ in shape[1:]))
-            free, reached = self.absorbed(name, ids, scales, blocks)
+            free, reached = self.absorbed(name, ids, Scales(blocks), blocks)
             if len(free) / blocks > covered:
-                best, covered = RowShift(name, partition, free, reached), len(free) / blocks
+                groups = np.flatnonzero(np.isin(block_of, free)).tolist()
+                best, covered = RowShift(name, partition, groups, reached), len(free) / blocks
         return best
 
-    def _along_an_axis(self, name: str, shape: tuple[int, ...]) -> RowShift | None:
+    def _along_an_axis(self, name: str, shape: tuple[int, ...], uses: set[str]) -> RowShift | None:
         """One constant for each slice of a matrix that is transposed, multiplied as it stands, or looked up."""
-        for axis in (1,) if only_looked_up(self.sources(name)) else (1, 0):
+        for axis in (1,) if uses == {"embedding"} else (1, 0):
             if len(shape) != 2 or shape[axis] > LARGEST_LINK:
                 continue
             ids = np.arange(1, shape[axis] + 1).reshape([-1 if k == axis else 1 for k in range(2)])
             free, reached = self.absorbed(name, ids, Scales(shape[axis]))
             if len(free) == shape[axis]:
-                return RowShift(name, Partition(shape, shape, (axis,)), free, reached)
+                return RowShift(name, Partition(shape, shape, (axis,)), list(range(shape[axis])), reached)
         return None
 
-    def _row_partitions(self, name: str, suggested: Iterable[Partition]) -> Iterable[tuple[int, Partition]]:
-        """Numbers of blocks to try, finest first, with the entries of the weight that are shifted together."""
+    def _row_partitions(self, name: str, suggested: Iterable[Partition]) -> Iterable[tuple[Partition, Ids]]:
+        """Partitions into entries that are shifted together, finest first, with the block of filters of each group."""
         shape, users = self.shapes[name], [user for node in self.sources(name) for user in node.users]
         ops = {op_name(user) for user in users}
         if ops == {"embedding"}:
-            return [(1, Partition(shape, shape, tuple(range(len(shape) - 1))))]
-        if not all(op == "linear" or op.startswith("conv") for op in ops):
+            partition = Partition(shape, shape, tuple(range(len(shape) - 1)))
+            return [(partition, np.zeros(partition.n_groups, dtype=np.int64))]
+        if not all(map(is_linear_map, ops)):
             return []
         arguments = bound_arguments(users[0])
         groups = int(arguments.get("groups", 1) or 1)
@@ -220,9 +227,9 @@ class ShiftStructure:
         counts = {1, groups}
         for op, size in self._normalized:
             counts.add(size if op == "group_norm" else channels // size or 1)
-        counts.update(p.view[0] for p in suggested if p == _row_partition(shape, p.view[0], 0) and not transposed)
+        counts.update(p.view[0] for p in suggested if p == _row_partition(shape, p.view[0], 0)[0] and not transposed)
         fitting = [n for n in sorted(counts, reverse=True) if n < channels and channels % n == 0 and n % groups == 0]
-        return [(n, _row_partition(shape, n, groups if transposed else 0)) for n in fitting]
+        return [_row_partition(shape, n, groups if transposed else 0) for n in fitting]
 
     @cached_property
     def _normalized(self) -> frozenset[tuple[str, int]]:
@@ -231,11 +238,6 @@ class ShiftStructure:
             (op_name(node), bound_arguments(node)) for node in self.graph.order if op_name(node) in _NORMALIZATIONS
         )
         return frozenset((op, int(np.prod(arguments[_NORMALIZATIONS[op]]))) for op, arguments in given)
-
-
-def only_multiplies(sources: list[Node]) -> bool:
-    """Whether a parameter is used as the weight of linear maps and normalizations only."""
-    return all(bound_arguments(user).get("weight") is node for node in sources for user in node.users)
 
 
 def _drops(module: nn.Module | None) -> bool:
@@ -251,11 +253,15 @@ def _seed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], *(1 for _ in shape[1:])) if shape[0] > 1 else (*shape[:-1], 1)
 
 
-def _row_partition(shape: tuple[int, ...], blocks: int, transposed_groups: int) -> Partition:
+def _row_partition(shape: tuple[int, ...], blocks: int, transposed_groups: int) -> tuple[Partition, Ids]:
+    """The entries that one row adds to each block of filters, and the block of each group of them."""
+    first, *rest = shape
     if not transposed_groups:
-        view = (blocks, shape[0] // blocks, *shape[1:])
-        return Partition(shape, view, (0, *range(2, len(view))))
-    channels_in, per_group, *kernel = shape
-    groups, each = transposed_groups, blocks // transposed_groups
-    view = (groups, channels_in // groups, each, per_group // each, *kernel)
-    return Partition(shape, view, (0, 1, 2, *range(4, len(view))))
+        view, kept = (blocks, first // blocks, *rest), (0, *range(2, len(shape) + 1))
+        block_of = np.arange(blocks).reshape(-1, *(1 for _ in rest))
+    else:
+        groups, each, (per_group, *kernel) = transposed_groups, blocks // transposed_groups, rest
+        view, kept = (groups, first // groups, each, per_group // each, *kernel), (0, 1, 2, *range(4, len(shape) + 2))
+        block_of = np.arange(blocks).reshape(groups, 1, each, *(1 for _ in kernel))
+    partition = Partition(shape, view, kept)
+    return partition, np.broadcast_to(block_of, partition.group_shape).reshape(-1)

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.fx import Interpreter, Node
+from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from manifold_nets.errors import AnalysisError
@@ -25,10 +25,8 @@ from manifold_nets.running import Inputs, output_tensors
 from manifold_nets.symmetry.graph import (
     DataFlow,
     bound_arguments,
-    is_region,
     op_name,
     operation_key,
-    region_graph,
 )
 
 __all__ = ["TracedGraph", "trace"]
@@ -38,6 +36,8 @@ _BY_DYNAMO = "fake tensor in the exported program constant's list"
 # What they say of a model that cannot be traced is in the exception as well.
 _TALKATIVE = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses.fake_tensor")
 
+# What runs a graph of its own, under autocast or in another gradient mode.
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 # Operations that make tensors of zeros, or of one number, and those that make zeros of zeros.
 _ZEROS = ("zeros", "zeros_like", "new_zeros")
 _FILLED = ("full", "full_like", "new_full", "scalar_tensor")
@@ -72,7 +72,7 @@ class TracedGraph:
 
     @property
     def order(self) -> dict[Node, int]:
-        """The position of each node, those inside of regions included."""
+        """The position of each node."""
         return self.flow.order
 
     def module_of(self, node: Node) -> str:
@@ -82,26 +82,12 @@ class TracedGraph:
         return names[-1].split("@")[0] if names else ""
 
     def parameter_of(self, value: object) -> str | None:
-        """Name of the parameter that an argument is, also inside of a region; None where it is none."""
-        return self.parameters.get(self._outside(value)) if isinstance(value, Node) else None
+        """Name of the parameter that an argument is; None where it is none."""
+        return self.parameters.get(value) if isinstance(value, Node) else None
 
     def buffer_of(self, value: object) -> str | None:
-        """Name of the buffer that an argument is, also inside of a region; None where it is none."""
-        return self.buffers.get(self._outside(value)) if isinstance(value, Node) else None
-
-    def _outside(self, node: Node) -> Node:
-        while isinstance(given := self._given.get(node), Node):
-            node = given
-        return node
-
-    @functools.cached_property
-    def _given(self) -> dict[Node, Any]:
-        """What the placeholders of regions stand for."""
-        given: dict[Node, Any] = {}
-        for region in filter(is_region, self.order):
-            inner, arguments = region_graph(region)
-            given.update(zip((node for node in inner.nodes if node.op == "placeholder"), arguments, strict=False))
-        return given
+        """Name of the buffer that an argument is; None where it is none."""
+        return self.buffers.get(value) if isinstance(value, Node) else None
 
     def placeholders_of(self, parameter: str) -> list[Node]:
         """The placeholders that hold a parameter."""
@@ -204,7 +190,7 @@ def _without_dead_ends(graph: TracedGraph) -> DataFlow:
 
 def _is_pure(node: Node) -> bool:
     """Whether an operation does nothing but to return a result, and to write into arguments that are known."""
-    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem or is_region(node)
+    return isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
 
 
 def _stored_buffers(graph: TracedGraph, model: nn.Module, inputs: Inputs) -> frozenset[Node]:
@@ -254,7 +240,44 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+    _inline_regions(program.graph)
     return program
+
+
+def _inline_regions(graph: Graph) -> None:
+    """Put what runs under autocast or in another gradient mode in the place of the operation that runs it.
+
+    What comes out of a region without gradients is detached. Autocast has no effect on float64.
+    """
+    owner: Any = graph.owning_module
+    while regions := [node for node in graph.nodes if op_name(node) in _REGIONS]:
+        for region in regions:
+            place = next(k for k, a in enumerate(region.args) if isinstance(a, Node) and a.op == "get_attr")
+            held: Any = region.args[place]
+            inner: Graph = owner.get_submodule(held.target).graph
+            copies: dict[Node, Any] = dict(
+                zip(inner.find_nodes(op="placeholder"), region.args[place + 1 :], strict=True)
+            )
+            with graph.inserting_before(region):
+                results: Any = graph.graph_copy(inner, copies)
+                if region.args[0] is False:
+                    results = pytree.tree_map_only(Node, _detached, results)
+            for attribute in inner.find_nodes(op="get_attr"):
+                copies[attribute].target = f"{held.target}.{attribute.target}"
+            if isinstance(results, Node):
+                region.replace_all_uses_with(results)
+            for picked in list(region.users):
+                picked.replace_all_uses_with(results[picked.args[1]])
+                graph.erase_node(picked)
+            graph.erase_node(region)
+            if not held.users:
+                graph.erase_node(held)
+
+
+def _detached(node: Node) -> Node:
+    detached = node.graph.call_function(torch.ops.aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    return detached
 
 
 def _use_own_names(program: torch.export.ExportedProgram) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.generators import Generators, Part, single_entries
 from manifold_nets.symmetry.gradients import GradientPass
-from manifold_nets.symmetry.graph import bound_arguments, is_region, op_name
+from manifold_nets.symmetry.graph import bound_arguments, op_name
 from manifold_nets.symmetry.invariance import InvarianceTest
 from manifold_nets.symmetry.low_variance import Places
 from manifold_nets.symmetry.report import Absorber, Certificate, ScaledAlong, UnexplainedSymmetry, WeightFinding
@@ -175,7 +175,7 @@ class WeightFindings:
             return "disagreement"
         certainties = {because.certainty for because in structure.breaks}
         behind = self.graph.flow.behind(self.graph.placeholders_of(structure.name))
-        if any(op_name(node) == "detach" or is_region(node) for node in behind):
+        if any(op_name(node) == "detach" for node in behind):
             certainties = {"jump" if certainty == "smooth" else certainty for certainty in certainties}
         return _CONTRADICTED[min(certainties, key=list(_CONTRADICTED).index)]
 

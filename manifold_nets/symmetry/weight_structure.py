@@ -11,12 +11,11 @@ from torch.fx import Node
 
 from manifold_nets.groups import Partition
 from manifold_nets.symmetry.equations import UNSCALED, Break, Ids, Label, Scales
+from manifold_nets.symmetry.graph import is_linear_map, weight_uses
 from manifold_nets.symmetry.propagate import propagate
 from manifold_nets.symmetry.rules import Absorption
 from manifold_nets.symmetry.seeds import (
-    is_linear_map,
     joined_partition,
-    only_looked_up,
     seed_label,
     seed_partition,
     without_last_axes,
@@ -140,14 +139,15 @@ def follow_weight(graph: TracedGraph, name: str) -> Structure:
     maps and convolutions (transposed, multiplied as it stands, one matrix an expert) along its other axes as well.
     """
     sources = graph.placeholders_of(name)
-    if only_looked_up(sources):
+    uses = weight_uses(sources)
+    if uses == {"embedding"}:
         rows = _follow_rows(graph, name, sources)
         if rows is not None:
             return rows
     found = _follow_groups(graph, name, sources, seed_partition(sources))
     # Matrices of experts, and weights behind a leading axis of size 1, are finer than one group for each of these.
     stacked = len(found.seed.shape) == 3 or found.seed.n_groups == 1
-    if found.partition is None or is_linear_map(sources) or (found.partition == found.seed and not stacked):
+    if found.partition is None or all(map(is_linear_map, uses)) or (found.partition == found.seed and not stacked):
         return found
     return max([found, *_along_other_axes(graph, name, sources, found)], key=lambda structure: structure.count)
 

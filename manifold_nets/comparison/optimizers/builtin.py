@@ -24,8 +24,6 @@ from manifold_nets.sources import import_torchvision
 if TYPE_CHECKING:
     from manifold_nets.pymanopt_bridge import Iteration, NetworkProblem
 
-__all__ = ["OPTIMIZERS", "PymanoptStepper", "from_table", "from_torch"]
-
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from manifold_nets.comparison.errors import SettingsError
 from manifold_nets.comparison.settings import Settings
 
-__all__ = ["Form", "Make", "Objective", "OptimizerSpec", "Stepper", "TorchStepper"]
-
 Form = Literal["plain", "converted"]
 
 

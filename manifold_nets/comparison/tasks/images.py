@@ -24,11 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from manifold_nets.comparison.errors import DataFileError, DataFolderError, TaskNameError
-from manifold_nets.comparison.tasks.from_data import classification
-from manifold_nets.comparison.tasks.task import Task
+from manifold_nets.comparison.tasks.task import Task, classification
 from manifold_nets.errors import MissingExtraError
-
-__all__ = ["Standardize", "digits", "find_idx_files", "idx_images", "read_idx", "read_images_and_labels"]
 
 _SPLIT_SEED = 0
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset, default_collate
 
 from manifold_nets.comparison.errors import TaskSourceError
-
-__all__ = ["DatasetPart", "Part", "Subset", "Task", "TensorPart", "evaluate", "evaluation_mode", "scores_of"]
 
 PART_NAMES = ("train", "validation", "test")
 _EXAMPLE_NUMBERS = 50_000
@@ -139,6 +138,36 @@ class Subset:
         return replace(self, part=self.part.to(device))
 
 
+def hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return how many classes were predicted rightly, and how many there were.
+
+    Args:
+        outputs: scores, of shape (n, classes, …); the class of the largest is predicted, none where one is NaN.
+        targets: true classes, of shape (n, …).
+
+    Returns:
+        int64, of shape (2,).
+
+    Example:
+        >>> hits(torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 4.0]]), torch.tensor([0, 1, 1]))
+        tensor([2, 3])
+    """
+    largest, predicted = outputs.max(1)  # which is NaN where any output is
+    right = (predicted == targets) & (largest == largest)
+    return torch.tensor([int(right.sum()), right.numel()])
+
+
+def classification_scores(counts: Tensor) -> dict[str, float]:
+    """Return ``"error"``, the share of wrong predictions, from counts of `hits`.
+
+    Example:
+        >>> classification_scores(torch.tensor([7, 8]))
+        {'error': 0.125}
+    """
+    right, all_of_them = counts.tolist()
+    return {"error": 1 - right / all_of_them}
+
+
 @dataclass(frozen=True)
 class Task:
     """What optimizers are compared on.
@@ -150,7 +179,8 @@ class Task:
         input_shape: shape of one example, without the axis of the batch.
         outputs: number of outputs of a network for it: the classes.
         loss: mean loss of outputs and targets, to train with.
-        measure: what one batch adds to the counts from which scores are made: of outputs and targets, one tensor.
+        measure: what one batch adds to the counts from which scores are made: of outputs and targets, one tensor; of
+            classes when left out, how many were right, and how many there were.
         summarize: scores from the sum of the counts; ``"error"``, which is minimized, is one of them.
         batch_size: examples per training step by default.
         description: where the data come from, how they were split and prepared.
@@ -168,9 +198,9 @@ class Task:
     parts: Mapping[str, Part]
     input_shape: tuple[int, ...]
     outputs: int
-    loss: Callable[[Any, Tensor], Tensor]
-    measure: Callable[[Any, Tensor], Tensor]
-    summarize: Callable[[Tensor], dict[str, float]]
+    loss: Callable[[Any, Tensor], Tensor] = cross_entropy
+    measure: Callable[[Any, Tensor], Tensor] = hits
+    summarize: Callable[[Tensor], dict[str, float]] = classification_scores
     batch_size: int = 100
     description: Mapping[str, Any] = field(default_factory=dict)
 
@@ -258,3 +288,25 @@ def scores_of(model: nn.Module, task: Task, part: str, batches: Sequence[Tensor]
         total += float(task.loss(outputs, targets)) * len(rows)
         counts.append(task.measure(outputs, targets).cpu())
     return {"loss": total / sum(map(len, batches)), **task.summarize(reduce(torch.add, counts))}
+
+
+def classification(
+    name: str, parts: Mapping[str, tuple[Tensor, Tensor]], *, outputs: int, batch_size: int, **description: Any
+) -> Task:
+    """Return a task of classification by cross-entropy.
+
+    Args:
+        name: name of the task.
+        parts: inputs and classes of ``"train"``, ``"validation"`` and ``"test"``.
+        outputs: number of classes.
+        batch_size: examples per training step.
+        description: where the data come from, how they were split and prepared.
+    """
+    return Task(
+        name=name,
+        parts={part: TensorPart(x, y) for part, (x, y) in parts.items()},
+        input_shape=tuple(parts["train"][0].shape[1:]),
+        outputs=outputs,
+        batch_size=batch_size,
+        description=description,
+    )

@@ -138,7 +138,7 @@ def in_motion(manifolds: Sequence[SphereProduct | None], places: Container[int])
 
 
 @contextmanager
-def joined(members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
+def joined(members: Sequence[StepInput], *, by_entries: bool = False) -> Iterator[list[StepInput]]:
     """Make one input of all weights of each joint sphere for the time of a step, then write what became of it.
 
     Row c of its matrix holds group c of all weights, so that the inner products of a step run over all of them. Each
@@ -146,30 +146,38 @@ def joined(members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
 
     Args:
         members: weights of one parameter group; of a joint sphere all or none.
+        by_entries: whether second moments are those of the entries, of each weight its own.
     """
     alone = [member for member in members if not isinstance(member.manifold, JointSphereMember)]
     found = by_joint_sphere((member.manifold, member) for member in members)
     joints = [(joint, list(parts.values())) for joint, parts in found.items()]
-    wholes = [_whole(joint, parts) for joint, parts in joints]
+    wholes = [_whole(joint, parts, by_entries) for joint, parts in joints]
     yield [*alone, *wholes]
     for (joint, parts), whole in zip(joints, wholes, strict=True):
-        _write_back(joint, parts, whole)
+        _write_back(joint, parts, whole, by_entries)
 
 
-def _whole(joint: JointSphere, members: Sequence[StepInput]) -> StepInput:
+def _whole(joint: JointSphere, members: Sequence[StepInput], by_entries: bool) -> StepInput:
     first = members[0]
-    columns = first.second, first.largest, first.norms
-    second, largest, norms = (None if x is None else x.clone().reshape(-1, 1) for x in columns)
-    point, gradient = (joint.join([getattr(m, x).detach() for m in members]) for x in ("weight", "gradient"))
-    moment = None if first.moment is None else joint.join([m.moment for m in members if m.moment is not None])
+
+    def together(name: str, *, joins: bool = True) -> Any:
+        held = getattr(first, name)
+        if held is None:
+            return None
+        return joint.join([getattr(m, name).detach() for m in members]) if joins else held.clone().reshape(-1, 1)
+
+    point, gradient, moment = (together(name) for name in ("weight", "gradient", "moment"))
+    second, largest = (together(name, joins=by_entries) for name in ("second", "largest"))
+    norms = together("norms", joins=False)
     return StepInput(point, gradient, joint.sphere, moment, second, largest, first.dampening, first.step, norms)
 
 
-def _write_back(joint: JointSphere, members: Sequence[StepInput], whole: StepInput) -> None:
-    points = joint.split(whole.weight)
-    moments = joint.split(whole.moment) if whole.moment is not None else [None] * len(members)
-    for member, point, moment in zip(members, points, moments, strict=True):
-        own = member.weight.detach(), member.moment, member.second, member.largest, member.norms
-        for old, new in zip(own, (point, moment, whole.second, whole.largest, whole.norms), strict=True):
-            if old is not None and new is not None:
-                old.copy_(new.reshape(old.shape))
+def _write_back(joint: JointSphere, members: Sequence[StepInput], whole: StepInput, by_entries: bool) -> None:
+    for name in ("weight", "moment", "second", "largest", "norms"):
+        new = getattr(whole, name)
+        splits = name in ("weight", "moment") or (by_entries and name != "norms")
+        parts = [new] * len(members) if new is None or not splits else joint.split(new)
+        for member, part in zip(members, parts, strict=True):
+            if part is not None:
+                old = getattr(member, name).detach()
+                old.copy_(part.reshape(old.shape))

@@ -205,7 +205,7 @@ def turn_(rule: Rule, view: GroupView, *, step: float) -> None:
     if rule.kind == "angular-adam":
         turn, along = length.rsqrt() * (radius * math.sin(lr)), math.cos(lr)
     else:
-        turn, along = torch.full_like(length, lr * bias_corrections(rule.beta1, rule.beta2, step)[0]), 1.0
+        turn, along = torch.full_like(length, lr / (1 - rule.beta1**step)), 1.0
     # What was taken off is of squared length tilt wd.
     is_noise = length <= tilt * wd * least**2
     new = direction.mul_(turn.neg_().masked_fill_(is_noise, 0.0)).add_(w, alpha=along)

@@ -282,21 +282,25 @@ static void NAME(plain_adam)(const Rule *rule, const Job *job, int64_t row, REAL
     REAL of_g = (REAL)(rule->maximize ? -down : down), of_w = (REAL)(rule->decay / down), eps = (REAL)rule->eps;
     REAL keep = (REAL)rule->keep, take = (REAL)((1.0 - rule->keep) * radius), correction = (REAL)job->second;
     REAL keep2 = (REAL)rule->beta2, take2 = (REAL)(1.0 - rule->beta2);
-    const REAL *seconds = v_max ? v_max : v;
     for (int64_t start = 0; start < n; start += PIECE) {
         int64_t end = start + PIECE < n ? start + PIECE : n;
         REAL wd_part = 0, dd_part = 0;
-        if (v_max)
-            for (int64_t i = start; i < end; i++) {
-                REAL x = of_g * g[i] + of_w * w[i], z = keep2 * v[i] + take2 * x * x;
-                v_max[i] = z > v_max[i] || z != z ? z : v_max[i];
-            }
+        if (v_max) {
 #pragma omp simd reduction(+ : wd_part, dd_part)
-        for (int64_t i = start; i < end; i++) {
-            REAL x = of_g * g[i] + of_w * w[i], y = keep * m[i] + take * x, z = keep2 * v[i] + take2 * x * x;
-            REAL d = y / (ROOT((v_max ? seconds[i] : z) * correction) + eps);
-            m[i] = y; v[i] = z;
-            wd_part += w[i] * d; dd_part += d * d;
+            for (int64_t i = start; i < end; i++) {
+                REAL x = of_g * g[i] + of_w * w[i], y = keep * m[i] + take * x, z = keep2 * v[i] + take2 * x * x;
+                REAL most = z > v_max[i] || z != z ? z : v_max[i], d = y / (ROOT(most * correction) + eps);
+                m[i] = y; v[i] = z; v_max[i] = most;
+                wd_part += w[i] * d; dd_part += d * d;
+            }
+        } else {
+#pragma omp simd reduction(+ : wd_part, dd_part)
+            for (int64_t i = start; i < end; i++) {
+                REAL x = of_g * g[i] + of_w * w[i], y = keep * m[i] + take * x, z = keep2 * v[i] + take2 * x * x;
+                REAL d = y / (ROOT(z * correction) + eps);
+                m[i] = y; v[i] = z;
+                wd_part += w[i] * d; dd_part += d * d;
+            }
         }
         wd += wd_part; dd += dd_part;
     }
@@ -305,8 +309,9 @@ static void NAME(plain_adam)(const Rule *rule, const Job *job, int64_t row, REAL
     if (rule->follows) job->norms[row] = sqrt(squared);
     if (rule->lr == 0) return;
     REAL of_old = (REAL)(scale * w_w), of_d = (REAL)(scale * w_d);
+    const REAL *restrict second = v_max ? v_max : v;
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) w[i] = of_old * w[i] + of_d * (m[i] / (ROOT(seconds[i] * correction) + eps));
+    for (int64_t i = 0; i < n; i++) w[i] = of_old * w[i] + of_d * (m[i] / (ROOT(second[i] * correction) + eps));
     if (moved > squared) NAME(put_back)(w, NULL, n, square);
 }
 

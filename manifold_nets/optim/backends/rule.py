@@ -407,12 +407,19 @@ def plain_step(rule: Rule, found: TangentProducts, update: MomentumUpdate, norms
     mixed = w_w * (w_b * b_slope + w_g * g_slope) + w_b * w_g * (found.gb.double() / ww + b_slope * g_slope)
     squared = (stays * norms).square() + moved + 2.0 * ww * mixed
     end = squared.sqrt()
-    numbers = [_where_moved(lr, w_w / end), w_b / end, w_g / end, gain * rule.decay / down, beta, gain * down]
+    numbers: list[Scalar] = [
+        _where_moved(lr, w_w / end),
+        w_b / end,
+        w_g / end,
+        gain * rule.decay / down,
+        beta,
+        gain * down,
+    ]
     if rule.follows:
         norms.copy_(end)
     dtype = found.ww.dtype
-    w_w, w_b, w_g, b_w, b_b, b_g = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
-    return Coefficients(w_w, w_b, w_g, b_w, b_b, b_g, moved > squared, carried=False)
+    rounded = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
+    return Coefficients(*rounded, far=moved > squared, carried=False)
 
 
 def scaled_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:

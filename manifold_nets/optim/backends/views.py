@@ -63,8 +63,8 @@ def rows_of(member: StepInput) -> GroupView:
     if gradient.stride() != member.stride:
         gradient = torch.empty_like(member.weight, dtype=gradient.dtype, requires_grad=False).copy_(gradient)
     w, *others = member.rows
-    norms = None if member.norms is None else member.norms.view(-1, 1)
-    return GroupView(w, gradient.as_strided(*matrix), *others, norms=norms)  # type: ignore[arg-type]
+    view = GroupView(w, gradient.as_strided(*matrix), *others)  # type: ignore[arg-type]
+    return view if member.norms is None else view._replace(norms=member.norms.view(-1, 1))
 
 
 @contextmanager

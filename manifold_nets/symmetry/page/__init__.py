@@ -116,8 +116,7 @@ def _sentences(report: SymmetryReport) -> Iterator[str]:
         yield f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already."
     joint = ("families", joint_families(report), "join several weights"), ("shifts", report.shifts, "are shifts")
     for place, symmetries, what in joint:
-        count = sum(one.count for one in symmetries if one.certificate.verdict == "invariant")
-        if count:
+        if count := sum(one.count for one in symmetries if one.certificate.verdict == "invariant"):
             yield f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.'
     if report.unexplained:
         further = plural(report.unexplained_groups + report.unexplained_shifts, "further group")
@@ -195,7 +194,7 @@ def _families(report: SymmetryReport) -> str:
         "scale": "in a <em>scale</em> family all members grow together and a normalization removes it",
         "rescaling": "in a <em>rescaling</em> family some members shrink as others grow",
     }
-    meant = "; ".join(text for kind, text in kinds.items() if any(family.kind == kind for family in joint))
+    meant = "; ".join(kinds[kind] for kind in kinds if any(family.kind == kind for family in joint))
     cards = [_symmetry(family, family.kind, [("Members", listed(map(_member, family.members)))]) for family in joint]
     return _cards(
         "Each symmetry of a family multiplies parts of several parameters by powers of one factor α, and the "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,16 +82,14 @@ def mark(status: str, title: str = "") -> str:
 
 def groups_text(finding: WeightFinding) -> str:
     """What the invariant groups of a weight are, in words."""
-    partition = finding.partition
+    partition, joined, finer = finding.partition, finding.filters_per_group, finding.finer_groups
     if partition is None:
         return ""
     if not partition.kept:
-        finer = f" (no view expresses its {finding.finer_groups} finer groups)" if finding.finer_groups else ""
-        return f"the whole tensor of {partition.group_size} entries{finer}"
-    if finding.filters_per_group == 1:
-        return f"{plural(partition.n_groups, 'filter')} of {partition.group_size}"
-    joined = f"{finding.filters_per_group} filters each"
-    return f"{plural(partition.n_groups, 'group')} of {partition.group_size}, {joined}"
+        more = f" (no view expresses its {finer} finer groups)" if finer else ""
+        return f"the whole tensor of {partition.group_size} entries{more}"
+    count = plural(partition.n_groups, "filter" if joined == 1 else "group")
+    return f"{count} of {partition.group_size}" + (f", {joined} filters each" if joined != 1 else "")
 
 
 def remedy_text(found: WeightFinding | SymmetryFamily | ShiftSymmetry) -> str:
@@ -100,17 +99,14 @@ def remedy_text(found: WeightFinding | SymmetryFamily | ShiftSymmetry) -> str:
 
 
 def certificate_text(certificate: Certificate) -> str:
-    """Verdict and value of a certificate, and how many groups it spoke of."""
-    value = "" if certificate.value is None else f", largest value {number(certificate.value)}"
+    """What a certificate says, and of how many groups."""
     counts = {
         "certified": certificate.groups_certified,
         "refuted": certificate.groups_refuted,
         "without evidence": certificate.groups_without_evidence,
     }
     counted = ", ".join(f"{plural(count, 'group')} {what}" for what, count in counts.items() if count)
-    counted = f" ({counted})" if counted else ""
-    because = f"; {certificate.because}" if certificate.because else ""
-    return f"{certificate.verdict}{value}{certificate.contradiction}{counted}{certificate.place}{because}"
+    return f"{certificate}; {counted}" if counted else str(certificate)
 
 
 def card(
@@ -208,12 +204,10 @@ class Norms:
     def __str__(self) -> str:
         if not self.values:
             return f"no finite norm among {plural(self.lost, self.unit)}"
-        smallest, middle, largest = self.values[0], self.values[len(self.values) // 2], self.values[-1]
-        count = plural(len(self.values), self.unit)
-        text = f"{number(smallest)} to {number(largest)}, median {number(middle)} ({count})"
-        if len(self.values) == 1:
-            text = f"{number(smallest)} ({count})"
-        return "; ".join([text, *(f"{n} {what}" for n, what in ((self.zero, "zero"), (self.lost, "not finite")) if n)])
+        smallest, middle, largest = (number(self.values[k]) for k in (0, len(self.values) // 2, -1))
+        spread = f"{smallest} to {largest}, median {middle}" if len(self.values) > 1 else smallest
+        others = [f"{n} {what}" for n, what in ((self.zero, "zero"), (self.lost, "not finite")) if n]
+        return "; ".join([f"{spread} ({plural(len(self.values), self.unit)})", *others])
 
 
 def group_norms(finding: WeightFinding, weight: Tensor) -> Norms | None:
@@ -242,11 +236,11 @@ def histogram(norms: Norms, width: int, height: int, *, labelled: bool = False) 
         space = 18
         label = f"Histogram of {plural(len(norms.values), 'norm')}, {norms}"
         role = f'role="img" aria-label="{escape(label)}"'
-        axis, y = "norm, logarithmic" if logarithmic else "norm", height + 14
-        text = (
-            f'<text x="0" y="{y}">{number(norms.values[0])}</text>'
-            f'<text x="{width / 2}" y="{y}" text-anchor="middle">{axis}</text>'
-            f'<text x="{width}" y="{y}" text-anchor="end">{number(norms.values[-1])}</text>'
+        axis = "norm, logarithmic" if logarithmic else "norm"
+        said = (0.0, "start", number(norms.values[0])), (0.5, "middle", axis), (1.0, "end", number(norms.values[-1]))
+        text = "".join(
+            f'<text x="{place * width}" y="{height + 14}" text-anchor="{anchor}">{words}</text>'
+            for place, anchor, words in said
         )
     # The line below the bars marks the range where they are low.
     return (
@@ -255,16 +249,11 @@ def histogram(norms: Norms, width: int, height: int, *, labelled: bool = False) 
     )
 
 
-def _counts(values: Sequence[float]) -> tuple[list[int], bool]:
+def _counts(norms: Sequence[float]) -> tuple[list[int], bool]:
     """How many values fall into each bin, and whether the bins are those of their logarithms."""
-    logarithmic = values[0] > 0 and values[-1] / values[0] > WIDE_RANGE
-    if logarithmic:
-        values = [math.log(value) for value in values]
-    low, high, counts = values[0], values[-1], [0] * BINS
-    # Norms that differ by rounding only are one value, drawn in the middle.
-    if high - low <= 1e-6 * max(abs(high), abs(low)):
-        counts[BINS // 2] = len(values)
-        return counts, False
-    for value in values:
-        counts[min(int((value - low) / (high - low) * BINS), BINS - 1)] += 1
-    return counts, logarithmic
+    logarithmic = norms[0] > 0 and norms[-1] / norms[0] > WIDE_RANGE
+    values = np.log(norms) if logarithmic else np.asarray(norms)
+    if values[-1] - values[0] <= 1e-6 * np.abs(values).max():
+        values = np.zeros(len(values))  # norms that differ by rounding only are one value, drawn in the middle
+    counts, _ = np.histogram(values, BINS)
+    return counts.tolist(), logarithmic

@@ -16,15 +16,15 @@ from manifold_nets.symmetry.rules import (
 )
 from manifold_nets.symmetry.rules.arithmetic import LARGEST_EPS
 from manifold_nets.symmetry.rules.movement import VIEWS
-from manifold_nets.symmetry.rules.table import RULES, SHIFT_RULES, apply_rule, guarded, of_real_numbers, register
+from manifold_nets.symmetry.rules.table import RULES, SHIFT_RULES, apply_rule, guarded, register
 from manifold_nets.symmetry.rules.use import (
     LARGEST_LINK,
     Absorption,
     Coscaled,
     Link,
     Result,
-    ShiftUse,
     Use,
+    Walk,
     aligned,
     as_list,
     shape_of,
@@ -40,19 +40,16 @@ __all__ = [
     "Coscaled",
     "Link",
     "Result",
-    "ShiftUse",
     "Use",
+    "Walk",
     "aligned",
     "apply_rule",
     "arithmetic",
     "as_list",
     "elementwise",
     "guarded",
-    "linear",
     "movement",
     "normalization",
-    "of_real_numbers",
-    "reduction",
     "shape_of",
 ]
 

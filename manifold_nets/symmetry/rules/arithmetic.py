@@ -13,7 +13,7 @@ from torch.fx import Node
 from manifold_nets.symmetry.equations import UNSCALED, Certainty, Ids, Label
 from manifold_nets.symmetry.graph import bound_arguments, is_in_place, op_name, operation_key
 from manifold_nets.symmetry.rules.table import Rule, Table
-from manifold_nets.symmetry.rules.use import UNSEEN, Result, ShiftUse, Use, aligned, shape_of
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, shape_of
 
 # A constant up to this size that is added under a normalization is its eps.
 LARGEST_EPS = 1e-3
@@ -34,12 +34,12 @@ def table() -> Table:
     return {
         comparisons: (alike("self", "other", otherwise=_ALIKE, certainty="jump", unseen=True), None),
         "maximum minimum fmax fmin max.other min.other": (
-            alike("self", "other", otherwise=_ALIKE, certainty="jump"), larger_of_two),
+            alike("self", "other", otherwise=_ALIKE, certainty="jump"), chosen),
         "bucketize.Tensor searchsorted.Tensor bucketize.Scalar searchsorted.Scalar": (between, None),
         "clamp clamp.Tensor clip clip.Tensor clamp_min clamp_min.Tensor clamp_max clamp_max.Tensor": (clamp, None),
         "where.self where.ScalarOther where.ScalarSelf where.Scalar": (
             alike("self", "other", otherwise=chooses), chosen),
-        "masked_fill.Scalar masked_fill.Tensor": (alike("self", "value", otherwise=fills), masked),
+        "masked_fill.Scalar masked_fill.Tensor": (alike("self", "value", otherwise=fills), chosen),
         "lerp.Scalar lerp.Tensor": (lerp, None),
         "add.Tensor add.Scalar sub.Tensor sub.Scalar rsub.Tensor rsub.Scalar subtract.Tensor subtract.Scalar": (
             add, add_shifts),
@@ -54,24 +54,9 @@ def table() -> Table:
 # ---- several tensors that have to be scaled alike --------------------------------------------------------------------
 
 
-def alike(*names: str, otherwise: str, certainty: Certainty = "cautious", unseen: bool = False) -> Rule:
-    """A rule that requires one scale, entry by entry, of some arguments; see `scaled_alike`.
-
-    Args:
-        names: the arguments.
-        otherwise: what the operation does where one of them is not scaled with the others.
-        certainty: that of this reason.
-        unseen: whether the result does not depend on the scale that all have.
-    """
-
-    def rule(use: Use) -> Result:
-        label = scaled_alike(use, *(use.args[name] for name in names), otherwise=otherwise, certainty=certainty)
-        if unseen and isinstance(label, Label):
-            use.scales.end(label.ids, use.why(UNSEEN))
-            return None
-        return label
-
-    return rule
+def alike(*names: str, **options: Any) -> Rule:
+    """A rule that requires one scale, entry by entry, of some arguments; see `scaled_alike`."""
+    return lambda use: scaled_alike(use, *(use.args[name] for name in names), **options)
 
 
 def scaled_alike(
@@ -79,6 +64,7 @@ def scaled_alike(
     *values: Any,
     otherwise: str,
     certainty: Certainty = "cautious",
+    unseen: bool = False,
     merged: Mapping[Any, Label] = MappingProxyType({}),
 ) -> Result:
     """Require one scale, entry by entry, of operands that broadcast to the result, and return it.
@@ -90,6 +76,7 @@ def scaled_alike(
         values: its operands, tensors and numbers.
         otherwise: what it does where an operand is not scaled with the others.
         certainty: that of this reason.
+        unseen: whether the result does not depend on the scale that all have.
         merged: labels of operands that take the place of their own.
     """
     rank = len(use.out_shape)
@@ -106,9 +93,9 @@ def scaled_alike(
         if use.graph.parameter_of(value) and _coscales(use, value, ids):
             continue
         constant = f"{otherwise.rpartition(' something')[0]} the constant {value}"
-        use.refuse(otherwise if isinstance(value, Node) else constant, Label(ids), certainty=certainty)
-        return None
-    return Label.compressed(use.scales.roots(ids))
+        return use.refuse(otherwise if isinstance(value, Node) else constant, Label(ids), certainty=certainty)
+    found = Label.compressed(use.scales.roots(ids))
+    return use.end(found) if unseen else found
 
 
 def clamp(use: Use) -> Result:
@@ -124,8 +111,7 @@ def clamp(use: Use) -> Result:
 def lerp(use: Use) -> Result:
     """Interpolation between two tensors that are scaled alike."""
     if use.label("weight") is not None:
-        use.refuse("interpolates by a scaled weight")
-        return None
+        return use.refuse("interpolates by a scaled weight")
     return scaled_alike(use, use.args["self"], use.args["end"], otherwise=_ADDS)
 
 
@@ -134,38 +120,21 @@ def between(use: Use) -> Result:
     bounds = use.args["boundaries" if use.op == "bucketize" else "sorted_sequence"]
     label = use.label_of(bounds)
     if use.graph.parameter_of(bounds) and label is None:  # as many as there are boundaries: it does not broadcast
-        use.refuse(_ALIKE, certainty="jump")
-        return None
+        return use.refuse(_ALIKE, certainty="jump")
     merged = {}
     if label is not None:
         merged[bounds] = Label(use.merge(label.ids, [-1], "compares with entries that have different scales"))
-    found = scaled_alike(use, use.args["self"], bounds, otherwise=_ALIKE, certainty="jump", merged=merged)
-    if isinstance(found, Label):
-        use.scales.end(found.ids, use.why(UNSEEN))
-    return None
+    return scaled_alike(use, use.args["self"], bounds, otherwise=_ALIKE, certainty="jump", unseen=True, merged=merged)
 
 
-def larger_of_two(use: ShiftUse) -> Result:
-    """The larger or smaller of two entries moves with both, where they are shifted alike."""
-    ids = use.join(use.ids("self"), use.ids("other"), "compares entries that are shifted differently")
-    return Label.compressed(ids)
-
-
-def masked(use: ShiftUse) -> Result:
-    """Masks in front of a softmax; other values are not shifted with the rest."""
-    if _is_mask(use.args.get("value")):
-        return use.label("self")
-    use.refuse("fills in something that is not shifted with it")
-    return None
-
-
-def chosen(use: ShiftUse) -> Result:
-    """One tensor where a condition holds and another elsewhere: both shifted alike, or one of them a mask."""
-    for name, other in (("self", "other"), ("other", "self")):
+def chosen(use: Use) -> Result:
+    """One of two values, by a condition or by their size: both shifted alike, or one of them a mask of a softmax."""
+    names = ("self", "value" if "value" in use.args else "other")
+    for name, other in (names, names[::-1]):
         if use.label(name) is not None and _is_mask(use.args[other]):
             return Label.compressed(use.ids(name))
-    reason = "chooses between entries that are shifted differently"
-    return Label.compressed(use.join(use.ids("self"), use.ids("other"), reason))
+    first, second = map(use.ids, names)
+    return Label.compressed(use.join(first, second, "takes entries that are shifted differently"))
 
 
 def _is_mask(value: Any) -> bool:
@@ -189,7 +158,7 @@ def add(use: Use) -> Result:
             return use.label("self") or use.label("other")
     for name, other in (("self", "other"), ("other", "self")):
         if _is_subtracted(use, terms[name]):
-            use.end(name, reason="is subtracted with the mean by the normalization behind it")
+            use.end(use.label(name), reason="is subtracted with the mean by the normalization behind it")
             return Label.compressed(use.ids(other))
     return scaled_alike(use, *terms.values(), otherwise=_ADDS)
 
@@ -230,14 +199,9 @@ def add_product(use: Use) -> Result:
 
 def add_to(use: Use, product: Ids) -> Result:
     """Label of a sum of a product and of the argument ``self``, which are scaled alike."""
-    first = use.args["self"]
-    if use.label("self") is None and (product != UNSCALED).any():
-        coscaled = use.graph.parameter_of(first) and _coscales(use, first, product)
-        if use.is_zero(first) or coscaled:
-            return Label.compressed(product)
-        use.refuse(_ADDS, Label(product))
-        return None
-    return Label.compressed(use.join(product, use.ids("self"), "adds tensors that have different scales"))
+    label = Label.compressed(product)
+    merged = {} if label is None else {use.node: label}
+    return scaled_alike(use, use.args["self"], use.node, otherwise=_ADDS, merged=merged)
 
 
 def _coscales(use: Use, other: Node, ids: Ids) -> bool:
@@ -249,7 +213,7 @@ def _coscales(use: Use, other: Node, ids: Ids) -> bool:
     return use.coscale(other, np.broadcast_to(merged, padded).reshape(shape))
 
 
-def add_shifts(use: ShiftUse) -> Result:
+def add_shifts(use: Use) -> Result:
     """Sums and differences: shifts add; what cancels is absorbed."""
     a, b = use.ids("self"), use.ids("other")
     factor = float(use.args.get("alpha", 1) or 0) * (1.0 if use.op == "add" else -1.0)
@@ -269,8 +233,7 @@ def add_shifts(use: ShiftUse) -> Result:
 def multiply(use: Use) -> Result:
     """Products and quotients: exponents add; a factor without a scale lets the other's pass."""
     if use.args.get("rounding_mode"):
-        use.refuse("rounds a scaled tensor", certainty="jump")
-        return None
+        return use.refuse("rounds a scaled tensor", certainty="jump")
     left = use.ids("self")
     product = use.scales.sum(left, use.ids("other"), -1.0 if "div" in use.op else 1.0)
     if use.label("self") is not None and use.label("other") is not None and (product == UNSCALED).any():
@@ -282,17 +245,15 @@ def multiply_each(use: Use) -> Result:
     """Products of each tensor of a list with a factor that has no scale; in place, its label is what it was."""
     factors = use.args.get("other")
     if any(use.label_of(factor) for factor in (factors if isinstance(factors, list) else [factors])):
-        use.refuse("multiplies lists of scaled tensors", unknown=True)
-        return None
+        return use.refuse("multiplies lists of scaled tensors", unknown=True)
     return None if use.op.endswith("_") else [use.label_of(tensor) for tensor in use.args["self"]]
 
 
-def multiply_shift(use: ShiftUse) -> Result:
+def multiply_shift(use: Use) -> Result:
     """Products with a number multiply the shift; products with a tensor make something unknown of it."""
     left, right = use.label("self"), use.label("other")
     if (left is not None and right is not None) or use.args.get("rounding_mode") or ("div" in use.op and left is None):
-        use.refuse("multiplies or divides shifted tensors")
-        return None
+        return use.refuse("multiplies or divides shifted tensors")
     name, other = ("self", use.args["other"]) if left is not None else ("other", use.args["self"])
     ids = use.ids(name)
     if isinstance(other, (int, float)):

@@ -1,27 +1,20 @@
-"""Operations entry by entry, and on entries of several tensors that meet."""
+"""Operations entry by entry."""
 
 from __future__ import annotations
 
 import torch
 
 from manifold_nets.symmetry.equations import Label
-from manifold_nets.symmetry.rules.table import Table, of_first
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use
-
-# A constant up to this size that is added under a normalization is its eps.
-LARGEST_EPS = 1e-3
-# What is filled in below this vanishes in a softmax, shifted or not.
-_MASKED = -1e30
-_ALIKE = "compares with something that is not scaled with it"
-_ADDS = "adds something that is not scaled with it"
+from manifold_nets.symmetry.rules.table import Table, both, of_first
+from manifold_nets.symmetry.rules.use import Result, Use
 
 
 def table() -> Table:
     """Operation → what it does to a scale, and to a shift."""
     return {
-        "alias clone contiguous detach lift_fresh_copy positive": (passes, passes),
+        "alias clone contiguous detach lift_fresh_copy positive": both(passes),
         "_to_copy to.device to.dtype to.other to.dtype_layout to.prim_Device to.prim_dtype to.prim_other type_as": (
-            cast, cast),
+            both(cast)),
         "relu leaky_relu prelu rrelu rrelu_with_noise abs absolute conj _conj resolve_conj resolve_neg real imag tril "
         "triu": (passes, None),
         "neg negative": (passes, negated),
@@ -38,7 +31,7 @@ def table() -> Table:
         # Results that depend on the shape and the dtype only.
         "zeros_like ones_like empty_like new_zeros new_ones new_empty full_like new_full rand_like "
         "rand_like.generator randn_like randn_like.generator sym_size sym_size.int sym_numel "
-        "_assert_tensor_metadata": (shape_only, shape_only),
+        "_assert_tensor_metadata": both(shape_only),
         # Results that a positive scale of each entry does not change.
         "sign sgn signbit isnan isinf isfinite logical_not logical_and logical_or logical_xor count_nonzero "
         "count_nonzero.dim_IntList": (sign, None),
@@ -62,35 +55,31 @@ def passes(use: Use) -> Result:
 def cast(use: Use, label: Label) -> Result:
     """Pass the label of a tensor that is cast to another dtype; a truth value says which entries are not zero."""
     if use.node.meta["val"].dtype == torch.bool and not use.shifts:
-        use.end("self")
-        return None
+        return use.end(label)
     return label
 
 
 @of_first
-def negated(use: ShiftUse, label: Label) -> Result:
+def negated(use: Use, label: Label) -> Result:
     """The opposite shift."""
     return Label(use.scales.times(label.ids, -1.0))
 
 
-def dropout(use: ShiftUse) -> Result:
+def dropout(use: Use) -> Result:
     """Dropout scales entries at random, unless its probability is 0."""
-    if use.inactive(use.graph.module_of(use.node)) and not use.args.get("p"):
+    if use.walk.inactive(use.graph.module_of(use.node)) and not use.args.get("p"):
         return use.label_of(next(iter(use.args.values())))
-    use.refuse("drops entries at random")
-    return None
+    return use.refuse("drops entries at random")
 
 
 def not_homogeneous(use: Use) -> Result:
     """Refuse every scale."""
-    use.refuse("is not positively homogeneous", certainty="smooth")
-    return None
+    return use.refuse("is not positively homogeneous", certainty="smooth")
 
 
 def jumps(use: Use) -> Result:
     """Refuse every scale, of which a derivative may see nothing."""
-    use.refuse("is not positively homogeneous", certainty="jump")
-    return None
+    return use.refuse("is not positively homogeneous", certainty="jump")
 
 
 def shape_only(use: Use) -> Result:
@@ -100,8 +89,7 @@ def shape_only(use: Use) -> Result:
 
 def sign(use: Use) -> Result:
     """Drop the label: the result does not depend on a positive scale."""
-    use.end()
-    return None
+    return use.end()
 
 
 def threshold(use: Use) -> Result:
@@ -113,8 +101,7 @@ def threshold(use: Use) -> Result:
 def nan_to_num(use: Use, label: Label) -> Result:
     """What is finite stays, zeros for the rest pass any scale, and the largest numbers are as good as infinite."""
     if any(use.args.get(name) for name in ("nan", "posinf", "neginf")):
-        use.refuse("fills in something that is not scaled with it", label)
-        return None
+        return use.refuse("fills in something that is not scaled with it", label)
     return label
 
 
@@ -123,12 +110,10 @@ def power(use: Use) -> Result:
     known = {"square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0}
     label, exponent = use.label("self"), known.get(use.op, use.args.get("exponent"))
     if label is None or not isinstance(exponent, (int, float)):
-        use.refuse("has a scaled exponent")
-        return None
+        return use.refuse("has a scaled exponent")
     return Label.compressed(use.scales.times(label.ids, float(exponent)))
 
 
 def renorm(use: Use) -> Result:
     """Slices above the largest norm are brought down to it, others stay."""
-    use.refuse("leaves slices below its largest norm as they are", certainty="jump")
-    return None
+    return use.refuse("leaves slices below its largest norm as they are", certainty="jump")

@@ -12,9 +12,9 @@ from torch.fx import Node
 
 from manifold_nets.symmetry.equations import UNSCALED, Ids, Label
 from manifold_nets.symmetry.graph import operation_key
-from manifold_nets.symmetry.rules.products import matrix_product
+from manifold_nets.symmetry.rules.products import contracted, einsum_indices
 from manifold_nets.symmetry.rules.table import SHIFT_RULES, Table, of_first
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
+from manifold_nets.symmetry.rules.use import Result, Use, shape_of, unscaled
 
 _WINDOW = "sums over a window whose entries have different scales"
 _CHANNELS = "sums input channels that have different scales"
@@ -75,7 +75,7 @@ def _row_forms(use: Use, groups: int) -> Ids | None:
 def _input_forms(use: Use, ids: Ids, axis: int, groups: int) -> Ids:
     """Label that a scaled input causes: its columns undo it where they may; else each group of channels is summed."""
     channels = use.shape("input")[axis]
-    if use.columns is not None and ids.size == ids.shape[axis]:
+    if use.walk.columns is not None and ids.size == ids.shape[axis]:
         left = use.compensate(use.args["weight"], np.broadcast_to(ids.reshape(-1), (channels,)))
         if left is not None:
             return left.reshape((1,) * ids.ndim)
@@ -97,22 +97,20 @@ def _with_bias(use: Use, axis: int, ids: Ids) -> Result:
     if bias is not None:
         use.join(per_channel, bias.ids, "adds a bias of another scale")
     elif not use.coscale(use.args["bias"], per_channel):
-        use.refuse("adds a bias that cannot be scaled along", Label(ids))
-        return None
+        return use.refuse("adds a bias that cannot be scaled along", Label(ids))
     return Label.compressed(use.scales.roots(ids))
 
 
-def linear_map_of_shifts(use: ShiftUse) -> Result:
+def linear_map_of_shifts(use: Use) -> Result:
     """The bias shifts its channel; a shift of the input or of the rows is linked."""
     axis, rank = _channel_axis(use), len(use.out_shape)
-    source, weight, blocks = use.label("input"), use.label("weight"), use.rows.get(use.args["weight"])
+    source, weight, blocks = use.label("input"), use.label("weight"), use.blocks
     ids = unscaled(rank)
     if any(_lets_no_shift_pass(user) for user in use.node.users.keys() & use.graph.live_or_stored):
         use.refuse("is read by an operation that lets no shift pass")  # at once: each entry would be an unknown
         return None
     if weight is not None and (source is not None or blocks is None):
-        use.refuse("multiplies with what is shifted", weight, source)
-        return None
+        return use.refuse("multiplies with what is shifted", weight, source)
     if weight is not None and blocks is not None:
         ids = _rows(use, weight, blocks, axis)
     elif source is not None:
@@ -130,7 +128,7 @@ def _lets_no_shift_pass(user: Node) -> bool:
     return isinstance(user.target, OpOverload) and operation_key(user) not in SHIFT_RULES
 
 
-def _rows(use: ShiftUse, weight: Label, blocks: int, axis: int) -> Ids:
+def _rows(use: Use, weight: Label, blocks: int, axis: int) -> Ids:
     """Every channel of a block gets v·x, which differs from position to position and from block to block."""
     shape = [1 if a == axis else n for a, n in enumerate(use.out_shape)]
     reason = "makes one shift per position of a row that is added to filters"
@@ -139,7 +137,7 @@ def _rows(use: ShiftUse, weight: Label, blocks: int, axis: int) -> Ids:
     return ids if blocks == 1 else np.repeat(ids, use.out_shape[axis] // blocks, axis)
 
 
-def _pads(use: ShiftUse, axis: int) -> list[bool]:
+def _pads(use: Use, axis: int) -> list[bool]:
     """For each axis of the result whether positions at its border see fewer shifted entries than those inside."""
     count = len(use.out_shape) - axis - 1
     if _is_transposed(use):
@@ -171,9 +169,9 @@ def embedding_bag(use: Use) -> Result:
 
 
 @of_first
-def embedding_of_shifts(use: ShiftUse, label: Label) -> Result:
+def embedding_of_shifts(use: Use, label: Label) -> Result:
     """A constant added to all of a row shifts the result at every place where it is looked up."""
-    if use.args["weight"] in use.rows:
+    if use.blocks is not None:
         return use.fresh(label.ids, (*use.out_shape[:-1], 1), "looks up shifted rows")
     return embedding(use)
 
@@ -184,14 +182,16 @@ def attention(use: Use) -> Result:
     if use.label("attn_mask") is not None:
         use.refuse("adds it to what a softmax reads", use.label("attn_mask"))
     if query is not None or key is not None:
-        scores = matrix_product(use, use.ids("query"), use.ids("key").swapaxes(-1, -2))
+        factors = [use.args["query"], use.args["key"]]
+        indices, result = einsum_indices("...ij,...kj->...ik", [len(shape_of(factor)) for factor in factors])
+        scores = contracted(use, list(zip(factors, indices, strict=True)), result)
         use.refuse("feeds products of queries and keys to a softmax", Label(scores), certainty="smooth")
     if value is None:
         return None
     return Label.compressed(use.merge(value.ids, [-2], "averages values that have different scales"))
 
 
-def attention_of_shifts(use: ShiftUse) -> Result:
+def attention_of_shifts(use: Use) -> Result:
     """A shift of all keys is not seen, one of all values passes, one of the queries matters."""
     query, key, value = use.label("query"), use.label("key"), use.label("value")
     if query is not None and use.shape("key")[-2] == 1:
@@ -204,9 +204,8 @@ def attention_of_shifts(use: ShiftUse) -> Result:
         use.absorb("softmax", use.merge(use.ids("attn_mask"), [-1], _KEYS))
     if value is None:
         return None
-    if float(use.args.get("dropout_p") or 0.0) > 0 or not use.inactive(use.graph.module_of(use.node)):
-        use.refuse("drops attention weights at random, which then do not sum to 1", value)
-        return None
+    if float(use.args.get("dropout_p") or 0.0) > 0 or not use.walk.inactive(use.graph.module_of(use.node)):
+        return use.refuse("drops attention weights at random, which then do not sum to 1", value)
     ids = value.ids
     if use.args.get("enable_gqa") and ids.shape[-3] > 1:
         ids = np.repeat(ids, use.out_shape[-3] // ids.shape[-3], -3)

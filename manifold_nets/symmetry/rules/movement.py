@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.symmetry.equations import UNSCALED, Ids, Label
-from manifold_nets.symmetry.rules.table import Rule, Table, of_first
-from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, shape_of, unscaled
+from manifold_nets.symmetry.rules.table import Rule, Table, both, of_first
+from manifold_nets.symmetry.rules.use import Result, Use, aligned, as_list, shape_of
 
 VIEWS = frozenset(
     "view reshape _unsafe_view flatten unflatten view_as permute transpose swapaxes swapdims t movedim moveaxis "
@@ -29,10 +29,6 @@ _VMAP = "torch._functorch.predispatch."
 
 def table() -> Table:
     """Operation → what it does to a scale, and to a shift."""
-
-    def both(rule: Rule) -> tuple[Rule, Rule]:
-        return rule, rule
-
     return {
         "view reshape _unsafe_view flatten.using_ints unflatten.int view_as reshape_as": both(reshape),
         # Views: they are taken of numbers that do not lie in memory where they do not vary.
@@ -189,16 +185,20 @@ def cat(use: Use) -> Result:
     dim, parts = (use.args.get("dim") or 0) % len(use.out_shape), []
     for node in use.args["tensors"]:
         label, shape = use.label_of(node), shape_of(node)
-        if shape == (0,):
-            continue
-        zeros = use.any_scale(shape) if label is None and use.is_zero(node) else None
-        ids = label.ids if label is not None else unscaled(len(shape)) if zeros is None else zeros
+        ids = use.any_scale(shape) if label is None and use.is_zero(node) else None if label is None else label.ids
         if use.op == "stack":
-            ids, shape = np.expand_dims(ids, dim), (*shape[:dim], 1, *shape[dim:])
-        parts.append(np.broadcast_to(ids, [shape[axis] if axis == dim else n for axis, n in enumerate(ids.shape)]))
-    common = np.broadcast_shapes(*[tuple(1 if a == dim else n for a, n in enumerate(p.shape)) for p in parts])
-    full = [np.broadcast_to(p, [p.shape[a] if a == dim else n for a, n in enumerate(common)]) for p in parts]
-    return Label.compressed(np.concatenate(full, dim))
+            ids, shape = None if ids is None else np.expand_dims(ids, dim), (*shape[:dim], 1, *shape[dim:])
+        if shape != (0,):
+            parts.append((ids, shape[dim]))
+    shapes = [tuple(1 if a == dim else n for a, n in enumerate(ids.shape)) for ids, _ in parts if ids is not None]
+    full = [*np.broadcast_shapes((1,) * len(use.out_shape), *shapes)]
+    full[dim] = use.out_shape[dim]
+    result, start = np.full(full, UNSCALED), 0
+    for ids, size in parts:
+        if ids is not None:
+            result[(slice(None),) * dim + (slice(start, start + size),)] = ids
+        start += size
+    return Label.compressed(result)
 
 
 @of_first
@@ -334,15 +334,13 @@ def writes(name: str, *, along: str = "", same_axes: bool = False) -> Rule:
 
     def rule(use: Use) -> Result:
         if use.args.get("reduce") == "prod":
-            use.refuse("multiplies entries", unknown=True)
-            return None
+            return use.refuse("multiplies entries", unknown=True)
         own, values, shape = use.label("self"), use.args[name], use.shape("self")
         axes = [use.args[along] or 0] if along else list(range(len(shape)))
         new = use.label_of(values)
         if new is None:
             if own is not None and not use.is_zero(values):
-                use.refuse(_OTHERS)
-                return None
+                return use.refuse(_OTHERS)
             return own
         if use.op == "select_scatter":
             new = Label(np.expand_dims(new.ids, axes[0] % len(shape)))
@@ -350,8 +348,7 @@ def writes(name: str, *, along: str = "", same_axes: bool = False) -> Rule:
         if any(n not in (1, m) for n, m in zip(source.shape, shape, strict=False)) or source.ndim != len(shape):
             source = use.merge(source, range(source.ndim), _MIXED).reshape((1,) * len(shape))
         if own is None and not use.is_zero(use.args["self"]):
-            use.refuse(_OTHERS)
-            return None
+            return use.refuse(_OTHERS)
         target = source if own is None else use.merge(own.ids, axes, _MIXED)
         return Label.compressed(use.join(target, source, _OTHERS))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from manifold_nets.symmetry.equations import Ids, Label
 from manifold_nets.symmetry.rules.table import Table
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, unscaled
+from manifold_nets.symmetry.rules.use import Result, Use, unscaled
 
 
 def table() -> Table:
@@ -59,10 +59,9 @@ def per_row(use: Use) -> Result:
     return _affine(use, axes)
 
 
-def subtracts_no_mean(use: ShiftUse) -> Result:
+def subtracts_no_mean(use: Use) -> Result:
     """Root-mean-square normalization sees a shift."""
-    use.refuse("subtracts no mean")
-    return None
+    return use.refuse("subtracts no mean")
 
 
 def weight_norm(use: Use) -> Result:

@@ -1,8 +1,9 @@
-"""Products of matrices and vectors, and Einstein sums."""
+"""Products of matrices and vectors, all of them Einstein sums."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch.fx import Node
@@ -10,169 +11,88 @@ from torch.fx import Node
 from manifold_nets.symmetry.equations import Ids, Label
 from manifold_nets.symmetry.rules.arithmetic import add_to
 from manifold_nets.symmetry.rules.table import Table
-from manifold_nets.symmetry.rules.use import LARGEST_LINK, Result, ShiftUse, Use, aligned, shape_of, unscaled
+from manifold_nets.symmetry.rules.use import LARGEST_LINK, Result, Use, shape_of, unscaled
 
-_MULTIPLIES = "multiplies with a tensor"
 # Up to this many pairs of contracted entries are compared pair by pair; beyond, each factor needs one scale.
 _LARGEST_PRODUCT = 200_000
+_Factors = Sequence[tuple[Any, Sequence[str]]]
 
 
 def table() -> Table:
     """Operation → what it does to a scale, and to a shift."""
     return {
-        "matmul mm bmm": (matmul, matmul_of_shifts),
-        "_sparse_mm mv dot vdot inner": (matmul, None),
-        "outer ger": (outer, None),
-        "einsum": (einsum, einsum_of_shifts),
-        "addmm baddbmm": (addmm, addmm_of_shifts),
-        "addbmm addmv": (addmm, None),
+        "matmul mm bmm einsum _sparse_mm mv dot vdot inner outer ger": (product, product_of_shifts),
+        "addmm baddbmm addbmm addmv": (added_product, added_product_of_shifts),
     }
 
 
-# ---- matrix products -------------------------------------------------------------------------------------------------
+def product(use: Use) -> Result:
+    """Products of tensors: the products of the entries that are summed need one scale."""
+    factors, result = _indices(use)
+    return Label.compressed(contracted(use, factors, result))
 
 
-def matmul(use: Use) -> Result:
-    """Products of matrices and vectors: the products of the entries that are summed need one scale."""
-    first, second = _factors(use)
-    if use.op == "inner" and len(use.shape(second)) > 1:
-        use.refuse("is followed for vectors only", unknown=True)
-        return None
-    return Label.compressed(_product(use, first, second))
-
-
-def addmm(use: Use) -> Result:
-    """``β b + α x W``: a matrix product to which a tensor is added, scaled along where it is a parameter."""
-    first, second = _factors(use)
+def added_product(use: Use) -> Result:
+    """``β b + α x W``: a product to which a tensor is added, scaled along where it is a parameter."""
+    factors, result = _indices(use)
     alpha, beta = (float(use.args.get(factor, 1)) for factor in ("alpha", "beta"))
-    product = _product(use, first, second) if alpha else unscaled(len(use.out_shape))
-    if use.op == "addbmm" and alpha:
-        product = use.merge(product, [0]).squeeze(0)
+    ids = contracted(use, factors, result) if alpha else unscaled(len(result))
     if not beta:
-        return Label.compressed(product)
-    return add_to(use, product) if alpha else use.label("self")
+        return Label.compressed(ids)
+    return add_to(use, ids) if alpha else use.label("self")
 
 
-def _factors(use: Use) -> tuple[str, str]:
-    first, second = [name for name, value in use.args.items() if isinstance(value, Node)][-2:]
-    return first, second
+def contracted(use: Use, factors: _Factors, result: Sequence[str]) -> Ids:
+    """Ids of a product; one scale is demanded of all that is summed.
 
-
-def _product(use: Use, first: str, second: str) -> Ids:
-    """Ids of the product of two arguments, of which each may be a vector."""
-    vectors = [len(use.shape(name)) == 1 for name in (first, second)]
-    rank = max(2, len(use.shape(first)), len(use.shape(second)))
-    left, right = use.label(first), use.label(second)
-    if left is not None and vectors[0]:
-        left = Label(left.ids[None])
-    if right is not None and vectors[1]:
-        right = Label(right.ids[:, None])
-    product = matrix_product(use, *(unscaled(rank) if side is None else aligned(side, rank) for side in (left, right)))
-    return product.squeeze(tuple(axis for axis, vector in zip((-2, -1), vectors, strict=True) if vector))
-
-
-def matrix_product(use: Use, a: Ids, b: Ids) -> Ids:
-    """Ids of a product of matrices, of which both have as many axes; one scale is demanded of all that is summed."""
-    size = np.prod(np.broadcast_shapes((*a.shape, 1), (*b.shape[:-2], 1, *b.shape[-2:])))
-    if size > _LARGEST_PRODUCT:
-        a, b = use.merge(a, [-1]), use.merge(b, [-2])
-    return use.merge(use.scales.sum(a[..., None], b[..., None, :, :]), [-2]).squeeze(-2)
-
-
-def outer(use: Use) -> Result:
-    """Every product of an entry of one vector and one of another."""
-    return Label.compressed(use.scales.sum(use.ids("self", 1)[:, None], use.ids("vec2", 1)[None]))
-
-
-def matmul_of_shifts(use: ShiftUse) -> Result:
-    """A shift of one factor that is the same in all rows (columns) is so in the product."""
-    first, second = _factors(use)
-    if min(len(use.shape(first)), len(use.shape(second))) < 2:
-        use.refuse("multiplies shifted tensors")
-        return None
-    left, right = use.label(first), use.label(second)
-    if left is not None and right is not None and int(np.prod(use.out_shape)) > LARGEST_LINK:
-        use.refuse("makes too many different shifts to follow", left, unknown=True)
-        return Label.compressed(_images(use, second))
-    return Label.compressed(_images(use, first, second))
-
-
-def _images(use: ShiftUse, *names: str) -> Ids:
-    """Sum of what the shifts of the factors make: of the left one along its rows, of the right one along its columns.
-
-    The product of both shifts has the pattern of each of the other terms, whose unknowns are arbitrary.
+    Args:
+        use: the operation.
+        factors: the factors, each with the names of its axes.
+        result: the names of the axes of the result.
     """
-    total, factors = (
-        unscaled(len(use.out_shape)),
-        _factors(use) if use.op.startswith(("add", "badd")) else list(use.args),
-    )
-    for name in names:
-        label, axis = use.label(name), -2 if name == factors[0] else -1
-        if label is not None:
-            shape = list(use.out_shape)
-            shape[axis] = label.ids.shape[axis]
-            total = use.scales.sum(total, use.image(label.ids, shape, _MULTIPLIES))
-    return total
-
-
-def addmm_of_shifts(use: ShiftUse) -> Result:
-    """A matrix product that is added to a bias."""
-    ids = use.scales.times(use.ids("self"), float(use.args.get("beta", 1)))
-    product = _images(use, *_factors(use)) if float(use.args.get("alpha", 1)) else unscaled(ids.ndim)
-    return Label.compressed(use.scales.sum(ids, product))
-
-
-# ---- Einstein sums ---------------------------------------------------------------------------------------------------
-
-
-def einsum(use: Use) -> Result:
-    """The products of the entries that are summed need one scale."""
-    parsed = _parsed(use)
-    if parsed is None:
-        return None
-    indices, result = parsed
-    labels = [use.label_of(tensor) for tensor in use.args["tensors"]]
-    factors = [(names, label.ids) for names, label in zip(indices, labels, strict=True) if label is not None]
-    every = list(dict.fromkeys(name for names, _ in factors for name in names))
+    scaled = [(label.ids, names) for factor, names in factors if (label := use.label_of(factor)) is not None]
+    every = list(dict.fromkeys(name for _, names in scaled for name in names))
     summed = [every.index(name) for name in every if name not in result]
-    spread = [_spread(ids, names, every) for names, ids in factors]
+    spread = [_spread(ids, names, every) for ids, names in scaled]
     if np.prod(np.broadcast_shapes(*(ids.shape for ids in spread))) > _LARGEST_PRODUCT:
         spread = [use.merge(ids, summed) for ids in spread]
     total = unscaled(len(every))
     for ids in spread:
         total = use.scales.sum(total, ids)
     kept = use.merge(total, summed).squeeze(tuple(summed))
-    return Label.compressed(_spread(kept, [name for name in every if name in result], result))
+    return _spread(kept, [name for name in every if name in result], result)
 
 
-def einsum_of_shifts(use: ShiftUse) -> Result:
-    """A shift stays constant along the indices that only its own factor has."""
-    parsed = _parsed(use)
-    if parsed is None:
-        return None
-    indices, result = parsed
+def product_of_shifts(use: Use) -> Result:
+    """What the shifts of the factors make."""
+    return Label.compressed(_images(use))
+
+
+def added_product_of_shifts(use: Use) -> Result:
+    """A product that is added to a tensor."""
+    ids = use.scales.times(use.ids("self"), float(use.args.get("beta", 1)))
+    return Label.compressed(use.scales.sum(ids, _images(use)) if float(use.args.get("alpha", 1)) else ids)
+
+
+def _images(use: Use) -> Ids:
+    """Sum of what the shifts of the factors make: each stays constant along the axes that only its factor has.
+
+    The product of several shifts has the pattern of these, whose unknowns are arbitrary.
+    """
+    factors, result = _indices(use)
+    shifted = [(place, label) for place, (factor, _) in enumerate(factors) if (label := use.label_of(factor))]
+    if len(shifted) > 1 and int(np.prod(use.out_shape)) > LARGEST_LINK:
+        for _, label in shifted[:-1]:
+            use.refuse("makes too many different shifts to follow", label, unknown=True)
+        del shifted[:-1]
     total = unscaled(len(result))
-    for place, (names, tensor) in enumerate(zip(indices, use.args["tensors"], strict=True)):
-        label = use.label_of(tensor)
-        if label is None:
-            continue
-        others = {name for factor in (*indices[:place], *indices[place + 1 :]) for name in factor}
-        have = dict(zip(names, label.ids.shape, strict=True))
+    for place, label in shifted:
+        have = dict(zip(factors[place][1], label.ids.shape, strict=True))
+        others = {name for _, names in (*factors[:place], *factors[place + 1 :]) for name in names}
         sizes = zip(result, use.out_shape, strict=True)
         shape = [have[name] if name in have and name not in others else n for name, n in sizes]
-        # The product of several shifts has the pattern of these, whose unknowns are arbitrary.
-        total = use.scales.sum(total, use.image(label.ids, shape, _MULTIPLIES))
-    return Label.compressed(total)
-
-
-def _parsed(use: Use) -> tuple[list[list[str]], list[str]] | None:
-    """The indices of the factors and of the result of an equation; None where one occurs twice in a factor."""
-    ranks = [len(shape_of(tensor)) for tensor in use.args["tensors"]]
-    indices, result = einsum_indices(str(use.args["equation"]), ranks)
-    if any(len(set(names)) < len(names) for names in indices):
-        use.refuse("is followed for equations without repeated indices only", unknown=True)
-        return None
-    return indices, result
+        total = use.scales.sum(total, use.image(label.ids, shape, "multiplies with a tensor"))
+    return total
 
 
 def _spread(ids: Ids, names: Sequence[str], every: Sequence[str]) -> Ids:
@@ -180,6 +100,28 @@ def _spread(ids: Ids, names: Sequence[str], every: Sequence[str]) -> Ids:
     order = sorted(range(len(names)), key=lambda axis: every.index(names[axis]))
     sizes = {names[axis]: ids.shape[axis] for axis in order}
     return ids.transpose(order).reshape([sizes.get(name, 1) for name in every])
+
+
+def _indices(use: Use) -> tuple[_Factors, list[str]]:
+    """The factors of a product, each with the names of its axes, and those of the result.
+
+    Raises:
+        ValueError: an index occurs twice in a factor, or an inner product is none of vectors.
+    """
+    factors: list[Any] = [value for value in use.args.values() if isinstance(value, Node)][-2:]
+    if use.op == "einsum":
+        factors, equation = use.args["tensors"], str(use.args["equation"])
+    elif use.op in ("outer", "ger", "addbmm"):
+        equation = "bij,bjk->ik" if use.op == "addbmm" else "i,j->ij"
+    else:
+        left, right = (len(shape_of(factor)) > 1 for factor in factors)
+        if use.op == "inner" and right:
+            raise ValueError("the second factor is no vector")
+        equation = f"...{'i' * left}j,...j{'k' * right}->...{'i' * left}{'k' * right}"
+    indices, result = einsum_indices(equation, [len(shape_of(factor)) for factor in factors])
+    if any(len(set(names)) < len(names) for names in indices):
+        raise ValueError("an index occurs twice in a factor")
+    return list(zip(factors, indices, strict=True)), result
 
 
 def einsum_indices(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:

@@ -7,13 +7,12 @@ import numpy as np
 from manifold_nets.symmetry.equations import Label
 from manifold_nets.symmetry.rules.arithmetic import scaled_alike
 from manifold_nets.symmetry.rules.elementwise import not_homogeneous
-from manifold_nets.symmetry.rules.table import Rule, Table, of_first
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, shape_of, varies
+from manifold_nets.symmetry.rules.table import Rule, Table, both, of_first
+from manifold_nets.symmetry.rules.use import Result, Use, shape_of, varies
 
 _COMPARED = "compares entries that have different scales"
 _DIFFERENTLY = "compares entries that are shifted differently"
 _AVERAGED = "averages entries that are shifted differently"
-_ONE_MEAN = "takes one mean over entries that are shifted differently"
 
 
 def table() -> Table:
@@ -21,28 +20,28 @@ def table() -> Table:
     return {
         "mean mean.dim sum sum.dim_IntList": (reduces(), mean),
         "nansum nanmean": (reduces(), None),
-        "std std.dim std.correction": (reduces(), absorbed_by_mean),
-        "var var.dim var.correction": (reduces(2.0), absorbed_by_mean),
-        "var_mean var_mean.dim var_mean.correction": (reduces(2.0, 1.0), spread_and_mean),
-        "std_mean std_mean.dim std_mean.correction": (reduces(1.0, 1.0), spread_and_mean),
+        "std std.dim std.correction": (reduces(), reduces(0.0)),
+        "var var.dim var.correction": (reduces(2.0), reduces(0.0)),
+        "var_mean var_mean.dim var_mean.correction": (reduces(2.0, 1.0), reduces(0.0, 1.0)),
+        "std_mean std_mean.dim std_mean.correction": (reduces(1.0, 1.0), reduces(0.0, 1.0)),
         "norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dtype norm.ScalarOpt_dim_dtype linalg_vector_norm linalg_norm "
         "linalg_norm.ord_str linalg_matrix_norm linalg_matrix_norm.str_ord frobenius_norm.dim nuclear_norm "
         "nuclear_norm.dim": (norm, None),
         "prod prod.dim_int": (product, None),
-        "amax amin max max.dim min min.dim median median.dim": (reduces(reason=_COMPARED), extremum),
+        "amax amin max max.dim min min.dim median median.dim": both(reduces(reason=_COMPARED)),
         "aminmax": (reduces(1.0, 1.0, reason=_COMPARED), None),
         "nanmedian nanmedian.dim kthvalue mode": (reduces(reason=_COMPARED), None),
         "cumsum cummax cummin": (along_axis(), None),
         "sort sort.stable topk msort": (along_axis(reason=_COMPARED), None),
         "argmax argmin argsort argsort.stable": (place, None),
         "logcumsumexp": (not_homogeneous, None),
-        "logsumexp": (not_homogeneous, extremum),
+        "logsumexp": (not_homogeneous, reduces(reason=_COMPARED)),
         "softmax.int log_softmax.int _softmax _log_softmax": (not_homogeneous, softmax),
         "cross_entropy_loss": (not_homogeneous, cross_entropy),
         "cosine_similarity": (cosine_similarity, None),
         "cdist _cdist_forward": (distances, distances_of_shifts),
         "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
-        "max_pool2d_with_indices max_pool3d_with_indices": (window, max_pool),
+        "max_pool2d_with_indices max_pool3d_with_indices": both(window),
         "max_unpool2d max_unpool3d fractional_max_pool2d": (window, None),
         "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
         "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d "
@@ -58,12 +57,13 @@ def table() -> Table:
 
 
 def reduces(*powers: float, reason: str = "sums entries that have different scales") -> Rule:
-    """A rule of reductions over entries that are scaled alike: the power of the scale of each result."""
+    """A rule of reductions over entries that are scaled alike: the power of the scale of each result.
+
+    Of shifts, what multiplies them: a variance does not see a shift of everything that it runs over.
+    """
 
     @of_first
     def rule(use: Use, label: Label) -> Result:
-        if use.op in ("kthvalue", "mode"):
-            use.args["dim"] = -1 if use.args["dim"] is None else use.args["dim"]
         ids = use.reduced(label, reason)
         scaled = (ids if power == 1.0 else use.scales.times(ids, power) for power in powers or (1.0,))
         results = [Label.compressed(each) for each in scaled]
@@ -76,8 +76,7 @@ def reduces(*powers: float, reason: str = "sums entries that have different scal
 def norm(use: Use, label: Label) -> Result:
     """Norms of vectors and matrices; that of order 0 counts the entries that are not zero."""
     if use.args.get("ord", use.args.get("p")) == 0:
-        use.scales.end(label.ids, use.why("counts entries, and hands on no gradient"))
-        return None
+        return use.end(label, reason="counts entries, and hands on no gradient")
     return Label.compressed(use.reduced(label))
 
 
@@ -97,7 +96,7 @@ def product(use: Use, label: Label) -> Result:
 
 
 @of_first
-def mean(use: ShiftUse, label: Label) -> Result:
+def mean(use: Use, label: Label) -> Result:
     """Means and sums."""
     axes, ids = use.axes(label.ids.ndim), label.ids
     if varies(label, axes) and use.is_linked(ids):
@@ -111,32 +110,12 @@ def mean(use: ShiftUse, label: Label) -> Result:
 
 
 @of_first
-def absorbed_by_mean(use: ShiftUse, label: Label) -> Result:
-    """Variances do not see a shift of everything that they run over."""
-    use.merge(label.ids, use.axes(label.ids.ndim), _ONE_MEAN)
-    return None
-
-
-@of_first
-def spread_and_mean(use: ShiftUse, label: Label) -> Result:
-    """The mean moves with a shift of everything that it runs over, the variance does not see it."""
-    return [None, Label.compressed(use.reduced(label, _ONE_MEAN))]
-
-
-@of_first
-def extremum(use: ShiftUse, label: Label) -> Result:
-    """Extrema and log-sum-exp move with a shift that is constant over their axes."""
-    return Label.compressed(use.reduced(label, _DIFFERENTLY))
-
-
-@of_first
-def softmax(use: ShiftUse, label: Label) -> Result:
+def softmax(use: Use, label: Label) -> Result:
     """A softmax does not see a shift that is constant along its axis."""
-    use.absorb("softmax", use.merge(label.ids, [int(use.args["dim"])], _DIFFERENTLY))
-    return None
+    return use.absorb("softmax", use.merge(label.ids, [int(use.args["dim"])], _DIFFERENTLY))
 
 
-def cross_entropy(use: ShiftUse) -> Result:
+def cross_entropy(use: Use) -> Result:
     """The loss does not see a constant added to all logits of an example."""
     label = use.label("self")
     if label is not None:
@@ -163,9 +142,7 @@ def along_axis(reason: str = "sums entries that have different scales") -> Rule:
 @of_first
 def place(use: Use, label: Label) -> Result:
     """Where the largest of some entries is, or their order: the same at every scale that they share."""
-    merged = use.merge(label.ids, use.axes(label.ids.ndim), _COMPARED)
-    use.scales.end(merged, use.why("does not see its scale, and hands on no gradient"))
-    return None
+    return use.end(Label(use.merge(label.ids, use.axes(label.ids.ndim), _COMPARED)))
 
 
 def cosine_similarity(use: Use) -> Result:
@@ -185,19 +162,14 @@ def distances(use: Use) -> Result:
     """Distances are scaled as all rows are; that of order 0 counts the entries that differ."""
     names = [name for name in ("x1", "x2") if use.label(name) is not None]
     merged = {use.args[name]: Label(use.merge(use.ids(name), [-1, -2], _COMPARED)) for name in names}
-    otherwise = "compares with something that is not scaled with it"
-    found = scaled_alike(use, use.args["x1"], use.args["x2"], otherwise=otherwise, merged=merged)
-    if isinstance(found, Label) and use.args["p"] == 0:
-        use.scales.end(found.ids, use.why("counts entries, and hands on no gradient"))
-        return None
-    return found
+    otherwise, counts = "compares with something that is not scaled with it", use.args["p"] == 0
+    return scaled_alike(use, use.args["x1"], use.args["x2"], otherwise=otherwise, unseen=counts, merged=merged)
 
 
-def distances_of_shifts(use: ShiftUse) -> Result:
+def distances_of_shifts(use: Use) -> Result:
     """Distances do not see what is added to all rows of both matrices."""
     left, right = (use.merge(use.ids(name), [-2], _DIFFERENTLY) for name in ("x1", "x2"))
-    use.absorb("difference", use.join(left, right, _DIFFERENTLY))
-    return None
+    return use.absorb("difference", use.join(left, right, _DIFFERENTLY))
 
 
 # ---- windows over the last axes --------------------------------------------------------------------------------------
@@ -222,13 +194,7 @@ def grid_sampler(use: Use) -> Result:
     return window(use)
 
 
-@of_first
-def max_pool(use: ShiftUse, label: Label) -> Result:
-    """Largest entries: one shift per channel."""
-    return Label.compressed(use.merge(label.ids, _space(use, label), _DIFFERENTLY))
-
-
-def average(use: ShiftUse) -> Result:
+def average(use: Use) -> Result:
     """Weighted means pass what is constant over the window; zeros of the padding are not shifted."""
     first, *others = use.args
     for name in others:

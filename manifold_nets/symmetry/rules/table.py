@@ -1,7 +1,7 @@
 """The tables of the rules, and how a rule of them is applied.
 
 Each file of rules begins with its table: operations, what they do to a scale, and what they do to a shift. A rule takes
-a `Use` or a `ShiftUse`, and returns the label of the result: what is left of the scales, or shifts, of the arguments.
+a `Use`, and returns the label of the result: what is left of the scales, or shifts, of the arguments.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from manifold_nets.symmetry.equations import Label
-from manifold_nets.symmetry.rules.use import Result, ShiftUse, Use, as_list
+from manifold_nets.symmetry.rules.use import Result, Use, as_list
 
-__all__ = ["RULES", "SHIFT_RULES", "Rule", "Table", "apply_rule", "guarded", "of_first", "of_real_numbers", "register"]
+__all__ = ["RULES", "SHIFT_RULES", "Rule", "Table", "apply_rule", "both", "guarded", "of_first", "register"]
 
 Rule = Callable[[Any], Result]
 # Operations, their exact overloads separated by spaces, with the rules of a scale and of a shift; where the latter is
@@ -38,6 +38,11 @@ def register(table: Table) -> None:
                 SHIFT_RULES[key] = guarded(shift)
 
 
+def both(rule: Rule) -> tuple[Rule, Rule]:
+    """One rule for scales and for shifts."""
+    return rule, rule
+
+
 def guarded(function: Rule) -> Rule:
     """Let a rule that meets arguments it does not foresee refuse the scale instead of ending the analysis."""
 
@@ -46,8 +51,8 @@ def guarded(function: Rule) -> Rule:
         try:
             result = function(use)
         except _UNFORESEEN as error:
-            use.refuse(f"its rule does not cover these arguments ({type(error).__name__}: {error})", unknown=True)
-            return None
+            why = f"{type(error).__name__}: {error}"
+            return use.refuse(f"its rule does not cover these arguments ({why})", unknown=True)
         values = use.node.meta.get("val")
         if isinstance(values, (tuple, list)) and isinstance(result, Label):
             return [result, *[None] * (len(values) - 1)]  # the other results are numbers of entries
@@ -67,24 +72,21 @@ def of_first(function: Callable[[Any, Label], Result]) -> Rule:
     return rule
 
 
-def apply_rule(use: ShiftUse) -> Result:
-    """Label of the result of an operation at which a shift arrives; refuses it where no rule lets it pass."""
-    known = SHIFT_RULES.get(use.key)
+def apply_rule(use: Use) -> Result:
+    """Label of the result of an operation at which a scale, or a shift, arrives; refuses it where no rule is known."""
+    known = (SHIFT_RULES if use.shifts else RULES).get(use.key)
     if known is not None:
-        return of_real_numbers(use, known(use))
+        return _of_real_numbers(use, known(use))
     if use.key in RULES:
-        use.refuse("does not let a shift pass")
-    else:
-        use.refuse("has no rule: what it does to a shift is unknown", unknown=True)
-    return None
+        return use.refuse("does not let a shift pass")
+    return use.refuse(f"has no rule: what it does to a {'shift' if use.shifts else 'scale'} is unknown", unknown=True)
 
 
-def of_real_numbers(use: Use, result: Result) -> Result:
+def _of_real_numbers(use: Use, result: Result) -> Result:
     """Refuse the label of a result that is no real or complex number: it was rounded."""
     values = use.node.meta.get("val")
     several = values if isinstance(values, (tuple, list)) else [values]
     for label, value in zip(as_list(result), several, strict=False):
         if label is not None and isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-            use.refuse("rounds to integers", label, certainty="jump")
-            return None
+            return use.refuse("rounds to integers", label, certainty="jump")
     return result

@@ -9,19 +9,19 @@ its sources.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 from torch.fx import Node
 
 from manifold_nets.symmetry.equations import UNSCALED, Break, Certainty, Ids, Label, Scales
-from manifold_nets.symmetry.graph import bound_arguments, op_name, operation_key
+from manifold_nets.symmetry.graph import bound_arguments, is_linear_map, op_name, operation_key, weight_uses
 from manifold_nets.symmetry.trace import TracedGraph
 
-__all__ = ["LARGEST_LINK", "Absorption", "Coscaled", "Link", "Result", "ShiftUse", "Use"]
+__all__ = ["LARGEST_LINK", "Absorption", "Coscaled", "Link", "Result", "Use", "Walk"]
 
 # Up to this many zeros get a scale each.
 _MOST_ZEROS = 16_384
@@ -72,25 +72,43 @@ class Link:
 
 
 @dataclass
-class Use:
-    """An operation at which a scale arrives.
+class Walk:
+    """A walk over a graph: what is followed, and what has been found so far.
 
-    Where ``columns`` is a dictionary, a weight may be scaled column by column against its input, as rescaling
-    symmetries do; it takes down by which form each input channel of each weight is divided.
+    Args:
+        graph: the graph.
+        scales: takes the conditions that the operations put on the unknowns.
+        live: the nodes that are visited.
+        columns: where given, a weight may be scaled column by column against its input, as rescaling symmetries do; it
+            takes down by which form each input channel of each weight is divided.
+        shifts: whether the unknowns are added to the entries, and do not multiply them.
+        rows: maps a weight to the number of blocks of output channels that share one unknown row, ``W → W + 1vᵀ``.
+        inactive: whether a module drops nothing at random.
     """
 
-    node: Node
     graph: TracedGraph
     scales: Scales
-    labels: dict[Node, Result]
+    live: Collection[Node]
+    columns: dict[str, Ids] | None = None
+    shifts: bool = False
+    rows: dict[str, int] = field(default_factory=dict)
+    inactive: Callable[[str], bool] = lambda module: False
+    labels: dict[Node, Result] = field(default_factory=dict)
     absorptions: list[Absorption] = field(default_factory=list)
     coscaled: list[Coscaled] = field(default_factory=list)
-    columns: dict[str, Ids] | None = None
-    shifts: ClassVar[bool] = False
+    links: list[Link] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.args = bound_arguments(self.node)
-        self.op, self.key = op_name(self.node), operation_key(self.node)
+        self.first_link = self.scales.count  # the first unknown that is no parameter's
+
+
+class Use:
+    """An operation at which a scale, or a shift, arrives."""
+
+    def __init__(self, node: Node, walk: Walk) -> None:
+        self.node, self.walk, self.args = node, walk, bound_arguments(node)
+        self.op, self.key = op_name(node), operation_key(node)
+        self.graph, self.scales, self.labels, self.shifts = walk.graph, walk.scales, walk.labels, walk.shifts
 
     # ---- arguments -------------------------------------------------------------------------------------------------
 
@@ -131,9 +149,17 @@ class Use:
         return isinstance(value, (int, float)) and value == 0
 
     def any_scale(self, shape: Sequence[int]) -> Ids | None:
-        """Ids of a tensor of zeros, which any scale leaves alone: an unknown for each entry; None where too many."""
-        count = math.prod(shape)
-        return self.scales.add(count).reshape(tuple(shape)) if count <= _MOST_ZEROS else None
+        """Ids of a tensor of zeros, which any scale leaves alone: an unknown for each entry.
+
+        None where these are too many, and of shifts, as zeros have none.
+        """
+        few = math.prod(shape) <= _MOST_ZEROS and not self.shifts
+        return self.scales.add(math.prod(shape)).reshape(tuple(shape)) if few else None
+
+    @property
+    def blocks(self) -> int | None:
+        """The number of blocks of filters of the weight that share one unknown row; None where it gets no rows."""
+        return self.walk.rows.get(self.graph.parameter_of(self.args["weight"]) or "")
 
     # ---- conditions ------------------------------------------------------------------------------------------------
 
@@ -143,21 +169,22 @@ class Use:
 
     def refuse(
         self, reason: str, *labels: Label | None, unknown: bool = False, certainty: Certainty = "cautious"
-    ) -> None:
-        """Refuse the scales of these labels (of all arguments when none is given)."""
+    ) -> Result:
+        """Refuse the scales of these labels (of all arguments when none is given); the result then has no label."""
         given: Sequence[Label | None] = labels or [
             label for node in self.node.all_input_nodes for label in as_list(self.labels.get(node))
         ]
         for label in given:
             if label is not None:
                 self.scales.pin(label.ids, self.why(reason, unknown=unknown, certainty=certainty))
+        return None
 
-    def end(self, *names: str, reason: str = UNSEEN) -> None:
-        """Note that the result does not depend on the scales of these arguments (of all when none is given)."""
-        for node in [self.args.get(name) for name in names] or self.node.all_input_nodes:
-            label = self.label_of(node)
+    def end(self, *labels: Label | None, reason: str = UNSEEN) -> Result:
+        """Note that the result does not depend on the scales of these labels (of all arguments when none is given)."""
+        for label in labels or [self.label_of(node) for node in self.node.all_input_nodes]:
             if label is not None:
                 self.scales.end(label.ids, self.why(reason))
+        return None
 
     def merge(self, ids: Ids, axes: Sequence[int], reason: str = "sums entries that have different scales") -> Ids:
         """Demand one scale along the axes; return the ids with these axes reduced to 1."""
@@ -178,18 +205,19 @@ class Use:
         """Ids without the axes that the operation reduces, unless it keeps them."""
         return ids if self.args.get("keepdim") else np.squeeze(ids, tuple(axes))
 
-    def absorb(self, kind: str, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> None:
-        """Record that the operation removes these scales from its result."""
+    def absorb(self, kind: str, ids: Ids, *, running_mean: Any = None, running_var: Any = None) -> Result:
+        """Record that the operation removes these scales from its result, which has no label."""
         module, name = self.graph.module_of(self.node), self.graph.buffer_of
         found = Absorption(self.node, kind, self.op, module, ids, name(running_mean), name(running_var))
-        self.absorptions.append(found)
+        self.walk.absorptions.append(found)
+        return None
 
     # ---- parameters that are scaled along --------------------------------------------------------------------------
 
     def is_shared(self, weight: Any) -> bool:
         """Whether a weight whose columns may undo scales is used by several operations, which then have to agree."""
         name = self.graph.parameter_of(weight)
-        if name is None or self.columns is None:
+        if name is None or self.walk.columns is None:
             return False
         return sum(len(node.users) for node in self.graph.placeholders_of(name)) > 1
 
@@ -204,50 +232,23 @@ class Use:
             The form that is left of the input, one for all channels.
         """
         name = self.graph.parameter_of(weight)
-        if name is None or self.columns is None or not self._is_linear_map(name):
+        if name is None or self.walk.columns is None:
             return None
-        known = self.columns.setdefault(name, ids)
+        if not all(map(is_linear_map, weight_uses(self.graph.placeholders_of(name)))):
+            return None  # the columns of a tied embedding would be seen to change
+        known = self.walk.columns.setdefault(name, ids)
         because = self.why("uses one weight on inputs that have different scales")
         return self.scales.merge(self.scales.sum(ids, known, -1.0), [0], because)
-
-    def _is_linear_map(self, parameter: str) -> bool:
-        """Whether every use of a parameter is that of a linear map; a tied embedding would see its columns change."""
-        return all(
-            (op_name(user) == "linear" or op_name(user).startswith("conv"))
-            and bound_arguments(user).get("weight") is node
-            for node in self.graph.placeholders_of(parameter)
-            for user in node.users
-        )
 
     def coscale(self, value: Any, ids: Ids) -> bool:
         """Ask that a parameter which is added to a scaled tensor be scaled along; False where it cannot be."""
         parameter = self.graph.parameter_of(value)
-        plain = all(list(self.scales.form(n).values()) in ([], [1.0]) for n in np.unique(ids).tolist())
-        if parameter is None or not plain:
+        if parameter is None or (self.scales.roots(ids) < UNSCALED).any():  # products, or powers
             return False
-        self.coscaled.append(Coscaled(parameter, ids))
+        self.walk.coscaled.append(Coscaled(parameter, ids))
         return True
 
-
-def _never(module: str) -> bool:
-    """Take every module for active."""
-    return False
-
-
-@dataclass
-class ShiftUse(Use):
-    """An operation at which a shift arrives.
-
-    ``rows`` maps a weight to the number of blocks of output channels that share one unknown row,
-    ``W → W + 1vᵀ`` block by block; ``inactive`` holds the modules whose dropout has probability 0; ``first_link`` is
-    the first unknown that is no parameter's.
-    """
-
-    links: list[Link] = field(default_factory=list)
-    rows: dict[Node, int] = field(default_factory=dict)
-    inactive: Callable[[str], bool] = _never
-    first_link: int = 0
-    shifts: ClassVar[bool] = True
+    # ---- images of shifts under linear maps ------------------------------------------------------------------------
 
     def fresh(self, sources: Ids, shape: Sequence[int], reason: str, mask: Ids | None = None) -> Result:
         """Label of a linear image of the sources: one unknown per entry, none where the mask is unscaled."""
@@ -264,7 +265,7 @@ class ShiftUse(Use):
         unknowns = range(first, self.scales.count)
         if mask is not None:
             ids = np.where(np.broadcast_to(self.scales.roots(mask), ids.shape) == UNSCALED, UNSCALED, ids)
-        self.links.append(Link(sources, ids, unknowns, self.why(reason)))
+        self.walk.links.append(Link(sources, ids, unknowns, self.why(reason)))
         return Label(ids)
 
     def image(self, sources: Ids, shape: Sequence[int], reason: str) -> Ids:
@@ -272,14 +273,10 @@ class ShiftUse(Use):
         made = self.fresh(sources, shape, reason)
         return made.ids if isinstance(made, Label) else np.full([1] * len(shape), UNSCALED)
 
-    def any_scale(self, shape: Sequence[int]) -> Ids | None:
-        """Zeros have no shift but none."""
-        return None
-
     def is_linked(self, ids: Ids) -> bool:
         """Whether unknowns of links occur in the forms."""
         numbers = np.unique(self.scales.roots(ids)).tolist()
-        return any(k >= self.first_link for n in numbers for k in self.scales.form(n))
+        return any(k >= self.walk.first_link for n in numbers for k in self.scales.form(n))
 
 
 # ---- labels and ids --------------------------------------------------------------------------------------------------
