@@ -157,8 +157,9 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             self._warn_of_plain_rates(lambda norm, size: size**count / norm, formula)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
-        return {**super().__getstate__(), **own}
+        own: dict[str, Any] = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, **own}
 
     @property
     def _second(self) -> str:
