@@ -20,7 +20,7 @@ from torch import Tensor
 
 from manifold_nets.optim.backends.products import CHUNK, GroupView, Scalar, some
 from manifold_nets.optim.backends.rule import Rule, adam_factor, bias_corrections
-from manifold_nets.optim.backends.views import SMALL, columns_of, without_radial_parts, write_second_moments
+from manifold_nets.optim.backends.views import columns_of, without_radial_parts, write_second_moments
 
 __all__ = ["step_along_moment"]
 
@@ -52,7 +52,7 @@ def _portions(matrices: Iterable[GroupView]) -> Iterator[list[GroupView]]:
     entries = 0
     for rows in matrices:
         size = rows.weight.numel()
-        if size > SMALL:
+        if size > CHUNK // 2:
             yield [rows]
             continue
         if portion and entries + size > CHUNK:
