@@ -157,7 +157,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             self._warn_of_plain_rates(lambda norm, size: size**count / norm, formula)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
+        own: dict[str, Any] = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
         return {**super().__getstate__(), **own}
 
     @property
