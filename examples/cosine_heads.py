@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     options = parser.parse_args()
-    parts, rates = load_digits(), [1e-3, 1e-2, 3e-2, 1e-1, 3e-1]
+    parts, rates = load_digits(), [1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
     report("margins", lambda on, r, seed: margin_run(on, r, seed, parts, options.steps), rates, options.seeds)
     report("items", lambda on, r, seed: item_run(on, r, seed, options.steps), rates, options.seeds)
 

@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=512, help="rows of the dictionary")
     parser.add_argument("--steps", type=int, default=600, help="steps of a run")
     parser.add_argument("--seeds", type=int, default=3, help="runs at the best rate")
-    parser.add_argument("--turns", type=int, default=100, help="timed steps of each method")
+    parser.add_argument("--turns", type=int, default=20, help="timed steps of each method")
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2], help="grid of Adam's rates")
     options = parser.parse_args()
     data = digits() if options.data is None else patches(options.data)

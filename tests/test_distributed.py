@@ -33,7 +33,7 @@ from training_cases import (
 import manifold_nets as mn
 from manifold_nets.constraints import attach, constrained_weights
 from manifold_nets.errors import EuclideanStepError
-from manifold_nets.optim import clip_sphere_grad_norm_
+from manifold_nets.optim import clip_sphere_grad_norm_, on_spheres
 
 EPS = torch.finfo(torch.float64).eps
 HALF = STEPS // 2
@@ -115,14 +115,27 @@ def check_paths(rank, world, make, groups):
             check_same_path(found, expected, EPS)
 
 
+def check_any_optimizer(rank, world, make, groups):
+    """Optimizers of torch whose steps are made tangent."""
+    for optimizer in (
+        lambda net: torch.optim.SGD(mn.param_groups(net), lr=0.1, momentum=0.9),
+        lambda net: torch.optim.AdamW(mn.param_groups(net), lr=0.02),
+    ):
+        net, plain = make(world, groups), NETWORKS[groups]()
+        found = distributed_path(net, on_spheres(optimizer(net), net), batches(), rank, world)
+        check_same_path(found, train(plain, on_spheres(optimizer(plain), plain), batches()), EPS)
+
+
 def check_data_parallel(rank, world):
     for groups in NETWORKS:
         check_paths(rank, world, wrapped, groups)
+        check_any_optimizer(rank, world, wrapped, groups)
 
 
 def check_fully_sharded(rank, world):
     for groups in NETWORKS:
         check_paths(rank, world, sharded, groups)
+        check_any_optimizer(rank, world, sharded, groups)
     check_one_sum_a_step(rank, world)
     net = sharded(world, "filters")
     x, y = part_of(batches(1)[0], rank, world)

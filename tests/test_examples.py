@@ -112,6 +112,18 @@ def test_trainers_of_other_libraries_follow_the_plain_loop(name, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_models_with_unit_norms_run_in_small(tmp_path):
+    pytest.importorskip("sklearn")
+    small = ("--steps", "30", "--seeds", "1", "--turns", "1", "--rates", "0.01", "--features", "64")
+    printed = run("sparse_autoencoder", tmp_path, *small)
+    row = r" +0\.01 +\d+\.\d+ ± 0\.000 +\d+\.0 ± 0\.0 +(\d\.\de-\d+)"
+    check_promises(printed, [rf"{name}{row}" for name in ("recipe: .*divide", "RiemannianAdam", r"on_spheres\(Adam\)")])
+    assert all(float(off) < 4 * EPS for off in re.findall(row, printed))
+    printed = run("cosine_heads", tmp_path, "--steps", "5", "--seeds", "1")
+    check_promises(printed, [rf"{name} +on spheres +rate .*±" for name in ("margins", "items")])
+
+
 def test_sabotage_an_example_that_prints_something_else_is_noticed():
     with pytest.raises(AssertionError):
         check_promises("the same bit for bit: False", PROMISES["train_with_torch_schedulers"])

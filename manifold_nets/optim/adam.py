@@ -158,7 +158,8 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
-        return {**super().__getstate__(), **own}
+        state: dict[str, Any] = super().__getstate__()
+        return {**state, **own}
 
     @property
     def _second(self) -> str:

@@ -21,7 +21,7 @@ from manifold_nets.optim.backends.products import TangentProducts
 from manifold_nets.optim.backends.rule import Coefficients, Rule, StepInput
 from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.guard import allow_euclidean
-from manifold_nets.optim.param_groups import name_of, resolve_manifolds
+from manifold_nets.optim.param_groups import Group, name_of, resolve_manifolds
 from manifold_nets.optim.rows import by_rows, whole_rows
 from manifold_nets.padded import PaddedSphereProduct
 
@@ -87,7 +87,8 @@ def on_spheres(
         >>> torch.allclose(net[2].weight.norm(dim=0), torch.ones(8))
         True
     """
-    if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, SphereOptimizer | OptimMixin):
+    given: object = optimizer
+    if not isinstance(given, torch.optim.Optimizer) or isinstance(given, SphereOptimizer | OptimMixin):
         expected = "a torch.optim.Optimizer that knows nothing of spheres"
         raise ArgumentTypeError("optimizer", optimizer, expected, "Others need no wrapper, or cannot have one.")
     if radial not in ("project", "brake"):
@@ -176,7 +177,7 @@ class _Hooks:
         for number, group in enumerate(optimizer.param_groups):
             # Of groups that `manifold_nets.param_groups` made; they do not belong in the state of other optimizers.
             given = group.pop("manifolds", None) or [None] * len(group["params"])
-            known = {key: group[key] for key in ("params", "param_names") if key in group}
+            known: Group = {key: group[key] for key in ("params", "param_names") if key in group}
             known["manifolds"] = [
                 self.manifolds[p][0] if p in self.manifolds else of_model.get(id(p), own)
                 for p, own in zip(group["params"], given, strict=True)
