@@ -418,8 +418,8 @@ def plain_step(rule: Rule, found: TangentProducts, update: MomentumUpdate, norms
     if rule.follows:
         norms.copy_(end)
     dtype = found.ww.dtype
-    rounded = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
-    return Coefficients(*rounded, far=moved > squared, carried=False)
+    ww_, wb, wg, bw, bb, bg = (x.to(dtype) if isinstance(x, Tensor) else x for x in numbers)
+    return Coefficients(ww_, wb, wg, bw, bb, bg, moved > squared, carried=False)
 
 
 def scaled_step(found: TangentProducts, update: MomentumUpdate, lr: Scalar) -> Coefficients:
