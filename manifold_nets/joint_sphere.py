@@ -14,8 +14,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from manifold_nets.errors import ConstraintError, DegenerateGroupError, OffManifoldError, PartitionError
-from manifold_nets.groups import Partition
+from manifold_nets.errors import ConstraintError, OffManifoldError, PartitionError
+from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.manifold import SphereProduct
 
 __all__ = ["JointSphere", "JointSphereMember", "by_joint_sphere", "manifolds_from_dicts"]
@@ -105,10 +105,7 @@ class JointSphere:
 
     def refuse_degenerate(self, points: Sequence[Tensor]) -> None:
         """Raise `DegenerateGroupError` where a joint group is zero or not finite."""
-        norms = self.norms(points)
-        bad = (~(norms.isfinite() & (norms > 0))).nonzero().flatten().tolist()
-        if bad:
-            raise DegenerateGroupError(" + ".join(self.names), bad, norms[bad].tolist())
+        refuse_degenerate(self.norms(points), " + ".join(self.names))
 
     def projx(self, points: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Nearest point: all weights of a joint group are scaled by the same number."""

@@ -204,7 +204,7 @@ def test_steps_of_single_members_are_noticed(
     """Sabotage twin: each member steps as if it were alone on its sphere."""
 
     @contextlib.contextmanager
-    def alone(members: list[StepInput]) -> Iterator[list[StepInput]]:
+    def alone(members: list[StepInput], **_: Any) -> Iterator[list[StepInput]]:
         spheres = [mn.SphereProduct(m.manifold.partition, radius=m.manifold.radii) for m in members]
         yield [dataclasses.replace(m, manifold=s) for m, s in zip(members, spheres, strict=True)]
 

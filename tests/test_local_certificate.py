@@ -198,7 +198,7 @@ def test_many_silent_weights_take_one_pass_and_one_forward(monkeypatch: pytest.M
     assert [w.status for w in found] == ["invariant"] * 5
     assert [w.certificate.taken_at for w in found] == [f"parts.{i}.norm (layer_norm)" for i in range(5)]
     assert max(w.certificate.value or 0.0 for w in found) < 1e-12
-    # No second point, as nothing is left to explain, and no pass for the variances, as no batch normalization reads any.
+    # No second point, as nothing is left to explain, and no pass for variances without a batch normalization.
     assert (backward, forward) == (2, 1)
 
 

@@ -497,7 +497,7 @@ def test_the_constraint_error_stays_bounded(optimizer, options, dtype, steps):
 
 @eager
 def test_half_precision_weights_of_different_radii_keep_their_digits(how):
-    """A radius is no number of the weight's dtype: 3.7 in bfloat16 is off by 6e-4, and a second moment by twice that."""
+    """Rounded to bfloat16 a radius of 3.7 is off by 7e-4, and a second moment by twice that."""
 
     def second_moments(how):
         torch.manual_seed(0)

@@ -310,8 +310,8 @@ class Comparison(JsonRecord):
 
     def chosen_runs(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[RunResult, ...]:
         """The runs of an optimizer at its chosen learning rate, one per seed; none where all runs diverged."""
-        trial = self.choice(optimizer, initial_scale).trial
-        return () if trial is None else self.runs(optimizer, trial[0], initial_scale, trial[1])
+        choice = self.choice(optimizer, initial_scale)
+        return tuple(run for run in self.results if choice.chose(run.key))
 
     def runs(
         self,
@@ -340,8 +340,7 @@ class Comparison(JsonRecord):
             if self.is_at_edge(choice)
         ]
         if edge:
-            rates = "learning rate" if len(edge) == 1 else "learning rates"
-            verb = "is" if len(edge) == 1 else "are"
+            rates, verb = ("learning rate", "is") if len(edge) == 1 else ("learning rates", "are")
             notes.append(f"The {rates} chosen for {', '.join(edge)} {verb} at the edge of the grid: extend it.")
         if any(c.optimizer == "adamw" and not (c.weight_decay or self.settings.weight_decay) for c in self.choices):
             notes.append("adamw with weight decay 0 is adam: the two make the same steps.")

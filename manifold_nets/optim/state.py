@@ -129,12 +129,8 @@ def _check_sizes(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, 
             "This is the state of a plain optimizer: load it into one, for the plain network, and carry its moments "
             "over with manifold_nets.optim.carry_momentum(plain, its_optimizer, model, optimizer)."
         )
-    raise OptimizerStateError("the parameter groups", f"{_sizes(saved)}", f"{_sizes(live)}", remedy)
-
-
-def _sizes(counts: list[int]) -> str:
-    groups = "1 group" if len(counts) == 1 else f"{len(counts)} groups"
-    return f"{groups} of {listed(counts)} parameters"
+    found, expected = (f"{len(n)} group{'s' * (len(n) != 1)} of {listed(n)} parameters" for n in (saved, live))
+    raise OptimizerStateError("the parameter groups", found, expected, remedy)
 
 
 def _check_group(optimizer: torch.optim.Optimizer, number: int, saved: dict[str, Any]) -> None:
@@ -147,8 +143,8 @@ def _check_group(optimizer: torch.optim.Optimizer, number: int, saved: dict[str,
     for index, found in _saved_manifolds(group, saved):
         live = group["manifolds"][index]
         if found != (live and live.to_dict()):
-            expected = f"{live}" if live is not None else "no manifold"
-            raise OptimizerStateError(name_of(group, number, index), _summary(found), expected)
+            saved_for = f"{SphereProduct.from_dict(found)}" if found else "no manifold"
+            raise OptimizerStateError(name_of(group, number, index), saved_for, f"{live or 'no manifold'}")
 
 
 def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
@@ -197,10 +193,6 @@ def _constrained_states(
             state = state_dict["state"].get(ids[index])
             if state:
                 yield name_of(group, number, index), weight, manifold, state
-
-
-def _summary(described: Any) -> str:
-    return f"{SphereProduct.from_dict(described)}" if described else "no manifold"
 
 
 # ---- float32 copies of half-precision weights, which take the steps ------------------------------------------------

@@ -159,7 +159,8 @@ def gradient_pass(model_copy: nn.Module, inputs: Inputs, seed: int, *, logits: b
                 torch.autograd.grad([get_gradient_edge(loss)], edges, allow_unused=True) if edges else ()
             )
     zeros = _zeros(model_copy)
-    return GradientPass(*({**zeros, **part} for part in real_fields(parameters, gradients)))
+    weights, slopes = real_fields(parameters, gradients)
+    return GradientPass({**zeros, **weights}, {**zeros, **slopes})
 
 
 @contextmanager
