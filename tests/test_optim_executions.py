@@ -469,7 +469,7 @@ def test_no_temporary_is_larger_than_a_weight_in_float32(how, dtype):
 
 def test_batches_are_small_beside_a_large_weight():
     assert products.CHUNK <= 512 * 512 * 9 // 4  # a quarter of the largest weight of ResNet-50
-    assert views._SMALL <= products.CHUNK
+    assert views.SMALL <= products.CHUNK
 
 
 def check_constraint(optimizer, options, dtype, steps, allowed):

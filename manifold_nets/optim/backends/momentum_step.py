@@ -20,7 +20,7 @@ from torch import Tensor
 
 from manifold_nets.optim.backends.products import CHUNK, GroupView, Scalar, some
 from manifold_nets.optim.backends.rule import Rule, adam_factor, bias_corrections
-from manifold_nets.optim.backends.views import columns_of, without_radial_parts, write_second_moments
+from manifold_nets.optim.backends.views import SMALL, columns_of, without_radial_parts, write_second_moments
 
 __all__ = ["step_along_moment"]
 
@@ -47,15 +47,19 @@ def step_along_moment(rule: Rule, matrices: Sequence[GroupView], dampening: floa
 
 
 def _portions(matrices: Iterable[GroupView]) -> Iterator[list[GroupView]]:
-    """Yield runs of matrices of together at most one chunk's entries; larger matrices by themselves."""
+    """Yield runs of small matrices of together at most one chunk's entries; larger matrices by themselves."""
     portion: list[GroupView] = []
     entries = 0
     for rows in matrices:
-        if portion and entries + rows.weight.numel() > CHUNK:
+        size = rows.weight.numel()
+        if size > SMALL:
+            yield [rows]
+            continue
+        if portion and entries + size > CHUNK:
             yield portion
             portion, entries = [], 0
         portion.append(rows)
-        entries += rows.weight.numel()
+        entries += size
     if portion:
         yield portion
 

@@ -24,6 +24,7 @@ from manifold_nets.optim.backends.products import (
 from manifold_nets.optim.backends.rule import Rule, StepInput
 
 __all__ = [
+    "SMALL",
     "columns_of",
     "rows_of",
     "small_together",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 # Weights of at most this many entries are stepped together, up to a chunk at once.
-_SMALL = 2**15
+SMALL = 2**15
 
 
 def suits_rows(member: StepInput) -> bool:
@@ -76,7 +77,7 @@ def small_together(batch: Sequence[GroupView]) -> Iterator[list[GroupView]]:
     room: dict[Any, int] = defaultdict(int)
     for rows in batch:
         entries = rows.weight.numel()
-        if entries > _SMALL:
+        if entries > SMALL:
             matrices.append(rows)
             continue
         radius = rows.radius if isinstance(rows.radius, float) else None
