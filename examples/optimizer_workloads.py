@@ -119,6 +119,12 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
         Contestant(f"Riemannian{name}", "default", "spheres", with_options(ours)),
         Contestant(f"Riemannian{name}, from_torch", "default", "spheres", with_options(partial(following, ours))),
         *(
+            Contestant(
+                f"on_spheres({name})", f"{how}=True", "spheres", with_options(partial(tangent, plain), **{how: True})
+            )
+            for how in ("fused", "foreach")
+        ),
+        *(
             Contestant(f"Riemannian{name}", f"{how}={on}", "spheres", with_options(ours, **{how: on}))
             for how, on in (("foreach", True), ("compile", True), ("foreach", False))
         ),
@@ -135,6 +141,11 @@ def contestants(method: str, *, relatives: bool = False) -> list[Contestant]:
             make = row.kind if row.weights == "spheres" else in_scaled_metric
             found.append(Contestant(key, "default", row.weights, with_options(make, **row.options)))
     return found
+
+
+def tangent(kind: Callable[..., torch.optim.Optimizer], params: list[Any], **options: Any) -> torch.optim.Optimizer:
+    """Return an optimizer of torch whose steps are made tangent."""
+    return mn.optim.on_spheres(kind(params, **options), nn.Module())
 
 
 def following(kind: Callable[..., torch.optim.Optimizer], params: list[Any], **options: Any) -> torch.optim.Optimizer:
