@@ -19,15 +19,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Modules, and the tests that are to notice a fault in them.
 TARGETS = {
-    "manifold_nets/groups.py": "test_groups.py test_manifold.py",
-    "manifold_nets/manifold.py": "test_manifold.py test_manifold_gradients.py test_manifold_objects.py",
-    "manifold_nets/joint_sphere.py": "test_joint_spheres.py",
-    "manifold_nets/symmetry/rules/*.py": "test_rules.py test_shifts.py test_invariance.py test_joint.py",
-    "manifold_nets/symmetry/propagate.py": "test_rules.py test_shifts.py test_joint.py test_diagnose.py",
-    "manifold_nets/symmetry/invariance.py": "test_gradient_test.py test_evidence.py test_blunt_channels.py",
-    "manifold_nets/optim/backends/*.py": "test_optim_oracle.py test_optim_spheres.py test_optim_executions.py",
-    "manifold_nets/optim/[as]*.py": "test_optim_oracle.py test_optim_state.py test_optim_plain.py test_averaging.py",
-    "manifold_nets/conversion/*.py": "test_convert.py test_plain_states.py test_checkpoint.py test_revert.py",
+    "manifold_nets/groups.py": "manifolds/partition manifolds/sphere_product",
+    "manifold_nets/manifold.py": "manifolds/sphere_product manifolds/sphere_product_gradients",
+    "manifold_nets/joint_sphere.py": "manifolds/joint_spheres",
+    "manifold_nets/symmetry/rules/*.py": "symmetry/rules symmetry/shifts symmetry/families",
+    "manifold_nets/symmetry/propagate.py": "symmetry/rules symmetry/shifts symmetry/families symmetry/diagnose",
+    "manifold_nets/symmetry/invariance.py": "symmetry/gradients symmetry/low_variance symmetry/planted_faults",
+    "manifold_nets/optim/backends/*.py": "optim/oracle optim/spheres optim/backends",
+    "manifold_nets/optim/[as]*.py": "optim/oracle optim/state optim/plain_parameters optim/averaging",
+    "manifold_nets/conversion/*.py": "conversion/convert conversion/plain_states conversion/checkpoint",
 }
 # In annotations, which are not evaluated, "|" means nothing to a test.
 SKIPPED = ("BitOr",)
@@ -63,7 +63,7 @@ def main() -> int:
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "results", "docs", "build", "dist"))
         sessions, jobs = {}, []
         for pattern, names in TARGETS.items():
-            tests = " ".join(f"tests/{name}" for name in names.split())
+            tests = " ".join("tests/{}/test_{}.py".format(*name.split("/")) for name in names.split())
             for path in sorted(folder.glob(pattern)):
                 module = str(path.relative_to(folder))
                 if options.only in module and path.name != "__init__.py":

@@ -5,16 +5,15 @@ import re
 import shlex
 import shutil
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.cli import main
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "examples" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TEXTS = {
@@ -190,7 +189,7 @@ def rows_of(text):
 
 
 def test_rows_of_the_readme_are_rows_of_the_results():
-    # tests/test_stored_results.py compares the latter with the stored runs.
+    # tests/examples/test_stored_results.py compares the latter with the stored runs.
     rows = rows_of(README.partition("\n## Results")[2].partition("\n## ")[0])
     assert len(rows) == 2 + 6
     assert [row for row in rows if row.replace("](examples/", "](../examples/") not in MEASURED] == []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from helpers import ROOT
 
 import manifold_nets as mn
 from manifold_nets.cli import main
@@ -26,7 +27,7 @@ from manifold_nets.conversion.export import FileFormat
 from manifold_nets.symmetry.diagnose import LARGEST_SEED
 from manifold_nets.symmetry.optimizer_settings import OPTIMIZERS
 
-TOP = Path(__file__).resolve().parent.parent
+TOP = ROOT
 
 
 def modules() -> list[str]:
