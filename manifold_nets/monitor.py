@@ -111,12 +111,13 @@ class _Weight:
     groups as asked for are measured, at equal distances.
     """
 
+    exchange: tuple[Any, tuple[int, ...]] | None = None
+
     def __init__(self, name: str, parameter: Tensor, partition: Partition, most: int | None, *, on_sphere: bool):
         self.name, self.parameter, self.on_sphere = name, parameter, on_sphere
         self.groups = partition.n_groups
         every = 1 if most is None else -(-self.groups // most)
         self.count = -(-self.groups // every)
-        self.exchange: tuple[Any, tuple[int, ...]] | None = None
         if partition.view == partition.shape and not is_sharded(parameter):
             axes, ids = partition.kept, torch.arange(self.groups, device="cpu")
         else:
@@ -280,7 +281,8 @@ class Monitor:
         total_steps: int | None = None,
         max_groups: int | None = 32,
     ) -> None:
-        for name, number in (("every", every), ("total_steps", total_steps), ("max_groups", max_groups)):
+        numbers: dict[str, Any] = {"every": every, "total_steps": total_steps, "max_groups": max_groups}
+        for name, number in numbers.items():
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise OptionError(name, number, "a whole number ≥ 1")
         self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
@@ -336,10 +338,12 @@ class Monitor:
     def _watch(self, report: SymmetryReport | None) -> None:
         """Set up the weights to watch: those of a report, and those on spheres."""
         on_spheres = {weight.name: weight for weight in constrained_weights(self.model)}
-        partitions = {name: (w.parameter, w.manifold.partition) for name, w in on_spheres.items()}
+        partitions: dict[str, tuple[Tensor, Partition]] = {}
         if report is not None:
-            found = {finding.name: (p, finding.partition) for finding, p in invariant_weights(self.model, report)}
-            partitions = {**{name: pair for name, pair in found.items() if pair[1] is not None}, **partitions}
+            for finding, parameter in invariant_weights(self.model, report):
+                if finding.partition is not None:
+                    partitions[finding.name] = parameter, finding.partition
+        partitions.update({name: (w.parameter, w.manifold.partition) for name, w in on_spheres.items()})
         joint = {name for name, weight in on_spheres.items() if isinstance(weight.manifold, JointSphereMember)}
         names = [name for name, _ in self.model.named_parameters() if name in partitions and name not in joint]
         if not names:
@@ -422,7 +426,7 @@ class Monitor:
             joined = torch.cat([sums[place] for place in places], dim=1)
             for cut in cuts:
                 torch.distributed.all_reduce(joined, group=mesh.get_group(cut))
-            for place, part in zip(places, joined.split([sums[p].shape[1] for p in places], dim=1), strict=True):
+            for place, part in zip(places, joined.split_with_sizes([sums[p].shape[1] for p in places], 1), strict=True):
                 sums[place] = part
 
     def flush(self) -> None:
@@ -567,7 +571,7 @@ def lightning_callback(report: SymmetryReport | None = None, *, model: nn.Module
     """
     from lightning.pytorch import Callback
 
-    class MonitorCallback(Callback):  # type: ignore[misc]
+    class MonitorCallback(Callback):
         monitor: Monitor | None = None
         _state: dict[str, Any] | None = None
 
@@ -607,7 +611,7 @@ def transformers_callback(report: SymmetryReport | None = None, **options: Any) 
     """
     from transformers import TrainerCallback
 
-    class MonitorCallback(TrainerCallback):  # type: ignore[misc]
+    class MonitorCallback(TrainerCallback):
         monitor: Monitor | None = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -169,19 +169,19 @@ def _steps(value: float) -> str:
 
 def _shown(history: History) -> tuple[int | None, list[str], str]:
     """How many parts of a name make a layer so that there are few lines, the layers drawn, and a word about others."""
-    most, deeper = len(SERIES), (None, history.weights)
+    most, layers = len(SERIES), list(history.weights)
+    shown: int | None = None
     for depth in range(max(name.count(".") for name in history.weights), 0, -1):
-        if len(deeper[1]) <= most:
+        if len(layers) <= most:
             break
-        layers = list(history.layers(depth))
-        if len(layers) < 3:  # so few that they hide what is different
+        joined = list(history.layers(depth))
+        if len(joined) < 3:  # so few that they hide what is different
             break
-        deeper = depth, layers
-    depth, layers = deeper
+        shown, layers = depth, joined
     if len(layers) <= most:
-        return depth, layers, ""
+        return shown, layers, ""
     places = np.linspace(0, len(layers) - 1, most).round().astype(int)
-    return depth, [layers[place] for place in places], f" Drawn are {most} of {len(layers)} layers."
+    return shown, [layers[place] for place in places], f" Drawn are {most} of {len(layers)} layers."
 
 
 def _figures(plot: _Plot, history: History) -> str:

@@ -79,6 +79,7 @@ class History:
         self.steps: list[int] = []
         self._values: list[NDArray[np.float64]] = []
         self._stride, self._seen = 1, 0
+        self._rates: NDArray[np.float64] = np.full(len(self.weights), np.inf)
         # Step, rotation per rate, norm and effective rate per rate where each weight turned fastest at its rate.
         self.fastest = np.full((4, len(self.weights)), np.nan)
         # The earliest step at which each weight was expected to be in equilibrium.
