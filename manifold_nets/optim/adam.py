@@ -129,12 +129,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         master_weights: bool = False,
         per: str = "sphere",
     ) -> None:
-        if per not in ("sphere", "entry"):
-            raise OptionError("per", per, "'sphere' or 'entry'")
-        if per == "entry" and (amsgrad or compile):
-            raise OptionError("per", per, f"'sphere' with {'amsgrad' if amsgrad else 'compile'}=True")
-        if per == "entry":
-            self._per_entry, self._kind = True, "adam-entries"
+        self._choose_moments(per, amsgrad=amsgrad, compiled=bool(compile))
         self._prepare(compile=compile, master_weights=master_weights, fused=fused, foreach=foreach)
         torch.optim.Adam.__init__(
             self,
@@ -155,6 +150,14 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             root, count = ("", 0.0) if self._per_entry else ("√d", 0.5)
             formula = f"η{root}/n for filters of d entries and norm n before the conversion"
             self._warn_of_plain_rates(lambda norm, size: size**count / norm, formula)
+
+    def _choose_moments(self, per: str, *, amsgrad: bool, compiled: bool) -> None:
+        if per not in ("sphere", "entry"):
+            raise OptionError("per", per, "'sphere' or 'entry'")
+        if per == "entry":
+            if amsgrad or compiled:
+                raise OptionError("per", per, f"'sphere' with {'amsgrad' if amsgrad else 'compile'}=True")
+            self._per_entry, self._kind = True, "adam-entries"
 
     def __getstate__(self) -> dict[str, Any]:
         own: dict[str, Any] = {name: vars(self)[name] for name in ("_per_entry", "_kind") if name in vars(self)}
