@@ -266,7 +266,7 @@ class Partition:
             return f"whole tensor {self.shape}"
         if self.view == self.shape and self.kept == (0,):
             return f"{self.n_groups} filters of {self.group_size}"
-        if self.view == self.shape and self.kept == (1,):
+        if self.view == self.shape and self.kept == (1,) and self.shape[0] > 1:
             return f"{self.n_groups} columns of {self.group_size}"
         return f"{self.n_groups} groups of {self.group_size} (view {self.view}, kept {self.kept})"
 
