@@ -225,6 +225,8 @@ def _selected(candidates: Mapping[str, Tensor], names: Names) -> list[str]:
     patterns = [names] if isinstance(names, str) else names
     wide = [name for name, parameter in candidates.items() if is_lazy(parameter) or parameter.ndim >= 2]
     found: set[str] = set()
+    if isinstance(patterns, nn.Module):
+        raise OptionError("names", f"the module {type(patterns).__name__} itself", "its name in the model")
     if callable(patterns):
         found = {name for name in wide if patterns(name)}
         if not found:
