@@ -112,13 +112,6 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
     _check_sizes(optimizer, saved_groups)
     for number, saved in enumerate(saved_groups):
         _check_group(optimizer, number, saved)
-        follows = optimizer.param_groups[number].get("transfer") and any(optimizer.param_groups[number]["manifolds"])
-        if follows and "manifolds" not in saved and state_dict["state"]:
-            remedy = (
-                "Load it into the plain optimizer, and the plain weights into the plain model, and convert after that: "
-                "manifold_nets.optim.from_torch(plain_optimizer, model, manifold_nets.convert(model, inputs))."
-            )
-            raise OptimizerStateError(f"group {number}", "the state of a plain optimizer", "that of a converted run", remedy)
     for name, weight, manifold, state in _constrained_states(optimizer, state_dict):
         needed = {_BY_ENTRIES.get(name, name) if NORM in state else name for name in moments}
         if not needed <= state.keys() and state.keys() != {NORM}:
