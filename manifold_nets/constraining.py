@@ -225,6 +225,8 @@ def _selected(candidates: Mapping[str, Tensor], names: Names) -> list[str]:
     patterns = [names] if isinstance(names, str) else names
     wide = [name for name, parameter in candidates.items() if is_lazy(parameter) or parameter.ndim >= 2]
     found: set[str] = set()
+    if isinstance(patterns, nn.Module):
+        raise OptionError("names", f"the module {type(patterns).__name__} itself", "its name in the model")
     if callable(patterns):
         found = {name for name in wide if patterns(name)}
         if not found:
@@ -266,6 +268,8 @@ def _planned(model: nn.Module, name: str, per: Per, radius: float | str) -> Plan
     # Norms that are right to rounding are left as they are.
     is_there = float(manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(weight.dtype).eps
     point = None if is_there else manifold.projx(weight.detach())
+    if point is not None and not float(manifold.deviations(point).max()) <= 0.5:
+        raise ConstraintError(name, f"radius {radius}", f"one that {weight.dtype} can hold")
     change = 0.0 if point is None else float((point - weight).double().norm() / weight.detach().double().norm())
     low, middle, high = (float(value) for value in (counted.min(), counted.median(), counted.max()))
     return ConstrainedNorms(name, manifold, low, middle, high, change), (module, leaf), manifold, point

@@ -20,7 +20,7 @@ from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.projection import convert_when_loaded
 from manifold_nets.conversion.remedies.balance import smallest_norm
 from manifold_nets.conversion.remedies.dead_biases import remove_bias
-from manifold_nets.conversion.remedies.spheres import joint_actions, joint_sphere_of
+from manifold_nets.conversion.remedies.spheres import joint_actions, joint_biases, joint_sphere_of
 from manifold_nets.conversion.revert import CONVERSION_RECORD, copy_of
 from manifold_nets.conversion.verify import (
     Verification,
@@ -183,11 +183,16 @@ def _nothing_to_convert(chosen: ConversionPlan, remedies: list[str]) -> NothingT
 def _moves_after(before: Moves, chosen: ConversionPlan, tolerance: float) -> Moves:
     """What a plan did to a model, in addition to what earlier conversions did."""
     moves = Moves(dict(before.weights), dict(before.biases), tolerance)
+    removed = {action.name for action in chosen.of("remove")} | before.biases.keys()
     for action in chosen.effective:
         if action.action == "sphere" and isinstance(action.move, ScaledWeight):
             moves.weights[action.name] = action.move.without_data()
         elif action.action == "joint sphere":
             moves.weights.update((name, ScaledWeight(name)) for name in action.parameters)
+            if isinstance(action.move, SymmetryFamily):
+                parts = action.move.generators.parts
+                first = next(part.parameter for part in parts if len(part.partition.shape) > 1)
+                moves.weights[first] = ScaledWeight(first, biases=joint_biases(action.move, first)).without(removed)
         elif action.action == "remove" and isinstance(action.move, RemovedBias):
             moves.biases[action.name] = replace(action.move, means=dict.fromkeys(action.move.means, ()))
     return moves

@@ -3,7 +3,7 @@
 from manifold_nets import _geoopt  # noqa: F401  # before the modules here import geoopt
 from manifold_nets.optim.adam import AngularAdam, RiemannianAdam
 from manifold_nets.optim.averaging import AveragedModel
-from manifold_nets.optim.clipping import clip_sphere_grad_norm_
+from manifold_nets.optim.clipping import clip_plain_grad_norm_, clip_sphere_grad_norm_
 from manifold_nets.optim.from_torch import from_torch, plain_norms, to_torch
 from manifold_nets.optim.guard import allow_euclidean
 from manifold_nets.optim.on_spheres import on_spheres
@@ -38,6 +38,7 @@ __all__ = [
     "ScaledMetricSGD",
     "allow_euclidean",
     "carry_momentum",
+    "clip_plain_grad_norm_",
     "clip_sphere_grad_norm_",
     "from_torch",
     "on_spheres",

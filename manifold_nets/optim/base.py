@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from manifold_nets.constraints import NEAR, converted_norms, holds_manifolds
-from manifold_nets.errors import LearningRateWarning, OptionError
+from manifold_nets.errors import LearningRateWarning, OptimizerStateError, OptionError
 from manifold_nets.gathered import is_sharded, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
@@ -380,6 +380,11 @@ class SphereOptimizer(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             ordered = ordered_by_name(self, loaded)
             check_loaded(self, ordered, self._moments)
+            for live, saved in zip(self.param_groups, ordered["param_groups"], strict=True):
+                if live.get("transfer") and not saved.get("transfer"):
+                    found = "that of an optimizer which follows no plain run"
+                    remedy = "Load a plain state into the plain optimizer, before from_torch."
+                    raise OptimizerStateError("an optimizer of from_torch", found, "one that does", remedy)
             final.append(ordered)
             return ordered
 

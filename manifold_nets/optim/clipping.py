@@ -11,8 +11,9 @@ from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
+from manifold_nets.optim.plain_run import NORM, biases_of_the_plain_run
 
-__all__ = ["clip_sphere_grad_norm_"]
+__all__ = ["clip_plain_grad_norm_", "clip_sphere_grad_norm_"]
 
 
 @torch.no_grad()
@@ -76,6 +77,40 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
                     gradient.copy_(part)
             largest.append(length)
     return torch.stack([length.to(largest[0].device) for length in largest]).amax() if largest else torch.zeros(())
+
+
+@torch.no_grad()
+def clip_plain_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    r"""Clip as `torch.nn.utils.clip_grad_norm_` does in the plain run that an optimizer of `from_torch` follows.
+
+    The gradient at ``r u`` is n/r times that of the plain weight ``n u``; the total norm here is that of the plain
+    run, and all gradients are scaled by one number, as there.
+    """
+    if not max_norm > 0:
+        raise OptionError("max_norm", max_norm, "a positive number")
+    squares = []
+    with biases_of_the_plain_run(optimizer.param_groups, optimizer.state):
+        for group in optimizer.param_groups:
+            for weight, manifold in zip(group["params"], group["manifolds"], strict=True):
+                if weight.grad is None:
+                    continue
+                gradient = wide(whole(weight.grad))
+                norms = optimizer.state[weight].get(NORM) if manifold is not None else None
+                if norms is not None:
+                    norms = whole(norms)
+                    gradient = manifold.partition.multiply(
+                        gradient, (manifold.radius_for(norms) / norms).to(gradient.dtype)
+                    )
+                squares.append(gradient.square().sum())
+    if not squares:
+        return torch.zeros(())
+    total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None:
+                weight.grad.mul_(factor.to(weight.grad.device, weight.grad.dtype))
+    return total
 
 
 def _clipped(weight: Tensor, gradient: Tensor, manifold: SphereProduct, max_norm: float) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from manifold_nets.optim.base import SphereOptimizer
 from manifold_nets.optim.param_groups import Group, name_of
 from manifold_nets.optim.plain_run import NORM, SCALED_WITH, TRANSFERS
 from manifold_nets.optim.sgd import RiemannianSGD
+from manifold_nets.optim.state import without_wrappers
 
 __all__ = ["from_torch", "plain_norms", "to_torch"]
 
@@ -105,7 +106,7 @@ def from_torch(
         group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
     _scale_biases_along(groups, converted)
     made = kind(groups, lr=optimizer.defaults["lr"])
-    made.defaults.update(optimizer.defaults)
+    made.defaults.update({key: _copied(value) for key, value in optimizer.defaults.items()})
     norms = _plain_norms_of({name: (source, manifolds.get(id(target))) for _, name, source, target in pairs})
     for group, name, source, target in pairs:
         state, manifold = optimizer.state.get(source, {}), manifolds.get(id(target))
@@ -218,13 +219,14 @@ def _other_groups(
 
     Biases that the other model does not have, as a conversion removes them, are left out.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    biases = {name for name, p in model.named_parameters() if p.ndim < 2}
-    targets = dict(other.named_parameters(remove_duplicate=False))
+    # Names of the modules inside DistributedDataParallel and ``torch.compile``, of which either may be in one.
+    names = {id(p): without_wrappers(name) for name, p in model.named_parameters()}
+    biases = {without_wrappers(name) for name, p in model.named_parameters() if p.ndim < 2}
+    targets = {without_wrappers(name): p for name, p in other.named_parameters(remove_duplicate=False)}
     groups: list[Group] = []
     pairs: list[tuple[Group, str, Tensor, Tensor]] = []
     for number, group in enumerate(optimizer.param_groups):
-        new = {key: copy.copy(value) for key, value in group.items() if key not in _OWN}
+        new = {key: _copied(value) for key, value in group.items() if key not in _OWN}
         new.update(params=[], param_names=[])
         for index, p in enumerate(group["params"]):
             name = names.get(id(p))
@@ -323,12 +325,21 @@ def _to_equilibrium(
 def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
     """Note which biases the conversion scaled with which weight: in the plain run they are longer with it."""
     # The record of `manifold_nets.conversion`, which lies beside this package.
-    record = converted.__dict__.get("_manifold_nets_moves")
+    records = (module.__dict__.get("_manifold_nets_moves") for module in converted.modules())
+    record = next((found for found in records if found is not None), None)
     places = {name: (k, i) for k, group in enumerate(groups) for i, name in enumerate(group["param_names"])}
-    for weight, move in (record.weights if record is not None else {}).items():
+    present = {without_wrappers(name) for name, _ in converted.named_parameters(remove_duplicate=False)}
+    for of_record, move in (record.weights if record is not None else {}).items():
+        weight = without_wrappers(of_record)
+        # In front of these a bias does nothing.
+        is_dead = all(absorber.kind in ("batch", "instance") for absorber in move.absorbers)
         for bias in move.biases if weight in places else ():
-            if bias.name in places:
-                number, place = places[bias.name]
+            name = without_wrappers(bias.name)
+            if name not in places and name in present and not is_dead:
+                found = f"one of {weight} without {name}, which goes with its norm"
+                raise OptionError("optimizer", found, f"{name} in a group too, if need be with requires_grad=False")
+            if name in places:
+                number, place = places[name]
                 known = groups[number].setdefault(SCALED_WITH, {})
                 known[str(place)] = [*places[weight], list(bias.groups)]
 

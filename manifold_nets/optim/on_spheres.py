@@ -94,6 +94,13 @@ def on_spheres(
     if radial not in ("project", "brake"):
         raise OptionError("radial", radial, "'project' or 'brake'")
     hooks = _Hooks(model, _PutBack("put-back", 0.0, 0.0, nesterov=radial == "brake"), frozenset(buffers))
+    # Called again, it takes the place of what it did before.
+    for registered in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+        for number, hook in list(registered.items()):
+            former = getattr(hook, "__self__", None)
+            if isinstance(former, _Hooks):
+                hooks.manifolds.update(former.manifolds)
+                del registered[number]
     hooks.find_weights(optimizer)
     if not hooks.manifolds:
         expected = "an optimizer of weights of the model that lie on spheres, built after they were put there"

@@ -60,6 +60,14 @@ def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dic
         return torch.where(index < 0, 1.0, ratio).to(bias.dtype).reshape(bias.shape)
 
     gradients = [each[0].grad for each in found]
+    # Norms that are held: biases need the norm of the plain step, with which the whole point is scaled back.
+    held = {
+        weight: norms_of(states[weight], weight, manifold).clone()
+        for group in groups
+        if group.get("transfer") not in (None, "follow")
+        for weight, manifold in zip(group["params"], group["manifolds"], strict=True)
+        if manifold is not None
+    }
     with torch.no_grad():
         for each, gradient in zip(found, gradients, strict=True):
             ratio = up(*each)
@@ -72,6 +80,8 @@ def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dic
             for each, gradient in zip(found, gradients, strict=True):
                 each[0].div_(up(*each))
                 each[0].grad = gradient
+            for weight, norms in held.items():
+                states[weight][NORM].copy_(norms)
 
 
 def of_plain_run(rule: Rule, group: Group) -> Rule:
@@ -86,5 +96,5 @@ def of_plain_run(rule: Rule, group: Group) -> Rule:
         lr=lr,
         decay=0.0 if apart else decay,
         shrink=1 - lr * decay if apart else 1.0,
-        follows=group["transfer"] == "follow",
+        follows=True,
     )

@@ -114,6 +114,9 @@ def inner_optimizer(optimizer: Any) -> Any:
     return optimizer
 
 
+_WITH_PENALTY = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.Adamax, torch.optim.RMSprop, torch.optim.Rprop)
+
+
 class CorrectedDecay:
     r"""Tie the weight decay of scale-invariant weights to the learning-rate schedule (AdamC, SGDC).
 
@@ -170,10 +173,10 @@ class CorrectedDecay:
                 "Build it from manifold_nets.param_groups(model, report=manifold_nets.diagnose(model, inputs), "
                 "weight_decay=…).",
             )  # fmt: skip
-        if isinstance(self.optimizer, torch.optim.Adam):
-            for group in self._groups():
-                if not group["decoupled_weight_decay"]:
-                    raise OptionError("decoupled_weight_decay", False, "True, as in torch.optim.AdamW")
+        for group in self._groups():
+            # Adam, NAdam and RAdam say it; in others of torch the decay is always a penalty.
+            if not group.get("decoupled_weight_decay", not isinstance(self.optimizer, _WITH_PENALTY)):
+                raise OptionError("decoupled_weight_decay", False, "True, as in torch.optim.AdamW")
         self.step()
         hooked = hasattr(self.optimizer, "register_step_pre_hook")
         self._hook = self.optimizer.register_step_pre_hook(self._before_step) if hooked else None
@@ -194,9 +197,9 @@ class CorrectedDecay:
         if self._hook is not None:
             self._hook.remove()
         for group in self._groups():
-            group["weight_decay"] = group["initial_weight_decay"]
+            group["weight_decay"] = group.get("initial_weight_decay", group["weight_decay"])
             for name in _REMEMBERED:
-                del group[name]
+                group.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return λ and η_max of each group of scale-invariant weights."""

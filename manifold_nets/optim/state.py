@@ -43,6 +43,11 @@ def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
 _WRAPPERS = re.compile(r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
+def without_wrappers(name: str) -> str:
+    """The name of a parameter inside of the wrappers of its modules."""
+    return _WRAPPERS.sub("", name)
+
+
 def _names(group: dict[str, Any]) -> list[str] | None:
     """The names of a group's parameters, None where they are not known.
 

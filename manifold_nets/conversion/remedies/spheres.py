@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.actions import Action
-from manifold_nets.conversion.moves import ScaledWeight
+from manifold_nets.conversion.moves import ScaledAlong, ScaledWeight
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
 from manifold_nets.symmetry.seeds import joined_partition
 
-__all__ = ["joint_actions", "joint_sphere_of", "sphere_action"]
+__all__ = ["joint_actions", "joint_biases", "joint_sphere_of", "sphere_action"]
 
 
 def sphere_action(
@@ -109,6 +109,30 @@ def joint_sphere_of(family: SymmetryFamily, state: Mapping[str, Tensor]) -> Join
     unit = JointSphere(partitions)
     unit.refuse_degenerate(points)
     return JointSphere(partitions, unit.norms(points))
+
+
+def joint_biases(family: SymmetryFamily, first: str) -> tuple[ScaledAlong, ...]:
+    """The biases that grow with the weights of a joint sphere, with the group of each entry.
+
+    Args:
+        family: the scale that the weights share.
+        first: the weight in whose groups the groups are counted.
+    """
+    partition = _partitions(family, [first])
+    lead = next(part for part in family.generators.parts if part.parameter == first)
+    if isinstance(partition, str):
+        return ()
+    number_of = dict(zip(lead.groups.tolist(), lead.numbers.tolist(), strict=True))
+    seeds, groups = lead.partition.group_ids().flatten().tolist(), partition[first].group_ids().flatten().tolist()
+    group_of = {number_of[seed]: group for seed, group in zip(seeds, groups, strict=True)}
+    found = []
+    for part in family.generators.parts:
+        if len(part.partition.shape) == 1 and (part.coefficients == lead.coefficients[0]).all():
+            entries = [-1] * part.partition.shape[0]
+            for entry, number in zip(part.groups.tolist(), part.numbers.tolist(), strict=True):
+                entries[entry] = group_of[number]
+            found.append(ScaledAlong(part.parameter, tuple(entries)))
+    return tuple(found)
 
 
 def _why_left(
