@@ -24,7 +24,7 @@ from manifold_nets.optim.backends.dispatch import assign, in_motion, joined, run
 from manifold_nets.optim.backends.graph import register, standing_in, step_group_
 from manifold_nets.optim.backends.inputs import StepPlan, check
 from manifold_nets.optim.backends.rule import Rule, StepInput
-from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, resolve_manifolds
+from manifold_nets.optim.param_groups import Group, constrained_of, name_at_step, name_of, resolve_manifolds
 from manifold_nets.optim.plain_run import biases_of_the_plain_run, norms_of
 from manifold_nets.optim.rows import by_rows, whole_rows
 from manifold_nets.optim.state import (
@@ -336,6 +336,11 @@ class SphereOptimizer(torch.optim.Optimizer):
                 self._own_rate = (*self._own_rate, len(self.param_groups))
             for name, default in self._sphere_defaults.items():
                 param_group.setdefault(name, self.defaults.setdefault(name, default))
+            if "transfer" in self.defaults and not any(isinstance(p, tuple) for p in param_group["params"]):
+                # `from_torch` names the parameters of optimizers that have no names, where torch wants all or none.
+                number = len(self.param_groups)
+                names = [name_of(param_group, number, index) for index in range(len(param_group["params"]))]
+                param_group.setdefault("param_names", names)
         super().add_param_group(param_group)
         self._versions[len(self.param_groups) - 1] = self._count_versions(self.param_groups[-1])
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from manifold_nets.constraints import NEAR, constrained_weights
-from manifold_nets.errors import OptionError
+from manifold_nets.errors import ArgumentTypeError, OptionError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import accumulation_dtype, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
@@ -100,13 +101,15 @@ def from_torch(
     kind = _kind_of(optimizer)
     if transfer not in TRANSFERS:
         raise OptionError("transfer", transfer, "'follow', 'step' or 'equilibrium'")
+    _check_models(model=model, converted=converted)
     manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(converted)}
     groups, pairs = _other_groups(optimizer, model, converted, "converted")
     for group in groups:
         group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
     _scale_biases_along(groups, converted)
+    _check_plain_values(optimizer, groups, pairs, converted, manifolds.keys())
     made = kind(groups, lr=optimizer.defaults["lr"])
-    made.defaults.update({key: _copied(value) for key, value in optimizer.defaults.items()})
+    made.defaults.update({key: _copied(value) for key, value in optimizer.defaults.items()}, transfer=transfer)
     norms = _plain_norms_of({name: (source, manifolds.get(id(target))) for _, name, source, target in pairs})
     for group, name, source, target in pairs:
         state, manifold = optimizer.state.get(source, {}), manifolds.get(id(target))
@@ -178,6 +181,7 @@ def to_torch(
     """
     if type(optimizer) not in (RiemannianSGD, RiemannianAdam):
         raise OptionError("optimizer", type(optimizer).__name__, "a RiemannianSGD or RiemannianAdam")
+    _check_models(converted=converted, plain=plain)
     constrained = {id(weight.parameter): weight for weight in constrained_weights(converted)}
     groups, pairs = _other_groups(optimizer, converted, plain, "plain")
     decoupled = [group.get("decoupled_weight_decay") for group in groups]
@@ -205,11 +209,56 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[RiemannianSGD] | type[Rie
     expected = "a torch.optim.SGD, Adam or AdamW"
     if isinstance(optimizer, SphereOptimizer):
         expected += "; a state of an optimizer on spheres is taken over by load_state_dict"
-    elif isinstance(optimizer, torch.optim.SGD):
-        return RiemannianSGD
-    elif isinstance(optimizer, torch.optim.Adam):
-        return RiemannianAdam
+        raise OptionError("optimizer", type(optimizer).__name__, expected)
+    for plain, kind in ((torch.optim.SGD, RiemannianSGD), (torch.optim.Adam, RiemannianAdam)):
+        if isinstance(optimizer, plain):
+            # torch wraps the step of each class, to profile it.
+            if inspect.unwrap(type(optimizer).step) is inspect.unwrap(plain.step):
+                return kind
+            expected += " with its own step; any other step is taken on spheres by manifold_nets.optim.on_spheres"
     raise OptionError("optimizer", type(optimizer).__name__, expected)
+
+
+def _check_models(**models: nn.Module) -> None:
+    for role, model in models.items():
+        if not isinstance(model, nn.Module):
+            remedy = "Pass the model before the conversion and the one that convert or revert made of it."
+            raise ArgumentTypeError(role, model, "a torch.nn.Module", remedy)
+
+
+def _check_plain_values(
+    optimizer: torch.optim.Optimizer,
+    groups: list[Group],
+    pairs: list[tuple[Group, str, Tensor, Tensor]],
+    converted: nn.Module,
+    on_spheres: Container[int],
+) -> None:
+    """Refuse a model whose plain parameters were moved: the states are those of the plain run at the old values."""
+    record = _conversion_of(converted)
+    if record is None and not any(id(target) in on_spheres for _, _, _, target in pairs):
+        raise OptionError("converted", "a model without weights on spheres", "what manifold_nets.convert makes of it")
+    scaled = {group["param_names"][int(place)] for group in groups for place in group.get(SCALED_WITH, ())}
+    of_plan = (module.__dict__.get("_manifold_nets_conversion") for module in converted.modules())
+    is_balanced = any(found.plan.of("balance") for found in of_plan if found is not None)
+    # Without a state nothing is at stake but the step itself: the values may be loaded from a checkpoint later on.
+    if not (is_balanced or any(optimizer.state.values())):
+        return
+    for _, name, source, target in pairs:
+        if id(target) in on_spheres or name in scaled:
+            continue
+        old, new = (whole(p.detach()) for p in (source, target))
+        if not torch.allclose(old.to(new), new, rtol=0, atol=0, equal_nan=True):
+            expected = (
+                "the values that it has in model, as after the remedies 'spheres', 'joint-spheres' and 'dead-biases'; "
+                "balance before training, by manifold_nets.balance(model, inputs)"
+            )
+            raise OptionError("converted", f"other values of {name}", expected)
+
+
+def _conversion_of(converted: nn.Module) -> Any:
+    """The record of `manifold_nets.conversion`, which lies beside this package."""
+    records = (module.__dict__.get("_manifold_nets_moves") for module in converted.modules())
+    return next((found for found in records if found is not None), None)
 
 
 def _other_groups(
@@ -324,15 +373,13 @@ def _to_equilibrium(
 
 def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
     """Note which biases the conversion scaled with which weight: in the plain run they are longer with it."""
-    # The record of `manifold_nets.conversion`, which lies beside this package.
-    records = (module.__dict__.get("_manifold_nets_moves") for module in converted.modules())
-    record = next((found for found in records if found is not None), None)
+    record = _conversion_of(converted)
     places = {name: (k, i) for k, group in enumerate(groups) for i, name in enumerate(group["param_names"])}
     present = {without_wrappers(name) for name, _ in converted.named_parameters(remove_duplicate=False)}
     for of_record, move in (record.weights if record is not None else {}).items():
         weight = without_wrappers(of_record)
-        # In front of these a bias does nothing.
-        is_dead = all(absorber.kind in ("batch", "instance") for absorber in move.absorbers)
+        # In front of these a bias does nothing; joint spheres have no absorbers of their own.
+        is_dead = bool(move.absorbers) and all(absorber.kind in ("batch", "instance") for absorber in move.absorbers)
         for bias in move.biases if weight in places else ():
             name = without_wrappers(bias.name)
             if name not in places and name in present and not is_dead:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import manifold_nets as mn
-from manifold_nets.errors import OptimizerStateError, OptionError
+from manifold_nets.errors import ArgumentTypeError, OptimizerStateError, OptionError
 
 BEFORE = 10
 EPS = torch.finfo(torch.float64).eps
@@ -179,6 +179,78 @@ def test_joint_spheres_go_along(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e6 * EPS)
 
 
+class Residual(nn.Module):
+    """A residual stream with biases, which grow with the weights of the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.n1, self.n2 = nn.LayerNorm(8, eps=1e-30), nn.LayerNorm(8, eps=1e-30)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x[:, 0, 0])
+        return self.head(self.n2(h + self.down(nn.functional.silu(self.up(self.n1(h))))))
+
+
+@pytest.mark.parametrize("name", ["sgd, decay", "adamw"])
+def test_joint_spheres_carry_the_biases_of_their_scale(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def largest() -> float:
+        net = Residual()
+        plain: Any = RUNS[name][0](net.parameters(), **RUNS[name][1])
+        for number in range(BEFORE):
+            step(net, plain, number)
+        converted = mn.convert(net, batch(0)[0], remedies="joint-spheres")
+        assert len(mn.joint_spheres(converted)) == 1
+        optimizer = mn.optim.from_torch(plain, net, converted)
+        pairs = range(BEFORE, BEFORE + 20)
+        found = [float((step(net, plain, n) - step(converted, optimizer, n)).abs().max()) for n in pairs]
+        given_back = mn.revert(converted, norms=mn.optim.plain_norms(optimizer, converted))
+        found.append(float((given_back(batch(0)[0]) - converted(batch(0)[0])).detach().abs().max()))
+        found += [
+            float((a - b).detach().abs().max()) for a, b in zip(net.parameters(), given_back.parameters(), strict=True)
+        ]
+        return max(found)
+
+    assert largest() <= 1e5 * EPS
+    # Sabotage.
+    monkeypatch.setattr("manifold_nets.conversion.apply.joint_biases", lambda family, first: ())
+    assert largest() > 1e8 * EPS
+
+
+def test_a_bias_in_front_of_a_layer_norm_takes_the_plain_step_where_norms_are_held() -> None:
+    net = grouped()
+    plain = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.05)
+    step(net, plain, 0)
+    optimizer = mn.optim.from_torch(plain, net, converted := mn.convert(net, batch(0)[0]), transfer="step")
+    held = mn.optim.plain_norms(optimizer, converted)
+    for _ in range(2):
+        torch.testing.assert_close(step(converted, optimizer, 1), step(net, plain, 1), rtol=0, atol=256 * EPS)
+    for name, norms in mn.optim.plain_norms(optimizer, converted).items():
+        assert torch.equal(norms, held[name])
+
+
+@pytest.mark.parametrize("remedy", ["spheres", "joint-spheres"])
+def test_a_bias_that_is_scaled_with_a_weight_must_be_in_a_group(remedy: str) -> None:
+    net, bias = (grouped(), "4.bias") if remedy == "spheres" else (Residual(), "stem.bias")
+    plain = torch.optim.SGD([p for name, p in net.named_parameters() if name != bias], lr=0.1)
+    converted = mn.convert(net, batch(0)[0], remedies=remedy)
+    with pytest.raises(OptionError, match=rf"{bias} in a group too"):
+        mn.optim.from_torch(plain, net, converted)
+
+
+def test_compiled_models_are_the_same_models() -> None:
+    net, plain = trained("sgd, decay")
+    converted = mn.convert(net, batch(0)[0])
+    expected = mn.optim.from_torch(plain, net, converted).state_dict()
+    for wrap in ((True, False), (False, True), (True, True)):
+        models: Any = [
+            torch.compile(m, backend="eager") if w else m for m, w in zip((net, converted), wrap, strict=True)
+        ]
+        torch.testing.assert_close(mn.optim.from_torch(plain, *models).state_dict(), expected)
+
+
 def test_in_float32_the_norms_are_those_of_the_plain_run() -> None:
     net, plain = trained("sgd, decay", torch.float32)
     converted = mn.convert(net, batch(0, torch.float32)[0])
@@ -296,7 +368,7 @@ def test_attached_schedulers_go_on_with_the_new_optimizer() -> None:
 
 def test_groups_and_options_stay() -> None:
     net, plain = trained("sgd, Nesterov")
-    converted = mn.convert(net, batch(0)[0], remedies="all")
+    converted = mn.convert(net, batch(0)[0], remedies=["dead-biases", "spheres"])
     optimizer = mn.optim.from_torch(plain, net, converted)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.03]
     assert all(group["nesterov"] and group["weight_decay"] == 0.05 for group in optimizer.param_groups)
@@ -414,6 +486,25 @@ def test_a_run_may_begin_on_spheres(name: str) -> None:
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=256 * EPS)
 
 
+def test_a_rate_in_a_tensor_is_not_shared() -> None:
+    net = network()
+    plain = torch.optim.SGD(net.parameters(), lr=torch.tensor(0.1))
+    optimizer = mn.optim.from_torch(plain, net, mn.convert(net, batch(0)[0]))
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    assert float(plain.param_groups[0]["lr"]) == float(optimizer.defaults["lr"]) == pytest.approx(0.1)
+
+
+def test_a_group_can_be_added_later() -> None:
+    net, plain = trained("sgd")
+    optimizer = mn.optim.from_torch(plain, net, mn.convert(net, batch(0)[0]))
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "lr": 0.5})
+    extra.grad = torch.ones(2)
+    optimizer.step()
+    assert extra.tolist() == [0.5, 0.5]
+    assert optimizer.param_groups[2]["transfer"] == "follow"
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -443,3 +534,41 @@ def test_what_does_not_fit_is_refused() -> None:
         mn.revert(converted, norms={"7.weight": torch.ones(3)})
     with pytest.raises(OptionError, match="norms: found '2 for 3"):
         mn.revert(converted, norms={"3.weight": torch.ones(2)})
+    with pytest.raises(ArgumentTypeError, match="model: found"):
+        mn.optim.from_torch(plain, None, converted)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="without weights on spheres"):
+        mn.optim.from_torch(plain, net, net)
+    with pytest.raises(OptimizerStateError, match="before from_torch"):
+        optimizer.load_state_dict(plain.state_dict())
+
+
+class OwnStep(torch.optim.SGD):
+    """Somebody's optimizer, whose step is not that of its base."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_an_own_step_is_refused_and_other_subclasses_are_not() -> None:
+    net = network()
+    converted = mn.convert(net, batch(0)[0])
+    with pytest.raises(OptionError, match="on_spheres"):
+        mn.optim.from_torch(OwnStep(net.parameters()), net, converted)
+    named = type("Named", (torch.optim.AdamW,), {})
+    assert type(mn.optim.from_torch(named(net.parameters()), net, converted)) is mn.optim.RiemannianAdam
+
+
+def test_plain_values_that_were_moved_are_refused() -> None:
+    net, plain = trained("sgd, momentum")
+    with pytest.raises(OptionError, match=r"other values of 1\.weight.*balance before training"):
+        mn.optim.from_torch(plain, net, mn.convert(net, batch(0)[0], remedies="all"))
+    # Without a state too: a step at other values is another step.
+    with pytest.raises(OptionError, match=r"other values of 1\.weight"):
+        mn.optim.from_torch(torch.optim.SGD(net.parameters()), net, mn.convert(net, batch(0)[0], remedies="all"))
+    balanced, _ = mn.balance(net, batch(0)[0])
+    fresh = torch.optim.SGD(balanced.parameters(), lr=0.1)
+    mn.optim.from_torch(fresh, balanced, mn.convert(balanced, batch(0)[0]))
+    converted = mn.convert(net, batch(0)[0])
+    step(net, plain, 40)
+    with pytest.raises(OptionError, match=r"other values of 1\.weight"):
+        mn.optim.from_torch(plain, net, converted)
