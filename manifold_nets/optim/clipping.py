@@ -11,7 +11,7 @@ from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import wide
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.plain_run import NORM, biases_of_the_plain_run
+from manifold_nets.optim.plain_run import norms_of, scaled_biases
 
 __all__ = ["clip_plain_grad_norm_", "clip_sphere_grad_norm_"]
 
@@ -81,35 +81,66 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def clip_plain_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    r"""Clip as `torch.nn.utils.clip_grad_norm_` does in the plain run that an optimizer of `from_torch` follows.
+    r"""Clip all gradients together, as `torch.nn.utils.clip_grad_norm_` does in the plain run that is followed.
 
-    The gradient at ``r u`` is n/r times that of the plain weight ``n u``; the total norm here is that of the plain
-    run, and all gradients are scaled by one number, as there.
+    An optimizer of `from_torch` has a weight ``r u`` in the place of the plain weight ``n u``, whose gradient is r/n
+    times that of ``r u``; with it are the gradients of the biases that are scaled along. With g all gradients of the
+    plain run,
+
+    .. math:: g ← g · \min(1, ν / (‖g‖ + 10^{-6})) .
+
+    torch's own function would take the norms at which weights happen to lie on their spheres, and clip other steps.
+    After `torch.amp.GradScaler.unscale_`.
+
+    Args:
+        optimizer: what `from_torch` returned; parameters without a gradient are passed over.
+        max_norm: the bound ν, positive.
+
+    Returns:
+        ‖g‖ before clipping, a scalar in float32 or better; 0 where no parameter has a gradient.
+
+    Raises:
+        OptionError: ``max_norm`` is not positive, or the optimizer does not follow a plain run.
+
+    References:
+        Pascanu, Mikolov, Bengio, *On the difficulty of training recurrent neural networks*, ICML 2013, arXiv:1211.5063.
+
+    Example:
+        >>> import manifold_nets as mn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        >>> sgd, x = torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(16, 4)
+        >>> converted = mn.convert(net, x)
+        >>> optimizer = mn.optim.from_torch(sgd, net, converted)
+        >>> converted(x).square().mean().backward()
+        >>> total = clip_plain_grad_norm_(optimizer, 1e-3)
+        >>> total > 1e-3, clip_plain_grad_norm_(optimizer, 1.0) <= 1e-3
+        (tensor(True), tensor(True))
     """
     if not max_norm > 0:
         raise OptionError("max_norm", max_norm, "a positive number")
+    if not all(group.get("transfer") for group in optimizer.param_groups):
+        expected = "one of manifold_nets.optim.from_torch; for others there is torch.nn.utils.clip_grad_norm_"
+        raise OptionError("optimizer", type(optimizer).__name__, expected)
+    of_biases = dict(scaled_biases(optimizer.param_groups, optimizer.state))
     squares = []
-    with biases_of_the_plain_run(optimizer.param_groups, optimizer.state):
-        for group in optimizer.param_groups:
-            for weight, manifold in zip(group["params"], group["manifolds"], strict=True):
-                if weight.grad is None:
-                    continue
-                gradient = wide(whole(weight.grad))
-                norms = optimizer.state[weight].get(NORM) if manifold is not None else None
-                if norms is not None:
-                    norms = whole(norms)
-                    gradient = manifold.partition.multiply(
-                        gradient, (manifold.radius_for(norms) / norms).to(gradient.dtype)
-                    )
-                squares.append(gradient.square().sum())
+    for group in optimizer.param_groups:
+        for weight, manifold in zip(group["params"], group["manifolds"], strict=True):
+            if weight.grad is None:
+                continue
+            gradient = wide(whole(weight.grad))
+            if manifold is not None:
+                norms = whole(norms_of(optimizer.state[weight], weight, manifold))
+                ratio = manifold.radius_for(norms) / norms
+                gradient = manifold.partition.multiply(gradient, ratio.to(gradient.dtype))
+            elif weight in of_biases:
+                gradient = gradient / whole(of_biases[weight]())
+            squares.append(gradient.square().sum())
     if not squares:
         return torch.zeros(())
     total = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight.grad is not None:
-                weight.grad.mul_(factor.to(weight.grad.device, weight.grad.dtype))
+    for weight in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        weight.grad.mul_(factor.to(weight.grad.device, weight.grad.dtype))
     return total
 
 

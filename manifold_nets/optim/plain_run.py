@@ -7,9 +7,10 @@ the sphere, and its norm in the state, where the plain run goes on; or it holds 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from manifold_nets.optim.backends.rule import Rule
 from manifold_nets.optim.backends.sharded import zero_scalars
 from manifold_nets.optim.param_groups import Group
 
-__all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "of_plain_run"]
+__all__ = ["NORM", "SCALED_WITH", "TRANSFERS", "biases_of_the_plain_run", "norms_of", "of_plain_run", "scaled_biases"]
 
 # In a group: for the place of a bias the group and the place of the weight that it is scaled with, and the sphere of
 # each entry.
@@ -39,6 +40,26 @@ def norms_of(state: dict[str, Any], weight: Tensor, manifold: SphereProduct) -> 
     return norms
 
 
+def scaled_biases(
+    groups: Sequence[Group], states: Mapping[Tensor, dict[str, Any]]
+) -> list[tuple[Tensor, Callable[[], Tensor]]]:
+    """Return the biases that are scaled with a weight, and what computes n/r of the group of each of their entries."""
+
+    def ratio(bias: Tensor, weight: Tensor, manifold: SphereProduct, of_entries: Sequence[int]) -> Tensor:
+        norms = norms_of(states[weight], weight, manifold)
+        index = torch.tensor(of_entries, device=norms.device)
+        found = (norms / manifold.radius_for(norms)).flatten()[index.clamp_min(0)]
+        return torch.where(index < 0, 1.0, found).to(bias.dtype).reshape(bias.shape)
+
+    found = []
+    for group in groups:
+        for place, (other, index, of_entries) in group.get(SCALED_WITH, {}).items():
+            bias, of_weight = group["params"][int(place)], groups[other]
+            manifold = of_weight["manifolds"][index]
+            found.append((bias, partial(ratio, bias, of_weight["params"][index], manifold, of_entries)))
+    return found
+
+
 @contextmanager
 def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dict[str, Any]]) -> Iterator[None]:
     """For the time of a step give biases that are scaled with a weight their size in the plain run.
@@ -46,20 +67,8 @@ def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dic
     Behind a weight ``r u`` in the place of ``n u`` stands the bias ``β = b r/n``. With the gradient of b torch's step
     is that of the plain run, and the new norm makes a new β of the new b.
     """
-    found = [
-        (group["params"][int(place)], groups[other]["params"][index], groups[other]["manifolds"][index], of_entries)
-        for group in groups
-        for place, (other, index, of_entries) in group.get(SCALED_WITH, {}).items()
-    ]
-
-    def up(bias: Tensor, weight: Tensor, manifold: SphereProduct, of_entries: Sequence[int]) -> Tensor:
-        """n/r of the group of each entry of a bias."""
-        norms = norms_of(states[weight], weight, manifold)
-        index = torch.tensor(of_entries, device=norms.device)
-        ratio = (norms / manifold.radius_for(norms)).flatten()[index.clamp_min(0)]
-        return torch.where(index < 0, 1.0, ratio).to(bias.dtype).reshape(bias.shape)
-
-    gradients = [each[0].grad for each in found]
+    found = scaled_biases(groups, states)
+    gradients = [bias.grad for bias, _ in found]
     # Norms that are held: biases need the norm of the plain step, with which the whole point is scaled back.
     held = {
         weight: norms_of(states[weight], weight, manifold).clone()
@@ -69,17 +78,17 @@ def biases_of_the_plain_run(groups: Sequence[Group], states: Mapping[Tensor, dic
         if manifold is not None
     }
     with torch.no_grad():
-        for each, gradient in zip(found, gradients, strict=True):
-            ratio = up(*each)
-            each[0].mul_(ratio)
-            each[0].grad = None if gradient is None else gradient / ratio
+        for (bias, ratio_of), gradient in zip(found, gradients, strict=True):
+            ratio = ratio_of()
+            bias.mul_(ratio)
+            bias.grad = None if gradient is None else gradient / ratio
     try:
         yield
     finally:
         with torch.no_grad():
-            for each, gradient in zip(found, gradients, strict=True):
-                each[0].div_(up(*each))
-                each[0].grad = gradient
+            for (bias, ratio_of), gradient in zip(found, gradients, strict=True):
+                bias.div_(ratio_of())
+                bias.grad = gradient
             for weight, norms in held.items():
                 states[weight][NORM].copy_(norms)
 

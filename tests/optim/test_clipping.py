@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_
 import manifold_nets as mn
 from manifold_nets.constraints import attach
 from manifold_nets.errors import OptionError
-from manifold_nets.optim import clip_sphere_grad_norm_
+from manifold_nets.optim import clip_plain_grad_norm_, clip_sphere_grad_norm_
 
 layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 RADII = ["unit", "uniform", "per group"]
@@ -140,3 +140,73 @@ def test_torchs_clipping_scales_all_gradients_by_the_same_number():
     assert float(found) == pytest.approx(float(total), rel=32 * eps)
     for parameter, gradient in zip(net.parameters(), before, strict=True):
         assert torch.allclose(parameter.grad.double(), gradient / (total + 1e-6), rtol=32 * eps, atol=eps)
+
+
+RUNS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1),
+}
+
+
+def distance_of_clipped_runs(name, clip, radius):
+    """Largest difference between the plain run, which torch clips, and the converted one."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        *(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8, eps=1e-30), nn.Tanh()),
+        *(nn.Linear(8, 6), nn.LayerNorm(6, eps=1e-30), nn.Tanh(), nn.Linear(6, 3)),
+    ).double()
+    x, y = torch.randn(32, 4, dtype=torch.float64), torch.randint(3, (32,))
+    plain = RUNS[name](net.parameters())
+
+    def step(model, optimizer, clip):
+        optimizer.zero_grad()
+        out = model(x)
+        nn.functional.cross_entropy(out, y).backward()
+        total = clip(0.1)
+        optimizer.step()
+        return out.detach(), total
+
+    def clip_plain(bound):
+        return clip_grad_norm_(net.parameters(), bound)
+
+    for _ in range(5):
+        step(net, plain, clip_plain)
+    converted = mn.convert(net, x, radius=radius)
+    optimizer = mn.optim.from_torch(plain, net, converted)
+    found = []
+    for _ in range(15):
+        (a, total), (b, other) = step(net, plain, clip_plain), step(converted, optimizer, lambda v: clip(optimizer, v))
+        assert float(total) > 0.1
+        found += [float((a - b).abs().max()), float((total - other).abs())]
+    return max(found)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("radius", ["unit", "keep"])
+def test_plain_clipping_is_that_of_the_plain_run(name, radius):
+    assert distance_of_clipped_runs(name, clip_plain_grad_norm_, radius) <= 1e4 * torch.finfo(torch.float64).eps
+
+
+def test_sabotage_torchs_clipping_is_not():
+    def euclidean(optimizer, bound):
+        return clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], bound)
+
+    assert distance_of_clipped_runs("sgd", euclidean, "unit") > 1e-3
+
+
+def test_plain_clipping_leaves_what_it_should():
+    layer = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3))
+    converted = mn.convert(layer, torch.randn(5, 4))
+    optimizer = mn.optim.from_torch(torch.optim.SGD(layer.parameters()), layer, converted)
+    assert float(clip_plain_grad_norm_(optimizer, 0.1)) == 0.0
+    converted(torch.randn(5, 4)).square().sum().backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in converted.parameters()]
+    assert float(clip_plain_grad_norm_(optimizer, 1e6)) > 0
+    for p, (value, gradient) in zip(converted.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+        assert torch.equal(p.grad, gradient)
+    with pytest.raises(OptionError, match="max_norm"):
+        clip_plain_grad_norm_(optimizer, 0.0)
+    for other in (torch.optim.SGD(layer.parameters()), mn.optim.RiemannianSGD(converted.parameters(), lr=0.1)):
+        with pytest.raises(OptionError, match="clip_grad_norm_"):
+            clip_plain_grad_norm_(other, 0.1)
