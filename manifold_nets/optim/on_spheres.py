@@ -70,7 +70,7 @@ def on_spheres(
 
     Raises:
         ArgumentTypeError: it is no optimizer of torch's kind, or one that steps on spheres itself.
-        OptionError: ``radial`` is neither, or no weight of the optimizer lies on spheres.
+        OptionError: ``radial`` is neither, no weight of the optimizer lies on spheres, or it is `torch.optim.LBFGS`.
         ManifoldNetsError: a weight cannot be trained on its spheres; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
@@ -91,6 +91,9 @@ def on_spheres(
     if not isinstance(given, torch.optim.Optimizer) or isinstance(given, SphereOptimizer | OptimMixin):
         expected = "a torch.optim.Optimizer that knows nothing of spheres"
         raise ArgumentTypeError("optimizer", optimizer, expected, "Others need no wrapper, or cannot have one.")
+    if isinstance(given, torch.optim.LBFGS):
+        expected = "an optimizer of single steps: LBFGS searches along lines, which leave the spheres"
+        raise OptionError("optimizer", "LBFGS", expected)
     if radial not in ("project", "brake"):
         raise OptionError("radial", radial, "'project' or 'brake'")
     hooks = _Hooks(model, _PutBack("put-back", 0.0, 0.0, nesterov=radial == "brake"), frozenset(buffers))

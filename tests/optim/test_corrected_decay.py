@@ -328,6 +328,9 @@ def test_what_cannot_be_corrected_is_refused():
     groups = mn.param_groups(net, report=report(), weight_decay=0.1)
     with pytest.raises(OptionError, match="decoupled_weight_decay"):
         CorrectedDecay(torch.optim.Adam(groups))
+    for kind in (torch.optim.RMSprop, torch.optim.NAdam):  # their decay is in the gradient
+        with pytest.raises(OptionError, match="decoupled_weight_decay"):
+            CorrectedDecay(kind(groups))
     for largest in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(OptionError, match="max_lr"):
             CorrectedDecay(torch.optim.AdamW(groups), max_lr=largest)

@@ -365,12 +365,29 @@ def test_one_sphere_for_each_matrix_is_that_of_its_norm() -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["nesterov", "adamw"])
+def test_called_twice_is_called_once(name: str) -> None:
+    paths = []
+    for times in (1, 2):
+        net = network()
+        optimizer = MAKES[name](net.parameters())
+        for _ in range(times):
+            assert on_spheres(optimizer, net) is optimizer
+        hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        train(net, optimizer, 3)
+        paths.append((net.state_dict(), *map(len, hooks)))
+    assert_same(paths[0][0], paths[1][0])
+    assert paths[0][1:] == paths[1][1:]
+
+
 def test_what_cannot_be_wrapped_is_refused() -> None:
     net = network()
     with pytest.raises(ArgumentTypeError, match="knows nothing of spheres"):
         on_spheres(mn.optim.RiemannianSGD(mn.param_groups(net), lr=0.1), net)
     with pytest.raises(ArgumentTypeError, match="optimizer: found"):
         on_spheres(net, net)  # type: ignore[type-var]
+    with pytest.raises(OptionError, match="optimizer: found 'LBFGS'; expected an optimizer of single steps"):
+        on_spheres(torch.optim.LBFGS(network().parameters()), network())
     with pytest.raises(OptionError, match="radial: found 'keep'"):
         on_spheres(torch.optim.SGD(net.parameters(), lr=0.1), net, radial="keep")  # type: ignore[arg-type]
     plain = nn.Linear(3, 2)
