@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import attach, everywhere, note_converted
+from manifold_nets.constraints import attach, constrained_weights, everywhere, note_converted
 from manifold_nets.conversion.actions import REMEDIES, ConversionPlan
 from manifold_nets.conversion.moves import MOVES, Moves, RemovedBias, ScaledWeight, Values, moves_of
 from manifold_nets.conversion.plan import EditedPlan, Selector, early_actions, edited_plan, plan_of, staged
@@ -20,7 +20,7 @@ from manifold_nets.conversion.plan import plan as make_plan
 from manifold_nets.conversion.projection import convert_when_loaded
 from manifold_nets.conversion.remedies.balance import smallest_norm
 from manifold_nets.conversion.remedies.dead_biases import remove_bias
-from manifold_nets.conversion.remedies.spheres import joint_actions, joint_biases, joint_sphere_of
+from manifold_nets.conversion.remedies.spheres import joint_actions, joint_biases, joint_sphere_of, statistics_behind
 from manifold_nets.conversion.revert import CONVERSION_RECORD, copy_of
 from manifold_nets.conversion.verify import (
     Verification,
@@ -147,7 +147,7 @@ def convert(
     record = ConversionRecord(chosen.without_data(), verification)
     target.__dict__[CONVERSION_RECORD] = record
     tolerance = math.inf if plan is not None else train_tolerance
-    target.__dict__[MOVES] = _moves_after(moves_of(target) or Moves(), chosen, tolerance)
+    target.__dict__[MOVES] = _moves_after(target, chosen, tolerance)
     convert_when_loaded(target)
     _log.info("%s", record)
     return target
@@ -180,9 +180,11 @@ def _nothing_to_convert(chosen: ConversionPlan, remedies: list[str]) -> NothingT
     )
 
 
-def _moves_after(before: Moves, chosen: ConversionPlan, tolerance: float) -> Moves:
+def _moves_after(target: nn.Module, chosen: ConversionPlan, tolerance: float) -> Moves:
     """What a plan did to a model, in addition to what earlier conversions did."""
+    before = moves_of(target) or Moves()
     moves = Moves(dict(before.weights), dict(before.biases), tolerance)
+    on_spheres = {weight.name for weight in constrained_weights(target)}
     removed = {action.name for action in chosen.of("remove")} | before.biases.keys()
     for action in chosen.effective:
         if action.action == "sphere" and isinstance(action.move, ScaledWeight):
@@ -192,7 +194,10 @@ def _moves_after(before: Moves, chosen: ConversionPlan, tolerance: float) -> Mov
             if isinstance(action.move, SymmetryFamily):
                 parts = action.move.generators.parts
                 first = next(part.parameter for part in parts if len(part.partition.shape) > 1)
-                moves.weights[first] = ScaledWeight(first, biases=joint_biases(action.move, first)).without(removed)
+                move = ScaledWeight(first, biases=joint_biases(action.move, first)).without(removed)
+                shared = [name for name in action.parameters if name in on_spheres]
+                absorbers = statistics_behind(target, move, shared, chosen.example_inputs)
+                moves.weights[first] = replace(move, absorbers=absorbers)
         elif action.action == "remove" and isinstance(action.move, RemovedBias):
             moves.biases[action.name] = replace(action.move, means=dict.fromkeys(action.move.means, ()))
     return moves

@@ -85,6 +85,10 @@ def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
     for name, wanted in norms.items():
         if name not in known or name not in manifolds:
             raise OptionError("norms", name, "converted weights of which it is known what changes with them")
+        unknown = [absorber for absorber in known[name].absorbers if -2 in absorber.groups]
+        if unknown:
+            found = f"{name}, of whose scale {unknown[0].module} absorbs a product with others"
+            raise OptionError("norms", found, "converted weights of which it is known what changes with them")
         manifold, partition = manifolds[name], manifolds[name].partition
         if wanted.numel() != partition.n_groups:
             raise OptionError("norms", f"{wanted.numel()} for {name}", f"one for each of {partition}")

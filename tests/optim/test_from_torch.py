@@ -219,6 +219,51 @@ def test_joint_spheres_carry_the_biases_of_their_scale(name: str, monkeypatch: p
     assert largest() > 1e8 * EPS
 
 
+class Sum(nn.Module):
+    """A batch normalization of a sum: its statistics follow the norms that the weights have together."""
+
+    def __init__(self, calls: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(6, 5), nn.Linear(6, 5, bias=False), nn.Linear(5, 3)
+        self.norm, self.calls = nn.BatchNorm1d(5, eps=1e-30), calls
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0, 0]
+        for _ in range(self.calls):
+            h = self.norm(self.a(x) + self.b(x.square()))
+        return self.head(h.tanh())
+
+
+def test_statistics_behind_joint_spheres_are_scaled_along(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    def given_back(calls: int = 1) -> tuple[nn.Module, nn.Module, nn.Module]:
+        net = Sum(calls)
+        plain = torch.optim.SGD(net.parameters(), lr=0.2, momentum=0.9)
+        step(net, plain, 0)
+        converted = mn.convert(net, batch(0)[0], remedies="joint-spheres")
+        assert len(mn.joint_spheres(converted)) == 1
+        optimizer = mn.optim.from_torch(plain, net, converted)
+        for number in range(1, 20):
+            step(net, plain, number)
+            step(converted, optimizer, number)
+        mn.save(converted, tmp_path / "net.safetensors")
+        loaded = mn.load(Sum(), tmp_path / "net.safetensors")
+        return net, converted, mn.revert(loaded, norms=mn.optim.plain_norms(optimizer, converted))
+
+    def distance(one: nn.Module, other: nn.Module) -> float:
+        return float((one(batch(0)[0]) - other(batch(0)[0])).detach().abs().max())
+
+    net, converted, back = given_back()
+    assert distance(back.eval(), converted.eval()) <= 1e4 * EPS
+    assert distance(back.train(), net.train()) <= 1e5 * EPS
+    with pytest.raises(OptionError, match=r"norms: found 'a\.weight, of whose scale norm absorbs"):
+        given_back(calls=2)
+    monkeypatch.setattr("manifold_nets.conversion.apply.statistics_behind", lambda *_: ())
+    _, converted, back = given_back()
+    assert distance(back.eval(), converted.eval()) > 1e-2
+
+
 def test_a_bias_in_front_of_a_layer_norm_takes_the_plain_step_where_norms_are_held() -> None:
     net = grouped()
     plain = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=0.05)

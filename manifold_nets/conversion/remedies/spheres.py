@@ -5,20 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.actions import Action
-from manifold_nets.conversion.moves import ScaledAlong, ScaledWeight
+from manifold_nets.conversion.moves import ScaledAlong, ScaledWeight, gather
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
+from manifold_nets.models import duplicate, named_tensors, random_numbers
+from manifold_nets.running import split_inputs
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.report import Absorber
 from manifold_nets.symmetry.seeds import joined_partition
 
-__all__ = ["joint_actions", "joint_biases", "joint_sphere_of", "sphere_action"]
+__all__ = ["joint_actions", "joint_biases", "joint_sphere_of", "sphere_action", "statistics_behind"]
 
 
 def sphere_action(
@@ -133,6 +138,69 @@ def joint_biases(family: SymmetryFamily, first: str) -> tuple[ScaledAlong, ...]:
                 entries[entry] = group_of[number]
             found.append(ScaledAlong(part.parameter, tuple(entries)))
     return tuple(found)
+
+
+@torch.no_grad()
+def statistics_behind(
+    model: nn.Module, move: ScaledWeight, members: Sequence[str], inputs: Any
+) -> tuple[Absorber, ...]:
+    """The batch normalizations whose running statistics follow the scale of a joint sphere, measured.
+
+    Each group gets a factor of its own; the variance of a batch says which group scales which channel. Channels whose
+    variance fits no group get −2.
+
+    Args:
+        model: the converted model; left as it is.
+        move: the first weight of the sphere with its biases.
+        members: the names of the weights of the sphere.
+        inputs: example inputs.
+    """
+    args, kwargs = split_inputs(inputs)
+    manifolds = {weight.name: weight.manifold for weight in constrained_weights(model)}
+    n_groups = manifolds[move.name].partition.n_groups
+    factors = torch.linspace(1.5, 3.0, n_groups, dtype=torch.float64)
+    found: list[dict[str, _NormBase]] = []
+    for is_scaled in (False, True):
+        copied = duplicate(model).train()
+        tensors = named_tensors(copied)
+        for name in members if is_scaled else ():
+            partition = manifolds[name].partition
+            spread = partition.spread(factors.to(tensors[name].device))
+            tensors[name].copy_(partition.multiply(tensors[name].double(), spread))
+        for bias in move.biases if is_scaled else ():
+            along = gather(factors.to(tensors[bias.name].device), bias.groups)
+            tensors[bias.name].mul_(along.reshape(tensors[bias.name].shape))
+        norms = {
+            name: module
+            for name, module in copied.named_modules()
+            if isinstance(module, _NormBase) and module.running_var is not None
+        }
+        for norm in norms.values():
+            norm.momentum = 1.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.zero_()
+        if not norms:
+            return ()
+        with random_numbers(0):
+            copied(*args, **kwargs)
+        found.append(norms)
+    absorbers = []
+    for name, norm in found[0].items():
+        before, after = (torch.as_tensor(each[name].running_var).double().cpu() for each in found)
+        ratio = torch.where(before == after, 1.0, after / before).sqrt()
+        nearest = (ratio[:, None] / factors - 1).abs().min(1)
+        fits = (nearest.values < 0.1 / n_groups) & (
+            norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 1
+        )
+        groups = torch.where((ratio - 1).abs() < 0.01, -1, torch.where(fits, nearest.indices, -2))
+        if bool((groups != -1).any()):
+            mean, var = f"{name}.running_mean", f"{name}.running_var"
+            of_channels = tuple(groups.tolist())
+            # It is not known whether biases have an effect elsewhere, as they have none in front of a "batch".
+            absorbers.append(
+                Absorber("batch_norm", name, "buffer", norm.eps, running_mean=mean, running_var=var, groups=of_channels)
+            )
+    return tuple(absorbers)
 
 
 def _why_left(
