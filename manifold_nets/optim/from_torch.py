@@ -219,7 +219,7 @@ def _kind_of(optimizer: torch.optim.Optimizer) -> type[RiemannianSGD] | type[Rie
     raise OptionError("optimizer", type(optimizer).__name__, expected)
 
 
-def _check_models(**models: nn.Module) -> None:
+def _check_models(**models: object) -> None:
     for role, model in models.items():
         if not isinstance(model, nn.Module):
             remedy = "Pass the model before the conversion and the one that convert or revert made of it."

@@ -51,7 +51,7 @@ def scaled_biases(
         found = (norms / manifold.radius_for(norms)).flatten()[index.clamp_min(0)]
         return torch.where(index < 0, 1.0, found).to(bias.dtype).reshape(bias.shape)
 
-    found = []
+    found: list[tuple[Tensor, Callable[[], Tensor]]] = []
     for group in groups:
         for place, (other, index, of_entries) in group.get(SCALED_WITH, {}).items():
             bias, of_weight = group["params"][int(place)], groups[other]

@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.actions import Action
-from manifold_nets.conversion.moves import ScaledAlong, ScaledWeight, gather
+from manifold_nets.conversion.moves import ScaledWeight, gather
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.models import duplicate, named_tensors, random_numbers
 from manifold_nets.running import split_inputs
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
-from manifold_nets.symmetry.report import Absorber
+from manifold_nets.symmetry.report import Absorber, ScaledAlong
 from manifold_nets.symmetry.seeds import joined_partition
 
 __all__ = ["joint_actions", "joint_biases", "joint_sphere_of", "sphere_action", "statistics_behind"]
