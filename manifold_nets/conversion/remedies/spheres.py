@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.actions import Action
-from manifold_nets.conversion.moves import ScaledAlong, ScaledWeight
+from manifold_nets.conversion.moves import ScaledWeight
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
