@@ -457,6 +457,35 @@ def test_weights_on_spheres_are_watched_without_a_report(report):
         assert row["norm"] == pytest.approx(monitor.history.of("norm")[0, monitor.history.weights.index(row["weight"])])
 
 
+@BOTH
+@pytest.mark.parametrize("max_groups", [32, 2])
+def test_a_run_that_goes_on_on_spheres_is_measured_as_the_plain_one(report, make, max_groups):
+    plain = network()
+    optimizer = make(plain)
+    train(plain, optimizer, range(2))
+    converted = mn.convert(plain, report)
+    follow, step = (mn.optim.from_torch(optimizer, plain, converted, transfer=how) for how in ("follow", "step"))
+    held = mn.Monitor(converted, step, every=1, max_groups=max_groups)
+    monitors = [
+        mn.Monitor(plain, optimizer, report, every=1, max_groups=max_groups),
+        mn.Monitor(converted, follow, every=1, max_groups=max_groups),
+    ]
+    for normalization in [m for model in (plain, converted) for m in model.modules() if hasattr(m, "eps")]:
+        normalization.eps = 1e-30  # the scale has no effect at all
+    train(plain, optimizer, range(3))
+    train(converted, follow, range(3))
+    for quantity in QUANTITIES:
+        expected, found = (monitor.history.of(quantity) for monitor in monitors)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=quantity)
+    assert np.isfinite(monitors[1].history.of("steps_to_equilibrium")).all()
+    train(converted, step, range(2))
+    norms, power = held.history.of("norm"), 2 if make is sgd else 1
+    np.testing.assert_allclose(norms[0], monitors[0].history.of("norm")[0], rtol=1e-12)
+    np.testing.assert_array_equal(norms[0], norms[1])
+    np.testing.assert_allclose(held.history.of("effective_lr"), held.history.of("lr") / norms**power, rtol=1e-12)
+    assert np.isnan(held.history.of("equilibrium_rotation")).all()
+
+
 def test_wrapped_models_and_optimizers(report):
     class Wrapper:
         def __init__(self, optimizer):
