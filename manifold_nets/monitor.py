@@ -241,13 +241,15 @@ class Monitor:
     ``lr``, ``weight_decay``      of the parameter group
     ============================  ====================================================================================
 
+    Of an even number of groups, median means the lower one of the middle two.
+
     What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a norm that has
     grown until steps turn the weight ten times less, an equilibrium that the run will not reach, half a radian per
     step, gradients along a weight that should have none, numbers that are not finite.
 
     Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. With an
-    optimizer of `manifold_nets.optim.from_torch` their numbers are those of the plain run, whose norms it keeps. Weights
-    of joint spheres are left out, as no norm of one of them alone means anything.
+    optimizer of `manifold_nets.optim.from_torch` their numbers are those of the plain run, whose norms it keeps.
+    Weights of joint spheres are left out, as no norm of one of them alone means anything.
 
     Args:
         model: the network as it is trained, also inside DistributedDataParallel or ``torch.compile``, sharded by
@@ -302,7 +304,9 @@ class Monitor:
     ) -> None:
         numbers: dict[str, Any] = {"every": every, "total_steps": total_steps, "max_groups": max_groups}
         for name, number in numbers.items():
-            if number is not None and (not isinstance(number, int) or number < 1):
+            if number is None and name != "every":
+                continue
+            if not isinstance(number, int) or number < 1:
                 raise OptionError(name, number, "a whole number ≥ 1")
         self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
         if not hasattr(self.optimizer, "register_step_post_hook"):
@@ -311,7 +315,8 @@ class Monitor:
         self.every, self.total_steps, self._most = every, total_steps, max_groups
         writers = as_writers(writer)
         self._writers = writers if _is_first_process() else []
-        self.step, self._resumed = 0, False
+        self.step, self._resumed = 0, 0
+        self._replaced: set[str] = set()
         self.findings: list[Finding] = []
         self._captured: Any = None
         self._capture: torch.utils.hooks.RemovableHandle | None = None
@@ -435,9 +440,15 @@ class Monitor:
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        # A fused optimizer leaves a step out by itself, where a GradScaler tells it that gradients are not finite.
+        overflow = getattr(self.optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            self._kept, self._gradients, self._norms = [], [], []
+            return
         step, self.step = self.step, self.step + 1
         if not self._kept:
             return
+        self._warn_of_replaced()
         gradients = self._gradients or self._read_gradients()
         moved = [weight.step(kept) for weight, kept in zip(self._watched, self._kept, strict=True)]
         self._kept, self._gradients = [], []
@@ -461,6 +472,26 @@ class Monitor:
         )
         if device.type == "cpu":
             self.flush()  # elsewhere this would wait for the device; the next sample does not
+
+    def _warn_of_replaced(self) -> None:
+        """Warn once of each weight whose parameter is no longer that of the model."""
+        for weight in self._watched:
+            if weight.name in self._replaced or is_sharded(weight.parameter):  # shards change places with whole weights
+                continue
+            path, _, leaf = weight.name.rpartition(".")
+            try:
+                held = getattr(self.model.get_submodule(path), leaf, None)
+            except AttributeError:
+                held = None
+            if held is not weight.parameter:
+                self._replaced.add(weight.name)
+                if _is_first_process():
+                    text = (
+                        f"{weight.name}: the model has another parameter in its place than the one that the optimizer "
+                        "held, which is the one that is measured. Build the optimizer and a Monitor from the model as "
+                        "it is now."
+                    )
+                    warnings.warn(text, MonitorWarning, stacklevel=6)
 
     def _exchange(self, sums: list[Tensor]) -> None:
         """Add up what the processes hold of sharded weights: one all-reduce for each way of sharding."""
@@ -559,7 +590,7 @@ class Monitor:
 
     def skip_to(self, step: int) -> None:
         """Count steps from this number on, in a run that was resumed without a state of its monitor."""
-        self.step, self._resumed = step, step > 0
+        self.step, self._resumed = step, step
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state: steps are counted on, and a CSV file is continued."""

@@ -280,9 +280,10 @@ def test_closures(report):
         assert all(row["radial_gradient"] < 0.2 for row in monitor.history.rows())
 
 
-def test_steps_that_a_scaler_leaves_out_are_not_counted(report):
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_leaves_out_are_not_counted(report, fused):
     model = network(torch.float32)
-    optimizer = sgd(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     monitor = mn.Monitor(model, optimizer, report, every=1)
     for step in range(4):
@@ -294,6 +295,19 @@ def test_steps_that_a_scaler_leaves_out_are_not_counted(report):
         scaler.step(optimizer)
         scaler.update()
     assert monitor.history.steps == [0, 1, 2]
+    assert all(row["rotation"] > 0 for place in range(3) for row in monitor.history.rows(place))
+
+
+def test_a_parameter_that_was_replaced_is_named_once(report):
+    model = network()
+    optimizer = sgd(model)
+    monitor = mn.Monitor(model, optimizer, report, every=1)
+    train(model, optimizer, range(1))
+    model.conv.weight = nn.Parameter(model.conv.weight.detach().clone())
+    with pytest.warns(MonitorWarning, match=r"^conv\.weight: the model has another parameter"):
+        train(model, optimizer, range(1))
+    train(model, optimizer, range(1))
+    assert monitor.step == 3
 
 
 # ---- the equilibrium -------------------------------------------------------------------------------------------------
@@ -551,7 +565,7 @@ def test_what_cannot_be_watched_is_refused(report):
         mn.Monitor(model, sgd(network()), report)
     with pytest.raises(ArgumentTypeError, match="hooks"):
         mn.Monitor(model, object(), report)
-    for options in ({"every": 0}, {"every": 1.5}, {"max_groups": 0}, {"total_steps": -1}):
+    for options in ({"every": 0}, {"every": None}, {"every": 1.5}, {"max_groups": 0}, {"total_steps": -1}):
         with pytest.raises(OptionError, match=f"{next(iter(options))}: found"):
             mn.Monitor(model, optimizer, report, **options)
     with pytest.raises(ArgumentTypeError, match="writer"):
@@ -637,7 +651,8 @@ def test_loggers_get_scalars(report):
     assert as_writers(None) == []
 
 
-def test_an_interrupted_run_is_measured_as_a_whole_one(report, tmp_path):
+@pytest.mark.parametrize(("lost", "torn"), [(0, False), (0, True), (3, False)])
+def test_an_interrupted_run_is_measured_as_a_whole_one(report, lost, torn, tmp_path):
     def start(path):
         model = network()
         optimizer = sgd(model)
@@ -649,13 +664,17 @@ def test_an_interrupted_run_is_measured_as_a_whole_one(report, tmp_path):
     model, optimizer, monitor = start(parts)
     train(model, optimizer, range(5))
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), monitor.state_dict()])
+    train(model, optimizer, range(5, 5 + lost))  # after the last checkpoint
     monitor.close()
+    if torn:
+        with parts.open("a") as file:
+            file.write("8,conv.we")
     resumed = start(parts)
     for part, state in zip(resumed, saved, strict=True):
         part.load_state_dict(state)
     train(*resumed[:2], range(5, 9))
     assert resumed[2].step == 9
-    assert parts.read_text() == whole.read_text()
+    assert parts.read_bytes() == whole.read_bytes()
 
 
 def test_long_histories_are_thinned_out():
