@@ -315,10 +315,11 @@ class CSVWriter:
             step: the number of the step.
             rows: one for each weight.
             resumed: the step from which a resumed run goes on; what the file has of that and later ones is cut.
+                True for the step itself.
         """
         goes_on = self._begun or (resumed > 0 and self.path.exists() and self.path.stat().st_size > 0)
         if goes_on and not self._begun:
-            self._cut(resumed)
+            self._cut(step if resumed is True else resumed)
         with self.path.open("a" if goes_on else "w", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             if not goes_on:

@@ -880,6 +880,18 @@ def test_the_page_fits_every_screen(page, tmp_path):
         check_picture(photograph(page, tmp_path / "a.png", 1000, 1200, scheme), (1000, 1200), scheme)
 
 
+def test_a_page_after_a_schedule_tells_the_expected_step_from_the_steps_that_remain():
+    history = History(["w", "unknown"], [2, 2])
+    for step, remaining, rate in ((0, 900.0, 0.1), (10, 860.0, 0.1), (20, 830.0, 0.1), (1000, 73_000.0, 1e-4)):
+        history.append(step, [row_of(steps_to_equilibrium=left, lr=rate) for left in (remaining, math.nan)])
+    (finding,) = history.findings(total_steps=800)
+    assert "equilibrium takes 850 steps" in finding.text
+    text = "|".join(word for word in Page(page_html(history, total_steps=800)).words if word.strip())
+    assert "|Expected at step|Steps until then at the last rate|" in text
+    assert "|0.01|850|73,000|" in text
+    assert "|0.01|–|–|" in text
+
+
 def test_a_page_of_one_sample_and_one_of_none(tmp_path, report):
     pytest.importorskip("matplotlib")
     model = network()
