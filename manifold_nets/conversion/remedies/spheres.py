@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.actions import Action
-from manifold_nets.conversion.moves import ScaledAlong, ScaledWeight
+from manifold_nets.conversion.moves import ScaledWeight
 from manifold_nets.groups import Partition, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember
 from manifold_nets.symmetry import SymmetryFamily, SymmetryReport, WeightFinding
+from manifold_nets.symmetry.report import ScaledAlong
 from manifold_nets.symmetry.seeds import joined_partition
 
 __all__ = ["joint_actions", "joint_biases", "joint_sphere_of", "sphere_action"]
