@@ -57,7 +57,7 @@ def monitor(run: Path, html: Path | None, depth: int | None, total_steps: int | 
 def _table(history: History, depth: int | None) -> Table:
     """One row for each weight or layer, with its numbers at the last measured step."""
     title = f"Steps {history.steps[0]:,} to {history.steps[-1]:,}, numbers of the last one"
-    names = ("groups", "norm", "radians a step", "in equilibrium", "steps until then", "radial gradient")
+    names = ("groups", "norm", "radians a step", "in equilibrium", "steps until then at that rate", "radial gradient")
     table = columns_table("weight" if depth is None else "layer", *names, title=title)
     for row in history.summary(depth):
         numbers = (row[name] for name in ("norm", "rotation", "equilibrium_rotation"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,19 +14,21 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from manifold_nets.constraints import (
+    NEAR,
     attach,
     constrained_weights,
     detach,
     is_converted,
     note_defined,
+    note_released,
 )
-from manifold_nets.errors import ConstraintError, OptionError, listed, near_matches
+from manifold_nets.errors import ArgumentTypeError, ConstraintError, OptionError, listed, near_matches
 from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition, filter_partition
 from manifold_nets.joint_sphere import by_joint_sphere
 from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.models import holders
+from manifold_nets.models import holders, inner_model
 from manifold_nets.padded import PaddedSphereProduct, padding_of
 
 __all__ = ["Constrained", "ConstrainedNorms", "constrain", "unconstrain"]
@@ -47,7 +50,7 @@ class ConstrainedNorms:
         name: the parameter.
         manifold: its spheres.
         smallest: smallest norm of its groups before; the row of a padding index does not count.
-        median: their median.
+        median: their median, of an even number the lower one of the middle two.
         largest: the largest.
         change: relative change of the weight, ‖w_after − w_before‖/‖w_before‖.
     """
@@ -130,9 +133,10 @@ def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: fl
     an `torch.nn.Embedding` stays zero.
 
     Args:
-        model: any module, changed in place; on an error it is left as it was.
-        names: names of parameters, or shell patterns (``"layer1.*"``) or names of modules for their weights of at least
-            two dimensions, or a predicate on the names of such weights.
+        model: any module, changed in place; on an error it is left as it was. Inside DistributedDataParallel or
+            ``torch.compile`` names are those of the inner model.
+        names: names of parameters, any of them for a shared one, or shell patterns (``"layer1.*"``) or names of modules
+            for their weights of at least two dimensions, or a predicate on the names of such weights.
         per: which entries share a norm. ``"filter"``: those that reach one output channel, also in transposed
             convolutions; ``"row"`` and ``"column"``: those with one index along axis 0 or 1; ``"tensor"``: all;
             ``"head"``: the rows of one attention head (blocks of ``head_dim`` rows, as the module says it); or a
@@ -145,7 +149,9 @@ def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: fl
     Raises:
         OptionError: a name or a pattern matches no weight.
         OptionError: ``per`` or ``radius`` is none of the above.
-        ConstraintError: a weight is on spheres already, has no values here, or cannot be divided as asked.
+        ArgumentTypeError: the model is no module, or ``names`` no names.
+        ConstraintError: a weight is on spheres already, has no values here, cannot be divided as asked, or would have
+            spheres of one entry; or the radius is too large or too small for its dtype.
         DegenerateGroupError: a group is zero or not finite, and has no direction.
 
     References:
@@ -163,8 +169,11 @@ def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: fl
         raise OptionError("radius", radius, "a positive finite number, or 'keep'")
     if not (isinstance(per, Partition) or per in _PER):
         raise OptionError("per", per, f"{', '.join(map(repr, _PER))}, or a manifold_nets.Partition")
+    wrapped, model = model, _inner(model)
     # All that may be refused is found out before anything changes.
-    planned = [_planned(model, name, per, radius) for name in _selected(dict(model.named_parameters()), names)]
+    chosen = _selected(wrapped, model, dict(model.named_parameters()), names)
+    planned = [_planned(model, name, per, radius) for name in chosen]
+    _warn_of_averages(wrapped)
     for _, (module, leaf), manifold, point in planned:
         old = module.get_parameter(leaf)
         attach(module, leaf, manifold, point)
@@ -186,6 +195,7 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
 
     Raises:
         OptionError: a name or a pattern matches no weight on spheres.
+        ArgumentTypeError: the model is no module, or ``names`` no names.
         ConstraintError: a weight came onto its spheres by a conversion.
         ConstraintError: a weight shares its sphere with weights that were not named.
 
@@ -196,11 +206,15 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
         >>> mn.unconstrain(layer), type(layer.weight).__name__
         (['weight'], 'Parameter')
     """
+    wrapped, model = model, _inner(model)
     present = {weight.name: weight for weight in constrained_weights(model)}
     if names is None:
         chosen = [weight for weight in present.values() if not is_converted(weight)]
+    elif not present:
+        raise OptionError("names", names, "None: no weight of the model is on spheres")
     else:
-        chosen = [present[name] for name in _selected({n: w.parameter for n, w in present.items()}, names)]
+        on_spheres = {name: weight.parameter for name, weight in present.items()}
+        chosen = [present[name] for name in _selected(wrapped, model, on_spheres, names)]
     for weight in chosen:
         if is_converted(weight):
             found = "a weight that a conversion put on its spheres"
@@ -208,40 +222,76 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
     for joint, members in by_joint_sphere((weight.manifold, weight) for weight in chosen).items():
         if len(members) < len(joint.names):
             raise ConstraintError.joint(next(iter(members.values())).name, joint.missing(members))
+    if chosen:
+        _warn_of_averages(wrapped)
     for weight in chosen:
         old = weight.parameter
         detach(weight.module, weight.leaf)
+        note_released(old, f"{type(weight.module).__name__}.{weight.leaf}")
         _replace(model, old, weight.parameter)
         # A unit-norm layer would put the weight on spheres again when it is reset.
         weight.module.__class__ = _PLAIN_LAYERS.get(type(weight.module), type(weight.module))
     return [weight.name for weight in chosen]
 
 
-def _selected(candidates: Mapping[str, Tensor], names: Names) -> list[str]:
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside its wrappers, whose names are those that count."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("model", model, "a torch.nn.Module", "Pass the model that holds the weights.")
+    return inner_model(model)
+
+
+def _warn_of_averages(model: nn.Module) -> None:
+    """Warn where the wrapper of a model goes on with the former parameters."""
+    if model is not inner_model(model) and any(type(m).__name__ == "DistributedDataParallel" for m in model.modules()):
+        warnings.warn(
+            "DistributedDataParallel averages gradients of the parameters that it was made with, which are other ones "
+            "now. Wrap the model anew, or do this before it is wrapped.",
+            stacklevel=4,
+        )
+
+
+def _selected(wrapped: nn.Module, model: nn.Module, candidates: Mapping[str, Tensor], names: Names) -> list[str]:
     """The names that were asked for, in the order of the model.
 
     A name stands for its parameter, whatever it is; patterns, modules and predicates pick among matrices and the like.
+    A shared parameter answers to all its names, and one in a wrapper also to that with the wrapper's in front.
     """
-    patterns = [names] if isinstance(names, str) else names
-    wide = [name for name, parameter in candidates.items() if is_lazy(parameter) or parameter.ndim >= 2]
+    remedy = "Pass a name, a shell pattern such as 'layer1.*', a list of these, or a predicate on names."
+    if isinstance(names, nn.Module):
+        raise OptionError("names", f"the module {type(names).__name__} itself", "its name in the model")
+    if not (callable(names) or isinstance(names, Iterable)):
+        raise ArgumentTypeError("names", names, "names of weights", remedy)
+    first = {id(parameter): name for name, parameter in candidates.items()}
+    known = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in first}
+    wide = [n for n, own in known.items() if is_lazy(candidates[own]) or candidates[own].ndim >= 2]
+    offered = f"of {listed(wide, 40)}" if wide else "of a weight; none here has two dimensions or more"
     found: set[str] = set()
-    if isinstance(patterns, nn.Module):
-        raise OptionError("names", f"the module {type(patterns).__name__} itself", "its name in the model")
-    if callable(patterns):
-        found = {name for name in wide if patterns(name)}
+    patterns = [names] if isinstance(names, str) else [] if callable(names) else list(names)
+    if callable(names):
+        found = {name for name in wide if names(name)}
         if not found:
-            raise OptionError("names", patterns, f"a predicate that holds for one of {listed(wide, 40)}")
-        patterns = ()
+            raise OptionError("names", names, f"a predicate that holds for the name {offered}")
+    prefix = next((f"{path}." for path, module in wrapped.named_modules() if path and module is model), "")
     for pattern in patterns:
-        own = {pattern} & candidates.keys()
-        own = own or {n for n in wide if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, f"{pattern}.*")}
+        if not isinstance(pattern, str):
+            raise ArgumentTypeError("names", pattern, "names of weights", remedy)
+        own = _matching(pattern, known, wide) or _matching(pattern.removeprefix(prefix), known, wide)
         if not own:
-            expected = f"a name or a pattern such as 'layer1.*' of {listed(wide, 40)}"
+            expected = f"a name or a pattern such as 'layer1.*' {offered}"
             raise OptionError("names", pattern, expected, near_matches(pattern, wide))
         found |= own
     if not found:
         raise OptionError("names", [], "the name of at least one weight")
-    return [name for name in candidates if name in found]
+    chosen = {known[name] for name in found}
+    return [name for name in candidates if name in chosen]
+
+
+def _matching(pattern: str, known: Container[str], wide: Iterable[str]) -> set[str]:
+    """The names that a name, a pattern or the name of a module stands for."""
+    if pattern in known:
+        return {pattern}
+    return {name for name in wide if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")}
 
 
 Planned = tuple[ConstrainedNorms, tuple[nn.Module, str], SphereProduct, Tensor | None]
@@ -253,6 +303,9 @@ def _planned(model: nn.Module, name: str, per: Per, radius: float | str) -> Plan
     module, weight = model.get_submodule(prefix), model.get_parameter(name)
     _require_free(name, module, weight)
     partition, padding = _partition(model, name, per), padding_of(module, leaf)
+    if partition.group_size == 1:
+        found = "spheres of one entry each, on which it could never move"
+        raise ConstraintError(name, found, "groups of two entries or more, as with per='tensor'")
     norms = partition.norms(weight.detach().double()).flatten()
     manifold: SphereProduct
     radii: Any = norms if radius == "keep" else radius
@@ -268,7 +321,10 @@ def _planned(model: nn.Module, name: str, per: Per, radius: float | str) -> Plan
     # Norms that are right to rounding are left as they are.
     is_there = float(manifold.deviations(weight.detach()).max()) <= 4 * torch.finfo(weight.dtype).eps
     point = None if is_there else manifold.projx(weight.detach())
-    if point is not None and not float(manifold.deviations(point).max()) <= 0.5:
+    tiny = torch.finfo(weight.dtype).tiny
+    if point is not None and not (
+        float(manifold.deviations(point).max()) <= NEAR and float(manifold.radii.min()) >= tiny
+    ):
         raise ConstraintError(name, f"radius {radius}", f"one that {weight.dtype} can hold")
     change = 0.0 if point is None else float((point - weight).double().norm() / weight.detach().double().norm())
     low, middle, high = (float(value) for value in (counted.min(), counted.median(), counted.max()))

@@ -43,6 +43,8 @@ _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
 _holders: weakref.WeakSet[Any] = weakref.WeakSet()
 # Parameters in whose place a constrained one was put, while somebody, as an optimizer, still holds them.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Former constrained parameters in whose place a plain one was put.
+_released: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _last_change = 0
 
 
@@ -385,7 +387,7 @@ def change_manifolds(model: nn.Module, new: Mapping[int, SphereProduct]) -> None
 
 
 def last_change() -> int:
-    """Return a number that grows whenever a weight is constrained."""
+    """Return a number that grows whenever a weight is constrained, or taken off its spheres."""
     return _last_change
 
 
@@ -400,6 +402,18 @@ def was_replaced(parameter: Tensor) -> bool:
         (True, False)
     """
     return parameter in _replaced
+
+
+def note_released(parameter: Tensor, name: str) -> None:
+    """Record that a plain parameter has taken the place of a constrained one, which trains no model any more."""
+    global _last_change
+    _released[parameter] = name
+    _last_change += 1
+
+
+def released_names(parameters: Iterable[Tensor]) -> list[str]:
+    """Return the names of those parameters in whose place `manifold_nets.unconstrain` has put a plain one."""
+    return [_released[parameter] for parameter in parameters if parameter in _released]
 
 
 def _weight_of(module: nn.Module, leaf: str) -> nn.Parameter:

@@ -15,11 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.errors import ArgumentTypeError, OptionError, listed
-from manifold_nets.gathered import is_sharded, local_part
+from manifold_nets.gathered import is_sharded, local_part, whole
 from manifold_nets.groups import Partition, wide
 from manifold_nets.joint_sphere import JointSphereMember
 from manifold_nets.models import inner_model
 from manifold_nets.monitor_records import CSVWriter, Finding, History, MonitorWarning, Row, as_writers
+from manifold_nets.optim.backends.inputs import NORM
 from manifold_nets.optim.param_groups import invariant_weights
 from manifold_nets.optim.schedules import inner_optimizer
 from manifold_nets.symmetry.diagnose import diagnose
@@ -75,7 +76,8 @@ def outlook(group: Mapping[str, Any], *, on_sphere: bool = False) -> Outlook:
 
     Args:
         group: a parameter group of an optimizer of torch, or of this package.
-        on_sphere: the norm is held, so that decay does nothing.
+        on_sphere: the norm is held, so that decay does nothing; except in a group of `manifold_nets.optim.from_torch`,
+            whose steps are those of the plain run.
 
     References:
         Wan et al., arXiv:2006.08419; Kosson et al., arXiv:2305.17212.
@@ -86,10 +88,11 @@ def outlook(group: Mapping[str, Any], *, on_sphere: bool = False) -> Outlook:
         >>> found.power, round(found.rotation, 4), round(found.relaxation, 6)
         (2, 0.0073, 0.002)
     """
-    if on_sphere:
+    if on_sphere and not group.get("transfer"):
         return Outlook(0)
     rate, decay = float(group["lr"]), float(group.get("weight_decay") or 0.0)
-    moves = 0 < rate * decay < 1
+    # The norm of a plain run that is held, as by "step" and "equilibrium", goes nowhere.
+    moves = 0 < rate * decay < 1 and not (on_sphere and group["transfer"] != "follow")
     if "dampening" in group:
         momentum, rate = float(group["momentum"]), rate * (1 - float(group["dampening"]))
         if not moves or not 0 <= momentum < 1:
@@ -117,7 +120,7 @@ class _Weight:
         self.name, self.parameter, self.on_sphere = name, parameter, on_sphere
         self.groups = partition.n_groups
         every = 1 if most is None else -(-self.groups // most)
-        self.count = -(-self.groups // every)
+        self.every, self.count = every, -(-self.groups // every)
         if partition.view == partition.shape and not is_sharded(parameter):
             axes, ids = partition.kept, torch.arange(self.groups, device="cpu")
         else:
@@ -192,12 +195,27 @@ class _Weight:
         return [self.inner(before, before), self.inner(before, moved), self.inner(moved, moved)]
 
 
+def _as_in_plain_run(sums: Tensor, norms: Tensor) -> Tensor:
+    """Sums of a step on spheres, as they are for the plain weight whose norms before and after it are known.
+
+    With radius r the plain weight is n u/r and goes to n' u'/r. Its step is n'/r times that of u, and (n' − n)/r of u.
+    """
+    ww, wd, dd, wg, gg = sums.to(norms.dtype)
+    before, after = norms / ww.sqrt()
+    grown = after - before
+    moved = before * (after * wd + grown * ww)
+    length = after.square() * dd + 2 * after * grown * wd + grown.square() * ww
+    plain = torch.stack([norms[0].square(), moved, length, before * wg, gg])
+    return torch.where(norms[0].isnan(), sums.to(norms.dtype), plain)
+
+
 @dataclass(frozen=True)
 class _Sample:
     """What was measured at a step: sums on the device, and what the optimizer was set to then."""
 
     step: int
     sums: Tensor
+    norms: Tensor | None
     rates: list[float]
     decays: list[float]
     outlooks: list[Outlook]
@@ -223,12 +241,15 @@ class Monitor:
     ``lr``, ``weight_decay``      of the parameter group
     ============================  ====================================================================================
 
+    Of an even number of groups, median means the lower one of the middle two.
+
     What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a norm that has
     grown until steps turn the weight ten times less, an equilibrium that the run will not reach, half a radian per
     step, gradients along a weight that should have none, numbers that are not finite.
 
-    Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. Weights
-    of joint spheres are left out, as no norm of one of them alone means anything.
+    Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. With an
+    optimizer of `manifold_nets.optim.from_torch` their numbers are those of the plain run, whose norms it keeps.
+    Weights of joint spheres are left out, as no norm of one of them alone means anything.
 
     Args:
         model: the network as it is trained, also inside DistributedDataParallel or ``torch.compile``, sharded by
@@ -283,7 +304,9 @@ class Monitor:
     ) -> None:
         numbers: dict[str, Any] = {"every": every, "total_steps": total_steps, "max_groups": max_groups}
         for name, number in numbers.items():
-            if number is not None and (not isinstance(number, int) or number < 1):
+            if number is None and name != "every":
+                continue
+            if not isinstance(number, int) or number < 1:
                 raise OptionError(name, number, "a whole number ≥ 1")
         self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
         if not hasattr(self.optimizer, "register_step_post_hook"):
@@ -292,7 +315,8 @@ class Monitor:
         self.every, self.total_steps, self._most = every, total_steps, max_groups
         writers = as_writers(writer)
         self._writers = writers if _is_first_process() else []
-        self.step, self._resumed = 0, False
+        self.step, self._resumed = 0, 0
+        self._replaced: set[str] = set()
         self.findings: list[Finding] = []
         self._captured: Any = None
         self._capture: torch.utils.hooks.RemovableHandle | None = None
@@ -300,6 +324,7 @@ class Monitor:
         self._watched: list[_Weight] = []
         self._kept: list[Tensor] = []
         self._gradients: list[list[Tensor]] = []
+        self._norms: list[Tensor | None] = []
         self._pending: _Sample | None = None
         self._loaded: dict[str, Any] | None = None
         self.history = History([], [])
@@ -383,6 +408,7 @@ class Monitor:
         if not self._watched or self.step % self.every:
             return
         self._kept = [weight.keep() for weight in self._watched]
+        self._norms = self._read_norms()
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         # A closure computes the gradients in the step; without one they are read before the step may change them.
         self._gradients = [] if closure is not None else self._read_gradients()
@@ -390,12 +416,39 @@ class Monitor:
     def _read_gradients(self) -> list[list[Tensor]]:
         return [weight.gradient(kept) for weight, kept in zip(self._watched, self._kept, strict=True)]
 
+    def _read_norms(self) -> list[Tensor | None]:
+        """The norms of the plain run that an optimizer of `from_torch` keeps beside weights on spheres."""
+        states = [self.optimizer.state.get(weight.parameter, {}) for weight in self._watched]
+        return [
+            whole(state[NORM]).flatten()[:: weight.every].clone() if weight.on_sphere and NORM in state else None
+            for weight, state in zip(self._watched, states, strict=True)
+        ]
+
+    def _plain_norms(self, device: torch.device) -> Tensor | None:
+        """The norms of the plain run before and after the step, NaN where there is none; None where there are none."""
+        before, self._norms = self._norms, []
+        if all(norms is None for norms in before):
+            return None
+        pairs = [
+            torch.full((2, weight.count), math.nan, dtype=torch.float64, device=device)
+            if old is None or new is None
+            else torch.stack([old, new]).to(device)
+            for weight, old, new in zip(self._watched, before, self._read_norms(), strict=True)
+        ]
+        return torch.cat(pairs, dim=1)
+
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
+        # A fused optimizer leaves a step out by itself, where a GradScaler tells it that gradients are not finite.
+        overflow = getattr(self.optimizer, "found_inf", None)
+        if overflow is not None and bool(overflow):
+            self._kept, self._gradients, self._norms = [], [], []
+            return
         step, self.step = self.step, self.step + 1
         if not self._kept:
             return
+        self._warn_of_replaced()
         gradients = self._gradients or self._read_gradients()
         moved = [weight.step(kept) for weight, kept in zip(self._watched, self._kept, strict=True)]
         self._kept, self._gradients = [], []
@@ -409,12 +462,36 @@ class Monitor:
         self._pending = _Sample(
             step,
             total,
+            self._plain_norms(device),
             [float(group["lr"]) for group, _ in own],
-            [0.0 if on_sphere else float(group.get("weight_decay") or 0.0) for group, on_sphere in own],
+            [
+                0.0 if on_sphere and not group.get("transfer") else float(group.get("weight_decay") or 0.0)
+                for group, on_sphere in own
+            ],
             [outlook(group, on_sphere=on_sphere) for group, on_sphere in own],
         )
         if device.type == "cpu":
             self.flush()  # elsewhere this would wait for the device; the next sample does not
+
+    def _warn_of_replaced(self) -> None:
+        """Warn once of each weight whose parameter is no longer that of the model."""
+        for weight in self._watched:
+            if weight.name in self._replaced or is_sharded(weight.parameter):  # shards change places with whole weights
+                continue
+            path, _, leaf = weight.name.rpartition(".")
+            try:
+                held = getattr(self.model.get_submodule(path), leaf, None)
+            except AttributeError:
+                held = None
+            if held is not weight.parameter:
+                self._replaced.add(weight.name)
+                if _is_first_process():
+                    text = (
+                        f"{weight.name}: the model has another parameter in its place than the one that the optimizer "
+                        "held, which is the one that is measured. Build the optimizer and a Monitor from the model as "
+                        "it is now."
+                    )
+                    warnings.warn(text, MonitorWarning, stacklevel=6)
 
     def _exchange(self, sums: list[Tensor]) -> None:
         """Add up what the processes hold of sharded weights: one all-reduce for each way of sharding."""
@@ -446,7 +523,8 @@ class Monitor:
 
     def _values(self, sample: _Sample) -> Tensor:
         """One row of `QUANTITIES` for each weight."""
-        ww, wd, dd, wg, gg = sample.sums.cpu().double()
+        sums = sample.sums.cpu().double()
+        ww, wd, dd, wg, gg = sums if sample.norms is None else _as_in_plain_run(sums, sample.norms.cpu())
         norms = ww.sqrt()
         rotations = torch.atan2((ww * dd - wd * wd).clamp(min=0).sqrt(), ww + wd)
         radial_gradients, radial_steps = wg.abs() / (ww * gg).sqrt(), wd.abs() / (ww * dd).sqrt()
@@ -512,7 +590,7 @@ class Monitor:
 
     def skip_to(self, step: int) -> None:
         """Count steps from this number on, in a run that was resumed without a state of its monitor."""
-        self.step, self._resumed = step, step > 0
+        self.step, self._resumed = step, step
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state: steps are counted on, and a CSV file is continued."""

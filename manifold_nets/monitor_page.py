@@ -34,6 +34,8 @@ td{font-variant-numeric:tabular-nums}
 """
 # Width in inches and size of the letters in points, of a figure for a wide window and for a telephone.
 _SIZES = {"wide": (9.0, 9.0), "narrow": (4.75, 11.0)}
+# Two numbers on the way to equilibrium; after a schedule the second is by far the larger one.
+_EXPECTED, _REMAINING = "Expected at step", "Steps until then at the last rate"
 _LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
@@ -146,22 +148,27 @@ def _weights(history: History) -> str:
             f"{_cell(a['norm'])} → {_cell(b['norm'])}",
             f"{_cell(a['rotation'])} → {_cell(b['rotation'])}",
             _cell(b["equilibrium_rotation"]),
+            _steps(arrival, reached="0") if math.isfinite(arrival) else "–",
             _steps(b["steps_to_equilibrium"]),
         ]
-        for a, b in zip(start, now, strict=True)
+        for a, b, arrival in zip(start, now, history.arrival.tolist(), strict=True)
     ]
-    head = ("Weight", "Groups", "Norm", "Radians per step", "In equilibrium", "Steps until then")
-    return table("First and last measured step", head, rows)
+    head = ("Weight", "Groups", "Norm", "Radians per step", "In equilibrium", _EXPECTED, _REMAINING)
+    note = (
+        "The step at which equilibrium was expected is the earliest one along the run, which had larger learning rates "
+        "than the last; the sentences above go by it. What remains is counted at the rate of the last measured step."
+    )
+    return table("First and last measured step", head, rows) + f"<p>{escape(note)}</p>"
 
 
 def _cell(value: float) -> str:
     return "–" if math.isnan(value) else number(value)
 
 
-def _steps(value: float) -> str:
+def _steps(value: float, reached: str = "there") -> str:
     if math.isnan(value):
         return "–"
-    return "there" if value == 0 else f"{float(f'{value:.2g}'):,.0f}" if math.isfinite(value) else "never"
+    return reached if value == 0 else f"{float(f'{value:.2g}'):,.0f}" if math.isfinite(value) else "never"
 
 
 # ---- plots -----------------------------------------------------------------------------------------------------------

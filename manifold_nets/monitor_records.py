@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from manifold_nets.errors import ArgumentTypeError
+from manifold_nets.files import atomic_file
 
 __all__ = ["COLUMNS", "QUANTITIES", "CSVWriter", "Finding", "History", "MonitorWarning", "Row", "as_writers"]
 
@@ -307,15 +308,39 @@ class CSVWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self._begun = Path(path), False
 
-    def __call__(self, step: int, rows: Sequence[Row], *, resumed: bool = False) -> None:
-        """Write the rows of a step, and close the file: what was measured outlives a run that breaks off."""
-        goes_on = self._begun or (resumed and self.path.exists() and self.path.stat().st_size > 0)
+    def __call__(self, step: int, rows: Sequence[Row], *, resumed: int = 0) -> None:
+        """Write the rows of a step, and close the file: what was measured outlives a run that breaks off.
+
+        Args:
+            step: the number of the step.
+            rows: one for each weight.
+            resumed: the step from which a resumed run goes on; what the file has of that and later ones is cut.
+                True for the step itself.
+        """
+        goes_on = self._begun or (resumed > 0 and self.path.exists() and self.path.stat().st_size > 0)
+        if goes_on and not self._begun:
+            self._cut(step if resumed is True else resumed)
         with self.path.open("a" if goes_on else "w", newline="", encoding="utf-8") as file:
             lines = csv.writer(file)
             if not goes_on:
                 lines.writerow(COLUMNS)
             lines.writerows([_cell(row[column]) for column in COLUMNS] for row in rows)
         self._begun = True
+
+    def _cut(self, first: int) -> None:
+        """Cut the rows of a step and of later ones, and a line that was not written to its end."""
+        with self.path.open(newline="", encoding="utf-8") as file:
+            lines = file.readlines()
+        kept = lines[:1] + [line for line in lines[1:] if _is_before(line, first)]
+        if kept != lines:
+            with atomic_file(self.path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8", newline="")
+
+
+def _is_before(line: str, first: int) -> bool:
+    """Whether a line is a whole row of an earlier step."""
+    (cells,) = csv.reader([line])
+    return line.endswith("\n") and len(cells) == len(COLUMNS) and cells[0].isdigit() and int(cells[0]) < first
 
 
 def _cell(value: Any) -> str:

@@ -16,7 +16,7 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from manifold_nets.constraints import last_change, lost_constraints, was_replaced
+from manifold_nets.constraints import last_change, lost_constraints, released_names, was_replaced
 from manifold_nets.errors import EuclideanStepError, listed
 from manifold_nets.manifold import SphereProduct, on_first_instance
 from manifold_nets.optim.base import SphereOptimizer
@@ -92,6 +92,14 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -
             f"{listed(names)}: constrained to a product of spheres after {type(optimizer).__name__} was built, which "
             "still holds the former parameter and does not train the weight. Build an optimizer from "
             "manifold_nets.param_groups(model).",
+            stacklevel=7,
+        )
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    released = released_names(p for p in held if isinstance(p, Tensor) and p.grad is None)
+    if released:
+        warnings.warn(
+            f"{listed(released)}: taken off its spheres after {type(optimizer).__name__} was built, which still holds "
+            "the former parameter and does not train the weight. Build an optimizer anew.",
             stacklevel=7,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any, SupportsFloat
@@ -138,8 +139,10 @@ class CorrectedDecay:
     Args:
         optimizer: ``torch.optim.SGD``, ``AdamW``, or another one whose decay is η λ w: over groups of
             ``param_groups(model, report=…)``, also inside the wrapper of Accelerate or DeepSpeed.
-        max_lr: η_max. When left out, that of ``OneCycleLR`` or the rate that the scheduler started from, which is the
-            largest one of torch's other schedulers, warm-ups included; a rate above it becomes the new η_max.
+        max_lr: η_max. When left out, that of ``OneCycleLR`` or the rate that the scheduler started from. That is the
+            largest one of torch's schedulers whose factors stay at or below 1, warm-ups and cosines included. Pass it
+            for ``CyclicLR``, and for ``LambdaLR``, ``MultiplicativeLR`` and others whose factors go above 1: there a
+            rate above the present η_max becomes the new one, and until then the decay is too large.
 
     Raises:
         ArgumentTypeError: the optimizer has no group of scale-invariant weights.
@@ -178,6 +181,7 @@ class CorrectedDecay:
             if not group.get("decoupled_weight_decay", not isinstance(self.optimizer, _WITH_PENALTY)):
                 raise OptionError("decoupled_weight_decay", False, "True, as in torch.optim.AdamW")
         self.step()
+        self._last_state: dict[str, Any] = {}
         hooked = hasattr(self.optimizer, "register_step_pre_hook")
         self._hook = self.optimizer.register_step_pre_hook(self._before_step) if hooked else None
 
@@ -194,6 +198,8 @@ class CorrectedDecay:
 
     def remove(self) -> None:
         """Take the hook away and give the groups their initial decay again."""
+        if self._is_at_work():
+            self._last_state = self.state_dict()
         if self._hook is not None:
             self._hook.remove()
         for group in self._groups():
@@ -202,15 +208,20 @@ class CorrectedDecay:
                 group.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return λ and η_max of each group of scale-invariant weights."""
+        """Return λ and η_max of each group of scale-invariant weights; after `remove` those that it had."""
+        if not self._is_at_work():
+            return copy.deepcopy(self._last_state)
         return {"groups": [{name: group[name] for name in _REMEMBERED} for group in self._groups()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over λ and η_max, and set the decay that belongs to the present learning rates.
 
         Raises:
-            OptimizerStateError: the state is of another number of groups.
+            OptimizerStateError: the state is of another number of groups, or this one was removed.
         """
+        if not self._is_at_work():
+            remedy = "Make a CorrectedDecay of the optimizer anew, and load into that."
+            raise OptimizerStateError("CorrectedDecay", "an object that was removed", "one that is at work", remedy)
         groups, saved = list(self._groups()), state_dict["groups"]
         if len(groups) != len(saved):
             found = f"{len(saved)} groups of scale-invariant weights"
@@ -218,6 +229,9 @@ class CorrectedDecay:
         for group, values in zip(groups, saved, strict=True):
             group.update({name: values[name] for name in _REMEMBERED})
         self.step()
+
+    def _is_at_work(self) -> bool:
+        return all(name in group for group in self._groups() for name in _REMEMBERED)
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         return (group for group in self.optimizer.param_groups if group.get("scale_invariant"))

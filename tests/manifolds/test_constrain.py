@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import manifold_nets as mn
 from manifold_nets.constraints import attach, constrained_weights
 from manifold_nets.errors import (
+    ArgumentTypeError,
     ConstraintError,
     DegenerateGroupError,
     EuclideanStepError,
@@ -174,6 +175,11 @@ REFUSALS: list[tuple[Any, dict[str, Any], type[Exception], str, Callable[[Autoen
     ("*coder.weight", {}, DegenerateGroupError, "encoder.weight: group 3 with norm 0", zeroed),
     (["decoder.weight", "encoder.weight"], {}, ConstraintError, "on SphereProduct.* already", doubly),
     ("encoder.parametrizations.*", {}, ConstraintError, "a parametrization computes from", normalized),
+    (None, {}, ArgumentTypeError, "names: found", None),
+    (3, {}, ArgumentTypeError, "names: found 3", None),
+    (["decoder.weight", 3], {}, ArgumentTypeError, "names: found 3", None),
+    (["decoder.weight", "scale"], {}, ConstraintError, "scale: found spheres of one entry", None),
+    ("decoder.weight", {"radius": 1e-315}, ConstraintError, "one that torch.float64 can hold", None),
 ]
 
 
@@ -239,6 +245,72 @@ def test_converted_weights_and_parts_of_joint_spheres_are_not_taken_off() -> Non
     with pytest.raises(ConstraintError):
         mn.unconstrain(two, "0.weight")
     assert mn.unconstrain(two) == ["0.weight", "1.weight"]
+
+
+def test_radii_that_a_dtype_cannot_hold_are_refused() -> None:
+    for dtype, radius in ((torch.float16, 1e-7), (torch.float32, 1e-42), (torch.float16, 1e6)):
+        with pytest.raises(ConstraintError, match=f"one that {dtype} can hold"):
+            mn.constrain(nn.Linear(4, 3).to(dtype), "weight", radius=radius)
+    for dtype, radius in ((torch.float16, 1e-3), (torch.float32, 1e-37)):
+        mn.constrain(nn.Linear(4, 3).to(dtype), "weight", radius=radius)
+
+
+def test_models_and_names_of_another_kind_are_refused(model: Autoencoder) -> None:
+    for call in (mn.constrain, mn.unconstrain):
+        with pytest.raises(ArgumentTypeError, match=r"model: found .*expected a torch\.nn\.Module"):
+            call(model.state_dict(), "encoder.weight")
+    with pytest.raises(OptionError, match="no weight of the model is on spheres"):
+        mn.unconstrain(model, "encoder.weight")
+    with pytest.raises(OptionError, match="none here has two dimensions"):
+        mn.constrain(nn.LayerNorm(3), "wieght")
+    mn.constrain(model, "encoder")
+    with pytest.raises(ArgumentTypeError, match="names: found 3"):
+        mn.unconstrain(model, 3)
+
+
+@pytest.mark.parametrize("names", ["head.weight", "head", "he*", lambda name: name.startswith("head")])
+def test_every_name_of_a_shared_weight_counts(names: Any) -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    assert [weight.name for weight in mn.constrain(model, names).weights] == ["embedding.weight"]
+    assert model["head"].weight is model["embedding"].weight
+    assert mn.unconstrain(model, names) == ["embedding.weight"]
+    assert model["head"].weight is model["embedding"].weight
+
+
+@pytest.mark.parametrize("names", ["0.weight", "0", "wrapped.0.weight", lambda name: name == "0.weight"])
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module"])
+def test_wrapped_models_take_the_names_of_the_inner_one(wrapper: str, names: Any) -> None:
+    inner = nn.Sequential(nn.Linear(4, 3))
+    model = nn.DataParallel(inner) if wrapper == "module" else torch.compile(inner, backend="eager")
+    names = names.replace("wrapped", wrapper) if isinstance(names, str) else names
+    record = mn.constrain(model, names)
+    assert (record.model, [weight.name for weight in record.weights]) == ("Sequential", ["0.weight"])
+    assert [weight.name for weight in constrained_weights(inner)] == ["0.weight"]
+    assert mn.unconstrain(model, names) == ["0.weight"]
+
+
+def test_distributed_data_parallel_is_to_be_made_anew() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(4, 3))
+        with pytest.warns(UserWarning, match="Wrap the model anew"):
+            mn.constrain(model, "weight")
+        with pytest.warns(UserWarning, match="Wrap the model anew"):
+            mn.unconstrain(model)
+        assert type(model.module.weight) is nn.Parameter
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_optimizer_that_holds_a_weight_that_was_taken_off_is_noticed(model: Autoencoder) -> None:
+    mn.constrain(model, "decoder.weight", per="column")
+    optimizer = own(model)
+    train(model, optimizer)
+    mn.unconstrain(model)
+    with pytest.warns(UserWarning, match=r"Linear\.weight: taken off its spheres after RiemannianAdam was built"):
+        train(model, optimizer)
+    train(model, torch.optim.Adam(model.parameters()))
 
 
 def test_tied_weights_stay_tied() -> None:

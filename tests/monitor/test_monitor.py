@@ -280,9 +280,10 @@ def test_closures(report):
         assert all(row["radial_gradient"] < 0.2 for row in monitor.history.rows())
 
 
-def test_steps_that_a_scaler_leaves_out_are_not_counted(report):
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_leaves_out_are_not_counted(report, fused):
     model = network(torch.float32)
-    optimizer = sgd(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     monitor = mn.Monitor(model, optimizer, report, every=1)
     for step in range(4):
@@ -294,6 +295,19 @@ def test_steps_that_a_scaler_leaves_out_are_not_counted(report):
         scaler.step(optimizer)
         scaler.update()
     assert monitor.history.steps == [0, 1, 2]
+    assert all(row["rotation"] > 0 for place in range(3) for row in monitor.history.rows(place))
+
+
+def test_a_parameter_that_was_replaced_is_named_once(report):
+    model = network()
+    optimizer = sgd(model)
+    monitor = mn.Monitor(model, optimizer, report, every=1)
+    train(model, optimizer, range(1))
+    model.conv.weight = nn.Parameter(model.conv.weight.detach().clone())
+    with pytest.warns(MonitorWarning, match=r"^conv\.weight: the model has another parameter"):
+        train(model, optimizer, range(1))
+    train(model, optimizer, range(1))
+    assert monitor.step == 3
 
 
 # ---- the equilibrium -------------------------------------------------------------------------------------------------
@@ -457,6 +471,35 @@ def test_weights_on_spheres_are_watched_without_a_report(report):
         assert row["norm"] == pytest.approx(monitor.history.of("norm")[0, monitor.history.weights.index(row["weight"])])
 
 
+@BOTH
+@pytest.mark.parametrize("max_groups", [32, 2])
+def test_a_run_that_goes_on_on_spheres_is_measured_as_the_plain_one(report, make, max_groups):
+    plain = network()
+    optimizer = make(plain)
+    train(plain, optimizer, range(2))
+    converted = mn.convert(plain, report)
+    follow, step = (mn.optim.from_torch(optimizer, plain, converted, transfer=how) for how in ("follow", "step"))
+    held = mn.Monitor(converted, step, every=1, max_groups=max_groups)
+    monitors = [
+        mn.Monitor(plain, optimizer, report, every=1, max_groups=max_groups),
+        mn.Monitor(converted, follow, every=1, max_groups=max_groups),
+    ]
+    for normalization in [m for model in (plain, converted) for m in model.modules() if hasattr(m, "eps")]:
+        normalization.eps = 1e-30  # the scale has no effect at all
+    train(plain, optimizer, range(3))
+    train(converted, follow, range(3))
+    for quantity in QUANTITIES:
+        expected, found = (monitor.history.of(quantity) for monitor in monitors)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=quantity)
+    assert np.isfinite(monitors[1].history.of("steps_to_equilibrium")).all()
+    train(converted, step, range(2))
+    norms, power = held.history.of("norm"), 2 if make is sgd else 1
+    np.testing.assert_allclose(norms[0], monitors[0].history.of("norm")[0], rtol=1e-12)
+    np.testing.assert_array_equal(norms[0], norms[1])
+    np.testing.assert_allclose(held.history.of("effective_lr"), held.history.of("lr") / norms**power, rtol=1e-12)
+    assert np.isnan(held.history.of("equilibrium_rotation")).all()
+
+
 def test_wrapped_models_and_optimizers(report):
     class Wrapper:
         def __init__(self, optimizer):
@@ -522,7 +565,7 @@ def test_what_cannot_be_watched_is_refused(report):
         mn.Monitor(model, sgd(network()), report)
     with pytest.raises(ArgumentTypeError, match="hooks"):
         mn.Monitor(model, object(), report)
-    for options in ({"every": 0}, {"every": 1.5}, {"max_groups": 0}, {"total_steps": -1}):
+    for options in ({"every": 0}, {"every": None}, {"every": 1.5}, {"max_groups": 0}, {"total_steps": -1}):
         with pytest.raises(OptionError, match=f"{next(iter(options))}: found"):
             mn.Monitor(model, optimizer, report, **options)
     with pytest.raises(ArgumentTypeError, match="writer"):
@@ -608,7 +651,8 @@ def test_loggers_get_scalars(report):
     assert as_writers(None) == []
 
 
-def test_an_interrupted_run_is_measured_as_a_whole_one(report, tmp_path):
+@pytest.mark.parametrize(("lost", "torn"), [(0, False), (0, True), (3, False)])
+def test_an_interrupted_run_is_measured_as_a_whole_one(report, lost, torn, tmp_path):
     def start(path):
         model = network()
         optimizer = sgd(model)
@@ -620,13 +664,17 @@ def test_an_interrupted_run_is_measured_as_a_whole_one(report, tmp_path):
     model, optimizer, monitor = start(parts)
     train(model, optimizer, range(5))
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), monitor.state_dict()])
+    train(model, optimizer, range(5, 5 + lost))  # after the last checkpoint
     monitor.close()
+    if torn:
+        with parts.open("a") as file:
+            file.write("8,conv.we")
     resumed = start(parts)
     for part, state in zip(resumed, saved, strict=True):
         part.load_state_dict(state)
     train(*resumed[:2], range(5, 9))
     assert resumed[2].step == 9
-    assert parts.read_text() == whole.read_text()
+    assert parts.read_bytes() == whole.read_bytes()
 
 
 def test_long_histories_are_thinned_out():
@@ -830,6 +878,18 @@ def test_the_page_fits_every_screen(page, tmp_path):
         assert window == whole == width
     for scheme in ("light", "dark"):
         check_picture(photograph(page, tmp_path / "a.png", 1000, 1200, scheme), (1000, 1200), scheme)
+
+
+def test_a_page_after_a_schedule_tells_the_expected_step_from_the_steps_that_remain():
+    history = History(["w", "unknown"], [2, 2])
+    for step, remaining, rate in ((0, 900.0, 0.1), (10, 860.0, 0.1), (20, 830.0, 0.1), (1000, 73_000.0, 1e-4)):
+        history.append(step, [row_of(steps_to_equilibrium=left, lr=rate) for left in (remaining, math.nan)])
+    (finding,) = history.findings(total_steps=800)
+    assert "equilibrium takes 850 steps" in finding.text
+    text = "|".join(word for word in Page(page_html(history, total_steps=800)).words if word.strip())
+    assert "|Expected at step|Steps until then at the last rate|" in text
+    assert "|0.01|850|73,000|" in text
+    assert "|0.01|–|–|" in text
 
 
 def test_a_page_of_one_sample_and_one_of_none(tmp_path, report):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR
 
 import manifold_nets as mn
 from manifold_nets.errors import ArgumentTypeError, OptimizerStateError, OptionError, ReportMismatchError
@@ -296,6 +296,16 @@ def test_a_rate_above_the_largest_becomes_the_largest():
     assert [share for _, share in shares] == pytest.approx([1.0] * 10)
 
 
+def test_cyclic_rates_need_the_largest_one():
+    def cyclic(optimizer):
+        return CyclicLR(optimizer, base_lr=RATE / 10, max_lr=RATE, step_size_up=4, cycle_momentum=False)
+
+    for rate, share in decays_along(cyclic, max_lr=RATE):
+        assert share == pytest.approx(rate / RATE, rel=1e-12)
+    # Without it each rate of the first rise is the largest so far, as the documentation says.
+    assert [share for _, share in decays_along(cyclic)[:5]] == [1.0] * 5
+
+
 def test_interrupted_and_resumed_follows_the_same_path():
     expected = train(*made()[:3], range(STEPS))
     net, optimizer, schedule, decay = made(max_lr=RATE)
@@ -319,6 +329,11 @@ def test_it_can_be_removed():
     train(net, optimizer, schedule, range(5, 8))
     assert [group["weight_decay"] for group in optimizer.param_groups] == [DECAY, DECAY, 0.0]
     assert "peak_lr" not in optimizer.param_groups[0]
+    state = decay.state_dict()
+    decay.remove()
+    assert decay.state_dict() == state == {"groups": [{"initial_weight_decay": DECAY, "peak_lr": RATE}]}
+    with pytest.raises(OptimizerStateError, match="an object that was removed"):
+        decay.load_state_dict(state)
 
 
 def test_what_cannot_be_corrected_is_refused():
