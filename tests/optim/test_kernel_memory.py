@@ -19,7 +19,7 @@ from manifold_nets.errors import EuclideanStepError, StepInputError
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD, ScaledMetricSGD
 from manifold_nets.optim.backends import native
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "helpers"
 SPHERES = [name for name, row in OPTIMIZERS.items() if row.weights == "spheres"]
 
 
