@@ -221,6 +221,13 @@ class _Sample:
     outlooks: list[Outlook]
 
 
+def _require_counts(every: Any, **optional: Any) -> None:
+    given = {name: number for name, number in optional.items() if number is not None}
+    for name, number in {"every": every, **given}.items():
+        if not isinstance(number, int) or number < 1:
+            raise OptionError(name, number, "a whole number ≥ 1")
+
+
 class Monitor:
     r"""Watch the scale-invariant weights of a model while any optimizer trains it; training itself stays as it is.
 
@@ -302,12 +309,10 @@ class Monitor:
         total_steps: int | None = None,
         max_groups: int | None = 32,
     ) -> None:
-        numbers: dict[str, Any] = {"every": every, "total_steps": total_steps, "max_groups": max_groups}
-        for name, number in numbers.items():
-            if number is None and name != "every":
-                continue
-            if not isinstance(number, int) or number < 1:
-                raise OptionError(name, number, "a whole number ≥ 1")
+        _require_counts(every=every)
+        _require_counts(
+            **{k: n for k, n in (("total_steps", total_steps), ("max_groups", max_groups)) if n is not None}
+        )
         self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
         if not hasattr(self.optimizer, "register_step_post_hook"):
             remedy = "Wrap the optimizer in a class that is one."

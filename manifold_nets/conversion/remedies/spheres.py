@@ -140,6 +140,32 @@ def joint_biases(family: SymmetryFamily, first: str) -> tuple[ScaledAlong, ...]:
     return tuple(found)
 
 
+def _scale(
+    tensors: Mapping[str, Tensor], partitions: Mapping[str, Partition], move: ScaledWeight, factors: Tensor
+) -> None:
+    """Multiply the groups of the weights of a joint sphere, and the biases of their scale."""
+    for name, partition in partitions.items():
+        spread = partition.spread(factors.to(tensors[name].device))
+        tensors[name].copy_(partition.multiply(tensors[name].double(), spread))
+    for bias in move.biases:
+        tensor = tensors[bias.name]
+        tensor.mul_(gather(factors.to(tensor.device), bias.groups).reshape(tensor.shape))
+
+
+def _fresh_norms(model: nn.Module) -> dict[str, _NormBase]:
+    """The normalizations with running statistics, made to keep those of the next batch alone."""
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.running_var is not None
+    }
+    for norm in norms.values():
+        norm.momentum = 1.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()
+    return norms
+
+
 @torch.no_grad()
 def statistics_behind(
     model: nn.Module, move: ScaledWeight, members: Sequence[str], inputs: Any
@@ -159,26 +185,12 @@ def statistics_behind(
     manifolds = {weight.name: weight.manifold for weight in constrained_weights(model)}
     n_groups = manifolds[move.name].partition.n_groups
     factors = torch.linspace(1.5, 3.0, n_groups, dtype=torch.float64)
-    found: list[dict[str, _NormBase]] = []
+    found = []
     for is_scaled in (False, True):
         copied = duplicate(model).train()
-        tensors = named_tensors(copied)
-        for name in members if is_scaled else ():
-            partition = manifolds[name].partition
-            spread = partition.spread(factors.to(tensors[name].device))
-            tensors[name].copy_(partition.multiply(tensors[name].double(), spread))
-        for bias in move.biases if is_scaled else ():
-            along = gather(factors.to(tensors[bias.name].device), bias.groups)
-            tensors[bias.name].mul_(along.reshape(tensors[bias.name].shape))
-        norms = {
-            name: module
-            for name, module in copied.named_modules()
-            if isinstance(module, _NormBase) and module.running_var is not None
-        }
-        for norm in norms.values():
-            norm.momentum = 1.0
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.zero_()
+        if is_scaled:
+            _scale(named_tensors(copied), {name: manifolds[name].partition for name in members}, move, factors)
+        norms = _fresh_norms(copied)
         if not norms:
             return ()
         with random_numbers(0):
