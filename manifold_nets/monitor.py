@@ -309,10 +309,7 @@ class Monitor:
         total_steps: int | None = None,
         max_groups: int | None = 32,
     ) -> None:
-        _require_counts(every=every)
-        _require_counts(
-            **{k: n for k, n in (("total_steps", total_steps), ("max_groups", max_groups)) if n is not None}
-        )
+        _require_counts(every, total_steps=total_steps, max_groups=max_groups)
         self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
         if not hasattr(self.optimizer, "register_step_post_hook"):
             remedy = "Wrap the optimizer in a class that is one."
