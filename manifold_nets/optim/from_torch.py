@@ -250,7 +250,7 @@ def _check_plain_values(
         if not torch.allclose(old.to(new), new, rtol=0, atol=0, equal_nan=True):
             expected = (
                 "the values that it has in model, as after the remedies 'spheres', 'joint-spheres' and 'dead-biases'; "
-                "balance the plain model before training"
+                "balance before training, not after"
             )
             raise OptionError("converted", f"other values of {name}", expected)
 
