@@ -115,6 +115,7 @@ def autocast(m: Any, x: Tensor) -> Tensor:
 
 
 plain = attributes()
+torch.manual_seed(0)  # the layers below are drawn here, whatever was imported before
 KINDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[nn.Module], nn.Module], dict[str, nn.Module]]] = {
     "vector quantization": (one_hot, plain, {"book": nn.Embedding(5, D)}),
     "recurrent": (recurrent, plain, {"lstm": nn.LSTM(D, D, batch_first=True)}),
@@ -167,8 +168,8 @@ def check_it_is_analysed(
 def test_what_forward_makes_casts_and_keeps_follows_the_analysis(name: str, memory: Any) -> None:
     model, x = network_of_kind(name), torch.randn(N, D)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    # In bfloat16 two linear layers round inputs, weights and outputs, each by at most eps/2, in both models.
-    limit = 6 * torch.finfo(torch.bfloat16).eps if name == "autocast" else 1e-5
+    # What runs in bfloat16 differs by its rounding.
+    limit = torch.finfo(torch.bfloat16).eps if name == "autocast" else 1e-5
     check_it_is_analysed(model, x, memory, limit=limit)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert MIX.dtype == torch.get_default_dtype() == torch.float32
