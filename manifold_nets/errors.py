@@ -112,7 +112,7 @@ class OutputFileError(ManifoldNetsError, OSError):
 
 
 class CheckpointError(ManifoldNetsError, ValueError, TypeError):
-    """A file of weights cannot be read or written, or does not fit the model.
+    """A weights file cannot be read or written, or does not fit the model.
 
     Args:
         path: the file.
@@ -126,7 +126,7 @@ class CheckpointError(ManifoldNetsError, ValueError, TypeError):
 
 
 class CheckpointFormatError(CheckpointError):
-    """A file is not one of weights that this release can read: damaged, of another kind, or newer."""
+    """A weights file cannot be read by this release: it is damaged, of another kind, or newer."""
 
     def __init__(
         self,
