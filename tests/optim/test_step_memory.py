@@ -70,7 +70,7 @@ def measure(cases, shape=(1024, 4096)):
 def measured(cases, before=""):
     """Measure in a process that gives freed memory back at once."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "0"}
-    code = f"from test_optim_memory import measure, reference; {before}measure({cases!r})"
+    code = f"from {Path(__file__).stem} import measure, reference; {before}measure({cases!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=Path(__file__).parent,
         env=environment, timeout=600,
