@@ -399,12 +399,12 @@ class OptimizerStateError(FoundError, ValueError):
 class NativeKernelError(FoundError, RuntimeError):
     """An optimizer was asked for ``fused=True``, and the kernel for weights on spheres is not available."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(
             "fused=True",
             reason,
             "the compiled kernel for weights on spheres; nothing was changed",
-            "Install a C compiler, or leave fused out: without the kernel, steps are taken by torch's operations.",
+            f"{remedy}, or leave fused out: without the kernel, steps are taken by torch's operations.",
         )
 
 

@@ -214,6 +214,93 @@ def test_weights_are_guarded_though_no_optimizer_of_ours_was_imported() -> None:
     assert status("import manifold_nets.manifold as m; m._on_first_instance.clear()") == 0
 
 
+# Takes away what Python lacks on Windows, after the imports of packages that tell the systems apart by themselves.
+NOT_ON_WINDOWS = """
+import builtins, importlib, io, os, pathlib, signal, socket, sys
+for name in {needed}:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+of_signal = ["SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGUSR1"]
+for module, names in ((os, {of_os}), (signal, of_signal), (socket, ["AF_UNIX"])):
+    for name in names:
+        vars(module).pop(name, None)
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+
+def without_proc(plain):
+    def opened(path, *args, **options):
+        if str(path).startswith(("/proc", "/dev")):
+            raise FileNotFoundError(path)
+        return plain(path, *args, **options)
+    return opened
+
+builtins.open = io.open = without_proc(open)
+os.open = without_proc(os.open)
+for name in {modules}:
+    importlib.import_module(name)
+"""
+NEEDED = [
+    "torch",
+    "torch._dynamo",
+    "geoopt",
+    "scipy.stats",
+    "sympy",
+    "rich.progress",
+    "jsonschema",
+    "sqlalchemy",
+    "matplotlib.figure",
+]
+NEEDED += ["pymanopt", "cloudpickle", "subprocess", "tempfile", "multiprocessing", "concurrent.futures", "asyncio"]
+OF_OS = (
+    "chown fchmod fchown fork forkpty getegid geteuid getgid getloadavg getpgid getppid getuid killpg lchown mkfifo "
+    "nice posix_fallocate pread pwrite register_at_fork sched_getaffinity sched_setaffinity setsid statvfs sysconf "
+    "uname O_CLOEXEC O_DIRECTORY O_DSYNC O_NOFOLLOW O_NONBLOCK O_SYNC"
+).split()
+USED = """
+import warnings
+import manifold_nets as mn
+from torch import nn
+from manifold_nets.comparison.results import machine_in_words
+from manifold_nets.optim.backends import build, native
+
+build.PLATFORM = build.Platform.of("win32", "AMD64")
+build_net = lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+inputs = torch.randn(5, 4)
+net = mn.convert(build_net(), inputs)
+optimizer = mn.optim.RiemannianSGD(mn.param_groups(net, sphere_lr=0.1), lr=0.1)
+net(inputs).sum().backward()
+with warnings.catch_warnings(record=True) as caught:
+    optimizer.step()
+assert [str(w.message).partition(". Optimizer")[0].endswith("(no build for this system)") for w in caught] == [True]
+mn.save(net, "net.safetensors")
+mn.load(build_net(), "net.safetensors")
+assert "cores" in machine_in_words()
+"""
+
+
+def on_windows(folder: Path, names: list[str], then: str = "") -> subprocess.CompletedProcess[str]:
+    start = NOT_ON_WINDOWS.format(needed=NEEDED, of_os=OF_OS, modules=names)
+    command = [sys.executable, "-c", f"{start}\nimport torch\n{then}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+@pytest.mark.slow
+def test_nothing_asks_for_what_windows_lacks(tmp_path: Path) -> None:
+    done = on_windows(tmp_path, modules(), USED)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("asked", ["import fcntl", "os.geteuid", "open('/proc/cpuinfo')", "signal.SIGKILL"])
+def test_what_windows_lacks_would_be_noticed(asked: str, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(f"import os, signal\n{asked}\n")
+    start = NOT_ON_WINDOWS.format(needed=[], of_os=OF_OS, modules=["planted"])
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(("ImportError", "ModuleNotFound", "AttributeError", "FileNotFound"))
+
+
 # ---- the files of the project, where they are at hand ----------------------------------------------------------------
 
 
