@@ -10,14 +10,13 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, tomllib
 
 import manifold_nets as mn
 from manifold_nets.cli import main
