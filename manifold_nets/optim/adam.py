@@ -64,8 +64,9 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     ``"entry_sq"``, as large as the weight, and the path depends on the coordinates. AMSGrad is not defined for it.
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all without a compiler, are
-    stepped by batches of torch's operations. All backends agree to rounding.
+    compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices kernels in Triton do the
+    same, where it is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all without a
+    compiler, are stepped by batches of torch's operations. All backends agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
@@ -77,10 +78,12 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         foreach: True takes steps by batches of torch's operations, False by one weight after the other; for the plain
             parameters torch's choice.
         maximize: whether to ascend.
-        capturable: torch's option; only for plain parameters.
+        capturable: whether a CUDA graph can hold the step, as in torch; weights on spheres have to be on a CUDA or ROCm
+            device, with Triton installed. With ``lr`` a tensor on the device, its value is read in each replay.
         differentiable: torch's option; only for plain parameters.
-        fused: True asks for the kernel in C where the weight is on the CPU, and is an error where there is no compiler;
-            False does without; for the plain parameters torch's choice.
+        fused: True asks for the compiled kernels: in C for weights on the CPU, an error where there is no compiler, in
+            Triton on CUDA and ROCm devices, an error where it is not installed; False does without; for the plain
+            parameters torch's choice.
         compile: True lets `torch.compile` make the steps on spheres, one kernel for all sizes, on the CPU or a GPU.
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
             that takes the steps, with moments in float32: steps below the weights' last digit then add up.
@@ -89,7 +92,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     Raises:
         OptionError: ``per`` is neither, or ``"entry"`` with ``amsgrad`` or ``compile``.
-        NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
+        NativeKernelError: in a step with ``fused=True``, there is no kernel for a weight's device.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
@@ -220,15 +223,23 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             state[key] = _zero_second_moments(weight, manifold, by_entries=by_entries)
         if group["amsgrad"] and most not in state:
             state[most] = torch.zeros_like(state[key])
+        if group["capturable"]:  # there a graph can count, and read the count
+            state["step"] = state["step"].to(weight.device)
         state["step"] += 1
         second, largest = state[key], state[most] if group["amsgrad"] else None
-        return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=float(state["step"]))
+        step = _count_of(group, state["step"])
+        return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=step)
 
     def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
         steps = [self.state[member.weight]["step"] for member in inputs]
         torch._foreach_add_(steps, 1)
         for member, step in zip(inputs, steps, strict=True):
-            member.step = float(step)
+            member.step = _count_of(group, step)
+
+
+def _count_of(group: Group, step: Tensor) -> float | Tensor:
+    """Return the number of a step; where a CUDA graph may hold it the tensor itself, which nothing waits for."""
+    return step if group["capturable"] else float(step)
 
 
 class AngularAdam(RiemannianAdam):
@@ -251,7 +262,7 @@ class AngularAdam(RiemannianAdam):
     Args:
         params: best the groups of `manifold_nets.param_groups`.
         lr: η, the angle in radians.
-        options: the other options of `RiemannianAdam`; AMSGrad is not defined. On spheres the kernel in C takes what it
+        options: the other options of `RiemannianAdam`; AMSGrad is not defined. On spheres the kernels take what they
             can, by default and with ``fused=True``; else the step is taken chunk by chunk.
 
     Raises:

@@ -39,7 +39,7 @@ from manifold_nets.optim.state import (
 __all__ = ["SphereOptimizer"]
 
 # What of a group decides which inputs a step has, and which backends.
-_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer")
+_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer", "capturable")
 
 
 def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:

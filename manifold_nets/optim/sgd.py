@@ -35,8 +35,9 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     does one whose square is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
 
     By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all without a compiler, are
-    stepped by batches of torch's operations. All backends agree to rounding.
+    compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices kernels in Triton do the
+    same, where it is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all without a
+    compiler, are stepped by batches of torch's operations. All backends agree to rounding.
 
     Args:
         params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
@@ -49,14 +50,15 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
         foreach: True takes steps by batches of torch's operations, False by one weight after the other; for the plain
             parameters torch's choice.
         differentiable: torch's option; only for plain parameters.
-        fused: True asks for the kernel in C where the weight is on the CPU, and is an error where there is no compiler;
-            False does without; for the plain parameters torch's choice.
+        fused: True asks for the compiled kernels: in C for weights on the CPU, an error where there is no compiler, in
+            Triton on CUDA and ROCm devices, an error where it is not installed; False does without; for the plain
+            parameters torch's choice.
         compile: True lets `torch.compile` make the steps on spheres, one kernel for all sizes, on the CPU or a GPU.
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
             that takes the steps, with moments in float32: steps below the weights' last digit then add up.
 
     Raises:
-        NativeKernelError: in a step with ``fused=True``, there is no kernel for weights on the CPU.
+        NativeKernelError: in a step with ``fused=True``, there is no kernel for a weight's device.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
