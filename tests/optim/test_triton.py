@@ -152,6 +152,27 @@ def test_sabotage_without_their_strides_filters_of_transposed_convolutions_are_o
         check_layout(name, PARTITIONS["transposed"])
 
 
+@pytest.mark.parametrize("partition", [PARTITIONS["filters"], PARTITIONS["transposed"]], ids=["filters", "transposed"])
+def test_runs_of_plain_sgd_and_steps_of_other_optimizers_are_taken_in_passes(kernel, partition):
+    sphere, found = mn.SphereProduct(partition, radius=1.5), []
+    for how in ({}, {"foreach": False}):
+        weight = weight_on(sphere)
+        group = {"params": [weight], "transfer": "follow"}
+        optimizer = RiemannianSGD([group], lr=0.1, momentum=0.9, weight_decay=0.1, **how)
+        found.append((path_of(optimizer, weight), optimizer.state[weight]["norm"].clone(), by_triton(optimizer)))
+    assert [ran for *_, ran in found] == [["run_triton"], ["run_single"]]
+    for mine, other in zip(found[0][:2], found[1][:2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=32 * EPS, atol=32 * EPS)
+    ends = []
+    for devices in (("cpu",), ()):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "_TRITON_DEVICES", devices)
+            weight = weight_on(sphere)
+            plain = mn.optim.on_spheres(torch.optim.SGD([weight], lr=0.1, momentum=0.9), torch.nn.Module())
+            ends.append(path_of(plain, weight))
+    torch.testing.assert_close(*ends, rtol=0, atol=32 * EPS)
+
+
 # ---- plans, memory, rates in tensors ---------------------------------------------------------------------------------
 
 
@@ -303,3 +324,46 @@ def test_on_the_cpu_nothing_of_it_is_imported():
         "assert not [name for name in sys.modules if name.endswith('triton_kernel')]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=Path(__file__).parent)
+
+
+# ---- as devices get it -----------------------------------------------------------------------------------------------
+
+COMPILING = """
+import sys, triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from manifold_nets.optim.backends import triton_kernel as t
+
+POINTERS = {"rate": "*fp32"} | dict.fromkeys(("jobs", "gradients", "blocks"), "*i64")
+POINTERS |= dict.fromkeys(("taken", "products", "numbers", "outcome"), "*fp64")
+STEP = {"ADAM": True, "MOMENT": True, "MOST": True, "NESTEROV": False, "LR": True, "STEP": tl.float32}
+KERNELS = {
+    "_step": STEP,
+    "_turn": {"BY_ANGLE": True, "LR": False, "STEP": None},
+    "_measure": {"PIECES": 2, "REST": True, "MOMENT": True},
+    "_write": {"PIECES": 2, "OUTCOME": True, "MOMENT": True},
+}
+target = GPUTarget("cuda", 80, 32) if sys.argv[1] == "cuda" else GPUTarget("hip", "gfx942", 64)
+types = {"TYPE": tl.bfloat16, "G": tl.float32, "WIDE": tl.float32}
+rows = {"ROWS": 4, "COLS": 512, "AXIS": 1, "STRIDED": False, "ALIGNED": True}
+columns = {"ROWS": 32, "COLS": 64, "AXIS": 0, "STRIDED": True, "ALIGNED": False}
+for name, options in KERNELS.items():
+    kernel = getattr(t, name)
+    for tiles in (rows, columns):
+        constants = {**options, **types, **tiles}
+        signature = {x: "constexpr" if x in constants else POINTERS.get(x, "fp64") for x in kernel.arg_names}
+        built = triton.compile(ASTSource(kernel, signature, constants), target=target, options={"num_warps": 4})
+        assert built.asm["cubin" if sys.argv[1] == "cuda" else "hsaco"]
+        if name == "_step" and sys.argv[1] == "cuda":
+            # Rounded to the nearest; and from memory in runs of 16 bytes, where that may be.
+            assert "cvt.rn.bf16" in built.asm["ptx"]
+            assert ("ld.global.v4" in built.asm["ptx"]) == tiles["ALIGNED"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cuda", "hip"])
+def test_every_kernel_compiles_for_devices_that_are_not_here(device, tmp_path):
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILING, device], check=True, env=environment, timeout=900)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from manifold_nets.errors import NativeKernelError
@@ -152,7 +153,10 @@ def _triton_kernel() -> Any:
 
 def has_triton(weight: Tensor) -> bool:
     """Whether the kernels in Triton are for the device of a weight, and can be imported."""
-    return weight.device.type in _TRITON_DEVICES and not isinstance(_triton_kernel(), str)
+    device = weight.device
+    # Triton compiles for NVIDIA's devices from Volta on.
+    is_old = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0)
+    return device.type in _TRITON_DEVICES and not is_old and not isinstance(_triton_kernel(), str)
 
 
 def _triton_for(members: Sequence[StepInput], *, fused: bool) -> Any:
