@@ -177,6 +177,43 @@ def _linear(w, g, b, ww, wb, wg, bw, bb, bg, MOMENT: tl.constexpr, WIDE: tl.cons
     return new, moment
 
 
+@triton.jit
+def _second_moment(job, row, there, length, beta2, MOST: tl.constexpr, WIDE: tl.constexpr):
+    """Let ‖ξ‖² enter the second moment of each row; return it, or with MOST the largest so far."""
+    at = _at(job + _V, WIDE, False) + row
+    v = tl.load(at, mask=there, other=0.0).to(tl.float64)
+    v += (1.0 - beta2) * (length - v)
+    tl.store(at, v.to(WIDE), mask=there)
+    if MOST:
+        at = _at(job + _V_MAX, WIDE, False) + row
+        most = tl.load(at, mask=there, other=0.0).to(tl.float64)
+        v = tl.where((v > most) | (v != v), v, most)
+        tl.store(at, v.to(WIDE), mask=there)
+    return v
+
+
+@triton.jit
+def _coefficients(ww, wg, gg, wb, gb, bb, length, follow, ahead, beta, taken, eta):
+    """Coefficients of the normalized step, and where it is far: `rule.normalized_step`.
+
+    With the momentum p = beta b + taken ξ and the direction d = follow p + ahead ξ, of tangential parts.
+    """
+    slope_g, slope_b = wg / ww, wb / ww
+    of_b, of_gb = bb - slope_b * wb, gb - slope_b * wg
+    d_b, d_g = follow * beta, follow * taken + ahead
+    d_w, p_w = -(d_b * slope_b + d_g * slope_g), -(beta * slope_b + taken * slope_g)
+    squares = d_b * d_b * of_b + 2.0 * d_b * d_g * of_gb + d_g * d_g * length
+    squares = tl.where(squares < 0, 0.0, squares)
+    overlap = d_b * beta * of_b + (d_b * taken + d_g * beta) * of_gb + d_g * taken * length
+    # Products out of range make the row NaN, as a diverged step should: 0·∞.
+    scale = (1.0 + 0.0 * squares) / tl.sqrt(1.0 + eta * eta * squares)
+    turn = -eta * scale * overlap
+    c_w = scale * (tl.where(eta == 0, 1.0, 1.0 / tl.sqrt(ww)) - eta * d_w)
+    c_b, c_g = -eta * scale * d_b, -eta * scale * d_g
+    far = c_b * c_b * bb + c_g * c_g * gg > 1.0
+    return c_w, c_b, c_g, p_w - turn * c_w, beta - turn * c_b, taken - turn * c_g, far
+
+
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
@@ -212,37 +249,18 @@ def _step(
     length = tl.where(length < 0, 0.0, length)
     follow, ahead = one, zero
     if ADAM:
-        to_first, to_second = _correction(job, first, ROWS, STEP), _correction(job, second, ROWS, STEP)
-        at = _at(job + _V, WIDE, False) + row
-        v = tl.load(at, mask=there, other=0.0).to(tl.float64)
-        v += (1.0 - beta2) * (length - v)
-        tl.store(at, v.to(WIDE), mask=there)
-        if MOST:
-            at = _at(job + _V_MAX, WIDE, False) + row
-            most = tl.load(at, mask=there, other=0.0).to(tl.float64)
-            v = tl.where((v > most) | (v != v), v, most)
-            tl.store(at, v.to(WIDE), mask=there)
-        follow = to_first / (tl.sqrt(v * to_second) + eps)
+        v = _second_moment(job, row, there, length, beta2, MOST, WIDE)
+        first, second = _correction(job, first, ROWS, STEP), _correction(job, second, ROWS, STEP)
+        follow = first / (tl.sqrt(v * second) + eps)
     elif not MOMENT:
         ahead = one
     elif NESTEROV:
         follow, ahead = one * beta, one
-    # The momentum p = beta b + taken ξ and the direction d = follow p + ahead ξ, of tangential parts.
-    slope_g, slope_b, taken = wg / ww, wb / ww, take * counts
-    bb, gb = bb - slope_b * wb, gb - slope_b * wg
-    d_b, d_g = follow * beta, follow * taken + ahead
-    d_w, p_w = -(d_b * slope_b + d_g * slope_g), -(beta * slope_b + taken * slope_g)
-    squares = d_b * d_b * bb + 2.0 * d_b * d_g * gb + d_g * d_g * length
-    squares = tl.where(squares < 0, 0.0, squares)
-    overlap = d_b * beta * bb + (d_b * taken + d_g * beta) * gb + d_g * taken * length
-    # Products out of range make the row NaN, as a diverged step should: 0·∞.
-    scale = (1.0 + 0.0 * squares) / tl.sqrt(1.0 + eta * eta * squares)
-    turn, to_g = -eta * scale * overlap, sign * square
-    c_w = scale * (tl.where(eta == 0, 1.0, 1.0 / tl.sqrt(ww)) - eta * d_w)
-    c_b, c_g = -eta * scale * d_b, -eta * scale * d_g
-    far = c_b * c_b * (bb + slope_b * wb) + c_g * c_g * gg > 1.0
-    b_w, b_b, b_g = p_w - turn * c_w, beta - turn * c_b, (taken - turn * c_g) * to_g
-    new, moment = _linear(w, g, b, c_w, c_b, c_g * to_g, b_w, b_b, b_g, MOMENT, WIDE, AXIS)
+    c_w, c_b, c_g, b_w, b_b, b_g, far = _coefficients(
+        ww, wg, gg, wb, gb, bb, length, follow, ahead, one * beta, take * counts, eta
+    )
+    to_g = sign * square
+    new, moment = _linear(w, g, b, c_w, c_b, c_g * to_g, b_w, b_b, b_g * to_g, MOMENT, WIDE, AXIS)
     if tl.max((far & there).to(tl.int32), axis=0) > 0:
         norm = tl.where(far, _dot(new, new, AXIS), square)
         if MOMENT:
