@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,7 +100,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _torch_content(file: BinaryIO) -> tuple[Any, dict[str, str]]:
-    content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of sparse tensors, which are refused below
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
     if isinstance(content, Mapping):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), content)
     return content, {}
