@@ -1,4 +1,4 @@
-"""Whether a tensor is a point of a product of spheres or a tangent vector of it, with the group and norm if not."""
+"""Check that a tensor is a point on a product of spheres, or a tangent vector there; name the group that is not."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
     _radii: Radii
 
     def require_shape(self, *tensors: Tensor) -> None:
-        """Raise `PartitionError` where a point or vector has another shape than the weight, or is not real.
+        """Raise `PartitionError` if a point or vector is not real or has another shape than the weight.
 
-        A tensor of as many entries in another shape would be cut into other groups without a word.
+        A tensor of another shape with as many entries would silently be divided into other groups.
         """
         for tensor in tensors:
             if tensor.shape != self.partition.shape:
                 found = f"a tensor of shape {tuple(tensor.shape)} for {self.partition}"
                 expected = f"the natural shape {self.partition.shape} of the weight"
-                raise PartitionError(found, expected, "Pass the whole weight in that shape, one at a time.")
+                raise PartitionError(found, expected, "Pass one whole weight in that shape.")
             if not tensor.dtype.is_floating_point:
                 remedy = "Cast it, or use real parameters."
                 raise PartitionError(f"a tensor of {tensor.dtype}", "a real floating-point dtype", remedy)
 
     def refuse_degenerate(self, x: Tensor, name: str) -> None:
-        """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
+        """Raise `DegenerateGroupError` with the weight's name if a group is zero or not finite."""
         self.require_shape(x)
         refuse_degenerate(self.partition.norms(x), name)
 
@@ -51,7 +51,7 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
         return (self.partition.norms(x.detach().double()).flatten().cpu() / self._radii.tensor() - 1).abs()
 
     def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str | Callable[[], str]) -> None:
-        """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
+        """Raise `OffManifoldError` with the weight's name if a norm is off its radius by more than ``rtol``."""
         deviations = self.deviations(x)
         worst = int(torch.nan_to_num(deviations, nan=math.inf).argmax())
         if not float(deviations[worst]) <= rtol:
@@ -86,7 +86,7 @@ class SphereChecks(geoopt.Manifold):  # type: ignore[misc]
 
 
 def _verdict(bad: Tensor, first: str, atol: float, rtol: float) -> tuple[bool, str | None]:
-    """What geoopt's checks return, with the number of the first bad group and what is said of it."""
+    """Return what geoopt's checks expect: a verdict, and a message about the first bad group."""
     if not bool(bad.any()):
         return True, None
     count = f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"

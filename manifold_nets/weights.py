@@ -1,4 +1,4 @@
-"""Weights of a model from a file: safetensors, a torch file read without running code, or a converted model."""
+"""Load a model's weights from a file: safetensors, a torch file read without running code, or a converted model."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load the weights of a file into a model.
 
     Args:
-        model: freshly made; its parameters and buffers are overwritten.
+        model: a newly built model; its parameters and buffers are overwritten.
         path: a safetensors file, a torch file (read with ``weights_only=True``), or a file written by `save`, which
-            puts the model's weights back on their spheres.
+            also puts the model's weights back on their spheres.
 
     Returns:
         The model.
 
     Raises:
-        CheckpointFormatError: the file does not exist, is damaged, holds no weights, or those of a newer release.
+        CheckpointFormatError: the file does not exist, is damaged, holds no weights, or is from a newer release.
         CheckpointMismatchError: its names or shapes are not the model's.
-        In every case the model is left as it was.
+        In every case the model is unchanged.
 
     Example:
         >>> import tempfile
@@ -59,7 +59,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file or of a torch file, told apart by their first bytes.
+    """Read the tensors of a safetensors file or a torch file, recognized by the first bytes.
 
     Raises:
         CheckpointFormatError: the file does not exist, cannot be read, or holds no weights.
@@ -68,9 +68,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file, which is opened once: one that takes its place meanwhile is not mixed in."""
+    """Tensors and metadata of a file, which is opened only once, in case it is replaced meanwhile."""
     if not path.is_file():
-        found = "symbolic links that lead back to themselves" if is_link_loop(path) else "no such file"
+        found = "a loop of symbolic links" if is_link_loop(path) else "no such file"
         raise _unreadable(path, found, "Check the path.")
     with path.open("rb") as file:
         # A safetensors file starts with eight bytes of length, then a JSON object.
@@ -81,14 +81,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             content, metadata = _torch_content(file) if is_torch else read_tensors(file)
         except pickle.UnpicklingError as error:
             remedy = "Only files that load with weights_only=True are read: save model.state_dict(), not the model."
-            raise _unreadable(path, "objects other than tensors, or no torch file", remedy) from error
+            raise _unreadable(path, "objects other than tensors, or not a torch file", remedy) from error
         except Exception as error:
             # The readers go by what a file says of itself; in a damaged one that may be anything.
             kind = "torch" if is_torch else "safetensors"
             raise _unreadable(path, f"a damaged {kind} file ({described(error)})", "Write it again.") from error
     is_state = isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
     if is_torch and not (is_state and content):
-        found = f"a {type(content).__name__} that is no dictionary of tensors"
+        found = f"a {type(content).__name__} that is not a dictionary of tensors"
         raise _unreadable(path, found, "Save model.state_dict().")
     for name, value in content.items():
         if not isinstance(name, str):

@@ -1,9 +1,9 @@
-"""Shifts that the numbers show, put to the structure: each parameter by itself, with the groups that move together.
+"""Shifts found by the numerical search, checked against the structure, parameter by parameter.
 
-The structure looks for the shifts of all biases at once, and for rows of the blocks that normalizations suggest. So it
-misses some: what a linear map makes of the sum of two shifts is refused together with both, and a softmax may compare
-blocks of any size. The reverse search finds the groups of these, and the structure is asked whether it agrees. Where it
-does not, it is asked again with dropout off, as it is for the certificate; what holds only then says so.
+The structure analysis follows the shifts of all biases at once, and of rows in the blocks that normalizations suggest.
+It misses some: two shifts that a linear map adds are refused together, and a softmax may compare blocks of any size.
+The numerical search finds the groups of these, and the structure is then solved for them. If it does not confirm them,
+it is solved again with dropout off, as for the certificate; shifts that hold only then carry this condition.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def shift_symmetries(structure: ShiftStructure, test: InvarianceTest) -> tuple[S
 def recheck_shifts(
     structure: ShiftStructure, shown: Iterable[UnexplainedSymmetry], test: InvarianceTest
 ) -> tuple[ShiftSymmetry, ...]:
-    """What the structure says of shifts that the numbers show, each with its certificate, parameter by parameter.
+    """Check numerically found shifts against the structure, and certify them, parameter by parameter.
 
     Args:
         structure: what may be added to the parameters of the network.
