@@ -39,6 +39,10 @@ class ModelCandidate:
         required: arguments that it cannot do without.
         optional: its other arguments by name.
         uses: names of other candidates that occur in it.
+
+    Example:
+        >>> str(ModelCandidate("Net", "class", required=("width",)))
+        'Net (class, needs width)'
     """
 
     name: str
@@ -59,7 +63,8 @@ def find_models(path: str | Path) -> tuple[ModelCandidate, ...]:
 
     These are subclasses of `torch.nn.Module` (also by way of other classes of the file, and classes with a method
     ``forward`` whose bases come from elsewhere), functions that return one by their annotation or their code, and
-    objects made of one. Functions that train, and what stands under ``if __name__ == "__main__"``, do not count.
+    objects made of one. Functions that train or that take a model, and what stands under
+    ``if __name__ == "__main__"``, do not count.
 
     Raises:
         ModelNotFoundError: there is no such file.
@@ -77,7 +82,7 @@ def find_models(path: str | Path) -> tuple[ModelCandidate, ...]:
 
 
 def find_model(spec: ModelSpec, kwargs: Mapping[str, Any]) -> ModelSpec:
-    """Name the one model of a file that can be built with these arguments.
+    r"""Name the one model of a file that can be built with these arguments.
 
     Candidates that another one uses are its parts and do not count.
 
@@ -85,6 +90,14 @@ def find_model(spec: ModelSpec, kwargs: Mapping[str, Any]) -> ModelSpec:
         ModelNotFoundError: there is no such file, it has no model or several, or the one needs other arguments. The
             message lists what was found.
         ModelBuildError: it is no Python code.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "train.py"
+        ...     _ = path.write_text("from torch import nn\ndef net(width):\n    return nn.Linear(width, 2)\n")
+        ...     find_model(ModelSpec.parse(str(path)), {"width": 3}).name
+        'net'
     """
     candidates = find_models(spec.place)
     used = {name for candidate in candidates for name in candidate.uses - {candidate.name}}
@@ -210,7 +223,9 @@ class _Reader:
 
     def _returns_module(self, node: ast.FunctionDef) -> bool:
         own = list(_own_nodes(node))
-        if node.name.startswith("_") or any(isinstance(n, ast.Attribute) and n.attr in _TRAINING for n in own):
+        trains = any(isinstance(part, ast.Attribute) and part.attr in _TRAINING for part in own)
+        changes = any(argument.arg in ("model", "module", "net", "network") for argument in node.args.args)
+        if trains or changes or node.name.startswith("_"):
             return False
         if self._names_module(node.returns):
             return True
