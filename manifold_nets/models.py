@@ -186,7 +186,7 @@ def disable_cache(model: nn.Module) -> None:
     """Let a language model return nothing that it remembers for the next token, which is no output."""
     for module in model.modules():
         config = module.__dict__.get("config")
-        if getattr(config, "use_cache", None) is True:
+        if config is not None and getattr(config, "use_cache", None) is True:
             config.use_cache = False
 
 

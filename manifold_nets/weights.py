@@ -146,11 +146,12 @@ def _weight_sets(content: Any, name: str = "") -> Iterator[tuple[str, Mapping[An
     if not isinstance(content, Mapping) or not content:
         return
     if all(isinstance(value, Tensor) for value in content.values()):
-        yield name, content
+        # Numbers alone are scores and counters.
+        if not name or any(value.ndim for value in content.values()):
+            yield name, content
         return
     for key, value in content.items():
-        # What an optimizer remembers of its parameters is numbered.
-        if isinstance(key, str):
+        if isinstance(key, str) and "optim" not in key.lower():
             yield from _weight_sets(value, f"{name}.{key}" if name else key)
 
 
