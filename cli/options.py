@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from manifold_nets.errors import OutputFileError
 from manifold_nets.files import is_stream
@@ -31,10 +32,15 @@ class Parsed(click.ParamType[Any]):
     Args:
         name: what help calls the text.
         parse: the function; its ValueError is shown as wrong usage.
+        may_be_file: whether shells complete the names of files.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self._parse = name, parse
+    def __init__(self, name: str, parse: Callable[[str], Any], *, may_be_file: bool = False) -> None:
+        self.name, self._parse, self._may_be_file = name, parse, may_be_file
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave names of files to the shell."""
+        return [CompletionItem(incomplete, type="file")] if self._may_be_file else []
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse, except while a shell completes the command, where nothing is checked."""
@@ -189,7 +195,7 @@ class Request:
 _SHAPE, _SEED = Parsed("N,N,…", _shape), click.IntRange(0, 2**32 - 3)
 _SHAPE_HELP = "Shape of one input without the batch, such as 3,224,224; once for each input."
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec)),
+    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec, may_be_file=True)),
     click.option("--kwargs", type=Parsed("JSON", _arguments), default="{}", help="Keyword arguments of the callable."),
     click.option("--weights", type=INPUT_FILE, help="safetensors, torch file (no code is run), or converted model."),
     click.option("--input-shape", "input_shapes", type=_SHAPE, multiple=True, required=True, help=_SHAPE_HELP),
