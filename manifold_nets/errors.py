@@ -145,9 +145,10 @@ class CheckpointMismatchError(CheckpointError):
 class ModelSpecError(FoundError, ValueError):
     """A text does not name a model."""
 
-    def __init__(self, text: str) -> None:
-        expected = "package.module:callable, file.py:callable, torchvision:NAME or timm:NAME"
-        remedy = "Write the callable that builds the model after the last colon."
+    _FORMS = "package.module:callable, file.py:callable, file.py, torchvision:NAME, timm:NAME, hf:FOLDER or hf:NAME"
+
+    def __init__(self, text: str, expected: str = _FORMS, remedy: str = "") -> None:
+        remedy = remedy or "Write the callable that builds the model after the last colon."
         super().__init__("MODEL", repr(text), expected, remedy)
 
 

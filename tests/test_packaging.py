@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, get_args
 
 import click
 import pytest
-from helpers import ROOT
+from helpers import ROOT, tomllib
 
 import manifold_nets as mn
 from manifold_nets.cli import main
