@@ -430,8 +430,10 @@ def wrong_remedies(source: str) -> list[str]:
     named = {name for names in re.findall(r"manifold.nets\[([a-z,]+)\]", source) for name in names.split(",")}
     wrong = sorted(named - extras.keys())
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingExtraError":
-            package, _, extra = (getattr(argument, "value", None) for argument in node.args)
+        place = {"MissingExtraError": 0, "library": 1}.get(getattr(getattr(node, "func", None), "id", ""))
+        if isinstance(node, ast.Call) and place is not None:
+            values = [getattr(argument, "value", None) for argument in node.args]
+            package, extra = values[place], values[2]
             # Where the package is a variable, the extra still stands there.
             if extra not in extras or (package is not None and package.lower() not in brought(extra)):
                 wrong.append(f"{package} from {extra}")
@@ -445,6 +447,7 @@ def test_errors_name_extras_that_bring_what_is_missing() -> None:
     assert wrong_remedies("'pip install manifold_nets[gone]'") == ["gone"]
     assert wrong_remedies("MissingExtraError('timm', 'x', 'gone')") == ["timm from gone"]
     assert wrong_remedies("MissingExtraError('timm', 'x', 'onnx')") == ["timm from onnx"]
+    assert wrong_remedies("library(spec, 'timm', 'onnx')") == ["timm from onnx"]
 
 
 def test_classifiers_are_those_of_the_python_that_is_required() -> None:
