@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from manifold_nets.errors import ManifoldNetsError, OutputFileError
 from manifold_nets.files import is_stream
@@ -32,10 +33,15 @@ class Parsed(click.ParamType[Any]):
     Args:
         name: what help calls the text.
         parse: the function; its ValueError is shown as wrong usage.
+        may_be_file: whether shells complete the names of files.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self._parse = name, parse
+    def __init__(self, name: str, parse: Callable[[str], Any], *, may_be_file: bool = False) -> None:
+        self.name, self._parse, self._may_be_file = name, parse, may_be_file
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave names of files to the shell."""
+        return [CompletionItem(incomplete, type="file")] if self._may_be_file else []
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse, except while a shell completes the command, where nothing is checked."""
@@ -221,7 +227,7 @@ _SHAPE_HELP = (
 )
 _INPUTS_HELP = ".npz, .npy, .pt or .safetensors file of real inputs: by name, or by order where they have none."
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec)),
+    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec, may_be_file=True)),
     click.option("--kwargs", type=Parsed("JSON", _arguments), default="{}", help="Keyword arguments of the callable."),
     click.option("--class", "class_name", metavar="NAME", help="Class of transformers, for an hf: model."),
     click.option("--weights", type=INPUT_FILE, help="safetensors, torch file (no code is run), or converted model."),
