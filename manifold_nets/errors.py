@@ -145,9 +145,10 @@ class CheckpointMismatchError(CheckpointError):
 class ModelSpecError(FoundError, ValueError):
     """A string is not the name of a model."""
 
-    def __init__(self, text: str) -> None:
-        expected = "package.module:callable, file.py:callable, torchvision:NAME or timm:NAME"
-        remedy = "Write the callable that builds the model after the last colon."
+    _FORMS = "package.module:callable, file.py:callable, file.py, torchvision:NAME, timm:NAME, hf:FOLDER or hf:NAME"
+
+    def __init__(self, text: str, expected: str = _FORMS, remedy: str = "") -> None:
+        remedy = remedy or "Write the callable that builds the model after the last colon."
         super().__init__("MODEL", repr(text), expected, remedy)
 
 
@@ -398,12 +399,12 @@ class OptimizerStateError(FoundError, ValueError):
 class NativeKernelError(FoundError, RuntimeError):
     """``fused=True`` was requested, but the compiled kernel for weights on spheres is not available."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(
             "fused=True",
             reason,
             "the compiled kernel for weights on spheres; nothing was changed",
-            "Install a C compiler, or leave fused out: steps then use torch's operations.",
+            f"{remedy}, or leave fused out: steps then use torch's operations.",
         )
 
 

@@ -24,6 +24,7 @@ from manifold_nets.groups import Partition
 
 __all__ = [
     "analysis_copy",
+    "disable_cache",
     "draw_not_finite",
     "dtype_of",
     "duplicate",
@@ -163,6 +164,7 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
     if shared is None:
         model_copy._apply(widened)  # type: ignore[no-untyped-call]
     model_copy.train()
+    disable_cache(model_copy)
     for module in frozen:
         module.training = False
     for module in model_copy.modules():
@@ -179,11 +181,17 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
     return model_copy
 
 
+def disable_cache(model: nn.Module) -> None:
+    """Let a language model return nothing that it remembers for the next token, which is no output."""
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and getattr(config, "use_cache", None) is True:
+            config.use_cache = False
+
+
 def _configure(config: Any) -> None:
     """Apply to a copied transformers model what its configuration decides."""
     _disable_dropout(config)
-    if getattr(config, "use_cache", None) is True:
-        config.use_cache = False  # what a language model remembers for the next token is no output
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         # torch has no grouped product of float64 matrices; the batched one computes the same function.
         config._experts_implementation = "batched_mm"

@@ -9,10 +9,13 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from manifold_nets.comparison.errors import RecordError
 from manifold_nets.documents import Schema, is_intact, parse_json, with_checksum
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # JSON has no such numbers; records write and read them as strings.
 _NOT_FINITE = ("nan", "inf", "-inf")

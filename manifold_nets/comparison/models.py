@@ -79,6 +79,8 @@ def _by_name(source: str, task: Task) -> nn.Module:
         if source.partition(":")[0] in MODEL_NAMES:
             return _built_in(source, task)
         spec = ModelSpec.parse(source)
+        if spec.kind == "hf" or not spec.name:
+            raise ModelSpecError(source)
     except ModelSpecError as error:
         raise TaskNameError("model", repr(source), _KNOWN, what_to_write("--model", source, MODEL_NAMES)) from error
     except ValueError as error:

@@ -13,7 +13,7 @@ import platform
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -22,6 +22,9 @@ from manifold_nets.comparison.json_records import JsonRecord
 from manifold_nets.comparison.settings import InitialScale, RunKey, Settings, Trial
 from manifold_nets.files import atomic_file
 from manifold_nets.page.markup import plural
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _FILE_NAME = "comparison.json"
 _PACKAGES = ("manifold_nets", "torch", "geoopt", "numpy", "sqlalchemy", "pymanopt", "scikit-learn", "timm")

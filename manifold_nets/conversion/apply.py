@@ -33,6 +33,7 @@ from manifold_nets.conversion.verify import (
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError, listed
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import dtype_of, holders, named_tensors
+from manifold_nets.page import fragment
 from manifold_nets.symmetry import SymmetryFamily
 
 __all__ = ["BalanceRecord", "ConversionRecord", "balance", "conversion_record", "convert"]
@@ -51,6 +52,11 @@ class ConversionRecord:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return {"plan": self.plan.to_dict(), "verification": self.verification.to_dict()}
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how far the outputs are from what they were, and a row for each action."""
+        rows = [(a.name, a.action, a.partition or "", a.radius or "", a.reason) for a in self.plan.effective]
+        return fragment(self.plan.model, str(self.verification), ("Weight", "Action", "Groups", "Radius", "Why"), rows)
 
     def __str__(self) -> str:
         return f"{self.plan}\n  {self.verification}"

@@ -42,7 +42,7 @@ from manifold_nets.layers import UNIT_NORM_LAYERS
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import holders
 
-__all__ = ["load", "load_contents", "save", "unchanged_on_failure"]
+__all__ = ["contents_to_save", "load", "load_contents", "save", "unchanged_on_failure"]
 
 _WHY = "It was trained by an optimizer that ignores the manifold, averaged, cast to another dtype, or edited."
 
@@ -77,6 +77,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> layer.weight.manifold
         SphereProduct(3 filters of 4, radius 1) manifold
     """
+    storage.write(path, contents_to_save(model, path))
+
+
+def contents_to_save(model: nn.Module, path: str | os.PathLike[str]) -> storage.Contents:
+    """What a checkpoint of a model holds."""
     tensors, aliases = _unique(_storable(model, path))
     manifolds, defined = {}, []
     for weight in constrained_weights(model):
@@ -92,7 +97,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     joint_spheres(model)  # refuses a model with some weights of a joint sphere only
     _require_points(tensors, manifolds, model)
     removed, conversions = tuple(removed_biases(model)), {prefix: moves for prefix, _, moves in moves_within(model)}
-    storage.write(path, storage.Contents(tensors, manifolds, aliases, removed, conversions, tuple(defined)))
+    return storage.Contents(tensors, manifolds, aliases, removed, conversions, tuple(defined))
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:

@@ -23,7 +23,7 @@ from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit, verify
 from manifold_nets.errors import ExportError, FunctionChangedError, MissingExtraError, OptionError
 from manifold_nets.files import atomic_file
-from manifold_nets.models import dtype_of
+from manifold_nets.models import disable_cache, dtype_of
 from manifold_nets.running import Inputs, output_tensors, split_inputs
 
 __all__ = ["ExportRecord", "FileFormat", "export_model"]
@@ -185,6 +185,7 @@ def _run_onnx(file: Path, inputs: Inputs) -> list[Tensor] | None:
 def _program(plain: nn.Module, inputs: Inputs, final: Path) -> torch.export.ExportedProgram:
     """Trace a model in evaluation mode, with a dynamic first axis of every input if the model allows it."""
     plain = plain.eval()
+    disable_cache(plain)
     bound = inspect.signature(plain.forward).bind(*inputs[0], **inputs[1]).arguments
 
     def first_axis(leaf: Any) -> dict[int, Any] | None:

@@ -66,6 +66,44 @@ class Contents:
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
     """Write a checkpoint file atomically. The tensors must be dense, contiguous and in main memory."""
+    metadata = {_KEY: _document(contents)}
+    with atomic_file(path) as temporary:
+        safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
+
+
+def write_document(path: str | os.PathLike[str], contents: Contents) -> None:
+    """Write what a checkpoint file says of its tensors by itself, beside a file of another program that holds them."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(_document(contents) + "\n", encoding="utf-8")
+
+
+def read_document(path: Path, state: Mapping[str, Tensor]) -> Contents:
+    """Read what `write_document` wrote.
+
+    Args:
+        path: the file.
+        state: the tensors that it is about, under all their names.
+
+    Raises:
+        CheckpointFormatError: it is damaged, of a newer format version, or about other tensors.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        document = parse_json(text)
+        others = {*document["aliases"], *document.get("removed_biases", ())}
+        kept = {name: value.detach().cpu().contiguous() for name, value in state.items() if name not in others}
+        changed = document["checksum"] != tensors_checksum(kept, document)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        found = f"an unreadable document ({printable(described(error))})"
+        raise CheckpointFormatError(path, found, "Convert the model again.") from None
+    if changed:
+        remedy = "They were changed after the conversion: delete this file to load them as a plain model."
+        raise CheckpointFormatError(path, "a conversion of other weights than those beside it", remedy)
+    return contents_of(path, kept, {_KEY: text})
+
+
+def _document(contents: Contents) -> str:
+    """The JSON document about the tensors of a checkpoint."""
     manifolds = {name: manifold.to_dict() for name, manifold in contents.manifolds.items()}
     is_new = contents.conversions or contents.defined or any("padding" in data for data in manifolds.values())
     document: dict[str, Any] = {
@@ -81,9 +119,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     if contents.defined:
         document["defined"] = list(contents.defined)
     document["checksum"] = tensors_checksum(contents.tensors, document)
-    metadata = {_KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
-    with atomic_file(path) as temporary:
-        safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
+    return json.dumps(document, sort_keys=True, allow_nan=False)
 
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
+from manifold_nets._torch import check_graph_capture
 from manifold_nets.errors import OptionError, ParameterGroupError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
@@ -183,7 +184,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
                 raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _before_step(self) -> None:
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
 
     def _step_plain(self, group: Group) -> None:
         for p in group["params"] if group["amsgrad"] else ():

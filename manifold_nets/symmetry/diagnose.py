@@ -38,7 +38,6 @@ from manifold_nets.symmetry.local_certificates import LocalCertificates
 from manifold_nets.symmetry.low_memory import ROUNDING, low_memory_copy, low_memory_pass, widen_vectors
 from manifold_nets.symmetry.low_variance import LowVariance
 from manifold_nets.symmetry.module_graph import module_graph
-from manifold_nets.symmetry.recheck import recheck_shifts, shift_symmetries, with_shown
 from manifold_nets.symmetry.report import (
     ShiftSymmetry,
     SymmetryFamily,
@@ -47,7 +46,7 @@ from manifold_nets.symmetry.report import (
     WeightFinding,
 )
 from manifold_nets.symmetry.search import NumericalSearch, searched_partitions
-from manifold_nets.symmetry.shift_findings import Loss, sees_no_shift
+from manifold_nets.symmetry.shift_findings import Loss, recheck_shifts, sees_no_shift, shift_symmetries, with_shown
 from manifold_nets.symmetry.shifts import ShiftStructure
 from manifold_nets.symmetry.trace import TracedGraph, trace
 from manifold_nets.symmetry.weight_findings import (

@@ -100,8 +100,8 @@ def _read(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition], vie
             torch.mul(x, y, out=product)
         entries[3] = g
         for axes, reduced, total in zip(kept, runs, totals, strict=True):
-            place = tuple(part if axis in axes else slice(None) for axis, part in enumerate(block))
-            total[(slice(None), *place)] += sum_over(entries, reduced)
+            place = (slice(None), *(part if axis in axes else slice(None) for axis, part in enumerate(block)))
+            total[place] += sum_over(entries, reduced)
     return [GroupSums(*total.reshape(4, -1).cpu().numpy()) for total in totals]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from manifold_nets.documents import JsonForm
 from manifold_nets.errors import ParameterNameError
 from manifold_nets.groups import Partition
+from manifold_nets.page import fragment
 from manifold_nets.symmetry.generators import Direction, Generators
 from manifold_nets.symmetry.module_graph import GraphNode
 
@@ -473,9 +474,26 @@ class SymmetryReport(JsonForm):
             found[weight.status] = found.get(weight.status, 0) + 1
         return found
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
         summary = ", ".join(f"{n} {status}" for status, n in self.counts().items())
-        lines = [f"{self.model}: {len(self.weights)} weights: {summary or 'none'}"]
+        return f"{len(self.weights)} weights: {summary or 'none'}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each weight."""
+        rows = [
+            (
+                w.name,
+                w.status,
+                w.groups_in_words,
+                w.certificate,
+                joined([str(a) for a in w.absorbers]) if w.partition is not None else w.broken_by or w.remedy,
+            )
+            for w in self.weights
+        ]
+        return fragment(self.model, self._summary(), ("Weight", "Status", "Groups", "Certificate", "Why"), rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self._summary()}"]
         width = max((len(w.name) for w in self.weights), default=0)
         for w in self.weights:
             what = w.groups_in_words if w.partition is not None else (w.broken_by or "")

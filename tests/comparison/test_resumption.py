@@ -283,7 +283,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 COMMAND = ["--model", "mlp:10", "--optimizers", "sgd,rsgd", "--lr", "0.1,1e8", "--seeds", "2", "--epochs", "2"]
 
 
-def started(folder: Path, *more: str, group: int | None = None) -> subprocess.Popen[bytes]:
+def started(folder: Path, *more: str, session: bool = False) -> subprocess.Popen[bytes]:
     # Where the tests themselves run in the background of a shell, Ctrl-C is ignored unless asked for.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{program}; from manifold_nets.cli import main; main()", "compare", *COMMAND]
@@ -291,7 +291,7 @@ def started(folder: Path, *more: str, group: int | None = None) -> subprocess.Po
         [*command, "--output", str(folder), *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        process_group=group,
+        start_new_session=session,
     )
 
 
@@ -341,7 +341,7 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path, workers):
     """A terminal sends it to the whole group of processes, here while workers start and while they work."""
     for seconds in (0.5, 8.0):
         folder = tmp_path / f"{seconds}"
-        process = started(folder, "--workers", workers, "--epochs", "2000", group=0)
+        process = started(folder, "--workers", workers, "--epochs", "2000", session=True)
         while not (folder / "study.db").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(seconds)
