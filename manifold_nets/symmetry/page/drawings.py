@@ -32,19 +32,15 @@ class Status:
 
 STATUSES = {
     "invariant": Status(
-        "invariant", '<circle r="4.5"/>', "The network does not see the scale of its groups: explained and certified."
+        "invariant", '<circle r="4.5"/>', "The scale of its groups has no effect: explained and certified."
     ),
     "constrained": Status(
         "constrained",
         '<path d="M0-5.2 5.2 0 0 5.2-5.2 0z"/>',
         "Invariant, and its groups are on their spheres already.",
     ),
-    "not invariant": Status(
-        "fixed", '<circle r="3.8" class="hollow"/>', "Its scale matters to what the network computes."
-    ),
-    "unknown": Status(
-        "unknown", '<path d="M0-5 5 4.2h-10z" class="hollow"/>', "An operation without a rule lies on its way."
-    ),
+    "not invariant": Status("fixed", '<circle r="3.8" class="hollow"/>', "Its scale matters to the function."),
+    "unknown": Status("unknown", '<path d="M0-5 5 4.2h-10z" class="hollow"/>', "An operation behind it has no rule."),
     "no evidence": Status(
         "silent", '<path d="M-4.5 0h9" class="hollow"/>', "Its gradient vanishes on the example inputs."
     ),
@@ -86,7 +82,7 @@ def groups_text(finding: WeightFinding) -> str:
     if partition is None:
         return ""
     if not partition.kept:
-        more = f" (no view expresses its {finer} finer groups)" if finer else ""
+        more = f" (joined from {finer} finer groups that no view can express)" if finer else ""
         return f"the whole tensor of {partition.group_size} entries{more}"
     count = plural(partition.n_groups, "filter" if joined == 1 else "group")
     return f"{count} of {partition.group_size}" + (f", {joined} filters each" if joined != 1 else "")
