@@ -195,8 +195,8 @@ def digits() -> Task:
 def idx_images(folder: str | Path, *, name: str = "idx", sizes: tuple[int, ...] = ()) -> Task:
     """Return a data set in the layout of MNIST, with a sixth of its training files for validation.
 
-    The split of the training files is a fixed permutation; pixels are standardized by the mean and standard deviation of
-    the training part. The test files are used for testing.
+    The split of the training files is a fixed permutation; pixels are standardized by the mean and standard deviation
+    of the training part. The test files are used for testing.
 
     Args:
         folder: the folder of its four files.
