@@ -62,7 +62,7 @@ def _model_spec(text: str) -> ModelSpec:
 def _shape(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{text!r} is no shape; expected positive sizes without the batch, such as 3,224,224")
+        raise ValueError(f"{text!r} is not a shape; expected positive sizes without the batch, such as 3,224,224")
     return tuple(int(word) for word in words)
 
 
@@ -71,9 +71,9 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON ({error}); {expected}") from error
+        raise ValueError(f"{text!r} is not valid JSON ({error}); {expected}") from error
     if not isinstance(arguments, dict):
-        raise ValueError(f"{text!r} is no JSON object; {expected}")
+        raise ValueError(f"{text!r} is not a JSON object; {expected}")
     return arguments
 
 
@@ -98,7 +98,7 @@ def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None
     ending = path.suffix.lower()
     if ending in _ENDINGS and ending not in written:
         advice = f"End the name in {' or '.join(written)}{f', or {remedy}' if remedy else ''}."
-        raise click.UsageError(f"{path}: no {ending} file would be written. {advice}")
+        raise click.UsageError(f"{path}: this command does not write {ending} files. {advice}")
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ def _require_consistent(request: Request) -> None:
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
     for flag, value in (("key", request.key), ("prefix", request.prefix), ("allow-pickle", request.allow_pickle)):
         if value and request.weights is None:
-            raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
+            raise click.UsageError(f"--{flag} can be used only with --weights.")
     if request.inputs_file is not None:
         for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
             if value:
@@ -304,7 +304,7 @@ def _require_different_files(request: Request) -> None:
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
             if _is_same_file(path, used):
-                raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
+                raise click.UsageError(f"{flag} and {other} name the same file {path}. Choose another name for one.")
 
 
 def _is_same_file(path: Path, other: Path) -> bool:

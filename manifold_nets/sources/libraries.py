@@ -93,7 +93,7 @@ def _execute_repaired(execute: Callable[[ModuleType], None], module: ModuleType)
                 del sys.modules[name]
     if declared:
         _log.warning(
-            "this torchvision was built for another torch: its models work, its compiled operators (%s, …) do not",
+            "this torchvision was built for another torch: its models work, but its compiled operators (%s, …) do not",
             ", ".join(declared),
         )
 
@@ -147,4 +147,4 @@ def library(spec: ModelSpec, name: str, extra: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         found = f"{error.name} is not installed"
-        raise ModelNotFoundError(spec, found, f"Install the extra: pip install 'manifold_nets[{extra}]'.") from error
+        raise ModelNotFoundError(spec, found, f"Run pip install 'manifold_nets[{extra}]'.") from error

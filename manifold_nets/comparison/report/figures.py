@@ -195,7 +195,7 @@ def _draw_layers(summary: Summary, size: Size) -> Figure:
     else:
         grid = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
-        for row, (which, what) in enumerate((("rotation", "rotation a step (rad)"), ("norm", "norm of filters"))):
+        for row, (which, what) in enumerate((("rotation", "rotation per step (rad)"), ("norm", "norm of filters"))):
             axes = grid[row, column]
             _layer(axes, summary, name, which)
             above = f"{short_name(name)}: " if size.narrow else "" if row else f"{short_name(name)}\n"
