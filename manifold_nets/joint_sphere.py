@@ -238,7 +238,7 @@ def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str
     for name, data in described.items():
         if "joint" in data:
             alike = joints.setdefault(json.dumps(data["joint"], sort_keys=True), [])
-            # Copies of a model within another one describe their joint spheres alike.
+            # Copies of a model inside another one describe their joint spheres in the same way.
             if all(data["place"] in places for places in alike):
                 alike.append({})
             next(places for places in alike if data["place"] not in places)[data["place"]] = name

@@ -240,7 +240,7 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> None:
     points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
     removed = [action.name for action in chosen.of("remove")]
     held = holders(model)
-    # Nothing has been written so far; from here on nothing can fail because of the values.
+    # Nothing has been written so far; from here on, values cannot cause a failure.
     with torch.no_grad():
         for name in changed.keys() - set(removed):
             state[name].copy_(changed[name])

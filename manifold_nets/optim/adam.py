@@ -188,7 +188,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     def _step_plain(self, group: Group) -> None:
         for p in group["params"] if group["amsgrad"] else ():
-            # Switched on in the middle of a run: the largest second moment is looked for from here on.
+            # Switched on in the middle of a run: the largest second moment is tracked from here on.
             state = self.state.get(p)
             if p.grad is not None and state and "max_exp_avg_sq" not in state:
                 state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])

@@ -175,5 +175,5 @@ def _install() -> None:
     register_module_module_registration_hook(_warn_of_plain_averages)
 
 
-# Whoever imports this package and constrains nothing keeps torch as it is.
+# Importing this package without constraining anything does not change torch.
 on_first_instance(_install)

@@ -38,7 +38,7 @@ from manifold_nets.optim.state import (
 
 __all__ = ["SphereOptimizer"]
 
-# What of a group decides which inputs a step has, and which backends.
+# The options of a group that determine the inputs and backends of a step.
 _DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer")
 
 
@@ -64,7 +64,7 @@ class SphereOptimizer(torch.optim.Optimizer):
     # Names the update rule; see `Rule.kind`.
     _kind: str
 
-    # What the state of a constrained weight holds from its first step on.
+    # Keys in the state of a constrained weight after its first step.
     _moments: tuple[str, ...] = ()
 
     _sphere_defaults: Mapping[str, Any] = {"compile": None, "master_weights": False}
@@ -102,7 +102,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         found = [
             (name, ratio(norms[id(w)], m.partition.group_size), rate) for name, w, m, rate in shared if id(w) in norms
         ]
-        # Half or twice the rate is nothing to speak of.
+        # A factor of two in the rate is not worth a warning.
         if found and not 0.5 <= (middle := statistics.median(r for _, r, _ in found)) <= 2:
             rate = found[0][2]
             warning = LearningRateWarning([name for name, _, _ in found], rate, rate * middle, formula)
@@ -144,7 +144,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 memory; nothing was changed.
         """
         if torch.compiler.is_compiling():
-            # torch's wrapper breaks the graph, twice.
+            # torch's wrapper would break the graph twice.
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 return self._step(closure)
         return self._step_with_grad_mode(closure)
@@ -170,7 +170,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 if given:
                     step_group_(list(given.values()), [p.grad for p in given.values()], given, self._number, number)
             return
-        # All that is read is checked before anything is changed.
+        # All inputs are checked before anything is changed.
         gradients = [self._checked_gradients(number, group) for number, group in enumerate(self.param_groups)]
         for number, group in enumerate(self.param_groups):
             on_spheres = {place for place, _, _ in self._spheres_of(group)}
@@ -299,7 +299,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         if before is None or before == now:
             return
         for (index, weight, manifold), old, new in zip(constrained_of(group), before, now, strict=True):
-            # In a compiled graph other tensors stand in for the weights.
+            # In a compiled graph, other tensors take the place of the weights.
             if old == new or weights[index] is not weight or weight.grad is None or is_sharded(weight):
                 continue
             deviation = _deviation(group, weight, manifold)

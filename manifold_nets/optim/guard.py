@@ -25,7 +25,7 @@ from manifold_nets.optim.param_groups import name_at_step
 __all__ = ["allow_euclidean"]
 
 _allowed: WeakSet[torch.optim.Optimizer] = WeakSet()
-# What was found in an optimizer, and which parameters and constraints there were then.
+# The result of checking an optimizer, and the parameters and constraints at that time.
 _inspected: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
 
 
@@ -56,7 +56,7 @@ def _install() -> None:
     register_optimizer_step_pre_hook(_refuse_euclidean_step)
 
 
-# Whoever imports this package and constrains nothing keeps torch as it is.
+# Importing this package without constraining anything does not change torch.
 on_first_instance(_install)
 
 
@@ -106,7 +106,7 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -
 
 def _stepped_off_spheres(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Yield the constrained weights that an optimizer would step as Euclidean ones."""
-    # Those of this package know which of their weights lie on spheres.
+    # The optimizers of this package know which of their weights lie on spheres.
     manifolds = [m for group in optimizer.param_groups for m in group.get("manifolds", [None] * len(group["params"]))]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, SphereOptimizer):

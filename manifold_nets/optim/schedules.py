@@ -52,7 +52,7 @@ class BoldDriver(LRScheduler):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, increase: float = 1.1, decrease: float = 0.5) -> None:
-        # The base class would step here, without a cost.
+        # The base class would call step here, without a cost.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: found {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
         if not (1 <= increase < math.inf):
@@ -98,7 +98,7 @@ class BoldDriver(LRScheduler):
         self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
-# What a group of scale-invariant weights remembers, so that it outlives `load_state_dict` and `deepcopy`.
+# Stored in a group of scale-invariant weights, so that it survives `load_state_dict` and `deepcopy`.
 _REMEMBERED = ("initial_weight_decay", "peak_lr")
 
 

@@ -213,7 +213,7 @@ def master_weight_of(weight: Tensor, state: dict[str, Any]) -> Tensor:
     if master is None:
         master = state["master_weight"] = weight.detach().to(accumulation_dtype(weight.dtype))
         return master
-    # Sharded ones part by part: what another process holds, it looks at itself.
+    # Each process compares its own part of a sharded weight.
     copy, held = local_part(master), local_part(weight.detach())
     rounded = copy.to(held.dtype)
     if not held.is_cpu:  # without waiting for the answer

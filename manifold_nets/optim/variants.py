@@ -35,7 +35,7 @@ __all__ = [
 class _Variant(SphereOptimizer):
     """A method with options that torch's optimizer, and thus plain parameters, do not have."""
 
-    # What `__init__` was given; `defaults` keep it, also in a copy.
+    # The option as passed to `__init__`; `defaults` keep it, also in a copy.
     _added: Mapping[str, Any] = {}
 
     def add_param_group(self, param_group: Group) -> None:

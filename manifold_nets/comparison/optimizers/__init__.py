@@ -33,7 +33,7 @@ __all__ = [
 
 # Before the name of an optimizer for plain networks.
 _WRAPPED = "on-spheres:"
-# Optimizers that train something else in the place of the weights, or move them by themselves.
+# Optimizers that train other parameters instead of the weights, or move the weights themselves.
 _OTHER_WEIGHTS = ("sgd-wn", "adam-wn", "sm")
 
 OptimizerSource = Callable[..., torch.optim.Optimizer]

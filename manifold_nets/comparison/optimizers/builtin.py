@@ -38,7 +38,7 @@ def from_torch(kind: Callable[..., torch.optim.Optimizer], *, momentum: bool = F
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         groups = param_groups(model, weight_decay=settings.weight_decay)
-        # Only what every optimizer knows.
+        # Only the options that every optimizer has.
         known = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
         extra = {"momentum": settings.momentum} if momentum else {}
         return TorchStepper(kind(known, lr=rate, **extra, **options))
@@ -72,7 +72,7 @@ def from_table(name: str) -> Make:
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         if row.weights == "spheres":
-            # The learning rate that is tuned is that of spheres and all else.
+            # The tuned learning rate is used for spheres and all other parameters.
             groups = param_groups(model, weight_decay=settings.weight_decay, sphere_lr=rate)
         else:
             layers = {f"{n}.weight" if n else "weight": m for n, m in model.named_modules() if isinstance(m, _LAYERS)}

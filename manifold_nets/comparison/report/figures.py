@@ -59,7 +59,7 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
     for i, o in enumerate(summary.optimizers):
         style.strokes(axes, o.test_errors, i)
         if o.test.count > 1:
-            # No error is negative, whatever the interval says.
+            # Errors are not negative, even if the interval is.
             low = max(o.test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
             axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=look(i)["color"], linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")

@@ -108,7 +108,7 @@ def _from_python(spec: str, data: str | Path | None) -> Task:
     except ModelSpecError as error:
         raise TaskNameError("task", repr(spec), _KNOWN, what_to_write("--task", spec, TASK_NAMES)) from error
     except ModelBuildError as error:
-        # Errors about data say themselves what to do.
+        # Errors about data already state what to do.
         if isinstance(error.__cause__, ManifoldNetsError):
             raise error.__cause__ from None
         raise
