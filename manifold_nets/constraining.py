@@ -94,7 +94,7 @@ class Constrained:
 
     @property
     def function_kept(self) -> bool:
-        """Whether all values are what they were, so that the model computes the same function, bit for bit."""
+        """Whether no value changed, so that the function is the same, bit for bit."""
         return all(weight.change == 0 for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def _as_in_plain_run(sums: Tensor, norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What was measured at a step: sums on the device, and what the optimizer was set to then."""
+    """The measurements at a step: sums on the device, and the optimizer's settings at that time."""
 
     step: int
     sums: Tensor

@@ -183,7 +183,7 @@ def staged(
 def _weight_actions(
     report: SymmetryReport, state: State, radii: Mapping[str, Radius], tolerance: float
 ) -> list[Action]:
-    """Return what is done with each weight by itself, at the radius that is asked for; without one it is left."""
+    """Return the action for each single weight at the requested radius; "leave" without one."""
     return [
         Action(finding.name, "leave", "not selected", finding.partition)
         if finding.status == "invariant" and finding.name not in radii
