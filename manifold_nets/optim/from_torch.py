@@ -79,8 +79,8 @@ def from_torch(
         A `RiemannianSGD` or `RiemannianAdam` of the converted model; Adam keeps its second moment of each entry.
 
     Raises:
-        OptionError: the optimizer is of another class or has other parameters, the converted model is another one,
-            ``transfer`` is unknown, or there is no equilibrium, for instance without weight decay.
+        OptionError: the optimizer is of another kind or of other parameters, the converted model is another one,
+            ``transfer`` is unknown, or there is no equilibrium, as without weight decay.
         DegenerateGroupError: a group of a weight is zero or not finite.
         ParameterGroupError: an option such as ``differentiable`` does not work on spheres.
 
@@ -239,7 +239,7 @@ def _check_plain_values(
     """Refuse a model whose plain parameters were moved: the states are those of the plain run at the old values."""
     record = _conversion_of(converted)
     if record is None and not any(id(target) in on_spheres for _, _, _, target in pairs):
-        raise OptionError("converted", "a model without weights on spheres", "the result of manifold_nets.convert")
+        raise OptionError("converted", "a model without weights on spheres", "what manifold_nets.convert makes of it")
     scaled = {group["param_names"][int(place)] for group in groups for place in group.get(SCALED_WITH, ())}
     of_plan = (module.__dict__.get("_manifold_nets_conversion") for module in converted.modules())
     is_balanced = any(found.plan.of("balance") for found in of_plan if found is not None)
@@ -252,8 +252,8 @@ def _check_plain_values(
         old, new = (whole(p.detach()) for p in (source, target))
         if not torch.allclose(old.to(new), new, rtol=0, atol=0, equal_nan=True):
             expected = (
-                "the same values as in model, as the remedies 'spheres', 'joint-spheres' and 'dead-biases' keep them; "
-                "use 'balance' only before training"
+                "the values that it has in model, as after the remedies 'spheres', 'joint-spheres' and 'dead-biases'; "
+                "balance before training, not after"
             )
             raise OptionError("converted", f"other values of {name}", expected)
 

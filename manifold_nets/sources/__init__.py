@@ -60,12 +60,12 @@ def load_model(
               is returned unchanged.
             - ``file.py``, if `find_model` finds exactly one model in it.
             - ``torchvision:NAME`` or ``timm:NAME``; ``timm:FOLDER`` and ``timm:hf-hub:NAME`` have weights of their own.
-            - ``hf:FOLDER``, a folder written by ``save_pretrained``, or ``hf:NAME``, a model on the hub. The folder of a
-              converted model gives the converted model.
+            - ``hf:FOLDER``, a folder written by ``save_pretrained``, or ``hf:NAME``, a model on the hub. The folder of
+              a converted model gives the converted model.
         kwargs: keyword arguments of the callable; with ``hf:`` those of ``from_pretrained``.
         weights: a file for `load_weights`: safetensors, a torch file, or a converted model written by `save`.
-        class_name: a class of transformers, such as ``"AutoModelForCausalLM"``, instead of the one in the configuration;
-            only with ``hf:``.
+        class_name: a class of transformers, such as ``"AutoModelForCausalLM"``, instead of the one in the
+            configuration; only with ``hf:``.
 
     Raises:
         ModelSpecError: the specification has none of the forms, or takes no class.

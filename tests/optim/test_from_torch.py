@@ -607,7 +607,7 @@ def test_an_own_step_is_refused_and_other_subclasses_are_not() -> None:
 
 def test_plain_values_that_were_moved_are_refused() -> None:
     net, plain = trained("sgd, momentum")
-    with pytest.raises(OptionError, match=r"other values of 1\.weight.*use 'balance' only before training"):
+    with pytest.raises(OptionError, match=r"other values of 1\.weight.*balance before training"):
         mn.optim.from_torch(plain, net, mn.convert(net, batch(0)[0], remedies="all"))
     # Without a state too: a step at other values is another step.
     with pytest.raises(OptionError, match=r"other values of 1\.weight"):
