@@ -282,7 +282,7 @@ def _require_consistent(request: Request) -> None:
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
     for flag, value in (("key", request.key), ("prefix", request.prefix), ("allow-pickle", request.allow_pickle)):
         if value and request.weights is None:
-            raise click.UsageError(f"--{flag} can be used only with --weights.")
+            raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
     if request.inputs_file is not None:
         for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
             if value:
@@ -304,7 +304,7 @@ def _require_different_files(request: Request) -> None:
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
             if _is_same_file(path, used):
-                raise click.UsageError(f"{flag} and {other} name the same file {path}. Choose another name for one.")
+                raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
 
 
 def _is_same_file(path: Path, other: Path) -> bool:
