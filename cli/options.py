@@ -284,8 +284,8 @@ def _require_consistent(request: Request) -> None:
         if value and request.weights is None:
             raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
     if request.inputs_file is not None:
-        for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
-            if value:
+        for flag, given in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
+            if given:
                 raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
         raise click.MissingParameter("or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")

@@ -247,12 +247,12 @@ def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str
         for places in alike:
             if sorted(places) != list(range(len(whole["members"]))):
                 wanted = [member["name"] for member in whole["members"]]
-                found = f"only {list(places.values())} on a joint sphere"
-                raise PartitionError(found, f"all of {wanted}", "Add the missing ones.")
+                given = f"only {list(places.values())} on a joint sphere"
+                raise PartitionError(given, f"all of {wanted}", "Add the missing ones.")
             joint = JointSphere.from_dict(whole)
             found.update((name, joint.manifolds[place]) for place, name in places.items())
     for name, manifold in found.items():
         if manifold.to_dict() != described[name]:
-            found = f"an entry for {name!r} with contradicting partitions"
-            raise PartitionError(found, "one partition", "Save the model again.")
+            given = f"an entry for {name!r} with contradicting partitions"
+            raise PartitionError(given, "one partition", "Save the model again.")
     return found

@@ -20,7 +20,7 @@ from manifold_nets.files import is_link_loop
 __all__ = ["load_weights", "read_state_dict"]
 
 # Plain data in which training scripts note their settings; rebuilding them runs no code.
-_PLAIN_CLASSES = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
+_PLAIN_CLASSES: list[Any] = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
 _ONLY_TENSORS = "Only files that load with weights_only=True are read. "
 _unreadable = functools.partial(CheckpointFormatError, expected="a safetensors file or a torch file of weights")
 
