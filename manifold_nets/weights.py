@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any, BinaryIO
@@ -116,7 +117,9 @@ def _read(
 
 
 def _torch_content(file: BinaryIO, allow_pickle: bool) -> Any:
-    content: Any = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of sparse tensors, which are refused below
+        content: Any = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
     return content.state_dict() if isinstance(content, nn.Module) else content
 
 
