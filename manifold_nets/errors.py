@@ -181,7 +181,8 @@ class ExampleInputsError(ManifoldNetsError, ValueError):
         super().__init__(
             f"example_inputs: found {found}; expected a tensor, a tuple of positional inputs, a dict of keyword "
             f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass what "
-            "its forward takes, as a batch of at least two examples that are not constant."
+            "its forward takes (--inputs FILE on the command line), as a batch of at least two examples that are not "
+            "constant."
         )
 
 

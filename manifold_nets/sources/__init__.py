@@ -12,15 +12,11 @@ from torch import nn
 from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources.finding import ModelCandidate, find_model, find_models
 from manifold_nets.sources.inputs import guess_inputs, read_inputs
-from manifold_nets.sources.libraries import (
-    import_torchvision,
-    timm_model,
-    torchvision_model,
-    torchvision_repaired,
-)
+from manifold_nets.sources.libraries import timm_model, torchvision_model
 from manifold_nets.sources.pretrained import load_pretrained, pretrained_model, save_pretrained
 from manifold_nets.sources.python import load_attribute, load_object, python_model
 from manifold_nets.sources.spec import ModelSpec
+from manifold_nets.sources.torchvision_import import import_torchvision
 from manifold_nets.weights import load_weights
 
 __all__ = [
@@ -89,6 +85,5 @@ def load_model(
         "timm": timm_model,
         "hf": functools.partial(pretrained_model, class_name=class_name),
     }.get(spec.kind, python_model)
-    with torchvision_repaired():
-        model = build(spec, arguments)
+    model = build(spec, arguments)
     return model if weights is None else load_weights(model, weights)

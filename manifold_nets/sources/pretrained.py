@@ -21,6 +21,7 @@ from manifold_nets.errors import CheckpointError, ModelNotFoundError, described
 from manifold_nets.sources.libraries import library
 from manifold_nets.sources.python import FAULTS, built_model, near
 from manifold_nets.sources.spec import ModelSpec
+from manifold_nets.sources.torchvision_import import torchvision_repaired
 
 __all__ = ["load_pretrained", "pretrained_model", "save_pretrained"]
 
@@ -35,8 +36,8 @@ def pretrained_model(spec: ModelSpec, kwargs: dict[str, Any], class_name: str | 
     if not folder.is_dir() and (folder.is_absolute() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.name)):
         remedy = "Name a folder that save_pretrained wrote, or a model of the hub, such as org/name."
         raise ModelNotFoundError(spec, f"there is no folder {folder}", remedy)
-    build = _pretrained_class(spec, transformers, class_name, kwargs).from_pretrained
-    with _no_progress_bars():
+    with torchvision_repaired(), _no_progress_bars():
+        build = _pretrained_class(spec, transformers, class_name, kwargs).from_pretrained
         model = built_model(spec, build, {"pretrained_model_name_or_path": spec.name, **kwargs})
     return load_pretrained(model, folder) if folder.is_dir() else model
 
