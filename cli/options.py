@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from manifold_nets.errors import ManifoldNetsError, OutputFileError
 from manifold_nets.files import is_stream
@@ -32,10 +33,15 @@ class Parsed(click.ParamType[Any]):
     Args:
         name: what help calls the text.
         parse: the function; its ValueError is shown as wrong usage.
+        may_be_file: whether shells complete the names of files.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self._parse = name, parse
+    def __init__(self, name: str, parse: Callable[[str], Any], *, may_be_file: bool = False) -> None:
+        self.name, self._parse, self._may_be_file = name, parse, may_be_file
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave names of files to the shell."""
+        return [CompletionItem(incomplete, type="file")] if self._may_be_file else []
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse, except while a shell completes the command, where nothing is checked."""
@@ -221,7 +227,7 @@ _SHAPE_HELP = (
 )
 _INPUTS_HELP = ".npz, .npy, .pt or .safetensors file of real inputs: by name, or by order where they have none."
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec)),
+    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec, may_be_file=True)),
     click.option("--kwargs", type=Parsed("JSON", _arguments), default="{}", help="Keyword arguments of the callable."),
     click.option("--class", "class_name", metavar="NAME", help="Class of transformers, for an hf: model."),
     click.option("--weights", type=INPUT_FILE, help="safetensors, torch file (no code is run), or converted model."),
@@ -274,13 +280,13 @@ def _require_consistent(request: Request) -> None:
     """Refuse options without what they belong to, and a model without inputs."""
     if request.class_name is not None and request.spec.kind != "hf":
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
-    for flag, value in (("key", request.key), ("prefix", request.prefix), ("allow-pickle", request.allow_pickle)):
-        if value and request.weights is None:
-            raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
+    weights_options = {"key": request.key, "prefix": request.prefix, "allow-pickle": request.allow_pickle}
+    for flag in [flag for flag, value in weights_options.items() if value and request.weights is None]:
+        raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
     if request.inputs_file is not None:
-        for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
-            if value:
-                raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
+        drawn = {"input-shape": request.input_shapes, "token-ids": request.token_ids}
+        for flag in [flag for flag, value in drawn.items() if value]:
+            raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
         raise click.MissingParameter("or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,10 @@ def load_model(
         raise ModelSpecError(str(spec), "hf:FOLDER or hf:NAME with a class of transformers", "Leave out the class.")
     if not spec.name:
         spec = find_model(spec, arguments)
-    build = {
+    builders: dict[str, Callable[[ModelSpec, dict[str, Any]], nn.Module]] = {
         "torchvision": torchvision_model,
         "timm": timm_model,
         "hf": functools.partial(pretrained_model, class_name=class_name),
-    }.get(spec.kind, python_model)
-    model = build(spec, arguments)
+    }
+    model = builders.get(spec.kind, python_model)(spec, arguments)
     return model if weights is None else load_weights(model, weights)
