@@ -303,11 +303,12 @@ def _require_different_files(request: Request) -> None:
             files.append((parameter.opts[0], path))
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
-            if _is_same_file(path, used):
+            if is_same_file(path, used):
                 raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
 
 
-def _is_same_file(path: Path, other: Path) -> bool:
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, also where there is none yet."""
     try:
         return path.samefile(other)
     except OSError:  # one of them does not exist

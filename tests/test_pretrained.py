@@ -184,6 +184,15 @@ def test_a_model_that_lost_its_spheres_leaves_a_plain_folder(
         save_pretrained(nn.Linear(2, 2), folder)
 
 
+def test_the_folder_that_is_read_is_not_written(tmp_path: Path) -> None:
+    written("Qwen3", tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    refused = run("convert", f"hf:{tmp_path}", "--output", f"{tmp_path}/")
+    assert refused.exit_code == 2
+    assert "is the folder of MODEL too" in " ".join(refused.stderr.replace("│", " ").split())
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 # ---- which class -----------------------------------------------------------------------------------------------------
 
 

@@ -12,8 +12,13 @@ from torch import nn
 from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources.finding import ModelCandidate, find_model, find_models
 from manifold_nets.sources.inputs import guess_inputs, read_inputs
-from manifold_nets.sources.libraries import timm_model, torchvision_model
-from manifold_nets.sources.pretrained import load_pretrained, pretrained_model, save_pretrained
+from manifold_nets.sources.libraries import (
+    load_pretrained,
+    pretrained_model,
+    save_pretrained,
+    timm_model,
+    torchvision_model,
+)
 from manifold_nets.sources.python import load_attribute, load_object, python_model
 from manifold_nets.sources.spec import ModelSpec
 from manifold_nets.sources.torchvision_import import import_torchvision
