@@ -1,4 +1,4 @@
-"""Weights of a model from a file: safetensors, a torch file read without running code, or a converted model."""
+"""Load a model's weights from a file: safetensors, a torch file read without running code, or a converted model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_weights(
     """Load the weights of a file into a model.
 
     Args:
-        model: freshly made; its parameters and buffers are overwritten.
+        model: a newly built model; its parameters and buffers are overwritten.
         path: a safetensors file, a torch file (read with ``weights_only=True``), or a file written by `save`, which
             puts the model's weights back on their spheres.
         key: where in a torch file the weights are, such as ``"state_dict_ema"`` or ``"ema.shadow"``; needed only where
@@ -48,7 +48,7 @@ def load_weights(
         CheckpointFormatError: the file does not exist, is damaged, holds no weights or several sets of them, or those
             of a newer release.
         CheckpointMismatchError: its names or shapes are not the model's.
-        In every case the model is left as it was.
+        In every case the model is unchanged.
 
     Example:
         >>> import tempfile
@@ -74,7 +74,7 @@ def load_weights(
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file or of a torch file, told apart by their first bytes.
+    """Read the tensors of a safetensors file or a torch file, recognized by the first bytes.
 
     Raises:
         CheckpointFormatError: the file does not exist, cannot be read, or holds no weights.
@@ -87,7 +87,7 @@ def _read(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, which is opened once: one that takes its place meanwhile is not mixed in."""
     if not path.is_file():
-        found = "symbolic links that lead back to themselves" if is_link_loop(path) else "no such file"
+        found = "a loop of symbolic links" if is_link_loop(path) else "no such file"
         raise _unreadable(path, found, "Check the path.")
     with path.open("rb") as file:
         # A safetensors file starts with eight bytes of length, then a JSON object.
@@ -146,11 +146,12 @@ def _weight_sets(content: Any, name: str = "") -> Iterator[tuple[str, Mapping[An
     if not isinstance(content, Mapping) or not content:
         return
     if all(isinstance(value, Tensor) for value in content.values()):
-        yield name, content
+        # Numbers alone are scores and counters.
+        if not name or any(value.ndim for value in content.values()):
+            yield name, content
         return
     for key, value in content.items():
-        # What an optimizer remembers of its parameters is numbered.
-        if isinstance(key, str):
+        if isinstance(key, str) and "optim" not in key.lower():
             yield from _weight_sets(value, f"{name}.{key}" if name else key)
 
 

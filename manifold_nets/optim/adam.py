@@ -181,7 +181,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         for index, _, manifold in constrained_of(group) if self._per_entry else ():
             if isinstance(manifold, JointSphereMember):
                 self.param_groups.pop()
-                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
+                expected = "a sphere of its own; use RiemannianAdam or AngularSGD for joint spheres"
                 raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _before_step(self) -> None:
@@ -278,7 +278,7 @@ class AngularAdam(RiemannianAdam):
     def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
         for name in ("amsgrad", "per"):
             if options.get(name):
-                expected = "left out, as steps of a given angle have no such variant"
+                expected = "no such option, as steps of a given angle have no such variant"
                 raise OptionError(name, options[name], expected)
         super().__init__(params, lr=lr, **options)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -36,13 +36,17 @@ def pretrained_model(spec: ModelSpec, kwargs: dict[str, Any], class_name: str | 
         remedy = "Name a folder that save_pretrained wrote, or a model of the hub, such as org/name."
         raise ModelNotFoundError(spec, f"there is no folder {folder}", remedy)
     build = _pretrained_class(spec, transformers, class_name, kwargs).from_pretrained
-    with _no_progress_bars(transformers):
+    with _no_progress_bars():
         model = built_model(spec, build, {"pretrained_model_name_or_path": spec.name, **kwargs})
     return load_pretrained(model, folder) if folder.is_dir() else model
 
 
 @contextlib.contextmanager
-def _no_progress_bars(transformers: ModuleType) -> Iterator[None]:
+def _no_progress_bars() -> Iterator[None]:
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        yield
+        return
     bars = transformers.utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
@@ -86,6 +90,20 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: the model has no ``save_pretrained``, or its weights cannot be saved; see `save`.
         OffManifoldError: the norm of a group is not its radius.
+
+    Example:
+        >>> import tempfile, torch, manifold_nets as mn
+        >>> from manifold_nets.weights import load_weights
+        >>> class Net(nn.Sequential):  # stands for a model of transformers
+        ...     def save_pretrained(self, folder):
+        ...         torch.save(self.state_dict(), f"{folder}/weights.pt")
+        >>> def net():
+        ...     return Net(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(mn.convert(net(), torch.randn(16, 4)), folder)
+        ...     plain = load_weights(net(), f"{folder}/weights.pt")
+        ...     load_pretrained(plain, folder)[0].weight.manifold
+        SphereProduct(8 filters of 4, radius 1) manifold
     """
     file = Path(folder) / _CONVERSION
     write = getattr(model, "save_pretrained", None)
@@ -94,7 +112,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     contents = contents_to_save(model, file)
     Path(folder).mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)  # until the end the folder is that of a plain model
-    with _no_progress_bars(importlib.import_module("transformers")):
+    with _no_progress_bars():
         revert(model).save_pretrained(folder)  # type: ignore[operator]
     if contents.manifolds or contents.removed or contents.conversions:
         write_document(file, contents)
@@ -113,6 +131,10 @@ def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Modu
     Raises:
         CheckpointFormatError: the conversion in the folder is damaged, or that of other weights.
         CheckpointMismatchError: the model is of another class than the one that was saved.
+
+    Example:
+        >>> load_pretrained(nn.Linear(2, 2), "a folder of a plain model")
+        Linear(in_features=2, out_features=2, bias=True)
     """
     file = Path(folder) / _CONVERSION
     if not file.is_file():
