@@ -28,8 +28,10 @@ def main() -> None:
     MODEL is one of
       package.module:callable   what the callable returns
       path/to/file.py:callable  the same, from a file
+      path/to/file.py           the only model that the file defines
       torchvision:NAME          an architecture of torchvision, for instance torchvision:resnet18
-      timm:NAME                 an architecture of timm
+      timm:NAME                 an architecture of timm; timm:FOLDER and timm:hf-hub:NAME with their weights
+      hf:FOLDER, hf:NAME        a model of transformers: a folder of save_pretrained, or a name of the hub
 
     Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 the work failed or
     a check did not hold, 2 wrong usage.

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from manifold_nets.errors import listed
 
-from .options import INPUT_FILE, Number, OutputFile, Parsed, Request, model_options
+from .options import INPUT_FILE, Folder, Number, OutputFile, Parsed, Request, model_options
 from .output import Outcome, columns_table, progress, reported, rows_table, styled
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from manifold_nets.conversion.actions import Remedy
 
 _NAMES = "dead-biases,balance,spheres,joint-spheres"
-_OUTPUT = OutputFile(".safetensors", remedy="write ONNX and .pt2 files with manifold-nets export")
+_OUTPUT = OutputFile(".safetensors", remedy="write ONNX and .pt2 files with manifold-nets export", or_folder=True)
 _RADIUS = click.Choice(["unit", "keep"])
 _DEFAULTS = {"remedies": ("spheres",), "radius": "unit", "train_tolerance": 1e-4, "include": (), "exclude": ()}
 _DONE = {
@@ -36,7 +36,7 @@ def _chosen_remedies(text: str) -> tuple[Remedy, ...]:
 
 @click.command()
 @model_options
-@click.option("--output", type=_OUTPUT, help="safetensors file to write; without it, the result is only shown.")
+@click.option("--output", type=_OUTPUT, help="safetensors file to write, or FOLDER/ for hf: models.")
 @click.option(
     "--remedies", type=Parsed("NAMES", _chosen_remedies), default="spheres", help=f"'all', or some of {_NAMES}."
 )
@@ -59,7 +59,7 @@ def _chosen_remedies(text: str) -> tuple[Remedy, ...]:
 @reported
 def convert(
     request: Request,
-    output: Path | None,
+    output: Path | Folder | None,
     max_train_difference: float,
     write_plan: Path | None,
     plan_file: Path | None,
@@ -69,7 +69,10 @@ def convert(
     same, and write it.
     """
     from manifold_nets import conversion
+    from manifold_nets.sources import save_pretrained
 
+    if isinstance(output, Folder) and request.spec.kind != "hf":
+        raise click.UsageError(f"--output {output} names a folder; expected the name of a file, as MODEL is not hf:….")
     if plan_file is not None and choices != _DEFAULTS:
         options = "--remedies, --radius, --train-tolerance, --include and --exclude"
         raise click.UsageError(f"--plan replaces {options}. Leave them out, or edit the plan.")
@@ -90,13 +93,15 @@ def convert(
         remedy = "Lower --train-tolerance, or use --radius keep."
         failures = (f"{request.spec}: its output in training mode {change}; {written} was written. {remedy}",)
         output = None
+    elif isinstance(output, Folder):
+        save_pretrained(converted, output.path)
     elif output is not None:
         conversion.save(converted, output)
     document = {"output": None if output is None else str(output), **record.to_dict()}
     return Outcome(document, (_plan_table(record.plan), _result_table(record, output, write_plan)), failures)
 
 
-def _result_table(record: ConversionRecord, output: Path | None, plan_file: Path | None) -> Table:
+def _result_table(record: ConversionRecord, output: Path | Folder | None, plan_file: Path | None) -> Table:
     """Tabulate what was done, how much the outputs changed, and what was written."""
     plan, found = record.plan, record.verification
     rows: dict[str, object] = {

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.optimizer import ParamsT
 
+from manifold_nets._torch import check_graph_capture
 from manifold_nets.errors import OptionError, ParameterGroupError
 from manifold_nets.groups import accumulation_dtype
 from manifold_nets.joint_sphere import JointSphereMember
@@ -180,11 +181,11 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         for index, _, manifold in constrained_of(group) if self._per_entry else ():
             if isinstance(manifold, JointSphereMember):
                 self.param_groups.pop()
-                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
+                expected = "a sphere of its own; use RiemannianAdam or AngularSGD for joint spheres"
                 raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _before_step(self) -> None:
-        self._accelerator_graph_capture_health_check()
+        check_graph_capture(self)
 
     def _step_plain(self, group: Group) -> None:
         for p in group["params"] if group["amsgrad"] else ():
@@ -277,7 +278,7 @@ class AngularAdam(RiemannianAdam):
     def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
         for name in ("amsgrad", "per"):
             if options.get(name):
-                expected = "left out, as steps of a given angle have no such variant"
+                expected = "no such option, as steps of a given angle have no such variant"
                 raise OptionError(name, options[name], expected)
         super().__init__(params, lr=lr, **options)
 

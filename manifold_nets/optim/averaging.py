@@ -96,7 +96,7 @@ class AveragedModel(swa_utils.AveragedModel):
     ) -> None:
         for manifold in (weight.manifold for weight in constrained_weights(model)):
             if isinstance(manifold, JointSphereMember):
-                found = "AveragedModel; take torch's, and put its average back with manifold_nets.project"
+                found = "manifold_nets.optim.AveragedModel; use torch's, then manifold_nets.project on the average"
                 raise ConstraintError.joint(manifold.member, manifold.others, found)
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.lengths = _Lengths()
@@ -163,8 +163,8 @@ def _warn_of_plain_averages(module: nn.Module, _: str, submodule: nn.Module | No
     name = next((weight.name for weight in constrained_weights(submodule)), None)
     if name is not None:
         warnings.warn(
-            f"{name}: constrained to a product of spheres, and {kind.__module__}.{kind.__name__} takes its average off "
-            "them. Use manifold_nets.optim.AveragedModel, or put the final average back with "
+            f"{name}: constrained to a product of spheres, but averages by {kind.__module__}.{kind.__name__} are not "
+            "on them. Use manifold_nets.optim.AveragedModel, or put the final average back with "
             "manifold_nets.project(model).",
             UserWarning,
             stacklevel=5,  # the caller of AveragedModel

@@ -305,9 +305,9 @@ class SphereOptimizer(torch.optim.Optimizer):
             deviation = _deviation(group, weight, manifold)
             if deviation > NEAR:
                 warnings.warn(
-                    f"{name_at_step(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of "
-                    "a radius, as averages do. This step puts it back and leaves biases and running statistics "
-                    "as they are. Call manifold_nets.project(model) before the step, which scales them along.",
+                    f"{name_at_step(group, 0, index)}: other code, such as weight averaging, moved it off its spheres "
+                    f"by {deviation:.2g} of a radius. This step puts it back but does not rescale biases and running "
+                    "statistics. Call manifold_nets.project(model) before the step to rescale them too.",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -387,7 +387,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             check_loaded(self, ordered, self._moments)
             for live, saved in zip(self.param_groups, ordered["param_groups"], strict=True):
                 if live.get("transfer") and not saved.get("transfer"):
-                    found = "that of an optimizer which follows no plain run"
+                    found = "the state of an optimizer that does not continue a plain run"
                     remedy = "Load a plain state into the plain optimizer, before from_torch."
                     raise OptimizerStateError("an optimizer of from_torch", found, "one that does", remedy)
             final.append(ordered)

@@ -119,7 +119,7 @@ def clip_plain_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float) -> 
     if not max_norm > 0:
         raise OptionError("max_norm", max_norm, "a positive number")
     if not all(group.get("transfer") for group in optimizer.param_groups):
-        expected = "one of manifold_nets.optim.from_torch; for others there is torch.nn.utils.clip_grad_norm_"
+        expected = "an optimizer made by manifold_nets.optim.from_torch; for others use torch.nn.utils.clip_grad_norm_"
         raise OptionError("optimizer", type(optimizer).__name__, expected)
     of_biases = dict(scaled_biases(optimizer.param_groups, optimizer.state))
     squares = []

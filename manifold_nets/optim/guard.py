@@ -89,8 +89,8 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -
     names = lost_constraints(weight for weight in weights if weight.grad is None and was_replaced(weight))
     if names:
         warnings.warn(
-            f"{listed(names)}: constrained to a product of spheres after {type(optimizer).__name__} was built, which "
-            "still holds the former parameter and does not train the weight. Build an optimizer from "
+            f"{listed(names)}: constrained to a product of spheres after {type(optimizer).__name__} was built. The "
+            "optimizer still holds the old parameter and does not train the weight. Build a new one from "
             "manifold_nets.param_groups(model).",
             stacklevel=7,
         )
@@ -98,8 +98,8 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -
     released = released_names(p for p in held if isinstance(p, Tensor) and p.grad is None)
     if released:
         warnings.warn(
-            f"{listed(released)}: taken off its spheres after {type(optimizer).__name__} was built, which still holds "
-            "the former parameter and does not train the weight. Build an optimizer anew.",
+            f"{listed(released)}: taken off its spheres after {type(optimizer).__name__} was built. The optimizer "
+            "still holds the old parameter and does not train the weight. Build a new one.",
             stacklevel=7,
         )
 

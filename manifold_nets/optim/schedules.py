@@ -220,12 +220,13 @@ class CorrectedDecay:
             OptimizerStateError: the state is of another number of groups, or this one was removed.
         """
         if not self._is_at_work():
-            remedy = "Make a CorrectedDecay of the optimizer anew, and load into that."
-            raise OptimizerStateError("CorrectedDecay", "an object that was removed", "one that is at work", remedy)
+            remedy = "Make a new CorrectedDecay of the optimizer, and load the state into that."
+            raise OptimizerStateError("CorrectedDecay", "an object after remove()", "an active one", remedy)
         groups, saved = list(self._groups()), state_dict["groups"]
         if len(groups) != len(saved):
             found = f"{len(saved)} groups of scale-invariant weights"
-            raise OptimizerStateError("CorrectedDecay", found, f"{len(groups)}", "Load that of the same groups.")
+            remedy = "Load the state of an optimizer with the same groups."
+            raise OptimizerStateError("CorrectedDecay", found, f"{len(groups)}", remedy)
         for group, values in zip(groups, saved, strict=True):
             group.update({name: values[name] for name in _REMEMBERED})
         self.step()

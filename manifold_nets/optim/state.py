@@ -131,8 +131,8 @@ def _check_sizes(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, 
     remedy = ""
     if not any("manifolds" in group for group in saved_groups):
         remedy = (
-            "This is the state of a plain optimizer: load it into one, for the plain network, and carry its moments "
-            "over with manifold_nets.optim.carry_momentum(plain, its_optimizer, model, optimizer)."
+            "This is the state of a plain optimizer. Load it into an optimizer of the plain network, then transfer its "
+            "moments with manifold_nets.optim.carry_momentum(plain, its_optimizer, model, optimizer)."
         )
     found, expected = (f"{len(n)} group{'s' * (len(n) != 1)} of {listed(n)} parameters" for n in (saved, live))
     raise OptimizerStateError("the parameter groups", found, expected, remedy)

@@ -195,7 +195,7 @@ class AdamG(_Variant, RiemannianAdam):
     def __init__(self, params: Any, lr: float = 0.05, *, clip: float = 0.1, **options: Any) -> None:
         for name in ("amsgrad", "per"):
             if options.get(name):
-                raise OptionError(name, options[name], "left out, as Adam-G has no such variant")
+                raise OptionError(name, options[name], "no such option, as Adam-G has no such variant")
         self._added = {"clip": clip}
         super().__init__(params, lr=lr, **options)
 
@@ -301,7 +301,7 @@ def _groups(shape: tuple[int, ...], view: tuple[int, ...], kept: tuple[int, ...]
 
 def _require_scalable(group: Group, number: int) -> None:
     for index, _, _ in constrained_of(group):
-        found = "ScaledMetricSGD, which would move it off them"
+        found = "ScaledMetricSGD, which would move it off its spheres"
         expected = "an optimizer that steps on spheres, such as manifold_nets.optim.RiemannianSGD"
         raise ParameterGroupError.on_spheres(name_of(group, number, index), found, expected)
     partitions = group.get("partitions")

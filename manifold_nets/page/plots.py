@@ -79,7 +79,7 @@ def plot_settings(font: float) -> Iterator[None]:
     try:
         import matplotlib
     except ImportError:
-        raise MissingExtraError("matplotlib", "the plots of a report", "compare") from None
+        raise MissingExtraError("matplotlib", "the plots of a report", "monitor") from None
     small = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
     colors = {key: COLOURS[name] for name, keys in _COLORED.items() for key in keys.split()}
     sizes = {"font.size": font, "axes.titlesize": font, "axes.labelsize": font, **dict.fromkeys(small, 0.92 * font)}

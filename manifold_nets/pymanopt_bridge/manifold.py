@@ -168,7 +168,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in named.items():
         if parameter.dtype not in _DTYPES or parameter.is_meta:
             found = "no values" if parameter.is_meta else f"dtype {parameter.dtype}"
-            remedy = "Call model.double(); second-order methods need its digits."
+            remedy = "Call model.double(); second-order methods need float64."
             raise PointError(name, found, "values in float32 or float64", remedy)
     return named
 
@@ -283,7 +283,7 @@ def _spheres(model: nn.Module) -> dict[str, SphereProduct]:
     spheres = {weight.name: weight.manifold for weight in constrained_weights(model)}
     for name, manifold in spheres.items():
         if isinstance(manifold, JointSphereMember):
-            found = f"a sphere together with {', '.join(manifold.others)}"
-            remedy = "Convert without the remedy joint-spheres, or train with the optimizers of manifold_nets.optim."
+            found = f"a sphere that it shares with {', '.join(manifold.others)}"
+            remedy = "Convert without the remedy 'joint-spheres', or train with manifold_nets.optim."
             raise PointError(name, found, "spheres of its own", remedy)
     return spheres

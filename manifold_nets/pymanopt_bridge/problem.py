@@ -143,9 +143,9 @@ class NetworkCost:
         tensors = self._tensors(point, differentiable=True)
         loss = self._loss(tensors)
         if not loss.requires_grad:
-            remedy = "Compute it from the outputs of the model that is handed over, with gradients enabled."
+            remedy = "Compute it from the outputs of the model that was passed, with gradients enabled."
             found = "a number that does not depend on the parameters"
-            raise CostError(found, "a differentiable function of them", remedy)
+            raise CostError(found, "a differentiable function of the parameters", remedy)
         each = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
         gradients = tuple(gradient.to_dense() for gradient in each)  # those of embeddings may be sparse
         self._value, self._gradient = _number(loss), _arrays(gradients, point)
@@ -160,8 +160,8 @@ class NetworkCost:
             raise CostError(
                 f"{first!r} and {second!r} for the same parameters",
                 "the same value at every evaluation",
-                "Take out what is random (dropout: set p to 0, or model.eval(); shuffled data; kernels that add in a "
-                "random order: torch.use_deterministic_algorithms).",
+                "Remove randomness: set the p of dropout to 0 or call model.eval(), do not shuffle the data, and call "
+                "torch.use_deterministic_algorithms if kernels add in random order.",
             )
 
     def _fresh_value(self, point: Point) -> float:
@@ -188,7 +188,7 @@ class NetworkCost:
         loss = torch.func.functional_call(self._whole, {f"model.{name}": value for name, value in values.items()}, ())
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise CostError(found, "a tensor with one real number", "Reduce it, for instance by loss.mean().")
+            raise CostError(found, "a tensor with one real number", "Reduce it, for instance with loss.mean().")
         return loss.reshape(())
 
 

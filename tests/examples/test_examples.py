@@ -18,7 +18,7 @@ PROMISES = {
     "compare_own_network": [r"surfaces, .*network: 2 seeds", r"\nrsgd +plain +[\d.]+ +\d", r"\nsgd +.* of 8"],
     "define_model": [r"accuracy on new images: (9\d\.\d|100\.0)%", r"0\.weight: .*16 filters of 9.* norms off by"],
     "convert_and_give_back": [
-        r"2 of 3 weights go on spheres",
+        r"2 of 3 weights will be put on spheres",
         r"loaded from its file: SphereProduct\(16 filters",
         r"given back: <class 'torch\.nn\.parameter\.Parameter'>",
         r"the same function: largest relative difference 0\.0e\+00 in evaluation mode, 0\.0e\+00 in training mode",

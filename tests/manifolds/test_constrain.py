@@ -356,7 +356,7 @@ def test_optimizers_keep_the_norms_and_others_are_stopped(model: Autoencoder) ->
 def test_an_optimizer_that_was_built_before_is_noticed(model: Autoencoder) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     mn.constrain(model, "decoder.weight", per="column")
-    with pytest.warns(UserWarning, match="which still holds the former parameter"):
+    with pytest.warns(UserWarning, match="still holds the old parameter"):
         train(model, optimizer)
 
 
@@ -487,7 +487,7 @@ def test_rates_without_a_diagnosis_are_those_of_the_radii(model: Autoencoder) ->
     rates = mn.matched_learning_rates(model, optimizer="adamw", lr=1e-3, weight_decay=0.1)
     assert rates["decoder.weight"].groups == 12
     assert rates["decoder.weight"].next_step.median == pytest.approx(1e-3 * math.sqrt(8) / (2 * (1 - 1e-4)))
-    assert rates.long_run == "weight decay does nothing to weights whose norms are held"
+    assert rates.long_run == "weight decay has no effect on weights whose norms are held fixed"
     entries = mn.matched_learning_rates(model, optimizer="adam", lr=1e-3, per="entry")
     assert entries["decoder.weight"].next_step.median == pytest.approx(5e-4)
     with pytest.raises(OptionError, match="per: found 'entry'"):

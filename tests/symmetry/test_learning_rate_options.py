@@ -142,10 +142,10 @@ def test_converted_models_and_models_without_symmetries():
     plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     none = mn.matched_learning_rates(plain, mn.diagnose(plain, torch.randn(4, 4)), lr=0.1)
     assert (none.weights, none.next_step) == ((), None)
-    assert "no scale-invariant weights" in str(none)
+    assert "no weight is scale-invariant" in str(none)
     with pytest.raises(errors.ArgumentTypeError, match=r"^report: found an object of type Tensor; expected what"):
         mn.matched_learning_rates(plain, torch.randn(4, 4), lr=0.1)
-    with pytest.raises(KeyError, match="expected no name, as there is none"):
+    with pytest.raises(KeyError, match="expected nothing, because there are no entries"):
         none["0.weight"]
 
 

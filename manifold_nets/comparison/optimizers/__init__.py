@@ -91,7 +91,8 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
     """
     name = getattr(source, "__name__", type(source).__name__) if name is None else name
     if not _takes_rate(source):
-        raise SettingsError("optimizers", name, "an optimizer class, or a function of params and lr that returns one")
+        expected = "an optimizer class, or a function of params and lr that returns an optimizer"
+        raise SettingsError("optimizers", name, expected)
 
     def checked(*args: Any, **options: Any) -> torch.optim.Optimizer:
         made: object = source(*args, **options)
@@ -103,16 +104,16 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
 
 
 def _on_spheres(plain: OptimizerSpec, name: str) -> OptimizerSpec:
-    """An optimizer of torch's kind whose steps are made tangent."""
+    """A `torch.optim.Optimizer` whose steps are projected to the tangent space."""
     if plain.form != "plain" or plain.full_batch or plain.name in _OTHER_WEIGHTS:
         raise SettingsError(
-            "optimizers", name, f"{_WRAPPED} before an optimizer that trains the plain network's weights"
+            "optimizers", name, f"{_WRAPPED} in front of an optimizer that trains the plain network's weights"
         )
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         stepper = plain.make(model, rate, settings)
         if not isinstance(stepper, TorchStepper):
-            raise SettingsError("optimizers", name, f"{_WRAPPED} before an optimizer of torch's kind")
+            raise SettingsError("optimizers", name, f"{_WRAPPED} in front of a torch.optim.Optimizer")
         on_spheres(stepper.optimizer, model)
         return stepper
 

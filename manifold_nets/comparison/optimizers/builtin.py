@@ -90,7 +90,7 @@ def _timm(name: str) -> Callable[..., torch.optim.Optimizer]:
             import_torchvision()  # timm imports it, and it may need help
             from timm import optim
         except ModuleNotFoundError as error:
-            raise MissingExtraError("timm", f"{name} and others", "compare") from error
+            raise MissingExtraError("timm", f"{name} and other optimizers", "compare") from error
         made: torch.optim.Optimizer = getattr(optim, name)(*args, **options)
         return made
 
@@ -193,7 +193,7 @@ class _PenalizedLoss:
 
     def __call__(self, model: nn.Module) -> Tensor:
         if self.objective is None:
-            raise RuntimeError("no objective: the loss was evaluated between two steps")
+            raise RuntimeError("the loss was evaluated between two steps, when there is no objective")
         loss = self.objective.loss()
         for name in self._decayed:
             loss = loss + 0.5 * self._weight_decay * _tensor(model, name).square().sum()

@@ -280,8 +280,8 @@ def _layers_caption(summary: Summary) -> str:
     names, shown = {layer.name for o in summary.optimizers for layer in o.layers}, _shown_layers(summary)
     some = f" {len(shown)} of {len(names)} layers are drawn; epochs.csv has all." if len(shown) < len(names) else ""
     return (
-        "How far a filter turns in one step, and how long the filters of a layer are: medians over the seeds. "
-        f"On spheres the length stays.{some}"
+        "Rotation per step and norm of the filters of each layer: medians over the seeds. "
+        f"On spheres the norm is constant.{some}"
     )
 
 
@@ -289,37 +289,37 @@ def _ranks_caption(summary: Summary) -> str:
     if summary.friedman is None:
         return ""
     return (
-        f"Mean ranks of the test errors over {summary.friedman.blocks} seeds, the best at the left; diverged runs rank "
-        "last. The ranks of optimizers joined by a bar do not differ at the 5 % level (Nemenyi). Friedman's test of "
-        f"any difference: p = {summary.friedman.p_value:.2g}. Ranks over seeds of one task say nothing of other tasks."
+        f"Mean ranks of the test errors over {summary.friedman.blocks} seeds, best at the left; diverged runs rank "
+        "last. The ranks of optimizers joined by a bar do not differ at the 5 % level (Nemenyi test). Friedman test: "
+        f"p = {summary.friedman.p_value:.2g}. Ranks over the seeds of one task do not carry over to other tasks."
     )
 
 
 _TEST_ERRORS = (
-    "Each stroke is a seed. The mark is the mean, its line Student's 95 % interval. Where runs diverged, the mean is "
-    "over the other runs, and the row shows how many are missing."
+    "Each stroke is a seed. The mark is the mean, and its line Student's 95 % interval. Diverged runs are left out of "
+    "the mean, and the row shows how many there are."
 )
 _CURVES = (
-    "Lines are medians over the seeds, in which diverged runs count as infinite; bands reach from the best to the "
-    "worst seed that has not diverged. ✕ in the legend counts those that have. A cross ends a line where half of the "
-    "runs are lost."
+    "Lines are medians over the seeds, with diverged runs counted as infinite; bands reach from the best to the worst "
+    "seed that has not diverged. ✕ in the legend counts diverged runs. A cross ends a line where half of the runs "
+    "have diverged."
 )
 _SENSITIVITY = (
-    "Means over the seeds at the end of training. A hollow mark is a mean over survivors, on no line; a cross below is "
-    "a rate at which runs diverged. The bars are the learning rates whose error, interpolated between those tried, is "
-    "within 10 % of the best."
+    "Means over the seeds at the end of training. A hollow mark, off the line, is a mean over the runs that did not "
+    "diverge; a cross below marks a rate at which runs diverged. The bars show the learning rates whose error, "
+    "interpolated between those tried, is within 10 % of the best."
 )
 _RESCALED = (
-    "The hollow mark is the mean validation error when every initial filter that a normalization absorbs is multiplied "
-    "by its own power of ten between 10⁻² and 10², which leaves the initial function as it was; the learning rate is "
-    "the one chosen for the plain start."
+    "The hollow mark is the mean validation error after every scale-invariant filter was multiplied at the start by a "
+    "random power of ten between 10⁻² and 10². This does not change the initial function. The learning rate is the one "
+    "chosen without rescaling."
 )
 
 
 def _target_caption(summary: Summary) -> str:
     return (
-        f"When the validation error is first at most {summary.unit.short(summary.target)}. Each stroke is a seed, the "
-        "mark their median, in which runs that never come there count as infinite."
+        f"When the validation error first reaches {summary.unit.short(summary.target)}. Each stroke is a seed, the "
+        "mark their median, with runs that never reach it counted as infinite."
     )
 
 

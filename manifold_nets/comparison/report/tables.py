@@ -51,7 +51,7 @@ def result_table(summary: Summary) -> Table:
         rank = "–" if summary.friedman is None else f"{summary.friedman.mean_ranks[place]:.2f}"
         rows.append((o.name, rate, mean_text(o.test, unit, o.not_finite), diverged, difference, p_value, rank))
     head = ("optimizer", "learning rate", unit.label("test error"), "diverged", f"difference from {reference}")
-    caption = "Test error at the learning rate that validation data chose"
+    caption = "Test error at the learning rate with the lowest validation error"
     return Table(caption, (*head, "p (Holm)", "mean rank"), tuple(rows))
 
 
@@ -65,9 +65,9 @@ def robustness_table(summary: Summary) -> Table:
         rows.append((o.name, deviation, str(o.sensitivity), f"{o.failed} of {o.runs}", str(o.reach), *costs))
     head = ("optimizer", unit.label("deviation"), "good learning rates", "diverged, all rates", f"until {target}")
     caption = (
-        f"Robustness and cost: standard deviation of the test error over seeds, width of the learning rates within "
-        f"10 % of the best, diverged runs at all rates, time until the validation error is at most {target}, time and "
-        f"peak memory of a step relative to {summary.reference} (quartiles)"
+        f"Robustness and cost: standard deviation of the test error over seeds, width of the range of learning rates "
+        f"within 10 % of the best, diverged runs over all rates, time until the validation error is at most {target}, "
+        f"time and peak memory of a step relative to {summary.reference} (quartiles)"
     )
     return Table(caption, (*head, "time a step", "memory"), tuple(rows))
 
@@ -80,7 +80,7 @@ def rescaled_table(summary: Summary) -> Table:
             plain, same, test = (mean_text(m, unit) for m in (o.rescaled.plain, o.rescaled.same_rate, o.rescaled.test))
             rows.append((o.name, _rate(o.learning_rate), plain, same, _rate(o.rescaled.learning_rate), test))
     head = ("optimizer", "learning rate", unit.label("validation error"), "rescaled, same rate", "rate chosen anew")
-    caption = "Rescaled initial filters, at the learning rate of the plain start and at one chosen anew"
+    caption = "Rescaled initial filters, at the learning rate of the plain start and at a newly chosen one"
     return Table(caption, (*head, unit.label("test error")), tuple(rows))
 
 
@@ -106,9 +106,9 @@ def explanation(summary: Summary) -> str:
     said = f"Means over {seeds} seeds ± half of Student's 95 % interval."
     if len(summary.optimizers) > 1:
         said += (
-            " Differences are taken seed by seed, with 95 % bootstrap intervals, which are too narrow for few seeds; "
-            "p-values are of the paired t-test, corrected for all pairs by Holm's method. Where all differences of a "
-            "pair are equal there is no interval, and the p-value is of the sign test."
+            " Differences are paired by seed, with 95 % bootstrap intervals, which are too narrow for few seeds; "
+            "p-values are from the paired t-test with Holm's correction for all pairs. Where all differences of a "
+            "pair are equal there is no interval, and the p-value is from the sign test."
         )
     return said
 
@@ -123,10 +123,10 @@ def conclusions(summary: Summary) -> list[str]:
         sentences.append(f"All {runs} runs diverged." if all_lost else f"{lost} of {plural(runs, 'run')} diverged.")
     hopeless = [o.name for o in every if o.failed and not o.test.count and not o.not_finite]
     if hopeless and len(hopeless) < len(every):
-        sentences.append(f"Runs of {_and(hopeless)} diverged at every learning rate, so that there is no test error.")
+        sentences.append(f"Runs of {_and(hopeless)} diverged at every learning rate, so there is no test error.")
     partial = [o.name for o in every if o.test.lost > o.not_finite and o.test.count]
     if partial:
-        rest = "diverged even at the chosen learning rate: a mean is over the runs that did not."
+        rest = "diverged even at the chosen learning rate: means are over the runs that did not."
         sentences.append(f"Runs of {_and(partial)} {rest}")
     return [*sentences, *summary.notes]
 
@@ -175,7 +175,7 @@ def _compared(summary: Summary, best: OptimizerSummary, tied: Sequence[str]) -> 
             f"{subject} {'does' if single else 'do'} not differ significantly from {_and(rest, 'or')} {level}."
         )
     if unknown:
-        sentences.append(f"Too few runs of {_and(unknown)} have a test error for a test of the difference.")
+        sentences.append(f"Too few runs of {_and(unknown)} have a test error to test the difference.")
     return sentences
 
 

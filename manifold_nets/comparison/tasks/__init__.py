@@ -79,7 +79,7 @@ def load_task(spec: str, *, data: str | Path | None = None) -> Task:
     words = numbers.split(",") if colon else []
     if len(words) > 2 or not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
         expected = f"{name}:TRAIN or {name}:TRAIN,VALIDATION with positive whole numbers"
-        raise TaskNameError("task", repr(spec), expected, "Write the numbers like this.")
+        raise TaskNameError("task", repr(spec), expected, "Write the numbers in this form.")
     return idx_images(data_folder(name, data), name=name, sizes=tuple(int(word) for word in words))
 
 
@@ -96,7 +96,7 @@ def data_folder(name: str, data: str | Path | None) -> Path:
     root = data if data is not None else os.environ.get(DATA_VARIABLE)
     if not root:
         remedy = f"Pass data=… (--data on the command line), or set the variable {DATA_VARIABLE}."
-        raise DataFolderError(f"task {name}", "no folder of data", ["a folder with its files"], remedy)
+        raise DataFolderError(f"task {name}", "no data folder", ["a folder with its files"], remedy)
     root = Path(root)
     below = sorted(path for path in root.glob(f"{name}*") if path.is_dir()) if root.is_dir() else []
     return below[0] if below else root
@@ -167,7 +167,7 @@ def task_from_data(
     if outputs is None:
         held = [part.targets for part in parts.values() if isinstance(part, TensorPart)]
         if len(held) < len(parts) or targets.is_floating_point():
-            raise TaskSourceError(f"task {name}", "no number of outputs", "outputs=…, for data that are not classes")
+            raise TaskSourceError(f"task {name}", "no number of outputs", "outputs=… for targets that are not classes")
         outputs = int(max(target.max() for target in held)) + 1
     if batch_size is None:
         batch_size = (train.batch_size or 100) if isinstance(train, DataLoader) else 100

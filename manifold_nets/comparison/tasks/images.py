@@ -76,7 +76,7 @@ def _read(path: Path, stream: BinaryIO | gzip.GzipFile, packed: bool) -> NDArray
     if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _TYPES or start[3] == 0:
         found = f"first bytes {start.hex(' ') or 'nothing'}"
         expected = "an idx file, which starts with 00 00, a type (08, 09, 0b … 0e) and a number of axes"
-        raise DataFileError(path, found, expected, "Name an idx file, plain or compressed with gzip.")
+        raise DataFileError(path, found, expected, "Pass an idx file, plain or compressed with gzip.")
     kind, axes = np.dtype(_TYPES[start[2]]), start[3]
     sizes, header = stream.read(4 * axes), 4 + 4 * axes
     if len(sizes) < 4 * axes:
@@ -92,7 +92,7 @@ def _read(path: Path, stream: BinaryIO | gzip.GzipFile, packed: bool) -> NDArray
     if len(content) != size:
         few = len(content) < size
         found = f"{'' if few else 'at least '}{header + len(content)} bytes"
-        how = "truncated" if few else "more than its header says"
+        how = "truncated" if few else "longer than its header states"
         raise DataFileError(path, f"{found} ({how})", f"{header + size} bytes for shape {shape}")
     return np.frombuffer(content, kind).reshape(shape).astype(kind.newbyteorder("="), copy=False)
 
@@ -114,7 +114,7 @@ def find_idx_files(folder: str | Path) -> dict[str, tuple[Path, Path]]:
     """
     folder = Path(folder)
     wanted = [name for pair in _PARTS.values() for name in pair]
-    remedy = "Name the folder that holds the four idx files of MNIST or of a data set in its layout (--data)."
+    remedy = "Pass the folder with the four idx files of MNIST, or of a data set in the same layout (--data)."
     if not folder.is_dir():
         raise DataFolderError(folder, "no such folder", wanted, remedy)
     spellings = {name: (name, f"{name}.gz", dotted := name.replace("-idx", ".idx"), f"{dotted}.gz") for name in wanted}
@@ -137,7 +137,7 @@ def read_images_and_labels(images: Path, labels: Path) -> tuple[NDArray[Any], ND
     for path, array, ndim in ((images, x, 3), (labels, y, 1)):
         if array.ndim != ndim or array.dtype != np.uint8:
             found = f"{array.dtype} of shape {array.shape}"
-            raise DataFileError(path, found, f"unsigned bytes with {ndim} axes", "Check which file is which.")
+            raise DataFileError(path, found, f"unsigned bytes with {ndim} axes", "Check that no files are swapped.")
     if len(x) != len(y) or len(x) == 0:
         raise DataFileError(labels, f"{len(y)} labels", f"one for each of the {len(x)} images, at least one")
     return x, y
@@ -184,7 +184,7 @@ def digits() -> Task:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise MissingExtraError("scikit-learn", "the digits to compare on", "compare") from error
+        raise MissingExtraError("scikit-learn", "comparisons on the digits", "compare") from error
     data = load_digits()
     x, y = torch.tensor(data.images, dtype=torch.float32)[:, None], torch.tensor(data.target)
     order = torch.split(_permutation(len(y)), [1000, 297, 500])
