@@ -30,7 +30,7 @@ _OPTIMIZERS = click.Choice(["sgd", "adam", "adamw"])
 @click.command()
 @model_options
 @click.option("--tolerance", type=_TOLERANCE, metavar="NUMBER", default=1e-8, help="Largest certificate of a symmetry.")
-@click.option("--loss", type=_LOSS, help="What the outputs are logits of: shifts of all logits count as well.")
+@click.option("--loss", type=_LOSS, help="Loss on the logits: also find shifts of all logits.")
 @click.option("--memory", type=_MEMORY, default="full", help="small: float64 for one weight at a time, and no search.")
 @click.option("--html", type=OutputFile(".html", ".htm"), help="Also write the report as one self-contained HTML page.")
 @reported
@@ -79,13 +79,13 @@ def _checked_settings(optimizer: str | None, **options: Any) -> dict[str, Any] |
     if optimizer is None:
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise click.UsageError(f"{flags} without --optimizer; name the optimizer that it belongs to.")
+            raise click.UsageError(f"{flags} can be used only with --optimizer.")
         return None
     if "lr" not in given:
-        raise click.UsageError("--optimizer without --lr; give its learning rate.")
+        raise click.UsageError("--optimizer needs --lr with its learning rate.")
     other = "betas" if optimizer == "sgd" else "momentum"
     if other in given:
-        raise click.UsageError(f"--{other} with --optimizer {optimizer}, which has none; leave it out.")
+        raise click.UsageError(f"--optimizer {optimizer} has no --{other}; leave that out.")
     from manifold_nets.symmetry.optimizer_settings import OptimizerSettings
 
     try:

@@ -62,7 +62,7 @@ def _model_spec(text: str) -> ModelSpec:
 def _shape(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{text!r} is no shape; expected positive sizes without the batch, such as 3,224,224")
+        raise ValueError(f"{text!r} is not a shape; expected positive sizes without the batch, such as 3,224,224")
     return tuple(int(word) for word in words)
 
 
@@ -71,9 +71,9 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON ({error}); {expected}") from error
+        raise ValueError(f"{text!r} is not valid JSON ({error}); {expected}") from error
     if not isinstance(arguments, dict):
-        raise ValueError(f"{text!r} is no JSON object; {expected}")
+        raise ValueError(f"{text!r} is not a JSON object; {expected}")
     return arguments
 
 
@@ -98,7 +98,7 @@ def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None
     ending = path.suffix.lower()
     if ending in _ENDINGS and ending not in written:
         advice = f"End the name in {' or '.join(written)}{f', or {remedy}' if remedy else ''}."
-        raise click.UsageError(f"{path}: no {ending} file would be written. {advice}")
+        raise click.UsageError(f"{path}: this command does not write {ending} files. {advice}")
 
 
 @dataclass(frozen=True)

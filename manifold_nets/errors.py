@@ -1,4 +1,4 @@
-"""The errors of the package. Every message says what was found and where, what was expected, and what to do."""
+"""The errors of the package. Every message states what was found and where, what was expected, and what to do."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def root_sum_squares(x: Tensor, runs: tuple[tuple[int, ...], ...]) -> Tensor:
         tensor([5.0000e+25])
     """
     squares = sum_over(x * x, runs)
-    # Asking whether the squares were in range costs a synchronization where they are not on the CPU.
+    # Checking whether the squares are in range costs a synchronization on other devices than the CPU.
     if squares.device.type == "cpu" and has_values(squares):
         limits, (least, most) = torch.finfo(x.dtype), squares.detach().aminmax()
         if limits.tiny / limits.eps**2 < float(least) and float(most) < limits.max:

@@ -103,7 +103,7 @@ def _read(
             remedy += "(allow_pickle=True in Python), which runs the code that it names."
             raise _unreadable(path, "objects other than tensors, or no torch file", _ONLY_TENSORS + remedy) from error
         except Exception as error:
-            # The readers go by what a file says of itself; in a damaged one that may be anything.
+            # The readers trust a file's header, which in a damaged file may contain anything.
             kind = "torch" if is_torch else "safetensors"
             raise _unreadable(path, f"a damaged {kind} file ({described(error)})", "Write it again.") from error
     if is_torch or key is not None:

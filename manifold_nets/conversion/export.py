@@ -111,7 +111,7 @@ def export_model(
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "pt2": _write_pt2}[format]
     with atomic_file(path) as temporary:
         found, read_by, batch = write(plain, temporary, split_inputs(example_inputs), Path(path))
-        # Another engine adds in another order, and folds the normalizations into the weights first.
+        # Another engine sums in another order, and first folds the normalizations into the weights.
         allowed = 10 * limit if format == "onnx" else limit
         if found is not None and not found <= allowed:
             remedy = "No file was written. Export only the weights, in the safetensors format."

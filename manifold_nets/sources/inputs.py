@@ -80,7 +80,7 @@ def _content(path: Path) -> Any:
         return safetensors.torch.load_file(path)
     if ending in (".pt", ".pth"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"{ending or 'no ending'} is none of .npz, .npy, .pt, .pth and .safetensors")
+    raise ValueError(f"{ending or 'no ending'} is not one of .npz, .npy, .pt, .pth and .safetensors")
 
 
 def _sorted_out(path: Path, content: Any) -> Inputs:

@@ -80,7 +80,7 @@ def attribute(spec: ModelSpec) -> Iterator[Any]:
     if spec.kind not in ("file", "module") or not spec.name:
         raise ModelSpecError(str(spec))
     if spec.kind == "file" and not path.is_file():
-        why = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
+        why = "its path is a loop of symbolic links" if is_link_loop(path) else f"there is no file {path}"
         raise ModelNotFoundError(spec, why, "Write the path from the working directory.")
     with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()), torchvision_repaired():
         with _importing(spec):

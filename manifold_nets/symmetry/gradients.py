@@ -1,4 +1,4 @@
-"""Gradients in float64, at the weights as they are and at a second point, and the sums that the tests read of them.
+"""Float64 gradients at the given weights and at a second point, and their sums over groups.
 
 One forward and backward pass with a random cotangent on all outputs, in training mode, with the eps of every
 normalization made negligible and with dropout off.

@@ -1,4 +1,4 @@
-"""From a model to its aten graph, with the names that a user knows: parameters, buffers, modules."""
+"""Trace a model to its aten graph, with the user's names of parameters, buffers and modules."""
 
 from __future__ import annotations
 
