@@ -10,7 +10,7 @@ from rich.table import Table
 
 from manifold_nets.errors import listed
 
-from .options import INPUT_FILE, Folder, Number, OutputFile, Parsed, Request, model_options
+from .options import INPUT_FILE, Folder, Number, OutputFile, Parsed, Request, is_same_file, model_options
 from .output import Outcome, columns_table, progress, reported, rows_table, styled
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def convert(
     from manifold_nets import conversion
     from manifold_nets.sources import save_pretrained
 
-    if isinstance(output, Folder) and request.spec.kind != "hf":
-        raise click.UsageError(f"--output {output} names a folder; expected the name of a file, as MODEL is not hf:….")
+    _check_folder(output, request)
     if plan_file is not None and choices != _DEFAULTS:
         options = "--remedies, --radius, --train-tolerance, --include and --exclude"
         raise click.UsageError(f"--plan replaces {options}. Leave them out, or edit the plan.")
@@ -101,6 +100,16 @@ def convert(
         conversion.save(converted, output)
     document = {"output": None if output is None else str(output), **record.to_dict()}
     return Outcome(document, (_plan_table(record.plan), _result_table(record, output, write_plan)), failures)
+
+
+def _check_folder(output: Path | Folder | None, request: Request) -> None:
+    """Refuse a folder as the output where no folder is written, and the one that is read."""
+    if not isinstance(output, Folder):
+        return
+    if request.spec.kind != "hf":
+        raise click.UsageError(f"--output {output} names a folder; expected the name of a file, as MODEL is not hf:….")
+    if is_same_file(output.path, Path(request.spec.name)):
+        raise click.UsageError(f"--output {output} is the folder of MODEL too. Choose another name for it.")
 
 
 def _result_table(record: ConversionRecord, output: Path | Folder | None, plan_file: Path | None) -> Table:

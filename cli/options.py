@@ -280,13 +280,13 @@ def _require_consistent(request: Request) -> None:
     """Refuse options without what they belong to, and a model without inputs."""
     if request.class_name is not None and request.spec.kind != "hf":
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
-    for flag, value in (("key", request.key), ("prefix", request.prefix), ("allow-pickle", request.allow_pickle)):
-        if value and request.weights is None:
-            raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
+    weights_options = {"key": request.key, "prefix": request.prefix, "allow-pickle": request.allow_pickle}
+    for flag in [flag for flag, value in weights_options.items() if value and request.weights is None]:
+        raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
     if request.inputs_file is not None:
-        for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
-            if value:
-                raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
+        drawn = {"input-shape": request.input_shapes, "token-ids": request.token_ids}
+        for flag in [flag for flag, value in drawn.items() if value]:
+            raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
         raise click.MissingParameter("or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
 
@@ -303,11 +303,12 @@ def _require_different_files(request: Request) -> None:
             files.append((parameter.opts[0], path))
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
-            if _is_same_file(path, used):
+            if is_same_file(path, used):
                 raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
 
 
-def _is_same_file(path: Path, other: Path) -> bool:
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, also where there is none yet."""
     try:
         return path.samefile(other)
     except OSError:  # one of them does not exist

@@ -40,7 +40,7 @@ def wide(x: Tensor) -> Tensor:
 def has_values(x: Tensor) -> bool:
     """Whether Python code may branch on the values of ``x``: not if it is meta, fake, traced or under vmap."""
     traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
-    return not traced and torch.func.debug_unwrap(x) is x
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def sum_over(x: Tensor, runs: tuple[tuple[int, ...], ...], dtype: torch.dtype | None = None) -> Tensor:

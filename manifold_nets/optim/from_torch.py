@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import NEAR, constrained_weights
+from manifold_nets.constraints import NEAR, constrained_weights, converted_norms, is_converted
 from manifold_nets.errors import ArgumentTypeError, OptionError
 from manifold_nets.gathered import whole, write_whole_
 from manifold_nets.groups import accumulation_dtype, refuse_degenerate
@@ -79,8 +79,9 @@ def from_torch(
         A `RiemannianSGD` or `RiemannianAdam` of the converted model; Adam keeps its second moment of each entry.
 
     Raises:
-        OptionError: the optimizer is of another kind or of other parameters, the converted model is another one,
-            ``transfer`` is unknown, or there is no equilibrium, as without weight decay.
+        OptionError: the optimizer is of another kind or of other parameters, the converted model is another one or has
+            weights that `constrain` put on spheres, ``transfer`` is unknown, or there is no equilibrium, as without
+            weight decay.
         DegenerateGroupError: a group of a weight is zero or not finite.
         ParameterGroupError: an option such as ``differentiable`` does not work on spheres.
 
@@ -104,12 +105,13 @@ def from_torch(
     if transfer not in TRANSFERS:
         raise OptionError("transfer", transfer, "'follow', 'step' or 'equilibrium'")
     _check_models(model=model, converted=converted)
+    _check_conversion(converted)
     manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(converted)}
     groups, pairs = _other_groups(optimizer, model, converted, "converted")
     for group in groups:
         group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
     _scale_biases_along(groups, converted)
-    _check_plain_values(optimizer, groups, pairs, converted, manifolds.keys())
+    _check_plain_values(optimizer, groups, pairs, converted, manifolds)
     made = kind(groups, lr=optimizer.defaults["lr"])
     made.defaults.update({key: _copied(value) for key, value in optimizer.defaults.items()}, transfer=transfer)
     norms = _plain_norms_of({name: (source, manifolds.get(id(target))) for _, name, source, target in pairs})
@@ -118,6 +120,9 @@ def from_torch(
         if manifold is None:
             made.state[target].update({key: _copied(value) for key, value in state.items()})
             continue
+        if NORM in state:  # loaded from a checkpoint of the converted run
+            norms[name] = state[NORM].double()
+            state = _off_spheres(state, source, manifold, norms[name])
         made.state[target].update(_on_spheres(group, target, manifold, state, norms[name]))
         if transfer == "equilibrium":
             _to_equilibrium(group, name, source, manifold, state, made.state[target])
@@ -229,33 +234,59 @@ def _check_models(**models: object) -> None:
             raise ArgumentTypeError(role, model, "a torch.nn.Module", remedy)
 
 
+def _check_conversion(converted: nn.Module) -> None:
+    """Refuse a model that no conversion made: the norms of its weights may mean something to its function."""
+    weights = list(constrained_weights(converted))
+    if not weights and _conversion_of(converted) is None:
+        raise OptionError("converted", "a model without weights on spheres", "what manifold_nets.convert makes of it")
+    other = next((weight.name for weight in weights if not is_converted(weight)), None)
+    if other is not None:
+        expected = (
+            "weights that manifold_nets.convert put there. This one's norm means something, so that there is no plain "
+            "run to follow: build the optimizer from the parameters of this model, and pass it to "
+            "manifold_nets.optim.on_spheres; or take a Riemannian optimizer of manifold_nets.param_groups"
+        )
+        raise OptionError("converted", f"{other} on spheres without a conversion", expected)
+
+
 def _check_plain_values(
     optimizer: torch.optim.Optimizer,
     groups: list[Group],
     pairs: list[tuple[Group, str, Tensor, Tensor]],
     converted: nn.Module,
-    on_spheres: Container[int],
+    manifolds: Mapping[int, SphereProduct],
 ) -> None:
-    """Refuse a model whose plain parameters were moved: the states are those of the plain run at the old values."""
-    record = _conversion_of(converted)
-    if record is None and not any(id(target) in on_spheres for _, _, _, target in pairs):
-        raise OptionError("converted", "a model without weights on spheres", "what manifold_nets.convert makes of it")
+    """Refuse a model whose values were moved apart: states, and norms to follow, are those of the plain run.
+
+    Without a state the values may yet be those of a checkpoint, in a conversion of this very model.
+    """
     scaled = {group["param_names"][int(place)] for group in groups for place in group.get(SCALED_WITH, ())}
     of_plan = (module.__dict__.get("_manifold_nets_conversion") for module in converted.modules())
     is_balanced = any(found.plan.of("balance") for found in of_plan if found is not None)
-    # Without a state nothing is at stake but the step itself: the values may be loaded from a checkpoint later on.
-    if not (is_balanced or any(optimizer.state.values())):
-        return
+    must_agree = is_balanced or any(optimizer.state.values())
+    known = converted_norms(target for _, _, _, target in pairs)
     for _, name, source, target in pairs:
-        if id(target) in on_spheres or name in scaled:
-            continue
-        old, new = (whole(p.detach()) for p in (source, target))
-        if not torch.allclose(old.to(new), new, rtol=0, atol=0, equal_nan=True):
+        old, new, manifold = whole(source.detach()), whole(target.detach()), manifolds.get(id(target))
+        if manifold is not None:
+            norm = float(manifold.partition.norms(old.double()).median())
+            is_moved = (
+                not must_agree
+                and id(target) in known
+                and not abs(norm / known[id(target)] - 1) <= NEAR
+                and not float((manifold.projx(old.to(new)) - new).norm() / new.norm()) <= NEAR
+            )
+        else:
+            is_moved = must_agree and name not in scaled and not _same(old.to(new), new)
+        if is_moved:
             expected = (
                 "the values that it has in model, as after the remedies 'spheres', 'joint-spheres' and 'dead-biases'; "
                 "balance before training, not after"
             )
             raise OptionError("converted", f"other values of {name}", expected)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _conversion_of(converted: nn.Module) -> Any:

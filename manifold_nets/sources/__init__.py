@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources.finding import ModelCandidate, find_model, find_models
 from manifold_nets.sources.inputs import guess_inputs, read_inputs
 from manifold_nets.sources.libraries import (
-    import_torchvision,
+    load_pretrained,
+    pretrained_model,
+    save_pretrained,
     timm_model,
     torchvision_model,
-    torchvision_repaired,
 )
-from manifold_nets.sources.pretrained import load_pretrained, pretrained_model, save_pretrained
 from manifold_nets.sources.python import load_attribute, load_object, python_model
 from manifold_nets.sources.spec import ModelSpec
+from manifold_nets.sources.torchvision_import import import_torchvision
 from manifold_nets.weights import load_weights
 
 __all__ = [
@@ -84,11 +85,10 @@ def load_model(
         raise ModelSpecError(str(spec), "hf:FOLDER or hf:NAME with a class of transformers", "Leave out the class.")
     if not spec.name:
         spec = find_model(spec, arguments)
-    build = {
+    builders: dict[str, Callable[[ModelSpec, dict[str, Any]], nn.Module]] = {
         "torchvision": torchvision_model,
         "timm": timm_model,
         "hf": functools.partial(pretrained_model, class_name=class_name),
-    }.get(spec.kind, python_model)
-    with torchvision_repaired():
-        model = build(spec, arguments)
+    }
+    model = builders.get(spec.kind, python_model)(spec, arguments)
     return model if weights is None else load_weights(model, weights)

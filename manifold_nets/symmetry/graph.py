@@ -65,8 +65,8 @@ def overload_key(overload: torch._ops.OpOverload) -> str:
         ['max', 'max.other', 'pow.Tensor_Scalar', 'div.Tensor']
     """
     namespace, _, name = overload._schema.name.partition("::")
-    writes = [argument for argument in overload._schema.arguments if argument.alias_info is not None]
-    plain = name[:-1] if name.endswith("_") and writes[:1] == overload._schema.arguments[:1] else name
+    in_place = any(argument.alias_info is not None for argument in overload._schema.arguments[:1])
+    plain = name[:-1] if name.endswith("_") and in_place else name
     suffix = overload._schema.overload_name
     if plain != name or _has_out(overload):
         packet = getattr(getattr(torch.ops, namespace), plain, None)

@@ -222,6 +222,7 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = (tuple(tensors_in(inputs)), {}) if holds_objects(inputs) else inputs
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
+    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -237,6 +238,10 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
                 program = torch.export.export(model, args, kwargs, strict=True)
                 _use_own_names(program)
     except Exception as error:
+        # What forward had assigned by then are tensors without values.
+        for module, attributes, buffers in modules:
+            module.__dict__.update(attributes)
+            module._buffers.update(buffers)
         raise AnalysisError(type(model).__name__, error) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -406,16 +406,20 @@ def test_help_and_version() -> None:
             assert isinstance(parameter, click.Argument) or parameter.help or parameter.name == "batch_size", name
 
 
-def test_the_installed_script(folder: Path) -> None:
+def installed(*arguments: str) -> subprocess.CompletedProcess[str]:
     script = Path(sys.executable).with_name("manifold-nets")
     environment = {**os.environ, "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
 
-    def installed(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
 
+@pytest.mark.slow
+def test_the_installed_script_prints_one_document(folder: Path) -> None:
     done = installed("diagnose", "nets:Net", *SHAPE, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True
+
+
+def test_the_installed_script(folder: Path) -> None:
     failed = installed("diagnose", "nets:Nte", *SHAPE)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.splitlines()[-1].startswith("error: nets:Nte")

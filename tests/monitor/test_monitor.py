@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import manifold_nets as mn
 from manifold_nets import monitor as module
+from manifold_nets import monitor_page
 from manifold_nets.cli import main
 from manifold_nets.errors import ArgumentTypeError, OptionError, ReportMismatchError
 from manifold_nets.monitor import Finding, History, MonitorWarning, outlook
@@ -880,7 +881,8 @@ def test_the_page_fits_every_screen(page, tmp_path):
         check_picture(photograph(page, tmp_path / "a.png", 1000, 1200, scheme), (1000, 1200), scheme)
 
 
-def test_a_page_after_a_schedule_tells_the_expected_step_from_the_steps_that_remain():
+def test_a_page_after_a_schedule_tells_the_expected_step_from_the_steps_that_remain(monkeypatch):
+    monkeypatch.setattr(monitor_page, "_PLOTS", ())
     history = History(["w", "unknown"], [2, 2])
     for step, remaining, rate in ((0, 900.0, 0.1), (10, 860.0, 0.1), (20, 830.0, 0.1), (1000, 73_000.0, 1e-4)):
         history.append(step, [row_of(steps_to_equilibrium=left, lr=rate) for left in (remaining, math.nan)])
@@ -904,8 +906,9 @@ def test_a_page_of_one_sample_and_one_of_none(tmp_path, report):
     check_self_contained((tmp_path / "one.html").read_text())
 
 
-def test_many_layers_are_drawn_as_a_few(tmp_path):
+def test_many_layers_are_drawn_as_a_few(monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(monitor_page, "_PLOTS", monitor_page._PLOTS[:1])  # each drawing shows the same layers
     deep = [f"model.layers.{layer}.{part}.weight" for layer in range(30) for part in ("q", "k")]
     flat = [f"layer{n}.{m}.weight" for n in range(4) for m in range(9)]
     for names, shown, note in ((deep, "model.layers.29", "7 of 30 layers"), (flat, "layer3", ""), (["w"], "w", "")):
