@@ -610,7 +610,7 @@ def test_plain_values_that_were_moved_are_refused() -> None:
     net, plain = trained("sgd, momentum")
     balanced, _ = mn.balance(net, batch(0)[0])
     for other in (mn.convert(net, batch(0)[0], remedies="all"), mn.convert(balanced, batch(0)[0])):
-        with pytest.raises(OptionError, match=r"other values of 1\.weight.*balance before training"):
+        with pytest.raises(OptionError, match=r"other values of 1\.weight.*use 'balance' only before training"):
             mn.optim.from_torch(plain, net, other)
         # Without a state too: a step at other values is another step.
         with pytest.raises(OptionError, match=r"other values of [13]\.weight"):
