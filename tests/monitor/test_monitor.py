@@ -949,7 +949,7 @@ def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
         trainer = run.lightning.Trainer(
             max_epochs=epochs, callbacks=[callback] if callbacks else [], enable_checkpointing=False, **options
         )
-        trainer.fit(Plain(net), run.loader(), ckpt_path=resume, weights_only=resume and True)
+        trainer.fit(Plain(net, None, None), run.loader(), ckpt_path=resume, weights_only=resume and True)
         if save is not None:
             trainer.save_checkpoint(save)
         return net, callback
