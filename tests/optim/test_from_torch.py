@@ -380,6 +380,7 @@ def test_sgd_at_equilibrium_turns_as_the_theory_says() -> None:
         plain.step()
     other = copy.deepcopy(layer)
     mn.constraints.attach(other, "weight", sphere := mn.SphereProduct((4, size)), sphere.projx(layer.weight.detach()))
+    mn.constraints.note_converted(other, "weight", None)
     optimizer = mn.optim.from_torch(plain, layer, other, transfer="equilibrium")
     turns = []
     for _ in range(60):
