@@ -1,7 +1,7 @@
-"""The operations of an aten graph: their names, exact overloads and arguments, and what depends on what.
+"""The operations of an aten graph: their names, exact overloads and arguments, and their dependencies.
 
-An operation that writes into a tensor changes what every view of it shows. So each node has a *root*, the tensor that
-it looks at through any number of views, and whoever needs a node needs all that is written into its root.
+An operation that writes into a tensor changes all views of it. So each node has a *root*, the tensor whose memory it
+shows through any number of views; a node depends on everything that is written into its root.
 """
 
 from __future__ import annotations

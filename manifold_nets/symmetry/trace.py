@@ -1,4 +1,4 @@
-"""From a model to its aten graph, with the names that a user knows: parameters, buffers, modules."""
+"""Trace a model to its aten graph, with the user's names of parameters, buffers and modules."""
 
 from __future__ import annotations
 
@@ -151,7 +151,8 @@ class TracedGraph:
         leaves = iter(tensors_in(inputs) if holds_objects(inputs) else pytree.tree_leaves(inputs))
         names = [node.name for node in self.program.graph.nodes if node.op == "placeholder"]
         values = [state[name_of[name]] if name in name_of else next(leaves) for name in names]
-        return Visitor(self.program.graph_module).run(*values)
+        with following(model):
+            return Visitor(self.program.graph_module).run(*values)
 
 
 def trace(model: nn.Module, inputs: Inputs) -> TracedGraph:

@@ -510,7 +510,7 @@ def test_no_password_of_a_url_is_shown(url, tmp_path, monkeypatch):
     assert str(caught.value).endswith("Correct the URL (--storage).")
     done = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", url, "--output", str(tmp_path / "x")])
     assert done.exit_code == 1
-    assert "One more worker" in done.output
+    assert "To add a worker" in done.output
     check_hidden(done.output)
     with pytest.raises(AssertionError):  # Sabotage: the URL as it is.
         check_hidden(url)
@@ -548,7 +548,7 @@ def test_the_command_for_other_workers_is_one_that_works(tmp_path, monkeypatch):
     """Without the password of the URL, and with what it takes to open the same database."""
     given = "postgresql+psycopg://me:secret@127.0.0.1:9/a b?connect_timeout=9"
     said = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", given, "--output", str(tmp_path)]).stderr
-    line = next(line for line in said.splitlines() if "One more worker" in line)
+    line = next(line for line in said.splitlines() if "To add a worker" in line)
     assert f"and the password in {PASSWORD_VARIABLE}: " in line
     words = shlex.split(line.partition(": manifold-nets ")[2])
     monkeypatch.setenv(PASSWORD_VARIABLE, "secret")

@@ -125,6 +125,7 @@ KINDS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Callable[[nn.Module], nn
     "point cloud": (farthest_points, plain, {}),
     "softmax in float32": (softmax_in_float32, plain, {}),
     "tensors that are written into": (filled, plain, {}),
+    "constructor": (lambda m, x: hidden(m, x) @ torch.FloatTensor(D, D).fill_(0.5), plain, {}),
     "autocast": (autocast, plain, {"fc": nn.Linear(D, D, bias=False)}),
     "attribute": (lambda m, x: hidden(m, x) @ m.mix, attributes(mix=MIX.clone()), {}),
     "attributes in containers": (
