@@ -22,14 +22,16 @@ __all__ = ["main"]
 )
 @click.version_option(package_name="manifold_nets", prog_name="manifold-nets")
 def main() -> None:
-    """Find the weight-space symmetries of a network, and move it to the manifold that removes them.
+    """Find the weight-space symmetries of a network, and train it on the manifold that removes them.
 
     \b
     MODEL is one of
-      package.module:callable   what the callable returns
+      package.module:callable   the model that a callable returns
       path/to/file.py:callable  the same, from a file
+      path/to/file.py           the only model that the file defines
       torchvision:NAME          an architecture of torchvision, for instance torchvision:resnet18
-      timm:NAME                 an architecture of timm
+      timm:NAME                 an architecture of timm; timm:FOLDER and timm:hf-hub:NAME with their weights
+      hf:FOLDER, hf:NAME        a model of transformers: a folder of save_pretrained, or a name of the hub
 
     Results go to standard output, progress and messages to standard error. Exit status: 0 done, 1 the work failed or
     a check did not hold, 2 wrong usage.

@@ -4,11 +4,10 @@ import ast
 import re
 import shlex
 import shutil
-import tomllib
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, tomllib
 from torch import nn
 
 import manifold_nets as mn

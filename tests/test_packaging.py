@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
 import os
 import pkgutil
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import click
 import pytest
-from helpers import ROOT
+from helpers import ROOT, tomllib
 
 import manifold_nets as mn
 from manifold_nets.cli import main
@@ -147,7 +150,13 @@ def test_an_optional_package_would_be_seen() -> None:
     assert imported("import manifold_nets.cli") & (OPTIONAL | HEAVY) == {"click", "rich"}
 
 
-@pytest.mark.parametrize("command", ["", "diagnose", "convert", "export", "compare"])
+def completion(words: list[str]) -> dict[str, str]:
+    """The environment in which bash asks for the words that may follow some others."""
+    line = {"COMP_WORDS": shlex.join(["manifold-nets", *words]), "COMP_CWORD": str(len(words))}
+    return {"_MANIFOLD_NETS_COMPLETE": "bash_complete", **line}
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
 def test_help_version_and_completion_import_no_torch(command: str) -> None:
     start = "from manifold_nets.cli import main; "
     asked = [command, "--help"] if command else ["--help"]
@@ -155,9 +164,44 @@ def test_help_version_and_completion_import_no_torch(command: str) -> None:
     assert "click" in found
     assert found & HEAVY == set()
     assert imported(f"{start}main(['--version'])") & HEAVY == set()
-    words = f"manifold-nets {command} torchvision:resnet18 --input-shape 3,8,8 --remedies all --"
-    completing = {"_MANIFOLD_NETS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    assert imported(f"{start}main(prog_name='manifold-nets')", **completing) & HEAVY == set()
+    words = [command] if command else []
+    for parameter in main.commands[command].params if command else []:
+        values = getattr(parameter.type, "choices", None) or ["1"] * parameter.nargs
+        words += [*parameter.opts[-1:], *([] if parameter.type.name == "boolean" else values[: parameter.nargs])]
+        if isinstance(parameter, click.Argument):
+            words[-2:] = ["torchvision:resnet18"]
+    assert imported(f"{start}main(prog_name='manifold-nets')", **completion([*words, "--"])) & HEAVY == set()
+
+
+BASH = """
+eval "$(_MANIFOLD_NETS_COMPLETE=bash_source {program})"
+COMP_WORDS=({words}) COMP_CWORD={number}
+compopt() {{ echo compopt "$@"; }}
+_manifold_nets_completion {program}
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("conv", ["convert"]), ("diagnose --mem", ["--memory"]), ("diagnose --memory s", ["small"]),
+     ("diagnose nets/", ["compopt -o default", ""]), ("convert x.py:f --weights ''", ["compopt -o default", ""])],
+)  # fmt: skip
+def test_bash_completes_commands_options_and_files(words: str, expected: list[str]) -> None:
+    program = Path(sys.executable).with_name("manifold-nets")
+    if not program.is_file():
+        pytest.skip("the command is not installed beside Python")
+    script = BASH.format(program=program, words=f"manifold-nets {words}", number=len(words.split()))
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "manifold_nets", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == importlib.metadata.version("manifold_nets")
 
 
 @pytest.mark.slow
@@ -220,6 +264,93 @@ def test_weights_are_guarded_though_no_optimizer_of_ours_was_imported() -> None:
     subprocess.run([sys.executable, "-c", GUARDED], check=True)
 
 
+# Takes away what Python lacks on Windows, after the imports of packages that tell the systems apart by themselves.
+NOT_ON_WINDOWS = """
+import builtins, importlib, io, os, pathlib, signal, socket, sys
+for name in {needed}:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+of_signal = ["SIGALRM", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGUSR1"]
+for module, names in ((os, {of_os}), (signal, of_signal), (socket, ["AF_UNIX"])):
+    for name in names:
+        vars(module).pop(name, None)
+for name in ("fcntl", "grp", "pwd", "resource", "termios"):
+    sys.modules[name] = None
+
+def without_proc(plain):
+    def opened(path, *args, **options):
+        if str(path).startswith(("/proc", "/dev")):
+            raise FileNotFoundError(path)
+        return plain(path, *args, **options)
+    return opened
+
+builtins.open = io.open = without_proc(open)
+os.open = without_proc(os.open)
+for name in {modules}:
+    importlib.import_module(name)
+"""
+NEEDED = [
+    "torch",
+    "torch._dynamo",
+    "geoopt",
+    "scipy.stats",
+    "sympy",
+    "rich.progress",
+    "jsonschema",
+    "sqlalchemy",
+    "matplotlib.figure",
+]
+NEEDED += ["pymanopt", "cloudpickle", "subprocess", "tempfile", "multiprocessing", "concurrent.futures", "asyncio"]
+OF_OS = (
+    "chown fchmod fchown fork forkpty getegid geteuid getgid getloadavg getpgid getppid getuid killpg lchown mkfifo "
+    "nice posix_fallocate pread pwrite register_at_fork sched_getaffinity sched_setaffinity setsid statvfs sysconf "
+    "uname O_CLOEXEC O_DIRECTORY O_DSYNC O_NOFOLLOW O_NONBLOCK O_SYNC"
+).split()
+USED = """
+import warnings
+import manifold_nets as mn
+from torch import nn
+from manifold_nets.comparison.results import machine_in_words
+from manifold_nets.optim.backends import build, native
+
+build.PLATFORM = build.Platform.of("win32", "AMD64")
+build_net = lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+inputs = torch.randn(5, 4)
+net = mn.convert(build_net(), inputs)
+optimizer = mn.optim.RiemannianSGD(mn.param_groups(net, sphere_lr=0.1), lr=0.1)
+net(inputs).sum().backward()
+with warnings.catch_warnings(record=True) as caught:
+    optimizer.step()
+assert [str(w.message).partition(". Optimizer")[0].endswith("(no build for this system)") for w in caught] == [True]
+mn.save(net, "net.safetensors")
+mn.load(build_net(), "net.safetensors")
+assert "cores" in machine_in_words()
+"""
+
+
+def on_windows(folder: Path, names: list[str], then: str = "") -> subprocess.CompletedProcess[str]:
+    start = NOT_ON_WINDOWS.format(needed=NEEDED, of_os=OF_OS, modules=names)
+    command = [sys.executable, "-c", f"{start}\nimport torch\n{then}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+
+
+@pytest.mark.slow
+def test_nothing_asks_for_what_windows_lacks(tmp_path: Path) -> None:
+    done = on_windows(tmp_path, modules(), USED)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("asked", ["import fcntl", "os.geteuid", "open('/proc/cpuinfo')", "signal.SIGKILL"])
+def test_what_windows_lacks_would_be_noticed(asked: str, tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text(f"import os, signal\n{asked}\n")
+    start = NOT_ON_WINDOWS.format(needed=[], of_os=OF_OS, modules=["planted"])
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(("ImportError", "ModuleNotFound", "AttributeError", "FileNotFound"))
+
+
 # ---- the files of the project, where they are at hand ----------------------------------------------------------------
 
 
@@ -280,11 +411,56 @@ def test_every_requirement_is_pinned() -> None:
     assert wanted - requirement_names([line for line in lines if not line.startswith("torch==")]) == {"torch"}
 
 
-def test_the_extras_of_the_contract_exist() -> None:
+def test_the_extras_of_the_contract_exist_and_are_documented() -> None:
     extras = project()["project"]["optional-dependencies"]
-    assert {"pymanopt", "compare", "vision", "dev", "all"} <= extras.keys()
+    assert {"pymanopt", "compare", "vision", "train", "hf", "lightning", "monitor", "dev", "all"} <= extras.keys()
     everything = set(re.findall(r"\[(.+)\]", extras["all"][0])[0].split(","))
     assert everything == extras.keys() - {"all", "dev", "docs"}
+    table = text_of("docs/index.md").partition("| extra |")[2].partition("\n\n")[0].splitlines()[1:]
+    documented = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(documented) == sorted(extras)
+
+
+def brought(extra: str) -> set[str]:
+    """The packages that an extra brings, in lower case."""
+    found = set()
+    for requirement in project()["project"]["optional-dependencies"][extra]:
+        inner = re.fullmatch(r"manifold_nets\[(.+)\]", requirement)
+        found |= set().union(*map(brought, inner[1].split(","))) if inner else requirement_names([requirement])
+    return found
+
+
+def wrong_remedies(source: str) -> list[str]:
+    """Where a text names an extra that does not exist, or one that does not bring the package that is missing."""
+    extras = project()["project"]["optional-dependencies"]
+    named = {name for names in re.findall(r"manifold.nets\[([a-z,]+)\]", source) for name in names.split(",")}
+    wrong = sorted(named - extras.keys())
+    for node in ast.walk(ast.parse(source)):
+        place = {"MissingExtraError": 0, "library": 1}.get(getattr(getattr(node, "func", None), "id", ""))
+        if isinstance(node, ast.Call) and place is not None:
+            values = [getattr(argument, "value", None) for argument in node.args]
+            package, extra = values[place], values[2]
+            # Where the package is a variable, the extra still stands there.
+            if extra not in extras or (package is not None and package.lower() not in brought(extra)):
+                wrong.append(f"{package} from {extra}")
+    return wrong
+
+
+def test_errors_name_extras_that_bring_what_is_missing() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path(mn.__file__).parent.rglob("*.py")]
+    assert [wrong for source in sources for wrong in wrong_remedies(source)] == []
+    assert sum(source.count("MissingExtraError(") for source in sources) > 5
+    assert wrong_remedies("'pip install manifold_nets[gone]'") == ["gone"]
+    assert wrong_remedies("MissingExtraError('timm', 'x', 'gone')") == ["timm from gone"]
+    assert wrong_remedies("MissingExtraError('timm', 'x', 'onnx')") == ["timm from onnx"]
+    assert wrong_remedies("library(spec, 'timm', 'onnx')") == ["timm from onnx"]
+
+
+def test_classifiers_are_those_of_the_python_that_is_required() -> None:
+    metadata = project()["project"]
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", "\n".join(metadata["classifiers"]))]
+    assert f">=3.{minors[0]}" == metadata["requires-python"]
+    assert minors == list(range(minors[0], minors[-1] + 1))
 
 
 def test_what_a_wheel_must_carry() -> None:

@@ -1,4 +1,4 @@
-"""Gradients in float64, at the weights as they are and at a second point, and the sums that the tests read of them.
+"""Float64 gradients at the given weights and at a second point, and their sums over groups.
 
 One forward and backward pass with a random cotangent on all outputs, in training mode, with the eps of every
 normalization made negligible and with dropout off.
@@ -206,9 +206,7 @@ def differentiable_outputs(model_copy: nn.Module, inputs: Inputs) -> list[Tensor
     """
     outputs = [leaf for leaf in run(model_copy, inputs) if leaf.requires_grad]
     if not outputs and any(True for _ in nn.Module.parameters(model_copy)):
-        raise ExampleInputsError(
-            f"inputs for which {type(model_copy).__name__} returns no tensor that depends on a weight"
-        )
+        raise ExampleInputsError(f"inputs for which no output of {type(model_copy).__name__} depends on a weight")
     return outputs
 
 

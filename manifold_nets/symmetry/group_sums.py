@@ -1,7 +1,7 @@
-"""Sums over groups of weights and gradients, block by block: no product of a whole weight takes memory.
+"""Sums over groups of weights and gradients, block by block, so that no product of a whole weight needs memory.
 
-The certificates read ``Σ_G w ⊙ g``, ``‖w_G‖²`` and ``‖g_G‖²`` of several partitions of one weight. All are taken in one
-pass over slices that fit the cache, in float64; the sums of a coarser partition come from those of a finer one.
+The certificates use ``Σ_G w ⊙ g``, ``‖w_G‖²`` and ``‖g_G‖²`` of several partitions of one weight. All are computed in
+one pass over slices that fit the cache, in float64; the sums of a coarser partition come from those of a finer one.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def group_sums(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition]
         >>> [sums.products.tolist() for sums in group_sums(w, g, [Partition.filters((2, 2)), Partition.whole((2, 2))])]
         [[3.0, 7.0], [10.0]]
     """
+    if all(partition.group_size == 1 for partition in partitions):
+        w, g = (x.to(torch.float64).flatten().cpu().numpy() for x in (weight, gradient))
+        return [GroupSums(w * g, w * w, g * g, g)] * len(partitions)
     finest = [p for p in dict.fromkeys(partitions) if not any(_is_finer(q, p) for q in partitions if q != p)]
     common: tuple[int, ...] | None = ()
     for partition in finest:
@@ -97,8 +100,8 @@ def _read(weight: Tensor, gradient: Tensor, partitions: Sequence[Partition], vie
             torch.mul(x, y, out=product)
         entries[3] = g
         for axes, reduced, total in zip(kept, runs, totals, strict=True):
-            place = tuple(part if axis in axes else slice(None) for axis, part in enumerate(block))
-            total[(slice(None), *place)] += sum_over(entries, reduced)
+            place = (slice(None), *(part if axis in axes else slice(None) for axis, part in enumerate(block)))
+            total[place] += sum_over(entries, reduced)
     return [GroupSums(*total.reshape(4, -1).cpu().numpy()) for total in totals]
 
 
@@ -129,7 +132,7 @@ def _blocks(view: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         pieces = math.ceil(view[axis] / max(1, most // size))
         steps[axis] = math.ceil(view[axis] / pieces)
         size *= steps[axis]
-        most = _BLOCK if pieces > 1 else most
+        most = _BLOCK
     ranges = [range(0, n, by) for n, by in zip(view, steps, strict=True)]
     for starts in itertools.product(*ranges):
         yield tuple(slice(start, start + by) for start, by in zip(starts, steps, strict=True))

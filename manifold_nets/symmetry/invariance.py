@@ -1,4 +1,4 @@
-"""The gradient test: which symmetries the gradients of one float64 pass confirm, refute, or say nothing of.
+"""The gradient test: which symmetries one float64 gradient confirms, refutes, or gives no evidence about.
 
 If the output does not change along a vector field ξ on the weights then ``⟨∂L/∂w, ξ⟩ = 0``, for every cotangent of the
 output: for scales, joint scales and rescalings ``ξ = c ⊙ w`` (Euler), for shifts ``ξ = d``. So one forward and one
@@ -6,9 +6,9 @@ backward pass with a random cotangent test all generators at once, each by
 
     value = |Σ c_i Σ_i w ⊙ g| / Σ |c_i| ‖w_i‖ ‖g_i‖    or    |Σ d_i Σ_i g| / Σ |d_i| √n_i ‖g_i‖ ,
 
-with sums over the groups i that it moves and g = ∂L/∂w. That is rounding where it is a symmetry and of order one where
-it is not. The gradient has to be taken in float64, in training mode, with the eps of every normalization made
-negligible and with dropout off. Where it vanishes there is no evidence.
+with sums over the groups i that the generator moves and g = ∂L/∂w. For a symmetry this value is a rounding error;
+otherwise it is of order one. The gradient is computed in float64, in training mode, with the eps of every normalization
+made negligible and with dropout off. Where it vanishes there is no evidence.
 """
 
 from __future__ import annotations

@@ -434,15 +434,15 @@ CONVERT, EXPORT = ("convert", "nets.py:Net", *SHAPE), ("export", "nets.py:Net", 
     [
         (
             (*CONVERT, "--output", "net.onnx"),
-            "net.onnx: no .onnx file would be written. End the name in .safetensors, or",
+            "net.onnx: this command does not write .onnx files. End the name in .safetensors, or",
         ),
         ((*CONVERT, "--output", "net.PT2"), "with manifold-nets export"),
-        ((*CONVERT, "--output", "net.pth"), "no .pth file would be written"),
-        ((*CONVERT, "--output", "net.bin"), "no .bin file would be written"),
+        ((*CONVERT, "--output", "net.pth"), "does not write .pth files"),
+        ((*CONVERT, "--output", "net.bin"), "does not write .bin files"),
         ((*CONVERT, "--write-plan", "net.safetensors"), "End the name in .json"),
         ((*CONVERT, "--output", "net/"), "names a folder"),
         ((*CONVERT, "--output", "net/."), "names a folder"),
-        ((*CONVERT, "--output", "loop"), "symbolic links that lead back to themselves"),
+        ((*CONVERT, "--output", "loop"), "found a loop of symbolic links"),
         ((*EXPORT, "--output", "net.pt"), "End the name in .safetensors or .onnx or .pt2, or name the format"),
         ((*EXPORT, "--output", "net.ONNX", "--format", "safetensors"), "End the name in .safetensors."),
         ((*EXPORT, "--output", "net/"), "names a folder"),
@@ -465,7 +465,10 @@ def test_names_of_other_things_are_refused(folder: Path, arguments: tuple[str, .
     [
         (("--output", "link"), "--output link is the file of MODEL too"),
         (("--output", "hard"), "--output hard is the file of MODEL too"),
-        (("--output", "sub/../net.safetensors", "--weights", "net.safetensors"), "is the file of --weights too"),
+        (
+            ("--output", "sub/../net.safetensors", "--weights", "net.safetensors"),
+            "is the file of --weights too",
+        ),
         (("--output", "new", "--write-plan", "sub/../new"), "is the file of --output too"),
         (("--output", "sub/to-new", "--write-plan", "new"), "is the file of --output too"),
         (("--plan", "plan.json", "--write-plan", "plan.json"), "is the file of --plan too"),
@@ -489,6 +492,6 @@ def test_a_loop_of_links_is_no_model(folder: Path) -> None:
     (folder / "loop.py").symlink_to("loop.py")
     result = run("diagnose", "loop.py:Net", *SHAPE)
     assert result.exit_code == 1
-    assert "its symbolic links lead back to themselves" in result.stderr
-    with pytest.raises(OutputFileError, match="lead back to themselves"):
+    assert "its path is a loop of symbolic links" in result.stderr
+    with pytest.raises(OutputFileError, match="loop of symbolic links"):
         mn.compare(output=folder / "loop.py", optimizers=["sgd"], learning_rates=[0.1], seeds=1, epochs=1)

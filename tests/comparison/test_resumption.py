@@ -283,7 +283,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
 COMMAND = ["--model", "mlp:10", "--optimizers", "sgd,rsgd", "--lr", "0.1,1e8", "--seeds", "2", "--epochs", "2"]
 
 
-def started(folder: Path, *more: str, group: int | None = None) -> subprocess.Popen[bytes]:
+def started(folder: Path, *more: str, session: bool = False) -> subprocess.Popen[bytes]:
     # Where the tests themselves run in the background of a shell, Ctrl-C is ignored unless asked for.
     program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{program}; from manifold_nets.cli import main; main()", "compare", *COMMAND]
@@ -291,7 +291,7 @@ def started(folder: Path, *more: str, group: int | None = None) -> subprocess.Po
         [*command, "--output", str(folder), *more],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        process_group=group,
+        start_new_session=session,
     )
 
 
@@ -341,7 +341,7 @@ def test_ctrl_c_ends_all_processes_without_a_traceback(tmp_path, workers):
     """A terminal sends it to the whole group of processes, here while workers start and while they work."""
     for seconds in (0.5, 8.0):
         folder = tmp_path / f"{seconds}"
-        process = started(folder, "--workers", workers, "--epochs", "2000", group=0)
+        process = started(folder, "--workers", workers, "--epochs", "2000", session=True)
         while not (folder / "study.db").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(seconds)
@@ -510,7 +510,7 @@ def test_no_password_of_a_url_is_shown(url, tmp_path, monkeypatch):
     assert str(caught.value).endswith("Correct the URL (--storage).")
     done = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", url, "--output", str(tmp_path / "x")])
     assert done.exit_code == 1
-    assert "One more worker" in done.output
+    assert "To add a worker" in done.output
     check_hidden(done.output)
     with pytest.raises(AssertionError):  # Sabotage: the URL as it is.
         check_hidden(url)
@@ -548,7 +548,7 @@ def test_the_command_for_other_workers_is_one_that_works(tmp_path, monkeypatch):
     """Without the password of the URL, and with what it takes to open the same database."""
     given = "postgresql+psycopg://me:secret@127.0.0.1:9/a b?connect_timeout=9"
     said = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", given, "--output", str(tmp_path)]).stderr
-    line = next(line for line in said.splitlines() if "One more worker" in line)
+    line = next(line for line in said.splitlines() if "To add a worker" in line)
     assert f"and the password in {PASSWORD_VARIABLE}: " in line
     words = shlex.split(line.partition(": manifold-nets ")[2])
     monkeypatch.setenv(PASSWORD_VARIABLE, "secret")

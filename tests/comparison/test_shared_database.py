@@ -86,7 +86,7 @@ def test_a_killed_worker_in_a_shared_database_changes_nothing(shared, tmp_path):
     # Two runs are stored, and one is claimed by a process that is no more.
     assert (queue.count_done(), len(queue.running())) == (2, 1)
     command = started("compare", *arguments_of(settings), "--storage", SERVER, "--output", str(tmp_path))
-    announced = next(line for line in command.stderr if "One more worker" in line)
+    announced = next(line for line in command.stderr if "To add a worker" in line)
     helper = started(*shlex.split(announced.partition(": manifold-nets ")[2]))
     for process in (helper, command):
         _, errors = process.communicate()

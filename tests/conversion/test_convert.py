@@ -167,7 +167,7 @@ def test_running_variance_that_would_cancel_keeps_its_radius() -> None:
         model[1].running_var.fill_(1e-9)
     action = actions(mn.convert(model, images(torch.float32), train_tolerance=math.inf))["0.weight"]
     assert action.radius == "keep"
-    assert "too small against its eps" in action.reason
+    assert "too small compared with its eps" in action.reason
 
 
 @pytest.mark.parametrize("name", ["conv-gn", "conv-in", "linear-ln", "linear-rms", "qk-norm"])
@@ -307,9 +307,9 @@ def test_nothing_to_convert_names_the_remedies_of_other_symmetries() -> None:
     with pytest.raises(NothingToConvertError, match=r"pass remedies='balance' \(--remedies .*or train this model"):
         mn.convert(rescaled, report)
     # Nor is it named where it was left by hand, or where there is nothing.
-    with pytest.raises(NothingToConvertError, match="normalization; train this model as it is"):
+    with pytest.raises(NothingToConvertError, match="behind them; train this model as it is"):
         mn.convert(rescaled, report, plan={"actions": []})
-    with pytest.raises(NothingToConvertError, match="normalization; train this model as it is"):
+    with pytest.raises(NothingToConvertError, match="behind them; train this model as it is"):
         mn.convert(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3))
 
 

@@ -306,7 +306,7 @@ def test_a_parameter_that_was_replaced_is_named_once(report):
     monitor = mn.Monitor(model, optimizer, report, every=1)
     train(model, optimizer, range(1))
     model.conv.weight = nn.Parameter(model.conv.weight.detach().clone())
-    with pytest.warns(MonitorWarning, match=r"^conv\.weight: the model has another parameter"):
+    with pytest.warns(MonitorWarning, match=r"^conv\.weight: the parameter was replaced in the model"):
         train(model, optimizer, range(1))
     train(model, optimizer, range(1))
     assert monitor.step == 3
@@ -612,7 +612,7 @@ def test_what_cannot_be_watched_is_refused(report):
     optimizer = sgd(model)
     with pytest.raises(ReportMismatchError):
         mn.Monitor(Noisy(), optimizer, report)
-    with pytest.raises(ArgumentTypeError, match=r"conv\.weight, up\.weight.*Build it from"):
+    with pytest.raises(ArgumentTypeError, match=r"conv\.weight, up\.weight.*Build the optimizer from"):
         mn.Monitor(model, sgd(network()), report)
     with pytest.raises(ArgumentTypeError, match="hooks"):
         mn.Monitor(model, object(), report)
@@ -786,7 +786,7 @@ def test_an_equilibrium_that_the_run_does_not_reach_is_named_with_its_numbers():
 
 def test_other_findings():
     assert said([row_of(rotation=1.2, norm=0.01)]) == [
-        "layer3.0.conv1 turns 1.2 radians a step: the learning rate 0.1 is large for its norm 0.01."
+        "layer3.0.conv1 turns 1.2 radians per step: the learning rate 0.1 is large for its norm 0.01."
     ]
     assert said([row_of(radial_gradient=0.3)])[0].startswith(
         "30% of the gradient of layer3.0.conv1 is along the weight"
@@ -1001,7 +1001,7 @@ def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
         trainer = run.lightning.Trainer(
             max_epochs=epochs, callbacks=[callback] if callbacks else [], enable_checkpointing=False, **options
         )
-        trainer.fit(Plain(net), run.loader(), ckpt_path=resume, weights_only=resume and True)
+        trainer.fit(Plain(net, None, None), run.loader(), ckpt_path=resume, weights_only=resume and True)
         if save is not None:
             trainer.save_checkpoint(save)
         return net, callback

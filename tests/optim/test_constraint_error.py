@@ -8,7 +8,7 @@ import torch
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS
-from manifold_nets.optim.backends import build, momentum_step, native, rule
+from manifold_nets.optim.backends import batched, build, native, rule
 
 pytestmark = pytest.mark.slow
 DTYPES = [(torch.float32, 10_000), (torch.bfloat16, 2_000), (torch.float16, 2_000)]
@@ -80,7 +80,7 @@ def test_equal_entries_whose_squares_are_rounded_alike_are_added_exactly(name, h
 
 
 def test_sabotage_long_chains_of_additions_are_off(monkeypatch, tmp_path):
-    monkeypatch.setattr(momentum_step, "_IN_SEQUENCE", 2**13)
+    monkeypatch.setattr(batched, "_IN_SEQUENCE", 2**13)
     assert worst_of_equal_entries("rsgd", {"foreach": True}, 8192) > 4
     if native.available() is not None:
         pytest.skip(native.available())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "gcc")
     monkeypatch.setattr(build, "_OPTIONS", ("-O0", *build._OPTIONS[1:]))
-    monkeypatch.setattr(build, "CHOICES", ((),))
+    monkeypatch.setattr(build, "PLATFORM", replace(build.PLATFORM, choices=((),)))
     return tmp_path / "manifold_nets"
 
 
@@ -85,7 +86,8 @@ def test_sabotage_without_the_check_a_damaged_library_is_opened(cache, monkeypat
 
 def test_a_library_without_our_functions_is_built_again(cache, monkeypatch):
     path = built(cache)
-    monkeypatch.setattr(build, "CHOICES", ((), ("-g0",)))  # this process keeps what it has opened under a name
+    # This process keeps what it has opened under a name.
+    monkeypatch.setattr(build, "PLATFORM", replace(build.PLATFORM, choices=((), ("-g0",))))
     foreign(path)
     path.chmod(0o700)
     build._beside(path).write_text(build._seal(path))
@@ -136,7 +138,8 @@ def test_files_that_a_killed_build_left_are_swept(cache):
 @pytest.mark.slow
 def test_several_processes_build_at_once(cache, tmp_path):
     code = (
-        "from manifold_nets.optim.backends import build, native; build.CHOICES = ((),);"
+        "from dataclasses import replace; from manifold_nets.optim.backends import build, native;"
+        "build.PLATFORM = replace(build.PLATFORM, choices=((),));"
         "assert native.available() is None, native.available()"
     )
     running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]

@@ -14,7 +14,7 @@ from torch import nn
 
 import manifold_nets as mn
 from manifold_nets.optim import OPTIMIZERS, RiemannianAdam, RiemannianSGD
-from manifold_nets.optim.backends import compiled, momentum_step, native, products, views
+from manifold_nets.optim.backends import batched, compiled, native, products, views
 
 SPHERES = {name: row for name, row in OPTIMIZERS.items() if row.weights == "spheres"}
 # Those of which the length of the gradient decides nothing, or little.
@@ -267,7 +267,7 @@ def test_mostly_radial_gradients_leave_long_rows_on_their_spheres(name, how):
 
 
 def test_sabotage_a_norm_that_forgets_what_was_taken_off_leaves_the_spheres(monkeypatch):
-    for module in (products, momentum_step):
+    for module in (products, batched):
         monkeypatch.setattr(module, "some", lambda condition: False)
     assert worst_deviation("radam", {"foreach": True}, torch.float32, (40, 9)) > 100
 

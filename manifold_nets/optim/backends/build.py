@@ -19,18 +19,57 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["CHOICES", "UnavailableError", "cache_folder", "compile_to", "compiler", "file_name", "is_sound", "words"]
+__all__ = [
+    *("PLATFORM", "Platform", "UnavailableError", "cache_folder", "compile_to", "compiler", "file_name", "is_sound"),
+    "words",
+]
 
 _SOURCES = ("spheres.c", "rows.h")
-_OPTIONS = ("-O3", "-fPIC", "-shared", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
-# Tried in turn: a compiler may lack OpenMP, or know no options for the processor at hand.
-CHOICES = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native", "-fopenmp-simd"), ())
+_OPTIONS = ("-O3", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 _TIMEOUT = 300
 # Files under construction that are older were left by a process that was killed.
 _ABANDONED = 12 * _TIMEOUT
 _TEMPORARY = "tmp"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """How the kernel is compiled on a system.
+
+    Args:
+        shared: the option for a shared library.
+        suffix: the ending of its name.
+        choices: further options, tried in turn: a compiler may lack OpenMP, or know no options for the processor at
+            hand. None on a system without a build.
+        remedy: how to get the kernel where it is missing.
+    """
+
+    shared: str
+    suffix: str
+    choices: tuple[tuple[str, ...], ...]
+    remedy: str
+
+    @classmethod
+    def of(cls, system: str, machine: str) -> Platform:
+        """Return that of a system and a machine, as `sys.platform` and `platform.machine` name them."""
+        if system == "win32":
+            return cls("", "", (), "Run in WSL to have it")
+        # On ARM and POWER -march=native is unknown to many compilers, or chooses no tuning.
+        is_other = machine.lower().startswith(("aarch64", "arm", "ppc"))
+        native, simd = "-mcpu=native" if is_other else "-march=native", "-fopenmp-simd"
+        alone = ((native, simd), (simd,), ())
+        if system == "darwin":
+            # No OpenMP, also where a compiler has it: torch brings a libomp, and a second one ends the process.
+            remedy = "Install the command line tools (xcode-select --install), or set CC to a C compiler"
+            return cls("-dynamiclib", ".dylib", alone, remedy)
+        threads = ((native, "-fopenmp"), ("-fopenmp",))
+        return cls("-shared", ".so", (*threads, *alone), "Install gcc or clang, or set CC to a C compiler")
+
+
+PLATFORM = Platform.of(sys.platform, platform.machine())
 
 
 class UnavailableError(Exception):
@@ -41,8 +80,10 @@ def compiler() -> list[str]:
     """Return the command of a C compiler.
 
     Raises:
-        UnavailableError: there is none.
+        UnavailableError: there is none, or the kernel has no build for this system.
     """
+    if not PLATFORM.choices:
+        raise UnavailableError("no build for this system")
     value = os.environ.get("CC", "")
     try:
         named = shlex.split(value)
@@ -98,13 +139,13 @@ def compile_to(path: Path, command: Sequence[str], options: Sequence[str]) -> No
         subprocess.SubprocessError: the compiler fails.
     """
     _sweep(path.parent)
-    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=".so", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_TEMPORARY, suffix=PLATFORM.suffix, dir=path.parent)
     os.close(handle)
     library, seal = Path(name), Path(f"{name}.sha256")
     source = str(Path(__file__).parent / _SOURCES[0])
     try:
         subprocess.run(
-            [*command, *_OPTIONS, *options, source, "-o", name, "-lm"],
+            [*command, *_OPTIONS, PLATFORM.shared, *options, source, "-o", name, "-lm"],
             check=True,
             capture_output=True,
             text=True,
@@ -131,7 +172,7 @@ def file_name(command: Sequence[str], options: Sequence[str]) -> str:
     texts = [*command, shutil.which(command[0]) or "", *_OPTIONS, *options, platform.machine(), sys.platform]
     parts += [text.encode(errors="replace") for text in (*texts, _processor())]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
-    return f"spheres-{digest[:24]}.so"
+    return f"spheres-{digest[:24]}{PLATFORM.suffix}"
 
 
 def words(error: Exception) -> str:

@@ -13,7 +13,7 @@ from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
 from manifold_nets.joint_sphere import JointSphere, JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
-from manifold_nets.optim.backends import native
+from manifold_nets.optim.backends import build, native
 from manifold_nets.optim.backends.batched import run_batched, run_compiled
 from manifold_nets.optim.backends.inputs import Batch
 from manifold_nets.optim.backends.native import run_in_passes, run_native, suits_by_entries, suits_native
@@ -98,7 +98,7 @@ def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[St
     problem = native.available()
     if problem is not None:
         if fused:
-            raise NativeKernelError(problem)
+            raise NativeKernelError(problem, build.PLATFORM.remedy)
         _warn_of_slow_steps(problem)
     return problem is None
 
@@ -113,8 +113,8 @@ def _warn_of_slow_steps(problem: str) -> None:
         _has_warned = True
         warnings.warn(
             f"The compiled kernel for steps on spheres is not available ({problem}). Optimizer steps on the CPU use "
-            "torch's operations instead and take several times longer. Install gcc or clang, or set CC to a C "
-            "compiler; with foreach=True the optimizer uses torch's operations without this warning.",
+            f"torch's operations instead, which take several times longer. {build.PLATFORM.remedy}; foreach=True uses "
+            "torch's operations without this warning.",
             stacklevel=_depth(),
         )
 

@@ -40,10 +40,13 @@ def _step(weights: list[Tensor], gradients: list[Tensor], places: list[int], opt
     _optimizers[optimizer]._step_places(group, dict(zip(places, zip(weights, gradients, strict=True), strict=True)))
 
 
-# An operation of torch's own, so that the graph has no break: what it changes is declared.
-_operation: Callable[..., None] = torch.library.custom_op("manifold_nets::step_group_", mutates_args=("weights",))(
-    _step
-)
+# An operation of torch's own, so that the graph has no break: what it changes is declared. Releases before torch 2.7
+# cannot read a schema off annotations that are texts, as in this file.
+_operation: Callable[..., None] = torch.library.custom_op(
+    "manifold_nets::step_group_",
+    mutates_args=("weights",),
+    schema="(Tensor(a!)[] weights, Tensor[] gradients, SymInt[] places, SymInt optimizer, SymInt group) -> ()",
+)(_step)
 
 
 def step_group_(

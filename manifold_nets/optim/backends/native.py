@@ -5,8 +5,8 @@ all others, whose coefficients torch computes in between.
 
 The source lies beside this file (``spheres.c``, ``rows.h``). It is compiled once per machine, in about a second, with
 the compiler that the environment variable ``CC`` names, else ``cc``, ``gcc`` or ``clang``, for the processor at hand,
-and kept in the user's cache folder (`manifold_nets.optim.backends.build`). Where there is no compiler, or it fails,
-`available` says why, and the optimizers take their steps by torch's operations.
+and kept in the user's cache folder (`manifold_nets.optim.backends.build`). Where there is no compiler, or it fails, and
+on Windows, `available` says why, and the optimizers take their steps by torch's operations.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _load() -> ctypes.CDLL:
     folder, is_new = build.cache_folder()
     problems = []
     try:
-        for options in build.CHOICES:
+        for options in build.PLATFORM.choices:
             path = folder / build.file_name(command, options)
             # What was found is built anew where it cannot be loaded either.
             for is_found in (True, False) if build.is_sound(path) else (False,):

@@ -82,7 +82,7 @@ def small_together(batch: Sequence[GroupView]) -> Iterator[list[GroupView]]:
         radius = rows.radius if isinstance(rows.radius, float) else None
         kind = rows.weight.shape[1], rows.weight.dtype, rows.gradient.dtype, radius
         room[kind] += entries
-        alike[*kind, room[kind] // CHUNK].append(rows)
+        alike[(*kind, room[kind] // CHUNK)].append(rows)
     for portion in alike.values():
         whole = portion[0]
         if len(portion) > 1:
