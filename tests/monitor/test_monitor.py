@@ -277,8 +277,6 @@ def test_closures(report):
 
             for _ in range(2):
                 optimizer.step(closure)
-            if make is sgd:
-                optimizer.step(None)
             paths.append([value.clone() for value in model.state_dict().values()])
         assert all(torch.equal(a, b) for a, b in zip(*paths, strict=True))
         assert all(row["radial_gradient"] < 0.2 for row in monitor.history.rows())
