@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
     from manifold_nets.sources import ModelSpec
 
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # which takes no parameter before click 8.4
+
 INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class Parsed(click.ParamType[Any]):
+class Parsed(_ParamType):
     """Text that a function turns into a value.
 
     Args:
