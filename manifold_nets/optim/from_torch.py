@@ -65,9 +65,9 @@ def from_torch(
       from the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. This gives the rates of the long run
       at once.
 
-    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state of
-    the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run goes on
-    from there, to rounding, as torch casts the norms to the dtype of the weights.
+    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state
+    of the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run
+    continues from there, to rounding, as torch casts the norms to the dtype of the weights.
 
     Args:
         optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; not changed.
