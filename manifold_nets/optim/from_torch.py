@@ -63,9 +63,9 @@ def from_torch(
       ``n⁴ = η G²/(2 λ (1 − μ))``, with the mean G² over the spheres of a weight of the squared gradient of u, read off
       the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. The rates of the long run, at once.
 
-    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state of
-    the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run goes on
-    from there, to rounding, as torch casts the norms to the dtype of the weights.
+    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state
+    of the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run
+    goes on from there, to rounding, as torch casts the norms to the dtype of the weights.
 
     Args:
         optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; only read.
