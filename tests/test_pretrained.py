@@ -184,6 +184,15 @@ def test_a_model_that_lost_its_spheres_leaves_a_plain_folder(
         save_pretrained(nn.Linear(2, 2), folder)
 
 
+def test_the_folder_that_is_read_is_not_written(tmp_path: Path) -> None:
+    written("Qwen3", tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    refused = run("convert", f"hf:{tmp_path}", "--output", f"{tmp_path}/")
+    assert refused.exit_code == 2
+    assert "is the folder of MODEL too" in " ".join(refused.stderr.replace("│", " ").split())
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 # ---- which class -----------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +243,38 @@ def test_a_class_belongs_to_transformers() -> None:
 # ---- example inputs --------------------------------------------------------------------------------------------------
 
 
+_SMALL_BART = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 12,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+# Models that ask for something more: as many ends in every text, frames, spectra, or an image beside a text.
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "BartForSequenceClassification": (
+        _SMALL_BART, {"input_ids": (12,), "attention_mask": (12,), "decoder_input_ids": (12,)},
+    ),
+    "ViltModel": (
+        {**_TEXT, **_IMAGES}, {"input_ids": (16,), "attention_mask": (16,), "pixel_values": (3, 32, 32)},
+    ),
+    "VideoMAEModel": ({**_IMAGES, "num_frames": 4}, {"pixel_values": (4, 3, 32, 32)}),
+    "ASTModel": ({**_VISION, "max_length": 64, "num_mel_bins": 32}, {"input_values": (64, 32)}),
+    "Speech2TextForConditionalGeneration": (
+        {**_SMALL_BART, "input_feat_per_channel": 8, "conv_channels": 16},
+        {"input_features": (100, 8), "decoder_input_ids": (12,)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_takes_what_is_guessed(name: str) -> None:
+    settings, shapes = SHAPES[name]
+    model_class = getattr(transformers(), name)
+    model = model_class(model_class.config_class(**settings))
+    inputs = guess_inputs(model, batch_size=2)
+    assert {key: tuple(value.shape) for key, value in inputs.items()} == {k: (2, *v) for k, v in shapes.items()}
+    model.eval()(**inputs)
+
+
 def test_shapes_and_tokens_that_are_given_replace_the_guess(tmp_path: Path) -> None:
     model = written("CLIP", tmp_path)
     inputs = guess_inputs(model, batch_size=2, shapes=[(7,)], token_ids=5)
@@ -246,7 +287,7 @@ def test_shapes_and_tokens_that_are_given_replace_the_guess(tmp_path: Path) -> N
     assert (guess_inputs(model)["input_ids"][:, -1] == 2).all(), "a text ends with its end"
     with pytest.raises(errors.ExampleInputsError, match="3 shapes; the model takes input_ids, pixel_values"):
         guess_inputs(model, shapes=[(7,)] * 3)
-    with pytest.raises(errors.ExampleInputsError, match="nothing in the model tells which"):
+    with pytest.raises(errors.ExampleInputsError, match="nothing in Linear tells what it takes"):
         guess_inputs(nn.Linear(2, 2), shapes=[(2,)])
 
 

@@ -178,6 +178,7 @@ def check_demo(printed, folder):
     return errors
 
 
+@pytest.mark.slow
 def test_demo_runs_in_small(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")
