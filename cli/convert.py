@@ -1,4 +1,4 @@
-"""`manifold-nets convert`: the scale-invariant weights of a model put on spheres, and written to a file."""
+"""`manifold-nets convert`: put the scale-invariant weights of a model on spheres, and write the model to a file."""
 
 from __future__ import annotations
 
@@ -66,8 +66,9 @@ def convert(
     plan_file: Path | None,
     **choices: Any,
 ) -> Outcome:
-    """Put the scale-invariant weights of MODEL on spheres, or carry out other remedies, check that it computes the
-    same, and write it.
+    """Put the scale-invariant weights of MODEL on spheres, or apply other remedies.
+
+    The outputs before and after are compared, and the converted model is written.
     """
     from manifold_nets import conversion
     from manifold_nets.sources import save_pretrained

@@ -1,4 +1,4 @@
-"""`manifold-nets diagnose`: the symmetries of a model's weights, and the learning rates on spheres that match."""
+"""`manifold-nets diagnose`: the symmetries of a model's weights, and matching learning rates on spheres."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def diagnose(
     request: Request, tolerance: float, loss: str | None, memory: Literal["full", "small"], html: Path | None,
     **optimizer_settings: Any,
 ) -> Outcome:  # fmt: skip
-    """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
+    """Find the scale-invariant weights of MODEL: which groups, why, with what certainty, and what to do."""
     from manifold_nets import symmetry
 
     settings = _checked_settings(**optimizer_settings)

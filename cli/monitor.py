@@ -1,4 +1,4 @@
-"""`manifold-nets monitor`: what `manifold_nets.Monitor` wrote of a run, as a table, in words, and as a page."""
+"""`manifold-nets monitor`: show a file of `manifold_nets.Monitor` as a table, in words, and as a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command writes: its result to standard output, progress and errors to standard error, and the exit status."""
+"""The output of a command: its result on standard output, progress and errors on standard error, exit status."""
 
 from __future__ import annotations
 

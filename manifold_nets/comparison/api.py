@@ -77,7 +77,7 @@ def compare(
         epochs: passes over the training data.
         output: folder for the study, the final weights of the chosen runs, ``comparison.json`` and the report
             (``report.html``, plots, tables). Nothing is kept without it.
-        workers: number of worker processes.
+        workers: number of processes that carry out runs.
         storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
             The password can be in the environment variable ``MANIFOLD_NETS_STORAGE_PASSWORD`` instead, or in the file
             named by ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE``.
@@ -321,7 +321,7 @@ def join_comparison(
     Args:
         storage: URL of the shared database.
         study: name of the study, as the other process shows it.
-        workers: number of worker processes.
+        workers: number of processes that carry out runs.
         progress: as in `compare`.
         allow: specifications such as ``"file.py:NAME"`` whose code may be run; built-in names are always allowed.
 

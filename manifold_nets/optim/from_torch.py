@@ -65,7 +65,9 @@ def from_torch(
       from the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. This gives the rates of the long run
       at once.
 
-    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest.
+    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state
+    of the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run
+    continues from there, to rounding, as torch casts the norms to the dtype of the weights.
 
     Args:
         optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; not changed.
@@ -79,9 +81,9 @@ def from_torch(
         A `RiemannianSGD` or `RiemannianAdam` of the converted model; Adam keeps its second moment of each entry.
 
     Raises:
-        OptionError: the optimizer is of another kind or of other parameters, the converted model is another one or has
-            weights that `constrain` put on spheres, ``transfer`` is unknown, or there is no equilibrium, as without
-            weight decay.
+        OptionError: the optimizer is of another class or has other parameters, the converted model is another one or
+            has weights that `constrain` put on spheres, ``transfer`` is unknown, or there is no equilibrium, for
+            instance without weight decay.
         DegenerateGroupError: a group of a weight is zero or not finite.
         ParameterGroupError: an option such as ``differentiable`` does not work on spheres.
 
@@ -238,13 +240,13 @@ def _check_conversion(converted: nn.Module) -> None:
     """Refuse a model that no conversion made: the norms of its weights may mean something to its function."""
     weights = list(constrained_weights(converted))
     if not weights and _conversion_of(converted) is None:
-        raise OptionError("converted", "a model without weights on spheres", "what manifold_nets.convert makes of it")
+        raise OptionError("converted", "a model without weights on spheres", "the result of manifold_nets.convert")
     other = next((weight.name for weight in weights if not is_converted(weight)), None)
     if other is not None:
         expected = (
-            "weights that manifold_nets.convert put there. This one's norm means something, so that there is no plain "
-            "run to follow: build the optimizer from the parameters of this model, and pass it to "
-            "manifold_nets.optim.on_spheres; or take a Riemannian optimizer of manifold_nets.param_groups"
+            "weights that manifold_nets.convert put there. The norm of this one matters, so there is no plain run to "
+            "follow: build the optimizer from the parameters of this model, and pass it to "
+            "manifold_nets.optim.on_spheres; or use a Riemannian optimizer with manifold_nets.param_groups"
         )
         raise OptionError("converted", f"{other} on spheres without a conversion", expected)
 
@@ -279,8 +281,8 @@ def _check_plain_values(
             is_moved = must_agree and name not in scaled and not _same(old.to(new), new)
         if is_moved:
             expected = (
-                "the values that it has in model, as after the remedies 'spheres', 'joint-spheres' and 'dead-biases'; "
-                "balance before training, not after"
+                "the same values as in model, as the remedies 'spheres', 'joint-spheres' and 'dead-biases' keep them; "
+                "use 'balance' only before training"
             )
             raise OptionError("converted", f"other values of {name}", expected)
 

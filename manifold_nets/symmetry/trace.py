@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from manifold_nets._torch import nothing_left_behind
 from manifold_nets.errors import AnalysisError
 from manifold_nets.float64 import following, holds_objects, map_tensors, tensors_in
 from manifold_nets.models import one_module_per_name
@@ -222,13 +223,18 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     args, kwargs = (tuple(tensors_in(inputs)), {}) if holds_objects(inputs) else inputs
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
     levels = [logger.level for logger in loggers]
-    modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
         quiet = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), quiet, one_module_per_name(model), _tensors_only(model, inputs):
+        with (
+            warnings.catch_warnings(),
+            quiet,
+            nothing_left_behind(model),
+            one_module_per_name(model),
+            _tensors_only(model, inputs),
+        ):
             warnings.simplefilter("ignore")
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)
@@ -238,10 +244,6 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
                 program = torch.export.export(model, args, kwargs, strict=True)
                 _use_own_names(program)
     except Exception as error:
-        # What forward had assigned by then are tensors without values.
-        for module, attributes, buffers in modules:
-            module.__dict__.update(attributes)
-            module._buffers.update(buffers)
         raise AnalysisError(type(model).__name__, error) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

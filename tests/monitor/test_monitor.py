@@ -19,6 +19,7 @@ from helpers.example_modules import example
 from helpers.page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 
 import manifold_nets as mn
 from manifold_nets import monitor as module
@@ -455,6 +456,40 @@ def test_steps_to_equilibrium_are_those_that_it_takes(kind, start):
     assert predicted[60] + 60 == pytest.approx(taken, rel=0.15), (predicted[::20], taken)
 
 
+def test_the_first_examples_of_a_batch_are_diagnosed(monkeypatch):
+    """Forty images are more than the diagnosis needs; arguments of different lengths belong together as they are."""
+    seen = []
+    monkeypatch.setattr(module, "diagnose", lambda model, inputs: seen.append(inputs) or mn.diagnose(model, inputs))
+
+    class Scaled(Network):
+        def forward(self, x, scale=1.0):
+            return super().forward(x if isinstance(scale, float) else x * scale)
+
+    for scale, sizes in ((), [32]), ((torch.ones((), dtype=torch.float64),), [32]), ((torch.ones(2, 1, 1),), [40, 2]):
+        model = Scaled().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        mn.Monitor(model, optimizer)
+        model(torch.randn(40, 2, 6, 6, dtype=torch.float64), *scale).sum().backward()
+        optimizer.step()
+        assert [len(leaf) for leaf in tree_leaves(seen[-1]) if leaf.ndim] == sizes
+
+
+def test_sparse_gradients_are_measured_as_dense_ones():
+    rows = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 4, sparse=sparse)
+        model = nn.Sequential(table, nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = mn.Monitor(model, optimizer, inputs=torch.arange(5), every=1)
+        model(torch.tensor([0, 2, 2])).square().sum().backward()
+        optimizer.step()
+        rows.append(monitor.history.rows()[0])
+    assert rows[0]["weight"] == "0.weight"
+    for key in QUANTITIES:
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-6, nan_ok=True)
+
+
 # ---- other models and optimizers -------------------------------------------------------------------------------------
 
 
@@ -499,6 +534,21 @@ def test_a_run_that_goes_on_on_spheres_is_measured_as_the_plain_one(report, make
     np.testing.assert_array_equal(norms[0], norms[1])
     np.testing.assert_allclose(held.history.of("effective_lr"), held.history.of("lr") / norms**power, rtol=1e-12)
     assert np.isnan(held.history.of("equilibrium_rotation")).all()
+
+
+def test_weights_of_both_kinds_are_measured_together(report):
+    """One that is on spheres has the norm of the plain run, beside one that stayed in it."""
+    plain = network()
+    optimizer = sgd(plain)
+    train(plain, optimizer, range(1))
+    converted = mn.convert(plain, report, include="conv.weight")
+    follow = mn.optim.from_torch(optimizer, plain, converted)
+    monitors = [mn.Monitor(net, o, report, every=1) for net, o in ((plain, optimizer), (converted, follow))]
+    train(plain, optimizer, range(1))
+    train(converted, follow, range(1))
+    before, after = (monitor.history.of("norm") for monitor in monitors)
+    np.testing.assert_allclose(after, before, rtol=1e-4)
+    assert float(converted.conv.weight.manifold.radii.max()) == 1.0
 
 
 def test_wrapped_models_and_optimizers(report):
@@ -583,6 +633,7 @@ def test_csv_files_hold_what_was_measured(report, tmp_path):
     model = network()
     optimizer = sgd(model)
     path = tmp_path / "run.csv"
+    path.write_text("what an earlier run wrote is replaced")
     with mn.Monitor(model, optimizer, report, every=2, writer=path) as monitor:
         train(model, optimizer, range(6))
     with path.open() as file:
@@ -602,6 +653,7 @@ def test_csv_files_hold_what_was_measured(report, tmp_path):
         ("", "found"),
         ("a,b\n1,2\n", "columns step"),
         (",".join(COLUMNS) + "\n0,w,x\n", "line 2"),
+        (",".join(COLUMNS) + "\n0,w,1" + ",1" * (len(QUANTITIES) + 1), "line 2"),
         (",".join(COLUMNS), "at least one"),
     ],
 )
@@ -949,7 +1001,7 @@ def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
         trainer = run.lightning.Trainer(
             max_epochs=epochs, callbacks=[callback] if callbacks else [], enable_checkpointing=False, **options
         )
-        trainer.fit(Plain(net), run.loader(), ckpt_path=resume, weights_only=resume and True)
+        trainer.fit(Plain(net, None, None), run.loader(), ckpt_path=resume, weights_only=resume and True)
         if save is not None:
             trainer.save_checkpoint(save)
         return net, callback

@@ -29,6 +29,7 @@ RUNS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adam, decay, amsgrad": (torch.optim.Adam, {"lr": 3e-3, "weight_decay": 0.01, "amsgrad": True}),
     "adamw": (torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-4}),
 }
+AMSGRAD = {**RUNS, "adamw, amsgrad": (torch.optim.AdamW, RUNS["adamw"][1] | {"amsgrad": True})}
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -57,7 +58,7 @@ def step(net: nn.Module, optimizer: Any, number: int) -> Tensor:
 
 
 def trained(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, Any]:
-    kind, options = RUNS[name]
+    kind, options = AMSGRAD[name]
     net = network(dtype)
     optimizer = kind([{"params": net[:3].parameters()}, {"params": net[3:].parameters(), "lr": 0.03}], **options)
     for number in range(BEFORE):
@@ -351,10 +352,14 @@ def test_equilibrium_norms_are_those_of_the_formulas() -> None:
     step(converted, optimizer, BEFORE)
     assert torch.equal(mn.optim.plain_norms(optimizer, converted)["3.weight"], before)
 
-    net, plain = trained("adamw")
-    optimizer = mn.optim.from_torch(plain, net, converted := mn.convert(net, batch(0)[0]), transfer="equilibrium")
-    norms = mn.optim.plain_norms(optimizer, converted)
-    torch.testing.assert_close(norms["3.weight"].square(), torch.full((8,), 0.03 * 54 / 0.2, dtype=torch.float64))
+    net, plain = trained("adamw, amsgrad")
+    converted = mn.convert(net, batch(0)[0])
+    held, optimizer = (mn.optim.from_torch(plain, net, converted, transfer=how) for how in ("step", "equilibrium"))
+    old, new = (mn.optim.plain_norms(each, converted)["3.weight"][:, None] for each in (held, optimizer))
+    torch.testing.assert_close(new.square(), torch.full((8, 1), 0.03 * 54 / 0.2, dtype=torch.float64))
+    for key, power in (("exp_avg", 1), ("entry_sq", 2), ("max_entry_sq", 2)):
+        before, after = (each.state[converted[3].weight][key].flatten(1) for each in (held, optimizer))
+        torch.testing.assert_close(after * new**power, before * old**power)
 
 
 def test_sgd_at_equilibrium_turns_as_the_theory_says() -> None:
@@ -375,6 +380,7 @@ def test_sgd_at_equilibrium_turns_as_the_theory_says() -> None:
         plain.step()
     other = copy.deepcopy(layer)
     mn.constraints.attach(other, "weight", sphere := mn.SphereProduct((4, size)), sphere.projx(layer.weight.detach()))
+    mn.constraints.note_converted(other, "weight", None)
     optimizer = mn.optim.from_torch(plain, layer, other, transfer="equilibrium")
     turns = []
     for _ in range(60):
@@ -610,7 +616,7 @@ def test_plain_values_that_were_moved_are_refused() -> None:
     net, plain = trained("sgd, momentum")
     balanced, _ = mn.balance(net, batch(0)[0])
     for other in (mn.convert(net, batch(0)[0], remedies="all"), mn.convert(balanced, batch(0)[0])):
-        with pytest.raises(OptionError, match=r"other values of 1\.weight.*balance before training"):
+        with pytest.raises(OptionError, match=r"other values of 1\.weight.*use 'balance' only before training"):
             mn.optim.from_torch(plain, net, other)
         # Without a state too: a step at other values is another step.
         with pytest.raises(OptionError, match=r"other values of [13]\.weight"):

@@ -156,8 +156,12 @@ def test_sabotage_another_radial_part_is_noticed(monkeypatch: pytest.MonkeyPatch
         check_formula("nesterov", "row", 1.5, "project")
 
 
-def test_a_step_far_beyond_the_sphere_is_put_back_exactly() -> None:
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_step_far_beyond_the_sphere_is_put_back_exactly(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the radial part is a million times the weight, what remains after it is measured, not predicted."""
+    if not kernel:
+        monkeypatch.setattr(native, "available", lambda: "no compiler")
+        monkeypatch.setattr("manifold_nets.optim.backends.dispatch._has_warned", True)
     for radial in ("project", "brake"):
         torch.manual_seed(0)
         layer = nn.Linear(40, 3, bias=False)
