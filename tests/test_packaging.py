@@ -474,7 +474,8 @@ def test_workflows_cover_every_system_and_every_python_with_targets_that_exist()
     assert floor is not None
     assert any(str(row["torch"]).startswith(f"{floor[1]}.") for row in rows)
     targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
-    assert set(tests["systems"]["strategy"]["matrix"]["target"]) <= targets
+    assert {"test-versions", *tests["systems"]["strategy"]["matrix"]["target"]} <= targets
+    assert tests["versions"]["steps"][-1]["run"].startswith("make test-versions PAIRS=")
     assert "make test-wheel DIST=" in publish["build"]["steps"][2]["run"]
     assert publish["publish"]["permissions"] == {"id-token": "write"}
 
