@@ -6,7 +6,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-slow test-wheel mutants docs lint format types check clean
+.PHONY: help install demo test test-slow test-wheel test-versions mutants docs lint format types check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,6 +30,9 @@ test-slow: install ## the tests that take more than a few seconds each
 
 test-wheel: install ## build both distributions, check and install them, and run the fast tests against the wheel
 	PYTHON=$(PYTHON) BUILD=$(abspath $(BIN))/python DIST=$(abspath $(DIST)) bash .ci/test-wheel
+
+test-versions: ## the fast tests with the oldest and the newest torch, or PAIRS="TORCH/PYTHON ...", some 3 GB each
+	bash .ci/test-versions
 
 mutants: install ## plant a sample of faults, and see whether the tests notice: hours
 	$(BIN)/pip install --quiet 'cosmic-ray>=8.4'

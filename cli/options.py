@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
     from manifold_nets.sources import ModelSpec
 
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # which takes no parameter before click 8.4
+
 INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class Parsed(click.ParamType[Any]):
+class Parsed(_ParamType):
     """Text that a function turns into a value.
 
     Args:
@@ -282,7 +286,7 @@ def _require_consistent(request: Request) -> None:
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
     weights_options = {"key": request.key, "prefix": request.prefix, "allow-pickle": request.allow_pickle}
     for flag in [flag for flag, value in weights_options.items() if value and request.weights is None]:
-        raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
+        raise click.UsageError(f"--{flag} can be used only with --weights.")
     if request.inputs_file is not None:
         drawn = {"input-shape": request.input_shapes, "token-ids": request.token_ids}
         for flag in [flag for flag, value in drawn.items() if value]:
@@ -304,7 +308,7 @@ def _require_different_files(request: Request) -> None:
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
             if is_same_file(path, used):
-                raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
+                raise click.UsageError(f"{flag} and {other} name the same file {path}. Choose another name for one.")
 
 
 def is_same_file(path: Path, other: Path) -> bool:

@@ -39,7 +39,7 @@ def _library(spec: ModelSpec, name: str, extra: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         found = f"{error.name} is not installed"
-        raise ModelNotFoundError(spec, found, f"Install the extra: pip install 'manifold_nets[{extra}]'.") from error
+        raise ModelNotFoundError(spec, found, f"Run pip install 'manifold_nets[{extra}]'.") from error
 
 
 def torchvision_model(spec: ModelSpec, kwargs: dict[str, Any]) -> nn.Module:

@@ -81,7 +81,7 @@ def _execute_repaired(execute: Callable[[ModuleType], None], module: ModuleType)
                 del sys.modules[name]
     if declared:
         _log.warning(
-            "this torchvision was built for another torch: its models work, its compiled operators (%s, …) do not",
+            "this torchvision was built for another torch: its models work, but its compiled operators (%s, …) do not",
             ", ".join(declared),
         )
 

@@ -269,4 +269,5 @@ def low_memory_pass(
         _sums=passes.sums,
         again=functools.partial(low_memory_pass, model_copy, inputs, seed, logits=logits, state=state),
         largest=passes.largest,
+        loss=float(loss.detach().real),
     )

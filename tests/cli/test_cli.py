@@ -463,15 +463,15 @@ def test_names_of_other_things_are_refused(folder: Path, arguments: tuple[str, .
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--output", "link"), "--output link is the file of MODEL too"),
-        (("--output", "hard"), "--output hard is the file of MODEL too"),
+        (("--output", "link"), "--output and MODEL name the same file link"),
+        (("--output", "hard"), "--output and MODEL name the same file hard"),
         (
             ("--output", "sub/../net.safetensors", "--weights", "net.safetensors"),
-            "is the file of --weights too",
+            "--output and --weights name the same file",
         ),
-        (("--output", "new", "--write-plan", "sub/../new"), "is the file of --output too"),
-        (("--output", "sub/to-new", "--write-plan", "new"), "is the file of --output too"),
-        (("--plan", "plan.json", "--write-plan", "plan.json"), "is the file of --plan too"),
+        (("--output", "new", "--write-plan", "sub/../new"), "--write-plan and --output name the same file"),
+        (("--output", "sub/to-new", "--write-plan", "new"), "--write-plan and --output name the same file"),
+        (("--plan", "plan.json", "--write-plan", "plan.json"), "--write-plan and --plan name the same file"),
     ],
 )
 def test_a_file_that_is_read_is_not_written(folder: Path, arguments: tuple[str, ...], message: str) -> None:

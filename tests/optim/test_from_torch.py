@@ -380,6 +380,7 @@ def test_sgd_at_equilibrium_turns_as_the_theory_says() -> None:
         plain.step()
     other = copy.deepcopy(layer)
     mn.constraints.attach(other, "weight", sphere := mn.SphereProduct((4, size)), sphere.projx(layer.weight.detach()))
+    mn.constraints.note_converted(other, "weight", None)
     optimizer = mn.optim.from_torch(plain, layer, other, transfer="equilibrium")
     turns = []
     for _ in range(60):
@@ -615,7 +616,7 @@ def test_plain_values_that_were_moved_are_refused() -> None:
     net, plain = trained("sgd, momentum")
     balanced, _ = mn.balance(net, batch(0)[0])
     for other in (mn.convert(net, batch(0)[0], remedies="all"), mn.convert(balanced, batch(0)[0])):
-        with pytest.raises(OptionError, match=r"other values of 1\.weight.*balance before training"):
+        with pytest.raises(OptionError, match=r"other values of 1\.weight.*use 'balance' only before training"):
             mn.optim.from_torch(plain, net, other)
         # Without a state too: a step at other values is another step.
         with pytest.raises(OptionError, match=r"other values of [13]\.weight"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from helpers import one_needs_newer_torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
@@ -306,7 +307,7 @@ def label_error(operation: Callable[[Tensor], Tensor], monkeypatch: pytest.Monke
 TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", one_needs_newer_torch(PASSES, "vmap", "2.10", "torch.export refuses torch.vmap"))
 def test_a_rule_that_passes_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, free = label_error(PASSES[name], monkeypatch)
     assert error <= TOLERANCE
@@ -348,7 +349,7 @@ def pads_with_zeros(use: Any) -> Any:
         ("compared with a constant", "lt.Scalar", elementwise.sign),
         ("smaller of two", "min.other", elementwise.passes),
         ("integers", "to.dtype", lambda use: None),
-        ("entries below zero are set to one", "index_put", lambda use: use.label("self")),
+        ("entries below zero are set to one", "index_put masked_fill.Scalar", lambda use: use.label("self")),
         ("added through a view", "add.Tensor", elementwise.passes),
         ("product over channels", "prod.dim_int", elementwise.passes),
         ("grid", "grid_sampler", elementwise.shape_only),
@@ -373,7 +374,8 @@ def pads_with_zeros(use: Any) -> Any:
 )
 def test_a_wrong_rule_is_noticed(name: str, op: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage twin: the same check with a planted rule."""
-    monkeypatch.setitem(RULES, op, wrong)
+    for form in op.split():  # of which a release of torch takes one
+        monkeypatch.setitem(RULES, form, wrong)
     operation = {**PASSES, **JOINS, **REFUSES}[name]
     with pytest.raises((AssertionError, ValueError)):
         assert label_error(operation, monkeypatch)[0] <= TOLERANCE
