@@ -124,8 +124,8 @@ def from_torch(
             made.state[target].update({key: _copied(value, target) for key, value in state.items()})
             continue
         if NORM in state:  # loaded from a checkpoint of the converted run
-            norms[name] = state[NORM].double()
-            state = _off_spheres(state, source, manifold, norms[name])
+            norms[name] = whole(state[NORM]).double()
+            state = _off_spheres(state, manifold, norms[name])
         made.state[target].update(_on_spheres(group, target, manifold, state, norms[name]))
         if transfer == "equilibrium":
             _to_equilibrium(group, name, source, manifold, state, made.state[target])
