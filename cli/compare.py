@@ -102,10 +102,10 @@ _STORAGE = f"URL of a database for several machines (PostgreSQL, MySQL); passwor
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 @click.pass_context
 def compare(context: click.Context, /, *, as_json: bool, **options: Any) -> None:
-    """Compare optimizers: the same start, the same data order, the same number of trials for each.
+    """Compare optimizers, each with the same start, data order and number of trials.
 
-    Learning rates are chosen by validation data, then the test data are read once. Killed at any moment and started
-    again with the same command, it goes on where it stopped.
+    Learning rates are chosen on validation data, then the test data are used once. After an interruption, the same
+    command resumes the comparison.
     """
     try:
         with running_code_of(options["worker"] or f"{options['model']} on {options['task']}"):

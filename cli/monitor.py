@@ -1,4 +1,4 @@
-"""`manifold-nets monitor`: what `manifold_nets.Monitor` wrote of a run, as a table, in words, and as a page."""
+"""`manifold-nets monitor`: show a file of `manifold_nets.Monitor` as a table, in words, and as a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", metavar="RUN.csv", type=INPUT_FILE)
 @click.option("--html", type=OutputFile(".html", ".htm"), help="Also write one self-contained HTML page with plots.")
-@click.option("--depth", type=click.IntRange(min=1), help="Group weights by the first parts of their names.")
+@click.option("--depth", type=click.IntRange(min=1), help="Group weights by so many leading parts of their names.")
 @click.option("--total-steps", type=click.IntRange(min=1), help="Length of the run.  [default: the last step]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 def monitor(run: Path, html: Path | None, depth: int | None, total_steps: int | None, *, as_json: bool) -> None:

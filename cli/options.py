@@ -23,11 +23,15 @@ if TYPE_CHECKING:
 
     from manifold_nets.sources import ModelSpec
 
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # which takes no parameter before click 8.4
+
 INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class Parsed(click.ParamType[Any]):
+class Parsed(_ParamType):
     """Text that a function turns into a value.
 
     Args:
@@ -62,7 +66,7 @@ def _model_spec(text: str) -> ModelSpec:
 def _shape(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{text!r} is no shape; expected positive sizes without the batch, such as 3,224,224")
+        raise ValueError(f"{text!r} is not a shape; expected positive sizes without the batch, such as 3,224,224")
     return tuple(int(word) for word in words)
 
 
@@ -71,9 +75,9 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON ({error}); {expected}") from error
+        raise ValueError(f"{text!r} is not valid JSON ({error}); {expected}") from error
     if not isinstance(arguments, dict):
-        raise ValueError(f"{text!r} is no JSON object; {expected}")
+        raise ValueError(f"{text!r} is not a JSON object; {expected}")
     return arguments
 
 
@@ -98,7 +102,7 @@ def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None
     ending = path.suffix.lower()
     if ending in _ENDINGS and ending not in written:
         advice = f"End the name in {' or '.join(written)}{f', or {remedy}' if remedy else ''}."
-        raise click.UsageError(f"{path}: no {ending} file would be written. {advice}")
+        raise click.UsageError(f"{path}: this command does not write {ending} files. {advice}")
 
 
 @dataclass(frozen=True)
@@ -280,13 +284,13 @@ def _require_consistent(request: Request) -> None:
     """Refuse options without what they belong to, and a model without inputs."""
     if request.class_name is not None and request.spec.kind != "hf":
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
-    for flag, value in (("key", request.key), ("prefix", request.prefix), ("allow-pickle", request.allow_pickle)):
-        if value and request.weights is None:
-            raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
+    weights_options = {"key": request.key, "prefix": request.prefix, "allow-pickle": request.allow_pickle}
+    for flag in [flag for flag, value in weights_options.items() if value and request.weights is None]:
+        raise click.UsageError(f"--{flag} can be used only with --weights.")
     if request.inputs_file is not None:
-        for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
-            if value:
-                raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
+        drawn = {"input-shape": request.input_shapes, "token-ids": request.token_ids}
+        for flag in [flag for flag, value in drawn.items() if value]:
+            raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
         raise click.MissingParameter("or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
 
@@ -303,11 +307,12 @@ def _require_different_files(request: Request) -> None:
             files.append((parameter.opts[0], path))
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
-            if _is_same_file(path, used):
-                raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
+            if is_same_file(path, used):
+                raise click.UsageError(f"{flag} and {other} name the same file {path}. Choose another name for one.")
 
 
-def _is_same_file(path: Path, other: Path) -> bool:
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, also where there is none yet."""
     try:
         return path.samefile(other)
     except OSError:  # one of them does not exist

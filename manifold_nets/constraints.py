@@ -41,9 +41,9 @@ _RECORD = "_manifold_nets_constraints"
 _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
 # Optimizers, whose parameter groups list manifolds too.
 _holders: weakref.WeakSet[Any] = weakref.WeakSet()
-# Parameters in whose place a constrained one was put, while somebody, as an optimizer, still holds them.
+# Parameters that a constrained one has replaced but that something, such as an optimizer, still holds.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# Former constrained parameters in whose place a plain one was put.
+# Constrained parameters that a plain one has replaced.
 _released: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _last_change = 0
 
@@ -184,7 +184,7 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
     _last_change += 1
     record = _record_of(module)
     if record is None or record.module() is not module:
-        # The hooks of a shallow copy are those of its original.
+        # A shallow copy shares the hooks of its original.
         module._load_state_dict_pre_hooks = OrderedDict(module._load_state_dict_pre_hooks)
         remove_load_hook(module, _Constraints)
         fresh = _Constraints(module)
@@ -515,7 +515,7 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
     names = {id(p): name for record in list(_live_records) for name, p in record.places()}
     found = []
     for parameter in parameters:
-        # What is no tensor is left for torch to refuse.
+        # torch raises its own error on anything that is not a tensor.
         if isinstance(parameter, geoopt.ManifoldParameter) or not isinstance(parameter, Tensor):
             continue
         former: str | None = _replaced.get(parameter)  # type: ignore[no-untyped-call]

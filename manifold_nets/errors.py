@@ -1,4 +1,4 @@
-"""The errors of the package. Every message says what was found and where, what was expected, and what to do."""
+"""The errors of the package. Every message states what was found and where, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -180,7 +180,8 @@ class ExampleInputsError(ManifoldNetsError, ValueError):
         super().__init__(
             f"example_inputs: found {found}; expected a tensor, a tuple of positional inputs, a dict of keyword "
             f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass the "
-            "arguments of its forward, with a batch of at least two examples that are not constant."
+            "arguments of its forward (--inputs FILE on the command line), with a batch of at least two examples that "
+            "are not constant."
         )
 
 

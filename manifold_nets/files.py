@@ -111,7 +111,7 @@ def _sent(path: Path) -> Iterator[Path]:
         temporary.touch()
         yield temporary
         number = _descriptor(path)
-        # A duplicate goes on where the descriptor is; opened anew, a file would be written from its start.
+        # A duplicate continues at the descriptor's position; an opened file would be written from its start.
         target = path.open("wb") if number is None else os.fdopen(os.dup(number), "wb")
         with temporary.open("rb") as source, target:
             shutil.copyfileobj(source, target)
@@ -166,7 +166,7 @@ def _no_room(error: BaseException | None) -> str | None:
     """The system's message if an error, or its cause, is a full disk or quota."""
     while error is not None:
         for code in _FULL:
-            # Writers in other languages pass on no more than the text.
+            # Writers in other languages pass on only the text.
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                 return os.strerror(code)
         error = error.__cause__ or error.__context__

@@ -83,7 +83,7 @@ def _mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     if args and ((name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name[:3] == "__i"):
         written.append(args[0])
     for target in written:
-        # A buffer that forward makes, and nobody else sees.
+        # A buffer that forward creates for itself.
         if type(target) is Tensor and target.dtype in _WIDE and target.is_leaf and target._base is None:
             target.data = widened(target.data)
 

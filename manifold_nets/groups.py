@@ -40,7 +40,7 @@ def wide(x: Tensor) -> Tensor:
 def has_values(x: Tensor) -> bool:
     """Whether Python code may branch on the values of ``x``: not if it is meta, fake, traced or under vmap."""
     traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
-    return not traced and torch.func.debug_unwrap(x) is x
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def sum_over(x: Tensor, runs: tuple[tuple[int, ...], ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -71,7 +71,7 @@ def root_sum_squares(x: Tensor, runs: tuple[tuple[int, ...], ...]) -> Tensor:
         tensor([5.0000e+25])
     """
     squares = sum_over(x * x, runs)
-    # Asking whether the squares were in range costs a synchronization where they are not on the CPU.
+    # Checking whether the squares are in range costs a synchronization on other devices than the CPU.
     if squares.device.type == "cpu" and has_values(squares):
         limits, (least, most) = torch.finfo(x.dtype), squares.detach().aminmax()
         if limits.tiny / limits.eps**2 < float(least) and float(most) < limits.max:

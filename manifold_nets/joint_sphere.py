@@ -238,7 +238,7 @@ def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str
     for name, data in described.items():
         if "joint" in data:
             alike = joints.setdefault(json.dumps(data["joint"], sort_keys=True), [])
-            # Copies of a model within another one describe their joint spheres alike.
+            # Copies of a model inside another one describe their joint spheres in the same way.
             if all(data["place"] in places for places in alike):
                 alike.append({})
             next(places for places in alike if data["place"] not in places)[data["place"]] = name
@@ -247,12 +247,12 @@ def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str
         for places in alike:
             if sorted(places) != list(range(len(whole["members"]))):
                 wanted = [member["name"] for member in whole["members"]]
-                found = f"only {list(places.values())} on a joint sphere"
-                raise PartitionError(found, f"all of {wanted}", "Add the missing ones.")
+                fault = f"only {list(places.values())} on a joint sphere"
+                raise PartitionError(fault, f"all of {wanted}", "Add the missing ones.")
             joint = JointSphere.from_dict(whole)
             found.update((name, joint.manifolds[place]) for place, name in places.items())
     for name, manifold in found.items():
         if manifold.to_dict() != described[name]:
-            found = f"an entry for {name!r} with contradicting partitions"
-            raise PartitionError(found, "one partition", "Save the model again.")
+            fault = f"an entry for {name!r} with contradicting partitions"
+            raise PartitionError(fault, "one partition", "Save the model again.")
     return found

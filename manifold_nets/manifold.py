@@ -67,7 +67,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
 
     name = "SphereProduct"
     reversible = False
-    # Classes for descriptions with something of their own, by its key in `to_dict`.
+    # Subclasses that `from_dict` chooses, by their additional key in `to_dict`.
     _kinds: ClassVar[dict[str, type[SphereProduct]]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SphereProduct:
@@ -142,7 +142,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         self.require_shape(x)
         norms = self.partition.norms(x)
         refuse_degenerate(norms, "x")
-        # A norm below the normal range is short of digits; once more puts right what that leaves.
+        # A subnormal norm is imprecise; a second pass removes the error that it leaves.
         unit = self.partition.divide(wide(x), norms)
         return self._onto_spheres(unit, self.partition.norms(unit)).to(x.dtype)
 
@@ -212,7 +212,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         antipodal = (angle > 1) & (partition.norms(direction) <= tiny)
         direction = partition.where(antipodal, self._any_tangent(x_unit), direction)
         length = partition.norms(direction)
-        # Where nothing is left of the direction the points coincide, and the ratio of angle and length tends to 1.
+        # If no direction is left, the points coincide, and the ratio of angle and length tends to 1.
         ratio = torch.where(length <= tiny, 1.0, angle / torch.where(length <= tiny, 1.0, length))
         return self._radii.multiply(partition.multiply(direction, ratio)).to(x.dtype)
 
@@ -278,7 +278,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         x_unit, partition = self._radii.divide(x), self.partition
         cosine = partition.inner(x_unit, self._radii.divide(y))
         gap = self._radii.divide(partition.subtract(y, torch.where(cosine < 0, -torch.ones_like(cosine), 1.0), x))
-        # A projection of a short vector is short of digits; once more removes what it left behind.
+        # The projection of a short vector is imprecise; a second one removes the error that it leaves.
         direction = self._tangential(x_unit, self._tangential(x_unit, gap))
         return torch.atan2(partition.norms(direction) * partition.norms(x_unit), cosine), direction
 

@@ -67,7 +67,7 @@ def is_continuous(tensor: Tensor) -> bool:
 
 def is_meta(model: nn.Module) -> bool:
     """Whether some parameter has a shape but no values."""
-    # Here and elsewhere not `model.parameters()`, which some networks give another meaning.
+    # Not `model.parameters()`, here and elsewhere, because some networks override it.
     return any(parameter.is_meta for parameter in nn.Module.parameters(model))
 
 
@@ -342,7 +342,7 @@ def _is_finite(values: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-# ---- looking tensors up ----------------------------------------------------------------------------------------------
+# ---- looking up tensors ----------------------------------------------------------------------------------------------
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

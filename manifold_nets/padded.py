@@ -66,7 +66,7 @@ class PaddedSphereProduct(SphereProduct):
         """Partition, radii and padding row, for `repr`."""
         return f"{super().extra_repr()}, row {self.padding} zero"
 
-    # A point is looked at with a fixed row of the right norm in the place of the zero one, which counts for nothing.
+    # For computations, the zero row is replaced by a fixed row of the right norm, which has no effect on results.
 
     def _filled(self, x: Tensor) -> Tensor:
         radius = float(self.radii[self.padding])

@@ -48,7 +48,7 @@ class Radii:
                 raise PartitionError(found, "a positive finite number", "Use the norm of the group.")
         self.partition = partition
         self.values = values[:1] if len(set(values)) == 1 else values
-        # Whether their squares, and sums of products of that size, are far from the limits of float32.
+        # Whether squares of the radii, and sums of such products, are far from the limits of float32.
         self.moderate = min(self.values) >= 2.0**-40 and max(self.values) <= 2.0**40
         self._spread: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 

@@ -17,7 +17,7 @@ from manifold_nets.float64 import copied, map_tensors, widened
 
 __all__ = ["Inputs", "called", "output_tensors", "run", "split_inputs", "to_float64"]
 
-# What errors speak of where an operator lacks a kernel for float64, or where it meets another dtype.
+# Words in the errors of operators without a float64 kernel, or with inputs of different dtypes.
 _DTYPES = ("double", "float", "dtype")
 _NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _TORCH, _OURS = Path(torch.__file__).parent, Path(manifold_nets.__file__).parent

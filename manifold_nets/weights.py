@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ from manifold_nets.files import is_link_loop
 __all__ = ["load_weights", "read_state_dict"]
 
 # Plain data in which training scripts note their settings; rebuilding them runs no code.
-_PLAIN_CLASSES = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
+_PLAIN_CLASSES: list[Any] = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
 _ONLY_TENSORS = "Only files that load with weights_only=True are read. "
 _unreadable = functools.partial(CheckpointFormatError, expected="a safetensors file or a torch file of weights")
 
@@ -102,7 +103,7 @@ def _read(
             remedy += "(allow_pickle=True in Python), which runs the code that it names."
             raise _unreadable(path, "objects other than tensors, or no torch file", _ONLY_TENSORS + remedy) from error
         except Exception as error:
-            # The readers go by what a file says of itself; in a damaged one that may be anything.
+            # The readers trust a file's header, which in a damaged file may contain anything.
             kind = "torch" if is_torch else "safetensors"
             raise _unreadable(path, f"a damaged {kind} file ({described(error)})", "Write it again.") from error
     if is_torch or key is not None:
@@ -116,7 +117,9 @@ def _read(
 
 
 def _torch_content(file: BinaryIO, allow_pickle: bool) -> Any:
-    content: Any = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of sparse tensors, which are refused below
+        content: Any = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
     return content.state_dict() if isinstance(content, nn.Module) else content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import logging
@@ -75,6 +76,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 EVAL_LIMIT = 1e-5  # float32, as in manifold_nets.conversion.verify
 
 
+Written = tuple[Path, nn.Module, nn.Module, dict[str, torch.Tensor]]
+
+
 def transformers() -> Any:
     mn.sources.import_torchvision()  # transformers imports it as well, where it is installed
     return importlib.import_module("transformers")
@@ -109,13 +113,15 @@ def manifolds(model: nn.Module) -> dict[str, Any]:
     return {weight.name: weight.manifold.to_dict() for weight in mn.constraints.constrained_weights(model)}
 
 
-def check_folder(folder: Path, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """A converted folder gives `from_pretrained` a plain model that computes the same, and us the converted one."""
+def check_folder(folder: Path, made: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """A folder gives `from_pretrained` the values of the model that was converted in memory, and us its spheres."""
     reread = type(plain).from_pretrained(folder)
     assert not manifolds(reread)
+    check_same_values(mn.revert(made), reread)
     assert mn.verify(plain, reread, inputs).eval_difference <= EVAL_LIMIT
     converted = load_model(f"hf:{folder}")
-    check_same_values(mn.revert(converted), reread)
+    check_same_values(made, converted)
+    assert manifolds(converted) == manifolds(made)
     assert mn.verify(converted, reread, inputs).eval_difference == 0
     return len(manifolds(converted))
 
@@ -123,9 +129,16 @@ def check_folder(folder: Path, plain: nn.Module, inputs: dict[str, torch.Tensor]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_is_diagnosed_converted_and_read_back(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One command each; the values and the function that `from_pretrained` reads are the converted model's."""
+    made: list[nn.Module] = []
+
+    def keep_and_save(model: nn.Module, folder: Path) -> None:
+        made.append(copy.deepcopy(model))
+        save_pretrained(model, folder)
+
+    monkeypatch.setattr(mn.sources, "save_pretrained", keep_and_save)
     written(name, tmp_path / "plain")
     report = document("diagnose", f"hf:{tmp_path / 'plain'}")["report"]
     done = document("convert", f"hf:{tmp_path / 'plain'}", "--remedies", "all", "--output", f"{tmp_path / 'out'}/")
@@ -134,7 +147,7 @@ def test_a_folder_is_diagnosed_converted_and_read_back(
     plain = getattr(transformers(), MODELS[name][0]).from_pretrained(tmp_path / "plain")
     inputs = guess_inputs(plain)
     assert list(inputs) == MODELS[name][2].split()
-    spheres = check_folder(tmp_path / "out", plain, inputs)
+    spheres = check_folder(tmp_path / "out", made[0], plain, inputs)
     acted = [action for action in done["plan"]["actions"] if action["action"] != "leave"]
     families = sum(family["certificate"]["verdict"] == "invariant" for family in report["families"])
     with capsys.disabled():
@@ -143,30 +156,39 @@ def test_a_folder_is_diagnosed_converted_and_read_back(
 
 
 @pytest.fixture
-def converted(tmp_path: Path) -> tuple[Path, nn.Module, dict[str, torch.Tensor]]:
-    """A folder of a small converted model, the plain model, and inputs."""
+def converted(tmp_path: Path) -> Written:
+    """A folder of a small converted model, this model, the plain one, and inputs."""
     plain = written("Qwen3", tmp_path / "plain").eval()
     inputs = guess_inputs(plain)
-    save_pretrained(mn.convert(plain, inputs), tmp_path / "out")
-    return tmp_path / "out", plain, inputs
+    made = mn.convert(plain, inputs)
+    save_pretrained(made, tmp_path / "out")
+    return tmp_path / "out", made, plain, inputs
 
 
-def test_the_checks_of_a_folder_can_fail(converted: tuple[Path, nn.Module, dict[str, torch.Tensor]]) -> None:
-    folder, plain, inputs = converted
+def test_the_checks_of_a_folder_can_fail(converted: Written) -> None:
+    folder, made, plain, inputs = converted
     assert check_folder(*converted) == 4
+    # A folder that fits itself, of a model that differs in the last bit of one value.
+    other = copy.deepcopy(made)
+    head = other.get_parameter("lm_head.weight").detach()
+    head[0, 0] = torch.nextafter(head[0, 0], torch.tensor(torch.inf))
+    save_pretrained(other, folder)
+    assert manifolds(load_model(f"hf:{folder}")) == manifolds(made)
+    with pytest.raises(AssertionError, match=r"lm_head\.weight"):
+        check_folder(*converted)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["lm_head.weight"][0] += 1
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError):
-        check_folder(folder, plain, inputs)
+        check_folder(folder, made, plain, inputs)
     with pytest.raises(errors.CheckpointFormatError, match="delete this file to load them as a plain model"):
         load_model(f"hf:{folder}")
     (folder / "manifold_nets.json").unlink()
     assert not manifolds(load_model(f"hf:{folder}"))
 
 
-def test_a_damaged_conversion_is_named(converted: tuple[Path, nn.Module, dict[str, torch.Tensor]]) -> None:
-    folder, plain, _ = converted
+def test_a_damaged_conversion_is_named(converted: Written) -> None:
+    folder, _, plain, _ = converted
     for text in ("", "{}", "[]", '{"aliases": {}, "checksum": "", "removed_biases": 3}'):
         (folder / "manifold_nets.json").write_text(text)
         with pytest.raises(errors.CheckpointFormatError, match=r"manifold_nets\.json"):
@@ -174,14 +196,23 @@ def test_a_damaged_conversion_is_named(converted: tuple[Path, nn.Module, dict[st
 
 
 def test_a_model_that_lost_its_spheres_leaves_a_plain_folder(
-    converted: tuple[Path, nn.Module, dict[str, torch.Tensor]],
+    converted: Written,
 ) -> None:
-    folder, plain, _ = converted
+    folder, _, plain, _ = converted
     save_pretrained(plain, folder)
     assert not (folder / "manifold_nets.json").exists()
     check_same_values(load_model(f"hf:{folder}"), plain)
     with pytest.raises(errors.CheckpointError, match="Linear has no save_pretrained"):
         save_pretrained(nn.Linear(2, 2), folder)
+
+
+def test_the_folder_that_is_read_is_not_written(tmp_path: Path) -> None:
+    written("Qwen3", tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    refused = run("convert", f"hf:{tmp_path}", "--output", f"{tmp_path}/")
+    assert refused.exit_code == 2
+    assert "is the folder of MODEL too" in " ".join(refused.stderr.replace("│", " ").split())
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 # ---- which class -----------------------------------------------------------------------------------------------------
@@ -234,6 +265,38 @@ def test_a_class_belongs_to_transformers() -> None:
 # ---- example inputs --------------------------------------------------------------------------------------------------
 
 
+_SMALL_BART = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 12,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
+}  # fmt: skip
+# Models that ask for something more: as many ends in every text, frames, spectra, or an image beside a text.
+SHAPES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "BartForSequenceClassification": (
+        _SMALL_BART, {"input_ids": (12,), "attention_mask": (12,), "decoder_input_ids": (12,)},
+    ),
+    "ViltModel": (
+        {**_TEXT, **_IMAGES}, {"input_ids": (16,), "attention_mask": (16,), "pixel_values": (3, 32, 32)},
+    ),
+    "VideoMAEModel": ({**_IMAGES, "num_frames": 4}, {"pixel_values": (4, 3, 32, 32)}),
+    "ASTModel": ({**_VISION, "max_length": 64, "num_mel_bins": 32}, {"input_values": (64, 32)}),
+    "Speech2TextForConditionalGeneration": (
+        {**_SMALL_BART, "input_feat_per_channel": 8, "conv_channels": 16},
+        {"input_features": (100, 8), "decoder_input_ids": (12,)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_model_takes_what_is_guessed(name: str) -> None:
+    settings, shapes = SHAPES[name]
+    model_class = getattr(transformers(), name)
+    model = model_class(model_class.config_class(**settings))
+    inputs = guess_inputs(model, batch_size=2)
+    assert {key: tuple(value.shape) for key, value in inputs.items()} == {k: (2, *v) for k, v in shapes.items()}
+    model.eval()(**inputs)
+
+
 def test_shapes_and_tokens_that_are_given_replace_the_guess(tmp_path: Path) -> None:
     model = written("CLIP", tmp_path)
     inputs = guess_inputs(model, batch_size=2, shapes=[(7,)], token_ids=5)
@@ -246,7 +309,7 @@ def test_shapes_and_tokens_that_are_given_replace_the_guess(tmp_path: Path) -> N
     assert (guess_inputs(model)["input_ids"][:, -1] == 2).all(), "a text ends with its end"
     with pytest.raises(errors.ExampleInputsError, match="3 shapes; the model takes input_ids, pixel_values"):
         guess_inputs(model, shapes=[(7,)] * 3)
-    with pytest.raises(errors.ExampleInputsError, match="nothing in the model tells which"):
+    with pytest.raises(errors.ExampleInputsError, match="nothing in Linear tells what it takes"):
         guess_inputs(nn.Linear(2, 2), shapes=[(2,)])
 
 

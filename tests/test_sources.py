@@ -347,7 +347,7 @@ def test_the_one_model_that_needs_nothing_more_is_taken(
         (ONE.format(default="", rest=""), r"Net \(class, needs width\).*give width as keyword arguments"),
         (ONE.format(default="=3", rest="class Other(nn.ReLU): ..."), r"Name one of them, as .*train\.py:Net"),
         ("import torch\n", "no subclass of torch.nn.Module"),
-        ("def net(:\n", "it is no Python code"),
+        ("def net(:\n", "it is not valid Python code"),
         (None, "cannot be read"),
     ],
 )

@@ -77,7 +77,7 @@ def compare(
         epochs: passes over the training data.
         output: folder for the study, the final weights of the chosen runs, ``comparison.json`` and the report
             (``report.html``, plots, tables). Nothing is kept without it.
-        workers: number of worker processes.
+        workers: number of processes that carry out runs.
         storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
             The password can be in the environment variable ``MANIFOLD_NETS_STORAGE_PASSWORD`` instead, or in the file
             named by ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE``.
@@ -195,7 +195,7 @@ def compare_settings(
         raise SettingsError("tune_on", settings.tune_on, "None, as tune_on does not work with a shared database")
     experiment.check(settings)
     sent = packed(workers, own or {}) if workers > 1 or storage is not None else {}
-    # A study that exists has passed this check, and may have all its results.
+    # An existing study has passed this check, and may already have all its results.
     begun = storage is None and output is not None and (Path(output) / STUDY_FILE).exists()
     initial_models = None if begun else InitialModels.checked(experiment, settings)
     with contextlib.ExitStack() as stack:
@@ -215,7 +215,7 @@ def compare_settings(
         if output is not None:
             comparison.write(folder)
             if report:
-                # It needs an extra.
+                # This import needs an extra.
                 from manifold_nets.comparison.report import write_report
 
                 write_report(comparison, folder)
@@ -298,7 +298,7 @@ def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | No
     folder = resolved(output)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # The system takes the lock back from a process that is killed.
+        # The system releases the lock of a killed process.
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
     except Timeout as error:
         raise FolderInUseError(folder, "another process that runs a comparison in this folder") from error
@@ -321,7 +321,7 @@ def join_comparison(
     Args:
         storage: URL of the shared database.
         study: name of the study, as the other process shows it.
-        workers: number of worker processes.
+        workers: number of processes that carry out runs.
         progress: as in `compare`.
         allow: specifications such as ``"file.py:NAME"`` whose code may be run; built-in names are always allowed.
 

@@ -74,7 +74,7 @@ class FilterWatch:
         self._samples += 1
         if not self._partitions:
             return []
-        # To the few digits that are looked at, the fastest sum will do.
+        # Only a few digits are used, so the fastest sum is good enough.
         lengths, directions = [], []
         for rows in self._rows():
             lengths.append(torch.linalg.vector_norm(rows, dim=1))
@@ -103,7 +103,7 @@ class FilterWatch:
         # The weight is looked up each time: an optimizer may replace a parameter, or compute the weight from others.
         for (owner, leaf), partition in zip(self._owners, self._partitions.values(), strict=True):
             weight = wide(getattr(owner, leaf).detach())
-            # Filters along axis 0 need no permutation, which takes longer than all that is done with small ones.
+            # Filters along axis 0 need no permutation, which would dominate the time for small ones.
             along_first = partition.kept == (0,) and partition.view == partition.shape
             yield weight.flatten(1) if along_first else partition.rows(weight)
 

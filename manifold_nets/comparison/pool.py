@@ -207,7 +207,7 @@ def _receive(source: BinaryIO, received: queue.Queue[RunKey]) -> None:
         while True:
             received.put(pickle.load(source))
     except (EOFError, OSError, pickle.UnpicklingError):
-        # The sender is gone, perhaps in the middle of a run: nobody wants its result.
+        # The sender is gone, perhaps in the middle of a run; its result is not needed.
         os._exit(1)
 
 

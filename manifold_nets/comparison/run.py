@@ -255,7 +255,7 @@ class Runner:
         try:
             loss = float(run.stepper.step(objective))
         except Exception as error:
-            # An optimizer that fails on non-finite numbers has diverged; that is no fault of the program.
+            # An optimizer that fails on non-finite numbers has diverged; this is not a bug.
             if _all_finite(run.model):
                 raise
             raise _DivergedError from error

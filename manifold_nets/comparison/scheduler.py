@@ -91,7 +91,7 @@ class Scheduler:
         try:
             self._loop()
         except BaseException:
-            # Also when interrupted: what is in flight is free at once, not after the heartbeats have stopped.
+            # Also when interrupted: runs in flight are released at once, not after their heartbeats have stopped.
             with suppress(StorageError):  # the database may be what failed
                 self.store.mark_failed(self.executor.running())
             raise
@@ -101,7 +101,7 @@ class Scheduler:
         if self.observer is None:
             return
         if last is not None and not self._ready:
-            # What was no part of the first run was the start of its worker, which will not come again.
+            # Time that was not part of the first run was the start-up of its worker, which happens only once.
             self._start_time = max(self._start_time, time.monotonic() - _seconds(last))
             self._ready = True
         ended, left = len(self.results) - self._before, len(self.keys) - len(self.results)
@@ -114,7 +114,7 @@ class Scheduler:
     def _loop(self) -> None:
         beaten, ended = time.monotonic(), list[tuple[int, RunResult]]()
         while True:
-            # An idle executor gets the next run before the last result is stored: it does not wait for the disk.
+            # An idle executor gets the next run before the last result is stored, so it does not wait for the disk.
             self._start_runs()
             for run_id, result in ended:
                 self._record(run_id, result)

@@ -54,7 +54,7 @@ class ConversionRecord:
         return {"plan": self.plan.to_dict(), "verification": self.verification.to_dict()}
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: how far the outputs are from what they were, and a row for each action."""
+        """HTML for a notebook: how much the outputs changed, and a row for each action."""
         rows = [(a.name, a.action, a.partition or "", a.radius or "", a.reason) for a in self.plan.effective]
         return fragment(self.plan.model, str(self.verification), ("Weight", "Action", "Groups", "Radius", "Why"), rows)
 
@@ -240,7 +240,7 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> None:
     points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
     removed = [action.name for action in chosen.of("remove")]
     held = holders(model)
-    # Nothing has been written so far; from here on nothing can fail because of the values.
+    # Nothing has been written so far; from here on, values cannot cause a failure.
     with torch.no_grad():
         for name in changed.keys() - set(removed):
             state[name].copy_(changed[name])

@@ -148,12 +148,12 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     except OffManifoldError as error:
         raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     stored = contents.expanded()
-    # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
+    # The values lie on the spheres of the file, which the model gets once nothing can fail any more.
     with unchanged_on_failure(model), trusted_values(), torch.no_grad():
         for name, place in removed_biases(model).items():
             if name in stored:
                 put_back_bias(*place)
-        # The biases that the file has not are removed afterwards as well.
+        # Biases that the file lacks are removed afterwards as well.
         found = model.load_state_dict(stored, strict=False)
         untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
         if untaken:
@@ -224,7 +224,7 @@ def unusual(value: object) -> str | None:
     return "on the meta device; give it values first, by model.to_empty(device=…)" if value.is_meta else None
 
 
-# What safetensors 0.4 and later store.
+# The dtypes of safetensors 0.4 and later.
 _DTYPES = frozenset(
     getattr(torch, name)
     for name in "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 bool "
@@ -357,7 +357,7 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
     wanted = contents.manifolds
     present = {contents.aliases.get(weight.name, weight.name): weight for weight in constrained_weights(model)}
     kept = {name for name, weight in present.items() if name in wanted and _is_on(weight, wanted[name])}
-    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
+    # The weights of a joint sphere share one object: all keep it, or all get another one.
     split = {getattr(wanted[name], "joint", None) for name in wanted.keys() - kept} - {None}
     places = holders(model)
     for name in {**present, **wanted}:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
+from manifold_nets._torch import nothing_left_behind
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit, verify
@@ -111,7 +112,7 @@ def export_model(
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "pt2": _write_pt2}[format]
     with atomic_file(path) as temporary:
         found, read_by, batch = write(plain, temporary, split_inputs(example_inputs), Path(path))
-        # Another engine adds in another order, and folds the normalizations into the weights first.
+        # Another engine sums in another order, and first folds the normalizations into the weights.
         allowed = 10 * limit if format == "onnx" else limit
         if found is not None and not found <= allowed:
             remedy = "No file was written. Export only the weights, in the safetensors format."
@@ -194,7 +195,7 @@ def _program(plain: nn.Module, inputs: Inputs, final: Path) -> torch.export.Expo
 
     shapes = pytree.tree_map(first_axis, dict(bound))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), nothing_left_behind(plain):
             return torch.export.export(plain, inputs[0], inputs[1], dynamic_shapes=shapes)
     except Exception as error:
         raise ExportError(final, "torch.export", error) from error

@@ -183,7 +183,7 @@ def staged(
 def _weight_actions(
     report: SymmetryReport, state: State, radii: Mapping[str, Radius], tolerance: float
 ) -> list[Action]:
-    """Return what is done with each weight by itself, at the radius that is asked for; without one it is left."""
+    """Return the action for each single weight at the requested radius; "leave" without one."""
     return [
         Action(finding.name, "leave", "not selected", finding.partition)
         if finding.status == "invariant" and finding.name not in radii
@@ -211,7 +211,7 @@ def _selected(names: list[str], selector: Selector, option: str, *, default: boo
     return {name for found in matches.values() for name in found}
 
 
-# ---- plans that a person has edited ----------------------------------------------------------------------------------
+# ---- edited plans ----------------------------------------------------------------------------------------------------
 
 
 def write_plan(chosen: ConversionPlan, path: str | os.PathLike[str]) -> None:
@@ -272,7 +272,7 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     )
     known = {remedy: sorted(a.name for a in found.actions if a.remedy == remedy) for remedy in (*asked, "spheres")}
     for (name, remedy), entry in wanted.items():
-        # What is left need not be known.
+        # Left actions need not be known.
         skipped = remedy != "spheres" and entry["action"] == "leave"
         if remedy in known and name not in known[remedy] and not skipped:
             names = ", ".join(known[remedy]) or "none, as this remedy has nothing to do"
@@ -297,7 +297,7 @@ def _read(source: str, edited: EditedPlan) -> _Wanted:
     remedies = {what: remedy for remedy, what in ACTION_OF.items()}
     wanted: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in data["actions"]:
-        # The remedy of an action is known by what it does; of one that does nothing, by what it says.
+        # The remedy of an action follows from its kind; that of "leave", from its own entry.
         said = entry.get("remedy", "spheres")
         remedy = remedies.get(entry["action"], said)
         if entry.get("remedy", remedy) != remedy:

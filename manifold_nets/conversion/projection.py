@@ -147,7 +147,7 @@ class _TakesRadii(LoadHook):
 
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         module, value = self.module(), state_dict.get(prefix + self.leaf)
-        # It stays where loading failed, and may meet other values then.
+        # If loading fails it stays, and may later get other values.
         if module is None or not has_norms(value, self.new):
             return
         if float(self.new.deviations(whole(value)).max()) <= _rounding(value):

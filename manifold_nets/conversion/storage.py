@@ -34,7 +34,7 @@ FORMAT = "manifold_nets checkpoint"
 VERSION = 2
 # One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
 _KEY = "manifold_nets"
-# What stands in every document, and hardly twice in the metadata of other files.
+# A text in every document that hardly occurs in the metadata of other files.
 _MARKS = (FORMAT, '"aliases"', '"checksum"', '"manifolds"')
 _SCHEMA = Schema.packaged("manifold_nets.conversion", "checkpoint.schema.json")
 

@@ -18,7 +18,7 @@ from manifold_nets.symmetry import SymmetryReport, diagnose
 __all__ = ["Verification", "verify"]
 
 _EVAL_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
-# Each value is rounded once for each remedy that changes it, and magnified a little where these cancel.
+# Each value is rounded once by each remedy that changes it, which cancellation magnifies a little.
 _ROUNDINGS = 8
 # Torch's normalizations: the eps of the operation is the attribute.
 _NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -183,7 +183,7 @@ def _is_rounded(value: Tensor, exact: Tensor | None) -> bool:
         return bool(torch.equal(value, exact))
     limits = torch.finfo(value.dtype)
     allowed = _ROUNDINGS * limits.eps * exact.abs() + limits.tiny
-    # An infinity or NaN of a mask stays what it is: no number is its rounding, and ∞ − ∞ is none.
+    # An infinity or NaN of a mask must stay the same: no finite value rounds to it, and ∞ − ∞ is NaN.
     same = (value == exact) | (value.isnan() & exact.isnan())
     near = exact.isfinite() & ((value.double() - exact).abs() <= allowed)
     return bool((same | near).all())

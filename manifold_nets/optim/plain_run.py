@@ -1,8 +1,8 @@
-r"""Steps that follow the run of a plain optimizer: the weight in polar coordinates, its direction and its norm.
+r"""Steps that follow the run of a plain optimizer, with the weight in polar coordinates: direction and norm.
 
-With ``w = n u`` and ``f(n u) = f(u)``, ``∇f(w) = ∇f(u)/n``: the direction on the sphere and the norm ``n`` say all of
-the plain weight. So a step takes the plain optimizer's own step from ``w`` to ``w'``, keeps the direction of ``w'`` on
-the sphere, and its norm in the state, where the plain run goes on; or it holds the norm that it had.
+With ``w = n u`` and ``f(n u) = f(u)``, ``∇f(w) = ∇f(u)/n``: the direction on the sphere and the norm ``n`` determine
+the plain weight. So a step takes the plain optimizer's own step from ``w`` to ``w'`` and keeps the direction of ``w'``
+on the sphere. The norm in the state becomes ``‖w'‖`` if it follows the plain run, or stays fixed.
 """
 
 from __future__ import annotations

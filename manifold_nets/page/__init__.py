@@ -1,4 +1,4 @@
-"""Pages that need nothing else: no network, no scripts, light or dark, of any width. What all reports share."""
+"""Self-contained HTML pages: no network access, no scripts, light or dark, of any width. Shared by all reports."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _OPEN_ROWS = 12
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page, with a heading that the list of sections links to.
+    """One section of a page, with a heading that the list of sections links to.
 
     Args:
         name: its anchor.
         title: its heading.
-        body: markup; a section without any is left out.
+        body: markup; a section with an empty body is left out.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Section:
 
 
 def document(title: str, subtitle: str, sections: Sequence[Section], *, style: str = "", before: str = "") -> str:
-    """Return a whole HTML document with the common style sheet; its policy forbids it to load anything.
+    """Return a complete HTML document with the common style sheet; its security policy blocks external content.
 
     Args:
-        title: what the page is about, as plain text.
-        subtitle: what it says about that, as plain text.
-        sections: its parts; the first needs no link to it.
+        title: the subject of the page, as plain text.
+        subtitle: the kind of page, as plain text.
+        sections: its sections; the first has no link in the list.
         style: further style sheet; colours belong into ``:root``, once for light and once for dark.
-        before: markup in front of all else, such as symbols that drawings use.
+        before: markup before everything else, such as symbols that drawings use.
 
     Example:
         >>> page = document("digits", "a test", [Section("summary", "Summary", "<p>All is well.</p>")])
@@ -75,12 +75,12 @@ def document(title: str, subtitle: str, sections: Sequence[Section], *, style: s
 
 
 def fragment(title: str, sentence: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a short piece for a notebook: a sentence and a table, folded where it is long.
+    """Return HTML for a notebook: a sentence and a table, which is folded if it is long.
 
     Args:
-        title: what it is about, as plain text.
-        sentence: what is said of it, as plain text.
-        head: names of the columns, as plain text; the first is what a row is about, such as ``"Weight"``.
+        title: the subject, as plain text.
+        sentence: a summary, as plain text.
+        head: names of the columns, as plain text; the first one names the rows, such as ``"Weight"``.
         rows: cells, as plain text.
 
     Example:

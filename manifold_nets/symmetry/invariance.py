@@ -34,6 +34,8 @@ __all__ = ["EVIDENCE_FLOOR", "ROUNDED", "Excuse", "InvarianceTest"]
 
 # A gradient this much smaller than the largest one of the network is rounding and proves nothing.
 EVIDENCE_FLOOR = 1e-11
+# So is one that is smaller than the rounding of the loss, as the gradients of attention with one key are.
+_LOSS_ROUNDING = 64 * float(np.finfo(np.float64).eps)
 # A sum this small against the evidence floor, some 45 roundings of the largest product of the network, refutes nothing:
 # where gradients nearly cancel, as those of a channel with one active entry do, it is what rounding leaves.
 ROUNDED = 1e-3
@@ -70,7 +72,9 @@ class InvarianceTest:
 
     def floor(self, *, adds: bool = False) -> float:
         """The size up to which a generator has no evidence."""
-        return EVIDENCE_FLOOR * (self.gradients.largest_slope if adds else self.largest)
+        largest = self.gradients.largest_slope if adds else self.largest
+        loss = abs(self.gradients.loss)
+        return max(EVIDENCE_FLOOR * largest, _LOSS_ROUNDING * loss if math.isfinite(loss) else 0.0)
 
     def values(self, totals: Floats, sizes: Floats, *, adds: bool) -> Floats:
         """|⟨g, ξ⟩| over its size, for sums that only the numbers know; infinite where there is no evidence."""

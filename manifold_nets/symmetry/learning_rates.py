@@ -238,7 +238,7 @@ def matched_learning_rates(
     """
     if not isinstance(report, SymmetryReport | None):
         raise ArgumentTypeError(
-            "report", report, "what manifold_nets.diagnose returned for this model", "Pass diagnose(model, inputs)."
+            "report", report, "the report of manifold_nets.diagnose for this model", "Pass diagnose(model, inputs)."
         )
     if per not in ("sphere", "entry") or (per == "entry" and optimizer == "sgd"):
         raise OptionError("per", per, "'sphere', or with optimizers 'adam' and 'adamw' 'entry'")

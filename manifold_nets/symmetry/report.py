@@ -296,9 +296,10 @@ class ShiftSymmetry(JsonForm):
     """Constants that can be added to parameters without changing the network's output in training mode.
 
     Args:
-        kind: ``"dead bias"``: each entry separately; ``"bias shift"``: several entries together; ``"redundant
-            biases"``: an amount moves from one parameter to another; ``"row shift"``: ``W → W + 1vᵀ``, one row added to
-            all filters of a block, or one constant to all entries of a looked-up row; ``"filter shift"``: a constant
+        kind: ``"dead bias"``: each entry separately; ``"bias shift"``: several entries together;
+            ``"redundant biases"``: an amount moves from one parameter to another; ``"row shift"``: ``W → W + 1vᵀ``, one
+            row added to all filters of a block, or one constant to all entries of a looked-up row;
+            ``"filter shift"``: a constant
             added to all entries of a filter; ``"logit shift"``: a constant added to all logits of a softmax or loss.
         parameters: the parameters that are shifted.
         count: number of independent shifts.

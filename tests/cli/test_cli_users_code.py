@@ -226,4 +226,4 @@ def test_the_weights_of_a_checkpoint_are_chosen_by_name(folder: Path) -> None:
     assert run(*arguments, "--key", "state_dict_ema", "--prefix", "module.").exit_code == 0
     refused = run("diagnose", "small.py:Net", *SHAPE, "--key", "state_dict")
     assert refused.exit_code == 2
-    assert "--key without --weights" in refused.stderr
+    assert "--key can be used only with --weights" in refused.stderr

@@ -185,7 +185,7 @@ def test_adamw_without_weight_decay_is_said_to_be_adam() -> None:
     assert note not in str(with_tests({"adam": (0.1, 0.2)}))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 def test_test_values_that_are_not_finite_are_recorded_and_rank_last(bad: float, tmp_path: Path) -> None:
     of = with_tests({"sgd": (bad, bad), "rsgd": (0.2, 0.3), "pbwn": (0.1, bad)}, losses=bad)
     of.write(tmp_path)

@@ -190,6 +190,7 @@ def test_an_extension_that_was_interrupted_goes_on(tmp_path):
     assert seen[0].done == 11
 
 
+@pytest.mark.slow
 def test_a_tuned_study_is_extended_too(tmp_path):
     tuned = {"tune_on": (30, 15, 1), "output": tmp_path}
     tiny(**tuned)

@@ -438,7 +438,8 @@ def advised_in_the_source() -> set[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documentation:
                 found |= set(re.findall(r"\bmanifold_nets\.\w[\w.]*\w", node.value))
-    return {name for name in found if importlib.util.find_spec(name.rpartition(".")[0]) and not is_module(name)}
+    calls = {name for name in found if not name.endswith(".json")}
+    return {name for name in calls if importlib.util.find_spec(name.rpartition(".")[0]) and not is_module(name)}
 
 
 def is_module(name: str) -> bool:

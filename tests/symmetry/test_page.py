@@ -307,8 +307,15 @@ def test_colours_have_contrast() -> None:
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [(1200, 700), (390, 700)])
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        ((1200, 700), "light"),
+        ((390, 700), "dark"),
+        pytest.param((1200, 700), "dark", marks=pytest.mark.slow),
+        pytest.param((390, 700), "light", marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_is_drawn(size: tuple[int, int], scheme: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_page(*dense(), page)

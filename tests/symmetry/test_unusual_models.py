@@ -369,7 +369,7 @@ def test_a_lazy_model_is_refused_by_the_name_of_its_parameter() -> None:
         mn.diagnose(nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4)), torch.randn(ROWS))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_script_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="ScriptModule, compiled to TorchScript"):
         mn.diagnose(torch.jit.script(mlp()), torch.randn(ROWS))

@@ -1,4 +1,4 @@
-"""The figures of a report, one entry each: its title, its caption, and when there is something to show."""
+"""The figures of a report, each with its title, its caption, and a condition for being shown."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Drawing:
     """One figure.
 
     Args:
-        name: of its files and its anchor.
+        name: name of its files and its anchor.
         title: its heading.
-        draw: makes it.
+        draw: draws it.
         caption: its caption, as plain text.
-        has_data: whether a summary has what it shows.
+        has_data: whether a summary has data for it.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
     for i, o in enumerate(summary.optimizers):
         style.strokes(axes, o.test_errors, i)
         if o.test.count > 1:
-            # No error is negative, whatever the interval says.
+            # Errors are not negative, even if the interval is.
             low = max(o.test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
             axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=look(i)["color"], linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
@@ -93,7 +93,7 @@ def _draw_target(summary: Summary, size: Size) -> Figure:
 
 
 def _draw_rescaled(summary: Summary, size: Size) -> Figure:
-    """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
+    """Mean validation error from plain initial filters, and from rescaled ones at the same learning rate."""
     label = f"{summary.unit.label('mean validation error')}; hollow: rescaled start"
     figure, axes = _rows(summary, size, label, more=0.3)
     both = [(i, o.rescaled) for i, o in enumerate(summary.optimizers) if o.rescaled is not None]
@@ -179,7 +179,7 @@ def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
 
 
 def _shown_layers(summary: Summary) -> list[str]:
-    """The layers that there is room for: all, or some from the first to the last."""
+    """The layers that fit in the figure: all, or a selection from first to last."""
     names = list(dict.fromkeys(layer.name for o in summary.optimizers for layer in o.layers))
     if len(names) <= MOST_LAYERS:
         return names
@@ -195,7 +195,7 @@ def _draw_layers(summary: Summary, size: Size) -> Figure:
     else:
         grid = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
-        for row, (which, what) in enumerate((("rotation", "rotation a step (rad)"), ("norm", "norm of filters"))):
+        for row, (which, what) in enumerate((("rotation", "rotation per step (rad)"), ("norm", "norm of filters"))):
             axes = grid[row, column]
             _layer(axes, summary, name, which)
             above = f"{short_name(name)}: " if size.narrow else "" if row else f"{short_name(name)}\n"
@@ -215,14 +215,14 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
 
 
 def _draw_ranks(summary: Summary, size: Size) -> Figure:
-    """Mean ranks on a line, the best at the left; bars join optimizers that the test cannot distinguish."""
+    """Mean ranks on a line, best at the left; bars join optimizers that the test cannot distinguish."""
     ranks = summary.friedman.mean_ranks if summary.friedman is not None else ()
     order = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
     return _rank_rows(summary, size, ranks, order) if size.narrow else _rank_line(summary, size, ranks, order)
 
 
 def _rank_line(summary: Summary, size: Size, ranks: Sequence[float], order: Sequence[int]) -> Figure:
-    """The diagram of Demšar: names at both sides, lines to their ranks on a scale."""
+    """Demšar's diagram: names at both sides, with lines to their ranks on a scale."""
     count, names = len(ranks), [short_name(o.name) for o in summary.optimizers]
     half, first = (count + 1) // 2, 0.28 + _CLIQUE_STEP * len(summary.cliques)
     # One unit of the vertical axis is an inch, so that lines of text keep their distance.
@@ -257,7 +257,7 @@ def _rank_line(summary: Summary, size: Size, ranks: Sequence[float], order: Sequ
 
 
 def _rank_rows(summary: Summary, size: Size, ranks: Sequence[float], order: Sequence[int]) -> Figure:
-    """The same for a narrow page: one row per optimizer, and upright bars beside those that belong together."""
+    """The same for a narrow page: one row per optimizer, and vertical bars beside optimizers that do not differ."""
     from matplotlib import ticker
 
     figure = style.new_figure(size, 0.42 * len(ranks) + 1.3)

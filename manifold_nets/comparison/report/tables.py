@@ -27,7 +27,7 @@ class Table:
     Args:
         caption: what it shows.
         head: names of the columns.
-        rows: as many cells each.
+        rows: the rows, with the same number of cells.
     """
 
     caption: str
@@ -73,7 +73,7 @@ def robustness_table(summary: Summary) -> Table:
 
 
 def rescaled_table(summary: Summary) -> Table:
-    """What a rescaled start does, at the same learning rate and at one chosen anew; no rows where it was not run."""
+    """The effect of a rescaled start, at the same learning rate and at a newly chosen one; empty if not run."""
     unit, rows = summary.unit, []
     for o in summary.optimizers:
         if o.rescaled is not None:
@@ -99,7 +99,7 @@ def difference_table(summary: Summary) -> Table:
 
 
 def explanation(summary: Summary) -> str:
-    """How the means, intervals and p-values of `result_table` are to be read."""
+    """How to read the means, intervals and p-values of `result_table`."""
     seeds = len(summary.optimizers[0].seeds)
     if seeds == 1:
         return "One seed: there are no confidence intervals and no tests."
@@ -114,7 +114,7 @@ def explanation(summary: Summary) -> str:
 
 
 def conclusions(summary: Summary) -> list[str]:
-    """What the numbers say, in sentences: who is best, what differs from it, what diverged, and notes on choices."""
+    """The conclusions in sentences: the best optimizer, what differs from it, what diverged, and notes."""
     every = summary.optimizers
     sentences = _best(summary)
     lost, runs = sum(o.failed for o in every), sum(o.runs for o in every)
@@ -132,7 +132,7 @@ def conclusions(summary: Summary) -> list[str]:
 
 
 def _best(summary: Summary) -> list[str]:
-    """Which optimizers have the lowest test error, among those that have one on every seed, and what differs."""
+    """Sentences on the optimizers with the lowest test error, among those with one on every seed."""
     whole = [o for o in summary.optimizers if o.test.count and not o.test.lost]
     if not whole:
         return []
@@ -187,9 +187,9 @@ def mean_text(found: MeanInterval, unit: Unit, not_finite: int = 0, *, sign: boo
 
     Args:
         found: the mean.
-        unit: of the errors.
-        not_finite: how many of the runs that are lost to it have not diverged.
-        sign: whether the unit stands behind it.
+        unit: unit of the errors.
+        not_finite: how many of the runs missing from the mean have not diverged.
+        sign: whether to write the unit.
     """
     if not found.count:
         return "not finite" if not_finite else "all diverged"
@@ -251,7 +251,7 @@ def markdown(table: Table) -> str:
 
 
 def markdown_text(text: str) -> str:
-    r"""A text that Markdown shows as it is: no HTML, no links, no code.
+    r"""A text escaped so that Markdown shows it unchanged: no HTML, no links, no code.
 
     Example:
         >>> print(markdown_text("<b>[a](b)`"))
@@ -281,11 +281,11 @@ _LATEX = str.maketrans(
 
 
 def latex(table: Table, label: str) -> str:
-    r"""The table in LaTeX, for the packages ``booktabs`` and, as rows may be wide, ``graphicx``.
+    r"""The table in LaTeX, for the packages ``booktabs`` and, for wide rows, ``graphicx``.
 
     Args:
         table: the table.
-        label: what ``\ref`` finds it by, behind ``tab:``.
+        label: its label for ``\ref``, after ``tab:``.
 
     Example:
         >>> print(latex(Table("Errors", ("optimizer", "error"), (("sgd_1", "2 %"),)), "errors"))
@@ -327,10 +327,10 @@ def latex(table: Table, label: str) -> str:
 
 
 def runs_csv(comparison: Comparison) -> str:
-    """One row per run, without anything that is measured on a machine: the same command gives the same text.
+    """One row per run, without values measured on a machine: the same command gives the same text.
 
-    Empty cells are values that a run does not have: it diverged, or the test data were not read for it. Texts that a
-    spreadsheet would take for a formula begin with an apostrophe.
+    Cells are empty for values that a run does not have: it diverged, or was not tested. Texts that a spreadsheet would
+    take for a formula begin with an apostrophe.
     """
 
     def row(run: RunResult) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def runs_csv(comparison: Comparison) -> str:
 
 
 def epochs_csv(comparison: Comparison) -> str:
-    """One row per run and epoch, without anything that is measured on a machine; norm and rotation of every layer."""
+    """One row per run and epoch, with norm and rotation of every layer, without values measured on a machine."""
 
     def rows(run: RunResult) -> Iterable[dict[str, Any]]:
         for epoch in run.epochs:
@@ -365,7 +365,7 @@ def epochs_csv(comparison: Comparison) -> str:
 
 
 def times_csv(comparison: Comparison) -> str:
-    """What was measured on the machine: one row per run, with the training time to the end of each epoch."""
+    """The times measured on the machine: one row per run, with the training time to the end of each epoch."""
     measured = ("seconds_per_step", "peak_memory_bytes", "harness_seconds", "validation_seconds", "machine")
     ends = [f"seconds_to_epoch_{i}" for i in range(1, comparison.settings.epochs + 1)]
     return _csv(
@@ -396,7 +396,7 @@ def _cell(value: object) -> object:
 
 
 def summary_json(summary: Summary) -> str:
-    """Everything that the tables and figures show as one JSON document; null for what is not finite."""
+    """The content of all tables and figures as one JSON document; null for values that are not finite."""
     # Where files of earlier versions have their optimizers.
     data = {"contestants" if name == "optimizers" else name: value for name, value in asdict(summary).items()}
     return json.dumps(without_infinities(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

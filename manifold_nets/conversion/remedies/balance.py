@@ -30,7 +30,7 @@ LARGEST_IMBALANCE = 1e-9
 _SWEEPS = 100
 _SOLVER_STEPS = 200
 _HALVINGS = 10
-# An energy that is higher by no more than this is the same up to rounding.
+# Energies that differ by at most this are equal up to rounding.
 _RISE = 1 + 16 * torch.finfo(torch.float64).eps
 _log = logging.getLogger(__name__)
 

@@ -151,7 +151,7 @@ class _Measurement:
         found: dict[str, RemovedBias | str] = {s.parameters[0]: RemovedBias(s.parameters[0]) for s in shifts}
         means = {shift.parameters[0]: _means(shift) for shift in shifts if _means(shift)}
         reference = self._inputs_of(set().union(*means.values())) if means else {}
-        # A change that is like no other shows what arrives as it is, also where the bias itself is zero.
+        # A distinctive change shows what arrives unchanged, even if the bias itself is zero.
         generator = torch.Generator().manual_seed(0)
         probes = {name: self._probe(self.parameters[name].detach(), generator) for name in means}
         for name, measured in self._measured(means, reference, probes).items():
@@ -162,7 +162,7 @@ class _Measurement:
             else:
                 continue
             del means[name]
-        # What arrives as something else is measured with the bias.
+        # Changes that arrive modified are measured with the bias.
         changes = {name: -self.parameters[name].detach() for name in means}
         for name, measured in self._measured(means, reference, changes).items():
             if isinstance(measured, str):
@@ -268,7 +268,7 @@ def _shifts_of(
         limit = _CONSTANT * max(float(change.abs().max()), float(by_channel.abs().max()))
         if not float((difference - by_channel[:, None]).abs().max()) <= limit:
             return f"it is not a constant in front of {mean}"
-        # Where the bias itself arrives, no rounding need come in between.
+        # If the bias itself arrives, it is used without rounding.
         same = by_channel.shape == change.shape and float((by_channel - change).abs().max()) <= limit
         found[mean] = change if same else by_channel
     return found
