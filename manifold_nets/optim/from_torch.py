@@ -72,8 +72,8 @@ def from_torch(
     Args:
         optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; not changed.
         model: the model that it trains, before the conversion; not changed.
-        converted: the model that `manifold_nets.convert` made of it. Either may be sharded; states are sharded as the
-            converted model is.
+        converted: the model that `manifold_nets.convert` made of it. Either may be sharded; states are sharded like the
+            converted model.
         transfer: ``"follow"``, ``"step"`` or ``"equilibrium"``.
         scheduler: a learning-rate scheduler of the optimizer, or several; they are attached to the new optimizer. A
             newly made scheduler continues with its ``load_state_dict``.
