@@ -219,7 +219,9 @@ def test_a_lost_host_and_a_restarted_server_lose_no_result_and_repeat_none(hosts
     hosts.lose(1)
     worker.communicate()
     before, lost = queue.results(), set(queue.running())
-    assert (2 <= len(before) < 7, len(lost)) == (True, 1)
+    # A worker takes its next run before the last result is stored.
+    assert 2 <= len(before) < 7
+    assert 1 <= len(lost) <= 2
     command = hosts.started(0, *arguments_of(settings), "--output", str(tmp_path))
     helper = hosts.started(1, "--worker", study_name(settings))
     until(lambda: queue.count_done() > len(before) and queue.running(), command, helper)
