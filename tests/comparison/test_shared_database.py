@@ -210,7 +210,7 @@ def check_rows(rows, count: int, lost: set[int]) -> None:
 
 
 def test_a_lost_host_and_a_restarted_server_lose_no_result_and_repeat_none(hosts, tmp_path):
-    settings = small_settings(epochs=8)
+    settings = small_settings(epochs=4)
     queue = RunStore(hosts.local, study_name(settings))
     queue.create(settings, environment())
     queue.add_missing(settings.run_keys())
@@ -219,7 +219,9 @@ def test_a_lost_host_and_a_restarted_server_lose_no_result_and_repeat_none(hosts
     hosts.lose(1)
     worker.communicate()
     before, lost = queue.results(), set(queue.running())
-    assert (2 <= len(before) < 7, len(lost)) == (True, 1)
+    # A worker takes its next run before the last result is stored.
+    assert 2 <= len(before) < 7
+    assert 1 <= len(lost) <= 2
     command = hosts.started(0, *arguments_of(settings), "--output", str(tmp_path))
     helper = hosts.started(1, "--worker", study_name(settings))
     until(lambda: queue.count_done() > len(before) and queue.running(), command, helper)
@@ -227,10 +229,10 @@ def test_a_lost_host_and_a_restarted_server_lose_no_result_and_repeat_none(hosts
     for process in (helper, command):
         _, errors = process.communicate()
         assert process.returncode == 0, errors
+    after = queue.results()  # by a new connection, as the restart has closed the old one
     with queue._transaction() as connection:
         found = connection.execute(text("SELECT id, key, state FROM manifold_nets_runs ORDER BY id"))
         rows = [tuple(row) for row in found]
-    after = queue.results()
     queue.close()
     check_rows(rows, 8, lost)
     assert {key: after[key] for key in before} == before
