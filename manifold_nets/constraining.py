@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -18,6 +19,7 @@ from manifold_nets.constraints import (
     attach,
     constrained_weights,
     detach,
+    everywhere,
     is_converted,
     note_defined,
     note_released,
@@ -174,11 +176,9 @@ def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: fl
     chosen = _selected(wrapped, model, dict(model.named_parameters()), names)
     planned = [_planned(model, name, per, radius) for name in chosen]
     _warn_of_averages(wrapped)
+    held = holders(model)
     for _, (module, leaf), manifold, point in planned:
-        old = module.get_parameter(leaf)
-        attach(module, leaf, manifold, point)
-        note_defined(module, leaf)
-        _replace(model, old, module.get_parameter(leaf))
+        everywhere(held[id(module.get_parameter(leaf))], functools.partial(_put, manifold=manifold, point=point))
     return Constrained(type(model).__name__, tuple(row for row, *_ in planned))
 
 
@@ -225,14 +225,20 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
             raise ConstraintError.joint(next(iter(members.values())).name, joint.missing(members))
     if chosen:
         _warn_of_averages(wrapped)
+    held = holders(model)
     for weight in chosen:
         old = weight.parameter
-        detach(weight.module, weight.leaf)
+        everywhere(held[id(old)], detach)
         note_released(old, f"{type(weight.module).__name__}.{weight.leaf}")
-        _replace(model, old, weight.parameter)
-        # A unit-norm layer would put the weight on spheres again when it is reset.
-        weight.module.__class__ = _PLAIN_LAYERS.get(type(weight.module), type(weight.module))
+        for module, _ in held[id(old)]:
+            # A unit-norm layer would put the weight on spheres again when it is reset.
+            module.__class__ = _PLAIN_LAYERS.get(type(module), type(module))
     return [weight.name for weight in chosen]
+
+
+def _put(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor | None) -> None:
+    attach(module, leaf, manifold, point)
+    note_defined(module, leaf)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -385,10 +391,3 @@ def _head_size(model: nn.Module, path: str) -> int | None:
             if isinstance(size, int) and size > 0:
                 return size
     return None
-
-
-def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put a new parameter where others still hold the old one, so that tied weights stay tied."""
-    for module, leaf in holders(model).get(id(old), ()):
-        detach(module, leaf)
-        setattr(module, leaf, new)

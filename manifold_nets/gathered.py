@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["is_sharded", "local_part", "whole", "write_whole_"]
+__all__ = ["held_as", "is_sharded", "local_part", "whole", "write_whole_"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -33,6 +35,28 @@ def whole(tensor: Tensor) -> Tensor:
     """
     detached = tensor.detach()
     return detached.full_tensor() if is_sharded(detached) else detached  # type: ignore[attr-defined]
+
+
+def held_as(values: Tensor, other: Tensor) -> Tensor:
+    """Return values, the same on all processes or sharded in any way, sharded as another tensor of their shape is.
+
+    Example:
+        >>> held_as(torch.ones(2), torch.zeros(2))
+        tensor([1., 1.])
+    """
+    layout = _layout(other)
+    if _layout(values) == layout:
+        return values.detach()
+    if layout is None:
+        return whole(values)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole(values), *layout, src_data_rank=None)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, Any] | None:
+    """Mesh and placements of a sharded tensor."""
+    return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

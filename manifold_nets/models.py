@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from manifold_nets.errors import AnalysisError, UnsupportedModelError
 from manifold_nets.float64 import copied, widened
+from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition
 
 __all__ = [
@@ -46,6 +47,11 @@ _DROPOUT_ATTRIBUTES = (
 # Wrappers that run another module, by class name and the name of its child: their machinery cannot be traced.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _SCRIPTS: tuple[type, ...] = (torch.jit.ScriptModule,)
+# How a model gets from its shards to whatever needs a whole one, and back.
+_WHOLE = (
+    "Load its full state (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+    "StateDictOptions(full_state_dict=True)) into a whole model, and shard what comes out."
+)
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
@@ -143,6 +149,8 @@ def duplicate(
     try:
         model_copy: nn.Module = copied(model, change, {**memo, **(shared or {})})
     except Exception as error:
+        if any(map(is_sharded, model.parameters())):
+            raise UnsupportedModelError(type(model).__name__, "a sharded model, which has no copy", _WHOLE) from error
         raise AnalysisError(type(model).__name__, error, copying=True) from error
     return model_copy
 
@@ -212,6 +220,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
         if lazy:
             found = f"the parameter {path} of a lazy module, which has no shape yet"
             raise UnsupportedModelError(name, found, "Run the model once on example inputs first.")
+        if is_sharded(parameter):
+            raise UnsupportedModelError(name, f"the parameter {path}, which is sharded", _WHOLE)
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -463,6 +463,23 @@ def test_classifiers_are_those_of_the_python_that_is_required() -> None:
     assert minors == list(range(minors[0], minors[-1] + 1))
 
 
+def test_workflows_cover_every_system_and_every_python_with_targets_that_exist() -> None:
+    yaml = pytest.importorskip("yaml")
+    tests, publish = (yaml.safe_load(text_of(f".github/workflows/{name}.yml"))["jobs"] for name in ("tests", "publish"))
+    classifiers = "\n".join(project()["project"]["classifiers"])
+    rows = tests["versions"]["strategy"]["matrix"]["include"]
+    assert {row["python"] for row in rows} == set(re.findall(r"Python :: (3\.\d+)", classifiers))
+    assert {row["os"] for row in rows} == {"ubuntu-latest", "macos-latest", "windows-latest"}
+    floor = re.search(r"torch>=([\d.]+)", " ".join(project()["project"]["dependencies"]))
+    assert floor is not None
+    assert any(str(row["torch"]).startswith(f"{floor[1]}.") for row in rows)
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    assert {"test-versions", *tests["systems"]["strategy"]["matrix"]["target"]} <= targets
+    assert tests["versions"]["steps"][-1]["run"].startswith("make test-versions PAIRS=")
+    assert "make test-wheel DIST=" in publish["build"]["steps"][2]["run"]
+    assert publish["publish"]["permissions"] == {"id-token": "write"}
+
+
 def test_what_a_wheel_must_carry() -> None:
     files = {str(path) for path in importlib.metadata.files("manifold_nets") or []}
     metadata = importlib.metadata.metadata("manifold_nets")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import importlib
 import json
 import logging
@@ -75,6 +77,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 EVAL_LIMIT = 1e-5  # float32, as in manifold_nets.conversion.verify
 
 
+Written = tuple[Path, nn.Module, nn.Module, dict[str, torch.Tensor]]
+
+
 def transformers() -> Any:
     mn.sources.import_torchvision()  # transformers imports it as well, where it is installed
     return importlib.import_module("transformers")
@@ -109,13 +114,15 @@ def manifolds(model: nn.Module) -> dict[str, Any]:
     return {weight.name: weight.manifold.to_dict() for weight in mn.constraints.constrained_weights(model)}
 
 
-def check_folder(folder: Path, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """A converted folder gives `from_pretrained` a plain model that computes the same, and us the converted one."""
+def check_folder(folder: Path, made: nn.Module, plain: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """A folder gives `from_pretrained` the values of the model that was converted in memory, and us its spheres."""
     reread = type(plain).from_pretrained(folder)
     assert not manifolds(reread)
+    check_same_values(mn.revert(made), reread)
     assert mn.verify(plain, reread, inputs).eval_difference <= EVAL_LIMIT
     converted = load_model(f"hf:{folder}")
-    check_same_values(mn.revert(converted), reread)
+    check_same_values(made, converted)
+    assert manifolds(converted) == manifolds(made)
     assert mn.verify(converted, reread, inputs).eval_difference == 0
     return len(manifolds(converted))
 
@@ -123,9 +130,16 @@ def check_folder(folder: Path, plain: nn.Module, inputs: dict[str, torch.Tensor]
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_is_diagnosed_converted_and_read_back(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One command each; the values and the function that `from_pretrained` reads are the converted model's."""
+    made: list[nn.Module] = []
+
+    def keep_and_save(model: nn.Module, folder: Path) -> None:
+        made.append(copy.deepcopy(model))
+        save_pretrained(model, folder)
+
+    monkeypatch.setattr(mn.sources, "save_pretrained", keep_and_save)
     written(name, tmp_path / "plain")
     report = document("diagnose", f"hf:{tmp_path / 'plain'}")["report"]
     done = document("convert", f"hf:{tmp_path / 'plain'}", "--remedies", "all", "--output", f"{tmp_path / 'out'}/")
@@ -134,7 +148,7 @@ def test_a_folder_is_diagnosed_converted_and_read_back(
     plain = getattr(transformers(), MODELS[name][0]).from_pretrained(tmp_path / "plain")
     inputs = guess_inputs(plain)
     assert list(inputs) == MODELS[name][2].split()
-    spheres = check_folder(tmp_path / "out", plain, inputs)
+    spheres = check_folder(tmp_path / "out", made[0], plain, inputs)
     acted = [action for action in done["plan"]["actions"] if action["action"] != "leave"]
     families = sum(family["certificate"]["verdict"] == "invariant" for family in report["families"])
     with capsys.disabled():
@@ -143,30 +157,39 @@ def test_a_folder_is_diagnosed_converted_and_read_back(
 
 
 @pytest.fixture
-def converted(tmp_path: Path) -> tuple[Path, nn.Module, dict[str, torch.Tensor]]:
-    """A folder of a small converted model, the plain model, and inputs."""
+def converted(tmp_path: Path) -> Written:
+    """A folder of a small converted model, this model, the plain one, and inputs."""
     plain = written("Qwen3", tmp_path / "plain").eval()
     inputs = guess_inputs(plain)
-    save_pretrained(mn.convert(plain, inputs), tmp_path / "out")
-    return tmp_path / "out", plain, inputs
+    made = mn.convert(plain, inputs)
+    save_pretrained(made, tmp_path / "out")
+    return tmp_path / "out", made, plain, inputs
 
 
-def test_the_checks_of_a_folder_can_fail(converted: tuple[Path, nn.Module, dict[str, torch.Tensor]]) -> None:
-    folder, plain, inputs = converted
+def test_the_checks_of_a_folder_can_fail(converted: Written) -> None:
+    folder, made, plain, inputs = converted
     assert check_folder(*converted) == 4
+    # A folder that fits itself, of a model that differs in the last bit of one value.
+    other = copy.deepcopy(made)
+    head = other.get_parameter("lm_head.weight").detach()
+    head[0, 0] = torch.nextafter(head[0, 0], torch.tensor(torch.inf))
+    save_pretrained(other, folder)
+    assert manifolds(load_model(f"hf:{folder}")) == manifolds(made)
+    with pytest.raises(AssertionError, match=r"lm_head\.weight"):
+        check_folder(*converted)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights["lm_head.weight"][0] += 1
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError):
-        check_folder(folder, plain, inputs)
+        check_folder(folder, made, plain, inputs)
     with pytest.raises(errors.CheckpointFormatError, match="delete this file to load them as a plain model"):
         load_model(f"hf:{folder}")
     (folder / "manifold_nets.json").unlink()
     assert not manifolds(load_model(f"hf:{folder}"))
 
 
-def test_a_damaged_conversion_is_named(converted: tuple[Path, nn.Module, dict[str, torch.Tensor]]) -> None:
-    folder, plain, _ = converted
+def test_a_damaged_conversion_is_named(converted: Written) -> None:
+    folder, _, plain, _ = converted
     for text in ("", "{}", "[]", '{"aliases": {}, "checksum": "", "removed_biases": 3}'):
         (folder / "manifold_nets.json").write_text(text)
         with pytest.raises(errors.CheckpointFormatError, match=r"manifold_nets\.json"):
@@ -174,14 +197,36 @@ def test_a_damaged_conversion_is_named(converted: tuple[Path, nn.Module, dict[st
 
 
 def test_a_model_that_lost_its_spheres_leaves_a_plain_folder(
-    converted: tuple[Path, nn.Module, dict[str, torch.Tensor]],
+    converted: Written,
 ) -> None:
-    folder, plain, _ = converted
+    folder, _, plain, _ = converted
     save_pretrained(plain, folder)
     assert not (folder / "manifold_nets.json").exists()
     check_same_values(load_model(f"hf:{folder}"), plain)
     with pytest.raises(errors.CheckpointError, match="Linear has no save_pretrained"):
         save_pretrained(nn.Linear(2, 2), folder)
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    class Net(nn.Sequential):
+        room = True
+
+        def save_pretrained(self, folder: str) -> None:
+            torch.save(self.state_dict(), f"{folder}/weights.pt")
+            if not Net.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    net = Net(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    converted = mn.convert(net, torch.randn(16, 4))
+    save_pretrained(converted, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"weights.pt", "manifold_nets.json"}
+    Net.room = False
+    with torch.no_grad():
+        converted[2].weight.zero_()
+    with pytest.raises(errors.OutputFileError, match="No space left"):
+        save_pretrained(converted, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_folder_that_is_read_is_not_written(tmp_path: Path) -> None:

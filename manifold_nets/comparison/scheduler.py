@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manifold_nets.comparison.errors import StorageError
 from manifold_nets.comparison.pool import Executor
 from manifold_nets.comparison.results import Comparison, RunResult
 from manifold_nets.comparison.run import Runner
@@ -91,7 +92,8 @@ class Scheduler:
             self._loop()
         except BaseException:
             # Also when interrupted: runs in flight are released at once, not after their heartbeats have stopped.
-            self.store.mark_failed(self.executor.running())
+            with suppress(StorageError):  # the database may be what failed
+                self.store.mark_failed(self.executor.running())
             raise
 
     def report(self, last: RunResult | None) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from manifold_nets.constraints import NEAR, constrained_weights, converted_norms, is_converted
 from manifold_nets.errors import ArgumentTypeError, OptionError
-from manifold_nets.gathered import whole, write_whole_
+from manifold_nets.gathered import held_as, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
@@ -65,12 +65,15 @@ def from_torch(
       from the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. This gives the rates of the long run
       at once.
 
-    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest.
+    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state
+    of the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run
+    continues from there, to rounding, as torch casts the norms to the dtype of the weights.
 
     Args:
         optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; not changed.
         model: the model that it trains, before the conversion; not changed.
-        converted: the model that `manifold_nets.convert` made of it.
+        converted: the model that `manifold_nets.convert` made of it. Either may be sharded; states are sharded like the
+            converted model.
         transfer: ``"follow"``, ``"step"`` or ``"equilibrium"``.
         scheduler: a learning-rate scheduler of the optimizer, or several; they are attached to the new optimizer. A
             newly made scheduler continues with its ``load_state_dict``.
@@ -118,11 +121,11 @@ def from_torch(
     for group, name, source, target in pairs:
         state, manifold = optimizer.state.get(source, {}), manifolds.get(id(target))
         if manifold is None:
-            made.state[target].update({key: _copied(value) for key, value in state.items()})
+            made.state[target].update({key: _copied(value, target) for key, value in state.items()})
             continue
         if NORM in state:  # loaded from a checkpoint of the converted run
-            norms[name] = state[NORM].double()
-            state = _off_spheres(state, source, manifold, norms[name])
+            norms[name] = whole(state[NORM]).double()
+            state = _off_spheres(state, manifold, norms[name])
         made.state[target].update(_on_spheres(group, target, manifold, state, norms[name]))
         if transfer == "equilibrium":
             _to_equilibrium(group, name, source, manifold, state, made.state[target])
@@ -198,17 +201,17 @@ def to_torch(
     for _, name, source, target in pairs:
         state, weight = optimizer.state.get(source, {}), constrained.get(id(source))
         if weight is not None:
-            norms = _norms_in(optimizer, source, weight.manifold)
+            norms = whole(_norms_in(optimizer, source, weight.manifold))
             is_joint = isinstance(weight.manifold, JointSphereMember)
-            found = norms if is_joint else weight.manifold.partition.norms(target.detach())
+            found = norms if is_joint else weight.manifold.partition.norms(whole(target))
             off = float((found / norms - 1).abs().max())
             if not off <= NEAR:
                 expected = (
                     "manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))"
                 )
                 raise OptionError("plain", f"{name} with norms that are off by {off:.2g}", expected)
-            state = _off_spheres(state, source, weight.manifold, norms)
-        made.state[target].update({key: _copied(value) for key, value in state.items()})
+            state = _off_spheres(state, weight.manifold, norms)
+        made.state[target].update({key: _copied(value, target) for key, value in state.items()})
     _reattach(scheduler, optimizer, made)
     return made
 
@@ -327,8 +330,12 @@ def _other_groups(
     return groups, pairs
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+def _copied(value: Any, target: Tensor | None = None) -> Any:
+    """A copy of an option or of a piece of a state; sharded as its parameter is, if it has that one's shape."""
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    has_entries = target is not None and value.shape == target.shape
+    return (held_as(value, target) if has_entries else value.detach()).clone()  # type: ignore[arg-type]
 
 
 def _plain_norms_of(weights: dict[str, tuple[Tensor, SphereProduct | None]]) -> dict[str, Tensor]:
@@ -361,11 +368,11 @@ def _on_spheres(
         if value is None or key == "step":
             made[key] = _copied(value) if value is None else torch.as_tensor(value).detach().float().cpu().clone()
         elif key in _NAMES:
-            made[_NAMES[key]] = value.detach().to(wide, copy=True)
+            made[_NAMES[key]] = held_as(value, target).to(wide, copy=True)
         else:  # a momentum, in the scale of the weight on its spheres
             is_unit = manifold.uniform_radius == 1
-            scaled = value.detach() if is_unit else manifold.partition.multiply(value.detach().double(), radius)
-            made[key] = scaled.to(target.dtype, copy=True)
+            scaled = value if is_unit else manifold.partition.multiply(whole(value).double(), radius)
+            made[key] = held_as(scaled, target).to(target.dtype, copy=True)
     if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
         made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
         second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
@@ -377,7 +384,7 @@ def _to_equilibrium(
     group: Group, name: str, source: Tensor, manifold: SphereProduct, state: dict[str, Any], made: dict[str, Any]
 ) -> None:
     """Replace the norms by those at which growth and decay balance; gradients, and so moments, are as 1/n."""
-    partition, norms = manifold.partition, made[NORM]
+    partition, norms = manifold.partition, whole(made[NORM])
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if isinstance(manifold, JointSphereMember):
         raise OptionError("transfer", f"'equilibrium' for {name} on a joint sphere", "'follow' or 'step'")
@@ -393,16 +400,17 @@ def _to_equilibrium(
         if gradient is None:
             raise OptionError("transfer", f"'equilibrium', but {name} has neither momentum nor gradient", "one of them")
         # Of independent gradients G/n, (1 − τ)² Σ μ^{2k} = (1 − τ)²/(1 − μ²) are in the squared length of the momentum.
-        tangent = manifold.proju(manifold.projx(source.detach()), gradient.detach())
+        tangent = manifold.proju(manifold.projx(whole(source)), whole(gradient))
         share = 1.0 if buffer is None else (1 - mu**2) / (1 - float(group["dampening"])) ** 2
         squared = share * (norms.square() * partition.inner(tangent, tangent).double()).mean()
         new = torch.full_like(norms, float(lr * squared / (2 * decay * (1 - mu))) ** 0.25)
         refuse_degenerate(new, name)
     ratio = norms / new
-    made[NORM] = new
+    write_whole_(made[NORM], new)
     for key, power in (("momentum_buffer", 1), ("exp_avg", 1), ("entry_sq", 2), ("max_entry_sq", 2)):
         if isinstance(made.get(key), Tensor):
-            made[key] = partition.multiply(made[key], ratio.pow(power).to(made[key].dtype))
+            scaled = partition.multiply(whole(made[key]), ratio.pow(power).to(made[key].dtype))
+            made[key] = held_as(scaled, made[key])
 
 
 def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
@@ -435,16 +443,16 @@ def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: Sphere
     return torch.full(partition.spread_shape, value, dtype=torch.float64, device=weight.device)
 
 
-def _off_spheres(state: dict[str, Any], weight: Tensor, manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
+def _off_spheres(state: dict[str, Any], manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
     """The state of a weight on spheres as that of the plain weight; the way back of `carry_momentum`."""
     partition, found, follows = manifold.partition, dict[str, Any](), NORM in state
     scale = manifold.radius_for(norms) * (torch.ones_like(norms) if follows else norms)
     for key, value in state.items():
         if key in ("momentum_buffer", "exp_avg") and value is not None:
-            found[key] = partition.divide(value, scale.to(value.dtype))
+            found[key] = partition.divide(whole(value), scale.to(value.dtype))
         elif key in _NAMES and not follows:
-            mean = value / (norms.square() * partition.group_size)
-            found[key] = partition.multiply(torch.ones_like(weight), mean.to(weight.dtype))
+            mean = whole(value) / (norms.square() * partition.group_size)
+            found[key] = partition.multiply(value.new_ones(partition.shape), mean.to(value.dtype))
         elif key not in (NORM, "master_weight"):
             found[_PLAIN_NAMES.get(key, key)] = value
     return found

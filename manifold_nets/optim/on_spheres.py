@@ -30,7 +30,10 @@ __all__ = ["on_spheres"]
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 # What optimizers call the running means of their directions; second moments are no vectors, and stay as they are.
-_BUFFERS = re.compile(r"(momentum|momentum_buffer|moment|mu|m|exp_avg|exp_avg_(slow|fast|diff|[0-9]+))")
+_BUFFERS = re.compile(
+    r"((neg_|pos_)?momentum|momentum_buffer|moment|mu|m|(mov_)?avg_grad"
+    r"|(neg_|grok_)?exp_avg|exp_avg_(slow|fast|diff|grad|[0-9]+))"
+)
 
 
 def on_spheres(

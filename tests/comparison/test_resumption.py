@@ -27,6 +27,7 @@ from helpers.comparison_runs import reproducible, small_settings, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, make_url
+from sqlalchemy.exc import OperationalError
 
 from manifold_nets.cli import main
 from manifold_nets.cli.compare import compare as command_line
@@ -189,6 +190,7 @@ def test_an_extension_that_was_interrupted_goes_on(tmp_path):
     assert seen[0].done == 11
 
 
+@pytest.mark.slow
 def test_a_tuned_study_is_extended_too(tmp_path):
     tuned = {"tune_on": (30, 15, 1), "output": tmp_path}
     tiny(**tuned)
@@ -447,6 +449,27 @@ def test_a_result_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
     monkeypatch.setitem(store._SYNCHRONOUS, True, "NORMAL")
     with pytest.raises(AssertionError):
         check_what_reaches_the_disk(tmp_path / "other.db")
+
+
+def test_a_server_that_is_away_is_waited_for(monkeypatch):
+    queue, away = RunStore("sqlite://", "test"), [OperationalError(None, None, Exception("gone"))] * 3
+    reach = queue._engine.begin
+
+    def begin():
+        if away:
+            raise away.pop()
+        return reach()
+
+    monkeypatch.setattr(queue._engine, "begin", begin)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.0)
+    queue.create(small_settings(), environment())
+    assert (queue.settings(), away) == (small_settings(), [])
+    # Sabotage: nobody waits.
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.0)
+    away.append(OperationalError(None, None, Exception("gone")))
+    with pytest.raises(StorageError, match=r"gone.*Start its server"):
+        queue.settings()
+    queue.close()
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from manifold_nets.errors import (
 CONVERTIBLE = [name for name, toy in TOYS.items() if any(toy.groups.values())]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float64])
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_evaluation_mode_is_preserved_and_radius_keep_changes_nothing(name: str, dtype: torch.dtype) -> None:
     toy = TOYS[name]
