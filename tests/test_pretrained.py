@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import importlib
 import json
 import logging
@@ -204,6 +205,28 @@ def test_a_model_that_lost_its_spheres_leaves_a_plain_folder(
     check_same_values(load_model(f"hf:{folder}"), plain)
     with pytest.raises(errors.CheckpointError, match="Linear has no save_pretrained"):
         save_pretrained(nn.Linear(2, 2), folder)
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    class Net(nn.Sequential):
+        room = True
+
+        def save_pretrained(self, folder: str) -> None:
+            torch.save(self.state_dict(), f"{folder}/weights.pt")
+            if not Net.room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    net = Net(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    converted = mn.convert(net, torch.randn(16, 4))
+    save_pretrained(converted, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(before) == {"weights.pt", "manifold_nets.json"}
+    Net.room = False
+    with torch.no_grad():
+        converted[2].weight.zero_()
+    with pytest.raises(errors.OutputFileError, match="No space left"):
+        save_pretrained(converted, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_folder_that_is_read_is_not_written(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from manifold_nets.comparison.settings import RunKey, Settings
 from manifold_nets.documents import crc32
 
 Record = TypeVar("Record", bound=JsonRecord)
-Options, Found = ParamSpec("Options"), TypeVar("Found")
+Options = ParamSpec("Options")
+Found = TypeVar("Found")
 
 # A run whose heartbeat has not changed for this long belongs to a process that has ended.
 GRACE_SECONDS = 120.0
@@ -280,8 +281,8 @@ class RunStore:
             found = f"{type(error).__name__}: {without_secrets(error.__cause__ or error, with_password(self.url))}"
             expected = "a database that can be read and written"
             # Without a statement it failed to connect or to commit.
-            is_operational = isinstance(error, OperationalError) and not self._in_file
-            if is_operational and (error.connection_invalidated or error.statement is None):
+            is_away = isinstance(error, OperationalError) and (error.connection_invalidated or error.statement is None)
+            if is_away and not self._in_file:
                 remedy = "Start its server; the same command goes on from what is stored."
                 raise _AwayError(self._place, found, expected, remedy) from None
             raise StorageError(self._place, found, expected, _RESTORE) from None

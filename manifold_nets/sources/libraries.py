@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from manifold_nets.conversion.checkpoint import contents_to_save, load_contents
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.storage import read_document, write_document
 from manifold_nets.errors import CheckpointError, ModelNotFoundError, described
+from manifold_nets.files import atomic_file
 from manifold_nets.sources.python import FAULTS, built_model, near
 from manifold_nets.sources.spec import ModelSpec
 from manifold_nets.sources.torchvision_import import import_torchvision, torchvision_repaired
@@ -134,6 +136,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         CheckpointError: the model has no ``save_pretrained``, or its weights cannot be saved; see `save`.
+        OutputFileError: the disk is full; files that were there are unchanged.
         OffManifoldError: the norm of a group is not its radius.
 
     Example:
@@ -156,11 +159,18 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise CheckpointError(folder, f"{type(model).__name__} has no save_pretrained. Save it to a file.")
     contents = contents_to_save(model, file)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)  # until the end the folder is that of a plain model
-    with _no_progress_bars():
-        revert(model).save_pretrained(folder)  # type: ignore[operator]
-    if contents.manifolds or contents.removed or contents.conversions:
-        write_document(file, contents)
+    with (
+        atomic_file(file) as last,
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary,
+        _no_progress_bars(),
+    ):
+        revert(model).save_pretrained(temporary)  # type: ignore[operator]
+        write_document(last, contents)
+        file.unlink(missing_ok=True)  # until the end the folder is that of a plain model
+        for part in Path(temporary).iterdir():
+            part.replace(Path(folder) / part.name)
+    if not (contents.manifolds or contents.removed or contents.conversions):
+        file.unlink()
 
 
 def load_pretrained(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1021,6 +1022,19 @@ def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(parameters(plain), parameters(resumed), strict=True))
     assert callback.monitor.history.steps == [25, 30, 35]
     np.testing.assert_array_equal(callback.monitor.history.of("rotation"), history.of("rotation")[-3:])
+
+
+@pytest.mark.slow
+@of_libraries
+def test_a_run_of_lightning_without_an_end_has_no_number_of_steps():
+    example("train_with_lightning", "lightning", "sklearn")
+    model = network()
+    for steps, known in ((40, 40), (math.inf, None), (-1, None)):
+        callback = module.lightning_callback(inputs=batch()[0])
+        trainer = SimpleNamespace(estimated_stepping_batches=steps, loggers=[], optimizers=[sgd(model)])
+        callback.on_train_start(trainer, model)
+        assert callback.monitor.total_steps == known
+        callback.on_train_end(trainer, model)
 
 
 @pytest.mark.slow

@@ -499,7 +499,12 @@ def faults_of(make: Callable[[list[Tensor]], Any], start: nn.Module, x: Tensor, 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_optimizers_of_timm_step_on_spheres(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_optimizers_of_timm_step_on_spheres(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    # NAdam of torch keeps a number in the default dtype, and loads it in that of the weights.
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
     if importlib.util.find_spec("torchvision") is not None:
         mn.sources.import_torchvision()
     timm = pytest.importorskip("timm.optim")
