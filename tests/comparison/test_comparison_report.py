@@ -357,7 +357,7 @@ def test_the_command_rebuilds_a_report(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(MissingExtraError, match=r"manifold_nets\[compare\]"):
+    with pytest.raises(MissingExtraError, match=r"manifold_nets\[monitor\]"):
         write_report(TROUBLES["one run"], tmp_path)
     assert not (tmp_path / "report.html").exists()
 
