@@ -34,6 +34,7 @@ from machine import machine
 from optimizer_workloads import SHAPES, TRAINING, Contestant, Step, Timed, contestants, steps_over, training_steps
 
 from manifold_nets.optim.backends import native
+from manifold_nets.optim.backends.dispatch import has_triton
 
 AT_LEAST = 20
 
@@ -119,6 +120,8 @@ def named(contestant: Contestant, device: str) -> str:
     """Say how an optimizer took its steps; asked when they are taken, as the answer may compile the kernel."""
     if contestant.execution != "default":
         return contestant.execution
+    if device == "cuda" and has_triton(torch.empty(0, device=device)):
+        return "default: kernels in Triton"
     if device != "cpu" or native.available() is not None:
         return "default: batches of torch's operations"
     # The kernel knows these rules; it lends its passes to the others.

@@ -63,8 +63,9 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     large as the weight, and the path depends on the coordinates. AMSGrad is not defined for it.
 
     By default, weights on the CPU whose groups are contiguous in memory are stepped by a C kernel, all in one call; it
-    is compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all weights without a
-    compiler, are stepped by batched torch operations. All backends agree up to rounding.
+    is compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices, Triton kernels do
+    the same if Triton is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all weights
+    without a kernel, are stepped by batched torch operations. All backends agree up to rounding.
 
     Args:
         params: parameters, named parameters, or parameter groups, preferably those of `manifold_nets.param_groups`.
@@ -76,10 +77,11 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         foreach: True steps by batched torch operations, False one weight at a time; for plain parameters, torch's
             option.
         maximize: whether to ascend.
-        capturable: torch's option; only for plain parameters.
+        capturable: whether a CUDA graph can hold the step, as in torch; weights on spheres have to be on a CUDA or ROCm
+            device, with Triton installed. With ``lr`` a tensor on the device, its value is read in each replay.
         differentiable: torch's option; only for plain parameters.
-        fused: True requires the C kernel for weights on the CPU and raises an error without a compiler; False disables
-            it; for plain parameters, torch's option.
+        fused: True requires a compiled kernel (C for weights on the CPU, Triton on CUDA and ROCm devices) and raises an
+            error if there is none; False disables it; for plain parameters, torch's option.
         compile: True compiles the steps on spheres with `torch.compile`, one kernel for all sizes, on the CPU or a GPU.
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
             that takes the steps, with moments in float32, so that steps below the weights' precision add up.
@@ -88,7 +90,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     Raises:
         OptionError: ``per`` has another value, or is ``"entry"`` with ``amsgrad`` or ``compile``.
-        NativeKernelError: in a step with ``fused=True``, if there is no kernel for weights on the CPU.
+        NativeKernelError: in a step with ``fused=True``, if there is no kernel for a weight's device.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained as a Euclidean one; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
@@ -219,15 +221,23 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
             state[key] = _zero_second_moments(weight, manifold, by_entries=by_entries)
         if group["amsgrad"] and most not in state:
             state[most] = torch.zeros_like(state[key])
+        if group["capturable"]:  # there a graph can count, and read the count
+            state["step"] = state["step"].to(weight.device)
         state["step"] += 1
         second, largest = state[key], state[most] if group["amsgrad"] else None
-        return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=float(state["step"]))
+        step = _count_of(group, state["step"])
+        return StepInput(weight, gradient, manifold, state["exp_avg"], second, largest, step=step)
 
     def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
         steps = [self.state[member.weight]["step"] for member in inputs]
         torch._foreach_add_(steps, 1)
         for member, step in zip(inputs, steps, strict=True):
-            member.step = float(step)
+            member.step = _count_of(group, step)
+
+
+def _count_of(group: Group, step: Tensor) -> float | Tensor:
+    """Return the number of a step; where a CUDA graph may hold it the tensor itself, which nothing waits for."""
+    return step if group["capturable"] else float(step)
 
 
 class AngularAdam(RiemannianAdam):
@@ -249,7 +259,7 @@ class AngularAdam(RiemannianAdam):
     Args:
         params: preferably the groups of `manifold_nets.param_groups`.
         lr: η, the angle in radians.
-        options: the other options of `RiemannianAdam`, except AMSGrad. The C kernel steps the spheres that it supports,
+        options: the other options of `RiemannianAdam`, except AMSGrad. The kernels step the spheres that they support,
             by default and with ``fused=True``; other steps are taken chunk by chunk.
 
     Raises:

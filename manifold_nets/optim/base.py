@@ -39,7 +39,7 @@ from manifold_nets.optim.state import (
 __all__ = ["SphereOptimizer"]
 
 # The options of a group that determine the inputs and backends of a step.
-_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer")
+_DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer", "capturable")
 
 
 def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:

@@ -22,6 +22,7 @@ from manifold_nets.gathered import is_sharded, whole
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import inner_model
+from manifold_nets.optim.backends.dispatch import has_triton
 from manifold_nets.padded import PaddedSphereProduct
 from manifold_nets.symmetry.report import SymmetryReport, WeightFinding
 
@@ -281,7 +282,7 @@ def _require_trainable(weight: Tensor, manifold: SphereProduct, name: str, group
     if not weight.is_floating_point():
         raise ParameterGroupError.on_spheres(name, f"dtype {weight.dtype}", "a real floating-point dtype")
     for option in ("differentiable", "capturable"):
-        if group.get(option):
+        if group.get(option) and not (option == "capturable" and has_triton(weight)):
             raise ParameterGroupError.on_spheres(name, f"{option}=True", f"{option}=False")
     if tuple(weight.shape) != manifold.partition.shape:
         raise ParameterGroupError(name, f"shape {tuple(weight.shape)}", f"the manifold's, {manifold.partition.shape}")

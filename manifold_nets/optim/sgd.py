@@ -35,8 +35,9 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     dtype (in float32, a norm above about 1e19).
 
     By default, weights on the CPU whose groups are contiguous in memory are stepped by a C kernel, all in one call; it
-    is compiled at first use (see `manifold_nets.optim.backends.native`). Other weights, and all weights without a
-    compiler, are stepped by batched torch operations. All backends agree up to rounding.
+    is compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices, Triton kernels do
+    the same if Triton is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all weights
+    without a kernel, are stepped by batched torch operations. All backends agree up to rounding.
 
     Args:
         params: parameters, named parameters, or parameter groups, preferably those of `manifold_nets.param_groups`.
@@ -49,14 +50,14 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
         foreach: True steps by batched torch operations, False one weight at a time; for plain parameters, torch's
             option.
         differentiable: torch's option; only for plain parameters.
-        fused: True requires the C kernel for weights on the CPU and raises an error without a compiler; False disables
-            it; for plain parameters, torch's option.
+        fused: True requires a compiled kernel (C for weights on the CPU, Triton on CUDA and ROCm devices) and raises an
+            error if there is none; False disables it; for plain parameters, torch's option.
         compile: True compiles the steps on spheres with `torch.compile`, one kernel for all sizes, on the CPU or a GPU.
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
             that takes the steps, with moments in float32, so that steps below the weights' precision add up.
 
     Raises:
-        NativeKernelError: in a step with ``fused=True``, if there is no kernel for weights on the CPU.
+        NativeKernelError: in a step with ``fused=True``, if there is no kernel for a weight's device.
         ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained as a Euclidean one; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 

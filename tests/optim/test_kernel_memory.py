@@ -195,7 +195,7 @@ def test_sabotage_sharing_that_is_not_seen_goes_to_the_kernel(monkeypatch):
     monkeypatch.setattr(native, "step", lambda rule, jobs, threads: (seen.append(len(jobs)), step(rule, jobs, 1))[1])
     together(apart=False)
     assert seen == []
-    monkeypatch.setattr(native, "_apart", lambda jobs, members: jobs["rows"] > 0)
+    monkeypatch.setattr(native, "apart", lambda jobs, members: jobs["rows"] > 0)
     together(apart=False)  # one thread, one job after the other: by luck
     assert seen == [2]
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from manifold_nets.errors import NativeKernelError
 from manifold_nets.gathered import is_sharded, local_part
@@ -22,7 +27,7 @@ from manifold_nets.optim.backends.rule import Rule, StepInput
 from manifold_nets.optim.backends.sharded import part_of
 from manifold_nets.optim.backends.views import suits_rows
 
-__all__ = ["Backend", "assign", "in_motion", "joined", "run"]
+__all__ = ["Backend", "assign", "has_triton", "in_motion", "joined", "run"]
 
 _TENSORS = ("weight", "gradient", "moment", "second", "largest", "norms")
 
@@ -35,16 +40,17 @@ def assign(
 ) -> list[tuple[Backend, Batch]]:
     """Return the backends of a step and what each steps: what its options name, else the fastest for each weight.
 
-    By default the kernel in C takes what it can, and batches of torch's operations the rest; without a kernel, or with
-    ``fused=False``, batches take all. ``foreach=False`` takes one weight after the other. Weights whose groups are not
-    runs of memory, and those with extreme radii, are always taken one after the other, and so are sharded weights with
+    By default the kernel in C takes what it can on the CPU, those in Triton what they can on CUDA and ROCm devices, and
+    batches of torch's operations the rest; without a kernel, or with ``fused=False``, batches take all.
+    ``foreach=False`` takes one weight after the other. Weights whose groups are not runs of memory, and those with
+    extreme radii, are always taken one after the other, but for what Triton takes, and so are sharded weights with
     groups across processes.
 
-    Rules that kernels do not know have their coefficients computed by torch, between two passes of the kernel in C, and
+    Rules that kernels do not know have their coefficients computed by torch, between two passes of a kernel, and
     ``compiled`` says nothing of them. Steps with a second moment for every entry have no batches.
 
     Raises:
-        NativeKernelError: ``fused`` is True and there is no kernel.
+        NativeKernelError: ``fused`` is True and there is no kernel for the device of a weight.
     """
     remaining = [_local(member) for member in members] if rule.by_groups else list(members)
     found: list[tuple[Backend, Batch]] = []
@@ -61,9 +67,12 @@ def assign(
     compiled = compiled and rule.has_kernel
     if compiled:
         give(run_compiled, suits_rows)
-    elif rule.by_groups and _wants_native(fused, foreach, members):
-        suits = suits_by_entries if rule.by_entries else suits_native
-        give(run_native if rule.is_native else run_in_passes, suits)
+    elif rule.by_groups and (fused or (fused is None and foreach is None)):
+        if kernel := _triton_for(members, fused=bool(fused)):
+            give(kernel.run_triton, lambda m: has_triton(m.weight) and kernel.suits_triton(m, rule))
+        if _wants_native(remaining, fused=bool(fused)):
+            suits = suits_by_entries if rule.by_entries else suits_native
+            give(run_native if rule.is_native else run_in_passes, suits)
     if rule.by_groups and not rule.by_entries and (foreach or (foreach is None and not compiled)):
         give(run_batched, suits_rows)
     give(run_single, lambda _: True)
@@ -73,6 +82,9 @@ def assign(
 def run(rule: Rule, batches: Sequence[tuple[Backend, Batch]]) -> None:
     """Take the step; weights that share memory with others are given back, and taken one after the other."""
     for backend, batch in batches:
+        if backend.__name__ != "run_triton":
+            for member in batch:
+                member.step = float(member.step)  # a tensor where a step is to lie in a CUDA graph
         run_single(rule, backend(rule, batch) or ())
 
 
@@ -88,12 +100,11 @@ def _local(member: StepInput) -> StepInput:
     return replace(member, manifold=part.manifold, **held)
 
 
-# ---- the kernel in C -------------------------------------------------------------------------------------------------
+# ---- the kernels -----------------------------------------------------------------------------------------------------
 
 
-def _wants_native(fused: bool | None, foreach: bool | None, members: Sequence[StepInput]) -> bool:
-    wanted = fused or (fused is None and foreach is None)
-    if not wanted or not any(member.weight.is_cpu for member in members):
+def _wants_native(members: Sequence[StepInput], *, fused: bool) -> bool:
+    if not any(member.weight.is_cpu for member in members):
         return False
     problem = native.available()
     if problem is not None:
@@ -125,6 +136,39 @@ def _depth() -> int:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("manifold_nets", "torch"):
         depth, frame = depth + 1, frame.f_back
     return depth
+
+
+# The type of CUDA's and of ROCm's devices.
+_TRITON_DEVICES: tuple[str, ...] = ("cuda",)
+
+
+@functools.cache
+def _triton_kernel() -> Any:
+    """Return the module of the kernels in Triton, or why it cannot be imported."""
+    try:
+        return importlib.import_module("manifold_nets.optim.backends.triton_kernel")
+    except ImportError as error:
+        return f"{error}"
+
+
+def has_triton(weight: Tensor) -> bool:
+    """Whether the kernels in Triton are for the device of a weight, and can be imported."""
+    device = weight.device
+    # Triton compiles for NVIDIA's devices from Volta on.
+    is_old = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 0)
+    return device.type in _TRITON_DEVICES and not is_old and not isinstance(_triton_kernel(), str)
+
+
+def _triton_for(members: Sequence[StepInput], *, fused: bool) -> Any:
+    """Return the module of the kernels in Triton where a weight is on a device for them; else None."""
+    if not any(member.weight.device.type in _TRITON_DEVICES for member in members):
+        return None
+    found = _triton_kernel()
+    if not isinstance(found, str):
+        return found
+    if fused:
+        raise NativeKernelError(f"weights on a GPU without Triton ({found})", "Install Triton (`pip install triton`)")
+    return None
 
 
 # ---- joint spheres ---------------------------------------------------------------------------------------------------

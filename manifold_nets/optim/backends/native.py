@@ -33,7 +33,16 @@ from manifold_nets.optim.backends.products import rounding_of
 from manifold_nets.optim.backends.rule import Rule, StepInput, bias_corrections
 from manifold_nets.optim.backends.views import rows_of, what_to_write
 
-__all__ = ["SHORT", "UnavailableError", "available", "run_in_passes", "run_native", "suits_by_entries", "suits_native"]
+__all__ = [
+    "SHORT",
+    "UnavailableError",
+    "apart",
+    "available",
+    "run_in_passes",
+    "run_native",
+    "suits_by_entries",
+    "suits_native",
+]
 
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -264,13 +273,13 @@ def _jobs(
             gradients = [_readable_gradient(member) for member in chosen]
             jobs["g"] = [gradient.data_ptr() for gradient in gradients]
             jobs["take"], jobs["first"], jobs["second"] = _shares(rule, chosen)
-            apart = _apart(jobs, chosen[0])
-            if not apart.all():
+            is_apart = apart(jobs, chosen[0])
+            if not is_apart.all():
                 # A gradient by itself, as it is only read; weights and moments are left to whoever can take them.
-                left = [chosen[k] for k in (~apart).nonzero()[0]]
+                left = [chosen[k] for k in (~is_apart).nonzero()[0]]
                 shared += [replace(m, gradient=m.gradient.clone(), fits=None, rows=None) for m in left]
-                places = apart.nonzero()[0]
-                chosen, gradients, jobs = [chosen[k] for k in places], [gradients[k] for k in places], jobs[apart]
+                places = is_apart.nonzero()[0]
+                chosen, gradients, jobs = [chosen[k] for k in places], [gradients[k] for k in places], jobs[is_apart]
             if chosen:
                 found.append((chosen, gradients, jobs))
     return found
@@ -306,29 +315,36 @@ def _shares(rule: Rule, members: Sequence[StepInput]) -> tuple[Any, Any, Any]:
 _known_apart: set[tuple[Any, ...]] = set()
 
 
-def _apart(jobs: np.ndarray, first: StepInput) -> np.ndarray:
-    """Return for each job whether nothing that it reads or writes overlaps with anything else in the jobs."""
-    apart = np.ones(len(jobs), dtype=bool)
+def apart(jobs: np.ndarray, first: StepInput, read: int | None = None) -> np.ndarray:
+    """Return for each job whether nothing that it reads or writes overlaps with anything else in the jobs.
+
+    Args:
+        jobs: with addresses, numbers of rows and their sizes.
+        first: one of the weights, all being of one dtype.
+        read: bytes of an entry of the gradients, where they are not of that dtype.
+    """
+    found = np.ones(len(jobs), dtype=bool)
     by_entries = first.second is not None and first.second.numel() == first.weight.numel()
     starts = np.concatenate([jobs[name] for name in ("w", "g", "b", "v", "v_max", "rows", "size")])
-    plan = first.weight.dtype, by_entries, starts.tobytes()
+    plan = first.weight.dtype, read, by_entries, starts.tobytes()
     if plan in _known_apart:
-        return apart
+        return found
     starts, entries = starts[: 5 * len(jobs)], jobs["rows"] * jobs["size"]
     width, wide = first.weight.itemsize, max(4, first.weight.itemsize)
-    lengths = np.concatenate([entries * width] * 3 + [(entries if by_entries else jobs["rows"]) * wide] * 2)
+    of_w = [entries * width, entries * (read or width), entries * width]
+    lengths = np.concatenate(of_w + [(entries if by_entries else jobs["rows"]) * wide] * 2)
     order = np.argsort(starts, kind="stable")
     order = order[np.searchsorted(starts[order], 1) :]  # null where there is no moment
     starts, ends = starts[order], np.maximum.accumulate(starts[order] + lengths[order])
     meets = starts[1:] < ends[:-1]
     if meets.any():
         runs = np.concatenate([[0], np.cumsum(~meets)])
-        apart[order[np.bincount(runs)[runs] > 1] % len(jobs)] = False
-        return apart
+        found[order[np.bincount(runs)[runs] > 1] % len(jobs)] = False
+        return found
     if len(_known_apart) > 256:
         _known_apart.clear()
     _known_apart.add(plan)
-    return apart
+    return found
 
 
 def _packed(rule: Rule, dtype: torch.dtype) -> np.ndarray:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class StepInput:
             SGD.
         largest: the largest second moments so far, changed in place; None without AMSGrad.
         dampening: share of the new gradient that is left out; 0 in the first step.
-        step: number of this step, counted from 1.
+        step: number of this step, counted from 1; a tensor on the weight's device where a CUDA graph may hold the step.
         norms: those of the weight's groups in the run of a plain optimizer, float64, changed in place; None elsewhere.
         fits: whether the kernel in C can step the weight, and read the gradient where it lies; None until it is asked.
         rows: weight, momentum, second moments and radii as a matrix of the groups and columns beside it, made at first
@@ -67,7 +67,7 @@ class StepInput:
     second: Tensor | None = None
     largest: Tensor | None = None
     dampening: float = 0.0
-    step: float = 1.0
+    step: Any = 1.0
     norms: Tensor | None = None
     fits: tuple[bool, bool] | None = None
     rows: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float | Tensor] | None = None
@@ -192,7 +192,7 @@ class Rule:
         second: tuple[Tensor, Tensor | None] | None,
         *,
         dampening: float,
-        step: float,
+        step: Any,  # a number, or a column of them
         elsewhere: Callable[[Tensor], Tensor] | None = None,
         norms: Tensor | None = None,
     ) -> Coefficients:
