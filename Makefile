@@ -1,12 +1,12 @@
 # Every target makes the virtual environment that it needs: a fresh checkout needs only Python and make.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # Two workers with one thread each beat one worker with two: most tests are small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help install demo test test-slow test-wheel mutants docs lint format types check clean
+.PHONY: help install demo test test-slow test-wheel test-versions mutants docs lint format types check clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,8 +28,11 @@ test: install ## the fast tests and the examples in the docstrings
 test-slow: install ## the tests that take more than a few seconds each
 	$(PYTEST) -m slow -n $(WORKERS) --dist worksteal
 
-test-wheel: install ## the fast tests against the built wheel, in an environment and a folder of its own
-	PYTHON=$(PYTHON) BUILD=$(abspath $(BIN))/python bash .ci/test-wheel
+test-wheel: install ## build both distributions, check and install them, and run the fast tests against the wheel
+	PYTHON=$(PYTHON) BUILD=$(abspath $(BIN))/python DIST=$(abspath $(DIST)) bash .ci/test-wheel
+
+test-versions: ## the fast tests with the oldest and the newest torch, or PAIRS="TORCH/PYTHON ...", some 3 GB each
+	bash .ci/test-versions
 
 mutants: install ## plant a sample of faults, and see whether the tests notice: hours
 	$(BIN)/pip install --quiet 'cosmic-ray>=8.4'

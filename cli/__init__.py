@@ -22,11 +22,11 @@ __all__ = ["main"]
 )
 @click.version_option(package_name="manifold_nets", prog_name="manifold-nets")
 def main() -> None:
-    """Find the weight-space symmetries of a network, and move it to the manifold that removes them.
+    """Find the weight-space symmetries of a network, and train it on the manifold that removes them.
 
     \b
     MODEL is one of
-      package.module:callable   what the callable returns
+      package.module:callable   the model that a callable returns
       path/to/file.py:callable  the same, from a file
       path/to/file.py           the only model that the file defines
       torchvision:NAME          an architecture of torchvision, for instance torchvision:resnet18

@@ -25,7 +25,7 @@ _PASSWORD_VARIABLE = "MANIFOLD_NETS_STORAGE_PASSWORD"
 
 
 def _listed(name: str, read: Callable[[str], Iterable[Any]], fault: str = "") -> Parsed:
-    """Values in one text, such as names or numbers separated by commas; ``fault`` is said of a text without any."""
+    """A type of option with several values in one string; ``fault`` is the error for a string without any."""
 
     def parse(text: str) -> tuple[Any, ...]:
         try:
@@ -54,60 +54,58 @@ def _counts(form: str) -> Parsed:
             raise ValueError(text)
         return map(int, words)
 
-    return _listed(form, read, f"does not fit; expected {form}, whole numbers")
+    return _listed(form, read, f"is invalid; expected {form} as whole numbers")
 
 
 _NAMES = _listed("NAME,NAME,…", lambda text: filter(None, map(str.strip, text.split(","))))
 _RATE_FORMS = "expected positive rates such as 0.01,0.1, or LOW:HIGH:COUNT such as 1e-3:1:7"
-_RATES = _listed("LOW:HIGH:COUNT", _rates, f"names no learning rates; {_RATE_FORMS}")
+_RATES = _listed("LOW:HIGH:COUNT", _rates, f"is no list of learning rates; {_RATE_FORMS}")
 _DECAY_FORMS = "expected numbers such as 5e-4, or 0,1e-4,1e-3"
-_DECAYS = _listed("A,B,…", lambda text: map(float, text.split(",")), f"names no weight decays; {_DECAY_FORMS}")
+_DECAYS = _listed("A,B,…", lambda text: map(float, text.split(",")), f"is no list of weight decays; {_DECAY_FORMS}")
 _COUNT = click.IntRange(min=1)
 _SCHEDULES = click.Choice(["constant", "cosine", "bold-driver", "exponential"])
 _STARTS = click.Choice(["default", "balanced"])
-_STORAGE = f"Shared PostgreSQL or MySQL database, for several machines; password in {_PASSWORD_VARIABLE}[_FILE]."
+_STORAGE = f"URL of a database for several machines (PostgreSQL, MySQL); password in {_PASSWORD_VARIABLE}[_FILE]."
 
 
 @click.command()
 @click.option("--task", default="digits", help="digits, mnist, fashion-mnist, idx, or F.py:F.")
 @click.option("--model", default="mlp:100,100", help="mlp:…, mlp-plain:…, resnet:…, or any MODEL.")
-@click.option("--optimizers", type=_NAMES, default="sgd,adam,rsgd,radam", help="Names, or F.py:CLASS of yours.")
+@click.option("--optimizers", type=_NAMES, default="sgd,adam,rsgd,radam", help="Names, or your own as F.py:CLASS.")
 @click.option("--lr", "learning_rates", type=_RATES, default="1e-3:1:7", help="Or A,B,…")
 @click.option("--seeds", type=_COUNT, default=5, help="How many.")
 @click.option("--epochs", type=_COUNT, default=20, help="Passes over the data.")
 @click.option("--batch-size", type=_COUNT, help="Examples per step.  [default: the task's own]")
-@click.option("--weight-decay", type=_DECAYS, default="0", help="Off the spheres; A,B,… to tune.")
-@click.option("--momentum", type=float, default=0.9, help="Of SGD and its variants.")
-@click.option("--schedule", type=_SCHEDULES, default="constant", help="Of the learning rate.")
+@click.option("--weight-decay", type=_DECAYS, default="0", help="For plain weights; A,B,… to tune it.")
+@click.option("--momentum", type=float, default=0.9, help="For SGD and its variants.")
+@click.option("--schedule", type=_SCHEDULES, default="constant", help="Learning rate schedule.")
 @click.option(
-    "--initialization", type=_STARTS, default="default", help="The model's own, or filters of norm 1 and biases 0."
+    "--initialization", type=_STARTS, default="default", help="The model's own, or unit-norm filters and zero biases."
 )
-@click.option("--early-stop", is_flag=True, help="Stop runs that have converged, from epoch 25 on.")
+@click.option("--early-stop", is_flag=True, help="Stop converged runs, from epoch 25 on.")
 @click.option("--subset", type=_counts("TRAIN,VALIDATION"), help="Use only this many examples.")
 @click.option(
     "--tune-on", type=_counts("TRAIN,VALIDATION,EPOCHS"), help="Choose learning rates on fewer examples and epochs."
 )
-@click.option("--tune-seeds", type=_COUNT, help="With this many of the seeds.  [default: all]")
-@click.option("--target-error", type=float, default=0.05, help="Validation error to time.")
+@click.option("--tune-seeds", type=_COUNT, help="How many seeds --tune-on uses.  [default: all]")
+@click.option("--target-error", type=float, default=0.05, help="Validation error for the time to target.")
 @click.option("--initial-scales", type=_NAMES, default="plain", help="plain, rescaled, or both.")
-@click.option("--data", type=click.Path(file_okay=False), help="Folder with the files of the task.")
-@click.option("--device", default="cpu", help="Where runs take place: cpu, cuda, …")
+@click.option("--data", type=click.Path(file_okay=False), help="Folder with the data of the task.")
+@click.option("--device", default="cpu", help="Device of the runs: cpu, cuda, …")
 @click.option("--threads", type=_COUNT, default=1, help="Torch threads per run.")
 @click.option("--workers", type=_COUNT, default=1, help="Worker processes.")
 @click.option("--output", type=OutputFolder(), metavar="DIR", help="Folder of the runs and the report.")
 @click.option("--storage", metavar="URL", help=_STORAGE)
-@click.option("--worker", metavar="STUDY", help="Only carry out runs of a study in --storage.")
+@click.option("--worker", metavar="STUDY", help="Only help to run a study in --storage.")
 @click.option("--allow", metavar="F.py:F", multiple=True, help="Code that a worker may run; repeatable.")
-@click.option(
-    "--report-only", type=OutputFolder(), metavar="DIR", help="Write the report of a finished comparison anew."
-)
+@click.option("--report-only", type=OutputFolder(), metavar="DIR", help="Rewrite the report of a finished comparison.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 @click.pass_context
 def compare(context: click.Context, /, *, as_json: bool, **options: Any) -> None:
-    """Compare optimizers: the same start, the same data order, the same number of trials for each.
+    """Compare optimizers, each with the same start, data order and number of trials.
 
-    Learning rates are chosen by validation data, then the test data are read once. Killed at any moment and started
-    again with the same command, it goes on where it stopped.
+    Learning rates are chosen on validation data, then the test data are used once. After an interruption, the same
+    command resumes the comparison.
     """
     try:
         with running_code_of(options["worker"] or f"{options['model']} on {options['task']}"):
@@ -140,20 +138,20 @@ def _carry_out(options: dict[str, Any]) -> tuple[Comparison, Path] | None:
         return finished, report_only
     if worker is not None:
         if storage is None:
-            raise click.UsageError("--worker without --storage; give the URL of the shared database.")
+            raise click.UsageError("--worker needs --storage with the URL of the shared database.")
         allowed = {*allow, options["task"], options["model"], *options["optimizers"]}
         join_comparison(storage, worker, workers=workers, progress=True, allow=allowed)
         return None
     if output is None:
-        raise click.UsageError("without --output; give the folder for the runs and the report.")
+        raise click.UsageError("--output is missing: name a folder for the runs and the report.")
     settings = _settings(options)
     if storage is not None:
-        click.echo(f"One more worker, on any machine with {_worker(settings, storage, output)}", err=True)
+        click.echo(f"To add a worker, on any machine with {_worker(settings, storage, output)}", err=True)
     return compare_settings(settings, output, workers=workers, storage=storage, progress=True), output
 
 
 def _worker(settings: Settings, storage: str, output: Path) -> str:
-    """What another machine needs to help, and the command, which has no password in it."""
+    """What another machine needs to help, and the command to run there, without any password."""
     from manifold_nets.comparison.api import study_name
     from manifold_nets.comparison.database_url import redacted, with_password
     from manifold_nets.comparison.experiment import foreign_code

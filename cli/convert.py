@@ -1,4 +1,4 @@
-"""`manifold-nets convert`: the scale-invariant weights of a model put on spheres, and written to a file."""
+"""`manifold-nets convert`: put the scale-invariant weights of a model on spheres, and write the model to a file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from manifold_nets.errors import listed
 
-from .options import INPUT_FILE, Folder, Number, OutputFile, Parsed, Request, model_options
+from .options import INPUT_FILE, Folder, Number, OutputFile, Parsed, Request, is_same_file, model_options
 from .output import Outcome, columns_table, progress, reported, rows_table, styled
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ _RADIUS = click.Choice(["unit", "keep"])
 _DEFAULTS = {"remedies": ("spheres",), "radius": "unit", "train_tolerance": 1e-4, "include": (), "exclude": ()}
 _DONE = {
     "remove": "biases removed",
-    "balance": "families of rescalings balanced",
-    "joint sphere": "spheres across weights",
+    "balance": "balanced families of rescalings",
+    "joint sphere": "joint spheres",
 }
 
 
@@ -40,22 +40,23 @@ def _chosen_remedies(text: str) -> tuple[Remedy, ...]:
 @click.option(
     "--remedies", type=Parsed("NAMES", _chosen_remedies), default="spheres", help=f"'all', or some of {_NAMES}."
 )
+@click.option("--radius", type=_RADIUS, default="unit", help="Norm of every group: 1 if eps allows it, or its own.")
 @click.option(
-    "--radius", type=_RADIUS, default="unit", help="Norm of every group: 1 where eps allows it, or what it is."
-)
-@click.option(
-    "--train-tolerance", type=Number(min=0), default=1e-4, help="A layer that eps changes more keeps its norms."
+    "--train-tolerance",
+    type=Number(min=0),
+    default=1e-4,
+    help="Layers that eps would change more keep their norms.",
 )
 @click.option(
     "--max-train-difference",
     type=Number(min=0),
     default=1e-2,
-    help="Nothing is written if training-mode outputs change more.",
+    help="Write nothing if training-mode outputs change more.",
 )
 @click.option("--include", multiple=True, metavar="PATTERN", help="Weights to convert, such as 'layer1.*'; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Weights to leave; repeatable.")
 @click.option("--write-plan", type=OutputFile(".json"), help="Write the plan as JSON, to read and edit.")
-@click.option("--plan", "plan_file", type=INPUT_FILE, help="Edited plan to carry out, in place of the other choices.")
+@click.option("--plan", "plan_file", type=INPUT_FILE, help="Edited plan to apply, in place of the other options.")
 @reported
 def convert(
     request: Request,
@@ -65,14 +66,14 @@ def convert(
     plan_file: Path | None,
     **choices: Any,
 ) -> Outcome:
-    """Put the scale-invariant weights of MODEL on spheres, or carry out other remedies, check that it computes the
-    same, and write it.
+    """Put the scale-invariant weights of MODEL on spheres, or apply other remedies.
+
+    The outputs before and after are compared, and the converted model is written.
     """
     from manifold_nets import conversion
     from manifold_nets.sources import save_pretrained
 
-    if isinstance(output, Folder) and request.spec.kind != "hf":
-        raise click.UsageError(f"--output {output} names a folder; expected the name of a file, as MODEL is not hf:….")
+    _check_folder(output, request)
     if plan_file is not None and choices != _DEFAULTS:
         options = "--remedies, --radius, --train-tolerance, --include and --exclude"
         raise click.UsageError(f"--plan replaces {options}. Leave them out, or edit the plan.")
@@ -89,7 +90,7 @@ def convert(
     difference = record.verification.train_difference
     if not difference <= max_train_difference:
         written = "nothing" if write_plan is None else f"nothing but the plan, {write_plan},"
-        change = f"would change by {difference:.3g}, relative, more than {max_train_difference:.3g}"
+        change = f"would change by a relative {difference:.3g}, more than {max_train_difference:.3g}"
         remedy = "Lower --train-tolerance, or use --radius keep."
         failures = (f"{request.spec}: its output in training mode {change}; {written} was written. {remedy}",)
         output = None
@@ -101,6 +102,16 @@ def convert(
     return Outcome(document, (_plan_table(record.plan), _result_table(record, output, write_plan)), failures)
 
 
+def _check_folder(output: Path | Folder | None, request: Request) -> None:
+    """Refuse a folder as the output where no folder is written, and the one that is read."""
+    if not isinstance(output, Folder):
+        return
+    if request.spec.kind != "hf":
+        raise click.UsageError(f"--output {output} names a folder; expected the name of a file, as MODEL is not hf:….")
+    if is_same_file(output.path, Path(request.spec.name)):
+        raise click.UsageError(f"--output {output} is the folder of MODEL too. Choose another name for it.")
+
+
 def _result_table(record: ConversionRecord, output: Path | Folder | None, plan_file: Path | None) -> Table:
     """Tabulate what was done, how much the outputs changed, and what was written."""
     plan, found = record.plan, record.verification
@@ -110,7 +121,7 @@ def _result_table(record: ConversionRecord, output: Path | Folder | None, plan_f
         "largest relative difference, evaluation mode": found.eval_difference,
     }
     if found.float64_eval_difference is not None:
-        rows["the same of float64 copies"] = found.float64_eval_difference
+        rows["the same for float64 copies"] = found.float64_eval_difference
     rows |= {"largest relative difference, training mode": found.train_difference, "written": output or "nothing"}
     if plan_file is not None:
         rows["plan written"] = plan_file

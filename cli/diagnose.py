@@ -1,4 +1,4 @@
-"""`manifold-nets diagnose`: the symmetries of a model's weights, and the learning rates on spheres that match."""
+"""`manifold-nets diagnose`: the symmetries of a model's weights, and matching learning rates on spheres."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OPTIMIZERS = click.Choice(["sgd", "adam", "adamw"])
 @click.command()
 @model_options
 @click.option("--tolerance", type=_TOLERANCE, metavar="NUMBER", default=1e-8, help="Largest certificate of a symmetry.")
-@click.option("--loss", type=_LOSS, help="What the outputs are logits of: shifts of all logits count as well.")
+@click.option("--loss", type=_LOSS, help="Loss on the logits: also find shifts of all logits.")
 @click.option("--memory", type=_MEMORY, default="full", help="small: float64 for one weight at a time, and no search.")
 @click.option("--html", type=OutputFile(".html", ".htm"), help="Also write the report as one self-contained HTML page.")
 @reported
@@ -45,7 +45,7 @@ def diagnose(
     request: Request, tolerance: float, loss: str | None, memory: Literal["full", "small"], html: Path | None,
     **optimizer_settings: Any,
 ) -> Outcome:  # fmt: skip
-    """Find the weights of MODEL whose scale its output does not depend on, why, how sure, and the remedy."""
+    """Find the scale-invariant weights of MODEL: which groups, why, with what certainty, and what to do."""
     from manifold_nets import symmetry
 
     settings = _checked_settings(**optimizer_settings)
@@ -79,13 +79,13 @@ def _checked_settings(optimizer: str | None, **options: Any) -> dict[str, Any] |
     if optimizer is None:
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise click.UsageError(f"{flags} without --optimizer; name the optimizer that it belongs to.")
+            raise click.UsageError(f"{flags} can be used only with --optimizer.")
         return None
     if "lr" not in given:
-        raise click.UsageError("--optimizer without --lr; give its learning rate.")
+        raise click.UsageError("--optimizer needs --lr with its learning rate.")
     other = "betas" if optimizer == "sgd" else "momentum"
     if other in given:
-        raise click.UsageError(f"--{other} with --optimizer {optimizer}, which has none; leave it out.")
+        raise click.UsageError(f"--optimizer {optimizer} has no --{other}; leave that out.")
     from manifold_nets.symmetry.optimizer_settings import OptimizerSettings
 
     try:

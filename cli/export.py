@@ -1,4 +1,4 @@
-"""`manifold-nets export`: a converted model reverted to an ordinary one, in a file."""
+"""`manifold-nets export`: revert a converted model to an ordinary one, and write it to a file."""
 
 from __future__ import annotations
 

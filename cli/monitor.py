@@ -1,4 +1,4 @@
-"""`manifold-nets monitor`: what `manifold_nets.Monitor` wrote of a run, as a table, in words, and as a page."""
+"""`manifold-nets monitor`: show a file of `manifold_nets.Monitor` as a table, in words, and as a page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("run", metavar="RUN.csv", type=INPUT_FILE)
 @click.option("--html", type=OutputFile(".html", ".htm"), help="Also write one self-contained HTML page with plots.")
-@click.option("--depth", type=click.IntRange(min=1), help="Join weights whose names begin with so many equal parts.")
+@click.option("--depth", type=click.IntRange(min=1), help="Group weights by so many leading parts of their names.")
 @click.option("--total-steps", type=click.IntRange(min=1), help="Length of the run.  [default: the last step]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document to standard output.")
 def monitor(run: Path, html: Path | None, depth: int | None, total_steps: int | None, *, as_json: bool) -> None:
@@ -50,14 +50,14 @@ def monitor(run: Path, html: Path | None, depth: int | None, total_steps: int | 
         document |= {} if html is None else {"html": str(html)}
         echo(json.dumps(without_infinities(document), indent=2, ensure_ascii=False, allow_nan=False))
         return
-    sentences = [finding.text for finding in findings] or ["Nothing stands out."]
+    sentences = [finding.text for finding in findings] or ["Nothing unusual found."]
     show(_table(history, depth), *sentences, *([] if html is None else [f"The page is in {html}."]))
 
 
 def _table(history: History, depth: int | None) -> Table:
     """One row for each weight or layer, with its numbers at the last measured step."""
-    title = f"Steps {history.steps[0]:,} to {history.steps[-1]:,}, numbers of the last one"
-    names = ("groups", "norm", "radians a step", "in equilibrium", "steps until then at that rate", "radial gradient")
+    title = f"Steps {history.steps[0]:,} to {history.steps[-1]:,}; values at the last step"
+    names = ("groups", "norm", "radians per step", "in equilibrium", "steps left at this rate", "radial gradient")
     table = columns_table("weight" if depth is None else "layer", *names, title=title)
     for row in history.summary(depth):
         numbers = (row[name] for name in ("norm", "rotation", "equilibrium_rotation"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from manifold_nets.errors import ManifoldNetsError, OutputFileError
 from manifold_nets.files import is_stream
@@ -22,20 +23,29 @@ if TYPE_CHECKING:
 
     from manifold_nets.sources import ModelSpec
 
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType  # which takes no parameter before click 8.4
+
 INPUT_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class Parsed(click.ParamType[Any]):
+class Parsed(_ParamType):
     """Text that a function turns into a value.
 
     Args:
         name: what help calls the text.
         parse: the function; its ValueError is shown as wrong usage.
+        may_be_file: whether shells complete the names of files.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self._parse = name, parse
+    def __init__(self, name: str, parse: Callable[[str], Any], *, may_be_file: bool = False) -> None:
+        self.name, self._parse, self._may_be_file = name, parse, may_be_file
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave names of files to the shell."""
+        return [CompletionItem(incomplete, type="file")] if self._may_be_file else []
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Parse, except while a shell completes the command, where nothing is checked."""
@@ -56,7 +66,7 @@ def _model_spec(text: str) -> ModelSpec:
 def _shape(text: str) -> tuple[int, ...]:
     words = text.split(",")
     if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise ValueError(f"{text!r} is no shape; expected positive sizes without the batch, such as 3,224,224")
+        raise ValueError(f"{text!r} is not a shape; expected positive sizes without the batch, such as 3,224,224")
     return tuple(int(word) for word in words)
 
 
@@ -65,9 +75,9 @@ def _arguments(text: str) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no JSON ({error}); {expected}") from error
+        raise ValueError(f"{text!r} is not valid JSON ({error}); {expected}") from error
     if not isinstance(arguments, dict):
-        raise ValueError(f"{text!r} is no JSON object; {expected}")
+        raise ValueError(f"{text!r} is not a JSON object; {expected}")
     return arguments
 
 
@@ -92,7 +102,7 @@ def require_ending(path: Path, written: Sequence[str], remedy: str = "") -> None
     ending = path.suffix.lower()
     if ending in _ENDINGS and ending not in written:
         advice = f"End the name in {' or '.join(written)}{f', or {remedy}' if remedy else ''}."
-        raise click.UsageError(f"{path}: no {ending} file would be written. {advice}")
+        raise click.UsageError(f"{path}: this command does not write {ending} files. {advice}")
 
 
 @dataclass(frozen=True)
@@ -221,7 +231,7 @@ _SHAPE_HELP = (
 )
 _INPUTS_HELP = ".npz, .npy, .pt or .safetensors file of real inputs: by name, or by order where they have none."
 _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
-    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec)),
+    click.argument("spec", metavar="MODEL", type=Parsed("MODEL", _model_spec, may_be_file=True)),
     click.option("--kwargs", type=Parsed("JSON", _arguments), default="{}", help="Keyword arguments of the callable."),
     click.option("--class", "class_name", metavar="NAME", help="Class of transformers, for an hf: model."),
     click.option("--weights", type=INPUT_FILE, help="safetensors, torch file (no code is run), or converted model."),
@@ -274,13 +284,13 @@ def _require_consistent(request: Request) -> None:
     """Refuse options without what they belong to, and a model without inputs."""
     if request.class_name is not None and request.spec.kind != "hf":
         raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
-    for flag, value in (("key", request.key), ("prefix", request.prefix), ("allow-pickle", request.allow_pickle)):
-        if value and request.weights is None:
-            raise click.UsageError(f"--{flag} without --weights; name the file that it is about.")
+    weights_options = {"key": request.key, "prefix": request.prefix, "allow-pickle": request.allow_pickle}
+    for flag in [flag for flag, value in weights_options.items() if value and request.weights is None]:
+        raise click.UsageError(f"--{flag} can be used only with --weights.")
     if request.inputs_file is not None:
-        for flag, value in (("input-shape", request.input_shapes), ("token-ids", request.token_ids)):
-            if value:
-                raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
+        drawn = {"input-shape": request.input_shapes, "token-ids": request.token_ids}
+        for flag in [flag for flag, value in drawn.items() if value]:
+            raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
         raise click.MissingParameter("or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
 
@@ -297,11 +307,12 @@ def _require_different_files(request: Request) -> None:
             files.append((parameter.opts[0], path))
     for number, (flag, path) in enumerate(written):
         for other, used in read + written[:number]:
-            if _is_same_file(path, used):
-                raise click.UsageError(f"{flag} {path} is the file of {other} too. Choose another name for one.")
+            if is_same_file(path, used):
+                raise click.UsageError(f"{flag} and {other} name the same file {path}. Choose another name for one.")
 
 
-def _is_same_file(path: Path, other: Path) -> bool:
+def is_same_file(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file or folder, also where there is none yet."""
     try:
         return path.samefile(other)
     except OSError:  # one of them does not exist

@@ -1,4 +1,4 @@
-"""What a command writes: its result to standard output, progress and errors to standard error, and the exit status."""
+"""The output of a command: its result on standard output, progress and errors on standard error, exit status."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def running_code_of(name: str) -> Iterator[None]:
             yield
         except SystemExit as error:
             found = f"its code raised {described(error)} while it ran"
-            raise ModelBuildError(name, found, "Take the call of sys.exit, exit or quit out of it.") from error
+            raise ModelBuildError(name, found, "Remove its call of sys.exit, exit or quit.") from error
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -125,7 +125,7 @@ def echo(text: str) -> None:
         # Python would try to flush the rest of the buffer at exit, and print a traceback.
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
         why = error.strerror or error
-        print_error(f"standard output: {why}; the result is not complete. Make room, or redirect it.")
+        print_error(f"standard output: {why}; the result is not complete. Free disk space, or redirect it.")
         raise click.exceptions.Exit(1) from error
 
 

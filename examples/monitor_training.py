@@ -81,7 +81,7 @@ def train(weight_decay: float, epochs: int, folder: Path) -> None:
     print(f"weight decay {weight_decay:g}: {total} steps in {seconds:.0f} s, test error {100 * error:.1f}%")
     for row in monitor.summary(depth=1):
         first = monitor.history.by_layer("norm", 1)[row["layer"]][0]
-        print(f"  {row['layer']:<8} norm {first:.2f} → {row['norm']:.2f}   {row['rotation']:.5f} radians a step")
+        print(f"  {row['layer']:<8} norm {first:.2f} → {row['norm']:.2f}   {row['rotation']:.5f} radians per step")
     for finding in monitor.findings:
         print(f"  {finding}")
     monitor.to_html(f"{name}.html")

@@ -5,7 +5,6 @@ from accelerate import Accelerator
 from digits import load_digits, network
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,17 +20,17 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(images.x, images.y), batch_size=25, shuffle=True, generator=order)
 
 
-def make(model: nn.Module) -> tuple[torch.optim.Optimizer, CosineAnnealingLR]:
-    """The optimizer over `param_groups`, which keeps weight decay off the spheres, and any torch scheduler."""
-    # Steps on spheres are angles, and have a learning rate of their own.
-    optimizer = mn.optim.RiemannianAdam(mn.param_groups(model, weight_decay=5e-4, sphere_lr=0.01), lr=0.01)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=EPOCHS * 1000 // 50)
+def make(model: nn.Module, converted: nn.Module) -> tuple[torch.optim.Optimizer, CosineAnnealingLR]:
+    """The plain model's optimizer and scheduler, with which the converted model goes on."""
+    plain = torch.optim.AdamW(mn.param_groups(model, weight_decay=5e-4), lr=0.01)
+    schedule = CosineAnnealingLR(plain, T_max=EPOCHS * 1000 // 50)
+    return mn.optim.from_torch(plain, model, converted, scheduler=schedule), schedule
 
 
-def train_with_accelerate(model: nn.Module) -> None:
-    """The loop of Accelerate's documentation: everything goes through `prepare`, nothing else is special."""
+def train_with_accelerate(start: nn.Module, model: nn.Module) -> None:
+    """The loop of Accelerate's documentation: everything goes through `prepare`; gradients are clipped by ours."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS)
-    optimizer, schedule = make(model)
+    optimizer, schedule = make(start, model)
     model, optimizer, batches, schedule = accelerator.prepare(model, optimizer, loader(), schedule)
     model.train()
     for _ in range(EPOCHS):
@@ -39,22 +38,22 @@ def train_with_accelerate(model: nn.Module) -> None:
             with accelerator.accumulate(model):
                 accelerator.backward(cross_entropy(model(x), y))
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                    mn.optim.clip_plain_grad_norm_(optimizer, 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
 
 
-def train_in_a_plain_loop(model: nn.Module) -> None:
+def train_in_a_plain_loop(start: nn.Module, model: nn.Module) -> None:
     """What Accelerate does, written out."""
-    optimizer, schedule = make(model)
+    optimizer, schedule = make(start, model)
     model.train()
     batches = loader()
     for _ in range(EPOCHS):
         for number, (x, y) in enumerate(batches, start=1):
             (cross_entropy(model(x), y) / PARTS).backward()
             if number % PARTS == 0:
-                clip_grad_norm_(model.parameters(), 1.0)
+                mn.optim.clip_plain_grad_norm_(optimizer, 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -65,8 +64,8 @@ def main() -> None:
     torch.manual_seed(0)
     start = network()
     converted, plain = (mn.convert(start, load_digits()["train"].x[:50]) for _ in range(2))
-    train_with_accelerate(converted)
-    train_in_a_plain_loop(plain)
+    train_with_accelerate(start, converted)
+    train_in_a_plain_loop(start, plain)
     same = all(torch.equal(a, b) for a, b in zip(converted.parameters(), plain.parameters(), strict=True))
     print(f"Accelerate and the plain loop, the weights are the same bit for bit: {same}")
     off = max(mn.project(converted).values())

@@ -24,20 +24,19 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
     return DataLoader(TensorDataset(images.x, images.y), batch_size=50)
 
 
-def make(model: nn.Module) -> tuple[torch.optim.Optimizer, CosineAnnealingLR]:
-    """The optimizer over `param_groups`, which keeps weight decay off the spheres, and any torch scheduler."""
-    # Steps on spheres are angles, and have a learning rate of their own.
-    groups = mn.param_groups(model, weight_decay=5e-4, sphere_lr=0.05)
-    optimizer = mn.optim.RiemannianSGD(groups, lr=0.05, momentum=0.9)
-    return optimizer, CosineAnnealingLR(optimizer, T_max=EPOCHS)
+def make(model: nn.Module, converted: nn.Module) -> tuple[torch.optim.Optimizer, CosineAnnealingLR]:
+    """The plain model's optimizer and scheduler, with which the converted model goes on."""
+    plain = torch.optim.SGD(mn.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
+    schedule = CosineAnnealingLR(plain, T_max=EPOCHS)
+    return mn.optim.from_torch(plain, model, converted, scheduler=schedule), schedule
 
 
 class Digits(lightning.LightningModule):
-    """A converted network with its loss; Lightning does the rest."""
+    """A network with its loss, its optimizer and its scheduler; Lightning does the rest."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         """Return the loss of a batch."""
@@ -46,13 +45,11 @@ class Digits(lightning.LightningModule):
 
     def configure_optimizers(self) -> tuple[list[torch.optim.Optimizer], list[CosineAnnealingLR]]:
         """Optimizer and scheduler, which Lightning steps after each batch and each epoch."""
-        optimizer, schedule = make(self.model)
-        return [optimizer], [schedule]
+        return [self.optimizer], [self.schedule]
 
 
-def train_in_a_plain_loop(model: nn.Module) -> None:
+def train_in_a_plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: CosineAnnealingLR) -> None:
     """What the Trainer does, written out."""
-    optimizer, schedule = make(model)
     batches = loader()
     for _ in range(EPOCHS):
         for x, y in batches:
@@ -74,8 +71,8 @@ def main() -> None:
     # Lightning leaves every module in the mode that it is in.
     converted, plain = (mn.convert(start, load_digits()["train"].x[:50]).train() for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
-        lightning.Trainer(default_root_dir=folder, **options).fit(Digits(converted), loader())
-        train_in_a_plain_loop(plain)
+        lightning.Trainer(default_root_dir=folder, **options).fit(Digits(converted, *make(start, converted)), loader())
+        train_in_a_plain_loop(plain, *make(start, plain))
         same = all(torch.equal(a, b) for a, b in zip(converted.parameters(), plain.parameters(), strict=True))
         print(f"Lightning's Trainer and the plain loop, the weights are the same bit for bit: {same}")
         off = max(mn.project(converted).values())
@@ -86,7 +83,9 @@ def main() -> None:
                 return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
         try:
-            lightning.Trainer(default_root_dir=folder, **options).fit(Forgetful(converted), loader())
+            lightning.Trainer(default_root_dir=folder, **options).fit(
+                Forgetful(converted, *make(start, converted)), loader()
+            )
         except mn.errors.EuclideanStepError as error:
             print(f"torch's AdamW is stopped before its first step: {error}")
 

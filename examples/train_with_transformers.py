@@ -1,4 +1,4 @@
-"""Train a small language model with transformers' Trainer, unmodified, its query and key heads on spheres.
+"""Train a `save_pretrained` folder's language model with transformers' Trainer, its query and key heads on spheres.
 
 Qwen3 normalizes queries and keys head by head, so that the scale of a head's projection means nothing.
 """
@@ -13,9 +13,8 @@ from typing import Any
 import any_torchvision  # noqa: F401
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import Dataset
-from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments
+from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.logging import disable_progress_bar
 
 import manifold_nets as mn
@@ -50,32 +49,38 @@ def convert(model: nn.Module) -> nn.Module:
     return mn.convert(model.eval(), {"input_ids": Source().pieces[:2]})
 
 
-def make(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over `param_groups`, which keeps weight decay off the spheres."""
-    # Steps on spheres are angles, and have a learning rate of their own.
-    groups = mn.param_groups(model, weight_decay=0.01, sphere_lr=5e-3)
-    return mn.optim.RiemannianAdam(groups, lr=5e-3, decoupled_weight_decay=True)
+def make(model: nn.Module, converted: nn.Module) -> torch.optim.Optimizer:
+    """The plain model's AdamW, with which the converted model goes on."""
+    plain = torch.optim.AdamW(mn.param_groups(model, weight_decay=0.01), lr=5e-3)
+    return mn.optim.from_torch(plain, model, converted)
+
+
+class Clip(TrainerCallback):
+    """Clips as in the plain run; the Trainer's own ``max_grad_norm`` takes the norms on the spheres."""
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        """Clip the gradients of a step."""
+        mn.optim.clip_plain_grad_norm_(getattr(optimizer, "optimizer", optimizer), 1.0)
 
 
 def train_with_the_trainer(model: nn.Module, folder: str, **how: Any) -> float:
     """Let the Trainer train; return the mean loss."""
     arguments = TrainingArguments(
         output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=5e-3, weight_decay=0.01,
-        lr_scheduler_type="linear", train_sampling_strategy="sequential", max_grad_norm=1.0,
+        lr_scheduler_type="linear", train_sampling_strategy="sequential", max_grad_norm=0.0,
         use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=arguments, train_dataset=Source(), **how)
     return float(trainer.train().training_loss)
 
 
-def train_in_a_plain_loop(model: nn.Module) -> None:
+def train_in_a_plain_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """What the Trainer does, written out."""
-    optimizer, pieces = make(model), Source().pieces
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, (STEPS - step) / STEPS))
     model.train()
-    for x in pieces.split(BATCH)[:STEPS]:
+    for x in Source().pieces.split(BATCH)[:STEPS]:
         model(input_ids=x, labels=x).loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        mn.optim.clip_plain_grad_norm_(optimizer, 1.0)
         optimizer.step()
         schedule.step()
         model.zero_grad()
@@ -86,22 +91,39 @@ def same(model: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def train_from_a_folder(folder: str) -> tuple[nn.Module, nn.Module]:
+    """A folder of `save_pretrained` diagnosed, converted, trained, saved, reloaded; return its model and the result."""
+    start = Qwen3ForCausalLM.from_pretrained(folder)
+    report = mn.diagnose(start.eval(), {"input_ids": Source().pieces[:2]})
+    print(f"{len(report.invariant)} weights are scale-invariant")
+    converted = mn.convert(start, report)
+    # The shortest way to an optimizer of one's own; the Trainer adds its scheduler.
+    pair = make(start, converted), None
+    print(f"mean loss {train_with_the_trainer(converted, folder, optimizers=pair, callbacks=[Clip()]):.3f}")
+    off = max(mn.project(converted).values())
+    print(f"norms off by at most {off:.1e}")
+    # In the folder is a model as others have it; the file beside it knows the spheres.
+    converted.save_pretrained(folder)
+    mn.save(converted, f"{folder}/on_spheres.safetensors")
+    reloaded = Qwen3ForCausalLM.from_pretrained(folder)
+    loaded = mn.load(Qwen3ForCausalLM.from_pretrained(folder), f"{folder}/on_spheres.safetensors")
+    print(f"reloaded, plain and on spheres, bit for bit: {same(reloaded, converted) and same(loaded, converted)}")
+    print(f"of the reloaded weights {len(mn.project(loaded))} are on spheres")
+    return start, converted
+
+
 def main() -> None:
-    """Train from the same start in three ways, and once with an optimizer that knows nothing of spheres."""
+    """Train a folder's model in the Trainer and in a plain loop, and once by an optimizer that knows no spheres."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     disable_progress_bar()
-    start = language_model()
-    converted, plain, by_class = convert(start), convert(start), convert(start)
     with tempfile.TemporaryDirectory() as folder:
-        # The shortest way to an optimizer of one's own; the Trainer adds its scheduler.
-        loss = train_with_the_trainer(converted, folder, optimizers=(make(converted), None))
-        train_in_a_plain_loop(plain)
-        print(f"mean loss {loss:.3f}")
+        language_model().save_pretrained(folder)
+        start, converted = train_from_a_folder(folder)
+        plain, by_class = convert(start), convert(start)
+        train_in_a_plain_loop(plain, make(start, plain))
         print(
             f"transformers' Trainer and the plain loop, the weights are the same bit for bit: {same(converted, plain)}"
         )
-        off = max(mn.project(converted).values())
-        print(f"norms off by at most {off:.1e}")
 
         # Or the class: the Trainer then makes its own groups, and the weights still know their spheres. It has one
         # learning rate for all of them, and a warning says which one on spheres would match it.

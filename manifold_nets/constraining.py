@@ -1,8 +1,9 @@
-"""Putting weights of a model on spheres by name, without a diagnosis, and taking them off again."""
+"""Put weights of a model on spheres by name, without a diagnosis, and take them off again."""
 
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -18,6 +19,7 @@ from manifold_nets.constraints import (
     attach,
     constrained_weights,
     detach,
+    everywhere,
     is_converted,
     note_defined,
     note_released,
@@ -44,14 +46,14 @@ _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items
 
 @dataclass(frozen=True)
 class ConstrainedNorms:
-    """A weight that `constrain` has put on spheres, and what that did to its norms.
+    """A weight that `constrain` put on spheres, and how its norms changed.
 
     Args:
         name: the parameter.
         manifold: its spheres.
-        smallest: smallest norm of its groups before; the row of a padding index does not count.
-        median: their median, of an even number the lower one of the middle two.
-        largest: the largest.
+        smallest: smallest norm of its groups before; the padding row of an embedding does not count.
+        median: the median; for an even number of groups, the lower of the middle two.
+        largest: the largest norm.
         change: relative change of the weight, ‖w_after − w_before‖/‖w_before‖.
     """
 
@@ -76,7 +78,7 @@ class ConstrainedNorms:
 
 @dataclass(frozen=True)
 class Constrained:
-    """What `constrain` has done to a model; its text says it in words.
+    """The record of `constrain`; print it for a description.
 
     Args:
         model: class of the model.
@@ -94,7 +96,7 @@ class Constrained:
 
     @property
     def function_kept(self) -> bool:
-        """Whether all values are what they were, so that the model computes the same function, bit for bit."""
+        """Whether no value changed, so that the function is the same, bit for bit."""
         return all(weight.change == 0 for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,50 +111,50 @@ class Constrained:
 
 
 _SAME = (
-    "The function is the same. From here on the norms are held: training turns the groups and cannot scale them, which "
-    "restricts the functions that the model can reach wherever nothing behind the weights makes up for their scale."
+    "The function is the same. From now on the norms are fixed: training turns the groups but cannot scale them. This "
+    "restricts the functions that the model can reach, unless a later layer can compensate for the scale."
 )
 _CHANGED = (
-    "The function changed: rescaling a weight is no symmetry in general. Only where a normalization or another weight "
-    "makes up for the scale does the output stay; manifold_nets.convert finds these places and keeps the function."
+    "The function changed: rescaling a weight is not a symmetry in general. The output stays the same only if a "
+    "normalization or another weight compensates for the scale; manifold_nets.convert finds such weights and keeps the "
+    "function."
 )
 
 
 @torch.no_grad()
 def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: float | str = 1.0) -> Constrained:
-    r"""Put weights on products of spheres by name: from here on ‖w_G‖ = r for each of their groups G.
+    r"""Put weights on products of spheres by name: from then on ‖w_G‖ = r for each of their groups G.
 
-    This is for models that ask for norms of their own, as dictionaries of sparse autoencoders, class weights on a
-    cosine, and embeddings do. It is **not a symmetry** in general: setting the norms, ``w_G ← r w_G/‖w_G‖``, changes
-    the function, and holding them restricts what training can reach. For weights whose scale does not matter
-    `manifold_nets.convert` keeps the function. The returned record says what changed and by how much.
+    Use this for models that need fixed norms, such as dictionaries of sparse autoencoders, class weights of cosine
+    classifiers, and embeddings. It is **not a symmetry** in general: setting the norms, ``w_G ← r w_G/‖w_G‖``, changes
+    the function, and keeping them fixed restricts what training can reach. For weights whose scale does not matter,
+    `manifold_nets.convert` keeps the function. The returned record shows what changed and by how much.
 
-    The parameters become `geoopt.ManifoldParameter` objects under their names, in their shape and dtype. Build
-    optimizers afterwards, from `manifold_nets.param_groups`; one that knows nothing of spheres is stopped before its
-    first step. `manifold_nets.save` and ``load`` and `state_dict` keep the constraint. The row of the padding index of
-    an `torch.nn.Embedding` stays zero.
+    The parameters become `geoopt.ManifoldParameter` objects with the same names, shapes and dtypes. Build optimizers
+    afterwards, from `manifold_nets.param_groups`; an optimizer without support for spheres raises an error before its
+    first step. `manifold_nets.save` and ``load`` and `state_dict` keep the constraint. The padding row of a
+    `torch.nn.Embedding` stays zero.
 
     Args:
-        model: any module, changed in place; on an error it is left as it was. Inside DistributedDataParallel or
+        model: any module, changed in place; on an error it is unchanged. Inside DistributedDataParallel or
             ``torch.compile`` names are those of the inner model.
-        names: names of parameters, any of them for a shared one, or shell patterns (``"layer1.*"``) or names of modules
-            for their weights of at least two dimensions, or a predicate on the names of such weights.
-        per: which entries share a norm. ``"filter"``: those that reach one output channel, also in transposed
-            convolutions; ``"row"`` and ``"column"``: those with one index along axis 0 or 1; ``"tensor"``: all;
-            ``"head"``: the rows of one attention head (blocks of ``head_dim`` rows, as the module says it); or a
-            `Partition` of the weight's shape.
+        names: names of parameters (any name of a shared one), shell patterns (``"layer1.*"``), names of modules for
+            their weights of at least two dimensions, or a predicate on the names of such weights.
+        per: which entries share a norm. ``"filter"``: those of one output channel, also in transposed convolutions;
+            ``"row"`` and ``"column"``: those with one index along axis 0 or 1; ``"tensor"``: all; ``"head"``: the rows
+            of one attention head (blocks of the module's ``head_dim`` rows); or a `Partition` of the weight's shape.
         radius: r, positive and finite; or ``"keep"``: every group keeps its own norm, and no value changes.
 
     Returns:
-        The weights in the order of the model, with their norms before, and in words what this did to the function.
+        The weights in the order of the model, with their norms before and the effect on the function.
 
     Raises:
         OptionError: a name or a pattern matches no weight.
-        OptionError: ``per`` or ``radius`` is none of the above.
-        ArgumentTypeError: the model is no module, or ``names`` no names.
-        ConstraintError: a weight is on spheres already, has no values here, cannot be divided as asked, or would have
+        OptionError: ``per`` or ``radius`` has another value.
+        ArgumentTypeError: the model is not a module, or ``names`` has another type.
+        ConstraintError: a weight is on spheres already, has no values, cannot be divided as requested, or would have
             spheres of one entry; or the radius is too large or too small for its dtype.
-        DegenerateGroupError: a group is zero or not finite, and has no direction.
+        DegenerateGroupError: a group is zero or not finite, so it has no direction.
 
     References:
         Unit-norm dictionaries: Bricken et al., *Towards monosemanticity* (2023); class weights on spheres: Deng et al.,
@@ -174,29 +176,27 @@ def constrain(model: nn.Module, names: Names, *, per: Per = "filter", radius: fl
     chosen = _selected(wrapped, model, dict(model.named_parameters()), names)
     planned = [_planned(model, name, per, radius) for name in chosen]
     _warn_of_averages(wrapped)
+    held = holders(model)
     for _, (module, leaf), manifold, point in planned:
-        old = module.get_parameter(leaf)
-        attach(module, leaf, manifold, point)
-        note_defined(module, leaf)
-        _replace(model, old, module.get_parameter(leaf))
+        everywhere(held[id(module.get_parameter(leaf))], functools.partial(_put, manifold=manifold, point=point))
     return Constrained(type(model).__name__, tuple(row for row, *_ in planned))
 
 
 def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
-    """Make weights that lie on spheres plain parameters again; no value changes.
+    """Turn weights on spheres into plain parameters again; no value changes.
 
     Args:
-        model: changed in place.
-        names: as for `constrain`, among the weights on spheres; all when left out, but for those that
-            `manifold_nets.convert` put there, which `manifold_nets.revert` takes off.
+        model: the model, changed in place.
+        names: as for `constrain`, among the weights on spheres (default: all except those that `manifold_nets.convert`
+            put there; use `manifold_nets.revert` for these).
 
     Returns:
-        The names of the weights that are plain now. Build optimizers afterwards.
+        The names of the weights that are now plain. Build optimizers afterwards.
 
     Raises:
         OptionError: a name or a pattern matches no weight on spheres.
-        ArgumentTypeError: the model is no module, or ``names`` no names.
-        ConstraintError: a weight came onto its spheres by a conversion.
+        ArgumentTypeError: the model is not a module, or ``names`` has another type.
+        ConstraintError: a weight was put on its spheres by a conversion.
         ConstraintError: a weight shares its sphere with weights that were not named.
 
     Example:
@@ -211,27 +211,34 @@ def unconstrain(model: nn.Module, names: Names | None = None) -> list[str]:
     if names is None:
         chosen = [weight for weight in present.values() if not is_converted(weight)]
     elif not present:
-        raise OptionError("names", names, "None: no weight of the model is on spheres")
+        raise OptionError("names", names, "None, as no weight of the model is on spheres")
     else:
         on_spheres = {name: weight.parameter for name, weight in present.items()}
         chosen = [present[name] for name in _selected(wrapped, model, on_spheres, names)]
     for weight in chosen:
         if is_converted(weight):
-            found = "a weight that a conversion put on its spheres"
-            raise ConstraintError(weight.name, found, "one that manifold_nets.constrain did (see manifold_nets.revert)")
+            found = "a weight on spheres by conversion"
+            expected = "one from manifold_nets.constrain; manifold_nets.revert takes converted ones off"
+            raise ConstraintError(weight.name, found, expected)
     for joint, members in by_joint_sphere((weight.manifold, weight) for weight in chosen).items():
         if len(members) < len(joint.names):
             raise ConstraintError.joint(next(iter(members.values())).name, joint.missing(members))
     if chosen:
         _warn_of_averages(wrapped)
+    held = holders(model)
     for weight in chosen:
         old = weight.parameter
-        detach(weight.module, weight.leaf)
+        everywhere(held[id(old)], detach)
         note_released(old, f"{type(weight.module).__name__}.{weight.leaf}")
-        _replace(model, old, weight.parameter)
-        # A unit-norm layer would put the weight on spheres again when it is reset.
-        weight.module.__class__ = _PLAIN_LAYERS.get(type(weight.module), type(weight.module))
+        for module, _ in held[id(old)]:
+            # A unit-norm layer would put the weight on spheres again when it is reset.
+            module.__class__ = _PLAIN_LAYERS.get(type(module), type(module))
     return [weight.name for weight in chosen]
+
+
+def _put(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor | None) -> None:
+    attach(module, leaf, manifold, point)
+    note_defined(module, leaf)
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -245,8 +252,8 @@ def _warn_of_averages(model: nn.Module) -> None:
     """Warn where the wrapper of a model goes on with the former parameters."""
     if model is not inner_model(model) and any(type(m).__name__ == "DistributedDataParallel" for m in model.modules()):
         warnings.warn(
-            "DistributedDataParallel averages gradients of the parameters that it was made with, which are other ones "
-            "now. Wrap the model anew, or do this before it is wrapped.",
+            "The parameters of the model were replaced, but DistributedDataParallel still averages the gradients of "
+            "the old ones. Wrap the model again, or change constraints before wrapping it.",
             stacklevel=4,
         )
 
@@ -304,7 +311,7 @@ def _planned(model: nn.Module, name: str, per: Per, radius: float | str) -> Plan
     _require_free(name, module, weight)
     partition, padding = _partition(model, name, per), padding_of(module, leaf)
     if partition.group_size == 1:
-        found = "spheres of one entry each, on which it could never move"
+        found = "spheres of one entry each, which could never move"
         raise ConstraintError(name, found, "groups of two entries or more, as with per='tensor'")
     norms = partition.norms(weight.detach().double()).flatten()
     manifold: SphereProduct
@@ -344,7 +351,7 @@ def _require_free(name: str, module: nn.Module, weight: Tensor) -> None:
     if is_sharded(weight):
         raise ConstraintError(name, "a sharded weight", "a whole one: constrain before fully_shard")
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
-        raise ConstraintError(name, "a parameter that a parametrization computes from", "the weight without one")
+        raise ConstraintError(name, "a parameter under a parametrization", "the weight without parametrization")
     if getattr(module, "max_norm", None) is not None:
         raise ConstraintError(name, f"max_norm={module.max_norm}, which rescales rows", "max_norm=None")
 
@@ -360,7 +367,7 @@ def _partition(model: nn.Module, name: str, per: Per) -> Partition:
     if per == "tensor":
         return Partition.whole(shape)
     if len(shape) < (2 if per == "column" else 1):
-        raise ConstraintError(name, f"shape {shape}", f"an axis to divide it by, for per={per!r}")
+        raise ConstraintError(name, f"shape {shape}", f"a shape with the axis that per={per!r} needs")
     if per == "column":
         return Partition(shape, shape, (1,))
     if per == "head":
@@ -384,10 +391,3 @@ def _head_size(model: nn.Module, path: str) -> int | None:
             if isinstance(size, int) and size > 0:
                 return size
     return None
-
-
-def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put a new parameter where others still hold the old one, so that tied weights stay tied."""
-    for module, leaf in holders(model).get(id(old), ()):
-        detach(module, leaf)
-        setattr(module, leaf, new)

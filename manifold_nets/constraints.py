@@ -1,10 +1,10 @@
-"""Which weights of a model lie on which manifold, recorded on the modules that own them.
+"""Record which weights of a model lie on which manifold, on the modules that own them.
 
-`geoopt.ManifoldParameter` carries its manifold, but the parameter object itself is replaced by
-``load_state_dict(assign=True)``, ``to("meta")`` with ``to_empty``, and sharding, and the manifold is lost with it. So
-each module also records the manifolds of its own weights. The record is no parameter or buffer: it changes neither
-`state_dict` nor the forward pass, and it follows deep copies and pickles of the module. A hook of `load_state_dict`
-refuses values that are on no sphere of theirs: the next optimizer step would put them there, and nothing else along.
+`geoopt.ManifoldParameter` carries its manifold, but ``load_state_dict(assign=True)``, ``to("meta")`` with ``to_empty``,
+and sharding replace the parameter object, and the manifold is lost with it. So each module also records the manifolds
+of its own weights. The record is not a parameter or buffer: it changes neither `state_dict` nor the forward pass, and
+it survives deep copies and pickling of the module. A hook of `load_state_dict` raises an error on values that are off
+their spheres: the next optimizer step would project them without rescaling biases and statistics.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _RECORD = "_manifold_nets_constraints"
 _live_records: weakref.WeakSet[_Constraints] = weakref.WeakSet()
 # Optimizers, whose parameter groups list manifolds too.
 _holders: weakref.WeakSet[Any] = weakref.WeakSet()
-# Parameters in whose place a constrained one was put, while somebody, as an optimizer, still holds them.
+# Parameters that a constrained one has replaced but that something, such as an optimizer, still holds.
 _replaced: WeakIdKeyDictionary = WeakIdKeyDictionary()
-# Former constrained parameters in whose place a plain one was put.
+# Constrained parameters that a plain one has replaced.
 _released: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _last_change = 0
 
@@ -122,7 +122,7 @@ TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusted_values() -> Iterator[None]:
-    """Let `load_state_dict` take values as they are: for those that are known to be points of other spheres."""
+    """Let `load_state_dict` accept values without checking, when they are known to lie on other spheres."""
     token = TRUSTED.set(True)
     try:
         yield
@@ -137,7 +137,7 @@ def _record_of(module: nn.Module) -> _Constraints | None:
 
 @dataclass(frozen=True)
 class ConstrainedWeight:
-    """A weight of a model that lies on a product of spheres: where it is, and on which."""
+    """A weight of a model that lies on a product of spheres: its module, its name, and the manifold."""
 
     name: str
     module: nn.Module
@@ -153,13 +153,13 @@ class ConstrainedWeight:
 def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor | None = None) -> None:
     """Put the weight ``module.<leaf>`` on a manifold: a `geoopt.ManifoldParameter` plus a record on the module.
 
-    Attributes and hooks of the parameter go over to the new object.
+    Attributes and hooks of the parameter are moved to the new object.
 
     Args:
         module: owner of the weight.
         leaf: name of the weight in the module, for instance ``"weight"``.
         manifold: the product of spheres.
-        point: the new value; the present one when left out. It is used as it is, without projection.
+        point: the new value (default: the present one). It is used without projection.
 
     Raises:
         ConstraintError: the module has no such weight, or its shape is not the manifold's.
@@ -184,7 +184,7 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
     _last_change += 1
     record = _record_of(module)
     if record is None or record.module() is not module:
-        # The hooks of a shallow copy are those of its original.
+        # A shallow copy shares the hooks of its original.
         module._load_state_dict_pre_hooks = OrderedDict(module._load_state_dict_pre_hooks)
         remove_load_hook(module, _Constraints)
         fresh = _Constraints(module)
@@ -197,7 +197,7 @@ def attach(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor 
 
 
 def detach(module: nn.Module, leaf: str) -> None:
-    """Turn the weight ``module.<leaf>`` into a plain parameter with the same values and forget its manifold.
+    """Turn the weight ``module.<leaf>`` into a plain parameter with the same values, and delete its record.
 
     Raises:
         ConstraintError: the module has no such weight.
@@ -225,11 +225,11 @@ def detach(module: nn.Module, leaf: str) -> None:
 
 
 def everywhere(places: Iterable[tuple[nn.Module, str]], change: Callable[[nn.Module, str], object]) -> None:
-    """Change a parameter in every module that holds it; the first of them says what it becomes for all.
+    """Change a parameter in every module that holds it; all get the result for the first one.
 
     Args:
-        places: the modules and the names that they have for it, as `manifold_nets.models.holders` finds them.
-        change: such as `detach`.
+        places: the modules and their names for it, as found by `manifold_nets.models.holders`.
+        change: the change, such as `detach`.
 
     Example:
         >>> first, second = nn.Linear(3, 3), nn.Linear(3, 3)
@@ -246,12 +246,12 @@ def everywhere(places: Iterable[tuple[nn.Module, str]], change: Callable[[nn.Mod
 
 
 def copy_attributes(old: Tensor, new: Tensor, *, share: bool = True) -> None:
-    """Give a parameter the attributes and the hooks of the one whose place it takes.
+    """Copy the attributes and hooks of a parameter to its replacement.
 
     Args:
-        old: the parameter that had them.
-        new: the parameter that gets them.
-        share: whether the handle of a hook removes it from both; False for copies.
+        old: the old parameter.
+        new: the new one.
+        share: whether removing a hook by its handle removes it from both; False for copies.
 
     Example:
         >>> old, new = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
@@ -270,14 +270,14 @@ def copy_attributes(old: Tensor, new: Tensor, *, share: bool = True) -> None:
 
 
 def remove_load_hook(module: nn.Module, kind: type) -> list[Any]:
-    """Take the hooks of one kind that run before loading off a module, as handles do not survive pickling."""
+    """Remove a module's pre-load hooks of one kind; handles do not survive pickling."""
     hooks = module._load_state_dict_pre_hooks
     # torch wraps a hook.
     return [hooks.pop(n) for n, held in list(hooks.items()) if isinstance(getattr(held, "hook", held), kind)]
 
 
 def check_values_last(module: nn.Module) -> None:
-    """Let the check of values for `load_state_dict` follow the hooks of a module that change them."""
+    """Run the check of loaded values after the hooks of a module that change them."""
     for held in remove_load_hook(module, _Constraints):
         module._register_load_state_dict_pre_hook(getattr(held, "hook", held))  # type: ignore[no-untyped-call]
 
@@ -288,8 +288,8 @@ def require_loadable(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
     Args:
         model: the model.
         state_dict: the values.
-        prefix: what stands in front of the model's names.
-        changing: the `id` of each manifold that another one is about to replace.
+        prefix: prefix of the model's names.
+        changing: the `id` of each manifold that is about to be replaced.
 
     Raises:
         OffManifoldError: values are off the spheres of their weight.
@@ -301,7 +301,7 @@ def require_loadable(model: nn.Module, state_dict: Mapping[str, Any], prefix: st
 
 
 def has_norms(value: Any, manifold: SphereProduct) -> TypeGuard[Tensor]:
-    """Whether something is a tensor with values in a manifold's shape; the rest is left for torch to refuse."""
+    """Whether an object is a tensor with values in a manifold's shape; torch raises its own errors on the rest."""
     return (
         isinstance(value, Tensor)
         and not value.is_meta
@@ -331,18 +331,18 @@ def _remedy(name: str, *, converted: bool, defined: bool) -> str:
 
 
 def note_converted(module: nn.Module, leaf: str, norm: float | None) -> None:
-    """Record that a conversion put a weight on its spheres, and the median norm that its groups had before."""
+    """Record that conversion put a weight on its spheres, and the median norm of its groups before."""
     module.__dict__[_RECORD].converted[leaf] = norm
 
 
 def is_converted(weight: ConstrainedWeight) -> bool:
-    """Whether a weight came onto its spheres by a conversion, which moved biases and statistics along."""
+    """Whether a conversion put a weight on its spheres, and rescaled biases and statistics with it."""
     record = _record_of(weight.module)
     return record is not None and weight.leaf in record.converted
 
 
 def note_defined(module: nn.Module, leaf: str) -> None:
-    """Record that the model was given spheres for a weight by name, whatever that did to its function."""
+    """Record that a weight was put on spheres by name, without a conversion."""
     module.__dict__[_RECORD].defined.add(leaf)
 
 
@@ -353,7 +353,7 @@ def is_defined(weight: ConstrainedWeight) -> bool:
 
 
 def converted_norms(parameters: Iterable[Tensor]) -> dict[int, float]:
-    """Return the median group norm that converted weights had before, by the `id` of the parameter."""
+    """Return the median group norms that converted weights had before, by the `id` of the parameter."""
     places = {
         id(record.parameters.get(leaf)): norm
         for record in list(_live_records)
@@ -364,12 +364,12 @@ def converted_norms(parameters: Iterable[Tensor]) -> dict[int, float]:
 
 
 def holds_manifolds(optimizer: Any) -> None:
-    """Note an optimizer whose parameter groups list manifolds, so that `change_manifolds` reaches them."""
+    """Register an optimizer whose parameter groups list manifolds, so that `change_manifolds` updates it."""
     _holders.add(optimizer)
 
 
 def change_manifolds(model: nn.Module, new: Mapping[int, SphereProduct]) -> None:
-    """Put other manifolds of the same groups in the place of present ones, in a model and in its optimizers.
+    """Replace manifolds by others with the same groups, in a model and in its optimizers.
 
     Args:
         model: the model.
@@ -387,12 +387,12 @@ def change_manifolds(model: nn.Module, new: Mapping[int, SphereProduct]) -> None
 
 
 def last_change() -> int:
-    """Return a number that grows whenever a weight is constrained, or taken off its spheres."""
+    """Return a counter that grows whenever a weight is constrained or taken off its spheres."""
     return _last_change
 
 
 def was_replaced(parameter: Tensor) -> bool:
-    """Whether a constrained weight has taken the place of a parameter, which trains no model any more.
+    """Whether a constrained weight has replaced this parameter, which no longer belongs to a model.
 
     Example:
         >>> layer = nn.Linear(4, 3)
@@ -405,14 +405,14 @@ def was_replaced(parameter: Tensor) -> bool:
 
 
 def note_released(parameter: Tensor, name: str) -> None:
-    """Record that a plain parameter has taken the place of a constrained one, which trains no model any more."""
+    """Record that a plain parameter has replaced a constrained one, which no longer belongs to a model."""
     global _last_change
     _released[parameter] = name
     _last_change += 1
 
 
 def released_names(parameters: Iterable[Tensor]) -> list[str]:
-    """Return the names of those parameters in whose place `manifold_nets.unconstrain` has put a plain one."""
+    """Return the names of those parameters that `manifold_nets.unconstrain` replaced by plain ones."""
     return [_released[parameter] for parameter in parameters if parameter in _released]
 
 
@@ -432,8 +432,8 @@ def _require_shape(name: str, data: Tensor, manifold: SphereProduct) -> None:
 def constrained_weights(model: nn.Module) -> Iterator[ConstrainedWeight]:
     """Yield every weight of a model that lies on a product of spheres, in the order of ``named_parameters``.
 
-    A weight shared by several modules is yielded once, under its first name. A `geoopt.ManifoldParameter` that was
-    put on a `SphereProduct` by hand counts as well, and what such a parameter says of itself goes before the record.
+    A weight shared by several modules is yielded once, under its first name. A `geoopt.ManifoldParameter` that was put
+    on a `SphereProduct` by hand counts too; the manifold of a parameter takes precedence over the record.
     """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
@@ -447,15 +447,15 @@ def constrained_weights(model: nn.Module) -> Iterator[ConstrainedWeight]:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Make every recorded weight a `geoopt.ManifoldParameter` again where its object was replaced.
+    """Make every recorded weight a `geoopt.ManifoldParameter` again if its parameter object was replaced.
 
-    The values are left as they are. Tied weights stay tied.
+    No value changes. Tied weights stay tied.
 
     Returns:
-        Names of the weights whose parameter object was renewed.
+        Names of the weights that got a new parameter object.
 
     Raises:
-        ConstraintError: a replaced weight has another shape than its manifold; the model is untouched.
+        ConstraintError: a replaced weight has another shape than its manifold; the model is unchanged.
 
     Example:
         >>> import manifold_nets as mn
@@ -475,10 +475,10 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[ConstrainedWeight, ...]]]:
-    """Return every sphere that several weights of a model lie on together, with these weights in its order.
+    """Return every joint sphere of a model, with its weights in order.
 
     Raises:
-        ConstraintError: the model has some weights of a joint sphere and lacks others.
+        ConstraintError: the model has only some of the weights of a joint sphere.
 
     Example:
         >>> from manifold_nets.groups import Partition
@@ -500,10 +500,10 @@ def joint_spheres(model: nn.Module) -> list[tuple[JointSphere, tuple[Constrained
 
 
 def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
-    """Return the weights among plain parameters that some living module records as constrained, in their order.
+    """Return the constrained weights behind some plain parameters, by the records of living modules, in order.
 
-    So are parameters that a constrained weight is made of, as by `torch.nn.utils.weight_norm`, flat ones that hold it,
-    and those in whose place it was put.
+    This includes parameters from which a constrained weight is computed (`torch.nn.utils.weight_norm`), flat parameters
+    that contain it, and parameters that it has replaced.
 
     Example:
         >>> import manifold_nets as mn
@@ -515,7 +515,7 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
     names = {id(p): name for record in list(_live_records) for name, p in record.places()}
     found = []
     for parameter in parameters:
-        # What is no tensor is left for torch to refuse.
+        # torch raises its own error on anything that is not a tensor.
         if isinstance(parameter, geoopt.ManifoldParameter) or not isinstance(parameter, Tensor):
             continue
         former: str | None = _replaced.get(parameter)  # type: ignore[no-untyped-call]
@@ -526,7 +526,7 @@ def lost_constraints(parameters: Iterable[Tensor]) -> list[str]:
 
 
 def recorded_name(parameter: Tensor) -> str | None:
-    """Return the name that the module of a constrained weight has for it; None where no living module records it.
+    """Return the name of a constrained weight in its module; None if no living module records it.
 
     Example:
         >>> import manifold_nets as mn

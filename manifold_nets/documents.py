@@ -20,16 +20,16 @@ _TOO_DEEP = "it is nested too deeply"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON as the standard has it: without NaN and Infinity.
+    """Parse standard JSON, without NaN and Infinity.
 
     Raises:
-        ValueError: the text is no JSON, or is nested too deeply.
+        ValueError: the text is not valid JSON, or is nested too deeply.
 
     Example:
         >>> parse_json('{"radius": NaN}')
         Traceback (most recent call last):
             ...
-        ValueError: NaN is not a number of JSON
+        ValueError: NaN is not a JSON number
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant)
@@ -38,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 class JsonForm:
@@ -69,8 +69,8 @@ class JsonForm:
 class Schema:
     """A JSON schema (draft 2020-12), checked by the package jsonschema.
 
-    Stricter than the standard in numbers, so that what passes can be computed with: ``integer`` is a whole number of
-    at most 63 bits that is written without a decimal point, and ``number`` is in the range of a float.
+    Numbers are checked more strictly than in the standard, so that valid ones can be computed with: an ``integer`` has
+    at most 63 bits and no decimal point, and a ``number`` is in the range of a float.
 
     Args:
         source: returns the schema; called when the first document is checked.
@@ -98,7 +98,7 @@ class Schema:
         return jsonschema.validators.extend(standard, type_checker=types)(self._source())
 
     def fault(self, document: Any) -> str | None:
-        """Say where a document does not follow the schema and how; None where it does."""
+        """Return where and how a document violates the schema; None if it is valid."""
         from jsonschema.exceptions import best_match
 
         try:
@@ -118,7 +118,7 @@ class Schema:
 
 
 def printable(text: str) -> str:
-    r"""Return a text that quotes a document, with escapes for what cannot be printed.
+    r"""Return a text that quotes a document, with unprintable characters escaped.
 
     Example:
         >>> printable("weight \ud800")
@@ -142,7 +142,7 @@ def _is_number(_: object, value: object) -> bool:
 
 
 def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a document of JSON with a checksum of its contents, which `is_intact` compares.
+    """Return a JSON document with a checksum of its contents, for `is_intact`.
 
     Example:
         >>> stored = with_checksum({"seeds": [0, 1]})
@@ -153,18 +153,18 @@ def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_intact(document: Mapping[str, Any]) -> bool:
-    """Whether a document has the contents that its checksum was taken of, or has none."""
+    """Whether the contents of a document match its checksum, or it has none."""
     rest = {key: value for key, value in document.items() if key != "checksum"}
     return "checksum" not in document or document == with_checksum(rest)
 
 
 def crc32(document: Mapping[str, Any]) -> int:
-    """CRC-32 of a document of JSON, whatever the order of its keys and its spaces."""
+    """CRC-32 of a JSON document, independent of key order and whitespace."""
     return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def without_infinities(value: Any) -> Any:
-    """Return data for JSON: null for numbers that JSON does not have, lists for tuples, the forms of objects."""
+    """Return data for JSON: null for numbers that JSON lacks, lists for tuples, and the JSON forms of objects."""
     if isinstance(value, dict):
         return {key: without_infinities(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The errors of the package. Every message says what was found and where, what was expected, and what to do."""
+"""The errors of the package. Every message states what was found and where, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
 
 
 def near_matches(name: str, known: Iterable[str]) -> str:
-    """Say in a sentence which known names look like one that is not known; nothing where none does.
+    """Return a sentence with the known names closest to an unknown one; an empty string where none is close.
 
     Example:
         >>> near_matches("rsdg", ["adam", "radam", "rsgd"])
@@ -31,7 +31,7 @@ def near_matches(name: str, known: Iterable[str]) -> str:
 
 
 def described(error: BaseException) -> str:
-    """The kind of an error and the first line of its text: torch appends advice about other settings.
+    """Return an error's type and the first line of its message: what torch appends is advice for other situations.
 
     Example:
         >>> described(ValueError("the file is empty")), described(KeyError())
@@ -46,13 +46,13 @@ class ManifoldNetsError(Exception):
 
 
 class FoundError(ManifoldNetsError):
-    """Base of the errors about something that is not what was expected there.
+    """Base of the errors of the form "NAME: found X; expected Y. What to do.".
 
     Args:
-        name: where: an argument, a parameter, a file.
-        found: what is there.
-        expected: what should be there.
-        remedy: what to do; that of the class where it is left out.
+        name: the argument, parameter or file that is wrong.
+        found: its value.
+        expected: which values are valid.
+        remedy: what to do; by default the class attribute ``remedy``.
     """
 
     remedy = ""
@@ -77,7 +77,7 @@ class ArgumentTypeError(FoundError, TypeError):
 class OptionError(FoundError, ValueError):
     """An option has an invalid value, or selects nothing."""
 
-    remedy = "Pass such a value or leave the option out."
+    remedy = "Pass a valid value, or leave the option out."
 
     def __init__(self, name: str, found: object, expected: str, near: str = "") -> None:
         super().__init__(name, repr(found), expected, f"{near} {self.remedy}".strip())
@@ -87,8 +87,8 @@ class ParameterNameError(FoundError, KeyError):
     """A report or a plan has no entry of this name."""
 
     def __init__(self, source: str, name: object, names: Sequence[str]) -> None:
-        expected = f"one of {listed(names, 40)}" if names else "no name, as there is none"
-        remedy = f"{near_matches(str(name), names)} Name one of these.".strip() if names else ""
+        expected = f"one of {listed(names, 40)}" if names else "nothing, because there are no entries"
+        remedy = f"{near_matches(str(name), names)} Use one of these names.".strip() if names else ""
         super().__init__(f"{source}[{name!r}]", "no such name", expected, remedy)
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ class MissingExtraError(ManifoldNetsError, ImportError):
 
     def __init__(self, package: str, feature: str, extra: str) -> None:
         super().__init__(
-            f"{package} is not installed; {feature} need it. Install the extra: pip install 'manifold_nets[{extra}]'."
+            f"{package} is not installed, and {feature} need it. Run pip install 'manifold_nets[{extra}]'."
         )
 
 
@@ -108,7 +108,7 @@ class MissingExtraError(ManifoldNetsError, ImportError):
 
 
 class OutputFileError(ManifoldNetsError, OSError):
-    """A file cannot be written; one that it would have replaced is unchanged."""
+    """A file cannot be written; an existing file at that path is unchanged."""
 
 
 class CheckpointError(ManifoldNetsError, ValueError, TypeError):
@@ -117,7 +117,7 @@ class CheckpointError(ManifoldNetsError, ValueError, TypeError):
     Args:
         path: the file.
         message: what is wrong with it, and what to do.
-        differences: in what file and model differ, one text each.
+        differences: the differences between file and model, one string each.
     """
 
     def __init__(self, path: str | os.PathLike[str], message: str, differences: Sequence[str] = ()) -> None:
@@ -139,11 +139,11 @@ class CheckpointFormatError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The names, shapes, dtypes or ties in a file are not those of the model, which was not touched."""
+    """The names, shapes, dtypes or tied weights in a file differ from those of the model, which is unchanged."""
 
 
 class ModelSpecError(FoundError, ValueError):
-    """A text does not name a model."""
+    """A string is not the name of a model."""
 
     _FORMS = "package.module:callable, file.py:callable, file.py, torchvision:NAME, timm:NAME, hf:FOLDER or hf:NAME"
 
@@ -153,19 +153,18 @@ class ModelSpecError(FoundError, ValueError):
 
 
 class ModelNotFoundError(ManifoldNetsError, LookupError):
-    """The module, file, attribute or architecture that a model is named by does not exist."""
+    """The module, file, attribute or architecture in the name of a model does not exist."""
 
     def __init__(self, spec: object, found: str, remedy: str) -> None:
         super().__init__(f"{spec}: {found}. {remedy}")
 
 
 class ModelBuildError(ManifoldNetsError, RuntimeError):
-    """The code of a model raised an error or `SystemExit`, or returned something else than a model."""
+    """The code that builds a model raised an error or `SystemExit`, or did not return a model."""
 
     def __init__(self, spec: object, found: str, remedy: str = "") -> None:
         remedy = remedy or (
-            "Check that it runs in Python as written, and pass its arguments as keyword arguments (--kwargs on the "
-            "command line)."
+            "Check that this call works in Python, and pass all arguments by keyword (--kwargs on the command line)."
         )
         super().__init__(f"{spec}: {found}; expected a callable that returns a torch.nn.Module. {remedy}")
 
@@ -174,14 +173,15 @@ class ModelBuildError(ManifoldNetsError, RuntimeError):
 
 
 class ExampleInputsError(ManifoldNetsError, ValueError):
-    """Example inputs have a form that cannot be given to a model, or the model refused them."""
+    """Example inputs have an unsupported form, or the model raised an error on them."""
 
     def __init__(self, found: str, cause: BaseException | None = None) -> None:
-        why = f" The model said: {type(cause).__name__}: {cause}." if cause is not None else ""
+        why = f" The model raised {type(cause).__name__}: {cause}." if cause is not None else ""
         super().__init__(
             f"example_inputs: found {found}; expected a tensor, a tuple of positional inputs, a dict of keyword "
-            f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass what "
-            "its forward takes, as a batch of at least two examples that are not constant."
+            f"inputs, or ((positional, …), {{keyword: …}}), that the model accepts in training mode.{why} Pass the "
+            "arguments of its forward (--inputs FILE on the command line), with a batch of at least two examples that "
+            "are not constant."
         )
 
 
@@ -194,35 +194,35 @@ class AnalysisError(ManifoldNetsError, RuntimeError):
         self.why = described(cause)
         if copying:
             message = (
-                f"copy.deepcopy could not copy it ({self.why}). Take what cannot be copied (locks, open files, "
-                "generators) out of its attributes, or analyse a submodule."
+                f"copy.deepcopy could not copy it ({self.why}). Remove the attributes that cannot be copied (locks, "
+                "open files, generators), or analyse a submodule."
             )
         elif differentiating:
             message = (
-                f"backward() through it failed in training mode ({self.why}). Detach the input of an operation that "
-                "has no derivative, and copy a tensor before it is changed in place; "
+                f"backward() failed in training mode ({self.why}). Detach the inputs of operations without a "
+                "derivative, and clone tensors before changing them in place; "
                 "torch.autograd.set_detect_anomaly(True) shows where."
             )
         else:
             message = (
-                f"torch.export could not trace it ({self.why}). Move control flow that depends on the data out of "
-                "forward, or analyse the submodule that it surrounds."
+                f"torch.export could not trace it ({self.why}). Move data-dependent control flow out of forward, or "
+                "analyse a submodule without it."
             )
         super().__init__(f"{model}: {message}")
 
 
 class DoublePrecisionError(ManifoldNetsError, TypeError):
-    """A model cannot compute in float64, which the analysis needs."""
+    """A model does not run in float64, which the analysis needs."""
 
     def __init__(self, model: str, cause: BaseException, place: str) -> None:
         super().__init__(
-            f"{model}: its copy in float64 fails {place} ({described(cause)}). Replace the operator there by one that "
-            "accepts float64 tensors, or analyse the submodules around it."
+            f"{model}: the analysis needs float64, but running it in float64 fails {place} ({described(cause)}). "
+            "Replace the operator there with one that accepts float64 tensors, or analyse the submodules around it."
         )
 
 
 class UnsupportedModelError(FoundError, TypeError):
-    """The weights or operations of a model are out of reach: scripted, quantized, lazy, or made in inference mode."""
+    """A model cannot be analysed or converted: scripted, quantized, lazy, or made in inference mode."""
 
     def __init__(self, model: str, found: str, remedy: str) -> None:
         super().__init__(model, found, "a Python module with floating-point weights that have values", remedy)
@@ -242,7 +242,7 @@ class ReportMismatchError(ManifoldNetsError, ValueError):
 
 
 class PartitionError(FoundError, ValueError):
-    """A partition does not fit the tensor that it is meant for."""
+    """A partition does not fit its tensor."""
 
     def __init__(self, found: object, expected: str, remedy: str) -> None:
         super().__init__("partition of a weight", found, expected, remedy)
@@ -261,7 +261,7 @@ class DegenerateGroupError(ManifoldNetsError, ValueError):
 
 
 class OffManifoldError(ManifoldNetsError, ValueError):
-    """A weight that belongs on a product of spheres has left it."""
+    """A constrained weight is off its spheres."""
 
     def __init__(self, name: str, group: int, norm: float, radius: float, remedy: str | Callable[[], str]) -> None:
         deviation = abs(norm / radius - 1) if radius else math.inf  # the padding row of an embedding is zero
@@ -276,19 +276,19 @@ class OffManifoldError(ManifoldNetsError, ValueError):
 
 
 class ConstraintError(FoundError, ValueError, TypeError):
-    """A weight cannot be put on its manifold, or shares its sphere with others that are missing."""
+    """A weight cannot be put on its manifold, or shares a sphere with weights that are missing."""
 
-    remedy = "Name a weight of the module that fits."
+    remedy = "Choose a weight that fits."
 
     @classmethod
     def joint(cls, name: str, others: Sequence[str], found: str = "this weight alone") -> ConstraintError:
-        """The error about one weight of a joint sphere, where all of them are needed."""
+        """Return the error for one weight of a joint sphere where all of its weights are needed."""
         return cls(
             name,
             f"{found}, but its groups share one norm with those of {listed(others)}",
             "all of them together",
             "Use manifold_nets.joint_spheres(model), manifold_nets.project(model), and one parameter group of "
-            "manifold_nets.optim for all of them; or take the constraint away with manifold_nets.revert(model).",
+            "manifold_nets.optim for all of them; or remove the constraint with manifold_nets.revert(model).",
         )
 
 
@@ -296,38 +296,38 @@ class ConstraintError(FoundError, ValueError, TypeError):
 
 
 class NothingToConvertError(ManifoldNetsError, ValueError):
-    """No selected weight of a model has a scale symmetry that conversion could remove."""
+    """None of the selected weights has a scale symmetry that conversion could remove."""
 
 
 class PlanError(FoundError, ValueError):
-    """An edited plan cannot be read or carried out."""
+    """An edited plan cannot be read or applied."""
 
-    remedy = "Write a fresh plan and edit that one; nothing was changed."
+    remedy = "Nothing was changed; write a new plan and edit that."
 
 
 class FunctionChangedError(ManifoldNetsError, RuntimeError):
-    """A rewritten model does not compute what it computed before."""
+    """A conversion or export would change the output of a model."""
 
     def __init__(self, model: str, mode: str, difference: float, limit: float, remedy: str) -> None:
         super().__init__(
-            f"{model}: its output in {mode} mode would change by {difference:.3g}, relative, on the example inputs; "
+            f"{model}: its output in {mode} mode would change by a relative {difference:.3g} on the example inputs; "
             f"at most {limit:.3g} is allowed. {remedy}"
         )
 
 
 class ExportError(ManifoldNetsError, RuntimeError):
-    """A model cannot be written in a format; no file was written."""
+    """A model cannot be exported to a format; no file was written."""
 
     def __init__(self, path: object, tool: str, cause: BaseException) -> None:
         super().__init__(
-            f"{path}: {tool} refused the model ({described(cause)}); expected a network in evaluation mode, made of "
-            "operations that it knows. Cast half precision to float32, or write the weights alone with the format "
-            "safetensors."
+            f"{path}: {tool} failed on the model ({described(cause)}); expected a network in evaluation mode with "
+            "operations that this tool supports. Cast half precision to float32, or export only the weights, in the "
+            "safetensors format."
         )
 
 
 class ProjectionError(ManifoldNetsError, ValueError):
-    """Values cannot be put on the spheres of a weight without changing what its model computes."""
+    """Values cannot be put on the spheres of a weight without changing the output of its model."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}")
@@ -338,22 +338,22 @@ class ProjectionError(ManifoldNetsError, ValueError):
 
 
 class EuclideanStepError(ManifoldNetsError, RuntimeError):
-    """A weight on spheres would be stepped as a Euclidean one.
+    """A weight on spheres would be trained as a Euclidean one.
 
     Args:
         names: the weights.
-        optimizer: the optimizer that knows nothing of spheres; None where the parameter objects are plain ones.
+        optimizer: the Euclidean optimizer; None if the parameter objects are plain ones.
     """
 
     def __init__(self, names: Sequence[str], optimizer: str | None = None) -> None:
         found = f"{listed(dict.fromkeys(names))}: constrained to a product of spheres, but "
         if optimizer is None:
             found += (
-                "the parameter object was replaced by a plain one (load_state_dict(assign=True), to_empty and sharding "
-                "do that), or is held in others, and it would be trained as a Euclidean one. Build the optimizer from "
-                "manifold_nets.param_groups(model), which finds the manifold through the model; with "
-                "FullyShardedDataParallel pass use_orig_params=True, and take off weight_norm and the like first, or "
-                "the constraint (manifold_nets.revert)."
+                "its parameter was replaced by a plain one (by load_state_dict(assign=True), to_empty or sharding) or "
+                "is part of another parameter, so it would be trained as a Euclidean weight. Build the optimizer from "
+                "manifold_nets.param_groups(model), which finds the manifold through the model. With "
+                "FullyShardedDataParallel pass use_orig_params=True. Remove weight_norm and other parametrizations "
+                "first, or the constraint (manifold_nets.revert)."
             )
         else:
             found += (
@@ -367,65 +367,65 @@ class EuclideanStepError(ManifoldNetsError, RuntimeError):
 
 
 class ParameterGroupError(FoundError, ValueError, TypeError):
-    """A parameter group holds weights, manifolds or options that do not go together."""
+    """A parameter group combines weights, manifolds or options that do not fit each other."""
 
     remedy = (
-        "Let manifold_nets.param_groups(model) make the groups, or "
-        'give "manifolds" one SphereProduct, or None, for each of "params".'
+        "Build the groups with manifold_nets.param_groups(model), or "
+        'give "manifolds" one SphereProduct or None for each of "params".'
     )
 
     @classmethod
     def on_spheres(cls, name: str, found: str, expected: str) -> ParameterGroupError:
-        """The error about a weight on spheres that cannot be stepped as it is, or with this option."""
-        remedy = "Change it, or train this weight without the constraint (manifold_nets.revert)."
+        """Return the error for a weight on spheres that no step supports, as it is or with this option."""
+        remedy = "Change that, or train this weight without the constraint (manifold_nets.revert)."
         return cls(f"{name} lies on a product of spheres", found, expected, remedy)
 
 
 class StepInputError(FoundError, RuntimeError, TypeError):
-    """A weight, its gradient or its optimizer state cannot be read or written by a step; nothing was changed."""
+    """An optimizer step cannot use a weight, its gradient or its state; nothing was changed."""
 
     def __init__(self, name: str, found: str, expected: str, remedy: str) -> None:
         super().__init__(name, found, f"{expected}; nothing was changed", remedy)
 
 
 class OptimizerStateError(FoundError, ValueError):
-    """The saved state of an optimizer does not fit the spheres of a live weight."""
+    """A saved optimizer state does not fit the optimizer that loads it, or the spheres of its weights."""
 
-    remedy = "Load the state of the same kind of optimizer for a model converted in the same way, or start without it."
+    remedy = "Load the state of the same optimizer class for a model converted in the same way, or start without it."
 
     def __init__(self, name: str, found: str, expected: str, remedy: str = "") -> None:
         super().__init__(f"state of {name}", found, f"{expected}; nothing was loaded", remedy)
 
 
 class NativeKernelError(FoundError, RuntimeError):
-    """An optimizer was asked for ``fused=True``, and the kernel for weights on spheres is not available."""
+    """``fused=True`` was requested, but the compiled kernel for weights on spheres is not available."""
 
     def __init__(self, reason: str, remedy: str) -> None:
         super().__init__(
             "fused=True",
             reason,
             "the compiled kernel for weights on spheres; nothing was changed",
-            f"{remedy}, or leave fused out: without the kernel, steps are taken by torch's operations.",
+            f"{remedy}, or leave fused out: steps then use torch's operations.",
         )
 
 
 class LearningRateWarning(UserWarning):
-    """Converted weights would be trained at the learning rate of the plain network, which means something else there.
+    """Converted weights would be trained at the plain network's learning rate, which has another meaning on spheres.
 
     Args:
         names: the weights.
-        rate: their rate.
-        matched: the rate on spheres that matches it, the median over the weights.
-        formula: where that comes from.
+        rate: their learning rate.
+        matched: the matching rate on spheres, the median over the weights.
+        formula: how the matching rate is computed.
     """
 
     def __init__(self, names: Sequence[str], rate: float, matched: float, formula: str) -> None:
         super().__init__(
-            f"{listed(names, 3)}: converted weights get the learning rate {rate:g} of the plain parameters, but a rate "
-            f"on spheres means something else. In the median {matched:.3g} matches the plain network's next step "
-            f"({formula}). Pass manifold_nets.param_groups(model, sphere_lr={matched:.3g}), or the rates of all "
-            "weights, from manifold_nets.matched_learning_rates(…).by_weight(); "
-            f"sphere_lr={rate:g} keeps the rate as it is."
+            f"{listed(names, 3)}: these converted weights have the plain parameters' learning rate {rate:g}, but on "
+            f"spheres a learning rate is an angle. The rate that matches the plain network's next step is "
+            f"{matched:.3g} in the median ({formula}). Pass manifold_nets.param_groups(model, "
+            f"sphere_lr={matched:.3g}), or one rate per weight from "
+            f"manifold_nets.matched_learning_rates(…).by_weight(); sphere_lr={rate:g} keeps the rate."
         )
         self.names, self.rate, self.matched = tuple(names), rate, matched
 
@@ -434,7 +434,7 @@ class LearningRateWarning(UserWarning):
 
 
 class PointError(FoundError, ValueError):
-    """The parameters of a model cannot be made a point, or a point does not fit the model.
+    """A model's parameters cannot be turned into a point, or a point does not fit the model.
 
     Example:
         >>> import torch
@@ -462,7 +462,7 @@ class CostError(FoundError, ValueError):
         super().__init__("loss", found, expected, remedy)
 
 
-# ---- former names, to be removed with the next release ---------------------------------------------------------------
+# ---- deprecated names, removed in the next release -------------------------------------------------------------------
 
 _FORMER: dict[str, type[Exception]] = {
     "CheckpointTensorError": CheckpointError,
@@ -487,5 +487,5 @@ for _module in ("analysis", "base", "checkpoints", "constraints", "conversion", 
 def __getattr__(name: str) -> object:
     if name not in _FORMER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{__name__}.{name} is now {_FORMER[name].__name__}", DeprecationWarning, stacklevel=2)
+    warnings.warn(f"{__name__}.{name} is now called {_FORMER[name].__name__}", DeprecationWarning, stacklevel=2)
     return _FORMER[name]

@@ -1,4 +1,4 @@
-"""Writing files so that a reader finds the old file or the whole new one."""
+"""Write files atomically: a reader finds either the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFBLK: "a block device", stat.S_IFSOC
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary file in the folder of ``path``, which takes its place when the block ends without an error.
+    """Give a temporary file in the folder of ``path`` that replaces it if the block ends without an error.
 
-    The file is flushed to the disk before it is renamed, so that a reader finds the old file or the whole new one.
-    When the block raises, ``path`` is as it was and the temporary file is gone. A symbolic link is followed, and a
-    file that is replaced hands on its permissions. A named pipe, a character device and an open descriptor such as
-    ``/dev/stdout`` stay what they are: they receive the whole content at the end of the block.
+    The file is flushed to disk before it is renamed, so a reader finds either the old file or the complete new one. If
+    the block raises, ``path`` is unchanged and the temporary file is deleted. Symbolic links are followed, and a
+    replaced file passes on its permissions. A named pipe, a character device and an open descriptor such as
+    ``/dev/stdout`` are not replaced: they receive the whole content at the end of the block.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        OutputFileError: the path is that of a folder, a block device or a socket, or a loop of symbolic links.
-        OutputFileError: there is no room for the file.
+        OutputFileError: the path is a folder, a block device, a socket, or a loop of symbolic links.
+        OutputFileError: the disk is full.
 
     Example:
         >>> import tempfile
@@ -53,17 +53,17 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         if full is None:
             raise
         raise OutputFileError(
-            f"{os.fspath(path)}: it could not be written ({full}); a file that it would have replaced is unchanged. "
-            "Make room, or choose another path."
+            f"{os.fspath(path)}: it could not be written ({full}); an existing file there is unchanged. "
+            "Free disk space, or choose another path."
         ) from error
 
 
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
-    """Give a temporary file that takes the place of a path when the block ends without an error."""
+    """Give a temporary file that replaces a path if the block ends without an error."""
     final = resolved(path)
     if not final.parent.is_dir():
-        raise FileNotFoundError(f"{final}: its folder does not exist. Make it first, or choose another path.")
+        raise FileNotFoundError(f"{final}: its folder does not exist. Create the folder, or choose another path.")
     temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -80,10 +80,10 @@ def _replaced(path: Path) -> Iterator[Path]:
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Tell whether what is at a path can only be written into, and not be replaced by a file.
+    """Whether a path can only be written into, not replaced by a file.
 
     Raises:
-        OutputFileError: it is a folder, a block device, a socket or a loop of links, so that neither can be done.
+        OutputFileError: the path is a folder, a block device, a socket or a loop of links, so neither is possible.
 
     Example:
         >>> is_stream("a file that does not exist")
@@ -99,19 +99,19 @@ def is_stream(path: str | os.PathLike[str]) -> bool:
     if any(is_kind(mode) for is_kind in _STREAMS):
         return True
     if not stat.S_ISREG(mode):
-        raise _no_file(path, _KINDS.get(stat.S_IFMT(mode), "something that is no file"))
+        raise _no_file(path, _KINDS.get(stat.S_IFMT(mode), "something that is not a file"))
     return False
 
 
 @contextmanager
 def _sent(path: Path) -> Iterator[Path]:
-    """Give a temporary file whose content goes into a stream when the block ends without an error."""
+    """Give a temporary file whose content is written to a stream if the block ends without an error."""
     with tempfile.TemporaryDirectory(prefix="manifold-nets-") as folder:
         temporary = Path(folder) / "content.tmp"
         temporary.touch()
         yield temporary
         number = _descriptor(path)
-        # A duplicate goes on where the descriptor is; opened anew, a file would be written from its start.
+        # A duplicate continues at the descriptor's position; an opened file would be written from its start.
         target = path.open("wb") if number is None else os.fdopen(os.dup(number), "wb")
         with temporary.open("rb") as source, target:
             shutil.copyfileobj(source, target)
@@ -121,22 +121,22 @@ def resolved(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path behind all symbolic links.
 
     Raises:
-        OutputFileError: they lead round in a circle.
+        OutputFileError: the links form a loop.
     """
     if is_link_loop(path):
-        raise _no_file(path, "symbolic links that lead back to themselves")
+        raise _no_file(path, "a loop of symbolic links")
     return Path(path).resolve()
 
 
 def _no_file(path: str | os.PathLike[str], found: str) -> OutputFileError:
     return OutputFileError(
-        f"{os.fspath(path)}: found {found}; expected a file, a path where there is none yet, a named pipe or a "
-        "character device; nothing was written. Choose another path."
+        f"{os.fspath(path)}: found {found}; expected a new or existing file, a named pipe or a character device; "
+        "nothing was written. Choose another path."
     )
 
 
 def is_link_loop(path: str | os.PathLike[str]) -> bool:
-    """Whether the symbolic links of a path lead back to themselves.
+    """Whether the symbolic links of a path form a loop.
 
     Example:
         >>> is_link_loop("a file that does not exist")
@@ -150,7 +150,7 @@ def is_link_loop(path: str | os.PathLike[str]) -> bool:
 
 
 def path_of_open(file: BinaryIO) -> Path:
-    """A path of a file that is open, which stays that of this file when another one is renamed to its name.
+    """A path of an open file that stays valid if another file is renamed to its name.
 
     Example:
         >>> with open(__file__, "rb") as file:
@@ -163,10 +163,10 @@ def path_of_open(file: BinaryIO) -> Path:
 
 
 def _no_room(error: BaseException | None) -> str | None:
-    """What the system said where an error, or one that it was raised from, is that a disk or a quota is full."""
+    """The system's message if an error, or its cause, is a full disk or quota."""
     while error is not None:
         for code in _FULL:
-            # Writers in other languages pass on no more than the text.
+            # Writers in other languages pass on only the text.
             if getattr(error, "errno", None) == code or os.strerror(code) in str(error):
                 return os.strerror(code)
         error = error.__cause__ or error.__context__

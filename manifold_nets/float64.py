@@ -1,8 +1,8 @@
-"""Computing in float64, whatever dtypes a forward pass asks for.
+"""Run models in float64, whatever dtypes their forward pass asks for.
 
-The copy that is analysed has float64 weights and inputs. Forward passes make tensors of their own in torch's default
-dtype, keep constants that are no buffers, and cast to float32 on the way. Under `in_float64` all of these follow. That
-holds for the current thread alone: torch's default dtype, which all threads share, stays what it is.
+The copy under analysis has float64 weights and inputs. Forward passes also create tensors in torch's default dtype,
+hold constants that are not buffers, and cast to float32. Under `in_float64` all of these become float64. This affects
+only the current thread: torch's default dtype, which all threads share, does not change.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 class _Float64(TorchFunctionMode):
-    """Lets what forward makes, casts and keeps have the precision of the weights."""
+    """Gives tensors that forward creates, casts or holds the precision of the weights."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,15 +75,15 @@ class _Float64(TorchFunctionMode):
 
 
 def _mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of one precision; what is written into is not replaced by a copy.
+    """Cast arguments to one precision; the target of an in-place write is not replaced by a copy.
 
-    Constants that met no other tensor so far are still in their own precision, so that views of them are views.
+    Constants that have not met another tensor keep their own precision, so that views of them stay views.
     """
     written = [kwargs["out"]] if isinstance(kwargs.get("out"), Tensor) else []
     if args and ((name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name[:3] == "__i"):
         written.append(args[0])
     for target in written:
-        # A buffer that forward makes, and nobody else sees.
+        # A buffer that forward creates for itself.
         if type(target) is Tensor and target.dtype in _WIDE and target.is_leaf and target._base is None:
             target.data = widened(target.data)
 
@@ -94,7 +94,7 @@ def _mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _map(change: Callable[[Any], Any], value: Any) -> Any:
-    """Change the leaves of nested arguments; other containers than lists, tuples and dictionaries are leaves."""
+    """Change the leaves of nested arguments; containers other than lists, tuples and dictionaries count as leaves."""
     if type(value) is tuple or type(value) is list:
         return type(value)([_map(change, part) for part in value])
     if type(value) is dict:
@@ -130,7 +130,7 @@ def _wide_tensor(value: Any) -> Any:
 
 
 def in_float64() -> contextlib.AbstractContextManager[Any]:
-    """Let every tensor that a forward pass makes, casts or keeps follow its float64 weights and inputs.
+    """Give every tensor that a forward pass creates, casts or holds the float64 precision of its weights and inputs.
 
     Example:
         >>> with in_float64():
@@ -141,17 +141,17 @@ def in_float64() -> contextlib.AbstractContextManager[Any]:
 
 
 def following(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
-    """The same where a model is in float64; one in another precision is run as it stands."""
+    """The same if a model is in float64; otherwise run it unchanged."""
     narrow = any(parameter.dtype in _WIDE for parameter in nn.Module.parameters(model))
     return contextlib.nullcontext() if narrow else _Float64()
 
 
 class Reading(TorchFunctionMode):
-    """Lets every operation read something else in the place of some parameters.
+    """Lets every operation read other values in place of some parameters.
 
     Args:
-        parameters: their names and they themselves, by `id`.
-        read: what is read, in float64, given the name and the parameter.
+        parameters: names and parameters, by `id`.
+        read: returns the float64 values to read, given the name and the parameter.
     """
 
     def __init__(self, parameters: Mapping[int, tuple[str, Tensor]], read: Callable[[str, Tensor], Tensor]) -> None:
@@ -175,7 +175,7 @@ class Reading(TorchFunctionMode):
 
 
 class _Copying(TorchFunctionMode):
-    """Changes tensors while something that holds them is copied."""
+    """Changes tensors while an object that holds them is copied."""
 
     def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -194,16 +194,16 @@ class _Copying(TorchFunctionMode):
 
 
 def copied(value: Any, change: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
-    """Deep copy with tensors changed wherever they are: in attributes, containers and objects inside.
+    """Deep copy with tensors changed wherever they are: in attributes, containers and nested objects.
 
-    Parameters are copied as they are.
+    Parameters are copied without change.
     """
     with _Copying(change):
         return copy.deepcopy(value, memo)
 
 
 def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Change the tensors in a tree of inputs, also those inside objects, of which there are copies then.
+    """Change the tensors in a tree of inputs, also inside objects, which are copied for this.
 
     Example:
         >>> from types import SimpleNamespace
@@ -227,7 +227,7 @@ def map_tensors(change: Callable[[Tensor], Any], tree: Any) -> Any:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in a tree of inputs, also those inside objects."""
+    """All tensors in a tree of inputs, also inside objects."""
     found: list[Tensor] = []
 
     def look(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The one place that views a weight as its groups.
+"""Partitions of a weight into groups; all views of a weight by groups are in this module.
 
 A *group* is a set of weight entries that share one scale: a filter, a block of filters, or the whole tensor. A
-`Partition` names all groups of a weight by a view of its shape and the axes of that view which are kept; entries
-that differ only along the other axes belong to the same group. Groups are numbered row-major over the kept axes.
+`Partition` describes all groups of a weight by a view of its shape and the axes of that view that are kept; entries
+that differ only along the other axes belong to the same group. Groups are numbered in row-major order over the kept
+axes.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ def wide(x: Tensor) -> Tensor:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether Python code may branch on the values of ``x``: not on the meta device, fake, traced or under vmap."""
+    """Whether Python code may branch on the values of ``x``: not if it is meta, fake, traced or under vmap."""
     traced = torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta"
-    return not traced and torch.func.debug_unwrap(x) is x
+    return not traced and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def sum_over(x: Tensor, runs: tuple[tuple[int, ...], ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Sum over runs of neighbouring axes, one run after the other; the summed axes are kept with size 1.
+    """Sum over runs of neighbouring axes, one run at a time; the summed axes are kept with size 1.
 
-    torch sums one run by a cascade, and several at once partly in sequence: 9 instead of 1.4 machine epsilons for the
-    squares of a transposed convolution's filters of 1024 × 4 × 4 entries in float32, and no faster.
+    torch sums one run in a cascade, but several at once partly in sequence. For the squares of the 1024 × 4 × 4 entries
+    of a transposed convolution's filter in float32, that has an error of 9 instead of 1.4 machine epsilons, and is no
+    faster.
 
     Example:
         >>> sum_over(torch.ones(2, 3, 4), ((2,), (0,))).flatten()
@@ -60,16 +62,16 @@ def sum_over(x: Tensor, runs: tuple[tuple[int, ...], ...], dtype: torch.dtype | 
 def root_sum_squares(x: Tensor, runs: tuple[tuple[int, ...], ...]) -> Tensor:
     """Return ``(Σ x²)^½`` over runs of axes as in `sum_over`, at full accuracy and with a gradient everywhere.
 
-    Not `torch.linalg.vector_norm`, which adds squares in sequence and is off by hundreds of machine epsilons on a
-    million float32 entries. Entries whose squares leave the range of the dtype are scaled first. The gradient at zero
-    is zero, as that of `torch.linalg.vector_norm`.
+    `torch.linalg.vector_norm` adds squares in sequence and is off by hundreds of machine epsilons on a million float32
+    entries. Entries whose squares leave the range of the dtype are rescaled first. The gradient at zero is zero, as in
+    `torch.linalg.vector_norm`.
 
     Example:
         >>> root_sum_squares(torch.tensor([3e25, 4e25]), ((0,),))
         tensor([5.0000e+25])
     """
     squares = sum_over(x * x, runs)
-    # Asking whether the squares were in range costs a synchronization where they are not on the CPU.
+    # Checking whether the squares are in range costs a synchronization on other devices than the CPU.
     if squares.device.type == "cpu" and has_values(squares):
         limits, (least, most) = torch.finfo(x.dtype), squares.detach().aminmax()
         if limits.tiny / limits.eps**2 < float(least) and float(most) < limits.max:
@@ -84,15 +86,15 @@ def root_sum_squares(x: Tensor, runs: tuple[tuple[int, ...], ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition of a weight tensor into groups: a view shape and the axes of the view that are kept.
+    """A partition of a weight tensor into groups: a view of its shape, and the axes of the view that are kept.
 
-    The entries of group ``(i_1, …, i_m)`` are ``w.reshape(view)`` with the kept axes fixed at ``i_1, …, i_m``. Values
-    that belong to a whole group have the `spread_shape`: that of the view, with size 1 along the axes inside a group.
+    The entries of group ``(i_1, …, i_m)`` are ``w.reshape(view)`` with the kept axes fixed at ``i_1, …, i_m``. Tensors
+    with one value per group have the `spread_shape`: the view's, with size 1 along the axes inside a group.
 
     Args:
         shape: natural shape of the weight.
         view: a shape with the same number of entries; the weight is reshaped to it.
-        kept: increasing axes of ``view`` that number the groups; none for one group that is the whole tensor.
+        kept: increasing axes of ``view`` that number the groups; empty for a single group, the whole tensor.
 
     Raises:
         PartitionError: the view does not fit the shape, or the kept axes are not axes of the view.
@@ -113,7 +115,7 @@ class Partition:
             object.__setattr__(self, field, tuple(int(n) for n in getattr(self, field)))
         if math.prod(self.view) != math.prod(self.shape) or any(size < 1 for size in self.shape + self.view):
             found = f"view {self.view} of shape {self.shape}"
-            remedy = "Choose a view whose sizes multiply to the number of weight entries."
+            remedy = "Choose a view whose sizes multiply to the number of entries of the weight."
             raise PartitionError(found, "positive sizes, and a view with as many entries as the shape", remedy)
         if any(axis not in range(len(self.view)) for axis in self.kept) or list(self.kept) != sorted(set(self.kept)):
             found, expected = (
@@ -142,7 +144,7 @@ class Partition:
 
     @classmethod
     def blocks(cls, shape: Sequence[int], count: int) -> Partition:
-        """`count` groups of equally many consecutive filters: GroupNorm groups, attention heads."""
+        """`count` groups of consecutive filters, equally many in each: attention heads, groups of GroupNorm."""
         if count < 1 or shape[0] % count:
             found = f"{count} blocks of the {shape[0]} filters of shape {tuple(shape)}"
             remedy = "Choose a number of blocks that divides axis 0."
@@ -200,10 +202,10 @@ class Partition:
         return math.prod(self.view) // self.n_groups
 
     def has_rows(self, stride: tuple[int, ...]) -> bool:
-        """Whether a tensor of these strides holds its groups one after the other, each in one run of memory.
+        """Whether the groups of a tensor with these strides lie in memory one after the other, each contiguous.
 
-        So lie filters, blocks of filters and whole tensors, also in channels-last formats; not the filters of
-        transposed convolutions.
+        This is so for filters, blocks of filters and whole tensors, also in channels-last formats, but not for the
+        filters of transposed convolutions.
 
         Example:
             >>> Partition.filters((8, 3, 5, 5)).has_rows((75, 1, 15, 3))
@@ -232,7 +234,7 @@ class Partition:
         return (x.reshape(self.view) * factors).reshape(x.shape)
 
     def divide(self, x: Tensor, divisors: Tensor | float) -> Tensor:
-        """Divide each group of ``x`` by its divisor (``spread_shape``), in range where the reciprocal is not."""
+        """Divide each group of ``x`` by its divisor (``spread_shape``), also if the reciprocal is out of range."""
         return (x.reshape(self.view) / divisors).reshape(x.shape)
 
     def subtract(self, u: Tensor, factors: Tensor, x: Tensor) -> Tensor:
@@ -292,7 +294,7 @@ def _has_rows(partition: Partition, stride: tuple[int, ...]) -> bool:
 
 
 def refuse_degenerate(norms: Tensor, name: str) -> None:
-    """Raise `DegenerateGroupError` with the weight's name where a norm of its groups is zero or not finite."""
+    """Raise `DegenerateGroupError` with the weight's name if a group norm is zero or not finite."""
     flat = norms.detach().flatten()
     bad = ~(flat.isfinite() & (flat > 0))
     if has_values(bad) and bool(bad.any()):

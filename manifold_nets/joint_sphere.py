@@ -1,8 +1,8 @@
-"""Spheres across tensors: groups of several weights that share one scale keep one joint norm.
+"""Joint spheres: groups of several weights that share one scale keep one joint norm.
 
-Where a residual stream adds up what several weights have made, a normalization takes the scale of all of them at once:
-only ``Σ_t ‖T_t[c]‖²`` over the weights T_t can be kept at R_c², not the norm of each. The weights then lie on one
-sphere for each c, of which every weight holds a part.
+If several weights add to one residual stream, a normalization absorbs the scale of all of them together: only
+``Σ_t ‖T_t[c]‖²`` over the weights T_t can be held at R_c², not the norm of each. The weights then lie on one sphere for
+each c, of which every weight holds a part.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ class JointSphere:
     r"""One sphere for each group of several weights together: ``Σ_t ‖T_t[c]‖² = R_c²``.
 
     Points and tangent vectors are sequences of tensors in natural shape, one for each weight, in the order of `names`.
-    What is a point of this manifold is, row by row, a point of an ordinary product of spheres: group c of all weights,
-    one after the other, is row c of a matrix on `sphere`. The metric is ``Σ_t ⟨ξ_t, η_t⟩/R²``, as on `SphereProduct`.
+    Put as rows, group c of all weights one after the other, they form a matrix on the ordinary product of spheres
+    `sphere`. The metric is ``Σ_t ⟨ξ_t, η_t⟩/R²``, as on `SphereProduct`.
 
     Args:
-        partitions: the groups of each weight, by name; as many in each, and in the same order.
-        radius: one number for all groups, or one a group.
+        partitions: the groups of each weight, by name; the same number in each, in the same order.
+        radius: one number for all groups, or one per group.
 
     Raises:
-        PartitionError: the weights have different numbers of groups, there is none, or a radius is not positive.
+        PartitionError: the weights have different numbers of groups, there is no weight, or a radius is not positive.
 
     Example:
         >>> joint = JointSphere({"a": Partition.filters((2, 3)), "b": Partition.filters((2, 5))}, radius=2.0)
@@ -51,8 +51,8 @@ class JointSphere:
         if len(counts) != 1:
             raise PartitionError(
                 f"{sorted(counts)} groups in {', '.join(partitions) or 'no weights'}",
-                "as many groups in each weight of a joint sphere",
-                "Give every weight the groups that belong to the same spheres.",
+                "the same number of groups in each weight of a joint sphere",
+                "Give every weight one group for each joint sphere.",
             )
         self.names = tuple(partitions)
         self.partitions = tuple(partitions.values())
@@ -61,7 +61,7 @@ class JointSphere:
         self.manifolds = tuple(JointSphereMember(self, place) for place in range(len(self.names)))
 
     def missing(self, places: Container[int]) -> list[str]:
-        """Return the names of the weights that are at none of these places."""
+        """Return the names of the weights that are not at these places."""
         return [name for place, name in enumerate(self.names) if place not in places]
 
     # ---- weights and rows --------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class JointSphere:
         return (self.norms(points) / self.radii - 1).abs()
 
     def require_point(self, points: Sequence[Tensor], *, rtol: float, remedy: str | Callable[[], str]) -> None:
-        """Raise `OffManifoldError` where a joint norm is off its radius by more than ``rtol``."""
+        """Raise `OffManifoldError` if a joint norm is off its radius by more than ``rtol``."""
         deviations = torch.nan_to_num(self.deviations(points), nan=torch.inf)
         worst = int(deviations.argmax())
         if not float(deviations[worst]) <= rtol:
@@ -104,7 +104,7 @@ class JointSphere:
             raise OffManifoldError(" + ".join(self.names), worst, float(norms[worst]), float(radii[worst]), remedy)
 
     def refuse_degenerate(self, points: Sequence[Tensor]) -> None:
-        """Raise `DegenerateGroupError` where a joint group is zero or not finite."""
+        """Raise `DegenerateGroupError` if a joint group is zero or not finite."""
         refuse_degenerate(self.norms(points), " + ".join(self.names))
 
     def projx(self, points: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -152,16 +152,16 @@ class JointSphere:
 
 
 class JointSphereMember(SphereProduct):
-    """The part of a `JointSphere` that one weight holds: its groups, and the radius that all weights have together.
+    """One weight's part of a `JointSphere`: its groups, and the joint radii.
 
-    Inner products of tangent vectors are those of this weight alone, to be added to those of the others. Everything
-    that depends on the joint norm needs all weights at once, and raises `ConstraintError` here: see `JointSphere`,
-    `manifold_nets.joint_spheres`, and `manifold_nets.project` for a model. The optimizers of `manifold_nets.optim`
-    step all weights of a joint sphere together.
+    Inner products of tangent vectors cover this weight alone; add those of the other weights. Methods that depend on
+    the joint norm need all weights and raise `ConstraintError` here: use `JointSphere`, `manifold_nets.joint_spheres`,
+    or `manifold_nets.project` for a model. The optimizers of `manifold_nets.optim` step all weights of a joint sphere
+    together.
 
     Args:
-        joint: the whole.
-        place: number of the weight among its members.
+        joint: the joint sphere.
+        place: index of the weight in it.
 
     Example:
         >>> joint = JointSphere({"a": Partition.filters((2, 3)), "b": Partition.filters((2, 5))})
@@ -186,7 +186,7 @@ class JointSphereMember(SphereProduct):
         return tuple(name for place, name in enumerate(self.joint.names) if place != self.place)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return partition, radii and the whole as plain data for JSON."""
+        """Return partition, radii and the joint sphere as plain data for JSON."""
         return {**super().to_dict(), "joint": self.joint.to_dict(), "place": self.place}
 
     @classmethod
@@ -200,7 +200,7 @@ class JointSphereMember(SphereProduct):
         return f"{super().extra_repr()}, with {others}"
 
     def _need_all(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse what depends on the joint norm, of which one weight knows only its part."""
+        """Raise an error: one weight knows only its part of the joint norm."""
         raise ConstraintError.joint(self.member, self.others)
 
     projx = proju = egrad2rgrad = retr = expmap = logmap = transp = _need_all
@@ -210,10 +210,10 @@ class JointSphereMember(SphereProduct):
 
 
 def by_joint_sphere(held: Iterable[tuple[SphereProduct | None, T]]) -> dict[JointSphere, dict[int, T]]:
-    """Return what is held for the weights of each joint sphere, by their places and in their order.
+    """Group values by the joint spheres of their manifolds, by place and in the order of the weights.
 
     Args:
-        held: manifolds, of which others than those of joint spheres are left out, and what is held for each.
+        held: manifolds and the value for each; manifolds that are not on joint spheres are left out.
 
     Example:
         >>> joint = JointSphere({"a": Partition.filters((2, 3)), "b": Partition.filters((2, 5))})
@@ -228,7 +228,7 @@ def by_joint_sphere(held: Iterable[tuple[SphereProduct | None, T]]) -> dict[Join
 
 
 def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str, SphereProduct]:
-    """Rebuild the manifolds of the weights of a model, by name; those of one joint sphere share it.
+    """Rebuild the manifolds of a model's weights, by name; those of one joint sphere share it.
 
     Raises:
         PartitionError: a weight of a joint sphere is missing, or an entry contradicts itself.
@@ -238,7 +238,7 @@ def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str
     for name, data in described.items():
         if "joint" in data:
             alike = joints.setdefault(json.dumps(data["joint"], sort_keys=True), [])
-            # Copies of a model within another one describe their joint spheres alike.
+            # Copies of a model inside another one describe their joint spheres in the same way.
             if all(data["place"] in places for places in alike):
                 alike.append({})
             next(places for places in alike if data["place"] not in places)[data["place"]] = name
@@ -247,10 +247,12 @@ def manifolds_from_dicts(described: Mapping[str, Mapping[str, Any]]) -> dict[str
         for places in alike:
             if sorted(places) != list(range(len(whole["members"]))):
                 wanted = [member["name"] for member in whole["members"]]
-                raise PartitionError(f"only {list(places.values())} on a joint sphere", f"all of {wanted}", "Add them.")
+                fault = f"only {list(places.values())} on a joint sphere"
+                raise PartitionError(fault, f"all of {wanted}", "Add the missing ones.")
             joint = JointSphere.from_dict(whole)
             found.update((name, joint.manifolds[place]) for place, name in places.items())
     for name, manifold in found.items():
         if manifold.to_dict() != described[name]:
-            raise PartitionError(f"an entry for {name!r} that contradicts itself", "one partition", "Write it anew.")
+            fault = f"an entry for {name!r} with contradicting partitions"
+            raise PartitionError(fault, "one partition", "Save the model again.")
     return found

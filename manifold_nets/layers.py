@@ -69,7 +69,7 @@ class _UnitNormRows(_UnitNormFilters):
         super().__init__(*args, **options)
         max_norm = getattr(self, "max_norm", None)
         if max_norm is not None:
-            raise OptionError("max_norm", max_norm, "None, as every row has norm 1")
+            raise OptionError("max_norm", max_norm, "None, as every row already has norm 1")
         if next(constrained_weights(self), None) is None:  # rows were given, as by `from_pretrained`
             sphere, remedy = self._spheres(), "Divide every row by its norm first."
             sphere.require_point(self.weight.detach(), f"{type(self).__name__}.weight", rtol=NEAR, remedy=remedy)
@@ -80,12 +80,12 @@ class _UnitNormRows(_UnitNormFilters):
 
 
 class UnitNormEmbedding(_UnitNormRows, nn.Embedding):
-    """`torch.nn.Embedding` whose rows have unit norm; that of ``padding_idx`` is zero and stays so.
+    """`torch.nn.Embedding` with unit-norm rows; the row of ``padding_idx`` is zero and stays zero.
 
     With ``sparse=True`` the optimizers of `manifold_nets.optim` step only the rows that a batch has looked up:
-    `RiemannianSGD` without momentum does what it does with dense gradients, and `RiemannianAdam` leaves the moments of
-    the other rows alone, as `torch.optim.SparseAdam` does. ``max_norm`` has no meaning here and is refused.
-    ``from_pretrained`` takes rows of unit norm.
+    `RiemannianSGD` without momentum takes the same steps as with dense gradients, and `RiemannianAdam` does not update
+    the moments of the other rows, like `torch.optim.SparseAdam`. ``max_norm`` must be None. ``from_pretrained`` needs
+    unit-norm rows.
 
     Example:
         >>> import torch
@@ -96,9 +96,9 @@ class UnitNormEmbedding(_UnitNormRows, nn.Embedding):
 
 
 class UnitNormEmbeddingBag(_UnitNormRows, nn.EmbeddingBag):
-    """`torch.nn.EmbeddingBag` whose rows have unit norm; that of ``padding_idx`` is zero and stays so.
+    """`torch.nn.EmbeddingBag` with unit-norm rows; the row of ``padding_idx`` is zero and stays zero.
 
-    The sums, means or maxima of rows that it puts out have no unit norm. See `UnitNormEmbedding` for the rest.
+    Its outputs, sums, means or maxima of rows, do not have unit norm. See `UnitNormEmbedding` for the rest.
 
     Example:
         >>> UnitNormEmbeddingBag(5, 3, mode="sum").weight.manifold
@@ -107,7 +107,7 @@ class UnitNormEmbeddingBag(_UnitNormRows, nn.EmbeddingBag):
 
 
 class UnitNormLinear(_UnitNormFilters, nn.Linear):
-    """`torch.nn.Linear` whose rows, the weights of one output each, have unit norm.
+    """`torch.nn.Linear` with unit-norm rows, the weights of one output each.
 
     Example:
         >>> import torch

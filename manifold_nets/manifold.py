@@ -1,4 +1,4 @@
-"""SphereProduct: the product of spheres on which a weight lives whose groups have no scale of their own."""
+"""SphereProduct: the product of spheres on which a weight with scale-invariant groups lives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["SphereProduct", "on_first_instance"]
 
 
 def _load_optimizers() -> None:
-    """Import what watches constrained weights: it lies above this module, and need not have been imported."""
+    """Import the code that watches constrained weights; it is above this module and may not have been imported yet."""
     importlib.import_module("manifold_nets.optim")
 
 
@@ -28,29 +28,28 @@ _on_first_instance: list[Callable[[], None]] = [_load_optimizers]
 
 
 def on_first_instance(action: Callable[[], None]) -> None:
-    """Have a function called once, before the first `SphereProduct` is made, copied or unpickled in this process."""
+    """Register a function to be called once, before the first `SphereProduct` is made, copied or unpickled."""
     _on_first_instance.append(action)
 
 
 class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
-    r"""The product of spheres of a weight tensor: each group ``G`` keeps ‖w_G‖ = r_G.
+    r"""The product of spheres of a weight tensor: each group ``G`` keeps its norm, ‖w_G‖ = r_G.
 
     A point is a whole weight tensor in its natural shape. The metric is the unit sphere's at every radius,
 
     .. math:: ⟨ξ, η⟩_w = \sum_G ⟨ξ_G, η_G⟩ / r_G^2 ,
 
-    so lengths are radians, ``egrad2rgrad`` is r² times the projected gradient, and steps of the same learning rate
-    follow the same path of unit directions whatever the radius is. `inner`, `norm` and `dist` are those of the whole
-    product, scalars, as in `geoopt.ProductManifold`; `group_inner` and `component_dist` give them group by group.
-
-    Half-precision tensors are computed in float32 and rounded once at the end. Every method has a gradient, also at
-    coinciding points and zero vectors. Groups of one entry are pairs of points, with nothing to optimize.
+    so lengths are in radians, ``egrad2rgrad`` is r² times the projected gradient, and steps with the same learning rate
+    follow the same path of unit directions at every radius. `inner`, `norm` and `dist` are scalars over the whole
+    product, as in `geoopt.ProductManifold`; `group_inner` and `component_dist` have one value per group. Half-precision
+    tensors are computed in float32 and rounded once at the end. Every method has a gradient, also at coinciding points
+    and zero vectors. A group of one entry is a sphere of two points, with nothing to optimize.
 
     Args:
         shape: natural shape of the weight, or a `Partition`.
         view: shape that the weight is viewed in (default: ``shape``).
         kept: axes of the view that number the groups (default: axis 0, the filters).
-        radius: one number for all groups, or one a group, in the order of the groups.
+        radius: one number for all groups, or one per group in the order of the groups.
 
     Raises:
         PartitionError: the view or the kept axes do not fit, or a radius is not positive and finite.
@@ -68,7 +67,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
 
     name = "SphereProduct"
     reversible = False
-    # Classes for descriptions with something of their own, by its key in `to_dict`.
+    # Subclasses that `from_dict` chooses, by their additional key in `to_dict`.
     _kinds: ClassVar[dict[str, type[SphereProduct]]] = {}
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SphereProduct:
@@ -90,14 +89,15 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
             axes = (0,) if kept is None else tuple(kept)
             shape = Partition(tuple(shape), tuple(shape if view is None else view), axes)
         elif view is not None or kept is not None:
-            raise PartitionError("a partition with a view or kept axes", "one or the other", "Leave one of them out.")
+            found = "a partition together with a view or kept axes"
+            raise PartitionError(found, "only one of them", "Leave the other out.")
         self.partition = shape
         self.ndim = len(self.partition.shape)
         self._radii = Radii(self.partition, radius)
 
     @property
     def uniform_radius(self) -> float | None:
-        """The radius where all groups have the same one, else None."""
+        """The radius if all groups have the same one, else None."""
         return self._radii.uniform
 
     @property
@@ -111,16 +111,16 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
 
     @property
     def moderate(self) -> bool:
-        """Whether all radii are so moderate that sums of products of their size are in the range of float32."""
+        """Whether sums of products of the size of the radii stay in the range of float32."""
         return self._radii.moderate
 
     @property
     def squared_radii(self) -> np.ndarray:
-        """Squared radii, float64: one where all groups share it, else one a group; at one place in memory."""
+        """Squared radii, float64: one if all groups share it, else one per group; always at the same memory address."""
         return self._radii.squares
 
     def to_dict(self) -> dict[str, Any]:
-        """Return partition and radii as plain lists for JSON; one radius where all groups share it."""
+        """Return partition and radii as plain lists for JSON; a single radius if all groups share it."""
         return {**self.partition.to_dict(), "radius": list(self._radii.values)}
 
     @classmethod
@@ -142,7 +142,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         self.require_shape(x)
         norms = self.partition.norms(x)
         refuse_degenerate(norms, "x")
-        # A norm below the normal range is short of digits; once more puts right what that leaves.
+        # A subnormal norm is imprecise; a second pass removes the error that it leaves.
         unit = self.partition.divide(wide(x), norms)
         return self._onto_spheres(unit, self.partition.norms(unit)).to(x.dtype)
 
@@ -202,8 +202,8 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Tangent vector at ``x`` whose geodesic reaches ``y`` at time 1, of length `dist`.
 
-        Exact antipodes have many shortest geodesics: a fixed one is returned. A group of one entry has no tangent
-        vectors: zero is returned.
+        Antipodes have many shortest geodesics; the same one is always returned. A group of one entry has no tangent
+        vectors; zero is returned.
         """
         self.require_shape(x, y)
         partition, x_unit = self.partition, self._radii.divide(wide(x))
@@ -212,7 +212,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         antipodal = (angle > 1) & (partition.norms(direction) <= tiny)
         direction = partition.where(antipodal, self._any_tangent(x_unit), direction)
         length = partition.norms(direction)
-        # Where nothing is left of the direction the points coincide, and the ratio of angle and length tends to 1.
+        # If no direction is left, the points coincide, and the ratio of angle and length tends to 1.
         ratio = torch.where(length <= tiny, 1.0, angle / torch.where(length <= tiny, 1.0, length))
         return self._radii.multiply(partition.multiply(direction, ratio)).to(x.dtype)
 
@@ -250,12 +250,12 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         device: torch.device | str | None = None,
         seed: int | None = 42,
     ) -> Tensor:
-        """Return a fixed point, the same at every call: all entries of a group equal, positive, of norm ``r``."""
+        """Return a fixed point: all entries of a group are equal and positive, with norm ``r``."""
         return self._sample(torch.ones, size, dtype, device)
 
     def extra_repr(self) -> str:
         """Partition and radii, for `repr`."""
-        points = "; groups of one entry: two points, nothing to optimize" if self.partition.group_size == 1 else ""
+        points = "; groups of one entry are two points: nothing to optimize" if self.partition.group_size == 1 else ""
         return f"{self.partition}, {self._radii}{points}"
 
     # ---- arithmetic ------------------------------------------------------------------------------------------------
@@ -270,15 +270,15 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         return self.partition.subtract(u, self.partition.inner(x_unit, u), x_unit)
 
     def _geodesic(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the angle of each group, and a tangent vector in the direction of ``y``, as long as the sine.
+        """Return the angle of each group, and a tangent vector towards ``y`` whose length is the sine of the angle.
 
-        The direction is taken from ``y − w`` where the angle is acute and from ``y + w`` where it is obtuse: exact
-        differences, so that neither near nor nearly antipodal points lose digits, as an arc cosine would.
+        The direction is computed from ``y − w`` for acute angles and from ``y + w`` for obtuse ones. These differences
+        are exact, so near and nearly antipodal points lose no digits, as they would with an arc cosine.
         """
         x_unit, partition = self._radii.divide(x), self.partition
         cosine = partition.inner(x_unit, self._radii.divide(y))
         gap = self._radii.divide(partition.subtract(y, torch.where(cosine < 0, -torch.ones_like(cosine), 1.0), x))
-        # A projection of a short vector is short of digits; once more removes what it left behind.
+        # The projection of a short vector is imprecise; a second one removes the error that it leaves.
         direction = self._tangential(x_unit, self._tangential(x_unit, gap))
         return torch.atan2(partition.norms(direction) * partition.norms(x_unit), cosine), direction
 
@@ -313,21 +313,21 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
     # half-precision points pass geoopt's assertions at their default tolerances.
 
     def require_shape(self, *tensors: Tensor) -> None:
-        """Raise `PartitionError` where a point or vector has another shape than the weight, or is not real.
+        """Raise `PartitionError` if a point or vector is not real or has another shape than the weight.
 
-        A tensor of as many entries in another shape would be cut into other groups without a word.
+        A tensor of another shape with as many entries would silently be divided into other groups.
         """
         for tensor in tensors:
             if tensor.shape != self.partition.shape:
                 found = f"a tensor of shape {tuple(tensor.shape)} for {self.partition}"
                 expected = f"the natural shape {self.partition.shape} of the weight"
-                raise PartitionError(found, expected, "Pass the whole weight in that shape, one at a time.")
+                raise PartitionError(found, expected, "Pass one whole weight in that shape.")
             if not tensor.dtype.is_floating_point:
                 remedy = "Cast it, or use real parameters."
                 raise PartitionError(f"a tensor of {tensor.dtype}", "a real floating-point dtype", remedy)
 
     def refuse_degenerate(self, x: Tensor, name: str) -> None:
-        """Raise `DegenerateGroupError` with the weight's name where a group is zero or not finite."""
+        """Raise `DegenerateGroupError` with the weight's name if a group is zero or not finite."""
         self.require_shape(x)
         refuse_degenerate(self.partition.norms(x), name)
 
@@ -337,7 +337,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
         return (self.partition.norms(x.detach().double()).flatten().cpu() / self._radii.tensor() - 1).abs()
 
     def require_point(self, x: Tensor, name: str, *, rtol: float, remedy: str | Callable[[], str]) -> None:
-        """Raise `OffManifoldError` with the weight's name where a norm is off its radius by more than ``rtol``."""
+        """Raise `OffManifoldError` with the weight's name if a norm is off its radius by more than ``rtol``."""
         deviations = self.deviations(x)
         worst = int(torch.nan_to_num(deviations, nan=math.inf).argmax())
         if not float(deviations[worst]) <= rtol:
@@ -372,7 +372,7 @@ class SphereProduct(geoopt.Manifold):  # type: ignore[misc]
 
 
 def _verdict(bad: Tensor, first: str, atol: float, rtol: float) -> tuple[bool, str | None]:
-    """What geoopt's checks return, with the number of the first bad group and what is said of it."""
+    """Return what geoopt's checks expect: a verdict, and a message about the first bad group."""
     if not bool(bad.any()):
         return True, None
     count = f"({int(bad.sum())} of {len(bad)} groups are off) with {atol=}, {rtol=}"

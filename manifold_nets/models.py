@@ -1,8 +1,8 @@
-"""Copies of a user's model; above all the one that is analysed: in float64 and training mode, without dropout.
+"""Copies of a user's model, above all for analysis: in float64 and training mode, without dropout.
 
-A copy holds what `copy.deepcopy` refuses by itself (weights that old-style hooks compute), and no compilers or parallel
-wrappers. A model that cannot be analysed is refused, with the name of the module that is in the way. The model itself
-is never changed.
+A copy includes what `copy.deepcopy` alone cannot copy (weights computed by old-style hooks), and leaves out compilers
+and parallel wrappers. If a model cannot be analysed, the error names the module that prevents it. The model itself is
+never changed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from manifold_nets.errors import AnalysisError, UnsupportedModelError
 from manifold_nets.float64 import copied, widened
+from manifold_nets.gathered import is_sharded
 from manifold_nets.groups import Partition
 
 __all__ = [
@@ -46,11 +47,16 @@ _DROPOUT_ATTRIBUTES = (
 # Wrappers that run another module, by class name and the name of its child: their machinery cannot be traced.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 _SCRIPTS: tuple[type, ...] = (torch.jit.ScriptModule,)
+# How a model gets from its shards to whatever needs a whole one, and back.
+_WHOLE = (
+    "Load its full state (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+    "StateDictOptions(full_state_dict=True)) into a whole model, and shard what comes out."
+)
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 
 
 def is_continuous(tensor: Tensor) -> bool:
-    """Whether the entries are real or complex numbers, so that there is something to differentiate.
+    """Whether the entries are real or complex numbers, which can be differentiated.
 
     Example:
         >>> is_continuous(torch.zeros(2)), is_continuous(torch.zeros(2, dtype=torch.int8))
@@ -61,13 +67,13 @@ def is_continuous(tensor: Tensor) -> bool:
 
 def is_meta(model: nn.Module) -> bool:
     """Whether some parameter has a shape but no values."""
-    # Here and elsewhere not `model.parameters()`, which some networks give another meaning.
+    # Not `model.parameters()`, here and elsewhere, because some networks override it.
     return any(parameter.is_meta for parameter in nn.Module.parameters(model))
 
 
 @contextlib.contextmanager
 def random_numbers(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and Python, whose random numbers models draw, and give each its state back afterwards."""
+    """Seed torch, numpy and Python, and restore their random states afterwards."""
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002  models draw from this one
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -82,9 +88,9 @@ def random_numbers(seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Put back at the end what modules remember from one call to the next: buffers, and attributes assigned anew.
+    """Restore a model's state at the end: buffers, and attributes that forward assigns.
 
-    A backward pass belongs inside, as it may ask for what they were.
+    A backward pass must be inside, as it may need the changed state.
     """
     modules = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
     values = [(b, b.detach().clone()) for _, _, buffers in modules for b in buffers.values() if b is not None]
@@ -101,7 +107,7 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def other_values(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Give some parameters of a model other values for a while."""
+    """Temporarily give some parameters of a model other values."""
     saved = [(parameter, parameter.data, name) for name, parameter in model.named_parameters() if name in values]
     try:
         for parameter, _, name in saved:
@@ -119,13 +125,13 @@ def duplicate(
 ) -> nn.Module:
     """Deep copy of a model; tensors that hooks computed from parameters are copied as values.
 
-    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave such tensors as attributes, and `copy.deepcopy` refuses
-    them; the hooks compute them anew before the next forward pass.
+    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` leave such tensors as attributes, and `copy.deepcopy` raises an
+    error on them; the hooks compute them anew before the next forward pass.
 
     Args:
         model: the model.
-        shared: what takes the place of some parameters, by their `id`.
-        change: what becomes of tensors that are no parameters.
+        shared: replacements of some parameters, by their `id`.
+        change: applied to tensors that are not parameters.
 
     Raises:
         AnalysisError: the model cannot be copied.
@@ -143,21 +149,22 @@ def duplicate(
     try:
         model_copy: nn.Module = copied(model, change, {**memo, **(shared or {})})
     except Exception as error:
+        if any(map(is_sharded, model.parameters())):
+            raise UnsupportedModelError(type(model).__name__, "a sharded model, which has no copy", _WHOLE) from error
         raise AnalysisError(type(model).__name__, error, copying=True) from error
     return model_copy
 
 
 def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = None) -> nn.Module:
-    """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not touched.
+    """Deep copy of a model for analysis: float64, training mode, no gradients, no dropout; the model is not changed.
 
-    Where parameters to share with the model are given, the copy keeps the model's precision.
-
-    Modules in evaluation mode inside a model in training mode stay in evaluation mode: that is how normalizations are
-    frozen. In a model that is in evaluation mode as a whole, nothing counts as frozen.
+    If parameters to share with the model are given, the copy keeps the model's precision. Modules in evaluation mode
+    inside a model in training mode stay in evaluation mode, because that is how normalizations are frozen. In a model
+    that is in evaluation mode as a whole, nothing counts as frozen.
 
     Raises:
         AnalysisError: the model cannot be copied.
-        UnsupportedModelError: it is compiled to a script, quantized, or has parameters without a shape.
+        UnsupportedModelError: the model is scripted or quantized, or has parameters without a shape.
     """
     _refuse_unsupported(model)
     model_copy = _unwrapped(duplicate(model, shared) if shared is not None else duplicate(model, change=widened))
@@ -186,12 +193,12 @@ def disable_cache(model: nn.Module) -> None:
     """Let a language model return nothing that it remembers for the next token, which is no output."""
     for module in model.modules():
         config = module.__dict__.get("config")
-        if getattr(config, "use_cache", None) is True:
+        if config is not None and getattr(config, "use_cache", None) is True:
             config.use_cache = False
 
 
 def _configure(config: Any) -> None:
-    """Set what the configuration of a model of transformers decides, in the copy of it."""
+    """Apply to a copied transformers model what its configuration decides."""
     _disable_dropout(config)
     if getattr(config, "_experts_implementation", None) == "grouped_mm":
         # torch has no grouped product of float64 matrices; the batched one computes the same function.
@@ -199,20 +206,22 @@ def _configure(config: Any) -> None:
 
 
 def _refuse_unsupported(model: nn.Module) -> None:
-    """Raise where the graph or the weights of a model are out of reach."""
+    """Raise an error if the model has scripted, quantized or lazy modules."""
     name = type(model).__name__
     for path, module in model.named_modules():
         if isinstance(module, _SCRIPTS):
-            found = f"{path or 'the model'} is a {type(module).__name__}, compiled to a script"
-            raise UnsupportedModelError(name, found, "Pass the Python module that it was made from.")
+            found = f"{path or 'the model'} is a {type(module).__name__}, compiled to TorchScript"
+            raise UnsupportedModelError(name, found, "Pass the original Python module.")
         if type(module).__module__.startswith(_QUANTIZED):
             found = f"{path or 'the model'} is a quantized {type(module).__name__}, whose weights are packed integers"
             raise UnsupportedModelError(name, found, "Analyse and convert the model before it is quantized.")
     for path, parameter in model.named_parameters():
         lazy: bool = is_lazy(parameter)  # named, as a guard of types would narrow the parameter
         if lazy:
-            found = f"the parameter {path} of a lazy module has no shape yet"
-            raise UnsupportedModelError(name, found, "Run the model once on example inputs, then analyse it.")
+            found = f"the parameter {path} of a lazy module, which has no shape yet"
+            raise UnsupportedModelError(name, found, "Run the model once on example inputs first.")
+        if is_sharded(parameter):
+            raise UnsupportedModelError(name, f"the parameter {path}, which is sharded", _WHOLE)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -229,7 +238,7 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """Let compilers and parallel wrappers inside a copy run the module that they hold; names stay as they are."""
+    """Replace compilers and parallel wrappers inside a copy by the module they hold; names stay the same."""
     child = _WRAPPERS.get(type(module).__name__)
     if child is not None and child in module._modules:
         module = _Bare(child, module.get_submodule(child), training=module.training)
@@ -253,7 +262,7 @@ class _Bare(nn.Module):
 
 
 def _disable_dropout(holder: Any) -> None:
-    """Set the probabilities among the attributes of a module, or of a configuration that it reads, to zero."""
+    """Set the dropout probabilities among the attributes of a module, or of its configuration, to zero."""
     attributes = vars(holder) if hasattr(holder, "__dict__") else {}
     for attribute in _DROPOUT_ATTRIBUTES:
         if isinstance(attributes.get(attribute), float):
@@ -262,10 +271,10 @@ def _disable_dropout(holder: Any) -> None:
 
 @contextlib.contextmanager
 def one_module_per_name(model: nn.Module) -> Iterator[None]:
-    """Give each name of a shared module an object of its own for a while.
+    """Temporarily give each name of a shared module an object of its own.
 
-    `torch.export` names an operation after the module that runs it. Where one module has several names it records how
-    the forward pass got there instead, as in ``blocks.slice(1, None, None).0``, which is no name in the model.
+    `torch.export` names an operation after the module that runs it. If that module has several names, it records how
+    the forward pass reached it instead, such as ``blocks.slice(1, None, None).0``, which is not a name in the model.
     """
     replaced: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
     seen = {id(model)}
@@ -297,10 +306,10 @@ def _alias(module: nn.Module) -> nn.Module:
 
 
 def draw_not_finite(model_copy: nn.Module) -> dict[str, Tensor]:
-    """Draw the entries of a copy's parameters anew that are not finite, and return where they are.
+    """Replace the non-finite entries of a copy's parameters by random numbers, and return where they are.
 
-    What the gradient test says of the other groups then holds, as their symmetries do not depend on these values; the
-    tensors themselves are not written to, as they may be shared with the model.
+    The gradient test of the other groups stays valid, as their symmetries do not depend on these values. The tensors
+    are not overwritten, as they may be shared with the model.
 
     Example:
         >>> layer = nn.Linear(2, 2, bias=False)
@@ -333,7 +342,7 @@ def _is_finite(values: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-# ---- looking tensors up ----------------------------------------------------------------------------------------------
+# ---- looking up tensors ----------------------------------------------------------------------------------------------
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -345,7 +354,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of the first floating-point parameter; float32 where there is none."""
+    """The dtype of the first floating-point parameter; float32 if there is none."""
     return next((p.dtype for p in nn.Module.parameters(model) if p.is_floating_point()), torch.float32)
 
 

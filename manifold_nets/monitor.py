@@ -1,4 +1,4 @@
-"""Watch how scale-invariant weights turn while any optimizer trains them: norms, angles, effective learning rates."""
+"""Measure how scale-invariant weights turn while any optimizer trains them: norms, angles, effective learning rates."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ _CAPTURED = 32  # examples of the first batch that are diagnosed
 
 @dataclass(frozen=True)
 class Outlook:
-    """What learning rate, momentum and decay do to a scale-invariant weight of norm n in the long run.
+    """The long-run effect of learning rate, momentum and decay on a scale-invariant weight of norm n.
 
     Args:
         power: the effective learning rate is η/n to this power; 0 on a sphere.
-        rotation: radians per step in equilibrium; NaN where it is unknown or there is none.
-        relaxation: n^(2·power) approaches its equilibrium as exp(−relaxation · steps); NaN likewise.
+        rotation: radians per step in equilibrium; NaN if it is unknown or there is none.
+        relaxation: n^(2·power) approaches its equilibrium as exp(−relaxation · steps); NaN in the same cases.
     """
 
     power: int
@@ -211,7 +211,7 @@ def _as_in_plain_run(sums: Tensor, norms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sample:
-    """What was measured at a step: sums on the device, and what the optimizer was set to then."""
+    """The measurements at a step: sums on the device, and the optimizer's settings at that time."""
 
     step: int
     sums: Tensor
@@ -229,57 +229,57 @@ def _require_counts(every: Any, **optional: Any) -> None:
 
 
 class Monitor:
-    r"""Watch the scale-invariant weights of a model while any optimizer trains it; training itself stays as it is.
+    r"""Measure the scale-invariant weights of a model while any optimizer trains it; training itself is not changed.
 
-    A scale-invariant group of entries w (a filter in front of batch normalization, a head in front of QK-norm) means
-    nothing but its direction. What a step does to it is the angle by which it turns; its norm n only sets how large the
-    angle is. Hooks of the optimizer measure at every tenth step, for each such weight, over its groups:
+    Of a scale-invariant group of entries w (a filter in front of batch normalization, a head in front of QK-norm) only
+    the direction matters. The effect of a step is the angle by which it turns w; the norm n only determines how large
+    this angle is. Hooks of the optimizer measure at every tenth step, for each such weight, over its groups:
 
     ============================  ====================================================================================
     ``norm``, ``_min``, ``_max``  Euclidean norm before the step: median, smallest and largest
     ``rotation``, ``_max``        angle of the step in radians: median and largest
     ``effective_lr``              η/n² for SGD, η/n for optimizers whose steps do not grow with the gradient, η on a
                                   sphere: learning rate of the direction, at the median norm
-    ``radial_gradient``           \|⟨w, g⟩\|/(‖w‖‖g‖), median: 0 up to rounding where the scale has no effect
-    ``radial_step``               the same of the step: how much of it is spent on the norm, by decay and momentum
+    ``radial_gradient``           \|⟨w, g⟩\|/(‖w‖‖g‖), median: 0 up to rounding if the scale has no effect
+    ``radial_step``               the same for the step: the share that changes the norm, by decay and momentum
     ``equilibrium_rotation``      radians per step that rate, momentum and decay lead to: see `outlook`
     ``steps_to_equilibrium``      steps until the rotation is within a tenth of that, at the present rate, if gradients
                                   are mostly noise: \|θ*²/θ² − 1\| e^{−kt} = 0.2, θ² smoothed over samples
     ``lr``, ``weight_decay``      of the parameter group
     ============================  ====================================================================================
 
-    Of an even number of groups, median means the lower one of the middle two.
+    For an even number of groups, the median is the lower of the middle two.
 
-    What is worth a word is warned of as `MonitorWarning`, once and again when it gets four times worse: a norm that has
-    grown until steps turn the weight ten times less, an equilibrium that the run will not reach, half a radian per
-    step, gradients along a weight that should have none, numbers that are not finite.
+    Problems are reported once as `MonitorWarning`, and again when they get four times worse: a norm that has grown
+    until steps turn the weight ten times less, an equilibrium that the run will not reach, half a radian per step,
+    gradients along a weight that should have none, values that are not finite.
 
-    Constrained weights are watched as well: there the norm stays and the rotation is set by the learning rate. With an
-    optimizer of `manifold_nets.optim.from_torch` their numbers are those of the plain run, whose norms it keeps.
-    Weights of joint spheres are left out, as no norm of one of them alone means anything.
+    Constrained weights are measured too: their norm is fixed, and the learning rate determines the rotation. With an
+    optimizer of `manifold_nets.optim.from_torch` their values are those of the plain run, whose norms it keeps. Weights
+    of joint spheres are left out, as the norm of one of them alone has no meaning.
 
     Args:
-        model: the network as it is trained, also inside DistributedDataParallel or ``torch.compile``, sharded by
+        model: the network in training, also inside DistributedDataParallel or ``torch.compile``, sharded by
             ``fully_shard``, or with tensor-parallel weights.
         optimizer: its optimizer, of any kind that has torch's step hooks, also as Accelerate wraps it.
-        report: what `diagnose` found for the model, before it was sharded or converted. When left out, constrained
-            weights are watched as their spheres say, and others are diagnosed: on `inputs`, or without them, before the
+        report: the report of `diagnose` for the model, made before it was sharded or converted. Without it, constrained
+            weights are measured by their spheres, and others are diagnosed: on `inputs`, or without them, before the
             first step, on the first batch that the model gets (at most 32 examples of it).
         inputs: example inputs to diagnose the model with.
-        every: measure at step 0 and every so many steps.
-        writer: where rows go: the name of a CSV file, a SummaryWriter of TensorBoard, a run of Weights & Biases, a
-            logger of Lightning, an Accelerator, a function of a step and its rows, or a list of these. With several
-            processes the first one writes.
+        every: number of steps between measurements, starting at step 0.
+        writer: destination of the rows: the name of a CSV file, a SummaryWriter of TensorBoard, a run of Weights &
+            Biases, a logger of Lightning, an Accelerator, a function of a step and its rows, or a list of these. With
+            several processes the first one writes.
         total_steps: length of the run, for the warning about the equilibrium.
-        max_groups: measure at most so many groups of each weight, at equal distances; None for all.
+        max_groups: largest number of groups of each weight to measure, at equal distances; None for all.
 
     Attributes:
         history: the measured steps; see `History`.
-        findings: the warnings so far, with their numbers.
+        findings: the warnings so far, with their values.
 
     Raises:
-        ArgumentTypeError: an argument is of another kind, or the optimizer holds none of the scale-invariant weights.
-        ReportMismatchError: the report is of another model.
+        ArgumentTypeError: an argument has the wrong type, or the optimizer holds none of the scale-invariant weights.
+        ReportMismatchError: the report belongs to another model.
         OptionError: ``every`` or another number is not positive, or the model has no scale-invariant weight.
 
     References:
@@ -312,8 +312,8 @@ class Monitor:
         _require_counts(every, total_steps=total_steps, max_groups=max_groups)
         self.model, self.optimizer = inner_model(model), inner_optimizer(optimizer)
         if not hasattr(self.optimizer, "register_step_post_hook"):
-            remedy = "Wrap the optimizer in a class that is one."
-            raise ArgumentTypeError("optimizer", optimizer, "a torch.optim.Optimizer, whose steps have hooks", remedy)
+            remedy = "Wrap the optimizer in a subclass of torch.optim.Optimizer."
+            raise ArgumentTypeError("optimizer", optimizer, "a torch.optim.Optimizer, which has step hooks", remedy)
         self.every, self.total_steps, self._most = every, total_steps, max_groups
         writers = as_writers(writer)
         self._writers = writers if _is_first_process() else []
@@ -382,7 +382,9 @@ class Monitor:
             if id(partitions[name][0]) in held
         ]
         if not self._watched:
-            remedy = "Build it from the parameters of this model, and the monitor after it was sharded or wrapped."
+            remedy = (
+                "Build the optimizer from the parameters of this model, and the monitor after sharding and wrapping."
+            )
             raise ArgumentTypeError("optimizer", self.optimizer, f"an optimizer of {listed(names, 3)}", remedy)
         counts = torch.tensor([weight.count for weight in self._watched], device="cpu")
         self._of_weight = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts)
@@ -489,9 +491,8 @@ class Monitor:
                 self._replaced.add(weight.name)
                 if _is_first_process():
                     text = (
-                        f"{weight.name}: the model has another parameter in its place than the one that the optimizer "
-                        "held, which is the one that is measured. Build the optimizer and a Monitor from the model as "
-                        "it is now."
+                        f"{weight.name}: the parameter was replaced in the model, but the optimizer and this monitor "
+                        "still use the old one. Build the optimizer and a new Monitor from the present model."
                     )
                     warnings.warn(text, MonitorWarning, stacklevel=6)
 
@@ -562,7 +563,7 @@ class Monitor:
     # ---- results and states ------------------------------------------------------------------------------------------
 
     def summary(self, depth: int | None = None) -> list[Row]:
-        """The last sample, one row for each weight, or for each layer; see `History.summary`."""
+        """The last sample, one row for each weight or layer; see `History.summary`."""
         self.flush()
         return self.history.summary(depth)
 
@@ -578,7 +579,7 @@ class Monitor:
         write_page(self.history, path, title=type(self.model).__name__, total_steps=self.total_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from: the number of the step, smoothed rotations, and what was said."""
+        """Return the state for resuming: the step count, smoothed rotations, and the warnings already given."""
         self.flush()
         return {
             "step": self.step,
@@ -591,11 +592,11 @@ class Monitor:
         }
 
     def skip_to(self, step: int) -> None:
-        """Count steps from this number on, in a run that was resumed without a state of its monitor."""
+        """Count steps from this number, in a run that was resumed without a state of its monitor."""
         self.step, self._resumed = step, step
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state: steps are counted on, and a CSV file is continued."""
+        """Continue from a state: steps are counted on, and a CSV file is continued."""
         self.skip_to(int(state_dict["step"]))
         self.findings = [Finding(**finding) for finding in state_dict["findings"]]
         self._loaded = dict(state_dict)
@@ -611,7 +612,7 @@ class Monitor:
             self.history.go_on_from(state["fastest"], state["arrival"])
 
     def close(self) -> None:
-        """Take the hooks away; what was measured stays."""
+        """Remove the hooks; the measurements are kept."""
         self.flush()
         for hook in (*self._hooks, self._capture):
             if hook is not None:
@@ -635,14 +636,14 @@ def _is_first_process() -> bool:
 def lightning_callback(report: SymmetryReport | None = None, *, model: nn.Module | None = None, **options: Any) -> Any:
     """Make a callback for Lightning's Trainer that monitors a run, and resumes with it.
 
-    The run's length is the Trainer's, rows go to its loggers unless another ``writer`` is named, and its checkpoints
-    hold the state of the monitor. The monitor is the callback's attribute ``monitor`` from the start of training on.
+    The run's length is the Trainer's, rows go to its loggers unless another ``writer`` is given, and its checkpoints
+    contain the state of the monitor. From the start of training, the monitor is the callback's attribute ``monitor``.
 
     Args:
-        report: what `diagnose` found for `model`.
-        model: the network inside the LightningModule that the report is about, or that is to be diagnosed on its first
-            batch; the LightningModule itself when left out.
-        options: those of `Monitor`.
+        report: the report of `diagnose` for `model`.
+        model: the network inside the LightningModule that the report belongs to, or that is diagnosed on its first
+            batch (default: the LightningModule itself).
+        options: options of `Monitor`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -678,12 +679,12 @@ def lightning_callback(report: SymmetryReport | None = None, *, model: nn.Module
 def transformers_callback(report: SymmetryReport | None = None, **options: Any) -> Any:
     """Make a callback for transformers' Trainer that monitors a run.
 
-    The run's length is the Trainer's. A run that is resumed counts its steps on. The monitor is the callback's
-    attribute ``monitor`` from the start of training on.
+    The run's length is the Trainer's. A resumed run continues to count steps. From the start of training, the monitor
+    is the callback's attribute ``monitor``.
 
     Args:
-        report: what `diagnose` found for the model; when left out, it is diagnosed on its first batch.
-        options: those of `Monitor`.
+        report: the report of `diagnose` for the model; without it, the model is diagnosed on its first batch.
+        options: options of `Monitor`.
 
     Example:
         >>> callback = transformers_callback(writer="run.csv")  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""The page of a monitored run: what stands out, all weights in a table, and plots along the steps."""
+"""The page of a monitored run: findings, a table of all weights, and plots over the steps."""
 
 from __future__ import annotations
 
@@ -55,42 +55,42 @@ _PLOTS = (
         "rotation",
         "Rotation",
         "radians per step",
-        "The angle by which a step turns a group, the median over the groups of a layer. Dashed: the rotation that "
-        "learning rate, momentum and weight decay lead to in the long run, where it is known.",
+        "The angle by which a step turns a group, median over the groups of a layer. Dashed: the equilibrium rotation "
+        "for the present learning rate, momentum and weight decay, if known.",
         beside="equilibrium_rotation",
     ),
     _Plot(
         "norm",
         "Norm",
         "norm of a group",
-        "The network's function does not depend on it. A group of twice the norm turns by a quarter of the angle with "
+        "The function does not depend on this norm. A group of twice the norm turns by a quarter of the angle with "
         "SGD, and by half the angle with Adam.",
     ),
     _Plot(
         "effective_lr",
         "Effective learning rate",
         "effective learning rate",
-        "Learning rate over the squared norm for SGD, over the norm for Adam and its kin; on spheres the learning rate "
-        "itself.",
+        "Learning rate over the squared norm for SGD, over the norm for Adam and its variants; on spheres the learning "
+        "rate itself.",
     ),
     _Plot(
         "steps_to_equilibrium",
         "Steps to equilibrium",
         "steps",
-        "Steps until the rotation is within a tenth of that of the long run, at the learning rate of the moment and if "
-        "gradients are mostly noise. No line: it is there already, or none is known.",
+        "Steps until the rotation is within a tenth of its equilibrium, at the present learning rate, if gradients are "
+        "mostly noise. No line: it is in equilibrium, or the equilibrium is unknown.",
     ),
     _Plot(
         "radial_step",
         "Radial share of the step",
         "share along the weight",
-        "How much of a step's length changes the norm instead of the direction.",
+        "The share of a step that changes the norm instead of the direction.",
     ),
     _Plot(
         "radial_gradient",
         "Radial share of the gradient",
         "share along the weight",
-        "Zero up to rounding where the scale has no effect, as was diagnosed.",
+        "Zero up to rounding if the scale has no effect, as diagnosed.",
     ),
 )
 
@@ -113,9 +113,9 @@ def page_html(history: History, *, title: str = "run", total_steps: int | None =
     """Return the page of a run as self-contained HTML.
 
     Args:
-        history: what a monitor measured.
+        history: the measurements of a monitor.
         title: name of the model or the file.
-        total_steps: the length of the run, for what is said about the equilibrium.
+        total_steps: the length of the run, for the findings about the equilibrium.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -134,7 +134,7 @@ def _summary(history: History, total_steps: int | None) -> str:
     found = [escape(finding.text) for finding in history.findings(total_steps)]
     text = f"{plural(len(history.weights), 'weight')} whose scale has no effect, in steps {first:,} to {last:,}."
     items = "".join(f"<li>{sentence}</li>" for sentence in found)
-    said = f'<ul class="findings">{items}</ul>' if found else "<p>Nothing stands out.</p>"
+    said = f'<ul class="findings">{items}</ul>' if found else "<p>Nothing unusual found.</p>"
     return f'<p class="lead">{text}</p>{said}'
 
 
@@ -155,8 +155,8 @@ def _weights(history: History) -> str:
     ]
     head = ("Weight", "Groups", "Norm", "Radians per step", "In equilibrium", _EXPECTED, _REMAINING)
     note = (
-        "The step at which equilibrium was expected is the earliest one along the run, which had larger learning rates "
-        "than the last; the sentences above go by it. What remains is counted at the rate of the last measured step."
+        "The expected step of equilibrium is the earliest estimate along the run, which had larger learning rates than "
+        "at the end; the findings above use it. The remaining steps are computed at the rate of the last measured step."
     )
     return table("First and last measured step", head, rows) + f"<p>{escape(note)}</p>"
 

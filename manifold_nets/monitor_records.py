@@ -1,4 +1,4 @@
-"""What a monitor has measured: its history, the files and loggers it goes to, and what to say about it in words."""
+"""The measurements of a monitor: its history, files and loggers, and its findings in words."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ Writer = Callable[[int, Sequence[Row]], None]
 
 
 class MonitorWarning(UserWarning):
-    """What a monitor found out about a run that its user should know."""
+    """A problem that a monitor found in a run."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to say about a run.
+    """A finding about a run.
 
     Args:
         kind: ``"slow"``, ``"equilibrium"``, ``"fast"``, ``"radial"`` or ``"not finite"``.
-        weight: the weight of which it holds most.
-        number: how much.
-        text: the same in a sentence.
+        weight: the weight with the largest value.
+        number: the value.
+        text: the finding as a sentence.
     """
 
     kind: str
@@ -60,9 +60,9 @@ class Finding:
 
 
 class History:
-    """The measured steps of a run: one row of `QUANTITIES` for each weight, NaN where there is no such number.
+    """The measured steps of a run: one row of `QUANTITIES` for each weight, with NaN for missing values.
 
-    Long runs are thinned out: at most 512 steps are kept, at equal distances, besides the last one.
+    Long runs are thinned out: at most 512 steps are kept, at equal distances, in addition to the last one.
 
     Args:
         weights: the names of the weights.
@@ -111,7 +111,7 @@ class History:
         self.fastest[:, new] = np.stack([np.full_like(norm, step), speed, norm, effective])[:, new]
 
     def go_on_from(self, fastest: Sequence[Sequence[float]], arrival: Sequence[float]) -> None:
-        """Take over `fastest` and `arrival` of an earlier part of the run."""
+        """Copy `fastest` and `arrival` from an earlier part of the run."""
         self.fastest, self.arrival = (np.asarray(values, dtype=np.float64) for values in (fastest, arrival))
 
     def of(self, quantity: str) -> NDArray[np.float64]:
@@ -137,7 +137,7 @@ class History:
         return found
 
     def by_layer(self, quantity: str, depth: int | None = None) -> dict[str, NDArray[np.float64]]:
-        """One quantity along the steps for each layer, the median over its weights; extremes are those of all."""
+        """One quantity over the steps for each layer: the median over its weights; extremes are over all of them."""
         values = self.of(quantity)
         over = np.min if quantity.endswith("_min") else np.max if quantity.endswith("_max") else _median
         return {layer: over(values[:, numbers], axis=1) for layer, numbers in self.layers(depth).items()}
@@ -146,8 +146,8 @@ class History:
         """The last measured step: one row for each weight, or for each layer.
 
         Args:
-            depth: how many parts of a name make a layer: 2 joins ``layer3.0.conv1.weight`` and
-                ``layer3.0.conv2.weight`` to ``layer3.0``. One row per weight when left out.
+            depth: number of name parts that make a layer: 2 groups ``layer3.0.conv1.weight`` and
+                ``layer3.0.conv2.weight`` as ``layer3.0`` (default: one row per weight).
         """
         if depth is None or not self.steps:
             return self.rows()
@@ -165,7 +165,7 @@ class History:
     # ---- in words ----------------------------------------------------------------------------------------------------
 
     def findings(self, total_steps: int | None = None) -> list[Finding]:
-        """What is to be said of the last measured step, with the number of each; at most one sentence of each kind.
+        """The findings at the last measured step, with their values; at most one sentence of each kind.
 
         Args:
             total_steps: the length of the run.
@@ -200,7 +200,7 @@ class History:
     def _fast(self, now: Mapping[str, NDArray[np.float64]]) -> Finding | None:
         def text(i: int, name: str) -> str:
             why = f"the learning rate {now['lr'][i]:.2g} is large for its norm {now['norm'][i]:.2g}"
-            return f"{name} turns {now['rotation'][i]:.2g} radians a step: {why}."
+            return f"{name} turns {now['rotation'][i]:.2g} radians per step: {why}."
 
         return self._worst("fast", now["rotation"], 0.5, text)
 
@@ -223,9 +223,9 @@ class History:
             now["radial_gradient"],
             0.05,
             lambda i, name: (
-                f"{now['radial_gradient'][i]:.0%} of the gradient of {name} is along the weight: as it is trained, its "
-                "scale matters. Its normalization may be in evaluation mode, its eps large against the variance, or a "
-                "bias that would scale with it large."
+                f"{now['radial_gradient'][i]:.0%} of the gradient of {name} is along the weight, so its scale matters "
+                "in this run. Perhaps its normalization is in evaluation mode, eps is large compared with the "
+                "variance, or a bias in front of the normalization is large."
             ),
         )
 
@@ -244,13 +244,13 @@ class History:
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str]) -> History:
-        """Read what a monitor wrote.
+        """Read a file that a monitor wrote.
 
         Raises:
-            ArgumentTypeError: the file is not such a one.
+            ArgumentTypeError: the file has another format.
             OSError: it cannot be read.
         """
-        remedy = "Pass a file that manifold_nets.Monitor(…, writer='run.csv') wrote."
+        remedy = "Pass a file written by manifold_nets.Monitor(…, writer='run.csv')."
         by_step: dict[int, dict[str, list[float]]] = {}
         groups: dict[str, int] = {}
         with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
@@ -299,10 +299,10 @@ def _rounded(number: float) -> str:
 
 
 class CSVWriter:
-    """Writes the rows of a monitor to a file, step by step; a run that is resumed goes on in the same file.
+    """Writes the rows of a monitor to a file, step by step; a resumed run continues the file.
 
     Args:
-        path: the file. One that is there is replaced, except by a run that was resumed.
+        path: the file. An existing one is replaced, except by a resumed run.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -350,7 +350,7 @@ def _cell(value: Any) -> str:
 
 
 def as_writers(given: Any) -> list[Writer]:
-    """Make writers of what a user passes: file names, loggers, functions, or several of them.
+    """Make writers of a user's argument: file names, loggers, functions, or several of them.
 
     Raises:
         ArgumentTypeError: it is none of these.

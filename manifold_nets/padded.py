@@ -1,4 +1,4 @@
-"""Spheres of the rows of an embedding, one of which is zero: that of the padding index."""
+"""Spheres of the rows of an embedding, with one zero row for the padding index."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["PaddedSphereProduct", "padding_of", "rows_of_embedding"]
 
 
 class PaddedSphereProduct(SphereProduct):
-    """The rows of a matrix on spheres, but for one that is zero and stays so, as the padding row of an embedding.
+    """The rows of a matrix on spheres, except one that stays zero: the padding row of an embedding.
 
-    Its points have zeros in that row, and so have its tangent vectors: distances and norms do not count it.
+    Points and tangent vectors have zeros in that row, so it does not count in distances and norms.
 
     Args:
         shape: shape of the weight, or its `Partition` into rows.
-        padding: number of the zero row.
-        radius: one number for all rows, or one a row; that of the zero row counts for nothing.
+        padding: index of the zero row.
+        radius: one number for all rows, or one per row; the one of the zero row is ignored.
 
     Example:
         >>> sphere = PaddedSphereProduct((4, 3), 0)
@@ -66,7 +66,7 @@ class PaddedSphereProduct(SphereProduct):
         """Partition, radii and padding row, for `repr`."""
         return f"{super().extra_repr()}, row {self.padding} zero"
 
-    # A point is looked at with a fixed row of the right norm in the place of the zero one, which counts for nothing.
+    # For computations, the zero row is replaced by a fixed row of the right norm, which has no effect on results.
 
     def _filled(self, x: Tensor) -> Tensor:
         radius = float(self.radii[self.padding])
@@ -109,12 +109,12 @@ class PaddedSphereProduct(SphereProduct):
         return super().component_dist(self._filled(x), self._filled(y))
 
     def refuse_degenerate(self, x: Tensor, name: str) -> None:
-        """Raise `DegenerateGroupError` where another row than that of the padding index is zero or not finite."""
+        """Raise `DegenerateGroupError` if a row other than the padding row is zero or not finite."""
         self.require_shape(x)
         super().refuse_degenerate(self._filled(x), name)
 
     def deviations(self, x: Tensor) -> Tensor:
-        """Relative deviation of each row from its radius; of the padding row its norm."""
+        """Relative deviation of each row from its radius; for the padding row, its norm."""
         found = super().deviations(x)
         found[self.padding] = x.detach()[self.padding].double().norm().cpu()
         return found
@@ -136,7 +136,7 @@ SphereProduct._kinds["padding"] = PaddedSphereProduct
 
 
 def padding_of(module: nn.Module, leaf: str = "weight") -> int | None:
-    """Return the row of a weight that its embedding keeps zero, counted from 0; None without one."""
+    """Return the index of the row that an embedding keeps zero; None if there is none."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and leaf == "weight":
         return module.padding_idx
     return None

@@ -1,4 +1,4 @@
-"""The radii of the spheres of a weight: one number for all groups, or one a group."""
+"""The radii of the spheres of a weight: one number for all groups, or one per group."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Radii:
 
     Args:
         partition: the groups.
-        radius: one positive number for all groups, or one a group, in the order of the groups.
+        radius: one positive number for all groups, or one per group in the order of the groups.
 
     Raises:
-        PartitionError: the number of radii is neither one nor that of the groups, or one is not positive and finite.
+        PartitionError: the number of radii is neither one nor the number of groups, or one is not positive and finite.
 
     Example:
         >>> radii = Radii(Partition.filters((2, 3)), [1.0, 2.0])
@@ -39,27 +39,27 @@ class Radii:
     def __init__(self, partition: Partition, radius: float | Sequence[float] | Tensor) -> None:
         given = radius.detach().flatten().tolist() if isinstance(radius, Tensor) else radius
         values = tuple(float(value) for value in (given if isinstance(given, Iterable) else [given]))
-        expected = f"one, or one for each of {partition.n_groups} groups"
+        expected = f"one radius, or one for each of {partition.n_groups} groups"
         if len(values) not in (1, partition.n_groups):
-            raise PartitionError(f"{len(values)} radii", expected, "Pass as many.")
+            raise PartitionError(f"{len(values)} radii", expected, "Pass one of these numbers of radii.")
         for group, value in enumerate(values):
             if not (value > 0 and math.isfinite(value)):
                 found = f"radius {value} for group {group}"
                 raise PartitionError(found, "a positive finite number", "Use the norm of the group.")
         self.partition = partition
         self.values = values[:1] if len(set(values)) == 1 else values
-        # Whether their squares, and sums of products of that size, are far from the limits of float32.
+        # Whether squares of the radii, and sums of such products, are far from the limits of float32.
         self.moderate = min(self.values) >= 2.0**-40 and max(self.values) <= 2.0**40
         self._spread: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @property
     def uniform(self) -> float | None:
-        """The radius where all groups have the same one, else None."""
+        """The radius if all groups have the same one, else None."""
         return self.values[0] if len(self.values) == 1 else None
 
     @cached_property
     def squares(self) -> np.ndarray:
-        """Squared radii, float64: one, or one a group. It has one place in memory, which kernels read."""
+        """Squared radii, float64: one, or one per group, at a fixed place in memory that kernels read."""
         return np.square(self.values)
 
     def tensor(self) -> Tensor:
@@ -81,7 +81,7 @@ class Radii:
         return spread
 
     def divide_twice(self, values: Tensor) -> Tensor:
-        """Divide one value a group, of ``spread_shape``, by the square of its radius."""
+        """Divide values, one per group in ``spread_shape``, by the squared radii."""
         radius = self.factor(values)
         return values if self.uniform == 1.0 else values / (radius * radius)
 

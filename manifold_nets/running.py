@@ -1,4 +1,4 @@
-"""Run a user's model: its inputs, its output tensors, and why it does not run."""
+"""Run a user's model: its inputs, its output tensors, and the errors it raises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from manifold_nets.float64 import copied, map_tensors, widened
 
 __all__ = ["Inputs", "called", "output_tensors", "run", "split_inputs", "to_float64"]
 
-# What errors speak of where an operator lacks a kernel for float64, or where it meets another dtype.
+# Words in the errors of operators without a float64 kernel, or with inputs of different dtypes.
 _DTYPES = ("double", "float", "dtype")
 _NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 _TORCH, _OURS = Path(torch.__file__).parent, Path(manifold_nets.__file__).parent
@@ -28,11 +28,11 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 def split_inputs(example_inputs: Any) -> Inputs:
     """Turn example inputs into positional and keyword inputs.
 
-    A tensor is one positional input; a tuple holds positional inputs; a dict holds keyword inputs; a tuple of a tuple
+    A tensor is one positional input; a tuple holds positional inputs; a dict holds keyword inputs; a pair of a tuple
     and a dict holds both.
 
     Raises:
-        ExampleInputsError: anything else.
+        ExampleInputsError: the inputs have another form.
 
     Example:
         >>> split_inputs((torch.zeros(1),))
@@ -51,7 +51,7 @@ def split_inputs(example_inputs: Any) -> Inputs:
 
 
 def _outside_inference_mode(leaf: Tensor) -> Tensor:
-    """The tensor, or its copy where it was made in inference mode, in which case no gradient may depend on it."""
+    """The tensor, or a copy if it was made in inference mode, where gradients cannot depend on it."""
     return leaf.clone() if leaf.is_inference() else leaf
 
 
@@ -61,10 +61,10 @@ def to_float64(tree: Any, device: torch.device | None = None) -> Any:
 
 
 def output_tensors(result: Any) -> list[Tensor]:
-    """All tensors in what a model returned: nested tuples, dictionaries and dataclasses.
+    """All tensors in a model's output: nested tuples, dictionaries and dataclasses.
 
-    Objects of other classes are looked into one level deep; what lies deeper, as in the caches of keys and values that
-    language models return, is memory and no output.
+    Objects of other classes are searched one level deep. Deeper tensors, such as those in key-value caches of language
+    models, count as memory and not as output.
 
     Example:
         >>> len(output_tensors({"logits": torch.zeros(2), "more": (torch.zeros(1), None)}))
@@ -82,11 +82,11 @@ def output_tensors(result: Any) -> list[Tensor]:
 
 
 def called(model: nn.Module, inputs: Inputs) -> Any:
-    """What a model returns.
+    """Call a model and return its output.
 
     Raises:
-        ExampleInputsError: the model refuses the inputs.
-        DoublePrecisionError: it refuses them for being in float64.
+        ExampleInputsError: the model does not accept the inputs.
+        DoublePrecisionError: it accepts them only in lower precision than float64.
     """
     args, kwargs = inputs
     try:
@@ -101,7 +101,7 @@ def called(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _in_single_precision(model: nn.Module, inputs: Inputs) -> Exception | None:
-    """What a model says of the same inputs in float32; None where it takes them, and float64 is what it refuses."""
+    """Return the error that a model raises on the same inputs in float32; None if only float64 fails."""
 
     def narrow(tensor: Tensor) -> Tensor:
         # The casts are meant, also where the conditions of the certificate take them out.
@@ -127,7 +127,7 @@ def _described(inputs: Inputs, error: Exception) -> str:
 
 
 def run(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Floating-point outputs of a model; it raises what `called` does."""
+    """Return the floating-point outputs of a model; raises the errors of `called`."""
     result = called(model, inputs)
     tensors = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in output_tensors(result)]
     return [tensor for tensor in tensors if tensor.is_floating_point()]

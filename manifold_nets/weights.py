@@ -1,10 +1,11 @@
-"""Weights of a model from a file: safetensors, a torch file read without running code, or a converted model."""
+"""Load a model's weights from a file: safetensors, a torch file read without running code, or a converted model."""
 
 from __future__ import annotations
 
 import argparse
 import functools
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any, BinaryIO
@@ -20,7 +21,7 @@ from manifold_nets.files import is_link_loop
 __all__ = ["load_weights", "read_state_dict"]
 
 # Plain data in which training scripts note their settings; rebuilding them runs no code.
-_PLAIN_CLASSES = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
+_PLAIN_CLASSES: list[Any] = [argparse.Namespace, PosixPath, WindowsPath, PurePosixPath, PureWindowsPath]
 _ONLY_TENSORS = "Only files that load with weights_only=True are read. "
 _unreadable = functools.partial(CheckpointFormatError, expected="a safetensors file or a torch file of weights")
 
@@ -31,7 +32,7 @@ def load_weights(
     """Load the weights of a file into a model.
 
     Args:
-        model: freshly made; its parameters and buffers are overwritten.
+        model: a newly built model; its parameters and buffers are overwritten.
         path: a safetensors file, a torch file (read with ``weights_only=True``), or a file written by `save`, which
             puts the model's weights back on their spheres.
         key: where in a torch file the weights are, such as ``"state_dict_ema"`` or ``"ema.shadow"``; needed only where
@@ -48,7 +49,7 @@ def load_weights(
         CheckpointFormatError: the file does not exist, is damaged, holds no weights or several sets of them, or those
             of a newer release.
         CheckpointMismatchError: its names or shapes are not the model's.
-        In every case the model is left as it was.
+        In every case the model is unchanged.
 
     Example:
         >>> import tempfile
@@ -74,7 +75,7 @@ def load_weights(
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file or of a torch file, told apart by their first bytes.
+    """Read the tensors of a safetensors file or a torch file, recognized by the first bytes.
 
     Raises:
         CheckpointFormatError: the file does not exist, cannot be read, or holds no weights.
@@ -87,7 +88,7 @@ def _read(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a file, which is opened once: one that takes its place meanwhile is not mixed in."""
     if not path.is_file():
-        found = "symbolic links that lead back to themselves" if is_link_loop(path) else "no such file"
+        found = "a loop of symbolic links" if is_link_loop(path) else "no such file"
         raise _unreadable(path, found, "Check the path.")
     with path.open("rb") as file:
         # A safetensors file starts with eight bytes of length, then a JSON object.
@@ -102,7 +103,7 @@ def _read(
             remedy += "(allow_pickle=True in Python), which runs the code that it names."
             raise _unreadable(path, "objects other than tensors, or no torch file", _ONLY_TENSORS + remedy) from error
         except Exception as error:
-            # The readers go by what a file says of itself; in a damaged one that may be anything.
+            # The readers trust a file's header, which in a damaged file may contain anything.
             kind = "torch" if is_torch else "safetensors"
             raise _unreadable(path, f"a damaged {kind} file ({described(error)})", "Write it again.") from error
     if is_torch or key is not None:
@@ -116,7 +117,9 @@ def _read(
 
 
 def _torch_content(file: BinaryIO, allow_pickle: bool) -> Any:
-    content: Any = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of sparse tensors, which are refused below
+        content: Any = torch.load(file, map_location="cpu", weights_only=not allow_pickle)
     return content.state_dict() if isinstance(content, nn.Module) else content
 
 
@@ -146,11 +149,12 @@ def _weight_sets(content: Any, name: str = "") -> Iterator[tuple[str, Mapping[An
     if not isinstance(content, Mapping) or not content:
         return
     if all(isinstance(value, Tensor) for value in content.values()):
-        yield name, content
+        # Numbers alone are scores and counters.
+        if not name or any(value.ndim for value in content.values()):
+            yield name, content
         return
     for key, value in content.items():
-        # What an optimizer remembers of its parameters is numbered.
-        if isinstance(key, str):
+        if isinstance(key, str) and "optim" not in key.lower():
             yield from _weight_sets(value, f"{name}.{key}" if name else key)
 
 

@@ -1,9 +1,13 @@
 """What README and docs show runs as it stands, and their figures are those of the stored results."""
 
 import ast
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ TEXTS = {
 }
 MEASURED = TEXTS["docs/results.md"]
 SLOW = {"docs/guides/compare.md"}
+SCRIPT = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file
 NEEDED = {"docs/guides/compare.md": ("sqlalchemy", "sklearn", "matplotlib"), "docs/guides/pymanopt.md": ("pymanopt",)}
 
 
@@ -45,6 +50,8 @@ def run_python(text):
     """Run all Python blocks of a page one after another, as a reader would type them; return what they defined."""
     names = {"__name__": "page"}
     for number, block in enumerate(blocks(text, "python")):
+        if SCRIPT.match(block):
+            continue
         exec(compile(block, f"block {number}", "exec"), names)
     return names
 
@@ -103,6 +110,35 @@ def test_before_and_after_both_train(capsys):
         assert {type(p) for p in names["model"].parameters()} == {nn.Parameter}
 
 
+def losses_on_processes(text):
+    """Write the scripts of the page, run its commands on processes in their order, and return what they print."""
+    for block in blocks(text, "python"):
+        if script := SCRIPT.match(block):
+            Path(script[1]).write_text(block)
+    printed = []
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for command in re.findall(r"^\$ torchrun (.*)$", text, re.MULTILINE):
+        words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)]
+        ended = subprocess.run(words, capture_output=True, text=True, env=variables)
+        assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+        printed.append(ended.stdout)
+    return printed
+
+
+@pytest.mark.slow
+def test_commands_on_several_processes_print_the_same_loss(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = TEXTS["docs/guides/scale-out.md"]
+    *found, nothing = losses_on_processes(page)
+    assert (len(found), nothing) == (8, "")
+    assert len(set(found[:4])) == len(set(found[4:])) == 1
+    assert found[0].startswith("loss ")
+    assert found[0] != found[4]
+    # Sabotage: all processes see the same part of the batch.
+    first = "\n".join(line for line in page.splitlines() if not re.match(r"\$.*(checkpoint|midrun|fsdp|tp$)", line))
+    assert len(set(losses_on_processes(first.replace("chunk(world)[rank]", "chunk(world)[0]")))) == 2
+
+
 @pytest.mark.parametrize("page", pages_with(r"^\$ manifold-nets"))
 def test_commands_run(page, tmp_path, monkeypatch, capsys):
     require(page)
@@ -127,7 +163,12 @@ def test_commands_that_are_not_run_have_the_options_that_exist():
             if words[0] == "manifold-nets":
                 assert {word for word in words if word.startswith("--")} <= options[words[1]]
             else:
-                assert words[:2] in (["pip", "install"], ["make", "demo"], ["make", "test"])
+                assert words[:2] in (
+                    ["pip", "install"],
+                    ["make", "demo"],
+                    ["make", "test"],
+                    ["torchrun", "--standalone"],
+                )
         for script, rest in re.findall(r"python (examples/\w+\.py)([^`\n]*)", text):
             source = (ROOT / script).read_text(encoding="utf-8")
             written = {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant)}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import graphlib
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
+
+import manifold_nets
 
 grimp = pytest.importorskip("grimp")
 
 # From top to bottom; those on one line import nothing of each other. All that is not named lies below symmetry.
 LAYERS = (
+    ("__main__",),
     ("cli",),
     ("comparison",),
     ("pymanopt_bridge", "sources", "monitor"),
@@ -84,3 +90,29 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     imports.add_import(importer=last, imported=first)
     with pytest.raises(graphlib.CycleError):
         order(imports)
+
+
+def differences(page: str) -> list[object]:
+    """Where the two tables of the map, ordered rows and the rest, are not the layers above and what is in the tree."""
+    tables = re.findall(r"\n\n\| modules \|.*\n.*\n((?:\|.*\n)+)", page)
+    ordered, rest = ([tuple(re.findall(r"`(\w+)`", row.split("|")[1])) for row in t.splitlines()] for t in tables)
+    package = Path(manifold_nets.__file__).parent
+    present = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    present = present - {"__init__"} | {"cli"}
+    rows = [tuple(name for name in row if name in present) for row in (*LAYERS, *BASE)]
+    named = [name for row in (*ordered, *rest) for name in row]
+    wrong: list[object] = [pair for pair in zip(ordered, rows, strict=True) if sorted(pair[0]) != sorted(pair[1])]
+    return wrong + sorted(present ^ set(named)) + [name for name in present if named.count(name) > 1]
+
+
+def test_the_map_for_contributors_shows_the_package_as_it_is() -> None:
+    path = ROOT / "docs" / "contributing.md"
+    if not path.is_file():
+        pytest.skip("the documentation is not beside the tests")
+    page = path.read_text(encoding="utf-8")
+    assert differences(page) == []
+    # Sabotage: a module that is gone, one that is missing, one in another row, one in two.
+    assert differences(page.replace("`documents`, ", "`documents`, `gone`, ")) == ["gone"]
+    assert differences(page.replace("`documents`, ", "")) == ["documents"]
+    assert differences(page.replace("| `symmetry` |", "| `symmetry`, `files` |")) != []
+    assert differences(page.replace("`documents`, ", "`documents`, `page`, ")) == ["page"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
 import os
 import pkgutil
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -15,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import click
 import pytest
 from helpers import ROOT, tomllib
 
@@ -146,7 +150,13 @@ def test_an_optional_package_would_be_seen() -> None:
     assert imported("import manifold_nets.cli") & (OPTIONAL | HEAVY) == {"click", "rich"}
 
 
-@pytest.mark.parametrize("command", ["", "diagnose", "convert", "export", "compare"])
+def completion(words: list[str]) -> dict[str, str]:
+    """The environment in which bash asks for the words that may follow some others."""
+    line = {"COMP_WORDS": shlex.join(["manifold-nets", *words]), "COMP_CWORD": str(len(words))}
+    return {"_MANIFOLD_NETS_COMPLETE": "bash_complete", **line}
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
 def test_help_version_and_completion_import_no_torch(command: str) -> None:
     start = "from manifold_nets.cli import main; "
     asked = [command, "--help"] if command else ["--help"]
@@ -154,11 +164,47 @@ def test_help_version_and_completion_import_no_torch(command: str) -> None:
     assert "click" in found
     assert found & HEAVY == set()
     assert imported(f"{start}main(['--version'])") & HEAVY == set()
-    words = f"manifold-nets {command} torchvision:resnet18 --input-shape 3,8,8 --remedies all --"
-    completing = {"_MANIFOLD_NETS_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-    assert imported(f"{start}main(prog_name='manifold-nets')", **completing) & HEAVY == set()
+    words = [command] if command else []
+    for parameter in main.commands[command].params if command else []:
+        values = getattr(parameter.type, "choices", None) or ["1"] * parameter.nargs
+        words += [*parameter.opts[-1:], *([] if parameter.type.name == "boolean" else values[: parameter.nargs])]
+        if isinstance(parameter, click.Argument):
+            words[-2:] = ["torchvision:resnet18"]
+    assert imported(f"{start}main(prog_name='manifold-nets')", **completion([*words, "--"])) & HEAVY == set()
 
 
+BASH = """
+eval "$(_MANIFOLD_NETS_COMPLETE=bash_source {program})"
+COMP_WORDS=({words}) COMP_CWORD={number}
+compopt() {{ echo compopt "$@"; }}
+_manifold_nets_completion {program}
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("conv", ["convert"]), ("diagnose --mem", ["--memory"]), ("diagnose --memory s", ["small"]),
+     ("diagnose nets/", ["compopt -o default", ""]), ("convert x.py:f --weights ''", ["compopt -o default", ""])],
+)  # fmt: skip
+def test_bash_completes_commands_options_and_files(words: str, expected: list[str]) -> None:
+    program = Path(sys.executable).with_name("manifold-nets")
+    if not program.is_file():
+        pytest.skip("the command is not installed beside Python")
+    script = BASH.format(program=program, words=f"manifold-nets {words}", number=len(words.split()))
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "manifold_nets", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == importlib.metadata.version("manifold_nets")
+
+
+@pytest.mark.slow
 def test_torch_would_be_seen() -> None:
     start = "from manifold_nets.cli import main; "
     spec = ["diagnose", "torch.nn:Identity", "--input-shape", "4"]
@@ -192,25 +238,30 @@ def test_importing_is_silent(module: str) -> None:
 
 GUARDED = """
 import torch
-{before}
+import manifold_nets.manifold as manifold
 from manifold_nets.layers import UnitNormLinear
 from manifold_nets.errors import EuclideanStepError
-layer = UnitNormLinear(4, 3)
-layer(torch.ones(2, 4)).sum().backward()
-try:
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
-except EuclideanStepError:
-    raise SystemExit(3)
+
+def is_guarded():
+    layer = UnitNormLinear(4, 3)
+    layer(torch.ones(2, 4)).sum().backward()
+    try:
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    except EuclideanStepError:
+        return True
+    return False
+
+waiting = manifold._on_first_instance
+actions = waiting.copy()
+waiting.clear()  # sabotage: nothing waits for the first weight on spheres
+assert not is_guarded()
+waiting.extend(actions)
+assert is_guarded()
 """
 
 
 def test_weights_are_guarded_though_no_optimizer_of_ours_was_imported() -> None:
-    def status(before: str) -> int:
-        return subprocess.run([sys.executable, "-c", GUARDED.format(before=before)], check=False).returncode
-
-    assert status("") == 3
-    # Sabotage: nothing waits for the first weight on spheres.
-    assert status("import manifold_nets.manifold as m; m._on_first_instance.clear()") == 0
+    subprocess.run([sys.executable, "-c", GUARDED], check=True)
 
 
 # Takes away what Python lacks on Windows, after the imports of packages that tell the systems apart by themselves.
@@ -360,11 +411,73 @@ def test_every_requirement_is_pinned() -> None:
     assert wanted - requirement_names([line for line in lines if not line.startswith("torch==")]) == {"torch"}
 
 
-def test_the_extras_of_the_contract_exist() -> None:
+def test_the_extras_of_the_contract_exist_and_are_documented() -> None:
     extras = project()["project"]["optional-dependencies"]
-    assert {"pymanopt", "compare", "vision", "dev", "all"} <= extras.keys()
+    assert {"pymanopt", "compare", "vision", "train", "hf", "lightning", "monitor", "dev", "all"} <= extras.keys()
     everything = set(re.findall(r"\[(.+)\]", extras["all"][0])[0].split(","))
     assert everything == extras.keys() - {"all", "dev", "docs"}
+    table = text_of("docs/index.md").partition("| extra |")[2].partition("\n\n")[0].splitlines()[1:]
+    documented = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(documented) == sorted(extras)
+
+
+def brought(extra: str) -> set[str]:
+    """The packages that an extra brings, in lower case."""
+    found = set()
+    for requirement in project()["project"]["optional-dependencies"][extra]:
+        inner = re.fullmatch(r"manifold_nets\[(.+)\]", requirement)
+        found |= set().union(*map(brought, inner[1].split(","))) if inner else requirement_names([requirement])
+    return found
+
+
+def wrong_remedies(source: str) -> list[str]:
+    """Where a text names an extra that does not exist, or one that does not bring the package that is missing."""
+    extras = project()["project"]["optional-dependencies"]
+    named = {name for names in re.findall(r"manifold.nets\[([a-z,]+)\]", source) for name in names.split(",")}
+    wrong = sorted(named - extras.keys())
+    for node in ast.walk(ast.parse(source)):
+        place = {"MissingExtraError": 0, "library": 1}.get(getattr(getattr(node, "func", None), "id", ""))
+        if isinstance(node, ast.Call) and place is not None:
+            values = [getattr(argument, "value", None) for argument in node.args]
+            package, extra = values[place], values[2]
+            # Where the package is a variable, the extra still stands there.
+            if extra not in extras or (package is not None and package.lower() not in brought(extra)):
+                wrong.append(f"{package} from {extra}")
+    return wrong
+
+
+def test_errors_name_extras_that_bring_what_is_missing() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path(mn.__file__).parent.rglob("*.py")]
+    assert [wrong for source in sources for wrong in wrong_remedies(source)] == []
+    assert sum(source.count("MissingExtraError(") for source in sources) > 5
+    assert wrong_remedies("'pip install manifold_nets[gone]'") == ["gone"]
+    assert wrong_remedies("MissingExtraError('timm', 'x', 'gone')") == ["timm from gone"]
+    assert wrong_remedies("MissingExtraError('timm', 'x', 'onnx')") == ["timm from onnx"]
+    assert wrong_remedies("library(spec, 'timm', 'onnx')") == ["timm from onnx"]
+
+
+def test_classifiers_are_those_of_the_python_that_is_required() -> None:
+    metadata = project()["project"]
+    minors = [int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", "\n".join(metadata["classifiers"]))]
+    assert f">=3.{minors[0]}" == metadata["requires-python"]
+    assert minors == list(range(minors[0], minors[-1] + 1))
+
+
+def test_workflows_cover_every_system_and_every_python_with_targets_that_exist() -> None:
+    yaml = pytest.importorskip("yaml")
+    tests, publish = (yaml.safe_load(text_of(f".github/workflows/{name}.yml"))["jobs"] for name in ("tests", "publish"))
+    classifiers = "\n".join(project()["project"]["classifiers"])
+    rows = tests["versions"]["strategy"]["matrix"]["include"]
+    assert {row["python"] for row in rows} == set(re.findall(r"Python :: (3\.\d+)", classifiers))
+    assert {row["os"] for row in rows} == {"ubuntu-latest", "macos-latest", "windows-latest"}
+    floor = re.search(r"torch>=([\d.]+)", " ".join(project()["project"]["dependencies"]))
+    assert floor is not None
+    assert any(str(row["torch"]).startswith(f"{floor[1]}.") for row in rows)
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    assert {"test-versions", *tests["systems"]["strategy"]["matrix"]["target"]} <= targets
+    assert tests["versions"]["steps"][-1]["run"].startswith("make test-versions PAIRS=")
+    assert "make test-wheel DIST=" in publish["build"]["steps"][2]["run"]
+    assert publish["publish"]["permissions"] == {"id-token": "write"}
 
 
 def test_what_a_wheel_must_carry() -> None:

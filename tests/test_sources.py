@@ -9,12 +9,15 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from manifold_nets import errors
-from manifold_nets.sources import ModelSpec, import_torchvision, load_model
+from manifold_nets.sources import ModelSpec, find_models, import_torchvision, load_model, read_inputs
+from manifold_nets.sources.finding import code_run_by_import
 
 NET = """
 import dataclasses
@@ -61,6 +64,13 @@ def folder(tmp_path: Path) -> Path:
         ("timm:vit_tiny_patch16_224.augreg_in21k", ModelSpec("timm", "timm", "vit_tiny_patch16_224.augreg_in21k")),
         ("a/b c/net.py:Net.narrow", ModelSpec("file", "a/b c/net.py", "Net.narrow")),
         ("pkg.sub:build", ModelSpec("module", "pkg.sub", "build")),
+        ("a/b c/train.py", ModelSpec("file", "a/b c/train.py", "")),
+        ("hf:some/folder", ModelSpec("hf", "hf", "some/folder")),
+        ("timm:hf-hub:x/y.z", ModelSpec("timm", "timm", "hf-hub:x/y.z")),
+        ("timm:local-dir:x/y", ModelSpec("timm", "timm", "local-dir:x/y")),
+        ("timm:hf-hub:", None),
+        ("torchvision:a:b", None),
+        ("hf:", None),
         ("resnet18", None),
         (":build", None),
         ("pkg:", None),
@@ -177,19 +187,27 @@ def roi_pool(x): return x
 """
 
 
-@pytest.mark.parametrize("through", ["from manifold_nets.sources import import_torchvision as get; get(); get()", ""])
+LOADING = "import manifold_nets as mn; print(mn.sources.load_model('net.py:net').bias)"
+REPAIRED = ["from manifold_nets.sources import import_torchvision as get; get(); get()", LOADING]
+
+
+@pytest.mark.parametrize("through", [*REPAIRED, ""])
 def test_operators_that_did_not_load_are_declared(tmp_path: Path, through: str) -> None:
     """A package that registers code for operators which do not exist imports through us, and by itself does not."""
     package = tmp_path / "torchvision"
     package.mkdir()
     (package / "__init__.py").write_text(FOREIGN)
     (package / "second.py").write_text(SECOND)
+    # The file of a user imports it as well, and hides why that fails.
+    hidden = "try:\n    import torchvision\nexcept RuntimeError:\n    raise ImportError('not installed') from None\n"
+    (tmp_path / "net.py").write_text(f"{hidden}from torch import nn\nnet = nn.Linear(2, 2, bias=False)\n")
     script = f"{through}\nimport torchvision\nprint(torchvision.second.__name__)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     if through:
         assert done.returncode == 0, done.stderr
-        assert done.stdout == "torchvision.second\n"
+        assert done.stdout.endswith("torchvision.second\n")
         assert done.stderr.count("built for another torch") == 1
         assert "nms, roi_pool" in done.stderr
     else:
@@ -219,3 +237,162 @@ def _vision(library: str) -> None:
 
 def _no_download(*_: object, **__: object) -> dict[str, nn.Parameter]:
     raise AssertionError("this would be a download")
+
+
+# ---- a Python file alone ---------------------------------------------------------------------------------------------
+
+TRAIN = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+from somewhere import Base
+
+WIDTH = 4
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+class Foreign(Base):
+    def forward(self, x):
+        return x
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+class Data(torch.utils.data.Dataset):
+    pass
+
+class Net(torch.nn.Sequential):
+    def __init__(self, depth=2, *, width):
+        super().__init__(*(Block(width) for _ in range(depth)))
+
+class Deeper(Net):
+    pass
+
+def annotated(depth) -> "nn.Module":
+    ...
+
+def returning():
+    model = nn.Linear(2, 2).eval()
+    return model
+
+def train(epochs=3):
+    net = Deeper(width=3)
+    net(torch.ones(2)).sum().backward()
+    return net
+
+def number(x):
+    return F.relu(x)
+
+criterion = nn.CrossEntropyLoss()
+built = returning()
+sys.exit("training begins")
+
+if __name__ == "__main__":
+    ready = Net(width=2)
+"""
+
+
+def test_what_a_file_defines_is_listed_without_running_it(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAIN)
+    assert [str(found) for found in find_models(tmp_path / "train.py")] == [
+        "Block (class, needs width)",
+        "Foreign (class, needs no arguments)",
+        "Net (class, needs width)",
+        "Deeper (class, needs width)",
+        "annotated (function, needs depth)",
+        "returning (function, needs no arguments)",
+        "built (an object)",
+    ]
+    with pytest.raises(errors.ModelNotFoundError, match=r"it defines Block .*, built \(an object\).*train\.py:Foreign"):
+        load_model(f"{tmp_path}/train.py")
+    assert [line.partition(":")[2] for line in code_run_by_import(tmp_path / "train.py")] == [
+        " criterion = nn.CrossEntropyLoss()", " built = returning()", " sys.exit('training begins')",
+    ]  # fmt: skip
+
+
+ONE = """
+from torch import nn
+class Part(nn.Linear):
+    def __init__(self, width):
+        super().__init__(width, 2)
+class Net(nn.Sequential):
+    def __init__(self, width{default}):
+        super().__init__(Part(width))
+{rest}
+if __name__ == "__main__":
+    raise SystemExit("training")
+"""
+
+
+@pytest.mark.parametrize(
+    ("default", "rest", "kwargs", "width"),
+    [("=3", "", {}, 3), ("", "", {"width": 5}, 5), ("", "def make():\n    return Net(4)", {}, 4)],
+)
+def test_the_one_model_that_needs_nothing_more_is_taken(
+    default: str, rest: str, kwargs: dict[str, int], width: int, tmp_path: Path
+) -> None:
+    (tmp_path / "train.py").write_text(ONE.format(default=default, rest=rest))
+    assert load_model(f"{tmp_path}/train.py", kwargs=kwargs)[0].in_features == width
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ONE.format(default="", rest=""), r"Net \(class, needs width\).*give width as keyword arguments"),
+        (ONE.format(default="=3", rest="class Other(nn.ReLU): ..."), r"Name one of them, as .*train\.py:Net"),
+        ("import torch\n", "no subclass of torch.nn.Module"),
+        ("def net(:\n", "it is not valid Python code"),
+        (None, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_taken_is_said(text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "train.py").write_text(text)
+    with pytest.raises((errors.ModelNotFoundError, errors.ModelBuildError), match=message):
+        load_model(f"{tmp_path}/train.py")
+
+
+# ---- example inputs from a file --------------------------------------------------------------------------------------
+
+X, Y = torch.arange(6.0).reshape(2, 3), torch.tensor([[1], [0]])
+CONTENTS = {
+    "one.npy": (lambda path: np.save(path, X), ((X,), {})),
+    "two.npz": (lambda path: np.savez(path, X, Y), ((X, Y), {})),
+    "named.npz": (lambda path: np.savez(path, X, mask=Y), ((X,), {"mask": Y})),
+    "named.safetensors": (lambda path: safetensors.torch.save_file({"1": Y, "0": X}, path), ((X, Y), {})),
+    "tensor.pt": (lambda path: torch.save(X, path), ((X,), {})),
+    "tuple.pt": (lambda path: torch.save((X, Y), path), ((X, Y), {})),
+    "dict.pt": (lambda path: torch.save({"x": X, "y": Y}, path), ((), {"x": X, "y": Y})),
+    "both.pt": (lambda path: torch.save(((X,), {"y": Y}), path), ((X,), {"y": Y})),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_example_inputs_of_a_file(name: str, tmp_path: Path) -> None:
+    write, (positional, keywords) = CONTENTS[name]
+    write(tmp_path / name)
+    for dtype in (None, torch.float64):
+        found, named = read_inputs(tmp_path / name, dtype)
+        assert named.keys() == keywords.keys()
+        for one, other in zip((*found, *named.values()), (*positional, *keywords.values()), strict=True):
+            assert one.dtype == (dtype if dtype and other.is_floating_point() else other.dtype)
+            assert torch.equal(one, other.to(one.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("objects.npy", np.array([print], dtype=object)), ("code.pt", print), ("text.pt", "x"), ("note.txt", "x")],
+)
+def test_a_file_that_holds_no_inputs_is_named(name: str, content: object, tmp_path: Path) -> None:
+    if isinstance(content, np.ndarray):
+        np.save(tmp_path / name, content, allow_pickle=True)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(errors.ExampleInputsError, match=name):
+        read_inputs(tmp_path / name)

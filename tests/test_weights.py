@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import pickle
 import random
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -249,3 +251,49 @@ def test_a_damaged_file_of_a_converted_model_changes_nothing(tmp_path: Path) -> 
     with pytest.raises(errors.CheckpointError, match=r"net\.safetensors"):
         load_weights(model, path)
     check_same(model, small(2))
+
+
+# ---- one of several sets of weights, and names with something in front -----------------------------------------------
+
+
+def test_the_only_weights_of_a_file_are_taken_and_of_several_those_that_are_named(tmp_path: Path) -> None:
+    """Never a guess: where a file holds an average as well, the message lists the keys and the option."""
+    plain, average = small(1), small(3)
+    adam = torch.optim.Adam(plain.parameters()).state_dict()
+    content = {"epoch": 3, "args": argparse.Namespace(lr=0.1), "state_dict": plain.state_dict()}
+    content |= {"optimizer": {**adam, "by_name": {"0.weight": {"exp_avg": torch.ones(2)}}}}
+    content |= {"ema": {"decay": 0.9, "shadow": average.state_dict()}, "best": {"a.ckpt": torch.tensor(0.5)}}
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content, path)
+    with pytest.raises(errors.CheckpointFormatError, match=r"several keys, state_dict, ema\.shadow; .*--key"):
+        load_weights(small(2), path)
+    check_same(load_weights(small(2), path, key="state_dict"), plain)
+    check_same(load_weights(small(2), path, key="ema.shadow"), average)
+    with pytest.raises(errors.CheckpointFormatError, match=r"under the key 'ema'; .*under state_dict, ema\.shadow"):
+        load_weights(small(2), path, key="ema")
+    torch.save({**content, "ema": None}, path)
+    check_same(load_weights(small(2), path), plain)
+    torch.save(plain.state_dict(), path)
+    with pytest.raises(errors.CheckpointFormatError, match="under no key"):
+        load_weights(small(2), path, key="state_dict")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.net."])
+def test_what_names_begin_with_is_said_and_taken_off(prefix: str, tmp_path: Path) -> None:
+    state = {f"{prefix}{name}": value for name, value in small(1).state_dict().items()}
+    path = write(tmp_path / "net.pt", {**state, "n_averaged": torch.tensor(3)}, "plain")
+    with pytest.raises(errors.CheckpointMismatchError, match=rf"pass --prefix {re.escape(prefix)} "):
+        load_weights(small(2), path)
+    check_same(load_weights(small(2), path, prefix=prefix), small(1))
+    with pytest.raises(errors.CheckpointFormatError, match=r"no weights whose names begin with 'net\.'"):
+        load_weights(small(2), path, prefix="net.")
+
+
+def test_code_of_a_file_is_run_only_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save({"model": small(1), "trap": Trap(tmp_path / "sprung")}, path)
+    with pytest.raises(errors.CheckpointFormatError, match="if you trust the file, pass --allow-pickle"):
+        load_weights(small(2), path)
+    assert not (tmp_path / "sprung").exists()
+    check_same(load_weights(small(2), path, allow_pickle=True), small(1))
+    assert (tmp_path / "sprung").exists()

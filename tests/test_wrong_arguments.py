@@ -29,7 +29,7 @@ def test_a_name_that_a_report_does_not_have_is_answered_with_near_ones() -> None
     told = r"^report\['0\.wieght'\]: found no such name; expected one of 0\.weight, 2\.weight\. Near matches: 0\.weight"
     with pytest.raises(ParameterNameError, match=told):
         report["0.wieght"]
-    with pytest.raises(KeyError, match="Name one of these"):
+    with pytest.raises(KeyError, match="Use one of these names"):
         report["nothing"]
 
 
@@ -58,7 +58,7 @@ ERRORS = [IndexError("i"), ValueError("v"), TypeError("t"), KeyError("k"), Asser
 @pytest.mark.parametrize("loss", [None, lambda outputs: outputs.mean()], ids=["no loss", "loss"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_what_the_model_raises_is_said_of_the_inputs_with_its_cause(error: Exception, loss: Any, memory: Any) -> None:
-    with pytest.raises(ExampleInputsError, match=f"The model said: {type(error).__name__}") as caught:
+    with pytest.raises(ExampleInputsError, match=f"The model raised {type(error).__name__}") as caught:
         mn.diagnose(Refusing(error), torch.randn(8, 10), loss=loss, memory=memory)
     assert type(caught.value.__cause__) is type(error)
 
@@ -66,7 +66,7 @@ def test_what_the_model_raises_is_said_of_the_inputs_with_its_cause(error: Excep
 @pytest.mark.parametrize("token", [-1, 10])
 def test_a_token_out_of_range_is_said_of_the_inputs(token: int) -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4), nn.Linear(4, 2))
-    with pytest.raises(ExampleInputsError, match="The model said: IndexError: index out of range") as caught:
+    with pytest.raises(ExampleInputsError, match="The model raised IndexError: index out of range") as caught:
         mn.diagnose(model, torch.full((4, 7), token))
     assert isinstance(caught.value.__cause__, IndexError)
     assert mn.diagnose(model, torch.full((4, 7), 9)).weights
@@ -76,20 +76,20 @@ def test_a_token_out_of_range_is_said_of_the_inputs(token: int) -> None:
 def test_integers_for_a_model_of_real_numbers_are_said_of_the_inputs(memory: Any) -> None:
     """The model refuses them in float32 as well: nothing is said of float64."""
     with pytest.raises(
-        ExampleInputsError, match=r"shapes \[\(8, 10\)\] and dtypes \['int64'\].*The model said: RuntimeError"
+        ExampleInputsError, match=r"shapes \[\(8, 10\)\] and dtypes \['int64'\].*The model raised RuntimeError"
     ):
         mn.diagnose(nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8)), torch.randint(0, 3, (8, 10)), memory=memory)
 
 
 def test_empty_batches_are_refused() -> None:
     model = nn.Sequential(nn.Linear(10, 8), nn.LayerNorm(8))
-    with pytest.raises(ExampleInputsError, match=r"nothing but empty tensors, of shapes \[\(0, 10\)\]"):
+    with pytest.raises(ExampleInputsError, match=r"only empty tensors, of shapes \[\(0, 10\)\]"):
         mn.diagnose(model, torch.randn(0, 10))
 
 
 @pytest.mark.parametrize(("former", "present"), errors._FORMER.items())
 def test_former_names_of_errors_go_on_with_a_warning(former: str, present: type[Exception]) -> None:
-    with pytest.warns(DeprecationWarning, match=f"{former} is now {present.__name__}"):
+    with pytest.warns(DeprecationWarning, match=f"{former} is now called {present.__name__}"):
         assert getattr(errors, former) is present
     assert issubclass(present, errors.ManifoldNetsError)
     with pytest.raises(AttributeError, match="has no attribute 'NoSuchError'"):

@@ -1,4 +1,4 @@
-"""The entry points: compare optimizers, and help another process with its comparison."""
+"""The entry points: run a comparison of optimizers, or help another process to run one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from manifold_nets.comparison.store import RunStore
 
 STUDY_FILE, STUDY_NAME_FILE = "study.db", "study-name.txt"
-_SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for one of them."
+_SEEDS = "Write 3 for the seeds 0, 1 and 2, or [5] for seed 5 alone."
 
 Number = TypeVar("Number", int, float)
 
@@ -55,48 +55,47 @@ def compare(
     report: bool = True,
     **options: Any,
 ) -> Comparison:
-    """Compare optimizers on one task and one network, giving each the same chances.
+    """Compare optimizers on one task and one network, under the same conditions for each.
 
     For each seed all optimizers start from the same function, converted to spheres for those that train there, and see
-    the data in the same order. Each gets the same grid of learning rates; one is chosen for it by the mean validation
-    error at the end of training, and only then the test data are read, once for each chosen run. Runs that diverge are
-    counted as worse than all others. Killed at any moment and called again with the same arguments, it repeats at most
-    the runs that were in flight, and gives the same numbers. Called again with more seeds, learning rates or optimizers
-    for the same ``output``, it carries out the runs that are new, and those of a newly chosen rate whose weights are no
-    longer there.
+    the data in the same order. Each gets the same grid of learning rates. One rate is chosen for it by the mean
+    validation error at the end of training; only then are the test data used, once for each chosen run. Diverged runs
+    count as worse than all others. If the process is killed, the same call resumes it: at most the runs in flight are
+    repeated, and the numbers are the same. With more seeds, learning rates or optimizers and the same ``output``, only
+    the new runs are carried out, and those of a newly chosen rate whose weights were deleted.
 
     Args:
         model: a name such as ``"mlp:100,100"``, ``"resnet:8,16"``, ``"torchvision:resnet18"`` or
-            ``"file.py:callable"``, or a callable that makes a plain network with fresh weights.
-        task: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"idx"``, ``"file.py:callable"``, or a `Task`, such as
-            `task_from_data` makes of data loaders.
+            ``"file.py:callable"``, or a callable that builds a plain network with fresh weights.
+        task: ``"digits"``, ``"mnist"``, ``"fashion-mnist"``, ``"idx"``, ``"file.py:callable"``, or a `Task`, for
+            instance from `task_from_data`.
         optimizers: names; ``"file.py:NAME"`` of an optimizer class, or of a function of ``params`` and ``lr`` that
-            returns an optimizer; such classes and functions themselves; or `OptimizerSpec` objects. Also one of
-            them, or names separated by commas.
+            returns an optimizer; such classes and functions themselves; or `OptimizerSpec` objects. A single one of
+            these, or a string of names separated by commas, is accepted too.
         learning_rates: the grid, the same for every optimizer.
-        seeds: how many, or which.
+        seeds: the number of seeds, or a list of them.
         epochs: passes over the training data.
-        output: folder that keeps the study, the final weights of the chosen runs, ``comparison.json`` and the report
-            (``report.html``, plots, tables); nothing is kept when left out.
+        output: folder for the study, the final weights of the chosen runs, ``comparison.json`` and the report
+            (``report.html``, plots, tables). Nothing is kept without it.
         workers: number of processes that carry out runs.
         storage: URL of a shared database (PostgreSQL, MySQL), so that `join_comparison` can help from other machines.
-            Its password may be left out, and be in the environment variable ``MANIFOLD_NETS_STORAGE_PASSWORD``, or in
-            the file that ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE`` names.
-        progress: a bar on standard error where that is a terminal, when left out; True for lines elsewhere too, False
-            for nothing; or a function that is called with a `Progress` when a run has started or ended.
-        report: whether to write the report; ``comparison.json`` is written in any case.
-        options: other fields of `Settings`: ``batch_size`` (the task's own when left out), ``weight_decay``,
+            The password can be in the environment variable ``MANIFOLD_NETS_STORAGE_PASSWORD`` instead, or in the file
+            named by ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE``.
+        progress: by default, a bar on standard error if that is a terminal; True prints lines elsewhere too; False
+            prints nothing; a function is called with a `Progress` when a run starts or ends.
+        report: whether to write the report; ``comparison.json`` is always written.
+        options: other fields of `Settings`: ``batch_size`` (default: the task's own), ``weight_decay``,
             ``weight_decays``, ``momentum``, ``schedule``, ``initialization``, ``early_stop``, ``subset``, ``tune_on``,
             ``tune_seeds``, ``target_error``, ``initial_scales``, ``data``, ``device``, ``threads``.
 
     Raises:
         SettingsError: a setting is invalid.
-        ArgumentTypeError: an argument has another type.
+        ArgumentTypeError: an argument has the wrong type.
         OptimizerNameError, TaskNameError: a name is unknown.
-        DifferentCommandError: the folder or the study holds another comparison; every difference is named.
-        FolderInUseError: another process works in the folder.
-        OptimizerBuildError: an optimizer cannot be made for the model.
-        RunFailedError: a run ended without a result, for a reason other than divergence.
+        DifferentCommandError: the folder or the study holds another comparison; the message lists the differences.
+        FolderInUseError: another process is running a comparison in the folder.
+        OptimizerBuildError: an optimizer cannot be built for the model.
+        RunFailedError: a run failed for a reason other than divergence.
         MissingExtraError: SQLAlchemy is not installed, or matplotlib for the report.
 
     Example:
@@ -131,10 +130,10 @@ def compare(
 
 def _require_types(model: object, task: object) -> None:
     if isinstance(model, nn.Module) or not (isinstance(model, str) or callable(model)):
-        remedy = "Every run starts from fresh weights: pass the class or the function that makes the network."
-        raise ArgumentTypeError("model", model, "a name, or a callable that makes a network", remedy)
+        remedy = "Every run starts from fresh weights: pass the class or function that builds the network."
+        raise ArgumentTypeError("model", model, "a name, or a callable that builds a network", remedy)
     if not isinstance(task, (str, Task)):
-        raise ArgumentTypeError("task", task, "a name or a Task", "task_from_data makes one of data.")
+        raise ArgumentTypeError("task", task, "a name or a Task", "Make a Task of your data with task_from_data.")
 
 
 def _listed_optimizers(optimizers: object) -> tuple[AnyOptimizer, ...]:
@@ -161,7 +160,7 @@ def _numbers(
     """The numbers of an argument, converted to one kind."""
     try:
         if isinstance(values, str):
-            raise TypeError("the letters of a text are no numbers")
+            raise TypeError("a string is not a sequence of numbers")
         return tuple(map(kind, values))
     except (TypeError, ValueError) as error:
         raise ArgumentTypeError(argument, values, "a sequence of numbers", remedy) from error
@@ -178,7 +177,7 @@ def compare_settings(
     experiment: Experiment | None = None,
     own: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """Like `compare`, for settings that already exist.
+    """Like `compare`, for a `Settings` object.
 
     Args:
         settings: what to compare.
@@ -187,16 +186,16 @@ def compare_settings(
         storage: as in `compare`.
         progress: as in `compare`.
         report: as in `compare`.
-        experiment: what the settings name; looked up when left out.
-        own: the parts of it that other processes cannot look up; see `Experiment.from_settings`.
+        experiment: the objects that the settings name (default: looked up).
+        own: those of them that other processes cannot look up; see `Experiment.from_settings`.
     """
     _require_workers(workers)
     experiment = experiment or Experiment.from_settings(settings, own)
     if settings.tune_on is not None and storage is not None:
-        raise SettingsError("tune_on", settings.tune_on, "None with a shared database: tuning stays in one folder")
+        raise SettingsError("tune_on", settings.tune_on, "None, as tune_on does not work with a shared database")
     experiment.check(settings)
     sent = packed(workers, own or {}) if workers > 1 or storage is not None else {}
-    # A study that exists has passed this check, and may have all its results.
+    # An existing study has passed this check, and may already have all its results.
     begun = storage is None and output is not None and (Path(output) / STUDY_FILE).exists()
     initial_models = None if begun else InitialModels.checked(experiment, settings)
     with contextlib.ExitStack() as stack:
@@ -216,7 +215,7 @@ def compare_settings(
         if output is not None:
             comparison.write(folder)
             if report:
-                # It needs an extra.
+                # This import needs an extra.
                 from manifold_nets.comparison.report import write_report
 
                 write_report(comparison, folder)
@@ -225,7 +224,7 @@ def compare_settings(
 
 @dataclass
 class _Local:
-    """Carries out all runs of some settings in this process or with workers of this machine."""
+    """Carries out all runs of some settings in this process or with workers on this machine."""
 
     stack: contextlib.ExitStack
     experiment: Experiment
@@ -265,7 +264,7 @@ class _Local:
 
 
 def _tuned(local: _Local, settings: Settings, folder: Path) -> Settings:
-    """Choose by runs on few examples, whose comparison is kept in its own folder, without any test."""
+    """Tune by runs on few examples: a comparison in a folder of its own that reads no test data."""
     small = tuning_settings(settings)
     folder.mkdir(exist_ok=True)
     store, _ = local.carry_out(small, _url(folder), "comparison", None)
@@ -299,7 +298,7 @@ def _own_folder(stack: contextlib.ExitStack, output: str | os.PathLike[str] | No
     folder = resolved(output)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # The system takes the lock back from a process that is killed.
+        # The system releases the lock of a killed process.
         stack.enter_context(FileLock(folder / ".lock", timeout=0))
     except Timeout as error:
         raise FolderInUseError(folder, "another process that runs a comparison in this folder") from error
@@ -314,9 +313,9 @@ def join_comparison(
     progress: Observer | bool | None = None,
     allow: Collection[str] = (),
 ) -> Settings:
-    """Carry out runs of a comparison that another process started, until every run has a result.
+    """Help to run a comparison that another process started, until every run has a result.
 
-    Anyone who can write into the database can name any Python file or module of this machine as a task, a model or an
+    Anyone who can write to the database can name any Python file or module on this machine as a task, a model or an
     optimizer. Only those in ``allow`` are run.
 
     Args:
@@ -324,7 +323,7 @@ def join_comparison(
         study: name of the study, as the other process shows it.
         workers: number of processes that carry out runs.
         progress: as in `compare`.
-        allow: specifications such as ``"file.py:NAME"`` whose code may be run; built-in names need none.
+        allow: specifications such as ``"file.py:NAME"`` whose code may be run; built-in names are always allowed.
 
     Returns:
         The settings of the comparison.
@@ -332,7 +331,7 @@ def join_comparison(
     Raises:
         StorageError: the database cannot be opened or has no such study.
         CodeNotAllowedError: the study names code that is not allowed.
-        ManifoldNetsError: what the study names cannot be found on this machine.
+        ManifoldNetsError: something that the study names cannot be found on this machine.
 
     Example:
         >>> join_comparison("sqlite:////gone/runs.db", "comparison")
@@ -346,7 +345,7 @@ def join_comparison(
         if refused:
             flags = " ".join(f"--allow {shlex.quote(spec)}" for spec in refused)
             remedy = f"If you trust it, start the worker with {flags} (in Python allow={list(refused)!r})."
-            found = f"{listed(refused)}, code of this machine that the worker was not allowed to run"
+            found = f"{listed(refused)}, which is code on this machine that the worker may not run"
             raise CodeNotAllowedError(f"study {study}", found, remedy=remedy)
         store.create(settings, environment())  # refuses other versions
         require_device(settings)
@@ -360,10 +359,10 @@ def join_comparison(
 
 
 def study_name(settings: Settings, output: str | os.PathLike[str] | None = None) -> str:
-    """The name of the study of a command in a shared database: the one that its folder names, or a new one.
+    """Return the name of a comparison's study in a shared database: the one stored in its folder, or a new one.
 
     Args:
-        settings: of the command.
+        settings: settings of the comparison.
         output: its folder.
 
     Raises:

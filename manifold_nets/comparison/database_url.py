@@ -1,4 +1,4 @@
-"""Database URLs: which part of them may be shown, and where their password comes from."""
+"""Database URLs: what of them may be shown, and where their password comes from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SPELLINGS = (str, quote, quote_plus, partial(quote, safe=""))
 
 
 def redacted(url: str) -> str:
-    """The URL without its passwords, for messages and commands; only its scheme where it cannot be parsed.
+    """The URL without its passwords, for messages and commands; only its scheme if it cannot be parsed.
 
     Example:
         >>> redacted("postgresql+psycopg://me:abc@host/db?connect_timeout=9&password=abc")
@@ -45,7 +45,7 @@ def redacted(url: str) -> str:
 
 
 def without_secrets(error: BaseException, url: str) -> str:
-    """The first line of a driver's message, which may quote parts of the URL, without them; else its class name."""
+    """The first line of a driver's message without the URL's secrets; if empty, the name of its class."""
     found, text = _parsed(url), next(iter(str(error).splitlines()), "")
     if found is None or not text:
         return type(error).__name__
@@ -58,10 +58,10 @@ def without_secrets(error: BaseException, url: str) -> str:
 
 
 def with_password(url: str) -> str:
-    """The URL, with the password of the environment where it has none of its own.
+    """The URL with the password from the environment, if it has none of its own.
 
-    That is the variable ``MANIFOLD_NETS_STORAGE_PASSWORD``, or the first line of the file that
-    ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE`` names.
+    The password is in the variable ``MANIFOLD_NETS_STORAGE_PASSWORD``, or in the first line of the file named by
+    ``MANIFOLD_NETS_STORAGE_PASSWORD_FILE``.
 
     Raises:
         StorageError: that file cannot be read.

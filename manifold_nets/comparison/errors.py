@@ -25,7 +25,7 @@ __all__ = [
     "what_to_write",
 ]
 
-# Names that earlier versions had built in, by the files of examples/paper that have them now.
+# Formerly built-in names, by the file of examples/paper that now defines them.
 _MOVED = {
     "camvid": "camvid segnet-basic",
     "protocol": "un sm-columns rsgd-all radam-all",
@@ -36,23 +36,23 @@ _MOVED = {
 
 
 def what_to_write(option: str, name: str, known: Iterable[str]) -> str:
-    """What to do about a name that is not known: where it has moved to, or which names look like it."""
+    """Return what to do about an unknown name: where it moved, or which known names are close."""
     name = name.partition(":")[0]
     for file, names in _MOVED.items():
         if name in names.split():
             place = f"examples/paper/{file}.py:{name.replace('-', '_')}"
-            return f"It is no longer built in; from the source repository, use {option} {place}."
+            return f"It is no longer built in. In a clone of the repository, use {option} {place}."
     return f"{near_matches(name, known)} Correct the name.".strip()
 
 
 class _FoundError(ManifoldNetsError):
-    """Base of errors that say where something else was found than expected, and what to do.
+    """Base of the errors of the form "WHERE: found X; expected Y. What to do.".
 
     Args:
-        where: file, place or setting.
-        found: what is there.
-        expected: what should be; that of the class when left out.
-        remedy: what to do; that of the class when left out.
+        where: the file, folder, setting or run that is wrong.
+        found: its value.
+        expected: which values are valid; by default the class attribute ``expected``.
+        remedy: what to do; by default the class attribute ``remedy``.
     """
 
     expected = remedy = ""
@@ -62,15 +62,15 @@ class _FoundError(ManifoldNetsError):
 
 
 class RecordError(_FoundError, ValueError):
-    """Stored data of a comparison do not have the form in which they were written."""
+    """Stored data of a comparison are damaged or were written by another version."""
 
-    remedy = "The file is damaged or of another version: restore it, or run the comparison into an empty folder."
+    remedy = "The file is damaged or from another version: restore it, or run the comparison into an empty folder."
 
 
 class SettingsError(_FoundError, ValueError):
     """A setting of a comparison has an invalid value."""
 
-    remedy = "Change it and start again."
+    remedy = "Change this setting and start again."
 
     def __init__(self, setting: str, found: object, expected: str) -> None:
         super().__init__(setting, repr(found), expected)
@@ -79,7 +79,7 @@ class SettingsError(_FoundError, ValueError):
 class TaskSourceError(_FoundError, RuntimeError):
     """A callable did not return a task or a model, or the model does not fit the task."""
 
-    remedy = "Check that it runs in Python as written."
+    remedy = "Check that this call works in Python."
 
 
 class DataFolderError(_FoundError, FileNotFoundError):
@@ -92,18 +92,18 @@ class DataFolderError(_FoundError, FileNotFoundError):
 class DataFileError(_FoundError, ValueError):
     """A data file is damaged or has another format."""
 
-    remedy = "Fetch the file again."
+    remedy = "Download the file again."
 
 
 class ComparisonFolderError(_FoundError, OSError):
-    """A folder holds no finished comparison."""
+    """A folder does not hold a finished comparison."""
 
     expected = "a finished comparison"
-    remedy = "Name the --output folder of a comparison that has ended, or start its command again."
+    remedy = "Pass the --output folder of a finished comparison, or run its command again to finish it."
 
 
 class StorageError(_FoundError, RuntimeError):
-    """The database of a comparison cannot be opened, or lacks the study."""
+    """The database of a comparison cannot be opened, or does not contain the study."""
 
 
 class OptimizerNameError(_FoundError, ValueError):
@@ -119,41 +119,39 @@ class TaskNameError(_FoundError, ValueError):
 
 
 class DifferentCommandError(ManifoldNetsError, ValueError):
-    """A folder or a study holds the runs of a command with other settings."""
+    """A folder or study holds the runs of a comparison with other settings."""
 
     def __init__(self, place: object, differences: Sequence[str]) -> None:
         super().__init__(
             f"{place}: it holds a comparison with other settings: {'; '.join(differences)}. "
-            "Start it with the same settings to continue it, with more optimizers, learning rates or seeds to extend "
-            "it, or choose another folder."
+            "Use the same settings to continue it, add optimizers, learning rates or seeds to extend it, or choose "
+            "another folder."
         )
         self.differences = tuple(differences)
 
 
 class FolderInUseError(_FoundError, RuntimeError):
-    """Another process works in the same folder."""
+    """Another process is running a comparison in the same folder."""
 
     expected = "none"
-    remedy = (
-        "Wait for it or end it; for several processes at once use --workers N, or --storage URL for several machines."
-    )
+    remedy = "Wait for it or stop it. For several processes use --workers N; for several machines, --storage URL."
 
 
 class RunFailedError(_FoundError, RuntimeError):
-    """A run ended without a result, for a reason other than divergence."""
+    """A run failed for a reason other than divergence."""
 
     expected = "a result"
-    remedy = "Correct the cause and start the same command again: the runs that are done are kept."
+    remedy = "Fix the cause and run the same command again: finished runs are kept."
 
 
 class OptimizerBuildError(RunFailedError):
-    """An optimizer cannot be made for the model of the comparison, so that none of its runs could be carried out."""
+    """An optimizer cannot be built for the model of the comparison."""
 
-    expected = "an optimizer that can be made for this model; no run was carried out"
+    expected = "an optimizer that can be built for this model; no run was started"
 
 
 class CodeNotAllowedError(_FoundError, RuntimeError):
-    """The study in a shared database names code that the worker was not allowed to run."""
+    """The study in a shared database uses code that this worker may not run."""
 
     expected = "built-in tasks, models and optimizers"
 

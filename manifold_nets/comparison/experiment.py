@@ -1,4 +1,4 @@
-"""What the names in the settings stand for, checked before the first run, and the models that runs start from."""
+"""Resolve and check the names in the settings before the first run, and make the initial models of the runs."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def foreign_code(settings: Settings) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the names in `Settings` stand for.
+    """The objects that `Settings` name.
 
     Args:
-        task: the task, with its data on the processor.
-        model: name of the model, or a callable that makes it.
+        task: the task, with its data on the CPU.
+        model: name of the model, or a callable that builds it.
         optimizers: by name.
     """
 
@@ -71,11 +71,11 @@ class Experiment:
         """Look everything up by name.
 
         Args:
-            settings: with the names.
-            own: what cannot be looked up by name: ``"task"``, ``"model"``, and ``"optimizer NAME"``.
+            settings: the settings with the names.
+            own: objects that cannot be looked up by name: ``"task"``, ``"model"``, and ``"optimizer NAME"``.
 
         Raises:
-            ManifoldNetsError: a name is unknown, or the data are not there.
+            ManifoldNetsError: a name is unknown, or the data are missing.
         """
         own = own or {}
         task = own["task"] if "task" in own else load_task(settings.task, data=settings.data)
@@ -83,14 +83,14 @@ class Experiment:
         return cls(task, own.get("model", settings.model), found)
 
     def reduced(self, subset: tuple[int, int] | None, *, setting: str = "subset") -> Experiment:
-        """The same with fewer training and validation examples, the same ones for every seed; all test examples stay.
+        """The same with fewer training and validation examples, equal for every seed; all test examples are kept.
 
         Args:
-            subset: how many; all when None.
-            setting: what an error names.
+            subset: numbers of examples; all if None.
+            setting: the setting that an error names.
 
         Raises:
-            SettingsError: there are fewer.
+            SettingsError: there are fewer examples.
         """
         if subset is None:
             return self
@@ -103,10 +103,10 @@ class Experiment:
         return replace(self, task=replace(self.task, parts=parts))
 
     def check(self, settings: Settings) -> None:
-        """Refuse settings that cannot work here, before anything is written.
+        """Raise an error for settings that cannot work here, before anything is written.
 
         Raises:
-            SettingsError: the device is not there, or ``subset`` or ``tune_on`` asks for more examples than there are.
+            SettingsError: the device is missing, or ``subset`` or ``tune_on`` asks for more examples than there are.
             TaskSourceError: the model does not fit the task.
         """
         require_device(settings)
@@ -117,9 +117,9 @@ class Experiment:
 
 
 def require_device(settings: Settings) -> None:
-    """Refuse a device that torch does not know or this machine does not have.
+    """Raise an error if torch does not know a device or this machine does not have it.
 
-    Not part of `Settings`, which are also read on other machines.
+    This is not checked in `Settings`, which are also read on other machines.
 
     Raises:
         SettingsError: there is no such device.
@@ -149,14 +149,14 @@ def _is_available(name: str) -> bool:
 
 
 class InitialModels:
-    """Makes the initial models of runs, and keeps a few.
+    """Makes the initial models of runs, and caches a few.
 
-    The seed alone determines the plain weights; `RunKey.initial_scale` may rescale them; the converted form is
+    The seed alone determines the plain weights; `RunKey.initial_scale` may rescale them, and the converted model is
     converted from exactly these. So all optimizers of a seed start from the same function.
 
     Args:
         experiment: model, task and optimizers.
-        settings: of the comparison.
+        settings: settings of the comparison.
     """
 
     def __init__(self, experiment: Experiment, settings: Settings) -> None:
@@ -177,10 +177,10 @@ class InitialModels:
 
     @classmethod
     def checked(cls, experiment: Experiment, settings: Settings) -> InitialModels:
-        """Refuse optimizers that cannot be made for the model, trying each on the processor at every initial scale.
+        """Raise an error for optimizers that cannot be built on the CPU for the model at every initial scale.
 
         Raises:
-            OptimizerBuildError: one cannot; it is named, with the cause.
+            OptimizerBuildError: an optimizer cannot be built; the message has its name and the cause.
         """
         made = cls(experiment, replace(settings, device="cpu"))
         for name, scale in ((n, s) for n in settings.optimizers for s in settings.initial_scales):
@@ -191,7 +191,7 @@ class InitialModels:
                     experiment.optimizers[name].make(made.model(key), rate, made.settings.of_run(key))
             except Exception as error:
                 found = f"{type(error).__name__}: {error}".rstrip(".")
-                remedy = f"Correct the cause, or leave {name} out of the optimizers."
+                remedy = f"Fix the cause, or leave {name} out of the optimizers."
                 raise OptimizerBuildError(f"run {key}", found, remedy=remedy) from error
         return made
 
@@ -243,13 +243,13 @@ def _partitions(model: nn.Module, weights: Iterable[WeightFinding]) -> dict[str,
 def rescale_filters(model: nn.Module, report: SymmetryReport, seed: int) -> None:
     """Multiply every scale-invariant filter by 10^u, u uniform on [-2, 2], in place.
 
-    Biases and running statistics are scaled along: evaluation mode keeps its function up to rounding. In training mode
-    the eps of the normalizations weighs more against small filters, and less against large ones.
+    Biases and running statistics are rescaled too, so that the function in evaluation mode stays the same up to
+    rounding. In training mode the eps of the normalizations has more effect on small filters, and less on large ones.
 
     Args:
         model: a plain model.
-        report: what `manifold_nets.diagnose` found for it.
-        seed: of the factors.
+        report: the report of `manifold_nets.diagnose` for it.
+        seed: seed of the factors.
     """
     draw = torch.Generator().manual_seed(seed)
     state = named_tensors(model)
@@ -281,14 +281,15 @@ def _scale_along(weight: WeightFinding, factors: Tensor, state: Mapping[str, Ten
 
 @torch.no_grad()
 def balance_weights(model: nn.Module, seed: int) -> None:
-    """Draw the weights of every linear and convolution layer anew, in place: filters of norm 1, biases 0.
+    """Draw the weights of every linear and convolution layer anew, in place: unit-norm filters, zero biases.
 
-    Entries are drawn from a normal distribution of standard deviation 0.01, then every filter is divided by its norm;
-    in the last layer, the classifier, it is the column of every input. Normalizations stay as they are.
+    Entries are drawn from a normal distribution of standard deviation 0.01, then every filter is divided by its norm.
+    In the last layer, the classifier, the column of every input is normalized instead. Normalization layers do not
+    change.
 
     Args:
         model: a plain model; the classifier is the last of its linear and convolution layers.
-        seed: of the draw.
+        seed: random seed.
 
     Raises:
         SettingsError: the model has no such layer.
@@ -304,7 +305,7 @@ def balance_weights(model: nn.Module, seed: int) -> None:
     """
     layers = weight_layers(model)
     if not layers:
-        raise SettingsError("initialization", "balanced, for a model without linear or convolution layers", "default")
+        raise SettingsError("initialization", "balanced for a model without linear or convolution layers", "default")
     draw = torch.Generator().manual_seed(seed)
     *_, last = layers.values()
     for module in layers.values():
@@ -330,17 +331,17 @@ def weight_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def converted_form(model: nn.Module, report_or_example_inputs: Any, *, inplace: bool = False) -> nn.Module:
-    """Put a plain network on spheres of radius 1, or of its filters' own norms where radius 1 changes the function.
+    """Put a plain network on spheres of radius 1, or of its filters' own norms if radius 1 would change the function.
 
-    A division by a norm rounds, and rounding can decide which of two equal values a max-pooling takes; where its
-    indices are used again (max-unpooling) the output then changes by more than rounding, and `manifold_nets.convert`
-    refuses where float64 copies differ as well. With ``radius="keep"`` every weight stays what it is, bit for bit.
-    Optimizers on spheres follow the same path of functions at every radius, but for the eps of the normalizations.
+    Dividing by a norm rounds, and rounding can decide which of two equal values a max-pooling picks. If its indices are
+    used again (max-unpooling), the output then changes by more than rounding, and `manifold_nets.convert` raises an
+    error if float64 copies differ as well. With ``radius="keep"`` no value changes, bit for bit. Optimizers on spheres
+    follow the same path of functions at every radius, except for the eps of the normalizations.
 
     Args:
         model: the network.
-        report_or_example_inputs: what `manifold_nets.diagnose` returned for it, or example inputs.
-        inplace: rewrite the model itself.
+        report_or_example_inputs: the report of `manifold_nets.diagnose` for it, or example inputs.
+        inplace: convert the model itself.
 
     Raises:
         NothingToConvertError: no weight is scale-invariant.

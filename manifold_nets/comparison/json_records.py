@@ -33,15 +33,15 @@ class JsonRecord:
         return json.dumps(with_checksum(self.to_dict()), allow_nan=False, **options)
 
     def contradiction(self) -> str | None:
-        """Describe how fields contradict each other, which a schema cannot check; None where they do not."""
+        """Return how fields contradict each other in ways that a schema cannot check; None if they do not."""
         return None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: object = None) -> Self:
-        """Rebuild a record from `to_dict`; ``where`` the data are from is named in errors.
+        """Rebuild a record from `to_dict`; errors name ``where`` the data come from.
 
         Raises:
-            RecordError: the data do not follow the schema of the record, or contradict themselves.
+            RecordError: the data do not follow the schema of the record, or contradict each other.
         """
         fault = _schema(cls).fault(data)  # type: ignore[arg-type]
         if fault is not None:
@@ -49,7 +49,7 @@ class JsonRecord:
         try:
             record: Self = _read(cls, data)
         except ValueError as error:  # a contradiction, or invalid settings
-            raise RecordError(str(where or cls.__name__), str(error), f"a {cls.__name__} that was written") from error
+            raise RecordError(str(where or cls.__name__), str(error), f"a valid {cls.__name__}") from error
         return record
 
     @classmethod
@@ -61,17 +61,17 @@ class JsonRecord:
             where: the file or place that errors name.
 
         Raises:
-            RecordError: the text is not what was written.
+            RecordError: the text is damaged or is not such a record.
         """
         where = str(where or cls.__name__)
         try:
             data = parse_json(text)
         except ValueError as error:
-            raise RecordError(where, f"no JSON ({error})", f"a {cls.__name__} in JSON") from error
+            raise RecordError(where, f"invalid JSON ({error})", f"a {cls.__name__} in JSON") from error
         fields = {name: data[name] for name in data if name != "checksum"} if isinstance(data, dict) else data
         record = cls.from_dict(fields, where)
         if not is_intact(data):
-            raise RecordError(where, "contents that do not match their checksum", "those that were written")
+            raise RecordError(where, "contents that do not match their checksum", "the contents as written")
         return record
 
 
@@ -128,7 +128,7 @@ def _to_json(value: Any) -> Any:
 
 
 def _read(kind: Any, value: Any) -> Any:
-    """Give a value of JSON, which follows the schema of a type, that type."""
+    """Convert a JSON value, which follows the schema of a type, to that type."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _read(arguments[0], value)

@@ -1,4 +1,4 @@
-"""How robust and how fast an optimizer is: functions of arrays, one entry per run."""
+"""Measures of robustness and speed of an optimizer: functions of arrays with one entry per run."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from manifold_nets.errors import OptionError
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Error over a grid of learning rates, and how wide the good part of the grid is.
+    """Error over a grid of learning rates, and the width of its good part.
 
     Args:
         rates: the learning rates, increasing.
-        errors: mean over the runs at each rate; infinite where any of them diverged.
-        survivor_errors: mean over the runs that did not diverge; NaN where all did.
-        diverged: how many runs diverged at each rate.
-        best_rate: the smallest rate that has the smallest error; NaN where runs diverged at every rate.
+        errors: mean over the runs at each rate; infinite if any of them diverged.
+        survivor_errors: mean over the runs that did not diverge; NaN if all did.
+        diverged: number of diverged runs at each rate.
+        best_rate: the smallest rate with the smallest error; NaN if runs diverged at every rate.
         best_error: its error.
-        low: the smallest rate of the good part; NaN where there is none.
-        high: the largest.
-        width: log₁₀(high / low), in decades; 0 where there is none.
-        open_low: the good part reaches the smallest rate of the grid, so that it may be wider than that.
-        open_high: it reaches the largest.
-        tolerance: how much worse than the best still counts as good, relatively.
+        low: the smallest rate of the good part; NaN if there is none.
+        high: the largest one.
+        width: log₁₀(high / low), in decades; 0 if there is no good part.
+        open_low: the good part reaches the smallest rate of the grid, so that it may be wider.
+        open_high: the good part reaches the largest rate of the grid.
+        tolerance: the largest relative excess over the best error that still counts as good.
     """
 
     rates: tuple[float, ...]
@@ -47,7 +47,7 @@ class Sensitivity:
 
     @property
     def is_lower_bound(self) -> bool:
-        """Whether the width is that of the grid at one end or both: a wider grid might show more."""
+        """Whether the good part reaches an end of the grid, so that a wider grid might show a larger width."""
         return self.open_low or self.open_high
 
     def __str__(self) -> str:
@@ -142,9 +142,9 @@ class Reach:
 
     Args:
         target: the error.
-        passes: median over all runs of the passes over the data until they are first at the target; infinite if half
-            of them never are.
-        seconds: the same of the training time.
+        passes: median over all runs of the passes over the data until they first reach the target; infinite if half of
+            them never do.
+        seconds: the same for the training time.
         reached: number of runs that reach it.
         runs: number of all runs.
     """
@@ -164,7 +164,7 @@ class Reach:
 
 
 def first_at(errors: ArrayLike, costs: ArrayLike, target: float) -> float:
-    """What a run had spent at the first epoch whose error is at most the target; infinite if there is none.
+    """Return a run's cost up to the first epoch whose error is at most the target; infinite if there is none.
 
     Args:
         errors: after each epoch.
@@ -212,7 +212,7 @@ def reach(
 
 @dataclass(frozen=True)
 class CostRatio:
-    """A cost relative to that of the reference.
+    """A cost relative to the reference optimizer's.
 
     Args:
         value: ratio of the medians.
@@ -229,11 +229,11 @@ class CostRatio:
 
 
 def cost_ratio(costs: ArrayLike, reference: ArrayLike) -> CostRatio | None:
-    """Seconds or bytes a step relative to the reference's; None where either was not measured.
+    """Seconds or bytes per step relative to the reference's; None if either was not measured.
 
     Args:
-        costs: one number per run; what is not finite was not measured.
-        reference: the same of the reference.
+        costs: one number per run; a value that is not finite was not measured.
+        reference: the same for the reference.
 
     Example:
         >>> print(cost_ratio([2.0, 4.0, 3.0], [1.0, 3.0, 2.0]))

@@ -1,4 +1,4 @@
-"""The networks that a comparison can name, plain torch modules all of them, made to fit a task."""
+"""The built-in networks of a comparison: plain torch modules, made to fit a task."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ def build_model(source: ModelSource, task: Task, *, seed: int) -> nn.Module:
     ``mlp-plain:100,100``     the same without normalization, with biases
     ``resnet:8,16``           a residual network of depth 8, 14, 20, … and 16 filters in its first stage
     ``torchvision:NAME``      with as many outputs as the task has classes; also ``timm:NAME``
-    ``file.py:callable``      what a callable returns, which may take ``input_shape`` and ``outputs`` of the task
-    ========================  ========================================================================================
+    ``file.py:callable``      the network that a callable returns; it may take ``input_shape`` and ``outputs`` of the
+    task ========================
+    ========================================================================================
 
     Args:
-        source: one of these, whose numbers may be left out, or a callable as in the last line.
-        task: what the network is for.
-        seed: of torch's generator while the network is made; the generator is put back.
+        source: one of these, with or without the numbers, or a callable as in the last line.
+        task: the task that the network is for.
+        seed: seed of torch's generator while the network is built; its state is restored.
 
     Raises:
-        TaskNameError: the text names no network, or its numbers are invalid.
+        TaskNameError: the name is unknown, or its numbers are invalid.
         ModelNotFoundError: the module, the file or the architecture does not exist.
-        ModelBuildError: the callable raised, or made no network.
+        ModelBuildError: the callable raised an error, or did not return a network.
         TaskSourceError: the network does not fit the task.
 
     Example:
@@ -59,7 +60,7 @@ def build_model(source: ModelSource, task: Task, *, seed: int) -> nn.Module:
 
 
 def is_built_in(source: str) -> bool:
-    """Whether a name is that of a network of this package, of torchvision or of timm: `build_model` runs no other code.
+    """Whether a name is a network of this package, torchvision or timm, for which `build_model` runs no other code.
 
     Example:
         >>> is_built_in("mlp:8"), is_built_in("timm:resnet18"), is_built_in("net.py:net"), is_built_in("timm:x.py:net")
@@ -95,12 +96,12 @@ def _built_in(source: str, task: Task) -> nn.Module:
     name, colon, numbers = source.partition(":")
     words = numbers.split(",") if colon else []
     if not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
-        raise ValueError("Write the settings as positive whole numbers with commas.")
+        raise ValueError("Write the settings as positive whole numbers, separated by commas.")
     sizes = [int(word) for word in words]
     if name in ("mlp", "mlp-plain"):
         return multilayer_perceptron(task.input_shape, task.outputs, sizes or [100, 100], normalize=name == "mlp")
     if len(task.input_shape) != 3 or len(sizes) > 2:
-        raise ValueError("Such a network has at most two settings and takes images (channels, height, width).")
+        raise ValueError("A resnet has at most two settings and takes images (channels, height, width).")
     return SmallResNet(task.input_shape[0], task.outputs, **dict(zip(("depth", "width"), sizes, strict=False)))
 
 
@@ -190,7 +191,7 @@ class BasicBlock(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """A residual network of depth 6n + 2 for small images: three stages of n basic blocks, widths w, 2w and 4w.
+    """A residual network of depth 6n + 2 for small images: three stages of n basic blocks, with widths w, 2w and 4w.
 
     Args:
         channels: channels of the images.
@@ -213,7 +214,7 @@ class SmallResNet(nn.Module):
 
     def __init__(self, channels: int, outputs: int, *, depth: int = 8, width: int = 16) -> None:
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth: found {depth}; expected 6n + 2: 8, 14, 20, … . Choose such a depth.")
+            raise ValueError(f"depth: found {depth}; expected 6n + 2. Use 8, 14, 20, …")
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()

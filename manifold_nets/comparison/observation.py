@@ -1,4 +1,4 @@
-"""What is watched while an optimizer trains: norms and rotation of the filters, and the memory of a step."""
+"""Measurements during training: norms and rotation of the filters, and the memory of a step."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def sampled_steps(steps: int) -> frozenset[int]:
 class FilterWatch:
     """Norms of the filters of a model's weights, and the angles by which sampled steps turn them.
 
-    The angle between filters u and v is 2 arcsin(‖û − v̂‖/2), accurate also where it is small, and to three digits where
-    it is near π. A filter of norm zero, before or after, counts as one that does not turn.
+    The angle between filters u and v is 2 arcsin(‖û − v̂‖/2), which is accurate for small angles, and to three digits
+    near π. A filter of norm zero, before or after, counts as not turning.
 
     Args:
-        model: the model that is trained.
+        model: the model in training.
         partitions: the filters of each weight, by name.
 
     Example:
@@ -70,11 +70,11 @@ class FilterWatch:
 
     @torch.no_grad()
     def after_step(self) -> list[float]:
-        """Take the angles to the filters before the step; return the mean norm of each weight's filters."""
+        """Measure the angles to the filters before the step; return the mean norm of each weight's filters."""
         self._samples += 1
         if not self._partitions:
             return []
-        # To the few digits that are looked at, the fastest sum will do.
+        # Only a few digits are used, so the fastest sum is good enough.
         lengths, directions = [], []
         for rows in self._rows():
             lengths.append(torch.linalg.vector_norm(rows, dim=1))
@@ -103,20 +103,20 @@ class FilterWatch:
         # The weight is looked up each time: an optimizer may replace a parameter, or compute the weight from others.
         for (owner, leaf), partition in zip(self._owners, self._partitions.values(), strict=True):
             weight = wide(getattr(owner, leaf).detach())
-            # Filters along axis 0 need no permutation, which takes longer than all that is done with small ones.
+            # Filters along axis 0 need no permutation, which would dominate the time for small ones.
             along_first = partition.kept == (0,) and partition.view == partition.shape
             yield weight.flatten(1) if along_first else partition.rows(weight)
 
 
 def peak_memory(steps: Callable[[], None], device: str) -> int | None:
-    """The most bytes that tensors allocated meanwhile held at once, beyond what was held before.
+    """The peak of the bytes that tensors allocated during some steps, beyond what was allocated before.
 
     Args:
         steps: makes an optimizer and takes a few steps.
-        device: where the tensors are: the processor or a CUDA device.
+        device: where the tensors are: the CPU or a CUDA device.
 
     Returns:
-        Bytes; None where the device does not report it.
+        Bytes; None if the device does not report it.
 
     Example:
         >>> peak_memory(lambda: [torch.zeros(1000) for _ in range(3)], "cpu")

@@ -1,4 +1,4 @@
-"""Run executors: in this process, or a pool of worker processes that end with it."""
+"""Run executors: in this process, or in a pool of worker processes that end with it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _WORKER = (
 
 
 class InProcessExecutor:
-    """Carries out one run at a time, in this process, while it is waited for.
+    """Carries out one run at a time, in this process, during `wait`.
 
     Args:
-        runner: that carries it out.
+        runner: carries out the runs.
     """
 
     def __init__(self, runner: Runner) -> None:
@@ -54,10 +54,10 @@ class InProcessExecutor:
         self._started[run_id] = key
 
     def wait(self, seconds: float) -> list[tuple[int, RunResult]]:
-        """Carry it out, however long it takes; return ids and results of the runs that have ended.
+        """Carry out the run; return ids and results of the runs that have ended.
 
         Raises:
-            RunFailedError: a run has no result.
+            RunFailedError: the run has no result.
         """
         done = []
         for run_id, key in self._started.items():
@@ -74,13 +74,13 @@ class InProcessExecutor:
 
 
 class ProcessPool:
-    """Worker processes with their own torch threads, as many as the settings say, which end with this process.
+    """Worker processes, each with the number of torch threads in the settings, which end with this process.
 
     Args:
         count: number of processes.
-        settings: of the comparison.
+        settings: settings of the comparison.
         own: the task, the model and the optimizers that cannot be looked up by name, `packed`.
-        folder: where final weights are written; nowhere when left out.
+        folder: where final weights are written; None to keep none.
     """
 
     def __init__(self, count: int, settings: Settings, own: Mapping[str, bytes], folder: Path | None) -> None:
@@ -128,7 +128,7 @@ Executor = InProcessExecutor | ProcessPool
 
 
 class _Process:
-    """A worker process: runs go to its standard input, results come from its standard output."""
+    """A worker process: it reads runs from standard input and writes results to standard output."""
 
     def __init__(self, start_message: bytes, threads: int) -> None:
         self._start_message, self._variables = start_message, {**os.environ, "OMP_NUM_THREADS": str(threads)}
@@ -141,7 +141,7 @@ class _Process:
         self._unsent = self._start_message
 
     def run(self, key: RunKey) -> RunResult:
-        """Have a run carried out, again by a new process where one ends.
+        """Carry out a run in the worker; if that dies, repeat it in a new one.
 
         Raises:
             RunFailedError: the run has no result.
@@ -167,7 +167,7 @@ class _Process:
         raise RunFailedError(f"run {key}", f"a process that ended with status {status}, {ATTEMPTS} times")
 
     def kill(self) -> None:
-        """Have the process end, and no other take its place."""
+        """Kill the process and do not replace it."""
         with self._lock:
             self._closed = True
             self._popen.kill()
@@ -180,7 +180,7 @@ class _Process:
 
 
 def worker_main() -> None:
-    """Carry out the runs that come in on standard input until the process that sends them ends."""
+    """Carry out the runs that arrive on standard input until the sending process ends."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a task or a model prints does not get between the answers
     path, settings, own, folder = pickle.load(sys.stdin.buffer)
@@ -207,21 +207,21 @@ def _receive(source: BinaryIO, received: queue.Queue[RunKey]) -> None:
         while True:
             received.put(pickle.load(source))
     except (EOFError, OSError, pickle.UnpicklingError):
-        # The sender is gone, perhaps in the middle of a run: nobody wants its result.
+        # The sender is gone, perhaps in the middle of a run; its result is not needed.
         os._exit(1)
 
 
 def packed(workers: int, own: Mapping[str, Any]) -> dict[str, bytes]:
-    """Pickle what other processes cannot look up, piece by piece, so that an error names the one that cannot be sent.
+    """Pickle the objects that other processes cannot look up, one at a time, so that an error can name one.
 
-    Functions and classes of the running script, which no other process can import, are sent whole.
+    Functions and classes of the running script, which no other process can import, are pickled by value.
 
     Args:
         workers: number of processes, for the error.
         own: see `Experiment.from_settings`.
 
     Raises:
-        SettingsError: a piece cannot be sent; it is named.
+        SettingsError: an object cannot be pickled; the message names it.
         MissingExtraError: cloudpickle is not installed.
     """
     try:
@@ -233,17 +233,17 @@ def packed(workers: int, own: Mapping[str, Any]) -> dict[str, bytes]:
         try:
             pieces[name] = cloudpickle.dumps(piece)
         except Exception as error:
-            why = f"cannot be sent to another process ({type(error).__name__}: {error})"
-            remedy = "1; or name it as file.py:NAME, which each worker imports for itself"
+            why = f"cannot be pickled ({type(error).__name__}: {error})"
+            remedy = "1, or a file.py:NAME in its place, which each worker imports itself"
             raise SettingsError("workers", f"{workers}, with {name}, which {why}", remedy) from error
     return pieces
 
 
 def unpacked(own: Mapping[str, bytes]) -> dict[str, Any]:
-    """The reverse of `packed`, in a worker.
+    """The inverse of `packed`, in a worker.
 
     Raises:
-        RuntimeError: a piece cannot be unpickled here; it is named.
+        RuntimeError: an object cannot be unpickled here; the message names it.
     """
     found = {}
     for name, piece in own.items():
@@ -251,7 +251,7 @@ def unpacked(own: Mapping[str, bytes]) -> dict[str, Any]:
             found[name] = pickle.loads(piece)
         except Exception as error:
             raise RuntimeError(
-                f"{name} cannot be made again in a worker ({type(error).__name__}: {error}); use one worker, or name "
-                "it as file.py:NAME"
+                f"{name} cannot be unpickled in a worker ({type(error).__name__}: {error}). Use one worker, or pass it "
+                "as file.py:NAME."
             ) from error
     return found

@@ -1,7 +1,7 @@
-"""What a comparison finds: epochs, runs, choices and the whole, as frozen data with a JSON form both ways.
+"""The results of a comparison: epochs, runs, choices and the whole, as frozen data with a JSON form.
 
-Everything but times, memory and the machine follows from `Settings` alone: those fields are named in
-`MEASURED_FIELDS`, and two runs of the same command agree in all others.
+Everything except times, memory and the machine follows from `Settings` alone. The exceptions are listed in
+`MEASURED_FIELDS`; two runs of the same command agree in all other fields.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ MEASURED_FIELDS = (
 
 @dataclass(frozen=True)
 class LayerRecord(JsonRecord):
-    """One weight at the end of an epoch; where epochs have fewer than 32 steps, of the last one that was measured.
+    """One weight at the end of an epoch; if epochs have fewer than 32 steps, at the last measured one.
 
     Args:
         norm: mean Euclidean norm of its filters.
-        rotation: mean angle in radians by which a filter turned in a step, over the steps that were sampled.
+        rotation: mean angle in radians by which a filter turned in a step, over the sampled steps.
 
     Example:
         >>> LayerRecord(norm=1.0, rotation=0.02).rotation
@@ -63,9 +63,10 @@ class EpochRecord(JsonRecord):
 
     Args:
         epoch: counted from 1.
-        steps: steps of the optimizer since the start.
-        evaluations: examples whose loss was computed in training since the start, over the size of the training set:
-            passes over the data. More than ``epoch`` for optimizers that evaluate the loss several times per step.
+        steps: optimizer steps since the start.
+        evaluations: passes over the data since the start: the number of examples whose loss was computed in training,
+            over the size of the training set. More than ``epoch`` for optimizers that evaluate the loss several times
+            per step.
         train_loss: mean over the epoch of the loss before each step.
         validation_loss: after the epoch, in evaluation mode.
         validation_error: after the epoch; for classification the share of wrong answers, in [0, 1].
@@ -95,19 +96,19 @@ class RunResult(JsonRecord):
     A run diverges when a loss, a weight or the validation error is no longer finite; its epochs end before that.
 
     Args:
-        key: which run.
+        key: the run.
         status: ``"finished"`` or ``"diverged"``.
-        layers: names of the weights that norms and rotation are recorded of.
-        epochs: records of the epochs that were finished.
-        steps: steps taken.
-        seconds_per_step: median time of a step: forward, backward, update; None where no step was timed.
-        peak_memory_bytes: largest memory of the process (of the device, on a GPU) that the run added; None where it
-            cannot be measured.
-        harness_seconds: time in which the run neither trained nor validated: building, converting, measuring.
-        machine: name of the machine in words.
-        test_error: on the test data; None for all runs but the chosen ones, and for diverged ones. NaN or infinite
-            where the test data, or the outputs for them, are.
-        test_loss: likewise.
+        layers: names of the weights whose norms and rotation are recorded.
+        epochs: records of the finished epochs.
+        steps: number of steps.
+        seconds_per_step: median time of a step: forward, backward, update; None if no step was timed.
+        peak_memory_bytes: largest memory of the process (of the device, on a GPU) that the run added; None if it cannot
+            be measured.
+        harness_seconds: time spent outside training and validation: building, converting, measuring.
+        machine: description of the machine.
+        test_error: error on the test data; None for runs that were not chosen or diverged. NaN or infinite if the test
+            data, or the outputs for them, are.
+        test_loss: the same for the loss.
         validation_seconds: time for evaluating on the validation data.
 
     Example:
@@ -134,7 +135,7 @@ class RunResult(JsonRecord):
     def contradiction(self) -> str | None:
         """See `JsonRecord`."""
         if [record.epoch for record in self.epochs] != list(range(1, len(self.epochs) + 1)):
-            return "epochs that are not 1, 2, 3, …"
+            return "epochs that are not numbered 1, 2, 3, …"
         if any(len(record.layers) != len(self.layers) for record in self.epochs):
             return f"an epoch without a record for each of {len(self.layers)} layers"
         return None if self.epochs or self.diverged else "a finished run without an epoch"
@@ -155,29 +156,28 @@ class RunResult(JsonRecord):
         return None if self.diverged or not self.epochs else self.epochs[-1].validation_loss
 
     def first_at(self, error: float) -> EpochRecord | None:
-        """The first epoch whose validation error is at most ``error``; its ``epoch`` and ``seconds`` say when."""
+        """The first epoch whose validation error is at most ``error``."""
         return next((record for record in self.epochs if record.validation_error <= error), None)
 
     def with_test(self, error: float, loss: float) -> RunResult:
-        """The same with what was found on the test data."""
+        """The same with its test error and loss."""
         return replace(self, test_error=error, test_loss=loss)
 
 
 @dataclass(frozen=True)
 class Choice(JsonRecord):
-    """The learning rate of one optimizer, its weight decay where that is tuned, and why.
+    """The chosen learning rate of one optimizer, its weight decay if that is tuned, and the reason.
 
     Args:
         optimizer: name of the optimizer.
         initial_scale: for the runs from these initial weights.
-        learning_rate: the one of the smallest mean validation error over the seeds at the end of training, a diverged
-            run counted as worse than any error; equal ones are decided by the mean validation loss, then by the smaller
-            rate, then by the smaller weight decay. None where every run of every rate diverged.
-        validation_errors: for each of `Settings.trials` the mean over the runs that did not diverge; None where all
-            did.
-        diverged: how many runs diverged of each of them.
-        reason: the same in words.
-        weight_decay: chosen along with the learning rate; None where weight decay is not tuned.
+        learning_rate: the rate with the smallest mean validation error over the seeds at the end of training, where a
+            diverged run counts as worse than any error. Ties are broken by the mean validation loss, then by the
+            smaller rate, then by the smaller weight decay. None if every run of every rate diverged.
+        validation_errors: for each of `Settings.trials` the mean over the runs that did not diverge; None if all did.
+        diverged: number of diverged runs of each of them.
+        reason: the reason in words.
+        weight_decay: chosen along with the learning rate; None if weight decay is not tuned.
 
     Example:
         >>> import manifold_nets as mn
@@ -200,17 +200,17 @@ class Choice(JsonRecord):
 
     @property
     def trial(self) -> Trial | None:
-        """Learning rate and weight decay; None where every run diverged."""
+        """Learning rate and weight decay; None if every run diverged."""
         return None if self.learning_rate is None else (self.learning_rate, self.weight_decay)
 
     def chose(self, key: RunKey) -> bool:
-        """Whether a run is one of the optimizer at its chosen learning rate and weight decay."""
+        """Whether a run has the chosen learning rate and weight decay of the optimizer."""
         return (key.optimizer, key.initial_scale, key.trial) == (self.optimizer, self.initial_scale, self.trial)
 
 
 @dataclass(frozen=True)
 class Environment(JsonRecord):
-    """Where a comparison ran.
+    """The software and machine of a comparison.
 
     Args:
         versions: pairs of a package and its version.
@@ -222,10 +222,10 @@ class Environment(JsonRecord):
 
 
 def environment() -> Environment:
-    """The versions of the packages that results may depend on, and the machine.
+    """Return the versions of the packages that results may depend on, and the machine.
 
     Example:
-        >>> dict(environment().versions)["torch"] == torch.__version__
+        >>> torch.__version__.startswith(dict(environment().versions)["torch"])
         True
     """
     versions = [("python", platform.python_version())]
@@ -288,10 +288,10 @@ class Comparison(JsonRecord):
         """See `JsonRecord`."""
         settings = self.settings
         if [result.key for result in self.results] != list(settings.run_keys()):
-            return "results that are not those of the runs of its settings, in their order"
+            return "results that do not match the runs of its settings, in order"
         wanted = [(name, scale) for scale in settings.initial_scales for name in settings.optimizers]
         if sorted((c.optimizer, c.initial_scale) for c in self.choices) != sorted(wanted):
-            return "choices that are not one for each optimizer and initial scale"
+            return "choices other than one for each optimizer and initial scale"
         for chosen in self.choices:
             trials = settings.trials(chosen.optimizer, chosen.initial_scale)
             if {len(chosen.validation_errors), len(chosen.diverged)} != {len(trials)}:
@@ -312,7 +312,7 @@ class Comparison(JsonRecord):
         raise KeyError(f"no choice for {optimizer!r} with {initial_scale} initial weights")
 
     def chosen_runs(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[RunResult, ...]:
-        """The runs of an optimizer at its chosen learning rate, one per seed; none where all runs diverged."""
+        """The runs of an optimizer at its chosen learning rate, one per seed; empty if all runs diverged."""
         choice = self.choice(optimizer, initial_scale)
         return tuple(run for run in self.results if choice.chose(run.key))
 
@@ -323,7 +323,7 @@ class Comparison(JsonRecord):
         initial_scale: InitialScale = "plain",
         weight_decay: float | None = None,
     ) -> tuple[RunResult, ...]:
-        """The runs of an optimizer at one learning rate, and at one weight decay where that is tuned, one per seed."""
+        """The runs of an optimizer at one learning rate, and one weight decay if that is tuned; one per seed."""
         found, seeds = {result.key: result for result in self.results}, self.settings.seeds
         return tuple(found[RunKey(optimizer, learning_rate, seed, initial_scale, weight_decay)] for seed in seeds)
 
@@ -333,8 +333,9 @@ class Comparison(JsonRecord):
         return len(rates) > 1 and choice.learning_rate in (min(rates), max(rates))
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the tables has to know, in sentences: choices at the edge of the grid, equal optimizers, and
-        test values that are not finite.
+        """Sentences that a reader of the tables must know.
+
+        They cover choices at the edge of the grid, equal optimizers, and test values that are not finite.
         """
         notes = []
         edge = [
@@ -344,9 +345,9 @@ class Comparison(JsonRecord):
         ]
         if edge:
             rates, verb = ("learning rate", "is") if len(edge) == 1 else ("learning rates", "are")
-            notes.append(f"The {rates} chosen for {', '.join(edge)} {verb} at the edge of the grid: extend it.")
+            notes.append(f"The {rates} chosen for {', '.join(edge)} {verb} at the edge of the grid: extend the grid.")
         if any(c.optimizer == "adamw" and not (c.weight_decay or self.settings.weight_decay) for c in self.choices):
-            notes.append("adamw with weight decay 0 is adam: the two make the same steps.")
+            notes.append("adamw with weight decay 0 takes the same steps as adam.")
         return (*notes, *filter(None, map(self._not_finite, self.choices)))
 
     def _not_finite(self, choice: Choice) -> str:
@@ -355,8 +356,8 @@ class Comparison(JsonRecord):
             bad = sum(value is not None and not math.isfinite(value) for value in values)
             if bad:
                 return (
-                    f"The test {name} of {choice} is not finite in {bad} of {len(runs)} runs: the test data, or the "
-                    f"outputs of the network for them, hold NaN or infinite values."
+                    f"The test {name} of {choice} is not finite in {bad} of {len(runs)} runs: the test data or the "
+                    f"network's outputs for them contain NaN or infinity."
                     f"{' Such runs rank last.' if name == 'error' else ''}"
                 )
         return ""
@@ -382,10 +383,10 @@ class Comparison(JsonRecord):
         return "\n".join([*lines, *self.notes()])
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the comparison into a folder, which is made if it does not exist; return the JSON file.
+        """Write the comparison into a folder, which is created if needed; return the JSON file.
 
         Raises:
-            OSError: the folder cannot be made or written.
+            OSError: the folder cannot be created or written.
         """
         place = Path(folder)
         place.mkdir(parents=True, exist_ok=True)
@@ -396,7 +397,7 @@ class Comparison(JsonRecord):
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read what `write` wrote.
+        """Read a comparison from a folder of `write`.
 
         Raises:
             ComparisonFolderError: the folder holds no finished comparison.

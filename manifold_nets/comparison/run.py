@@ -79,7 +79,7 @@ class _DivergedError(Exception):
 
 @dataclass
 class _Training:
-    """A run in progress: the model, what trains it, and what has been recorded."""
+    """A run in progress: the model, its optimizer, and the records so far."""
 
     key: RunKey
     model: nn.Module
@@ -101,12 +101,12 @@ class _Training:
 
 
 class Runner:
-    """Carries out runs in whichever process, one after the other, and keeps their final weights.
+    """Carries out runs one after the other, in any process, and keeps their final weights.
 
     Args:
-        initial_models: makes the models that runs start from.
-        settings: of the comparison.
-        folder: where final weights are written; nowhere when left out.
+        initial_models: makes the initial models of the runs.
+        settings: settings of the comparison.
+        folder: where final weights are written; None to keep none.
     """
 
     def __init__(self, initial_models: InitialModels, settings: Settings, folder: Path | None = None) -> None:
@@ -128,10 +128,12 @@ class Runner:
                     self._stepper(key, initial_models.model(key))
 
     def run(self, key: RunKey) -> RunResult:
-        """Carry out one run and keep its final weights; all but times and memory follows from the key and the settings.
+        """Carry out one run and keep its final weights.
+
+        The result, except times and memory, depends only on the key and the settings.
 
         Raises:
-            Exception: what the model or the optimizer raised, unless the run has diverged.
+            Exception: an error of the model or the optimizer, unless the run has diverged.
         """
         start = time.perf_counter()
         with self._threads(), torch.random.fork_rng():
@@ -162,9 +164,9 @@ class Runner:
         return result
 
     def test(self, key: RunKey) -> tuple[float, float]:
-        """The error and the loss of the final weights of a run on the test data.
+        """The error and the loss of a run's final weights on the test data.
 
-        A run whose weights are no longer there is carried out again.
+        If the weights were deleted, the run is carried out again.
 
         Raises:
             RunFailedError: its weights cannot be read back.
@@ -192,7 +194,7 @@ class Runner:
             torch.set_num_threads(before)
 
     def _start(self, key: RunKey) -> tuple[nn.Module, Stepper]:
-        """The model that a run starts from, in the form that its optimizer may have given it, and the optimizer."""
+        """The initial model of a run, in the form that its optimizer needs, and the optimizer."""
         model = self._initial.model(key)
         self._seed(derived_seed(key.seed, "contestant"))
         return model, self._stepper(key, model)
@@ -253,7 +255,7 @@ class Runner:
         try:
             loss = float(run.stepper.step(objective))
         except Exception as error:
-            # An optimizer that fails on non-finite numbers has diverged; that is no fault of the program.
+            # An optimizer that fails on non-finite numbers has diverged; this is not a bug.
             if _all_finite(run.model):
                 raise
             raise _DivergedError from error
@@ -267,7 +269,7 @@ class Runner:
         return loss
 
     def _is_watched(self, key: RunKey, epoch: int, steps: int) -> bool:
-        """Whether filters are measured in an epoch: in all, unless epochs have few steps, which it would slow down."""
+        """Whether filters are measured in an epoch: always, unless short epochs would become slower."""
         full_batch = self._optimizers[key.optimizer].full_batch
         every = math.ceil(self._settings.epochs / 10) if full_batch else math.ceil(32 / steps)
         return (epoch - 1) % every == 0
@@ -322,21 +324,21 @@ def _all_finite(model: nn.Module) -> bool:
 def learning_rate_factor(
     schedule: Schedule, *, epoch: int, share: float, epochs: int, losses: Sequence[float]
 ) -> float:
-    """Return the learning rate over the one that a run began with.
+    """Return the ratio of the learning rate to the initial one.
 
     ===============  =================================================================================================
     ``constant``     1
     ``cosine``       (1 + cos(π t)) / 2, t the share of all steps that are done
     ``exponential``  0.95 to the number of epochs done
-    ``bold-driver``  `manifold_nets.optim.BoldDriver`: a factor for every epoch done from the second on, 1.1 if the mean
-                     loss of its steps was not above that of the epoch before, 0.5 if it was, or was NaN
+    ``bold-driver``  `manifold_nets.optim.BoldDriver`: a factor for every epoch done from the second on: 1.1 if the mean
+                     loss of its steps was at most that of the epoch before, 0.5 if it was larger or NaN
     ===============  =================================================================================================
 
     Args:
         schedule: one of these.
         epoch: the current epoch, counted from 1.
         share: share of its steps that are done, in [0, 1).
-        epochs: of the whole run.
+        epochs: number of epochs of the whole run.
         losses: mean training loss of each epoch before this one.
 
     References:
@@ -361,10 +363,10 @@ def learning_rate_factor(
 
 
 def should_stop(losses: Sequence[float], errors: Sequence[float]) -> bool:
-    """Whether a run ends after the last of some epochs.
+    """Whether a run ends early after its latest epoch.
 
-    From epoch 25 on: when the mean training loss of the epoch is below 1e-5 or within 1e-5 of that of the epoch before;
-    in every fifth epoch also when the validation error is above that of four epochs before.
+    From epoch 25 on, it ends if the mean training loss of the epoch is below 1e-5 or within 1e-5 of the previous
+    epoch's; in every fifth epoch also if the validation error is above that of four epochs before.
 
     Args:
         losses: mean training loss of each epoch.

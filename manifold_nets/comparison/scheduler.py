@@ -1,15 +1,16 @@
-"""Carrying out a comparison: claim runs, carry them out, select, read the test data, and show the progress."""
+"""Run a comparison: claim runs, carry them out, select, read the test data, and show the progress."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manifold_nets.comparison.errors import StorageError
 from manifold_nets.comparison.pool import Executor
 from manifold_nets.comparison.results import Comparison, RunResult
 from manifold_nets.comparison.run import Runner
@@ -26,15 +27,15 @@ LINE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a comparison is.
+    """The progress of a comparison.
 
     Args:
         done: runs with a result.
         total: all runs.
-        running: runs of this process at the moment.
+        running: runs in progress in this process.
         seconds_left: estimate from the runs that ended since this process started, without the start-up time of its
             workers; None before the first.
-        best: the run of the smallest final validation error that this process knows of.
+        best: the run with the smallest final validation error that this process knows of.
         last: the latest result; None at the start.
 
     Example:
@@ -59,10 +60,10 @@ class Scheduler:
 
     Args:
         store: the study.
-        settings: of the comparison.
+        settings: settings of the comparison.
         executor: carries out the runs.
         shared: whether other processes may work on the same study.
-        folder: where final weights are; None where none are kept.
+        folder: where final weights are; None if none are kept.
         observer: called when a run has started or ended.
     """
 
@@ -82,7 +83,7 @@ class Scheduler:
         """Carry out runs until every run has a result.
 
         Raises:
-            RunFailedError: a run has no result, for a reason other than divergence.
+            RunFailedError: a run failed for a reason other than divergence.
         """
         self._refresh()
         self._start_time, self._before = time.monotonic(), len(self.results)
@@ -90,16 +91,17 @@ class Scheduler:
         try:
             self._loop()
         except BaseException:
-            # Also when interrupted: what is in flight is free at once, not after the heartbeats have stopped.
-            self.store.mark_failed(self.executor.running())
+            # Also when interrupted: runs in flight are released at once, not after their heartbeats have stopped.
+            with suppress(StorageError):  # the database may be what failed
+                self.store.mark_failed(self.executor.running())
             raise
 
     def report(self, last: RunResult | None) -> None:
-        """Tell the observer how far the comparison is."""
+        """Report the progress to the observer."""
         if self.observer is None:
             return
         if last is not None and not self._ready:
-            # What was no part of the first run was the start of its worker, which will not come again.
+            # Time that was not part of the first run was the start-up of its worker, which happens only once.
             self._start_time = max(self._start_time, time.monotonic() - _seconds(last))
             self._ready = True
         ended, left = len(self.results) - self._before, len(self.keys) - len(self.results)
@@ -112,7 +114,7 @@ class Scheduler:
     def _loop(self) -> None:
         beaten, ended = time.monotonic(), list[tuple[int, RunResult]]()
         while True:
-            # An idle executor gets the next run before the last result is stored: it does not wait for the disk.
+            # An idle executor gets the next run before the last result is stored, so it does not wait for the disk.
             self._start_runs()
             for run_id, result in ended:
                 self._record(run_id, result)
@@ -165,12 +167,12 @@ def _seconds(run: RunResult) -> float:
 
 
 def conclude(store: RunStore, settings: Settings, runner: Callable[[], Runner]) -> Comparison:
-    """Choose learning rates, read the test data once for each chosen run, and put the comparison together.
+    """Choose learning rates, read the test data once for each chosen run, and build the comparison.
 
     Args:
         store: a study in which every run has a result.
-        settings: of the comparison.
-        runner: makes what reads the test data, where this has not been done.
+        settings: settings of the comparison.
+        runner: makes the runner that reads the test data, if they were not read before.
     """
     results = store.results()
     choices = choose_all(settings, results)
@@ -189,11 +191,11 @@ def conclude(store: RunStore, settings: Settings, runner: Callable[[], Runner]) 
 
 @contextmanager
 def shown_progress(progress: Observer | bool | None) -> Iterator[Observer | None]:
-    """Give the observer of a comparison, which writes to standard error.
+    """Give the progress observer of a comparison, which writes to standard error.
 
     Args:
-        progress: the observer itself; True for a bar on a terminal, and elsewhere a line twice a minute; None for the
-            bar alone; False for nothing.
+        progress: the observer itself; True for a bar on a terminal and a line twice a minute elsewhere; None for the
+            bar only; False for nothing.
     """
     if progress is False or callable(progress):
         yield progress or None

@@ -1,4 +1,4 @@
-"""Selection of learning rates and weight decays by validation data alone, and the final weights kept until then."""
+"""Select learning rates and weight decays by validation data alone, and keep final weights until then."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def choose(
     *,
     trials: Sequence[Trial] | None = None,
 ) -> Choice:
-    """Choose learning rate and weight decay of an optimizer by the mean validation error at the end of training.
+    """Choose the learning rate and weight decay of an optimizer by the mean validation error at the end of training.
 
     No epoch is picked and no test data are read. A diverged run counts as worse than any error: trials are ordered
-    first by how many of their runs diverged. Ties are broken by the mean validation loss, then by the smaller rate,
+    first by the number of their diverged runs. Ties are broken by the mean validation loss, then by the smaller rate,
     then by the smaller weight decay.
 
     Args:
-        settings: of the comparison.
-        results: of at least all runs of these trials.
+        settings: settings of the comparison.
+        results: at least all runs of these trials.
         optimizer: name of the optimizer.
-        initial_scale: of the runs.
-        trials: pairs of learning rate and weight decay to choose from; all of the settings when left out.
+        initial_scale: initial scale of the runs.
+        trials: pairs of learning rate and weight decay to choose from (default: all of the settings).
 
     Example:
         >>> settings = Settings(optimizers=("sgd",), learning_rates=(0.1, 1.0), seeds=(0,), epochs=1)
@@ -111,7 +111,7 @@ def _trial_text(trial: Trial) -> str:
 
 
 def tuning_settings(settings: Settings) -> Settings:
-    """The comparison that tunes: the same with the examples and epochs of `Settings.tune_on`.
+    """The settings for tuning: the same with the examples and epochs of `Settings.tune_on`.
 
     Example:
         >>> grid = Settings(("sgd",), (0.1, 1.0), seeds=(0,), epochs=30, tune_on=(1000, 500, 50))
@@ -127,12 +127,12 @@ def tuning_settings(settings: Settings) -> Settings:
 
 
 def tuned_settings(settings: Settings, choices: Sequence[Choice]) -> Settings:
-    """The comparison of what tuning chose.
+    """The settings with the tuned hyperparameters.
 
     An optimizer whose runs all diverged gets the smallest of the learning rates and of the weight decays.
 
     Args:
-        settings: with the grid.
+        settings: the settings with the grid.
         choices: of the comparison of `tuning_settings`.
     """
     least = min(settings.learning_rates), min(settings.weight_decays, default=None)
@@ -143,7 +143,7 @@ def tuned_settings(settings: Settings, choices: Sequence[Choice]) -> Settings:
 
 
 def weights_file(folder: Path, key: RunKey) -> Path:
-    """The file for a run: its optimizer, and digits that distinguish its runs.
+    """The weights file of a run, named after its optimizer and a hash of its settings.
 
     Example:
         >>> weights_file(Path("out"), RunKey("sgd", 0.1, 0)).name
@@ -154,14 +154,14 @@ def weights_file(folder: Path, key: RunKey) -> Path:
 
 
 def keep_weights(folder: Path, key: RunKey, weights: Mapping[str, Tensor]) -> None:
-    """Write the final weights of a run, which is named in the metadata, with a checksum."""
+    """Write the final weights of a run, with its name and a checksum in the metadata."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(weights_file(folder, key)) as temporary:
         save_file(dict(weights), temporary, metadata=_metadata(key, weights))
 
 
 def kept_weights(folder: Path, key: RunKey) -> dict[str, Tensor] | None:
-    """Read the final weights of a run; None where there is no file, or one that is damaged."""
+    """Read the final weights of a run; None if the file is missing or damaged."""
     try:
         with weights_file(folder, key).open("rb") as file:
             weights, metadata = read_tensors(file)
@@ -179,7 +179,7 @@ def _metadata(key: RunKey, weights: Mapping[str, Tensor]) -> dict[str, str]:
 def prune_weights(folder: Path, settings: Settings, results: Mapping[RunKey, RunResult], last: RunKey) -> None:
     """Delete the weights of trials that can no longer be chosen for the optimizer of the run that ended last.
 
-    Among the trials whose runs have all ended only the best so far may still be chosen.
+    Among the trials whose runs have all ended, only the best so far can still be chosen.
     """
     keys = {
         trial: [replace(last, learning_rate=trial[0], weight_decay=trial[1], seed=seed) for seed in settings.seeds]

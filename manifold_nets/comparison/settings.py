@@ -22,13 +22,13 @@ Trial = tuple[float, float | None]
 
 @dataclass(frozen=True)
 class Tuned(JsonRecord):
-    """The learning rate and weight decay that tuning on few examples chose for an optimizer.
+    """The learning rate and weight decay of an optimizer, as tuned on few examples.
 
     Args:
         optimizer: name of the optimizer.
-        initial_scale: of its runs.
-        learning_rate: the one chosen; the smallest of the grid where every run diverged.
-        weight_decay: likewise; None where weight decay was not tuned.
+        initial_scale: initial scale of its runs.
+        learning_rate: the chosen one; the smallest of the grid if every run diverged.
+        weight_decay: the same for weight decay; None if it was not tuned.
     """
 
     optimizer: str
@@ -46,27 +46,28 @@ class Settings(JsonRecord):
         model: name of the model, such as ``mlp:100,100``, or ``file.py:callable``.
         optimizers: names of the optimizers, in the order in which they are shown; the first is the reference.
         learning_rates: the grid, the same for every optimizer; positive.
-        seeds: each gives initial weights and an order of the data.
+        seeds: each determines initial weights and an order of the data.
         epochs: passes over the training data.
         batch_size: examples per step; full-batch optimizers take one step per epoch.
         weight_decay: coefficient of weight decay on the weights that are not on spheres.
-        weight_decays: several coefficients to tune along with the learning rate, the same for every optimizer;
-            ``weight_decay`` alone when empty.
-        momentum: of the optimizers that have one.
-        schedule: of the learning rate; see `learning_rate_factor`.
-        target_error: validation error whose time to reach is reported.
+        weight_decays: coefficients to tune along with the learning rate, the same for every optimizer; if empty,
+            ``weight_decay`` is used.
+        momentum: for the optimizers that have one.
+        schedule: learning rate schedule; see `learning_rate_factor`.
+        target_error: validation error for the time to target.
         initial_scales: ``"plain"`` initial weights, ``"rescaled"`` ones, or both; see `RunKey`.
         data: folder of the data, for tasks that read files.
         device: torch device.
         threads: torch threads of each run; results of different numbers differ by rounding.
-        initialization: the model's own, or ``"balanced"``: filters and the columns of the classifier of norm 1 and
-            random direction, biases 0.
+        initialization: the model's own, or ``"balanced"``: filters and the columns of the classifier get norm 1 and a
+            random direction, and biases are 0.
         early_stop: whether runs may end before the last epoch; see `should_stop`.
-        subset: how many training and validation examples to use of those of the task; all when left out.
-        tune_on: how many training examples, validation examples and epochs to choose learning rate and weight decay
-            with; the runs on all data have only the chosen ones. When left out, they are chosen by the runs themselves.
-        tune_seeds: how many of the seeds to choose with, the first ones; all when left out.
-        tuned: what was chosen so; filled in by the comparison.
+        subset: numbers of training and validation examples to use (default: all).
+        tune_on: numbers of training examples, validation examples and epochs for choosing learning rate and weight
+            decay; the runs on all data then use only the chosen ones. By default they are chosen by the runs on all
+            data.
+        tune_seeds: number of seeds to tune with, the first ones (default: all).
+        tuned: the tuned values; filled in by the comparison.
 
     Raises:
         SettingsError: a value is invalid.
@@ -135,12 +136,12 @@ class Settings(JsonRecord):
             ("initial_scales", set(self.initial_scales) <= {"plain", "rescaled"}, "plain, rescaled, or both"),
             ("threads", self.threads >= 1, "at least 1"),
             ("weight_decays", all(finite(d) and d >= 0 for d in self.weight_decays), "numbers of at least 0"),
-            ("weight_decay", not (self.weight_decay and self.weight_decays), "0 beside weight_decays"),
+            ("weight_decay", not (self.weight_decay and self.weight_decays), "0 when weight_decays is given"),
             ("initialization", self.initialization in get_args(Initialization), "default or balanced"),
             ("subset", _are_counts(self.subset, 2), "two counts of examples, at least 1"),
-            ("tuned", len(trials) == 1 and 0 not in trials, "as many choices for each optimizer and scale"),
-            ("tune_seeds", tune_seeds, "a number of the seeds, beside tune_on"),
-            ("tune_on", _are_counts(self.tune_on, 3), "examples to train on, to validate by, and epochs"),
+            ("tuned", len(trials) == 1 and 0 not in trials, "the same number of choices per optimizer and scale"),
+            ("tune_seeds", tune_seeds, "at most the number of seeds, and only together with tune_on"),
+            ("tune_on", _are_counts(self.tune_on, 3), "three counts: training examples, validation examples, epochs"),
         )
         for name, holds, expected in rules:
             if not holds:
@@ -155,11 +156,11 @@ class Settings(JsonRecord):
                     yield RunKey(optimizer, rate, seed, scale, decay)
 
     def trials(self, optimizer: str, initial_scale: InitialScale = "plain") -> tuple[Trial, ...]:
-        """The learning rates and weight decays of an optimizer, as many as every other has.
+        """The learning rates and weight decays of an optimizer; every optimizer has the same number of them.
 
         Returns:
-            Pairs of a learning rate and a weight decay, None where weight decay is not tuned: the grid, or the one pair
-            that was chosen on few examples.
+            Pairs of a learning rate and a weight decay (None if that is not tuned): the grid, or the one pair that was
+            chosen on few examples.
         """
         if self.tuned:
             found = (t for t in self.tuned if (t.optimizer, t.initial_scale) == (optimizer, initial_scale))
@@ -171,11 +172,11 @@ class Settings(JsonRecord):
         return self.weight_decay if key.weight_decay is None else key.weight_decay
 
     def of_run(self, key: RunKey) -> Settings:
-        """The settings that the optimizer of a run gets, which have the weight decay of that run."""
+        """The settings for the optimizer of a run, with the weight decay of that run."""
         return replace(self, weight_decay=self.decay_of(key), weight_decays=())
 
     def canonical_json(self) -> str:
-        """The settings as one line of JSON in which equal settings are equal texts."""
+        """The settings as one line of JSON; equal settings give equal strings."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     def hash(self) -> str:
@@ -183,11 +184,11 @@ class Settings(JsonRecord):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def differences(self, other: Settings) -> tuple[str, ...]:
-        """Name every setting in which another command differs, with both values.
+        """Name every setting that differs from another comparison, with both values.
 
-        More optimizers, learning rates or seeds than there are no difference: the runs of the other command are runs of
-        this one too. Of the seeds the first must stay, whose weights the analysis is made of. What was tuned follows
-        from the other settings.
+        Additional optimizers, learning rates or seeds are not a difference: the runs of the other comparison are runs
+        of this one too. The first seed must stay the same, because its weights are analysed. Tuned values follow from
+        the other settings.
         """
         return tuple(
             f"{field.name} is {getattr(other, field.name)!r} there and {getattr(self, field.name)!r} here"
@@ -208,15 +209,15 @@ def _are_counts(values: tuple[int, ...] | None, count: int) -> bool:
 
 @dataclass(frozen=True, order=True)
 class RunKey(JsonRecord):
-    """Which run: everything in a run's result follows from the settings and this.
+    """Identifies a run; everything in its result follows from this and the settings.
 
     Args:
         optimizer: name of the optimizer.
         learning_rate: its learning rate.
-        seed: of initial weights and of the order of the data; both are the same for every optimizer.
+        seed: seed of the initial weights and of the order of the data; both are the same for every optimizer.
         initial_scale: ``"plain"``, or ``"rescaled"``: every filter whose scale is absorbed by a normalization is
             multiplied by 10^u, u uniform on [-2, 2], before anything is converted.
-        weight_decay: its weight decay where that is tuned; None where it is that of the settings.
+        weight_decay: its weight decay if that is tuned; None if it is that of the settings.
 
     Example:
         >>> RunKey("rsgd", 0.1, seed=0) == RunKey("rsgd", 0.1, seed=0, initial_scale="plain")
@@ -235,7 +236,7 @@ class RunKey(JsonRecord):
         return self.learning_rate, self.weight_decay
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; without a weight decay where it is not tuned, as older versions wrote it."""
+        """Return plain data for JSON; without the weight decay if that is not tuned, as in older versions."""
         return {name: value for name, value in super().to_dict().items() if value is not None}
 
     def __str__(self) -> str:

@@ -21,16 +21,16 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class MeanInterval:
-    """A mean over runs and how well it is known.
+    """A mean over runs with a confidence interval.
 
     Args:
-        value: mean of the finite values; NaN where there is none.
+        value: mean of the finite values; NaN if there is none.
         low: lower end of the confidence interval; NaN with fewer than two finite values.
         high: upper end.
         deviation: standard deviation, with n − 1 in the denominator; NaN with fewer than two finite values.
-        confidence: the share of intervals made like this that hold the true mean, for normal values.
-        count: how many finite values the mean is over.
-        lost: how many were not finite: the runs that diverged.
+        confidence: the share of such intervals that contain the true mean, for normal values.
+        count: number of finite values.
+        lost: number of other values: the runs that diverged.
     """
 
     value: float
@@ -43,12 +43,12 @@ class MeanInterval:
 
     @property
     def survivors_only(self) -> bool:
-        """Whether runs are missing from the mean, so that it speaks of the survivors and not of the method."""
+        """Whether diverged runs are missing from the mean, so that it describes only the surviving runs."""
         return self.lost > 0
 
     @property
     def half_width(self) -> float:
-        """Half the length of the interval; NaN where there is none."""
+        """Half the length of the interval; NaN if there is none."""
         return (self.high - self.low) / 2
 
     def __str__(self) -> str:
@@ -61,10 +61,10 @@ class MeanInterval:
 
 
 def as_runs(values: ArrayLike, name: str = "values") -> Floats:
-    """A vector of float64, one entry per run; what is not finite stays, as the mark of a run that diverged.
+    """A float64 vector with one entry per run; values that are not finite are kept and mark diverged runs.
 
     Raises:
-        OptionError: the values are no vector of numbers.
+        OptionError: the values are not a vector of numbers.
     """
     try:
         runs = np.asarray(values, dtype=np.float64)
@@ -78,15 +78,14 @@ def as_runs(values: ArrayLike, name: str = "values") -> Floats:
 def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
     """Mean of the finite values with Student's interval, x̄ ± t₍ₙ₋₁₎ s/√n; the others are counted as lost.
 
-    The mean over the survivors of a method that diverges flatters it; `MeanInterval.survivors_only` says when a mean is
-    one.
+    The mean over the survivors of a method that diverges flatters it; `MeanInterval.survivors_only` marks such means.
 
     Args:
         values: one number per run; NaN or infinite for a run that diverged.
         confidence: between 0 and 1.
 
     Raises:
-        OptionError: the values are no vector of numbers, or the confidence is not between 0 and 1.
+        OptionError: the values are not a vector of numbers, or the confidence is not between 0 and 1.
 
     Source: W. S. Gosset (1908), https://doi.org/10.1093/biomet/6.1.1.
 
@@ -109,31 +108,31 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> MeanInterval:
 
 
 def check_confidence(confidence: float) -> None:
-    """Refuse a confidence that is not between 0 and 1."""
+    """Raise an error if a confidence is not between 0 and 1."""
     if not 0 < confidence < 1:
         raise OptionError("confidence", confidence, "a number between 0 and 1, such as 0.95")
 
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The mean of first − second over the seeds at which both came through.
+    """The mean of first − second over the seeds at which neither diverged.
 
     Args:
         first: name of the first optimizer.
         second: name of the second.
         value: mean difference; NaN without a pair.
-        low: lower end of the bootstrap interval (BCa); NaN with fewer than two pairs, and where all differences are
-            equal: nothing then says how well the mean is known.
+        low: lower end of the bootstrap interval (BCa); NaN with fewer than two pairs, or if all differences are equal,
+            which leaves no spread to estimate.
         high: its upper end.
-        t_low: lower end of Student's interval; NaN likewise.
+        t_low: lower end of Student's interval; NaN in the same cases.
         t_high: its upper end.
-        confidence: that of both intervals, each by itself.
-        count: pairs that the difference is over.
+        confidence: confidence of each of the two intervals.
+        count: number of pairs.
         lost_first: seeds at which the first diverged.
         lost_second: seeds at which the second diverged.
-        p_value: two-sided, of the paired t-test; of the sign test where all differences are equal; NaN with fewer than
-            two pairs.
-        adjusted_p: the same, corrected for the number of comparisons (Holm); equal to it for a single one.
+        p_value: two-sided, of the paired t-test; of the sign test if all differences are equal; NaN with fewer than two
+            pairs.
+        adjusted_p: the same, corrected for the number of comparisons (Holm); equal to ``p_value`` for a single one.
     """
 
     first: str
@@ -152,7 +151,7 @@ class PairedDifference:
 
     @property
     def is_constant(self) -> bool:
-        """Whether there are several pairs, all of the same difference."""
+        """Whether there are several pairs, all with the same difference."""
         return self.count > 1 and bool(np.isnan(self.low))
 
     def differs(self, significance: float = 0.05) -> bool:
@@ -177,10 +176,11 @@ def paired_difference(
 ) -> PairedDifference:
     """Mean of dᵢ = firstᵢ − secondᵢ with a bootstrap interval (BCa), Student's interval, and the paired t-test.
 
-    Equal differences leave the t-test no spread to judge by: there is then no interval, and the p-value is that of the
-    sign test, 2¹⁻ⁿ. Pairs of which one run diverged cannot enter a mean; they are counted for either side. With few
-    seeds, bootstrap intervals are too narrow: for normal differences, 95 % intervals from 3, 5 and 10 pairs hold the
-    true mean in about 73, 84 and 90 of 100 cases. Student's interval holds it in 95, and the p-value goes with it.
+    If all differences are equal, they have no spread for a t-test: there is no interval, and the p-value is that of the
+    sign test, 2¹⁻ⁿ. Pairs with a diverged run cannot enter a mean; they are counted for each optimizer. With few seeds,
+    bootstrap intervals are too narrow: for normal differences, 95 % intervals from 3, 5 and 10 pairs contain the true
+    mean in about 73, 84 and 90 of 100 cases. Student's interval contains it in 95, and the p-value belongs to that
+    interval.
 
     Args:
         first: one number per seed; NaN or infinite for a run that diverged.
@@ -188,10 +188,10 @@ def paired_difference(
         names: their names.
         confidence: between 0 and 1.
         resamples: bootstrap samples.
-        seed: of the bootstrap; equal seeds give equal intervals.
+        seed: seed of the bootstrap; equal seeds give equal intervals.
 
     Raises:
-        OptionError: the two are no vectors of the same length, or the confidence is not between 0 and 1.
+        OptionError: the two are not vectors of the same length, or the confidence is not between 0 and 1.
 
     Source: B. Efron (1987), *Better bootstrap confidence intervals*, https://doi.org/10.1080/01621459.1987.10478410.
 
@@ -232,7 +232,7 @@ def paired_difference(
 
 
 def _without_rounding(a: Floats, b: Floats) -> Floats:
-    """Differences; where they differ from each other by rounding only, all are their mean, and of no spread."""
+    """Differences; if they differ from each other only by rounding, all become their mean."""
     differences = a - b
     if len(differences):
         rounding = 4 * np.finfo(np.float64).eps * max(float(np.abs(a).max()), float(np.abs(b).max()))
@@ -253,8 +253,8 @@ def _bca(differences: Floats, confidence: float, resamples: int, seed: int) -> t
 def holm(p_values: ArrayLike) -> Floats:
     """Holm's step-down adjustment: the k-th smallest of m p-values is multiplied by m − k + 1, then made monotone.
 
-    Rejecting where the adjusted value is at most α keeps the chance of any false rejection at α, whatever the
-    dependence. A NaN is a comparison that could not be made: it stays NaN and is not counted.
+    Rejecting at adjusted values of at most α keeps the probability of any false rejection at most α, whatever the
+    dependence. NaN stands for a comparison that could not be made: it stays NaN and is not counted.
 
     Raises:
         OptionError: a value is not between 0 and 1.
@@ -280,13 +280,13 @@ def holm(p_values: ArrayLike) -> Floats:
 def all_differences(
     values: Mapping[str, ArrayLike], *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[PairedDifference, ...]:
-    """Compare every optimizer with every other one, seed by seed; the p-values are adjusted over all pairs.
+    """Compare every optimizer with every other one, paired by seed; the p-values are adjusted over all pairs.
 
     Args:
         values: for each optimizer one number per seed, in the same order of seeds.
-        confidence: that of each interval.
+        confidence: confidence of each interval.
         resamples: bootstrap samples.
-        seed: of the bootstrap, the same for all pairs.
+        seed: seed of the bootstrap, the same for all pairs.
 
     Raises:
         OptionError: as `paired_difference`.
@@ -327,13 +327,13 @@ def rank_runs(errors: ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class Friedman:
-    """Friedman's test of whether any optimizers differ.
+    """Friedman's test for any difference between optimizers.
 
     Args:
         mean_ranks: one per optimizer; smaller is better.
         statistic: χ², corrected for ties.
         p_value: of χ² with optimizers − 1 degrees of freedom; conservative with few blocks.
-        blocks: how many blocks the ranks are over.
+        blocks: number of blocks.
     """
 
     mean_ranks: tuple[float, ...]
@@ -346,7 +346,7 @@ def friedman(errors: ArrayLike) -> Friedman:
     """Friedman's test on the ranks rᵢⱼ in n blocks of k optimizers.
 
     χ² = (k − 1) Σⱼ (Σᵢ rᵢⱼ − n(k+1)/2)² / Σᵢⱼ (rᵢⱼ − (k+1)/2)², which equals the classical statistic with its
-    correction for ties. When the blocks are seeds of one task, the test speaks of further seeds of that task, not of
+    correction for ties. If the blocks are seeds of one task, the result is about further seeds of that task, not about
     other tasks.
 
     Args:
@@ -405,14 +405,14 @@ def critical_difference(optimizers: int, blocks: int, significance: float = 0.05
 
 
 def cliques(mean_ranks: Sequence[float], difference: float) -> tuple[tuple[int, ...], ...]:
-    """The largest sets of optimizers of which no two mean ranks are further apart than the critical difference.
+    """The largest sets of optimizers in which no two mean ranks differ by more than the critical difference.
 
     Args:
         mean_ranks: one per optimizer.
         difference: the critical difference.
 
     Returns:
-        Sets of at least two places in ``mean_ranks``, each by increasing rank; none lies within another.
+        Sets of at least two indices of ``mean_ranks``, each by increasing rank; none is a subset of another.
 
     Example:
         >>> cliques([1.0, 3.5, 1.8, 2.6], 1.0)

@@ -1,26 +1,27 @@
 """The runs of a comparison as rows of a database: each is claimed, carried out and recorded once.
 
-A run waits, runs, and is done when its result has been stored, or failed when it was given up; only done ones count.
-Every process that starts adds a waiting row for every run that has no other. A result follows from its run alone, so it
-does no harm if two processes carry out the same run: the first to be recorded counts.
+A run is waiting, running, done (its result is stored) or failed (it was given up); only done ones count. Every process
+that starts adds a waiting row for every run without a row in another state. A result depends only on its run, so it
+does no harm if two processes carry out the same run: the first recorded result counts.
 
-This module needs SQLAlchemy, so import it where it is used.
+This module needs SQLAlchemy, so import it only where it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.mysql import MEDIUMTEXT
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from manifold_nets.comparison.database_url import redacted, with_password, without_secrets
 from manifold_nets.comparison.errors import DifferentCommandError, RecordError, StorageError
@@ -30,10 +31,15 @@ from manifold_nets.comparison.settings import RunKey, Settings
 from manifold_nets.documents import crc32
 
 Record = TypeVar("Record", bound=JsonRecord)
+Options = ParamSpec("Options")
+Found = TypeVar("Found")
 
 # A run whose heartbeat has not changed for this long belongs to a process that has ended.
 GRACE_SECONDS = 120.0
-_RESTORE = "Make room, restore the file from a copy, or run the comparison into an empty folder."
+# A server that restarts, or a network that fails, is waited for, with a new attempt every few seconds.
+PATIENCE_SECONDS = 600.0
+RETRY_SECONDS = 2.0
+_RESTORE = "Free disk space, restore the file from a copy, or run the comparison into an empty folder."
 _SAME_VERSIONS = ("manifold_nets", "torch")
 # How a commit to an SQLite file reaches the disk. Only results need to: a power cut that takes a waiting or a claimed
 # run has no result to take.
@@ -59,11 +65,38 @@ _RUNS = sa.Table(
 _UNFINISHED = ("waiting", "running")
 
 
+class _AwayError(StorageError):
+    """The server of the database cannot be reached, or has closed the connection."""
+
+
+def _patient(
+    method: Callable[Concatenate[RunStore, Options], Found],
+) -> Callable[Concatenate[RunStore, Options], Found]:
+    """Repeat a method until the server of the database is back; to do it twice does no harm."""
+
+    @functools.wraps(method)
+    def repeated(store: RunStore, /, *args: Options.args, **kwargs: Options.kwargs) -> Found:
+        end = None
+        while True:
+            try:
+                return method(store, *args, **kwargs)
+            except _AwayError:
+                now = time.monotonic()
+                end = now + PATIENCE_SECONDS if end is None else end
+                if now >= end:
+                    raise
+                # No heartbeat could change meanwhile.
+                store._heartbeats.clear()
+                time.sleep(RETRY_SECONDS)
+
+    return repeated
+
+
 class RunStore:
-    """The runs of one comparison, its study, in a database.
+    """The study of one comparison, with its runs, in a database.
 
     Args:
-        url: of the database, as SQLAlchemy writes it: ``sqlite:///runs.db``, ``postgresql://…``, ``mysql://…``.
+        url: SQLAlchemy URL of the database: ``sqlite:///runs.db``, ``postgresql://…``, ``mysql://…``.
         study: name of the study in the database.
 
     Raises:
@@ -78,20 +111,21 @@ class RunStore:
         self._heartbeats: dict[int, tuple[Any, float]] = {}
         self._copy_optuna_study()
 
+    @_patient
     def create(self, settings: Settings, environment: Environment) -> Settings:
-        """Make the study, or continue the one that is there.
+        """Create the study, or continue an existing one.
 
         Returns:
-            Its settings: these, or some of which these are an extension; see `extend`.
+            Its settings: these, or those that they extend; see `extend`.
 
         Raises:
-            DifferentCommandError: it belongs to another command, or to other versions.
+            DifferentCommandError: the study belongs to another comparison or to other package versions.
         """
         values = {"settings": settings.to_json(sort_keys=True), "environment": environment.to_json()}
         with self._transaction() as connection:
             if self._study(connection) is None:
                 if self._rows(connection, _RUNS.c.id):
-                    raise self._damaged("runs without the study that they belong to")
+                    raise self._damaged("runs without their study")
                 with contextlib.suppress(IntegrityError):  # another process made it at this moment
                     connection.execute(sa.insert(_STUDIES).values(name=self.study, **values))
                     return settings
@@ -103,8 +137,9 @@ class RunStore:
             raise DifferentCommandError(self._place, differences)
         return stored
 
+    @_patient
     def extend(self, settings: Settings) -> None:
-        """Replace the settings of the study by some that have at least its runs."""
+        """Replace the settings of the study by settings with at least its runs."""
         this, text = _STUDIES.c.name == self.study, settings.to_json(sort_keys=True)
         with self._transaction() as connection:
             connection.execute(sa.update(_STUDIES).where(this).values(settings=text))
@@ -118,11 +153,12 @@ class RunStore:
         return self._read(Settings, self._study_or_error().settings)
 
     def environment(self) -> Environment:
-        """Where the study was made."""
+        """The environment in which the study was created."""
         return self._read(Environment, self._study_or_error().environment)
 
+    @_patient
     def add_missing(self, keys: Iterable[RunKey]) -> None:
-        """Add a waiting row for every run that has none, nor a running or done one."""
+        """Add a waiting row for every run that has no waiting, running or done row."""
         with self._transaction() as connection:
             live = {row.key for row in self._rows(connection, _RUNS.c.key, states=(*_UNFINISHED, "done"))}
             new = [key for key in map(_key_json, keys) if key not in live]
@@ -130,12 +166,13 @@ class RunStore:
                 row = {"study": self.study, "state": "waiting", "heartbeat": 0}
                 connection.execute(sa.insert(_RUNS), [{**row, "key": key} for key in new])
 
+    @_patient
     def claim(self, *, alone: bool = False, among: Collection[RunKey] | None = None) -> tuple[int, RunKey] | None:
-        """Take the next waiting run that no other process takes first; return its id and key, None without one.
+        """Claim the next waiting run; return its id and key, or None if there is none.
 
         Args:
-            alone: no other process works on the study, so the database need not know which runs are in flight.
-            among: take no others, such as those that an extended study has.
+            alone: no other process works on the study, so running states need not be stored.
+            among: claim only these runs; an extended study has others.
         """
         if not self._waiting:
             with self._transaction() as connection:
@@ -149,37 +186,42 @@ class RunStore:
                 return run_id, key
         return None
 
+    @_patient
     def finish(self, run_id: int, result: RunResult) -> None:
-        """Store the result of a claimed run; nothing happens where another process has marked it as failed."""
+        """Store the result of a claimed run; does nothing if another process has marked it as failed."""
         self._change([run_id], _UNFINISHED, durable=True, state="done", result=result.to_json())
 
     def mark_failed(self, run_ids: Iterable[int]) -> None:
-        """Mark claimed runs as having no result; `add_missing` adds them again."""
+        """Mark claimed runs as failed; `add_missing` adds them again."""
         self._change(list(run_ids), _UNFINISHED, state="failed")
 
+    @_patient
     def heartbeat(self, run_ids: Iterable[int]) -> None:
-        """Show that claimed runs are being worked on; call it every half minute."""
+        """Signal that claimed runs are in progress; call it every half minute."""
         self._change(list(run_ids), ("running",), heartbeat=_RUNS.c.heartbeat + 1)
 
     def mark_stale_failed(self, now: float | None = None) -> int:
-        """Mark the runs whose heartbeat this process has seen unchanged for two minutes as failed; return how many.
+        """Mark runs as failed whose heartbeat has not changed for two minutes; return their number.
 
-        Only differences of this process's own clock are used, so that the clocks of machines need not agree.
+        Only this process's own clock is used, so the clocks of machines need not agree.
         """
+        running = self.running()
         now = time.monotonic() if now is None else now
-        for run_id, beat in (running := self.running()).items():
+        for run_id, beat in running.items():
             if self._heartbeats.get(run_id, (None,))[0] != beat:
                 self._heartbeats[run_id] = beat, now
         stale = [run_id for run_id in running if now - self._heartbeats[run_id][1] > GRACE_SECONDS]
         self.mark_failed(stale)
         return len(stale)
 
+    @_patient
     def running(self) -> dict[int, Any]:
         """The heartbeat of every run that is marked as running, by id."""
         with self._transaction() as connection:
             rows = self._rows(connection, _RUNS.c.id, _RUNS.c.heartbeat, states=("running",))
         return {row.id: row.heartbeat for row in rows}
 
+    @_patient
     def results(self) -> dict[RunKey, RunResult]:
         """All stored results, the first of each run."""
         found: dict[RunKey, RunResult] = {}
@@ -192,12 +234,14 @@ class RunStore:
             found.setdefault(result.key, result)
         return found
 
+    @_patient
     def count_done(self, among: Iterable[RunKey] | None = None) -> int:
         """How many runs have a result: of some, or of all."""
         with self._transaction() as connection:
             found = {row.key for row in self._rows(connection, _RUNS.c.key, states=("done",))}
         return len(found if among is None else found.intersection(map(_key_json, among)))
 
+    @_patient
     def record_test(self, key: RunKey, error: float, loss: float) -> None:
         """Store the test error and test loss of a chosen run."""
         scores = json.dumps([error, loss, _checksum(key, error, loss)])
@@ -205,6 +249,7 @@ class RunStore:
             these = (_RUNS.c.study == self.study) & (_RUNS.c.key == _key_json(key)) & (_RUNS.c.state == "done")
             connection.execute(sa.update(_RUNS).where(these).values(test=scores))
 
+    @_patient
     def tests(self, keys: Collection[RunKey]) -> dict[RunKey, tuple[float, float]]:
         """The stored test errors and test losses of some runs."""
         with self._transaction() as connection:
@@ -220,10 +265,10 @@ class RunStore:
 
     @contextlib.contextmanager
     def _transaction(self, *, durable: bool = False) -> Iterator[sa.Connection]:
-        """A transaction in which whatever a damaged, lost or full database leads to is a `StorageError`.
+        """A transaction in which any error of a damaged, lost or full database becomes a `StorageError`.
 
         Args:
-            durable: the commit reaches the disk, and with it all earlier ones, which are in the same log.
+            durable: flush the commit to disk, and with it all earlier ones, which are in the same log.
         """
         try:
             with self._engine.begin() as connection:
@@ -234,7 +279,13 @@ class RunStore:
             raise
         except Exception as error:  # noqa: BLE001  drivers raise what they like
             found = f"{type(error).__name__}: {without_secrets(error.__cause__ or error, with_password(self.url))}"
-            raise StorageError(self._place, found, "a database that can be read and written", _RESTORE) from None
+            expected = "a database that can be read and written"
+            # Without a statement it failed to connect or to commit.
+            is_away = isinstance(error, OperationalError) and (error.connection_invalidated or error.statement is None)
+            if is_away and not self._in_file:
+                remedy = "Start its server; the same command goes on from what is stored."
+                raise _AwayError(self._place, found, expected, remedy) from None
+            raise StorageError(self._place, found, expected, _RESTORE) from None
 
     def _rows(
         self, connection: sa.Connection, *columns: sa.Column[Any], states: Sequence[str] | None = None
@@ -244,7 +295,7 @@ class RunStore:
         return list(connection.execute(query if states is None else query.where(_RUNS.c.state.in_(states))))
 
     def _change(self, run_ids: list[int], states: Sequence[str], *, durable: bool = False, **values: Any) -> int:
-        """Change those of some runs that are in some states; return how many these are."""
+        """Change those of the given runs that are in the given states; return their number."""
         if not run_ids:
             return 0
         with self._transaction(durable=durable) as connection:
@@ -254,12 +305,13 @@ class RunStore:
     def _study(self, connection: sa.Connection) -> Any:
         return connection.execute(sa.select(_STUDIES).where(_STUDIES.c.name == self.study)).one_or_none()
 
+    @_patient
     def _study_or_error(self) -> Any:
         with self._transaction() as connection:
             found = self._study(connection)
         if found is None:
             remedy = "Correct the name (--worker), or the URL (--storage)."
-            raise StorageError(self._place, "no such study", "one that a comparison has made", remedy)
+            raise StorageError(self._place, "no such study", "a study that a comparison has created", remedy)
         return found
 
     @property
@@ -283,10 +335,10 @@ class RunStore:
         raise self._damaged(f"test scores {stored!r} of {key}")
 
     def _damaged(self, found: str) -> StorageError:
-        return StorageError(self._place, found, "what a comparison has stored", _RESTORE)
+        return StorageError(self._place, found, "the data that a comparison stored", _RESTORE)
 
     def _copy_optuna_study(self) -> None:
-        """Copy the results of a study that is in the tables of Optuna, which earlier versions used."""
+        """Copy the results of a study in Optuna's tables, which earlier versions used."""
         with self._transaction() as connection:
             if not sa.inspect(connection).has_table("trial_user_attributes") or self._study(connection) is not None:
                 return

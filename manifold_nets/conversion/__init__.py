@@ -1,4 +1,4 @@
-"""Putting a network's weights on spheres and giving them back: plan, apply, verify, revert, save, load."""
+"""Put a network's weights on spheres and convert it back: plan, apply, verify, revert, save, load."""
 
 from manifold_nets.conversion.actions import REMEDIES, Action, ConversionPlan
 from manifold_nets.conversion.apply import BalanceRecord, ConversionRecord, balance, conversion_record, convert

@@ -1,4 +1,4 @@
-"""What a conversion does to a network, as data: the names of the remedies, an action, and a plan of actions."""
+"""A conversion as data: the names of the remedies, an action, and a plan of actions."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ REMEDIES: tuple[Remedy, ...] = tuple(ACTION_OF)
 
 @dataclass(frozen=True)
 class Action:
-    """What is done about one symmetry.
+    """One action of a plan: what to do about one symmetry.
 
     Args:
-        name: the parameter; for what moves several parameters, the remedy and a number.
-        action: ``"sphere"`` (the weight is put on a product of spheres), ``"already"`` (it is on one), ``"remove"``
-            (a bias without effect is removed), ``"balance"`` (rescaled to the smallest norm), ``"joint sphere"``
-            (several weights together are put on one sphere per group) or ``"leave"``.
+        name: the parameter; for an action on several parameters, the remedy and a number.
+        action: ``"sphere"`` (put the weight on a product of spheres), ``"already"`` (it is on one), ``"remove"``
+            (remove a bias without effect), ``"balance"`` (rescale to the smallest norm), ``"joint sphere"`` (put
+            several weights together on one sphere per group) or ``"leave"``.
         reason: why, in words.
-        partition: the groups, where there are any.
-        radius: ``"unit"``: each group gets norm √k, k filters in it; ``"keep"``: each group keeps its norm.
-        train_deviation: relative change of the training-mode output of the layer's normalization on the example
-            inputs that unit radius causes; None where it was not computed, 0 where nothing changes.
-        remedy: which of `REMEDIES` the action belongs to.
-        members: the parts of parameters that take part, where there are several.
-        move: what moves with what when the action is carried out; not part of the JSON form.
+        partition: the groups, if there are any.
+        radius: ``"unit"``: each group gets norm √k, where k is its number of filters; ``"keep"``: groups keep their
+            norms.
+        train_deviation: relative change that unit radius causes in the training-mode output of the layer's
+            normalization on the example inputs; None if not computed, 0 if nothing changes.
+        remedy: the remedy in `REMEDIES` that the action belongs to.
+        members: the parts of parameters that the action changes, if there are several.
+        move: how values change when the action is applied; not part of the JSON form.
     """
 
     name: str
@@ -56,11 +57,11 @@ class Action:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that the action is about."""
+        """Names of the parameters that the action changes."""
         return self.move.parameters if isinstance(self.move, SymmetryFamily) else (self.name,)
 
     def left(self, reason: str) -> Action:
-        """The same, but left as it is."""
+        """The same action turned into "leave"."""
         return self if self.action == "leave" else replace(self, action="leave", reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,17 +85,17 @@ class Action:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """One action for every weight of the report, in the order of the model, then those of the other remedies.
+    """One action for every weight of the report, in the order of the model, then the actions of the other remedies.
 
-    They are carried out in the order of `REMEDIES`: dead biases are removed, rescalings balanced, and then weights put
-    on spheres.
+    They are applied in the order of `REMEDIES`: dead biases are removed, rescalings are balanced, and then weights are
+    put on spheres.
 
     Args:
         model: name of the network.
-        actions: what is done.
-        example_inputs: what the result is compared on.
-        rescaling: the factors that `balance` actions were planned with. If the weights have changed by the time the
-            plan is carried out, the search for the smallest norm starts from these.
+        actions: the actions.
+        example_inputs: inputs on which the result is compared.
+        rescaling: the factors of the planned `balance` actions. If the weights have changed by the time the plan is
+            applied, the search for the smallest norm starts from these.
     """
 
     model: str
@@ -112,13 +113,13 @@ class ConversionPlan:
         return self.of("sphere")
 
     def without_data(self) -> ConversionPlan:
-        """Drop what a model should not carry into its copies and pickles: inputs, and numbers channel by channel."""
+        """Drop what copies and pickles of a model should not contain: inputs, and per-channel numbers."""
         actions = tuple(replace(action, move=None) for action in self.actions)
         return replace(self, actions=actions, example_inputs=None, rescaling=None)
 
     @property
     def effective(self) -> tuple[Action, ...]:
-        """The actions that change something, or found it done."""
+        """The actions that change something, or whose change was already made."""
         return tuple(action for action in self.actions if action.action != "leave")
 
     def __getitem__(self, name: str) -> Action:
@@ -134,16 +135,16 @@ class ConversionPlan:
     def __str__(self) -> str:
         width = max((len(a.name) for a in self.actions), default=0)
         weights = [a for a in self.actions if a.remedy == "spheres"]
-        lines = [f"{self.model}: {len(self.spheres)} of {len(weights)} weights go on spheres"]
+        lines = [f"{self.model}: {len(self.spheres)} of {len(weights)} weights will be put on spheres"]
         lines += [f"  {a.name:<{width}}  {a}" for a in self.actions]
         return "\n".join(lines)
 
 
 def chosen_remedies(remedies: str | Iterable[str]) -> tuple[Remedy, ...]:
-    """Return the named remedies in the order in which they are carried out.
+    """Return the named remedies in the order in which they are applied.
 
     Args:
-        remedies: a name, several separated by commas, a collection of names, or ``"all"``.
+        remedies: one name, several separated by commas, a collection of names, or ``"all"``.
 
     Raises:
         OptionError: a name is unknown, or there is none.

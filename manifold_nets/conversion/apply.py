@@ -1,4 +1,4 @@
-"""Carrying out a conversion plan: all new values are computed first, then put in place, then checked."""
+"""Apply a conversion plan: compute all new values, put them in place, and check the result."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from manifold_nets.conversion.verify import (
 from manifold_nets.errors import FunctionChangedError, NothingToConvertError, OptionError, UnsupportedModelError, listed
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.models import dtype_of, holders, named_tensors
+from manifold_nets.page import fragment
 from manifold_nets.symmetry import SymmetryFamily
 
 __all__ = ["BalanceRecord", "ConversionRecord", "balance", "conversion_record", "convert"]
@@ -43,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConversionRecord:
-    """What a conversion did: the plan that was carried out and how far the function is from what it was."""
+    """What a conversion did: the plan that was applied, and how much the outputs changed."""
 
     plan: ConversionPlan
     verification: Verification
@@ -52,12 +53,17 @@ class ConversionRecord:
         """Return plain data for JSON."""
         return {"plan": self.plan.to_dict(), "verification": self.verification.to_dict()}
 
+    def _repr_html_(self) -> str:
+        """HTML for a notebook: how much the outputs changed, and a row for each action."""
+        rows = [(a.name, a.action, a.partition or "", a.radius or "", a.reason) for a in self.plan.effective]
+        return fragment(self.plan.model, str(self.verification), ("Weight", "Action", "Groups", "Radius", "Why"), rows)
+
     def __str__(self) -> str:
         return f"{self.plan}\n  {self.verification}"
 
 
 def conversion_record(model: nn.Module) -> ConversionRecord | None:
-    """Return what `convert` did to this model, or None where it was not converted in this process.
+    """Return the record of the conversion of this model, or None if it was not converted in this process.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -84,39 +90,39 @@ def convert(
     plan: EditedPlan | None = None,
     inplace: bool = False,
 ) -> nn.Module:
-    """Put every scale-invariant weight of a network on a product of spheres without changing what it computes.
+    """Put every scale-invariant weight of a network on a product of spheres without changing its function.
 
-    The weights become `geoopt.ManifoldParameter`s in their natural shape under their usual names; `state_dict` keys,
-    shapes and the forward pass stay. With unit radius a filter w of norm n becomes w/n, its bias b/n, the running mean
-    m/n and the running variance (v + eps)/n² − eps, which keeps evaluation mode exact; see `plan` for training mode and
-    for the layers that keep their norms. The result is compared with the original in both modes; see
-    `conversion_record`. Where a network magnifies rounding, as one does that uses the indices of a max-pooling, the
-    comparison in evaluation mode is made between float64 copies: there the outputs must agree, and the converted values
-    must be those of the copy, rounded.
+    The weights become `geoopt.ManifoldParameter`s with the same names and shapes; the `state_dict` keys, their shapes
+    and the forward pass stay the same. With unit radius a filter w of norm n becomes w/n, its bias b/n, the running
+    mean m/n and the running variance (v + eps)/n² − eps, which is exact in evaluation mode; see `plan` for training
+    mode and for the layers that keep their norms. The outputs of the result are compared with the original's in both
+    modes; see `conversion_record`. In networks that magnify rounding, such as those that use the indices of a
+    max-pooling, float64 copies are compared instead in evaluation mode: their outputs must agree, and the converted
+    values must equal those of the float64 copy up to rounding.
 
     Args:
-        model: the network; left as it is unless ``inplace``.
-        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
-        remedies: what to do: a name, several, or ``"all"``, of ``"dead-biases"``, ``"balance"``, ``"spheres"`` and
-            ``"joint-spheres"``; see `plan`.
+        model: the network; not changed unless ``inplace``.
+        report_or_example_inputs: the report of `diagnose` for this model, or example inputs.
+        remedies: one or more of ``"dead-biases"``, ``"balance"``, ``"spheres"`` and ``"joint-spheres"``, or ``"all"``;
+            see `plan`.
         radius: ``"unit"`` or ``"keep"``.
         include: names of weights to convert; see `plan`.
         exclude: names of weights to leave; see `plan`.
-        train_tolerance: largest relative change of a layer's normalized training output; see `plan`.
-        plan: an edited plan, as data or as a file; the options above then have no meaning. See `edited_plan`.
-        inplace: rewrite the model itself; its weights become new parameter objects, so build optimizers afterwards.
+        train_tolerance: largest relative change of a layer's normalized output in training mode; see `plan`.
+        plan: an edited plan, as data or as a file, in place of the options above. See `edited_plan`.
+        inplace: convert the model itself. Its weights become new parameter objects, so build optimizers afterwards.
 
     Returns:
-        The converted copy, or the model itself. A model that is converted already comes back unchanged.
+        The converted copy, or the model itself if ``inplace``. A model that is already converted is returned unchanged.
 
     Raises:
         NothingToConvertError: no selected weight is scale-invariant.
         DegenerateGroupError: a weight to convert has a zero or non-finite filter.
         FunctionChangedError: the output in evaluation mode would change by more than rounding.
         UnsupportedModelError: ``inplace``, and the model was made in inference mode.
-        PlanError: the edited plan cannot be read or carried out.
+        PlanError: the edited plan cannot be read or applied.
         OptionError, ReportMismatchError, ExampleInputsError, AnalysisError: see `plan` and `diagnose`.
-        In every case the model is left as it was.
+        In every case the model is unchanged.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029.
@@ -140,8 +146,8 @@ def convert(
             chosen, [] if plan is not None else _effective_remedies(model, report_or_example_inputs)
         )
     if inplace and any(tensor.is_inference() for tensor in named_tensors(model).values()):
-        found = "its weights were made in inference mode, where nothing can be trained"
-        remedy = "Leave inplace out, and take the copy; or make the model outside of torch.inference_mode()."
+        found = "weights made in inference mode, which cannot be trained"
+        remedy = "Leave inplace out to get a converted copy, or make the model outside of torch.inference_mode()."
         raise UnsupportedModelError(chosen.model, found, remedy)
     target, verification = _rewritten(model, chosen, inplace=inplace)
     record = ConversionRecord(chosen.without_data(), verification)
@@ -154,17 +160,17 @@ def convert(
 
 
 def _chosen(model: nn.Module, given: Any, edited: EditedPlan | None, options: dict[str, Any]) -> ConversionPlan:
-    """Make a plan, or check the one that was given."""
+    """Make a plan, or check the given one."""
     if edited is None:
         return make_plan(model, given, **options)
     changed = [name for name, value in options.items() if value != _DEFAULTS[name]]
     if changed:
-        raise OptionError(changed[0], options[changed[0]], "the default, as the plan decides it")
+        raise OptionError(changed[0], options[changed[0]], "no value, as the plan already determines it")
     return edited_plan(model, given, edited)
 
 
 def _effective_remedies(model: nn.Module, report_or_example_inputs: Any) -> list[str]:
-    """Names of the remedies that would do something beside spheres."""
+    """Names of the remedies other than spheres that would change something."""
     report = report_of(model, report_or_example_inputs)
     actions = early_actions(model, report, REMEDIES) + joint_actions(model, report, named_tensors(model), set())
     useful = {action.remedy for action in actions if action.action != "leave"}
@@ -173,15 +179,16 @@ def _effective_remedies(model: nn.Module, report_or_example_inputs: Any) -> list
 
 def _nothing_to_convert(chosen: ConversionPlan, remedies: list[str]) -> NothingToConvertError:
     left = listed((f"{action.name} ({action.reason})" for action in chosen.actions), 12) or "no weights"
-    also = f"pass remedies={','.join(remedies)!r} (--remedies on the command line) for its other symmetries, or "
+    also = f"pass remedies={','.join(remedies)!r} (--remedies on the command line) to use its other symmetries, or "
     return NothingToConvertError(
-        f"{chosen.model}: nothing to convert: no selected weight is scale-invariant. Left: {left}. Scale-invariant "
-        f"weights stand in front of a normalization; {also if remedies else ''}train this model as it is."
+        f"{chosen.model}: nothing to convert, because no selected weight is scale-invariant. Left: {left}. "
+        f"Scale-invariant weights need a normalization behind them; {also if remedies else ''}train this model as it "
+        "is."
     )
 
 
 def _moves_after(target: nn.Module, chosen: ConversionPlan, tolerance: float) -> Moves:
-    """What a plan did to a model, in addition to what earlier conversions did."""
+    """What a plan did to a model, on top of earlier conversions."""
     before = moves_of(target) or Moves()
     moves = Moves(dict(before.weights), dict(before.biases), tolerance)
     on_spheres = {weight.name for weight in constrained_weights(target)}
@@ -204,7 +211,7 @@ def _moves_after(target: nn.Module, chosen: ConversionPlan, tolerance: float) ->
 
 
 def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tuple[nn.Module, Verification]:
-    """Carry a plan out on a copy, and on the model itself if the function stays up to rounding."""
+    """Apply a plan to a copy, and to the model itself if the function stays the same up to rounding."""
     inputs, trial = chosen.example_inputs, copy_of(model)
     before = both_modes(model, inputs)
     _carry_out(trial, chosen)
@@ -214,7 +221,7 @@ def _rewritten(model: nn.Module, chosen: ConversionPlan, *, inplace: bool) -> tu
         difference, why = compare_in_float64(model, named_tensors(trial), inputs, carry_out)
         if why is not None:
             remedy = (
-                f"Rounding does not explain it: {why}. Nothing was changed. Use radius='keep', or exclude the layers."
+                f"Rounding does not explain this: {why}. Nothing was changed. Use radius='keep', or exclude the layers."
             )
             raise FunctionChangedError(chosen.model, "evaluation", found.eval_difference, limit, remedy)
         found = replace(found, float64_eval_difference=difference)
@@ -233,7 +240,7 @@ def _carry_out(model: nn.Module, chosen: ConversionPlan) -> None:
     points = {name: changed.pop(name, state[name]).detach().to(state[name].dtype) for name in manifolds}
     removed = [action.name for action in chosen.of("remove")]
     held = holders(model)
-    # Nothing has been written so far; from here on nothing can fail because of the values.
+    # Nothing has been written so far; from here on, values cannot cause a failure.
     with torch.no_grad():
         for name in changed.keys() - set(removed):
             state[name].copy_(changed[name])
@@ -252,7 +259,7 @@ def _put(module: nn.Module, leaf: str, manifold: SphereProduct, point: Tensor, n
 
 
 def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[str, SphereProduct], Values]:
-    """Return the manifolds of the weights that go on spheres, and what changes with them, in float64."""
+    """Return the manifolds of the weights that go on spheres, and the float64 values that change with them."""
     manifolds: dict[str, SphereProduct] = {}
     values = Values(state)
     for action in chosen.effective:
@@ -269,18 +276,18 @@ def _on_spheres(chosen: ConversionPlan, state: dict[str, Tensor]) -> tuple[dict[
 
 @dataclass(frozen=True)
 class BalanceRecord:
-    """What balancing did.
+    """What `balance` did.
 
     Args:
-        balanced: one line for each family that was balanced.
-        left: one line for each rescaling family that was left, with the reason.
-        norm_before: Euclidean norm of all parameters that take part, before.
-        norm_after: the same, after.
-        sweeps: how often all symmetries were moved.
-        converged: whether the smallest norm was reached; where not, the function stays all the same.
-        imbalance: what grows and what shrinks with a symmetry weigh the same at the minimum: the largest difference of
-            the two over their sum; at most 1e-9 where it converged.
-        verification: how far the function is from what it was.
+        balanced: one line for each balanced family.
+        left: one line for each family of rescalings that was left, with the reason.
+        norm_before: Euclidean norm of all rescaled parameters, before.
+        norm_after: the same norm after balancing.
+        sweeps: number of sweeps over all symmetries.
+        converged: whether the smallest norm was reached. If not, the function is still unchanged.
+        imbalance: at the minimum, the growing and the shrinking parts of a symmetry have equal weight; this is the
+            largest difference of the two over their sum, at most 1e-9 if converged.
+        verification: how much the outputs changed.
     """
 
     balanced: tuple[str, ...]
@@ -300,26 +307,26 @@ class BalanceRecord:
 def balance(
     model: nn.Module, report_or_example_inputs: Any, *, inplace: bool = False
 ) -> tuple[nn.Module, BalanceRecord]:
-    """Move a network to the point of smallest norm on the orbit of its rescaling symmetries; its function stays.
+    """Rescale a network to the smallest norm that its rescaling symmetries allow, without changing its function.
 
-    Only rescalings that leave every stored statistic alone are carried out, so that the function is the same in both
-    modes up to rounding. Families that touch a weight on spheres are left: balance first, then convert.
+    Only rescalings without any running statistics are applied, so that the function stays the same in both modes up to
+    rounding. Families with a weight on spheres are left: balance first, then convert.
 
-    The norm is the smallest where what grows with a symmetry weighs as much as what shrinks, for each of them:
-    ``Σ_{c > 0} c ‖w_i‖² = Σ_{c < 0} |c| ‖w_i‖²`` over the parts i that are multiplied by ``α^c``. The descent ends
-    where the two differ by no more than 1e-9 of their sum, or after 100 sweeps: then the record and a warning in the
-    log say so.
+    At the smallest norm, the parts that grow and the parts that shrink with a symmetry have equal weight:
+    ``Σ_{c > 0} c ‖w_i‖² = Σ_{c < 0} |c| ‖w_i‖²`` over the parts i that are multiplied by ``α^c``. The descent ends when
+    the two differ by at most 1e-9 of their sum, or after 100 sweeps; then ``converged`` is false and a warning is
+    logged.
 
     Args:
-        model: the network; left as it is unless ``inplace``.
-        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
+        model: the network; not changed unless ``inplace``.
+        report_or_example_inputs: the report of `diagnose` for this model, or example inputs.
         inplace: change the values of the model itself.
 
     Returns:
-        The balanced copy, or the model itself, and what was done.
+        The balanced copy, or the model itself if ``inplace``, and a record of what was done.
 
     Raises:
-        ReportMismatchError: the report is of another model.
+        ReportMismatchError: the report belongs to another model.
         FunctionChangedError: the outputs would change by more than rounding; nothing was changed.
 
     References:

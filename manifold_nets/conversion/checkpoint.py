@@ -1,4 +1,4 @@
-"""Saving a model with its manifolds to a file, and loading them back into a freshly made model."""
+"""Save a model with its manifolds to a file, and load the file into a newly built model."""
 
 from __future__ import annotations
 
@@ -50,22 +50,23 @@ _WHY = "It was trained by an optimizer that ignores the manifold, averaged, cast
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's `state_dict` and the manifolds of its constrained weights to one safetensors file.
 
-    The tensors stand under their usual names, so that any safetensors reader can read them; the partitions and the
-    exact radii, the format's version and a checksum stand in the file's metadata. Tied tensors are stored once, with
-    their other names. Non-contiguous tensors and other memory formats are stored in row-major order. The file appears
-    whole or not at all: it is written beside ``path``, flushed, and renamed. The same model gives the same bytes.
+    The tensors have their usual names, so any safetensors reader can read them; the partitions, the exact radii, the
+    format version and a checksum are in the file's metadata. Tied tensors are stored once, with their other names.
+    Non-contiguous tensors and other memory formats are stored in row-major order. The file is written completely or not
+    at all: it is written to a temporary file beside ``path``, flushed, and renamed. The same model always gives the
+    same bytes.
 
-    Only weights on a `SphereProduct` keep their manifold. The gradients, the training mode and the optimizer are not
-    part of a model's state; save ``optimizer.state_dict()`` beside it to go on training.
+    Only weights on a `SphereProduct` keep their manifold. Gradients, the training mode and the optimizer are not part
+    of the file; also save ``optimizer.state_dict()`` to resume training.
 
     Args:
         model: the model; it is not changed.
         path: the file to write. An existing file is replaced.
 
     Raises:
-        OffManifoldError: the norm of a group is not its radius, to a few machine epsilons of the weight's dtype.
-        CheckpointError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter,
-            of a dtype that safetensors lacks, or no tensor.
+        OffManifoldError: the norm of a group differs from its radius by more than a few machine epsilons of its dtype.
+        CheckpointError: an entry of the `state_dict` is on the meta device, sparse, sharded, a lazy parameter, of a
+            dtype that safetensors does not support, or not a tensor.
         FileNotFoundError: the folder of ``path`` does not exist.
 
     Example:
@@ -88,7 +89,7 @@ def contents_to_save(model: nn.Module, path: str | os.PathLike[str]) -> storage.
         if stored not in tensors:
             raise CheckpointError(
                 path,
-                f"{weight.name} is constrained, but has no entry in the state_dict. Remove the hook of the model that "
+                f"{weight.name} is constrained but missing from the state_dict. Remove the state_dict hook that "
                 "renames or drops it.",
             )
         manifolds[stored] = weight.manifold
@@ -100,29 +101,29 @@ def contents_to_save(model: nn.Module, path: str | os.PathLike[str]) -> storage.
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint of `save` into a freshly made model, and put its weights on their manifolds again.
+    """Load a checkpoint of `save` into a newly built model, and put its weights back on their manifolds.
 
-    The model may be the plain architecture or a converted one. Everything is checked before the model is touched:
-    names, shapes, dtypes and tied tensors must be the same in file and model, and the constrained weights must lie on
-    their spheres. Then the values are copied in place: device and memory format stay the model's.
+    The model may be the plain architecture or a converted one. Everything is checked before the model is changed:
+    names, shapes, dtypes and tied tensors of file and model must agree, and the constrained weights must lie on their
+    spheres. Then the values are copied in place; device and memory format stay those of the model.
 
-    The manifolds become those of the file. A weight that is on the same manifold already keeps its parameter object,
-    and an optimizer that holds it stays valid; every other constrained weight becomes a new `geoopt.ManifoldParameter`
-    and a weight that only the model constrained becomes a plain parameter, so build optimizers after loading. Tied
-    weights stay tied. Biases that conversion had removed before saving are removed from the model as well, and one that
-    the model has lost but the file holds is put back. States of the plain network that `load_state_dict` gets later are
-    converted, as they are after `convert`. Nothing is unpickled.
+    The manifolds become those of the file. A weight that is already on the same manifold keeps its parameter object, so
+    an optimizer that holds it stays valid. Every other constrained weight becomes a new `geoopt.ManifoldParameter`, and
+    a weight that is constrained in the model but not in the file becomes a plain parameter. So build optimizers after
+    loading. Tied weights stay tied. Biases that conversion had removed before saving are removed from the model, and
+    biases that the model lacks but the file holds are put back. A plain `state_dict` loaded later is converted, as
+    after `convert`. Nothing is unpickled.
 
     Args:
-        model: the architecture that was saved, in the dtype it was saved in; its values are overwritten.
-        path: a file that `save` wrote.
+        model: the saved architecture, in the same dtype; its values are overwritten.
+        path: a file written by `save`.
 
     Returns:
         The same model.
 
     Raises:
-        CheckpointFormatError: the file is truncated, damaged, of another kind, or of a newer format version.
-        CheckpointMismatchError: file and model differ; the message says in what.
+        CheckpointFormatError: the file is truncated, damaged, of another format, or of a newer format version.
+        CheckpointMismatchError: file and model differ; the message lists the differences.
         OSError: the file does not exist or cannot be read.
 
     Example:
@@ -138,7 +139,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: storage.Contents) -> nn.Module:
-    """The same as `load`, for a file that has been read."""
+    """The same as `load`, for a file that is already in memory."""
     differences = [printable(text) for text in _differences(model, contents)]
     if differences:
         raise _mismatch(path, model, differences)
@@ -147,12 +148,12 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
     except OffManifoldError as error:
         raise CheckpointFormatError(path, f"a weight off its sphere: {error}", "Save the model again.") from None
     stored = contents.expanded()
-    # The values are points of the spheres of the file, which the model gets when nothing can fail any more.
+    # The values lie on the spheres of the file, which the model gets once nothing can fail any more.
     with unchanged_on_failure(model), trusted_values(), torch.no_grad():
         for name, place in removed_biases(model).items():
             if name in stored:
                 put_back_bias(*place)
-        # The biases that the file has not are removed afterwards as well.
+        # Biases that the file lacks are removed afterwards as well.
         found = model.load_state_dict(stored, strict=False)
         untaken = [*found.unexpected_keys, *(set(found.missing_keys) - set(contents.removed))]
         if untaken:
@@ -173,8 +174,8 @@ def load_contents(model: nn.Module, path: str | os.PathLike[str], contents: stor
 def _mismatch(path: str | os.PathLike[str], model: nn.Module, differences: list[str]) -> CheckpointMismatchError:
     return CheckpointMismatchError(
         path,
-        f"does not fit this {type(model).__name__}, which was left as it was: {'; '.join(differences)}. Make the model "
-        "with the arguments it was saved with, in the same dtype, and save and load the bare module rather than one "
+        f"does not fit this {type(model).__name__}, which was not changed: {'; '.join(differences)}. Build the model "
+        "with the same arguments and dtype as the saved one, and save and load the bare module rather than one "
         "wrapped by torch.compile or a parallel trainer.",
         differences,
     )
@@ -182,7 +183,7 @@ def _mismatch(path: str | os.PathLike[str], model: nn.Module, differences: list[
 
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """Undo what a block has done to values and biases of a model where it fails, as in a hook of the model."""
+    """Undo a block's changes to values and biases of a model if it fails, for instance in a hook of the model."""
     tensors = {id(t): t for t in itertools.chain(nn.Module.parameters(model), model.buffers())}.values()
     saved = [(tensor, tensor.detach().clone()) for tensor in tensors if not nn.parameter.is_lazy(tensor)]
     removed = removed_biases(model).values()
@@ -199,21 +200,21 @@ def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _storable(model: nn.Module, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Return the entries of the state_dict, or refuse by name what safetensors cannot hold."""
+    """Return the entries of the state_dict; raise an error that names an entry that safetensors cannot hold."""
     state: Mapping[str, object] = model.state_dict()
     for name, value in state.items():
         fault = unusual(value)
         if fault is None and isinstance(value, Tensor) and value.dtype not in _DTYPES:
-            fault = f"of {value.dtype}; cast it to a dtype that safetensors has"
+            fault = f"of {value.dtype}; cast it to a dtype that safetensors supports"
         if fault is not None:
             raise CheckpointError(path, f"{name} is {fault}. A checkpoint holds dense tensors that have values.")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def unusual(value: object) -> str | None:
-    """Why the values of an entry of a state_dict can be neither stored nor loaded, and what to do; None if they can."""
+    """Return why an entry of a state_dict can be neither stored nor loaded, and what to do; None if it can."""
     if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}; keep it outside of the state_dict"
+        return f"a {type(value).__name__}; keep it out of the state_dict"
     if nn.parameter.is_lazy(value):
         return "a lazy parameter without a shape; run the model once first"
     if hasattr(value, "__tensor_flatten__"):
@@ -223,7 +224,7 @@ def unusual(value: object) -> str | None:
     return "on the meta device; give it values first, by model.to_empty(device=…)" if value.is_meta else None
 
 
-# What safetensors 0.4 and later store.
+# The dtypes of safetensors 0.4 and later.
 _DTYPES = frozenset(
     getattr(torch, name)
     for name in "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 bool "
@@ -232,7 +233,7 @@ _DTYPES = frozenset(
 
 
 def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return each tensor once, contiguous and in the main memory, and the first name of every further name."""
+    """Return each tensor once, contiguous and in main memory, and the first name for every further name."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
@@ -252,7 +253,7 @@ def _unique(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 
 def _place(tensor: Tensor) -> tuple[object, ...] | None:
-    """Identify the memory that a tensor shows: equal for tied tensors; None where it has no entries."""
+    """Identify the memory of a tensor: equal for tied tensors; None if it has no entries."""
     if unusual(tensor) or tensor.numel() == 0:
         return None
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
@@ -261,7 +262,7 @@ def _place(tensor: Tensor) -> tuple[object, ...] | None:
 def _require_points(
     tensors: Mapping[str, Tensor], manifolds: Mapping[str, SphereProduct], model: nn.Module | None = None
 ) -> None:
-    """Raise `OffManifoldError` where a norm is off by more than rounding explains; say what to do with a model."""
+    """Raise `OffManifoldError` if a norm is off by more than rounding; the message says what to do with a model."""
 
     def remedy(name: str) -> Callable[[], str]:
         return lambda: "" if model is None else f"{_WHY} {way_back(model, name)}"
@@ -276,10 +277,10 @@ def _require_points(
 
 
 def _rounding(stored: Tensor, manifold: SphereProduct) -> float:
-    """Relative deviation of a norm that rounding explains.
+    """Largest relative deviation of a norm that rounding can cause.
 
-    The optimizers stay below 4 machine epsilons and a cast adds at most half of one; 8 leaves room for neither of them
-    to be met by chance. Where a radius is so small that entries are subnormal, each entry carries an absolute error.
+    The optimizers stay below 4 machine epsilons and a cast adds at most half of one; 8 leaves a safety margin for both.
+    If a radius is so small that entries are subnormal, each entry also has an absolute error.
     """
     limits = torch.finfo(stored.dtype)
     subnormal = limits.tiny * limits.eps * math.sqrt(manifold.partition.group_size) / float(manifold.radii.min())
@@ -287,7 +288,7 @@ def _rounding(stored: Tensor, manifold: SphereProduct) -> float:
 
 
 def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
-    """Say in what a file and a model differ; an empty list where the file can be loaded."""
+    """Return the differences between a file and a model; an empty list if the file can be loaded."""
     in_file = contents.expanded()
     returning = _returning_biases(model, in_file)
     in_model = {**model.state_dict(), **returning}
@@ -303,14 +304,14 @@ def _differences(model: nn.Module, contents: storage.Contents) -> list[str]:
     for name in contents.removed:
         prefix, _, leaf = name.rpartition(".")
         if prefix not in places or leaf != "bias" or leaf not in places[prefix]._parameters:
-            found.append(f"{name!r} is a removed bias in the file, but no bias of the model")
+            found.append(f"{name!r} is a removed bias in the file, but not a bias of the model")
     strange = [prefix for prefix in contents.conversions if prefix and prefix[:-1] not in places]
     if strange:
-        found.append(f"the model has no modules {listed(prefix[:-1] for prefix in strange)}, which were converted")
+        found.append(f"the model lacks the converted modules {listed(prefix[:-1] for prefix in strange)}")
     shared = [name for name in in_model if name in in_file]
     constrained = [name for name in contents.manifolds if name in in_model and name not in parameters]
     texts = [f"{name}: {text}" for name in shared if (text := _difference(in_file[name], in_model[name]))]
-    found += _cut(texts + [f"{name}: constrained in the file, but no parameter of the model" for name in constrained])
+    found += _cut(texts + [f"{name}: constrained in the file, not a parameter of the model" for name in constrained])
     return found + _cut(_ties(contents.aliases, {name: in_model[name] for name in shared}))
 
 
@@ -323,14 +324,14 @@ def _difference(stored: Tensor, present: object) -> str | None:
     if stored.dtype != present.dtype:
         return f"{stored.dtype} in the file, {present.dtype} in the model"
     if present.is_inference() and not torch.is_inference_mode_enabled():
-        return "made in inference mode in the model, where it cannot be written to; make the model outside of it"
+        return "made in inference mode in the model, so it cannot be overwritten; make the model outside of that mode"
     if any(size > 1 and stride == 0 for size, stride in zip(present.shape, present.stride(), strict=True)):
-        return "an expanded view in the model, which cannot be written to"
+        return "an expanded view in the model, which cannot be overwritten"
     return None
 
 
 def _ties(aliases: Mapping[str, str], present: Mapping[str, object]) -> list[str]:
-    """Say which tensors are tied in the file alone or in the model alone."""
+    """Return which tensors are tied only in the file or only in the model."""
     in_file: dict[object, set[str]] = {}
     in_model: dict[object, set[str]] = {}
     for name, value in present.items():
@@ -352,11 +353,11 @@ def _returning_biases(model: nn.Module, in_file: Mapping[str, Tensor]) -> dict[s
 
 
 def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
-    """Constrain the weights that the file constrains, and no others; parameter objects that fit are kept."""
+    """Constrain exactly the weights that the file constrains; keep parameter objects that fit."""
     wanted = contents.manifolds
     present = {contents.aliases.get(weight.name, weight.name): weight for weight in constrained_weights(model)}
     kept = {name for name, weight in present.items() if name in wanted and _is_on(weight, wanted[name])}
-    # The weights of a joint sphere share one object: it is theirs as before, or another one for all of them.
+    # The weights of a joint sphere share one object: all keep it, or all get another one.
     split = {getattr(wanted[name], "joint", None) for name in wanted.keys() - kept} - {None}
     places = holders(model)
     for name in {**present, **wanted}:
@@ -382,7 +383,7 @@ def _set_manifolds(model: nn.Module, contents: storage.Contents) -> None:
 
 
 def _is_on(weight: ConstrainedWeight, manifold: SphereProduct) -> bool:
-    """Whether a parameter object lies on the manifold that it should have."""
+    """Whether a parameter object lies on the given manifold."""
     return isinstance(weight.parameter, geoopt.ManifoldParameter) and manifold.to_dict() == weight.manifold.to_dict()
 
 

@@ -1,4 +1,4 @@
-"""Giving a model back as a file of another program: plain safetensors, ONNX, or torch's own `.pt2`."""
+"""Export a model for other programs: plain safetensors, ONNX, or torch's own `.pt2`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
+from manifold_nets._torch import nothing_left_behind
 from manifold_nets.constraints import constrained_weights
 from manifold_nets.conversion.revert import revert
 from manifold_nets.conversion.verify import Verification, both_modes, compare_outputs, eval_limit, verify
@@ -38,13 +39,13 @@ class ExportRecord:
     Args:
         path: the file.
         format: ``"safetensors"``, ``"onnx"`` or ``"pt2"``.
-        reverted: how many weights came off their spheres.
+        reverted: number of weights that were on spheres.
         verification: differences between the model and the reverted one.
-        file_difference: largest relative difference between the outputs of the reverted model in evaluation mode and
-            those of the file, read back; None where nothing could run the file.
-        read_by: what read the file back.
-        batch: sizes of the first axis of the inputs that the file takes: ``"any"``, or the one of the example inputs;
-            None for a file of weights.
+        file_difference: largest relative difference in evaluation mode between the reverted model and the file after
+            reading it back; None if nothing could run the file.
+        read_by: the program that read the file back.
+        batch: the batch sizes that the file accepts: ``"any"``, or that of the example inputs; None for a file of
+            weights.
     """
 
     path: Path
@@ -67,11 +68,11 @@ def export_model(
     *,
     format: FileFormat = "safetensors",  # noqa: A002
 ) -> ExportRecord:
-    """Write a model as an ordinary one: reverted, compared with itself, written, read back, and compared again.
+    """Export a model as an ordinary one: revert it, compare both, write the file, read it back, and compare again.
 
-    A safetensors file holds the plain `state_dict`. ONNX and `.pt2` files hold the network in evaluation mode, with
-    the batch left open where the network allows it; ONNX needs the extra ``onnx``. The file appears whole and checked,
-    or not at all.
+    A safetensors file holds the plain `state_dict`. ONNX and `.pt2` files hold the network in evaluation mode, with a
+    dynamic batch size if the network allows it; ONNX needs the extra ``onnx``. The file is written completely and
+    checked, or not at all.
 
     Args:
         model: a converted model, or any other; it is not changed.
@@ -80,13 +81,13 @@ def export_model(
         format: ``"safetensors"``, ``"onnx"`` or ``"pt2"``.
 
     Returns:
-        An `ExportRecord` with the differences measured.
+        An `ExportRecord` with the measured differences.
 
     Raises:
-        FunctionChangedError: the reverted model, or the file, computes something else by more than rounding.
-        ExportError: the model cannot be written in this format, or the file cannot be run.
+        FunctionChangedError: the output of the reverted model, or of the file, differs by more than rounding.
+        ExportError: the model cannot be exported to this format, or the file cannot be run.
         MissingExtraError: a package that the format needs is not installed.
-        ExampleInputsError: the model refuses the inputs.
+        ExampleInputsError: the model does not accept the inputs.
         FileNotFoundError: the folder of ``path`` does not exist.
 
     Example:
@@ -106,15 +107,15 @@ def export_model(
     limit = eval_limit(dtype_of(plain))
     for mode, difference in (("evaluation", verification.eval_difference), ("training", verification.train_difference)):
         if not difference <= limit:
-            remedy = "No file was written. Export a model whose output depends on nothing but its inputs and seeds."
+            remedy = "No file was written. Export a model whose output depends only on its inputs and the seed."
             raise FunctionChangedError(type(model).__name__, mode, difference, limit, remedy)
     write = {"safetensors": _write_safetensors, "onnx": _write_onnx, "pt2": _write_pt2}[format]
     with atomic_file(path) as temporary:
         found, read_by, batch = write(plain, temporary, split_inputs(example_inputs), Path(path))
-        # Another engine adds in another order, and folds the normalizations into the weights first.
+        # Another engine sums in another order, and first folds the normalizations into the weights.
         allowed = 10 * limit if format == "onnx" else limit
         if found is not None and not found <= allowed:
-            remedy = "No file was written. Write the weights alone with the format safetensors."
+            remedy = "No file was written. Export only the weights, in the safetensors format."
             raise FunctionChangedError(f"{path} ({type(model).__name__})", "evaluation", found, allowed, remedy)
     count = sum(1 for _ in constrained_weights(model))
     return ExportRecord(Path(path), format, count, verification, found, read_by, batch)
@@ -183,7 +184,7 @@ def _run_onnx(file: Path, inputs: Inputs) -> list[Tensor] | None:
 
 
 def _program(plain: nn.Module, inputs: Inputs, final: Path) -> torch.export.ExportedProgram:
-    """Trace a model in evaluation mode, with the first axis of every input open where the model allows it."""
+    """Trace a model in evaluation mode, with a dynamic first axis of every input if the model allows it."""
     plain = plain.eval()
     disable_cache(plain)
     bound = inspect.signature(plain.forward).bind(*inputs[0], **inputs[1]).arguments
@@ -194,7 +195,7 @@ def _program(plain: nn.Module, inputs: Inputs, final: Path) -> torch.export.Expo
 
     shapes = pytree.tree_map(first_axis, dict(bound))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), nothing_left_behind(plain):
             return torch.export.export(plain, inputs[0], inputs[1], dynamic_shapes=shapes)
     except Exception as error:
         raise ExportError(final, "torch.export", error) from error

@@ -1,9 +1,10 @@
-"""What changes together: the description of a remedy from which a model is converted, converted again and projected.
+"""Which values change together: the record by which a model is converted, converted again and projected.
 
 A conversion moves parameters along symmetries of the network. `ScaledWeight` is a move along ``c ⊙ w``: the groups of a
-weight are multiplied by factors, and biases and running statistics follow. `RemovedBias` is a move along a constant d:
-a bias goes to zero, and running means follow. `convert` carries them out; `Moves` keeps them on the model and in its
-checkpoint, so that `load_state_dict`, `load` and `project` do the same to other values of the plain network.
+weight are multiplied by factors, and biases and running statistics change with them. `RemovedBias` is a move along a
+constant d: a bias becomes zero, and running means change with it. `convert` applies the moves; `Moves` keeps them on
+the model and in its checkpoint, so that `load_state_dict`, `load` and `project` can apply them to other values of the
+plain network.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _LARGEST_CANCELLATION = 8.0
 
 
 class Values(dict[str, Tensor]):
-    """New float64 values of parameters and buffers by name; of those without, the present ones are looked up.
+    """New float64 values of parameters and buffers by name; missing ones are looked up among the present values.
 
     Args:
         present: the present values.
@@ -50,13 +51,13 @@ class Values(dict[str, Tensor]):
 
 @dataclass(frozen=True)
 class ScaledWeight:
-    """A weight that goes on its spheres by a factor for each group, and what is scaled with it.
+    """A weight that goes on its spheres by one factor for each group, and what is rescaled with it.
 
     Args:
         name: the weight.
-        radius: the radius of unit filters, √k for k filters in a group; None where the groups keep their norms.
-        biases: the biases that are scaled along.
-        absorbers: the normalizations behind the weight, whose running statistics are scaled along.
+        radius: the radius of unit filters, √k for k filters in a group; None if the groups keep their norms.
+        biases: the biases that are rescaled with the weight.
+        absorbers: the normalizations behind the weight, whose running statistics are rescaled too.
     """
 
     name: str
@@ -66,12 +67,12 @@ class ScaledWeight:
 
     @classmethod
     def of(cls, finding: WeightFinding, radius: float | None) -> ScaledWeight:
-        """Take from a finding what is needed to scale the weight."""
+        """Make the move of a weight from its finding."""
         return cls(finding.name, radius, finding.scaled_along, finding.absorbers)
 
     @property
     def along(self) -> tuple[str, ...]:
-        """Names of the biases and running statistics that are scaled along."""
+        """Names of the biases and running statistics that are rescaled with the weight."""
         buffers = [n for a in self.absorbers for n in (a.running_mean, a.running_var) if n is not None]
         return tuple(dict.fromkeys([*(bias.name for bias in self.biases), *buffers]))
 
@@ -80,7 +81,7 @@ class ScaledWeight:
         return replace(self, biases=tuple(bias for bias in self.biases if bias.name not in names))
 
     def without_data(self) -> ScaledWeight:
-        """Leave out what was measured on the example inputs."""
+        """Leave out values that were measured on the example inputs."""
         return replace(self, absorbers=tuple(replace(a, variances=()) for a in self.absorbers))
 
     def with_running_variances(self, state: Mapping[str, Tensor]) -> ScaledWeight:
@@ -104,7 +105,7 @@ class ScaledWeight:
         return norms, torch.ones_like(norms) if self.radius is None else self.radius / norms
 
     def onto_spheres(self, partition: Partition, values: Values) -> SphereProduct:
-        """Change the values of the weight and of all that follows, if the norms are not kept; return the manifold."""
+        """Rescale the weight and what depends on its scale, unless the norms are kept; return the manifold."""
         weight = values[self.name]
         norms, factors = self.factors(partition, weight)
         if self.radius is None:
@@ -116,10 +117,10 @@ class ScaledWeight:
     def why_norms_stay(
         self, dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor, tolerance: float
     ) -> tuple[str | None, float | None]:
-        """Return why the weight cannot be rescaled, or None, and what that changes in training mode.
+        """Return why the weight cannot be rescaled, or None, and how much rescaling changes training mode.
 
         Args:
-            dtype: that of the weight.
+            dtype: dtype of the weight.
             state: parameters and buffers by name.
             factors: the factor of each group.
             tolerance: largest relative change of a layer's normalized training output.
@@ -138,12 +139,12 @@ class ScaledWeight:
 
 @dataclass(frozen=True)
 class RemovedBias:
-    """A bias without effect that is removed, and the running means that contain what it adds.
+    """A removed bias without effect, and the running means that contain it.
 
     Args:
         name: the bias.
         means: what is subtracted from each running mean behind it, channel by channel.
-        direct: whether that is the bias itself, whatever its values are; else it was measured.
+        direct: whether that is the bias itself for all values; else it was measured.
     """
 
     name: str
@@ -151,7 +152,7 @@ class RemovedBias:
     direct: bool = True
 
     def take_out(self, values: Values) -> None:
-        """Put zeros in the place of the bias, and take what it adds out of the running means."""
+        """Replace the bias by zeros, and subtract its effect from the running means."""
         bias = values[self.name]
         for mean, shift in self.means.items():
             values[mean] = values[mean] - (bias if self.direct else bias.new_tensor(shift))
@@ -160,7 +161,7 @@ class RemovedBias:
 
 @dataclass
 class Moves:
-    """What a conversion did to a model; names are those of the converted model.
+    """The moves of a conversion; names are those of the converted model.
 
     Args:
         weights: the weights that it put on spheres.
@@ -210,13 +211,13 @@ class Moves:
 
 
 def moves_of(model: nn.Module) -> Moves | None:
-    """Return what conversions did to a model; None where that is not known."""
+    """Return the moves of a model's conversions; None if unknown."""
     record: Moves | None = model.__dict__.get(MOVES)
     return record
 
 
 def moves_within(model: nn.Module) -> Iterator[tuple[str, nn.Module, Moves]]:
-    """Yield the converted models that a model is or holds, with the prefix of their names and their records."""
+    """Yield the converted models inside a model, or the model itself, with their name prefix and their moves."""
     for name, module in model.named_modules():
         record = moves_of(module)
         if record is not None:
@@ -307,14 +308,14 @@ def _deviation(absorber: Absorber, state: Mapping[str, Tensor], factors: Tensor)
 def _obstacle(
     absorbers: Sequence[Absorber], dtype: torch.dtype, state: Mapping[str, Tensor], factors: Tensor
 ) -> str | None:
-    """Why the rescaling to unit radius could not be exact in evaluation mode, or None."""
+    """Return why rescaling to unit radius cannot be exact in evaluation mode, or None."""
     if dtype in (torch.float16, torch.bfloat16):
         return "rescaling half-precision weights would round every entry"
     for absorber in absorbers:
         if absorber.kind != "batch" or absorber.running_var is None or absorber.running_mean is None:
-            return f"{absorber} has no running statistics that could take up its eps"
+            return f"{absorber} has no running statistics that could compensate for its eps"
         if -2 in absorber.groups:
-            return f"{absorber} absorbs a product of scales"
+            return f"{absorber} absorbs a product of several scales"
         if len(absorber.variances) != len(absorber.groups):
             return f"the batch variances in front of {absorber} are not known"
         same = [a for a in absorbers if a.running_var == absorber.running_var]
@@ -324,5 +325,5 @@ def _obstacle(
         rescaled = rescaled_variance(state[absorber.running_var].double(), eps, gather(factors, absorber.groups))
         # By how much rounding v' is magnified in v' + eps.
         if len(rescaled) and float((rescaled.abs() / (rescaled + eps)).max()) > _LARGEST_CANCELLATION:
-            return f"running variances of {absorber} are too small against its eps"
+            return f"running variances of {absorber} are too small compared with its eps"
     return None

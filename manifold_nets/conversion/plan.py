@@ -1,4 +1,4 @@
-"""The plan of a conversion: what is done about every symmetry, and why; data, made before anything changes."""
+"""The plan of a conversion: what to do about every symmetry and why, as data, made before anything changes."""
 
 from __future__ import annotations
 
@@ -48,42 +48,42 @@ def plan(
     exclude: Selector = None,
     train_tolerance: float = 1e-4,
 ) -> ConversionPlan:
-    """Decide what is done about every symmetry of a network; nothing is changed.
+    """Plan what to do about every symmetry of a network; nothing is changed.
 
-    The remedies, in the order in which they are carried out:
+    The remedies, in the order in which they are applied:
 
-    ``"dead-biases"``: a bias that a normalization or a softmax takes away again is removed. Running means behind it
-    lose the same constant, so that both modes stay; its key leaves the `state_dict`, as with ``bias=False``. `revert`
-    puts zeros back.
+    ``"dead-biases"`` removes biases that a normalization or a softmax subtracts again. The running means behind them
+    change by the same constant, so the output stays the same in both modes. The key leaves the `state_dict`, as with
+    ``bias=False``; `revert` puts zeros back.
 
-    ``"balance"``: rescalings from one layer to the next are moved to the point of smallest norm; see `balance`. The
-    plan keeps the factors, so that nothing is searched twice; on weights that changed since, the search goes on there.
+    ``"balance"`` rescales layers against each other to the smallest norm; see `balance`. The plan keeps the factors it
+    found; if the weights have changed by the time it is applied, the search continues from these factors.
 
-    ``"spheres"``: each scale-invariant weight is put on a product of spheres. With ``radius="unit"`` a group of k
-    filters gets norm √k, so that the mean square filter norm is 1. That is exact in evaluation mode, where the running
-    statistics take up the eps of the normalization, but in training mode eps weighs differently after the rescaling.
-    Where this changes the output of a layer's normalization by more than ``train_tolerance``, where there are no
-    running statistics, or where they cannot be rescaled exactly, the groups keep their norms as radii; nothing is
-    lost, since the metric of `SphereProduct` does not depend on the radius.
+    ``"spheres"`` puts each scale-invariant weight on a product of spheres. With ``radius="unit"`` a group of k filters
+    gets norm √k, so that the mean square filter norm is 1. This is exact in evaluation mode, where the running
+    statistics compensate for the eps of the normalization; in training mode, eps has another effect after the
+    rescaling. Groups keep their norms as radii if that would change the output of a layer's normalization by more than
+    ``train_tolerance``, if there are no running statistics, or if these cannot be rescaled exactly. This has no
+    disadvantage, since the metric of `SphereProduct` does not depend on the radius.
 
-    ``"joint-spheres"``: weights whose scale has a meaning for each alone but none for all together, as those that add
-    to one residual stream, go on one sphere for each channel, or on one sphere in all; see `JointSphere`. The joint
-    norms are kept as radii, so that nothing else changes. Biases and other vectors that share the scale move freely.
+    ``"joint-spheres"`` handles weights that are scale-invariant only together, such as those that add to one residual
+    stream: they share one sphere for each channel, or a single one; see `JointSphere`. Their joint norms are kept as
+    radii, so nothing else changes. Biases and other vectors with the same scale stay unconstrained.
 
     Args:
         model: the network.
-        report_or_example_inputs: what `diagnose` returned for it, or example inputs to diagnose it with.
-        remedies: a name, several, or ``"all"``.
+        report_or_example_inputs: the report of `diagnose` for this model, or example inputs to diagnose it with.
+        remedies: one name, several, or ``"all"``.
         radius: ``"unit"`` or ``"keep"`` for all weights.
-        include: names to convert: a pattern (``"layer1.*"``), several, or a predicate on the name (default: all). What
-            moves several parameters is done where all of them are included.
-        exclude: names to leave, likewise.
-        train_tolerance: largest relative change of a layer's normalized training output.
+        include: names to convert (default: all): a pattern such as ``"layer1.*"``, several patterns, or a predicate on
+            the name. A remedy for several parameters is applied only if all of them are included.
+        exclude: names to leave, in the same form.
+        train_tolerance: largest relative change of a layer's normalized output in training mode.
 
     Raises:
-        OptionError: ``include`` or ``exclude`` matches no parameter that the remedies could be about.
-        OptionError: ``remedies``, ``radius`` or ``train_tolerance`` has no meaning.
-        ReportMismatchError: the report is of another model.
+        OptionError: ``include`` or ``exclude`` matches no parameter that the remedies apply to.
+        OptionError: ``remedies``, ``radius`` or ``train_tolerance`` has an invalid value.
+        ReportMismatchError: the report belongs to another model.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
@@ -125,14 +125,14 @@ def plan_of(
     joint: bool = False,
     start: Rescaling | None = None,
 ) -> ConversionPlan:
-    """Put a plan together, each part for the values that the parts before it leave.
+    """Build a plan; each part is planned for the values that the earlier parts leave.
 
     Args:
         model: the network.
-        report: what `diagnose` returned for it.
-        early: what `early_actions` returned.
-        weights: what is done with each weight by itself, for parameters and buffers as they are then.
-        choose: carries an action of the other remedies out or leaves it.
+        report: the report of `diagnose` for this model.
+        early: the result of `early_actions`.
+        weights: returns the actions on single weights, given the parameters and buffers at that point.
+        choose: keeps an action of the other remedies or turns it into "leave".
         joint: whether weights go on joint spheres.
         start: a rescaling that was found before.
     """
@@ -147,11 +147,11 @@ def plan_of(
 
 
 def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[str]) -> list[Action]:
-    """Return the actions that come before spheres, in the order in which they are carried out."""
+    """Return the actions that come before spheres, in the order in which they are applied."""
     actions = dead_bias_actions(model, report) if "dead-biases" in remedies else []
     if "balance" in remedies:
         for number, (family, why_left) in enumerate(rescaling_families(model, report), 1):
-            reason, members = f"{family.count} rescalings go to their smallest norm", tuple(map(str, family.members))
+            reason, members = f"{family.count} rescalings, to minimize the norm", tuple(map(str, family.members))
             action = Action(f"balance {number}", "balance", reason, remedy="balance", members=members, move=family)
             actions.append(action if why_left is None else action.left(why_left))
     return actions
@@ -160,13 +160,13 @@ def early_actions(model: nn.Module, report: SymmetryReport, remedies: Sequence[s
 def staged(
     state: State, actions: Sequence[Action], start: Rescaling | None = None
 ) -> tuple[dict[str, Tensor], Rescaling | None]:
-    """Return parameters and buffers as they are after biases were removed and rescalings balanced, and the rescaling.
+    """Return parameters and buffers after removing biases and balancing, and the rescaling.
 
     Changed ones are new tensors, rounded once to their dtype; removed biases are zeros.
 
     Args:
         state: parameters and buffers by name.
-        actions: what is done.
+        actions: the actions to apply.
         start: a rescaling that was found before, for these values or for others.
     """
     values = Values(state)
@@ -183,7 +183,7 @@ def staged(
 def _weight_actions(
     report: SymmetryReport, state: State, radii: Mapping[str, Radius], tolerance: float
 ) -> list[Action]:
-    """Return what is done with each weight by itself, at the radius that is asked for; without one it is left."""
+    """Return the action for each single weight at the requested radius; "leave" without one."""
     return [
         Action(finding.name, "leave", "not selected", finding.partition)
         if finding.status == "invariant" and finding.name not in radii
@@ -211,20 +211,20 @@ def _selected(names: list[str], selector: Selector, option: str, *, default: boo
     return {name for found in matches.values() for name in found}
 
 
-# ---- plans that a person has edited ----------------------------------------------------------------------------------
+# ---- edited plans ----------------------------------------------------------------------------------------------------
 
 
 def write_plan(chosen: ConversionPlan, path: str | os.PathLike[str]) -> None:
-    """Write a plan as JSON for a person to read and edit; the file appears whole or not at all.
+    """Write a plan as JSON, to read and edit. The file is written completely or not at all.
 
-    Each action has a ``"name"``, an ``"action"`` (``"leave"``, or what its ``"remedy"`` does: ``"sphere"`` for
+    Each action has a ``"name"``, an ``"action"`` (``"leave"``, or the one of its ``"remedy"``: ``"sphere"`` for
     ``"spheres"``, ``"remove"`` for ``"dead-biases"``, ``"balance"`` for ``"balance"``, ``"joint sphere"`` for
-    ``"joint-spheres"``) and, for spheres, a ``"radius"`` (``"unit"`` or ``"keep"``). What else is there explains;
-    changing it has no effect, except that the ``"members"`` of an action that moves several parameters must be those
-    of the network.
+    ``"joint-spheres"``) and, for spheres, a ``"radius"`` (``"unit"`` or ``"keep"``). All other entries are
+    explanations, and editing them has no effect, except that the ``"members"`` of an action on several parameters must
+    be those of the network.
 
     Args:
-        chosen: what `manifold_nets.plan` returned.
+        chosen: the plan that `manifold_nets.plan` returned.
         path: file to write.
     """
     with atomic_file(path) as temporary:
@@ -232,19 +232,19 @@ def write_plan(chosen: ConversionPlan, path: str | os.PathLike[str]) -> None:
 
 
 def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedPlan) -> ConversionPlan:
-    """Turn an edited plan into one that can be carried out, or say what is wrong with it.
+    """Check an edited plan and make it applicable.
 
-    Weights that the edited plan does not name are left. Unit radius is taken whatever it changes in training mode: who
-    asks for it by name gets it, and the deviation is reported.
+    Weights that the edited plan does not mention are left. Unit radius is applied whatever it changes in training mode,
+    because the plan asks for it explicitly; the deviation is reported.
 
     Args:
         model: the network.
-        report_or_example_inputs: what `diagnose` returned for it, or example inputs.
-        edited: a plan, its `to_dict`, or the file that `write_plan` wrote.
+        report_or_example_inputs: the report of `diagnose` for this model, or example inputs.
+        edited: a plan, its `to_dict`, or a file written by `write_plan`.
 
     Raises:
-        PlanError: the plan is not valid JSON of a plan, has an unknown key, names a weight that is not there or one
-            twice, or asks for what is impossible.
+        PlanError: the plan is not valid, has an unknown key, names an unknown weight or one weight twice, or asks for
+            an action that is impossible.
     """
     source = os.fspath(edited) if isinstance(edited, (str, os.PathLike)) else "plan"
     wanted = _read(source, edited)
@@ -272,10 +272,10 @@ def edited_plan(model: nn.Module, report_or_example_inputs: Any, edited: EditedP
     )
     known = {remedy: sorted(a.name for a in found.actions if a.remedy == remedy) for remedy in (*asked, "spheres")}
     for (name, remedy), entry in wanted.items():
-        # What is left need not be known.
+        # Left actions need not be known.
         skipped = remedy != "spheres" and entry["action"] == "leave"
         if remedy in known and name not in known[remedy] and not skipped:
-            names = ", ".join(known[remedy]) or "none, as there is nothing to do"
+            names = ", ".join(known[remedy]) or "none, as this remedy has nothing to do"
             raise PlanError(source, f"action {entry['action']!r} for {name!r}", f"one of {names}")
     return found
 
@@ -290,14 +290,14 @@ def _read(source: str, edited: EditedPlan) -> _Wanted:
         try:
             data = parse_json(Path(data).read_bytes())
         except (OSError, ValueError) as error:
-            raise PlanError(source, f"{type(error).__name__}: {error}", "a file that write_plan wrote") from error
+            raise PlanError(source, f"{type(error).__name__}: {error}", "a file written by write_plan") from error
     fault = _SCHEMA.fault(data)
     if fault is not None:
         raise PlanError(source, fault, 'a plan: {"actions": [{"name": …, "action": …}, …]}')
     remedies = {what: remedy for remedy, what in ACTION_OF.items()}
     wanted: dict[tuple[str, str], Mapping[str, Any]] = {}
     for entry in data["actions"]:
-        # The remedy of an action is known by what it does; of one that does nothing, by what it says.
+        # The remedy of an action follows from its kind; that of "leave", from its own entry.
         said = entry.get("remedy", "spheres")
         remedy = remedies.get(entry["action"], said)
         if entry.get("remedy", remedy) != remedy:

@@ -1,9 +1,9 @@
-"""Values of the plain network in a converted model: loaded, or moved off their spheres, they are converted once more.
+"""Convert values of the plain network inside a converted model, when they are loaded or were moved off their spheres.
 
-A `state_dict` of the plain network has the keys and shapes of the converted model's. Loaded as it is, it computes the
-plain network's function until the next optimizer step puts the weights on their spheres, and biases and running
-statistics stay behind. So a hook of `load_state_dict` makes of such a state what `convert` makes of that network, and
-`project` does the same with the values that a model has.
+A `state_dict` of the plain network has the keys and shapes of the converted model's. Loaded without change, it would
+compute the plain network's function until the next optimizer step puts the weights on their spheres without rescaling
+biases and running statistics. So a hook of `load_state_dict` converts such a state as `convert` converts that network,
+and `project` does the same with the present values of a model.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ __all__ = ["project"]
 
 
 class _Converted(Values):
-    """What becomes of some values of the plain network.
+    """Converted values of the plain network.
 
     Args:
         given: the values by the first names of their tensors.
         prefix: what to write in front of names in messages.
 
     Attributes:
-        manifolds: the manifolds that change, as the norms are their radii, by the `id` of the present ones.
+        manifolds: the manifolds that change because norms become radii, by the `id` of the present ones.
     """
 
     def __init__(self, given: Mapping[str, Tensor], prefix: str = "") -> None:
@@ -65,17 +65,17 @@ class _Converted(Values):
     def partial(self, name: str, found: str, missing: list[str]) -> ProjectionError:
         return ProjectionError(
             self.prefix + name,
-            f"{found}, and the state lacks {listed(missing)}, which change with it. Load all of them together, or load "
-            "the state into the plain network, and convert that with manifold_nets.convert.",
+            f"{found}, and the state lacks {listed(missing)}, which must change with it. Load all of them together, or "
+            "load the state into the plain network and convert that with manifold_nets.convert.",
         )
 
 
 def _convert_values(model: nn.Module, record: Moves, found: _Converted) -> None:
-    """Convert values of the plain network as its conversion did; those on their spheres to rounding stay as they are.
+    """Convert values of the plain network as its conversion did; values on their spheres stay the same.
 
     Raises:
         DegenerateGroupError: a group is zero or not finite.
-        ProjectionError: a weight is off its spheres, and what changes with it is not among the values.
+        ProjectionError: a weight is off its spheres, and values that must change with it are missing.
     """
     known = record.present(removed_biases(model))
     for weight in constrained_weights(model):
@@ -116,9 +116,9 @@ def _convert_weight(weight: ConstrainedWeight, move: ScaledWeight, tolerance: fl
 
 
 def _rounding(*tensors: Tensor) -> float:
-    """Relative deviation of a norm that rounding explains, for values of the coarsest of some dtypes.
+    """Largest relative deviation of a norm that rounding can cause, for values of the coarsest of some dtypes.
 
-    A point in half precision is one that was rounded once; the optimizers keep others within 4 machine epsilons.
+    A point in half precision was rounded once; the optimizers keep others within 4 machine epsilons.
     """
     eps = max(torch.finfo(tensor.dtype).eps for tensor in tensors)
     return eps if eps > torch.finfo(torch.float32).eps else 8 * eps
@@ -139,7 +139,7 @@ class _WhenLoaded(LoadHook):
 
 
 class _TakesRadii(LoadHook):
-    """Gives a weight its new radii right before it gets its values: a hook of another layer may raise before that."""
+    """Gives a weight its new radii right before its values are loaded: a hook of another layer may raise earlier."""
 
     def __init__(self, module: nn.Module, leaf: str, old: SphereProduct, new: SphereProduct) -> None:
         self.leaf, self.old, self.new = leaf, old, new
@@ -147,7 +147,7 @@ class _TakesRadii(LoadHook):
 
     def __call__(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         module, value = self.module(), state_dict.get(prefix + self.leaf)
-        # It stays where loading failed, and may meet other values then.
+        # If loading fails it stays, and may later get other values.
         if module is None or not has_norms(value, self.new):
             return
         if float(self.new.deviations(whole(value)).max()) <= _rounding(value):
@@ -155,19 +155,19 @@ class _TakesRadii(LoadHook):
 
 
 def convert_when_loaded(model: nn.Module) -> None:
-    """Have `load_state_dict` convert the state of a plain network, from now on and in copies of the model."""
+    """Make `load_state_dict` convert the state of a plain network, from now on and in copies of the model."""
     leave_as_loaded(model)
     _WhenLoaded(model)
 
 
 def leave_as_loaded(model: nn.Module) -> None:
-    """Take off what `convert_when_loaded` put on."""
+    """Undo `convert_when_loaded`."""
     for kind in (_WhenLoaded, _TakesRadii):
         remove_load_hook(model, kind)
 
 
 def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], prefix: str) -> None:
-    """Replace the values of a plain network by those of its converted form."""
+    """Replace the values of a plain network by their converted form."""
     first: dict[int, str] = {}
     first_name = {name: first.setdefault(id(tensor), name) for name, tensor in named_tensors(model).items()}
     given = {
@@ -205,7 +205,7 @@ def _convert_state(model: nn.Module, record: Moves, state_dict: dict[str, Any], 
 
 
 def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
-    """Take the biases that conversion removed out of the running means of a state."""
+    """Subtract the effect of removed biases from the running means of a state."""
     for name in names:
         move = record.biases[name]
         if not bool(found[name].any()):
@@ -213,8 +213,8 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
         if not move.direct:
             raise ProjectionError(
                 found.prefix + name,
-                "the conversion removed this bias, and what it adds to running means has to be measured. Load the "
-                "state into the plain network, and convert that with manifold_nets.convert.",
+                "the conversion removed this bias, and its effect on running means has to be measured. Load the state "
+                "into the plain network and convert that with manifold_nets.convert.",
             )
         missing = found.missing(tuple(move.means))
         if missing:
@@ -226,28 +226,28 @@ def _remove_biases(record: Moves, names: list[str], found: _Converted) -> None:
 
 
 def way_back(model: nn.Module, name: str) -> str:
-    """Say what to do with a weight that is off its spheres, and what that does to the output of the model."""
+    """Return what to do with a weight that is off its spheres, and how that changes the output of the model."""
     weight = next(weight for weight in constrained_weights(model) if weight.name == name)
     known = _followers(moves_within(model)).get(id(weight.parameter))
     if known is not None and not known[1]:
         return (
-            "To put it back, call manifold_nets.project(model): biases and running statistics are scaled along, and "
-            "the output stays."
+            "To put it back, call manifold_nets.project(model), which also scales biases and running statistics, so "
+            "that the output stays the same."
         )
     if is_converted(weight):
         return (
-            "What has to be scaled along with it is not known here. The plain network computes the same: "
-            "manifold_nets.revert(model). If a normalization still takes its scale away, "
-            "manifold_nets.project(model, example_inputs) puts it back and the output stays."
+            "It is not known which biases and statistics must be scaled with it. manifold_nets.revert(model) gives "
+            "the plain network with the same output. If a normalization still absorbs its scale, "
+            "manifold_nets.project(model, example_inputs) puts it back and keeps the output."
         )
     return (
-        "To put it back, call manifold_nets.project(model): the output changes with it unless a normalization takes "
-        "its scale away. To keep the output, take the plain network: manifold_nets.revert(model)."
+        "To put it back, call manifold_nets.project(model); this changes the output unless a normalization absorbs its "
+        "scale. To keep the output, use the plain network from manifold_nets.revert(model)."
     )
 
 
 def _followers(records: Iterable[tuple[str, nn.Module, Moves]]) -> dict[int, tuple[str, list[str]]]:
-    """The name of each weight whose moves are known, and what changes with it and is gone; by `id`."""
+    """The name of each weight with known moves, and the names that must change with it but are missing; by `id`."""
     found: dict[int, tuple[str, list[str]]] = {}
     for prefix, part, record in records:
         tensors = named_tensors(part)
@@ -260,30 +260,29 @@ def _followers(records: Iterable[tuple[str, nn.Module, Moves]]) -> dict[int, tup
 
 @torch.no_grad()
 def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str, float]:
-    """Put every constrained weight on its spheres again, in place.
+    """Put every constrained weight back on its spheres, in place.
 
-    For weights that other code has moved off them: averages of models, merged or rounded checkpoints, plain steps.
-
-    What a converted model computes stays: biases and running statistics are scaled along as `convert` does, and where
-    that would not be exact, and for weights that were converted with ``radius="keep"`` or put on joint spheres, the
-    norms that the weights have now become the radii. Of a layer that was defined on spheres (`manifold_nets.layers`)
-    only the weight is scaled, to the nearest point: that is what the layer is defined by, and its output changes with
-    it unless a normalization takes the scale away. With a report or example inputs, biases and statistics of such
-    layers are scaled along too.
+    Use it for weights that other code moved off their spheres: averaged models, merged or rounded checkpoints, steps of
+    other optimizers. The output of a converted model stays the same: biases and running statistics are rescaled as in
+    `convert`. If that would not be exact, and for weights converted with ``radius="keep"`` or on joint spheres, the
+    present norms become the radii instead. In a layer that was defined on spheres (`manifold_nets.layers`) only the
+    weight is scaled, to the nearest point; its output changes unless a normalization absorbs the scale. With a report
+    or example inputs, the biases and statistics behind such layers are rescaled too.
 
     Args:
         model: the model.
-        report_or_example_inputs: what `diagnose` returned for this model as it is, or example inputs. Needed for a
-            converted weight of which it is not known what changes with it, as after `load` of a file that an older
-            release wrote.
+        report_or_example_inputs: the report of `diagnose` for this model in its present state, or example inputs.
+            Needed for converted weights whose biases and statistics are unknown, for instance after `load` of a file
+            from an older release.
 
     Returns:
-        Name of each constrained weight, and the largest relative deviation ``|‖w_G‖/r_G − 1|`` of its groups before.
+        For each constrained weight, the largest relative deviation ``|‖w_G‖/r_G − 1|`` of its groups before the
+        projection.
 
     Raises:
         DegenerateGroupError: a group is zero or not finite.
-        ProjectionError: it would change what the model computes, or that is not known.
-        In every case the model is left as it was.
+        ProjectionError: the output of the model would change, or it is unknown whether it would.
+        In every case the model is unchanged.
 
     Example:
         >>> import manifold_nets as mn
@@ -305,7 +304,7 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
     known = _followers(records)
     for key, (name, gone) in known.items():
         if key in weights and weights[key].name in off and gone:  # as after fusing layers
-            raise _would_change(name, f"{gone[0]}, which changes with it, is not in the model any more")
+            raise _would_change(name, f"{gone[0]}, which must change with it, is not in the model any more")
     values: list[tuple[Tensor, Tensor]] = []
     manifolds: dict[int, SphereProduct] = {}
     for prefix, part, record in records:
@@ -319,8 +318,8 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
         if is_converted(weight) and weight.name in off:
             raise _would_change(
                 weight.name,
-                "it is not known which biases and running statistics change with it",
-                "Pass example inputs, manifold_nets.project(model, example_inputs), to find out. ",
+                "it is not known which biases and running statistics must change with it",
+                "Pass example inputs to find out: manifold_nets.project(model, example_inputs). ",
             )
     for parameter, value in [*values, *_nearest(model, rest)]:
         write_whole_(parameter, value.to(parameter.device))
@@ -332,8 +331,8 @@ def project(model: nn.Module, report_or_example_inputs: Any = None) -> dict[str,
 def _would_change(name: str, why: str, remedy: str = "") -> ProjectionError:
     return ProjectionError(
         name,
-        f"putting it on its spheres would change what the model computes: {why}; nothing was changed. {remedy}Take the "
-        "plain network, which computes the same as this model: manifold_nets.revert(model).",
+        f"putting it on its spheres would change the output of the model: {why}; nothing was changed. {remedy}Or use "
+        "the plain network with the same output, manifold_nets.revert(model).",
     )
 
 
@@ -351,7 +350,7 @@ def _deviations(model: nn.Module, weights: Mapping[int, ConstrainedWeight]) -> d
 
 
 def _moves_found(model: nn.Module, given: Any, weights: Mapping[int, ConstrainedWeight], off: set[str]) -> Moves:
-    """What changes with each constrained weight, as a report says."""
+    """What changes with each constrained weight, according to a report."""
     if not isinstance(given, SymmetryReport):
         with torch.enable_grad(), torch.inference_mode(False):
             given = diagnose(model, given)
@@ -372,12 +371,12 @@ def _why_it_changes(finding: WeightFinding | None) -> str:
     if finding is None:
         return "it is not in the report"
     if finding.status == "constrained":
-        return f"no normalization takes the scale of each of its groups away, only that of {finding.partition}"
-    return f"its scale has a meaning ({finding.broken_by or finding.status})"
+        return f"no normalization absorbs the scale of each of its groups, only that of {finding.partition}"
+    return f"its scale matters ({finding.broken_by or finding.status})"
 
 
 def _nearest(model: nn.Module, weights: Mapping[int, ConstrainedWeight]) -> list[tuple[Tensor, Tensor]]:
-    """The nearest points of weights that are scaled by themselves."""
+    """The nearest points of weights that are scaled alone."""
     points = [
         (weight.parameter, weight.manifold.projx(whole(weight.parameter)))
         for weight in weights.values()

@@ -1,4 +1,4 @@
-"""Giving a model back as an ordinary torch model."""
+"""Convert a model back to an ordinary torch model."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ _PLAIN_LAYERS = {unit_norm: plain for plain, unit_norm in UNIT_NORM_LAYERS.items
 
 
 def revert(model: nn.Module, *, norms: Mapping[str, Tensor] | None = None, inplace: bool = False) -> nn.Module:
-    """Give a model back with plain parameters: the same values, the same function bit for bit.
+    """Convert a model back to plain parameters, with the same values and bit for bit the same function.
 
     Every weight on a `SphereProduct` becomes a `torch.nn.Parameter`, and the ``UnitNorm*`` layers become the torch
     layers of the same name. Biases that conversion removed come back as zeros, so that the keys are those of the
-    architecture. Nothing is computed: a weight that drifted off its sphere is given back as it is. Tied
-    weights, ``requires_grad``, gradients, the training mode, buffers, attributes of parameters, and the hooks of
-    modules and parameters are kept.
+    original architecture. No value changes: a weight that has drifted off its sphere stays as it is. Tied weights,
+    ``requires_grad``, gradients, the training mode, buffers, attributes of parameters, and the hooks of modules and
+    parameters are kept.
 
-    Parameters on other manifolds of geoopt are left alone, and so are classes that were derived from a ``UnitNorm*``
-    layer. Optimizers that hold a replaced parameter object stay with it: build optimizers after reverting.
+    Parameters on other geoopt manifolds and subclasses of ``UnitNorm*`` layers are not changed. An existing optimizer
+    still holds the old parameter objects, so build optimizers after reverting.
 
-    With ``norms`` converted weights are scaled to other norms, such as those that they would have without the
-    conversion (`manifold_nets.optim.plain_norms`); biases and running statistics are scaled along, so that the function
-    stays to rounding in evaluation mode, and up to what eps contributes in training mode.
+    With ``norms``, converted weights are rescaled to these norms, for instance to those of training without conversion
+    (`manifold_nets.optim.plain_norms`). Biases and running statistics are rescaled with them, so that the function
+    stays the same up to rounding in evaluation mode, and up to the effect of eps in training mode.
 
     Args:
-        model: a converted model, or one with ``UnitNorm*`` layers; one with nothing constrained is merely copied.
-        norms: for the names of some converted weights the norm of each group.
+        model: a converted model, or one with ``UnitNorm*`` layers; a model without constraints is just copied.
+        norms: the norm of each group, by the names of converted weights.
         inplace: change the model itself instead of a copy.
 
     Returns:
-        The copy, or the model itself.
+        The copy, or the model itself if ``inplace``.
 
     Raises:
-        OptionError: ``norms`` names a weight of which it is not known what changes with it, or does not fit.
+        OptionError: ``norms`` names a weight whose biases and statistics are unknown, or has the wrong number of norms.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -76,7 +76,7 @@ def revert(model: nn.Module, *, norms: Mapping[str, Tensor] | None = None, inpla
 
 @torch.no_grad()
 def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
-    """Scale weights to other norms, and with them what conversion scaled along."""
+    """Scale weights to other norms, together with their biases and running statistics."""
     record, tensors = moves_of(model), named_tensors(model)
     values = Values(tensors)
     known = {} if record is None else record.present(removed_biases(model))
@@ -84,11 +84,11 @@ def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
 
     for name, wanted in norms.items():
         if name not in known or name not in manifolds:
-            raise OptionError("norms", name, "converted weights of which it is known what changes with them")
+            raise OptionError("norms", name, "names of converted weights with known biases and statistics to rescale")
         unknown = [absorber for absorber in known[name].absorbers if -2 in absorber.groups]
         if unknown:
-            found = f"{name}, of whose scale {unknown[0].module} absorbs a product with others"
-            raise OptionError("norms", found, "converted weights of which it is known what changes with them")
+            found = f"{name}, whose scale {unknown[0].module} absorbs in a product with others"
+            raise OptionError("norms", found, "names of converted weights with known biases and statistics to rescale")
         manifold, partition = manifolds[name], manifolds[name].partition
         if wanted.numel() != partition.n_groups:
             raise OptionError("norms", f"{wanted.numel()} for {name}", f"one for each of {partition}")
@@ -102,7 +102,7 @@ def _rescale(model: nn.Module, norms: Mapping[str, Tensor]) -> None:
 
 
 def copy_of(model: nn.Module, *, gradients: bool = False) -> nn.Module:
-    """Deep copy, with the attributes and hooks of parameters, which copying drops, and gradients where asked for."""
+    """Deep copy, with the attributes and hooks of parameters that copying drops, and optionally with gradients."""
     copied = duplicate(model)
     for old, new in zip(nn.Module.parameters(model), nn.Module.parameters(copied), strict=True):
         copy_attributes(old, new, share=False)

@@ -1,9 +1,8 @@
-"""The checkpoint file: tensors in safetensors, with one JSON document about them in its metadata.
+"""The checkpoint file: tensors in safetensors, with one JSON document about them in the metadata.
 
 The document, under the key ``manifold_nets``, holds the format's name and version, the manifold of each constrained
-weight, the names under which a tied tensor is known besides the one it is stored under, the biases that were removed,
-what conversions moved, and a checksum of all that and of the tensors' bytes. The tensors themselves can be read by any
-safetensors reader. Nothing is ever unpickled.
+weight, the further names of tied tensors, the removed biases, the record of conversions, and a checksum of all that and
+of the tensors' bytes. Any safetensors reader can read the tensors. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ FORMAT = "manifold_nets checkpoint"
 VERSION = 2
 # One metadata key only: safetensors writes several in random order, and the same model should give the same bytes.
 _KEY = "manifold_nets"
-# What stands in every document, and hardly twice in the metadata of other files.
+# A text in every document that hardly occurs in the metadata of other files.
 _MARKS = (FORMAT, '"aliases"', '"checksum"', '"manifolds"')
 _SCHEMA = Schema.packaged("manifold_nets.conversion", "checkpoint.schema.json")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Args:
-        tensors: tensors by name, stored once each.
+        tensors: tensors by name, each stored once.
         manifolds: the manifold of each constrained weight.
         aliases: other names of stored tensors.
-        removed: names of biases that conversion has removed.
-        conversions: what conversions moved, by the prefix of the names of the converted module, as ``"net."``.
-        defined: names of constrained weights that were put on their spheres by name, without a conversion.
+        removed: names of biases that conversion removed.
+        conversions: the moves of conversions, by the name prefix of the converted module, such as ``"net."``.
+        defined: names of weights that were constrained by name, without a conversion.
     """
 
     tensors: Mapping[str, Tensor]
@@ -66,7 +65,7 @@ class Contents:
 
 
 def write(path: str | os.PathLike[str], contents: Contents) -> None:
-    """Write a checkpoint file atomically. The tensors are dense, contiguous and in the main memory."""
+    """Write a checkpoint file atomically. The tensors must be dense, contiguous and in main memory."""
     metadata = {_KEY: _document(contents)}
     with atomic_file(path) as temporary:
         safetensors.torch.save_file(dict(contents.tensors), temporary, metadata=metadata)
@@ -124,19 +123,19 @@ def _document(contents: Contents) -> str:
 
 
 def is_checkpoint(metadata: Mapping[str, str]) -> bool:
-    """Tell from a file's metadata whether `write` wrote it, in whatever version.
+    """Whether a file's metadata shows that `write` wrote it, in any version.
 
-    Damage to the key must not make a plain file of it, so that a value counts as well that reads like a document.
+    A file with a damaged key must not pass for a plain one, so a value that looks like the document counts too.
     """
     return _KEY in metadata or any(sum(mark in text for mark in _MARKS) >= 2 for text in metadata.values())
 
 
 def read_tensors(file: BinaryIO) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of an open safetensors file, whatever has taken its path meanwhile.
+    """Read the tensors and the metadata of an open safetensors file, even if its path was replaced meanwhile.
 
     Raises:
         OSError: the file cannot be read.
-        Exception: of any kind, where it is damaged, as the reader goes by what the file says of itself.
+        Exception: of any kind, if the file is damaged, because the reader trusts its header.
     """
     with safetensors.safe_open(str(path_of_open(file)), framework="pt", device="cpu") as opened:
         names = opened.keys()
@@ -147,7 +146,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
     """Read a checkpoint file.
 
     Raises:
-        CheckpointFormatError: the file is truncated, damaged, of another kind, or of a newer format version.
+        CheckpointFormatError: the file is truncated, damaged, of another format, or of a newer format version.
         OSError: the file does not exist or cannot be read.
     """
     if Path(path).is_dir():
@@ -158,19 +157,19 @@ def read(path: str | os.PathLike[str]) -> Contents:
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001 (see read_tensors)
-        remedy = "It is of another kind, truncated or damaged: save it again."
-        raise CheckpointFormatError(path, f"no readable safetensors file ({error})", remedy) from None
+        remedy = "It has another format, or is truncated or damaged: save the model again."
+        raise CheckpointFormatError(path, f"an unreadable safetensors file ({error})", remedy) from None
     return contents_of(path, tensors, metadata)
 
 
 def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Contents:
-    """Check and return what was read from a checkpoint file.
+    """Check and return the contents of a checkpoint file that is in memory.
 
     Raises:
         CheckpointFormatError: as for `read`.
     """
     if not is_checkpoint(metadata):
-        remedy = "Read a plain one with safetensors.torch.load_file and model.load_state_dict, then call "
+        remedy = "Load a plain one with safetensors.torch.load_file and model.load_state_dict, then call "
         remedy += "manifold_nets.convert."
         raise CheckpointFormatError(path, f"a safetensors file without the metadata {_KEY!r}", remedy)
     try:
@@ -180,10 +179,10 @@ def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metada
     except (ValueError, KeyError, TypeError) as error:
         newer, fault = False, described(error)
     if newer:
-        remedy = f"This release reads versions up to {VERSION}: upgrade manifold_nets."
+        remedy = f"This release reads versions up to {VERSION}; upgrade manifold_nets."
         raise CheckpointFormatError(path, f"format version {document['version']}", remedy)
     if fault is None and document["checksum"] != tensors_checksum(tensors, document):
-        remedy = "It is damaged, or was edited: save it again."
+        remedy = "It is damaged or was edited: save the model again."
         raise CheckpointFormatError(path, "contents that do not match their checksum", remedy)
     fault = fault or _inconsistency(tensors, document)
     if fault is None:
@@ -196,11 +195,11 @@ def contents_of(path: str | os.PathLike[str], tensors: dict[str, Tensor], metada
         except PartitionError as error:
             fault = str(error)
     found = f"unreadable metadata {_KEY!r} ({printable(fault)})"
-    raise CheckpointFormatError(path, found, "It is damaged: save it again.")
+    raise CheckpointFormatError(path, found, "It is damaged: save the model again.")
 
 
 def _inconsistency(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str | None:
-    """Say in what the entries of a document do not fit each other or the tensors."""
+    """Return which entries of a document contradict each other or the tensors."""
     manifolds, aliases, removed = document["manifolds"], document["aliases"], document.get("removed_biases", ())
     for name, data in manifolds.items():
         if name not in tensors or not tensors[name].is_floating_point() or list(tensors[name].shape) != data["shape"]:
@@ -215,7 +214,7 @@ def _inconsistency(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -
 
 
 def _unfit_moves(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Iterator[str]:
-    """Say where the moves of a conversion number groups that a weight does not have, or entries of no tensor."""
+    """Yield the moves of a conversion whose group numbers or entry counts do not fit the tensors."""
     aliases, manifolds = document["aliases"], document["manifolds"]
     for prefix, data in document.get("conversions", {}).items():
         for name, entry in data["weights"].items():

@@ -1,4 +1,4 @@
-"""Comparing models: what two of them compute, and whether a report was made of this one."""
+"""Compare the outputs of two models, and check that a report belongs to a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from manifold_nets.symmetry import SymmetryReport, diagnose
 __all__ = ["Verification", "verify"]
 
 _EVAL_LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5}
-# Each value is rounded once for each remedy that changes it, and magnified a little where these cancel.
+# Each value is rounded once by each remedy that changes it, which cancellation magnifies a little.
 _ROUNDINGS = 8
 # Torch's normalizations: the eps of the operation is the attribute.
 _NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -26,13 +26,13 @@ _NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 @dataclass(frozen=True)
 class Verification:
-    """How far two models are apart on the example inputs.
+    """How far the outputs of two models differ on example inputs.
 
     Args:
         eval_difference: largest |a − b| over largest |a|, over all outputs, in evaluation mode.
         train_difference: the same in training mode, with the same random numbers.
-        float64_eval_difference: the first one between float64 copies, where it was larger than rounding in the
-            precision of the models explains; None where it was not needed.
+        float64_eval_difference: the evaluation-mode difference of float64 copies, measured only if ``eval_difference``
+            is larger than rounding in the models' precision; else None.
     """
 
     eval_difference: float
@@ -40,7 +40,7 @@ class Verification:
     float64_eval_difference: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        """Return plain data for JSON, without what was not needed."""
+        """Return plain data for JSON, without values that were not measured."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -52,21 +52,20 @@ class Verification:
 
 
 def verify(model: nn.Module, other: nn.Module, example_inputs: Any, *, seed: int = 0) -> Verification:
-    """Compare what two models compute on example inputs, in both modes; neither is changed.
+    """Compare the outputs of two models on example inputs, in both modes; neither model is changed.
 
     Args:
         model: the reference.
         other: the model to compare with it.
         example_inputs: as for `diagnose`.
-        seed: seed of the random numbers that both use, for instance for dropout.
+        seed: random seed for both models, for instance for dropout.
 
     Returns:
-        A `Verification` with the largest relative difference ``max |a − b| / max |a|`` in each mode, over the outputs
-        that are numbers. Infinities and NaN in the same places are no difference; in one model only, they are an
-        infinite one.
+        A `Verification` with the largest relative difference ``max |a − b| / max |a|`` in each mode, over the finite
+        outputs. Equal infinities and NaN in both models are no difference; otherwise they count as an infinite one.
 
     Raises:
-        ExampleInputsError: a model refuses the inputs.
+        ExampleInputsError: a model does not accept the inputs.
 
     Example:
         >>> net = nn.Linear(3, 2)
@@ -83,10 +82,10 @@ def eval_limit(dtype: torch.dtype) -> float:
 
 
 def both_modes(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> dict[str, list[Tensor]]:
-    """Outputs of a model in evaluation and in training mode; the model and the random state are left as they were.
+    """Outputs of a model in evaluation and in training mode; the model and the random state are not changed.
 
     Raises:
-        ExampleInputsError: the model refuses the inputs.
+        ExampleInputsError: the model does not accept the inputs.
     """
     args, kwargs = split_inputs(example_inputs)
     outputs: dict[str, list[Tensor]] = {}
@@ -105,7 +104,7 @@ def both_modes(model: nn.Module, example_inputs: Any, *, seed: int = 0) -> dict[
 
 
 def compare_outputs(before: dict[str, list[Tensor]], after: dict[str, list[Tensor]]) -> Verification:
-    """Relative difference of two sets of outputs, mode by mode; infinite where they cannot be compared."""
+    """Relative difference of two sets of outputs in each mode; infinite if they cannot be compared."""
     differences = []
     for mode in ("eval", "train"):
         pairs = list(zip(before[mode], after[mode], strict=False))
@@ -117,10 +116,10 @@ def compare_outputs(before: dict[str, list[Tensor]], after: dict[str, list[Tenso
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    """Largest |a − b| over largest |a|, over the entries that are numbers in both.
+    """Largest |a − b| over largest |a|, over the entries that are finite in both.
 
-    An infinity or NaN that is the same in both, as a mask leaves it in its places, is no change, though ∞ − ∞ is NaN;
-    one that appears, goes away or turns its sign is an infinite change.
+    An infinity or NaN that is the same in both, for instance from a mask, is no difference, although ∞ − ∞ is NaN. One
+    that appears, vanishes or changes sign is an infinite difference.
     """
     same = (a == b) | (a.isnan() & b.isnan())
     numbers = a.isfinite() & b.isfinite()
@@ -139,12 +138,12 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def compare_in_float64(
     model: nn.Module, values: Mapping[str, Tensor], example_inputs: Any, carry_out: Callable[[nn.Module], object]
 ) -> tuple[float, str | None]:
-    """Convert a float64 copy of a model and compare its outputs with the model's, and its values with given ones.
+    """Convert a float64 copy of a model; compare its outputs with the model's, and its values with given ones.
 
-    Rounding can be magnified without bound: where it decides which of two nearly equal values a max-pooling takes and
-    the index is used again, or where a network is badly conditioned. Then the outputs in float32 say little about the
-    conversion. Two numbers tell: how far the outputs of float64 copies are apart, of which one is converted by the
-    same plan, and how far the converted values are from those of that copy.
+    Networks can magnify rounding without bound: if it decides which of two nearly equal values a max-pooling picks and
+    the index is used again, or if the network is badly conditioned. Then float32 outputs say little about the
+    conversion. Two other measures do: the difference between the outputs of a float64 copy before and after the same
+    conversion, and the difference between the given values and those of the converted copy.
 
     Args:
         model: the model before the conversion.
@@ -153,8 +152,8 @@ def compare_in_float64(
         carry_out: converts a copy of the model in place.
 
     Returns:
-        The largest relative difference of the outputs of the float64 copies in evaluation mode, and what differs by
-        more than rounding; None where nothing does.
+        The largest relative difference of the outputs of the float64 copies in evaluation mode, and a description of
+        what differs by more than rounding; None if nothing does.
 
     Example:
         >>> net = nn.Linear(3, 2)
@@ -170,21 +169,21 @@ def compare_in_float64(
         difference = compare_outputs(before, both_modes(copied, inputs)).eval_difference
     limit = eval_limit(torch.float64)
     if not difference <= limit:
-        return difference, f"float64 copies differ by {difference:.3g}, at most {limit:.0e} expected"
+        return difference, f"float64 copies differ by {difference:.3g}, more than {limit:.0e}"
     wide = named_tensors(copied)
     wrong = [name for name, value in values.items() if not _is_rounded(value, wide.get(name))]
-    return difference, f"{wrong[0]} is not what it is in a float64 copy, rounded" if wrong else None
+    return difference, f"{wrong[0]} differs from its value in a float64 copy by more than rounding" if wrong else None
 
 
 def _is_rounded(value: Tensor, exact: Tensor | None) -> bool:
-    """Whether a tensor is another one in lower precision."""
+    """Whether a tensor equals another one rounded to its precision."""
     if exact is None or value.shape != exact.shape:
         return False
     if not value.is_floating_point():
         return bool(torch.equal(value, exact))
     limits = torch.finfo(value.dtype)
     allowed = _ROUNDINGS * limits.eps * exact.abs() + limits.tiny
-    # An infinity or NaN of a mask stays what it is: no number is its rounding, and ∞ − ∞ is none.
+    # An infinity or NaN of a mask must stay the same: no finite value rounds to it, and ∞ − ∞ is NaN.
     same = (value == exact) | (value.isnan() & exact.isnan())
     near = exact.isfinite() & ((value.double() - exact).abs() <= allowed)
     return bool((same | near).all())
@@ -194,10 +193,10 @@ def _is_rounded(value: Tensor, exact: Tensor | None) -> bool:
 
 
 def report_of(model: nn.Module, report_or_example_inputs: Any) -> SymmetryReport:
-    """Return the report that was given, or diagnose the model with the example inputs.
+    """Return the given report, or diagnose the model with the given example inputs.
 
     Raises:
-        ReportMismatchError: the report is of another model.
+        ReportMismatchError: the report belongs to another model.
     """
     given = report_or_example_inputs
     report = given if isinstance(given, SymmetryReport) else diagnose(model, given)
@@ -206,12 +205,11 @@ def report_of(model: nn.Module, report_or_example_inputs: Any) -> SymmetryReport
 
 
 def require_same_model(model: nn.Module, report: SymmetryReport) -> None:
-    """Raise `ReportMismatchError` where a report is of another model.
+    """Raise `ReportMismatchError` if a report belongs to another model.
 
-    Compared are the names and shapes of all parameters with at least two dimensions; the names of all other parameters
-    and of the buffers that the report speaks of, and their shapes where it knows them; the class of the model and of
-    every module that takes part in its graph; and the eps of torch's normalizations. The dtype, the device and the
-    values may be others.
+    It compares the names and shapes of all parameters with at least two dimensions; the names, and shapes where known,
+    of all other parameters and buffers in the report; the class of the model and of every module in its graph; and the
+    eps of torch's normalizations. Dtype, device and values may differ.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -235,7 +233,7 @@ def require_same_model(model: nn.Module, report: SymmetryReport) -> None:
 
 
 def _compared(model: nn.Module, report: SymmetryReport) -> Iterator[tuple[str, Any, Any]]:
-    """Yield the name of each thing that is compared, what the model has and what the report says; None for nothing."""
+    """Yield the name of each compared item, its value in the model and its value in the report; None if absent."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.ndim >= 2}
     reported = {weight.name: tuple(weight.shape) for weight in report.weights}
     for name in {**reported, **shapes}:

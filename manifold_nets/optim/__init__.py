@@ -1,4 +1,4 @@
-"""Optimizers on products of spheres, their parameter groups, and the paper's learning-rate schedule."""
+"""Optimizers on products of spheres, parameter groups, averages, clipping, and learning-rate schedules."""
 
 from manifold_nets import _geoopt  # noqa: F401  # before the modules here import geoopt
 from manifold_nets.optim.adam import AngularAdam, RiemannianAdam

@@ -34,66 +34,64 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
     r"""Adam, or AMSGrad, on any mix of products of spheres and plain parameters.
 
     Plain parameters take the steps of `torch.optim.Adam`, bit for bit. A weight on a `manifold_nets.SphereProduct`
-    keeps a tangent first moment and *one second moment per sphere*: with radius r and Riemannian gradient ξ,
+    has a tangent first moment and *one second moment per sphere*: with radius r and Riemannian gradient ξ,
 
     .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ‖ξ‖^2/r^2, \quad
               d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \\
               w ← r (w - η d)/‖w - η d‖, \quad m ← m - ⟨w, m⟩ w/r^2 ,
 
-    with the largest v so far in its place for AMSGrad: a step is of about η radians at every radius. By Cauchy's
-    inequality step t turns no sphere by more than
+    where AMSGrad uses the largest v so far. A step is of about η radians at every radius. By Cauchy's inequality, step
+    t turns no sphere by more than
 
     .. math:: η \, \frac{1-β_1}{1-β_1^t} \Big(\frac{1-β_2^t}{1-β_2} \sum_{j<t} (β_1^2/β_2)^j\Big)^{1/2} ,
 
-    which is η in the first. A tangential part that is nothing but rounding (shorter than 1.5 machine epsilons of its
-    gradient in float32 and float64, about one in half precision) counts as zero, in every backend. ``weight_decay``,
-    decoupled or not, acts on plain parameters only: on a sphere it would pull along the radius, where nothing can
-    move, and it costs nothing there.
-    Half-precision weights are stepped in float32 and rounded once; their second moments stay in float32. Gradients
-    are never written to. A gradient that is not finite makes its group NaN, as in torch, and so does one whose square
-    is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
+    which is η in the first step. A tangential part that is only rounding error (shorter than 1.5 machine epsilons of
+    its gradient in float32 and float64, about one in half precision) counts as zero, in every backend.
+    ``weight_decay``, decoupled or not, acts on plain parameters only: on a sphere it would pull along the radius, where
+    it has no effect. Half-precision weights are stepped in float32 and rounded once; their second moments stay in
+    float32. Gradients are never overwritten. A gradient with NaN or infinity makes its group NaN, as in torch, and so
+    does one whose square overflows the compute dtype (in float32, a norm above about 1e19).
 
-    With ``per="entry"`` each entry has a second moment, as in Adam itself: with u = w/r, its Riemannian gradient ξ,
-    and squares, quotients and roots of entries,
+    With ``per="entry"`` each entry has a second moment, as in plain Adam: with u = w/r, its Riemannian gradient ξ, and
+    elementwise squares, quotients and roots,
 
     .. math:: v ← β_2 v + (1-β_2) ξ^2, \quad d = \frac{m/(1-β_1^t)}{\sqrt{v/(1-β_2^t)} + ε}, \quad
               e = d - ⟨u, d⟩ u, \quad u ← (u - η e)/‖u - η e‖ ,
 
-    so that in the first step a sphere of k entries turns by about η√k radians: it is the usual recipe of Adam, a
-    projected gradient and a division by the norm, with the direction made tangent too. The state then holds
-    ``"entry_sq"``, as large as the weight, and the path depends on the coordinates. AMSGrad is not defined for it.
+    so that in the first step a sphere of k entries turns by about η√k radians. This is the usual recipe with Adam, a
+    projected gradient and a division by the norm, but with a tangent direction. The state then has ``"entry_sq"``, as
+    large as the weight, and the path depends on the coordinates. AMSGrad is not defined for it.
 
-    By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices kernels in Triton do the
-    same, where it is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all without a
-    compiler, are stepped by batches of torch's operations. All backends agree to rounding.
+    By default, weights on the CPU whose groups are contiguous in memory are stepped by a C kernel, all in one call; it
+    is compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices, Triton kernels do
+    the same if Triton is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all weights
+    without a kernel, are stepped by batched torch operations. All backends agree up to rounding.
 
     Args:
-        params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
+        params: parameters, named parameters, or parameter groups, preferably those of `manifold_nets.param_groups`.
         lr: learning rate η; on spheres, radians.
-        betas: decays β1 and β2 of the moments.
+        betas: decay rates β1 and β2 of the moments.
         eps: ε, added to the root of the second moment.
         weight_decay: weight decay of the plain parameters.
         amsgrad: whether to use AMSGrad.
-        foreach: True takes steps by batches of torch's operations, False by one weight after the other; for the plain
-            parameters torch's choice.
+        foreach: True steps by batched torch operations, False one weight at a time; for plain parameters, torch's
+            option.
         maximize: whether to ascend.
         capturable: whether a CUDA graph can hold the step, as in torch; weights on spheres have to be on a CUDA or ROCm
             device, with Triton installed. With ``lr`` a tensor on the device, its value is read in each replay.
         differentiable: torch's option; only for plain parameters.
-        fused: True asks for the compiled kernels: in C for weights on the CPU, an error where there is no compiler, in
-            Triton on CUDA and ROCm devices, an error where it is not installed; False does without; for the plain
-            parameters torch's choice.
-        compile: True lets `torch.compile` make the steps on spheres, one kernel for all sizes, on the CPU or a GPU.
+        fused: True requires a compiled kernel (C for weights on the CPU, Triton on CUDA and ROCm devices) and raises an
+            error if there is none; False disables it; for plain parameters, torch's option.
+        compile: True compiles the steps on spheres with `torch.compile`, one kernel for all sizes, on the CPU or a GPU.
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
-            that takes the steps, with moments in float32: steps below the weights' last digit then add up.
+            that takes the steps, with moments in float32, so that steps below the weights' precision add up.
         decoupled_weight_decay: whether plain parameters decay as in AdamW.
-        per: ``"sphere"``, or ``"entry"`` for a second moment of each entry.
+        per: ``"sphere"``, or ``"entry"`` for one second moment per entry.
 
     Raises:
-        OptionError: ``per`` is neither, or ``"entry"`` with ``amsgrad`` or ``compile``.
-        NativeKernelError: in a step with ``fused=True``, there is no kernel for a weight's device.
-        ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
+        OptionError: ``per`` has another value, or is ``"entry"`` with ``amsgrad`` or ``compile``.
+        NativeKernelError: in a step with ``fused=True``, if there is no kernel for a weight's device.
+        ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained as a Euclidean one; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
     References:
@@ -170,7 +168,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     @property
     def _second(self) -> str:
-        """What the second moments are called in the state."""
+        """The key of the second moments in the state."""
         return "entry_sq" if self._per_entry else "exp_avg_sq"
 
     @property
@@ -178,13 +176,13 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
         return ("step", "exp_avg", self._second)
 
     def add_param_group(self, param_group: Group) -> None:
-        """Add a group of parameters; with a second moment of each entry none of them shares its sphere with others."""
+        """Add a group of parameters; with ``per="entry"`` no weight may share its sphere with others."""
         super().add_param_group(param_group)
         number, group = len(self.param_groups) - 1, self.param_groups[-1]
         for index, _, manifold in constrained_of(group) if self._per_entry else ():
             if isinstance(manifold, JointSphereMember):
                 self.param_groups.pop()
-                expected = "a sphere of its own; take RiemannianAdam or AngularSGD"
+                expected = "a sphere of its own; use RiemannianAdam or AngularSGD for joint spheres"
                 raise ParameterGroupError.on_spheres(name_of(group, number, index), "a joint sphere", expected)
 
     def _before_step(self) -> None:
@@ -192,7 +190,7 @@ class RiemannianAdam(SphereOptimizer, torch.optim.Adam):
 
     def _step_plain(self, group: Group) -> None:
         for p in group["params"] if group["amsgrad"] else ():
-            # Switched on in the middle of a run: the largest second moment is looked for from here on.
+            # Switched on in the middle of a run: the largest second moment is tracked from here on.
             state = self.state.get(p)
             if p.grad is not None and state and "max_exp_avg_sq" not in state:
                 state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
@@ -243,27 +241,26 @@ def _count_of(group: Group, step: Tensor) -> float | Tensor:
 
 
 class AngularAdam(RiemannianAdam):
-    r"""Adam's direction, entry by entry, and in every step a turn of each sphere by the learning rate, in radians.
+    r"""The elementwise direction of Adam, in steps of fixed angle: each sphere turns by the learning rate in radians.
 
-    With ``u = w/r``, the Riemannian gradient ξ of the direction u, and squares, quotients and roots of entries,
+    With ``u = w/r``, the Riemannian gradient ξ at u, and elementwise squares, quotients and roots,
 
     .. math:: m ← β_1 m + (1-β_1) ξ, \quad v ← β_2 v + (1-β_2) ξ^2, \quad
               d = \frac{m}{\sqrt{v/(1-β_2^t)} + ε}, \\
               e = \frac{d - ⟨u, d⟩ u}{‖d - ⟨u, d⟩ u‖}, \quad u ← \cos η\, u - \sin η\, e,
               \quad m ← m - ⟨u, m⟩ u .
 
-    As in the rotational form of AdamW and in methods that train matrices of fixed norm, the angle is set and only the
-    direction is learned; the radius and the size of the loss decide nothing. Unlike `RiemannianAdam` it keeps one
-    second moment per entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
-    coordinates, as Adam does. A sphere whose direction is zero, or nothing but rounding, stays where it is. Under a
-    constant rate such steps never become small: use a schedule. Plain parameters take the steps of
-    `torch.optim.Adam`.
+    As in the rotational form of AdamW and in methods that train matrices of fixed norm, the angle is prescribed and
+    only the direction is learned; the radius and the size of the loss have no effect. Unlike `RiemannianAdam` it keeps
+    one second moment per entry, ``"entry_sq"``, as large as the weight and in float32 or better, and depends on the
+    coordinates, as Adam does. A sphere whose direction is zero or only rounding error does not move. At a constant rate
+    the steps never become small, so use a schedule. Plain parameters take the steps of `torch.optim.Adam`.
 
     Args:
-        params: best the groups of `manifold_nets.param_groups`.
+        params: preferably the groups of `manifold_nets.param_groups`.
         lr: η, the angle in radians.
-        options: the other options of `RiemannianAdam`; AMSGrad is not defined. On spheres the kernels take what they
-            can, by default and with ``fused=True``; else the step is taken chunk by chunk.
+        options: the other options of `RiemannianAdam`, except AMSGrad. The kernels step the spheres that they support,
+            by default and with ``fused=True``; other steps are taken chunk by chunk.
 
     Raises:
         ParameterGroupError: a weight shares its sphere with other weights.
@@ -289,7 +286,7 @@ class AngularAdam(RiemannianAdam):
     def __init__(self, params: Any, lr: float = 1e-2, **options: Any) -> None:
         for name in ("amsgrad", "per"):
             if options.get(name):
-                expected = "left out, as steps of a given angle have no such variant"
+                expected = "no such option, as steps of a given angle have no such variant"
                 raise OptionError(name, options[name], expected)
         super().__init__(params, lr=lr, **options)
 

@@ -1,4 +1,4 @@
-"""Averages of weights over training that stay on their spheres: stochastic weight averaging and moving averages."""
+"""Weight averages over training that stay on spheres: stochastic weight averaging and moving averages."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ class _Lengths(nn.Module):
 class AveragedModel(swa_utils.AveragedModel):
     r"""`torch.optim.swa_utils.AveragedModel` whose constrained weights stay on their spheres.
 
-    Plain parameters and buffers are averaged as torch does, bit for bit. Of a constrained weight this holds the
-    *chordal mean*: with the weights :math:`a_t` that ``avg_fn`` or ``multi_avg_fn`` gives the models ``w_t`` (equal
-    ones by default, :math:`(1-d)\,d^{T-t}` for `torch.optim.swa_utils.get_ema_multi_avg_fn` with decay d),
+    Plain parameters and buffers are averaged as torch does, bit for bit. A constrained weight is the *chordal mean*:
+    with the coefficients :math:`a_t` that ``avg_fn`` or ``multi_avg_fn`` gives the models ``w_t`` (equal ones by
+    default, :math:`(1-d)\,d^{T-t}` for `torch.optim.swa_utils.get_ema_multi_avg_fn` with decay d),
 
     .. math:: \bar m = \sum_t a_t w_t, \quad \bar w = r \bar m/‖\bar m‖
               = \arg\min_{‖w‖ = r} \sum_t a_t ‖w - w_t‖^2, \quad ρ = ‖\bar m‖/r
 
-    in each group. The mean :math:`\bar m` itself is kept too, as the point and one *resultant length* ρ per sphere, so
-    that the recursion goes on from the mean and not from its projection: after any number of updates the result is
-    the plain average, projected once. ρ is at most 1, and 1 where all averaged directions agree.
+    in each group. The mean :math:`\bar m` is kept as well, as the point and one *resultant length* ρ per sphere, so
+    that the recursion continues from the mean and not from its projection: after any number of updates the result is
+    the plain average, projected once. ρ is at most 1, and 1 if all averaged directions agree.
 
     The chordal mean equals the Riemannian (Karcher) mean, which minimizes squared angles, for two models of equal
-    weight, and for directions that lie symmetrically about it. Otherwise they differ by a term of the third order in
-    the angles between the models. Where a group's mean is zero it has no direction, and the newest model's stands in
-    for it; the next average is right again. In half precision the mean is rounded to the dtype of the weight at every
-    update, as torch's is. A value that is not finite stays so.
+    coefficients and for directions that are symmetric about it. Otherwise the two differ by a term of third order in
+    the angles between the models. A group whose mean is zero has no direction and takes the newest model's; the next
+    average is right again. In half precision the mean is rounded to the dtype of the weight at every update, as in
+    torch. NaN and infinity persist.
 
     The state of a plain average, of torch's class, can be loaded into that of a converted model: it is converted as the
-    model's own state would be, and its lengths count as 1.
+    model's own state would be, and its resultant lengths count as 1.
 
     Args:
         model: the model whose weights are averaged; it is copied.
-        device: where to keep the average; that of the model when left out.
-        avg_fn: torch's, for one tensor: average, new value and count in, average out.
-        multi_avg_fn: torch's, for lists of tensors, in place.
-        use_buffers: whether buffers are averaged, too, instead of copied.
+        device: device of the average (default: the model's).
+        avg_fn: as in torch, for one tensor: takes average, new value and count, and returns the average.
+        multi_avg_fn: as in torch, for lists of tensors, in place.
+        use_buffers: whether buffers are averaged instead of copied.
 
     References:
         Izmailov et al., *Averaging weights leads to wider optima and better generalization*, UAI 2018,
@@ -96,7 +96,7 @@ class AveragedModel(swa_utils.AveragedModel):
     ) -> None:
         for manifold in (weight.manifold for weight in constrained_weights(model)):
             if isinstance(manifold, JointSphereMember):
-                found = "AveragedModel; take torch's, and put its average back with manifold_nets.project"
+                found = "manifold_nets.optim.AveragedModel; use torch's, then manifold_nets.project on the average"
                 raise ConstraintError.joint(manifold.member, manifold.others, found)
         super().__init__(model, device, avg_fn, multi_avg_fn, use_buffers)
         self.lengths = _Lengths()
@@ -106,7 +106,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the present weights of a model into the average."""
+        """Update the average with the present weights of a model."""
         averaged = list(self._averaged())
         for weight in averaged:
             mean = weight.manifold.partition.multiply(wide(whole(weight.value)), weight.lengths)
@@ -150,11 +150,11 @@ _TIMM = "timm.utils.model_ema"
 
 
 def _warn_of_plain_averages(module: nn.Module, _: str, submodule: nn.Module | None) -> None:
-    """Warn where another averaged model takes constrained weights: their averages are no points of the spheres.
+    """Warn if another averaged model takes constrained weights, because their averages are not on the spheres.
 
-    Averages that are no modules, as Lightning's `StochasticWeightAveraging`, are not seen here. `save` refuses them,
-    an optimizer warns where it finds them in the place of its weights, and loaded into a converted model they are
-    converted.
+    Averages that are not modules, such as Lightning's `StochasticWeightAveraging`, are not noticed here. But `save`
+    raises an error on them, an optimizer warns if they replace its weights, and loading them into a converted model
+    converts them.
     """
     kind = type(module)
     others = isinstance(module, swa_utils.AveragedModel) or kind.__module__ == _TIMM
@@ -163,8 +163,8 @@ def _warn_of_plain_averages(module: nn.Module, _: str, submodule: nn.Module | No
     name = next((weight.name for weight in constrained_weights(submodule)), None)
     if name is not None:
         warnings.warn(
-            f"{name}: constrained to a product of spheres, and {kind.__module__}.{kind.__name__} takes its average off "
-            "them. Use manifold_nets.optim.AveragedModel, or put the final average back with "
+            f"{name}: constrained to a product of spheres, but averages by {kind.__module__}.{kind.__name__} are not "
+            "on them. Use manifold_nets.optim.AveragedModel, or put the final average back with "
             "manifold_nets.project(model).",
             UserWarning,
             stacklevel=5,  # the caller of AveragedModel
@@ -175,5 +175,5 @@ def _install() -> None:
     register_module_module_registration_hook(_warn_of_plain_averages)
 
 
-# Whoever imports this package and constrains nothing keeps torch as it is.
+# Importing this package without constraining anything does not change torch.
 on_first_instance(_install)

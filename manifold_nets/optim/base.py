@@ -1,4 +1,4 @@
-"""What the optimizers on products of spheres have in common: a step over a mix of parameters, and their states."""
+"""The base of the optimizers on products of spheres: steps over a mix of parameters, and optimizer states."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from manifold_nets.optim.state import (
 
 __all__ = ["SphereOptimizer"]
 
-# What of a group decides which inputs a step has, and which backends.
+# The options of a group that determine the inputs and backends of a step.
 _DECIDING = ("foreach", "fused", "compile", "master_weights", "amsgrad", "transfer", "capturable")
 
 
 def _deviation(group: Group, weight: Tensor, manifold: SphereProduct) -> float:
-    """Largest relative deviation of a weight's groups from their radii; joint ones count with the rest of the group."""
+    """Largest relative deviation of a weight's groups from their radii; a joint group counts with its other weights."""
     if not isinstance(manifold, JointSphereMember):
         return float(manifold.deviations(weight).max())
     members = by_joint_sphere((other, point) for _, point, other in constrained_of(group))[manifold.joint]
@@ -54,17 +54,17 @@ _version_of = attrgetter("_version")
 
 
 class SphereOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers that step on products of spheres and, as torch does, on plain parameters.
+    """Base of the optimizers that step on products of spheres and, like torch's, on plain parameters.
 
-    Each of ``param_groups`` has a list ``"manifolds"`` beside its ``"params"``: a `SphereProduct`, or None for a plain
-    parameter. It is taken from the group that is added (`manifold_nets.param_groups` writes it), else from the
-    `geoopt.ManifoldParameter` itself. In `state_dict` the list holds plain data.
+    Each of ``param_groups`` has a list ``"manifolds"`` parallel to its ``"params"``: a `SphereProduct` for each
+    constrained weight, None for a plain parameter. It is taken from the added group (`manifold_nets.param_groups`
+    writes it), otherwise from the `geoopt.ManifoldParameter`. In `state_dict` the list is plain data.
     """
 
     # Names the update rule; see `Rule.kind`.
     _kind: str
 
-    # What the state of a constrained weight holds from its first step on.
+    # Keys in the state of a constrained weight after its first step.
     _moments: tuple[str, ...] = ()
 
     _sphere_defaults: Mapping[str, Any] = {"compile": None, "master_weights": False}
@@ -76,7 +76,7 @@ class SphereOptimizer(torch.optim.Optimizer):
     _on_spheres = True
 
     def _prepare(self, **options: Any) -> None:
-        """Take the options that torch's optimizer does not have, before it makes the groups."""
+        """Store the options that torch's optimizer does not have, before it makes the groups."""
         if options["compile"] and (options["fused"] or options["foreach"]):
             raise OptionError("compile", "True with fused or foreach", "one of the three")
         self._sphere_defaults = {name: options[name] for name in SphereOptimizer._sphere_defaults}
@@ -85,10 +85,10 @@ class SphereOptimizer(torch.optim.Optimizer):
         holds_manifolds(self)
 
     def _warn_of_plain_rates(self, ratio: Callable[[float, int], float], formula: str) -> None:
-        """Warn where converted weights were given no learning rate of their own beside the plain parameters.
+        """Warn if converted weights have no learning rate of their own beside plain parameters.
 
         Args:
-            ratio: gives, for a norm and a number of entries, the matched rate on spheres over the plain rate.
+            ratio: the matched rate on spheres over the plain rate, as a function of norm and number of entries.
             formula: the same in words.
         """
         plain = {float(g["lr"]) for g in self.param_groups if None in g["manifolds"]}
@@ -102,14 +102,14 @@ class SphereOptimizer(torch.optim.Optimizer):
         found = [
             (name, ratio(norms[id(w)], m.partition.group_size), rate) for name, w, m, rate in shared if id(w) in norms
         ]
-        # Half or twice the rate is nothing to speak of.
+        # A factor of two in the rate is not worth a warning.
         if found and not 0.5 <= (middle := statistics.median(r for _, r, _ in found)) <= 2:
             rate = found[0][2]
             warning = LearningRateWarning([name for name, _, _ in found], rate, rate * middle, formula)
             warnings.warn(warning, stacklevel=3)  # who makes the optimizer
 
     def _before_step(self) -> None:
-        """Check what the torch optimizer of the same name checks before a step."""
+        """Check before a step what the torch optimizer of the same name checks."""
 
     def _step_plain(self, group: Group) -> None:
         """Step the plain parameters of a group as the torch optimizer of the same name does."""
@@ -122,11 +122,11 @@ class SphereOptimizer(torch.optim.Optimizer):
     def _input(
         self, group: Group, state: dict[str, Any], weight: Tensor, gradient: Tensor, manifold: SphereProduct
     ) -> StepInput:
-        """Return a constrained weight with its state, which is made where there is none yet."""
+        """Return a constrained weight with its state, which is created if it does not exist."""
         raise NotImplementedError
 
     def _advance(self, group: Group, inputs: Sequence[StepInput]) -> None:
-        """Let inputs of the last step serve in the next one: count the step."""
+        """Make the inputs of the last step usable in the next one: advance the step count."""
         raise NotImplementedError
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -144,7 +144,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 memory; nothing was changed.
         """
         if torch.compiler.is_compiling():
-            # torch's wrapper breaks the graph, twice.
+            # torch's wrapper would break the graph twice.
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 return self._step(closure)
         return self._step_with_grad_mode(closure)
@@ -170,7 +170,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 if given:
                     step_group_(list(given.values()), [p.grad for p in given.values()], given, self._number, number)
             return
-        # All that is read is checked before anything is changed.
+        # All inputs are checked before anything is changed.
         gradients = [self._checked_gradients(number, group) for number, group in enumerate(self.param_groups)]
         for number, group in enumerate(self.param_groups):
             on_spheres = {place for place, _, _ in self._spheres_of(group)}
@@ -182,7 +182,7 @@ class SphereOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_places(self, number: int, given: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Step parameters in some places of a group, whose values and gradients a compiled graph hands in."""
+        """Step some parameters of a group, with values and gradients supplied by a compiled graph."""
         group = self.param_groups[number]
         weights = [given.get(place, (p, None))[0] for place, p in enumerate(group["params"])]
         gradients = [given.get(place, (p, None))[1] for place, p in enumerate(group["params"])]
@@ -196,7 +196,7 @@ class SphereOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _step_spheres(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Step the constrained weights of a group, given as the tensors that hold their values."""
+        """Step the constrained weights of a group, given the tensors that hold their values."""
         group = self.param_groups[number]
         self._warn_of_moved(number, weights)
         plan = self._plans.get(number)
@@ -209,7 +209,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         self._versions[number] = self._count_versions(group)
 
     def _step_anew(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Step constrained weights for which there is no plan, and make one where the next step may be alike."""
+        """Step constrained weights without a cached plan, and cache one if the next step may be alike."""
         group, rule = self.param_groups[number], self._rule(self.param_groups[number])
         inputs, places, idle, master_weights = [], [], [], {}
         moving = in_motion(group["manifolds"], {k for k, gradient in enumerate(gradients) if gradient is not None})
@@ -260,7 +260,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         return [*map(group.get, _DECIDING), group.get("momentum") == 0, len(group["params"]), *groups]
 
     def _spheres_of(self, group: Group) -> Iterator[tuple[int, Tensor, SphereProduct]]:
-        """Yield position, weight and groups of all weights that no step of torch's moves."""
+        """Yield position, weight and groups of all weights that torch's step does not move."""
         return constrained_of(group)
 
     def _checked_gradients(self, number: int, group: Group) -> list[Tensor | None]:
@@ -271,7 +271,7 @@ class SphereOptimizer(torch.optim.Optimizer):
         return gradients
 
     def _check_inputs(self, number: int, weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Check what a step of a group reads and writes; keep its plan where it holds."""
+        """Check what a step of a group reads and writes; keep its plan if it is still valid."""
         group, plan = self.param_groups[number], self._plans.get(number)
         with torch._C.DisableTorchFunctionSubclass():
             if plan is not None and plan.holds(self._deciding(group), weights, gradients, self.state):
@@ -284,7 +284,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                     check(weight, gradient, manifold.partition, self.state.get(parameter, {}), name)
 
     def _count_versions(self, group: Group) -> list[int]:
-        """How often each constrained weight was written to; tensors made in inference mode do not count it."""
+        """The version counter of each constrained weight; tensors made in inference mode have none."""
         weights = [p for p, manifold in zip(group["params"], group["manifolds"], strict=True) if manifold is not None]
         try:
             with torch._C.DisableTorchFunctionSubclass():
@@ -293,27 +293,27 @@ class SphereOptimizer(torch.optim.Optimizer):
             return [0 for _ in weights]
 
     def _warn_of_moved(self, number: int, weights: Sequence[Tensor]) -> None:
-        """Warn where other code has moved weights off their spheres since the last step, which puts them back."""
+        """Warn if other code has moved weights off their spheres since the last step; this step puts them back."""
         group = self.param_groups[number]
         before, now = self._versions.get(number), self._count_versions(group)
         if before is None or before == now:
             return
         for (index, weight, manifold), old, new in zip(constrained_of(group), before, now, strict=True):
-            # In a compiled graph other tensors stand in for the weights.
+            # In a compiled graph, other tensors take the place of the weights.
             if old == new or weights[index] is not weight or weight.grad is None or is_sharded(weight):
                 continue
             deviation = _deviation(group, weight, manifold)
             if deviation > NEAR:
                 warnings.warn(
-                    f"{name_at_step(group, 0, index)}: other code has moved it off its spheres, by {deviation:.2g} of "
-                    "a radius, as averages do. This step puts it back and leaves biases and running statistics "
-                    "as they are. Call manifold_nets.project(model) before the step, which scales them along.",
+                    f"{name_at_step(group, 0, index)}: other code, such as weight averaging, moved it off its spheres "
+                    f"by {deviation:.2g} of a radius. This step puts it back but does not rescale biases and running "
+                    "statistics. Call manifold_nets.project(model) before the step to rescale them too.",
                     UserWarning,
                     stacklevel=2,
                 )
 
     def _forget(self) -> None:
-        """Forget what is known of the tensors of former steps."""
+        """Drop cached information about the tensors of earlier steps."""
         self._plans: dict[int, StepPlan] = {}
         self._versions: dict[int, list[int]] = {}
 
@@ -324,8 +324,8 @@ class SphereOptimizer(torch.optim.Optimizer):
             param_group: ``"params"``, options, and optionally ``"manifolds"``, a `SphereProduct` or None for each.
 
         Raises:
-            ManifoldNetsError: a weight or an option cannot be trained on spheres, or a weight would be trained off
-                them; see `manifold_nets.optim.param_groups.resolve_manifolds`. The group is not added.
+            ManifoldNetsError: a weight or an option does not work on spheres, or a constrained weight would be trained
+                as a Euclidean one; see `manifold_nets.optim.param_groups.resolve_manifolds`. The group is not added.
         """
         params = param_group["params"]
         if not isinstance(params, set):  # torch refuses sets
@@ -346,9 +346,9 @@ class SphereOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether `torch.amp.GradScaler` may leave unscaling to the step, as it does to torch's fused ones.
+        """Whether `torch.amp.GradScaler` may leave unscaling to the step, as it does for torch's fused optimizers.
 
-        The rules of this package do not unscale, and neither do torch's steps without ``fused``.
+        The steps of this package do not unscale, and neither do torch's without ``fused``.
         """
         return self._fused_unscales and all(
             group.get("fused") and next(self._spheres_of(group), None) is None for group in self.param_groups
@@ -361,7 +361,7 @@ class SphereOptimizer(torch.optim.Optimizer):
     _fused_unscales = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data, as torch does; manifolds are described by `SphereProduct.to_dict`."""
+        """Return the state as plain data, like torch; manifolds are described by `SphereProduct.to_dict`."""
         handle = self.register_state_dict_post_hook(describe_manifolds, prepend=True)
         try:
             return super().state_dict()
@@ -369,15 +369,14 @@ class SphereOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; the manifolds stay those of the live parameters, and the saved ones have to agree.
+        """Load a state; the manifolds stay those of the live parameters, and the saved ones must agree with them.
 
-        Where both sides have the names of all parameters, as `manifold_nets.param_groups` gives them, groups and
-        parameters are matched by name, in whatever order they were saved; else by order, as torch does.
-
-        Second moments of half-precision weights stay in float32, where torch rounds a state to its parameter's dtype.
+        If both sides have names for all parameters, as with `manifold_nets.param_groups`, groups and parameters are
+        matched by name, whatever their saved order; otherwise by order, as in torch. Second moments of half-precision
+        weights stay in float32, while torch rounds a state to its parameter's dtype.
 
         Raises:
-            OptimizerStateError: the state was saved for other parameters or spheres, or by another kind of optimizer;
+            OptimizerStateError: the state belongs to other parameters or spheres, or to another kind of optimizer;
                 nothing was changed.
         """
         final: list[dict[str, Any]] = []
@@ -387,7 +386,7 @@ class SphereOptimizer(torch.optim.Optimizer):
             check_loaded(self, ordered, self._moments)
             for live, saved in zip(self.param_groups, ordered["param_groups"], strict=True):
                 if live.get("transfer") and not saved.get("transfer"):
-                    found = "that of an optimizer which follows no plain run"
+                    found = "the state of an optimizer that does not continue a plain run"
                     remedy = "Load a plain state into the plain optimizer, before from_torch."
                     raise OptimizerStateError("an optimizer of from_torch", found, "one that does", remedy)
             final.append(ordered)
@@ -414,7 +413,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 group["manifolds"] = old["manifolds"]
 
     def _change_manifolds(self, new: Mapping[int, SphereProduct]) -> None:
-        """Take other manifolds of the same groups, by the `id` of the present ones; directions of moments stay."""
+        """Replace manifolds by others with the same groups, by the `id` of the present ones; keep directions."""
         self._plans.clear()
         for group in self.param_groups:
             for index, weight, manifold in constrained_of(group):

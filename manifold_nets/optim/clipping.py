@@ -25,25 +25,26 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
     .. math:: g_G ← g_G · \min(1, ν / (‖ξ_G‖/r)) .
 
-    Each sphere is clipped by itself, so that one filter's large gradient leaves the others as they are, and a bound
-    means the same at every radius: it is in units of the loss per radian, and a step of `RiemannianSGD` without
-    momentum is of at most lr·ν radians for a filter. Gradients of plain parameters are left to
-    `torch.nn.utils.clip_grad_norm_`, which scales all gradients by one number. After `torch.amp.GradScaler.unscale_`.
+    Each sphere is clipped separately, so one filter's large gradient does not affect the others. The bound means the
+    same at every radius: it is in units of the loss per radian, and a step of `RiemannianSGD` without momentum turns a
+    filter by at most lr·ν radians. Gradients of plain parameters are not changed; for them use
+    `torch.nn.utils.clip_grad_norm_`, which scales all gradients by one number. Call this after
+    `torch.amp.GradScaler.unscale_`.
 
     Args:
-        model: a model; its constrained weights without a gradient are passed over.
+        model: a model; its constrained weights without a gradient are skipped.
         max_norm: the bound ν, positive.
 
     Returns:
-        The largest length before clipping, a scalar in float32 or better; 0 where no constrained weight has a gradient.
-        An infinite or NaN gradient makes its own group NaN and this infinite or NaN.
+        The largest length before clipping, a scalar in float32 or better; 0 if no constrained weight has a gradient. An
+        infinite or NaN gradient makes its own group NaN and this value infinite or NaN.
 
     Raises:
         OptionError: ``max_norm`` is not positive.
 
     References:
         Cho, Lee, *Riemannian approach to batch normalization*, NeurIPS 2017, arXiv:1709.09603, whose SGD-G clips
-        the projected gradient of every weight vector by itself.
+        the projected gradient of each weight vector separately.
 
     Example:
         >>> import manifold_nets as mn
@@ -81,26 +82,26 @@ def clip_sphere_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def clip_plain_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    r"""Clip all gradients together, as `torch.nn.utils.clip_grad_norm_` does in the plain run that is followed.
+    r"""Clip all gradients together, as `torch.nn.utils.clip_grad_norm_` would in the plain run that continues here.
 
-    An optimizer of `from_torch` has a weight ``r u`` in the place of the plain weight ``n u``, whose gradient is r/n
-    times that of ``r u``; with it are the gradients of the biases that are scaled along. With g all gradients of the
-    plain run,
+    An optimizer of `from_torch` holds a weight ``r u`` in place of the plain weight ``n u``, whose gradient is r/n
+    times that of ``r u``; the gradients of the biases that were rescaled with it change accordingly. With g all
+    gradients of the plain run,
 
     .. math:: g ← g · \min(1, ν / (‖g‖ + 10^{-6})) .
 
-    torch's own function would take the norms at which weights happen to lie on their spheres, and clip other steps.
-    After `torch.amp.GradScaler.unscale_`.
+    torch's own function would use the gradients at the norms on the spheres, and clip other steps. Call this after
+    `torch.amp.GradScaler.unscale_`.
 
     Args:
-        optimizer: what `from_torch` returned; parameters without a gradient are passed over.
+        optimizer: an optimizer made by `from_torch`; parameters without a gradient are skipped.
         max_norm: the bound ν, positive.
 
     Returns:
-        ‖g‖ before clipping, a scalar in float32 or better; 0 where no parameter has a gradient.
+        ‖g‖ before clipping, a scalar in float32 or better; 0 if no parameter has a gradient.
 
     Raises:
-        OptionError: ``max_norm`` is not positive, or the optimizer does not follow a plain run.
+        OptionError: ``max_norm`` is not positive, or the optimizer does not continue a plain run.
 
     References:
         Pascanu, Mikolov, Bengio, *On the difficulty of training recurrent neural networks*, ICML 2013, arXiv:1211.5063.
@@ -119,7 +120,7 @@ def clip_plain_grad_norm_(optimizer: torch.optim.Optimizer, max_norm: float) -> 
     if not max_norm > 0:
         raise OptionError("max_norm", max_norm, "a positive number")
     if not all(group.get("transfer") for group in optimizer.param_groups):
-        expected = "one of manifold_nets.optim.from_torch; for others there is torch.nn.utils.clip_grad_norm_"
+        expected = "an optimizer made by manifold_nets.optim.from_torch; for others use torch.nn.utils.clip_grad_norm_"
         raise OptionError("optimizer", type(optimizer).__name__, expected)
     of_biases = dict(scaled_biases(optimizer.param_groups, optimizer.state))
     squares = []

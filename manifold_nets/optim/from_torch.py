@@ -1,19 +1,19 @@
-"""From the optimizer of a plain model to that of the converted one and back, in mid-training: the run goes on."""
+"""Continue a plain model's run with the optimizer of the converted model, and back, in mid-training."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from manifold_nets.constraints import NEAR, constrained_weights
+from manifold_nets.constraints import NEAR, constrained_weights, converted_norms, is_converted
 from manifold_nets.errors import ArgumentTypeError, OptionError
-from manifold_nets.gathered import whole, write_whole_
+from manifold_nets.gathered import held_as, whole, write_whole_
 from manifold_nets.groups import accumulation_dtype, refuse_degenerate
 from manifold_nets.joint_sphere import JointSphereMember, by_joint_sphere
 from manifold_nets.manifold import SphereProduct
@@ -43,42 +43,48 @@ def from_torch(
     transfer: Transfer = "follow",
     scheduler: Any = None,
 ) -> RiemannianSGD | RiemannianAdam:
-    r"""Return the optimizer with which a converted model goes on where the plain one is in its training.
+    r"""Return an optimizer with which a converted model continues the run of a plain optimizer.
 
-    Groups, their order and all their options stay, with ``lr`` the plain learning rate: every scheduler of torch goes
-    on as it was. Plain parameters take over their states and the steps of the torch optimizer, bit for bit.
+    The groups, their order and all their options stay the same, with ``lr`` the plain learning rate, so every scheduler
+    of torch continues unchanged. Plain parameters keep their states and take the steps of the torch optimizer, bit for
+    bit.
 
-    A weight on spheres keeps the plain run in polar coordinates. The function does not depend on the norm n of a
+    A weight on spheres represents the plain run in polar coordinates. The function does not depend on the norm n of a
     scale-invariant group ``w = n u``, and ``∂L/∂w = (∂L/∂u)/n`` is orthogonal to w. So the gradient at the point of
     the sphere, divided by n, is the plain gradient; with it the plain optimizer's step (its momentum or moments in the
     state, weight decay included) leads from w to ``w'``. The weight becomes the direction of w' on its sphere, and
-    the state keeps one number a sphere, ``n' = ‖w'‖``; without momentum
+    the state stores one number per sphere, ``n' = ‖w'‖``; without momentum
 
     .. math:: n'^2 = (1 - η λ)^2 n^2 + η^2 ‖∇f(w)‖^2, \quad \tan θ = \frac{η ‖∇f(w)‖}{(1 - η λ) n}.
 
-    - ``"follow"``: n follows the plain run, and the path of functions is that of the plain run, to rounding: its
-      learning rates on the sphere are η/n² for SGD and η/n for Adam, which weight decay drives as it did.
-    - ``"step"``: n is held. The next step is that of the plain run; from then on rates change with the schedule alone.
-    - ``"equilibrium"``: n is held where decay and growth balance at the present rate, for SGD with momentum μ at
-      ``n⁴ = η G²/(2 λ (1 − μ))``, with the mean G² over the spheres of a weight of the squared gradient of u, read off
-      the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. The rates of the long run, at once.
+    - ``"follow"``: n follows the plain run, and the path of functions is that of the plain run, up to rounding. The
+      learning rates on the sphere are η/n² for SGD and η/n for Adam, controlled by weight decay as before.
+    - ``"step"``: n is fixed. The next step is that of the plain run; after that, rates change only with the schedule.
+    - ``"equilibrium"``: n is fixed where decay and growth balance at the present rate: for SGD with momentum μ at
+      ``n⁴ = η G²/(2 λ (1 − μ))``, where G² is the mean squared gradient of u over the spheres of a weight, estimated
+      from the momentum; for AdamW at ``n² = η d/(2 λ)`` for spheres of d entries. This gives the rates of the long run
+      at once.
 
-    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest.
+    The state's ``"norm"`` holds n, in float64; it is saved and loaded with the rest. A script may also load the state
+    of the converted run into the plain optimizer, and its weights into the plain model, before it converts: the run
+    continues from there, to rounding, as torch casts the norms to the dtype of the weights.
 
     Args:
-        optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; only read.
-        model: the model that it trains, as it is before the conversion; only read.
-        converted: the model that `manifold_nets.convert` made of it.
+        optimizer: the running `torch.optim.SGD`, `Adam` or `AdamW`; not changed.
+        model: the model that it trains, before the conversion; not changed.
+        converted: the model that `manifold_nets.convert` made of it. Either may be sharded; states are sharded like the
+            converted model.
         transfer: ``"follow"``, ``"step"`` or ``"equilibrium"``.
-        scheduler: a learning-rate scheduler of the optimizer, or several; from now on they set the rates of the new
-            one. A scheduler that is made anew goes on by its ``load_state_dict``.
+        scheduler: a learning-rate scheduler of the optimizer, or several; they are attached to the new optimizer. A
+            newly made scheduler continues with its ``load_state_dict``.
 
     Returns:
-        A `RiemannianSGD` or `RiemannianAdam` of the converted model; Adam's second moments are kept for each entry.
+        A `RiemannianSGD` or `RiemannianAdam` of the converted model; Adam keeps its second moment of each entry.
 
     Raises:
-        OptionError: the optimizer is of another kind or of other parameters, the converted model is another one,
-            ``transfer`` is unknown, or there is no equilibrium, as without weight decay.
+        OptionError: the optimizer is of another class or has other parameters, the converted model is another one or
+            has weights that `constrain` put on spheres, ``transfer`` is unknown, or there is no equilibrium, for
+            instance without weight decay.
         DegenerateGroupError: a group of a weight is zero or not finite.
         ParameterGroupError: an option such as ``differentiable`` does not work on spheres.
 
@@ -102,20 +108,24 @@ def from_torch(
     if transfer not in TRANSFERS:
         raise OptionError("transfer", transfer, "'follow', 'step' or 'equilibrium'")
     _check_models(model=model, converted=converted)
+    _check_conversion(converted)
     manifolds = {id(weight.parameter): weight.manifold for weight in constrained_weights(converted)}
     groups, pairs = _other_groups(optimizer, model, converted, "converted")
     for group in groups:
         group.update(manifolds=[manifolds.get(id(p)) for p in group["params"]], transfer=transfer)
     _scale_biases_along(groups, converted)
-    _check_plain_values(optimizer, groups, pairs, converted, manifolds.keys())
+    _check_plain_values(optimizer, groups, pairs, converted, manifolds)
     made = kind(groups, lr=optimizer.defaults["lr"])
     made.defaults.update({key: _copied(value) for key, value in optimizer.defaults.items()}, transfer=transfer)
     norms = _plain_norms_of({name: (source, manifolds.get(id(target))) for _, name, source, target in pairs})
     for group, name, source, target in pairs:
         state, manifold = optimizer.state.get(source, {}), manifolds.get(id(target))
         if manifold is None:
-            made.state[target].update({key: _copied(value) for key, value in state.items()})
+            made.state[target].update({key: _copied(value, target) for key, value in state.items()})
             continue
+        if NORM in state:  # loaded from a checkpoint of the converted run
+            norms[name] = whole(state[NORM]).double()
+            state = _off_spheres(state, manifold, norms[name])
         made.state[target].update(_on_spheres(group, target, manifold, state, norms[name]))
         if transfer == "equilibrium":
             _to_equilibrium(group, name, source, manifold, state, made.state[target])
@@ -124,18 +134,18 @@ def from_torch(
 
 
 def plain_norms(optimizer: torch.optim.Optimizer, converted: nn.Module) -> dict[str, Tensor]:
-    r"""Return the norms at which plain weights take the steps that an optimizer takes on spheres.
+    r"""Return the norms at which plain weights would take the same steps as an optimizer takes on spheres.
 
-    For an optimizer of `from_torch` these are the norms that its state follows or holds; for another `RiemannianSGD`
-    with learning rate η they are 1, as η/n² is, and for `RiemannianAdam` √d for spheres of d entries, as η√d/n.
+    For an optimizer of `from_torch` these are the norms in its state. For another `RiemannianSGD` with learning rate η
+    they are 1, as its steps match η/n²; for `RiemannianAdam` √d for spheres of d entries, to match η√d/n.
 
     Args:
         optimizer: a `RiemannianSGD` or `RiemannianAdam` of the model.
         converted: its model.
 
     Returns:
-        For the name of each weight on spheres the norm of each group, float64, as ``manifold_nets.revert(converted,
-        norms=…)`` takes them.
+        The norm of each group, float64, by the names of the weights on spheres, for ``manifold_nets.revert(converted,
+        norms=…)``.
 
     Example:
         >>> import manifold_nets as mn
@@ -151,25 +161,26 @@ def plain_norms(optimizer: torch.optim.Optimizer, converted: nn.Module) -> dict[
 def to_torch(
     optimizer: RiemannianSGD | RiemannianAdam, converted: nn.Module, plain: nn.Module, *, scheduler: Any = None
 ) -> torch.optim.SGD | torch.optim.Adam:
-    r"""Return the torch optimizer with which a model goes on that was given back, from where the run on spheres is.
+    r"""Return a torch optimizer with which a reverted model continues the run on spheres.
 
-    The way back of `from_torch`: groups, options and states are those of the plain run. After ``transfer="follow"`` the
-    plain run has never been left, to rounding. For an optimizer that came from nowhere the next step of the plain one
-    turns each group as its own, up to the entry-wise second moments of Adam, of which there is one mean a sphere.
+    The inverse of `from_torch`: groups, options and states are those of the plain run. After ``transfer="follow"`` they
+    are those that the plain run would have, up to rounding. For an optimizer that was not made by `from_torch`, the
+    next step of the plain one turns each group by the same angle, except that Adam's second moments per entry start
+    from their mean over each sphere.
 
     Args:
-        optimizer: the running `RiemannianSGD` or `RiemannianAdam`; only read.
-        converted: its model; only read.
-        plain: ``manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))``, which
-            gives the weights the norms of the plain run, and scales biases and running statistics along.
-        scheduler: a learning-rate scheduler of the optimizer, or several; they go on with the new one.
+        optimizer: the running `RiemannianSGD` or `RiemannianAdam`; not changed.
+        converted: its model; not changed.
+        plain: ``manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))``, whose
+            weights have the norms of the plain run, with biases and running statistics rescaled accordingly.
+        scheduler: a learning-rate scheduler of the optimizer, or several; they are attached to the new optimizer.
 
     Returns:
-        A `torch.optim.SGD`, `Adam` or `AdamW` of the plain model. Biases that the conversion removed, which have no
-        effect, are in none of its groups.
+        A `torch.optim.SGD`, `Adam` or `AdamW` of the plain model. Biases that the conversion removed have no effect and
+        are in none of its groups.
 
     Raises:
-        OptionError: the optimizer is of another kind or of other parameters, the plain model is another one, or its
+        OptionError: the optimizer is of another class or has other parameters, the plain model is another one, or its
             weights have other norms.
 
     Example:
@@ -190,17 +201,17 @@ def to_torch(
     for _, name, source, target in pairs:
         state, weight = optimizer.state.get(source, {}), constrained.get(id(source))
         if weight is not None:
-            norms = _norms_in(optimizer, source, weight.manifold)
+            norms = whole(_norms_in(optimizer, source, weight.manifold))
             is_joint = isinstance(weight.manifold, JointSphereMember)
-            found = norms if is_joint else weight.manifold.partition.norms(target.detach())
+            found = norms if is_joint else weight.manifold.partition.norms(whole(target))
             off = float((found / norms - 1).abs().max())
             if not off <= NEAR:
                 expected = (
                     "manifold_nets.revert(converted, norms=manifold_nets.optim.plain_norms(optimizer, converted))"
                 )
                 raise OptionError("plain", f"{name} with norms that are off by {off:.2g}", expected)
-            state = _off_spheres(state, source, weight.manifold, norms)
-        made.state[target].update({key: _copied(value) for key, value in state.items()})
+            state = _off_spheres(state, weight.manifold, norms)
+        made.state[target].update({key: _copied(value, target) for key, value in state.items()})
     _reattach(scheduler, optimizer, made)
     return made
 
@@ -208,22 +219,37 @@ def to_torch(
 def _kind_of(optimizer: torch.optim.Optimizer) -> type[RiemannianSGD] | type[RiemannianAdam]:
     expected = "a torch.optim.SGD, Adam or AdamW"
     if isinstance(optimizer, SphereOptimizer):
-        expected += "; a state of an optimizer on spheres is taken over by load_state_dict"
+        expected += "; load the state of an optimizer on spheres with load_state_dict"
         raise OptionError("optimizer", type(optimizer).__name__, expected)
     for plain, kind in ((torch.optim.SGD, RiemannianSGD), (torch.optim.Adam, RiemannianAdam)):
         if isinstance(optimizer, plain):
             # torch wraps the step of each class, to profile it.
             if inspect.unwrap(type(optimizer).step) is inspect.unwrap(plain.step):
                 return kind
-            expected += " with its own step; any other step is taken on spheres by manifold_nets.optim.on_spheres"
+            expected += " with its own step; for any other step use manifold_nets.optim.on_spheres"
     raise OptionError("optimizer", type(optimizer).__name__, expected)
 
 
 def _check_models(**models: object) -> None:
     for role, model in models.items():
         if not isinstance(model, nn.Module):
-            remedy = "Pass the model before the conversion and the one that convert or revert made of it."
+            remedy = "Pass the model before the conversion, and the one that convert or revert returned."
             raise ArgumentTypeError(role, model, "a torch.nn.Module", remedy)
+
+
+def _check_conversion(converted: nn.Module) -> None:
+    """Refuse a model that no conversion made: the norms of its weights may mean something to its function."""
+    weights = list(constrained_weights(converted))
+    if not weights and _conversion_of(converted) is None:
+        raise OptionError("converted", "a model without weights on spheres", "the result of manifold_nets.convert")
+    other = next((weight.name for weight in weights if not is_converted(weight)), None)
+    if other is not None:
+        expected = (
+            "weights that manifold_nets.convert put there. The norm of this one matters, so there is no plain run to "
+            "follow: build the optimizer from the parameters of this model, and pass it to "
+            "manifold_nets.optim.on_spheres; or use a Riemannian optimizer with manifold_nets.param_groups"
+        )
+        raise OptionError("converted", f"{other} on spheres without a conversion", expected)
 
 
 def _check_plain_values(
@@ -231,28 +257,39 @@ def _check_plain_values(
     groups: list[Group],
     pairs: list[tuple[Group, str, Tensor, Tensor]],
     converted: nn.Module,
-    on_spheres: Container[int],
+    manifolds: Mapping[int, SphereProduct],
 ) -> None:
-    """Refuse a model whose plain parameters were moved: the states are those of the plain run at the old values."""
-    record = _conversion_of(converted)
-    if record is None and not any(id(target) in on_spheres for _, _, _, target in pairs):
-        raise OptionError("converted", "a model without weights on spheres", "what manifold_nets.convert makes of it")
+    """Refuse a model whose values were moved apart: states, and norms to follow, are those of the plain run.
+
+    Without a state the values may yet be those of a checkpoint, in a conversion of this very model.
+    """
     scaled = {group["param_names"][int(place)] for group in groups for place in group.get(SCALED_WITH, ())}
     of_plan = (module.__dict__.get("_manifold_nets_conversion") for module in converted.modules())
     is_balanced = any(found.plan.of("balance") for found in of_plan if found is not None)
-    # Without a state nothing is at stake but the step itself: the values may be loaded from a checkpoint later on.
-    if not (is_balanced or any(optimizer.state.values())):
-        return
+    must_agree = is_balanced or any(optimizer.state.values())
+    known = converted_norms(target for _, _, _, target in pairs)
     for _, name, source, target in pairs:
-        if id(target) in on_spheres or name in scaled:
-            continue
-        old, new = (whole(p.detach()) for p in (source, target))
-        if not torch.allclose(old.to(new), new, rtol=0, atol=0, equal_nan=True):
+        old, new, manifold = whole(source.detach()), whole(target.detach()), manifolds.get(id(target))
+        if manifold is not None:
+            norm = float(manifold.partition.norms(old.double()).median())
+            is_moved = (
+                not must_agree
+                and id(target) in known
+                and not abs(norm / known[id(target)] - 1) <= NEAR
+                and not float((manifold.projx(old.to(new)) - new).norm() / new.norm()) <= NEAR
+            )
+        else:
+            is_moved = must_agree and name not in scaled and not _same(old.to(new), new)
+        if is_moved:
             expected = (
-                "the values that it has in model, as after the remedies 'spheres', 'joint-spheres' and 'dead-biases'; "
-                "balance before training, not after"
+                "the same values as in model, as the remedies 'spheres', 'joint-spheres' and 'dead-biases' keep them; "
+                "use 'balance' only before training"
             )
             raise OptionError("converted", f"other values of {name}", expected)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _conversion_of(converted: nn.Module) -> Any:
@@ -285,7 +322,7 @@ def _other_groups(
             if name not in targets and name in biases:
                 continue
             if name not in targets or targets[name].shape != p.shape:
-                raise OptionError(role, name, "the same model, converted or given back")
+                raise OptionError(role, name, "the same model, converted or reverted")
             new["params"].append(targets[name])
             new["param_names"].append(name)
             pairs.append((new, name, p, targets[name]))
@@ -293,8 +330,12 @@ def _other_groups(
     return groups, pairs
 
 
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+def _copied(value: Any, target: Tensor | None = None) -> Any:
+    """A copy of an option or of a piece of a state; sharded as its parameter is, if it has that one's shape."""
+    if not isinstance(value, Tensor):
+        return copy.copy(value)
+    has_entries = target is not None and value.shape == target.shape
+    return (held_as(value, target) if has_entries else value.detach()).clone()  # type: ignore[arg-type]
 
 
 def _plain_norms_of(weights: dict[str, tuple[Tensor, SphereProduct | None]]) -> dict[str, Tensor]:
@@ -327,11 +368,11 @@ def _on_spheres(
         if value is None or key == "step":
             made[key] = _copied(value) if value is None else torch.as_tensor(value).detach().float().cpu().clone()
         elif key in _NAMES:
-            made[_NAMES[key]] = value.detach().to(wide, copy=True)
+            made[_NAMES[key]] = held_as(value, target).to(wide, copy=True)
         else:  # a momentum, in the scale of the weight on its spheres
             is_unit = manifold.uniform_radius == 1
-            scaled = value.detach() if is_unit else manifold.partition.multiply(value.detach().double(), radius)
-            made[key] = scaled.to(target.dtype, copy=True)
+            scaled = value if is_unit else manifold.partition.multiply(whole(value).double(), radius)
+            made[key] = held_as(scaled, target).to(target.dtype, copy=True)
     if "betas" in group and "step" not in made:  # torch asks for all of a state or nothing of it
         made["step"], made["exp_avg"] = torch.zeros((), device="cpu"), torch.zeros_like(target, requires_grad=False)
         second = ("entry_sq", *(["max_entry_sq"] if group["amsgrad"] else []))
@@ -343,7 +384,7 @@ def _to_equilibrium(
     group: Group, name: str, source: Tensor, manifold: SphereProduct, state: dict[str, Any], made: dict[str, Any]
 ) -> None:
     """Replace the norms by those at which growth and decay balance; gradients, and so moments, are as 1/n."""
-    partition, norms = manifold.partition, made[NORM]
+    partition, norms = manifold.partition, whole(made[NORM])
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     if isinstance(manifold, JointSphereMember):
         raise OptionError("transfer", f"'equilibrium' for {name} on a joint sphere", "'follow' or 'step'")
@@ -359,16 +400,17 @@ def _to_equilibrium(
         if gradient is None:
             raise OptionError("transfer", f"'equilibrium', but {name} has neither momentum nor gradient", "one of them")
         # Of independent gradients G/n, (1 − τ)² Σ μ^{2k} = (1 − τ)²/(1 − μ²) are in the squared length of the momentum.
-        tangent = manifold.proju(manifold.projx(source.detach()), gradient.detach())
+        tangent = manifold.proju(manifold.projx(whole(source)), whole(gradient))
         share = 1.0 if buffer is None else (1 - mu**2) / (1 - float(group["dampening"])) ** 2
         squared = share * (norms.square() * partition.inner(tangent, tangent).double()).mean()
         new = torch.full_like(norms, float(lr * squared / (2 * decay * (1 - mu))) ** 0.25)
         refuse_degenerate(new, name)
     ratio = norms / new
-    made[NORM] = new
+    write_whole_(made[NORM], new)
     for key, power in (("momentum_buffer", 1), ("exp_avg", 1), ("entry_sq", 2), ("max_entry_sq", 2)):
         if isinstance(made.get(key), Tensor):
-            made[key] = partition.multiply(made[key], ratio.pow(power).to(made[key].dtype))
+            scaled = partition.multiply(whole(made[key]), ratio.pow(power).to(made[key].dtype))
+            made[key] = held_as(scaled, made[key])
 
 
 def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
@@ -383,8 +425,8 @@ def _scale_biases_along(groups: list[Group], converted: nn.Module) -> None:
         for bias in move.biases if weight in places else ():
             name = without_wrappers(bias.name)
             if name not in places and name in present and not is_dead:
-                found = f"one of {weight} without {name}, which goes with its norm"
-                raise OptionError("optimizer", found, f"{name} in a group too, if need be with requires_grad=False")
+                found = f"{weight} without {name}, which is rescaled with it"
+                raise OptionError("optimizer", found, f"{name} in a group too, possibly with requires_grad=False")
             if name in places:
                 number, place = places[name]
                 known = groups[number].setdefault(SCALED_WITH, {})
@@ -401,16 +443,16 @@ def _norms_in(optimizer: torch.optim.Optimizer, weight: Tensor, manifold: Sphere
     return torch.full(partition.spread_shape, value, dtype=torch.float64, device=weight.device)
 
 
-def _off_spheres(state: dict[str, Any], weight: Tensor, manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
+def _off_spheres(state: dict[str, Any], manifold: SphereProduct, norms: Tensor) -> dict[str, Any]:
     """The state of a weight on spheres as that of the plain weight; the way back of `carry_momentum`."""
     partition, found, follows = manifold.partition, dict[str, Any](), NORM in state
     scale = manifold.radius_for(norms) * (torch.ones_like(norms) if follows else norms)
     for key, value in state.items():
         if key in ("momentum_buffer", "exp_avg") and value is not None:
-            found[key] = partition.divide(value, scale.to(value.dtype))
+            found[key] = partition.divide(whole(value), scale.to(value.dtype))
         elif key in _NAMES and not follows:
-            mean = value / (norms.square() * partition.group_size)
-            found[key] = partition.multiply(torch.ones_like(weight), mean.to(weight.dtype))
+            mean = whole(value) / (norms.square() * partition.group_size)
+            found[key] = partition.multiply(value.new_ones(partition.shape), mean.to(value.dtype))
         elif key not in (NORM, "master_weight"):
             found[_PLAIN_NAMES.get(key, key)] = value
     return found

@@ -1,7 +1,7 @@
-"""A constrained weight is never trained as a Euclidean one in silence: other optimizers are stopped before they step.
+"""The guard: an optimizer without support for spheres raises an error before it steps a constrained weight.
 
-With the first product of spheres in a process, torch gets a hook that looks at every optimizer before its first step,
-and again when it holds other parameters or weights were constrained. After that a step costs one look-up.
+When the first product of spheres in a process is made, torch gets a hook that checks every optimizer before its first
+step, and again when its parameters or the constraints have changed. Otherwise a step costs one look-up.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from manifold_nets.optim.param_groups import name_at_step
 __all__ = ["allow_euclidean"]
 
 _allowed: WeakSet[torch.optim.Optimizer] = WeakSet()
-# What was found in an optimizer, and which parameters and constraints there were then.
+# The result of checking an optimizer, and the parameters and constraints at that time.
 _inspected: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...], list[Tensor]]] = WeakKeyDictionary()
 
 
 def allow_euclidean(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer that knows nothing of spheres step constrained weights.
+    """Allow an optimizer without support for spheres to step constrained weights.
 
-    For methods that put the weights back on their spheres themselves, such as a Euclidean step and a projection. It
-    holds for this optimizer object; a deep copy has to be allowed again.
+    Use it for methods that put the weights back on their spheres themselves, such as a Euclidean step and a projection.
+    It applies to this optimizer object only, not to its deep copies.
 
     Args:
         optimizer: any torch optimizer.
@@ -56,12 +56,12 @@ def _install() -> None:
     register_optimizer_step_pre_hook(_refuse_euclidean_step)
 
 
-# Whoever imports this package and constrains nothing keeps torch as it is.
+# Importing this package without constraining anything does not change torch.
 on_first_instance(_install)
 
 
 def _refuse_euclidean_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise before a Euclidean step on a constrained weight that has, or may get, a gradient."""
+    """Raise an error before a Euclidean step on a constrained weight that has, or may get, a gradient."""
     # Asked in the graph where a step is compiled: only a look at other optimizers breaks it.
     if not (isinstance(optimizer, SphereOptimizer) and torch.compiler.is_compiling()):
         _inspect(optimizer, args, kwargs)
@@ -85,12 +85,12 @@ def _inspect(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: di
 
 
 def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> None:
-    """Say that an optimizer holds parameters that no model has any more; without gradients it leaves them alone."""
+    """Warn that an optimizer holds parameters of no model; as they have no gradients, it does not change them."""
     names = lost_constraints(weight for weight in weights if weight.grad is None and was_replaced(weight))
     if names:
         warnings.warn(
-            f"{listed(names)}: constrained to a product of spheres after {type(optimizer).__name__} was built, which "
-            "still holds the former parameter and does not train the weight. Build an optimizer from "
+            f"{listed(names)}: constrained to a product of spheres after {type(optimizer).__name__} was built. The "
+            "optimizer still holds the old parameter and does not train the weight. Build a new one from "
             "manifold_nets.param_groups(model).",
             stacklevel=7,
         )
@@ -98,15 +98,15 @@ def _warn_of_replaced(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -
     released = released_names(p for p in held if isinstance(p, Tensor) and p.grad is None)
     if released:
         warnings.warn(
-            f"{listed(released)}: taken off its spheres after {type(optimizer).__name__} was built, which still holds "
-            "the former parameter and does not train the weight. Build an optimizer anew.",
+            f"{listed(released)}: taken off its spheres after {type(optimizer).__name__} was built. The optimizer "
+            "still holds the old parameter and does not train the weight. Build a new one.",
             stacklevel=7,
         )
 
 
 def _stepped_off_spheres(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Yield the constrained weights that an optimizer takes for Euclidean ones."""
-    # Those of this package know which of their weights lie on spheres.
+    """Yield the constrained weights that an optimizer would step as Euclidean ones."""
+    # The optimizers of this package know which of their weights lie on spheres.
     manifolds = [m for group in optimizer.param_groups for m in group.get("manifolds", [None] * len(group["params"]))]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if isinstance(optimizer, SphereOptimizer):

@@ -1,4 +1,4 @@
-"""Any torch optimizer on products of spheres: its own step, made tangent, and the weights put back on their spheres."""
+"""Any torch optimizer on products of spheres: its own step, projected to the tangent space, then to the spheres."""
 
 from __future__ import annotations
 
@@ -30,47 +30,52 @@ __all__ = ["on_spheres"]
 T = TypeVar("T", bound=torch.optim.Optimizer)
 
 # What optimizers call the running means of their directions; second moments are no vectors, and stay as they are.
-_BUFFERS = re.compile(r"(momentum|momentum_buffer|moment|mu|m|exp_avg|exp_avg_(slow|fast|diff|[0-9]+))")
+_BUFFERS = re.compile(
+    r"((neg_|pos_)?momentum|momentum_buffer|moment|mu|m|(mov_)?avg_grad"
+    r"|(neg_|grok_)?exp_avg|exp_avg_(slow|fast|diff|grad|[0-9]+))"
+)
 
 
 def on_spheres(
     optimizer: T, model: nn.Module, *, radial: Literal["project", "brake"] = "project", buffers: Collection[str] = ()
 ) -> T:
-    r"""Let an optimizer that knows nothing of spheres train weights that lie on them.
+    r"""Let any torch optimizer train weights on spheres.
 
     The optimizer takes its own step from w to w + δ, whatever its rule and its buffers are. Then, for each group of
-    radius r, the step is made tangent and the weight is put back, and so is every buffer b that is a running mean of
-    directions, in one pass over memory:
+    radius r, the step is projected to the tangent space and the weight to its sphere, and so is every buffer b that is
+    a running mean of directions, in one pass over memory:
 
     .. math:: δ_t = δ - ⟨w, δ⟩ w/r^2, \quad w' = r (w + δ_t)/‖w + δ_t‖, \quad b' = b - ⟨w', b⟩ w'/r^2 .
 
-    So a weight turns by arctan(‖δ_t‖/r), and what a step does along the radius, such as weight decay, counts for
-    nothing. ``radial="brake"`` keeps what points inward and halves what points outward instead: with α = ⟨w, δ⟩/r²,
-    w' = r z/‖z‖ for z = w + δ − max(α, 0) w/2, so that steps that grow the norm turn the weight a little less.
+    So a weight turns by arctan(‖δ_t‖/r), and the part of a step along the radius, such as weight decay, has no effect.
+    ``radial="brake"`` keeps the inward part and halves the outward part instead: with α = ⟨w, δ⟩/r²,
+    w' = r z/‖z‖ for z = w + δ − max(α, 0) w/2, so that steps that increase the norm turn the weight a little less.
 
-    The optimizer is changed in place by two hooks of its steps, and returned: schedulers, closures, `GradScaler`,
-    parameter groups and `state_dict` are its own. A copy or a pickle has no hooks, as torch drops them, and is stopped
-    before its first step: call `on_spheres` again. A state that is loaded into it goes on as it was. What is tuned
-    is the optimizer's own learning rate: with radius 1 it moves the weight as far as without spheres. Under
-    `DistributedDataParallel` and ``fully_shard`` every process does the same, with one all-reduce of a few scalars per
-    sphere where spheres cross processes. It keeps one copy of the weights on spheres.
+    The optimizer is changed in place by two step hooks and returned; schedulers, closures, `GradScaler`, parameter
+    groups and `state_dict` work as before. A copy or a pickle loses the hooks, as always in torch, and raises an error
+    before its first step: call `on_spheres` again. Loading a state continues the run. Tune the optimizer's own learning
+    rate: with radius 1 it moves the weight as far as without spheres. Under `DistributedDataParallel` and
+    ``fully_shard`` every process does the same, with one all-reduce of a few scalars per sphere if spheres cross
+    processes. One copy of the weights on spheres is kept in memory.
 
     Args:
-        optimizer: any `torch.optim.Optimizer` that holds weights on spheres and perhaps others, as of
-            `torch.optim.Muon`, of Lion, of timm. Best its groups are those of `manifold_nets.param_groups`, which leave
-            weights on spheres without decay; their lists ``"manifolds"`` are taken out, so that its state is plain.
-        model: the model of these weights. Norms are held per group as the weights were put on spheres; for one norm of
-            each matrix use ``manifold_nets.constrain(model, names, per="tensor", radius="keep")``.
+        optimizer: any `torch.optim.Optimizer` that holds weights on spheres and perhaps others, such as
+            `torch.optim.Muon`, Lion, or those of timm. Preferably with the groups of `manifold_nets.param_groups`,
+            which give no decay to weights on spheres; their lists ``"manifolds"`` are removed, so that its state is
+            plain.
+        model: the model of these weights. Norms are fixed per group as the weights were put on spheres; for one norm
+            per matrix use ``manifold_nets.constrain(model, names, per="tensor", radius="keep")``.
         radial: ``"project"`` or ``"brake"``.
-        buffers: names of further tensors in its state that are means of directions, beside ``momentum_buffer``,
-            ``exp_avg`` and their like.
+        buffers: names of further tensors in its state that are means of directions, in addition to ``momentum_buffer``,
+            ``exp_avg`` and similar ones.
 
     Returns:
         The optimizer.
 
     Raises:
-        ArgumentTypeError: it is no optimizer of torch's kind, or one that steps on spheres itself.
-        OptionError: ``radial`` is neither, no weight of the optimizer lies on spheres, or it is `torch.optim.LBFGS`.
+        ArgumentTypeError: it is not a `torch.optim.Optimizer`, or it steps on spheres itself.
+        OptionError: ``radial`` has another value, no weight of the optimizer lies on spheres, or it is
+            `torch.optim.LBFGS`.
         ManifoldNetsError: a weight cannot be trained on its spheres; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
@@ -89,10 +94,11 @@ def on_spheres(
     """
     given: object = optimizer
     if not isinstance(given, torch.optim.Optimizer) or isinstance(given, SphereOptimizer | OptimMixin):
-        expected = "a torch.optim.Optimizer that knows nothing of spheres"
-        raise ArgumentTypeError("optimizer", optimizer, expected, "Others need no wrapper, or cannot have one.")
+        expected = "a torch.optim.Optimizer without support for spheres"
+        remedy = "Use the optimizers of manifold_nets.optim directly; others cannot be wrapped."
+        raise ArgumentTypeError("optimizer", optimizer, expected, remedy)
     if isinstance(given, torch.optim.LBFGS):
-        expected = "an optimizer of single steps: LBFGS searches along lines, which leave the spheres"
+        expected = "an optimizer without line searches, which leave the spheres"
         raise OptionError("optimizer", "LBFGS", expected)
     if radial not in ("project", "brake"):
         raise OptionError("radial", radial, "'project' or 'brake'")
@@ -106,7 +112,7 @@ def on_spheres(
                 del registered[number]
     hooks.find_weights(optimizer)
     if not hooks.manifolds:
-        expected = "an optimizer of weights of the model that lie on spheres, built after they were put there"
+        expected = "an optimizer with weights of the model on spheres, built after they were put there"
         raise OptionError("optimizer", type(optimizer).__name__, expected)
     allow_euclidean(optimizer)
     optimizer.register_step_pre_hook(hooks.before_step)
@@ -196,7 +202,7 @@ class _Hooks:
                 name = name_of(group, number, place)
                 if isinstance(manifold, JointSphereMember):
                     raise ParameterGroupError.on_spheres(
-                        name, "a joint sphere", "a sphere of its own; take RiemannianAdam or SGD"
+                        name, "a joint sphere", "a sphere of its own; use RiemannianAdam or RiemannianSGD"
                     )
                 if manifold is not None and manifold.partition.group_size > 1:
                     found[group["params"][place]] = manifold, name

@@ -1,4 +1,4 @@
-"""Parameter groups: those of a model, and which parameter of a group lies on which product of spheres."""
+"""Parameter groups of a model, and the manifold of each parameter of a group."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ _NORMALIZATIONS = (
     nn.LocalResponseNorm,
 )
 _PUT_BACK = (
-    "Put it back first: manifold_nets.project(model) scales what was converted with it along, so that the output "
-    "stays, or says why it cannot; `weight.copy_(manifold.projx(weight))` under torch.no_grad() scales the weight "
-    "alone."
+    "Put it back first: manifold_nets.project(model) also rescales biases and statistics, so that the output stays "
+    "the same, or raises an error with the reason; `weight.copy_(manifold.projx(weight))` under torch.no_grad() scales "
+    "only the weight."
 )
 
 
@@ -54,33 +54,34 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameter groups of a model: constrained, scale-invariant, decayed, undecayed.
 
-    The manifold of a constrained weight is found through the model, so that the weight stays constrained where its
+    The manifold of a constrained weight is looked up in the model, so the weight stays constrained even if its
     parameter object was replaced by a plain one (``load_state_dict(assign=True)``, ``to("meta")`` and ``to_empty``,
-    sharding). Undecayed are biases, the parameters of normalizations, and all others of less than two dimensions.
-    Frozen parameters are left out; a shared parameter stands in one group once. A group without parameters is left
-    out too, so that a model without constraints gives groups for any torch optimizer.
+    sharding). Biases, the parameters of normalizations, and all other parameters of less than two dimensions are
+    undecayed. Frozen parameters are left out; a shared parameter is in one group once. Empty groups are left out too,
+    so that a model without constraints gives groups for any torch optimizer.
 
-    With a report, the scale-invariant weights that are not constrained stand in a group of their own, which has
-    ``"scale_invariant": True`` beside the decay of the decayed group. On these weights decay does not regularize: it
-    sets how far a step turns them. So it can be set apart, and `manifold_nets.optim.CorrectedDecay` finds them.
+    With a report, scale-invariant weights that are not constrained form a group of their own, with
+    ``"scale_invariant": True`` and the weight decay of the decayed group. On these weights decay does not regularize
+    but determines how far a step turns them. The separate group lets you set another decay for them, and
+    `manifold_nets.optim.CorrectedDecay` finds them by it.
 
     Args:
         model: any module; names are those of the module inside DistributedDataParallel or ``torch.compile``.
-        report: what `manifold_nets.diagnose` found for it; scale-invariant weights are not told apart without it.
+        report: the report of `manifold_nets.diagnose` for this model, needed for the scale-invariant group.
         weight_decay: weight decay of the decayed and the scale-invariant group; the others get 0.
-        sphere_lr: learning rate of the constrained group, in radians; that of the optimizer when left out. Or one for
-            each weight by its name, as `manifold_nets.LearningRates.by_weight` gives them: each then is a group of its
-            own, constrained weights without one stay in a group at the rate of the optimizer, and names of weights
-            that are not constrained are passed over.
+        sphere_lr: learning rate of the constrained group, in radians (default: the optimizer's). Or a dictionary with
+            one rate per weight name, as from `manifold_nets.LearningRates.by_weight`: each of these weights gets a
+            group of its own, other constrained weights keep the rate of the optimizer, and names of weights that are
+            not constrained are ignored.
 
     Returns:
         Groups with ``"params"``, ``"param_names"`` and ``"weight_decay"``; constrained ones with ``"manifolds"``.
 
     Raises:
-        ArgumentTypeError: `report` is not what `diagnose` returns.
-        ReportMismatchError: the report is of another model.
-        OptionError: ``sphere_lr`` names no parameter of the model, or a rate or the weight decay is negative or not
-            finite.
+        ArgumentTypeError: ``report`` is not a `SymmetryReport`.
+        ReportMismatchError: the report belongs to another model.
+        OptionError: ``sphere_lr`` has a name that is not a parameter of the model, or a rate or the weight decay is
+            negative or not finite.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -135,7 +136,7 @@ def invariant_weights(model: nn.Module, report: SymmetryReport) -> Iterator[tupl
     """
     if not isinstance(report, SymmetryReport):
         raise ArgumentTypeError(
-            "report", report, "what manifold_nets.diagnose returned for this model", "Pass diagnose(model, inputs)."
+            "report", report, "the report of manifold_nets.diagnose for this model", "Pass diagnose(model, inputs)."
         )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     differing = [w.name for w in report.weights if w.name not in parameters or parameters[w.name].shape != w.shape]
@@ -226,20 +227,20 @@ def name_at_step(group: Group, number: int, index: int) -> str:
 
 
 def resolve_manifolds(group: Group, number: int) -> list[SphereProduct | None]:
-    """Return the manifold of each parameter of a group that is to be added, None for a plain parameter.
+    """Return the manifold of each parameter of a new group, None for a plain parameter.
 
     Args:
         group: a parameter group with a list ``"params"`` of parameters, or of names and parameters, all options, and
             optionally a list ``"manifolds"``.
-        number: number of the group in its optimizer.
+        number: index of the group in its optimizer.
 
     Raises:
-        EuclideanStepError: a plain parameter stands in the place of a constrained weight.
-        ParameterGroupError: a parameter lies on a manifold that is no product of spheres.
+        EuclideanStepError: a plain parameter has replaced a constrained weight.
+        ParameterGroupError: a parameter lies on a manifold that is not a product of spheres.
         ParameterGroupError: the manifolds do not fit the parameters.
         OffManifoldError: a weight is not on its spheres.
         DegenerateGroupError: a group of a weight is zero or not finite.
-        ConstraintError: weights of a joint sphere are missing; all of them belong in one group.
+        ConstraintError: weights of a joint sphere are missing; all of them must be in one group.
         ParameterGroupError: a weight is not real, or an option of the group does not work on spheres.
     """
     # What is not a tensor is left for torch to refuse.
@@ -263,7 +264,7 @@ def _manifold_of(parameter: Any, given: Any, name: str) -> SphereProduct | None:
     own = getattr(parameter, "manifold", None)
     for manifold in (given, own):
         if not (manifold is None or isinstance(manifold, (SphereProduct, geoopt.Euclidean))):
-            remedy = "Use geoopt.optim for other manifolds, in an optimizer of its own."
+            remedy = "Use a separate optimizer of geoopt.optim for other manifolds."
             raise ParameterGroupError(name, f"the manifold {manifold}", "a SphereProduct, or none", remedy)
     own, given = (m if isinstance(m, SphereProduct) else None for m in (own, given))
     if own is not None and given is not None and own.to_dict() != given.to_dict():

@@ -1,8 +1,8 @@
-r"""Steps that follow the run of a plain optimizer: the weight in polar coordinates, its direction and its norm.
+r"""Steps that follow the run of a plain optimizer, with the weight in polar coordinates: direction and norm.
 
-With ``w = n u`` and ``f(n u) = f(u)``, ``∇f(w) = ∇f(u)/n``: the direction on the sphere and the norm ``n`` say all of
-the plain weight. So a step takes the plain optimizer's own step from ``w`` to ``w'``, keeps the direction of ``w'`` on
-the sphere, and its norm in the state, where the plain run goes on; or it holds the norm that it had.
+With ``w = n u`` and ``f(n u) = f(u)``, ``∇f(w) = ∇f(u)/n``: the direction on the sphere and the norm ``n`` determine
+the plain weight. So a step takes the plain optimizer's own step from ``w`` to ``w'`` and keeps the direction of ``w'``
+on the sphere. The norm in the state becomes ``‖w'‖`` if it follows the plain run, or stays fixed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_nets.gathered import write_whole_
+from manifold_nets.gathered import held_as, whole, write_whole_
 from manifold_nets.manifold import SphereProduct
 from manifold_nets.optim.backends.inputs import NORM
 from manifold_nets.optim.backends.rule import Rule
@@ -46,10 +46,10 @@ def scaled_biases(
     """Return the biases that are scaled with a weight, and what computes n/r of the group of each of their entries."""
 
     def ratio(bias: Tensor, weight: Tensor, manifold: SphereProduct, of_entries: Sequence[int]) -> Tensor:
-        norms = norms_of(states[weight], weight, manifold)
+        norms = whole(norms_of(states[weight], weight, manifold))
         index = torch.tensor(of_entries, device=norms.device)
         found = (norms / manifold.radius_for(norms)).flatten()[index.clamp_min(0)]
-        return torch.where(index < 0, 1.0, found).to(bias.dtype).reshape(bias.shape)
+        return held_as(torch.where(index < 0, 1.0, found).to(bias.dtype).reshape(bias.shape), bias)
 
     found: list[tuple[Tensor, Callable[[], Tensor]]] = []
     for group in groups:

@@ -1,4 +1,4 @@
-"""Steps of some rows of a weight: those with an entry in a sparse gradient, and all but the padding row."""
+"""Steps of only some rows of a weight: those in a sparse gradient, and all but the padding row."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ __all__ = ["by_rows", "whole_rows"]
 
 
 def whole_rows(members: Sequence[StepInput]) -> bool:
-    """Whether a step takes all weights as they are."""
+    """Whether a step needs no selection of rows."""
     return not any(m.gradient.is_sparse or isinstance(m.manifold, PaddedSphereProduct) for m in members)
 
 
 @contextmanager
 def by_rows(rule: Rule, members: Sequence[StepInput]) -> Iterator[list[StepInput]]:
-    """Step the rows that move: yield inputs for these, then write back what had to be copied.
+    """Step the rows that move: yield inputs for them, then write back the copied ones.
 
-    Rows without an entry in a sparse gradient stay, with their moments, as in `torch.optim.SparseAdam`. SGD with
-    momentum moves them too, and a rule that looks at all groups together counts them: these get dense gradients.
+    Rows without an entry in a sparse gradient do not change, nor do their moments, as in `torch.optim.SparseAdam`. SGD
+    with momentum moves all rows, and a rule that looks at all groups together counts them, so these get dense
+    gradients.
     """
     found: list[StepInput] = []
     copied: list[tuple[StepInput, Tensor, StepInput]] = []

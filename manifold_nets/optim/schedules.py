@@ -1,4 +1,4 @@
-"""The learning-rate schedule of the paper, and weight decay that follows any schedule; all others are torch's own."""
+"""The learning-rate schedule of the paper, and weight decay that follows any schedule; for others use torch's."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["BoldDriver", "CorrectedDecay", "inner_optimizer"]
 class BoldDriver(LRScheduler):
     r"""Bold driver: raise the learning rates while the cost does not rise, cut them when it does.
 
-    Call `step` once an epoch with the mean cost of that epoch. From the second epoch on,
+    Call `step` once per epoch with the mean cost of that epoch. From the second epoch on,
 
     .. math:: η ← \begin{cases} 1.1\, η & \text{cost} ≤ \text{cost of the epoch before} \\
               0.5\, η & \text{cost rose, or is NaN or infinite.} \end{cases}
 
-    The first epoch only sets the cost to compare with. A cost that is not finite is never compared with: the cost of
-    the last epoch before it that had a finite one is. Until there is one, the learning rates stay.
+    The first epoch only sets the cost to compare with. After a cost that is not finite, the next one is compared with
+    the last finite cost. Until there is a finite cost, the learning rates do not change.
 
     Args:
-        optimizer: any torch optimizer; the learning rates of all its groups change alike.
-        increase: factor of an epoch whose cost did not rise, at least 1.
-        decrease: factor of an epoch whose cost rose, between 0 and 1.
+        optimizer: any torch optimizer; the learning rates of all its groups change by the same factor.
+        increase: factor for an epoch whose cost did not rise, at least 1.
+        decrease: factor for an epoch whose cost rose, between 0 and 1.
 
     Raises:
         ValueError: a factor is out of range.
@@ -52,7 +52,7 @@ class BoldDriver(LRScheduler):
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, increase: float = 1.1, decrease: float = 0.5) -> None:
-        # The base class would step here, without a cost.
+        # The base class would call step here, without a cost.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: found {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
         if not (1 <= increase < math.inf):
@@ -66,10 +66,10 @@ class BoldDriver(LRScheduler):
         self._remember_rates()
 
     def step(self, cost: SupportsFloat) -> None:  # type: ignore[override]
-        """Compare the mean cost of an epoch with that of the one before, and set the learning rates.
+        """Compare the mean cost of an epoch with that of the epoch before, and set the learning rates.
 
         Args:
-            cost: a number, or a tensor of one entry.
+            cost: a number, or a tensor with one entry.
         """
         current = float(cost)
         self.last_epoch += 1
@@ -98,7 +98,7 @@ class BoldDriver(LRScheduler):
         self._last_lr = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]
 
 
-# What a group of scale-invariant weights remembers, so that it outlives `load_state_dict` and `deepcopy`.
+# Stored in a group of scale-invariant weights, so that it survives `load_state_dict` and `deepcopy`.
 _REMEMBERED = ("initial_weight_decay", "peak_lr")
 
 
@@ -126,27 +126,28 @@ class CorrectedDecay:
     .. math:: λ_t = λ\, η_t / η_{max}, \qquad \text{so that a step decays by } η_t λ_t = λ\, η_t² / η_{max}.
 
     A scale-invariant weight of norm n grows by its steps and shrinks by its decay,
-    n² ← (1 − η_t λ_t)² n² + η_t² ‖g‖², g ⟂ w. Both balance where ‖g‖²/n² = 2λ_t/η_t. With a constant λ this ratio
-    rises as the rate falls, and the gradient with it, most of all at the end of a cosine. With λ_t in proportion to
-    η_t it is 2λ/η_max throughout: the balance stays where it is, and a step turns the weight by
-    η_t ‖g‖/n = η_t √(2λ/η_max), an angle that follows the schedule. For AdamW, whose step is η_t times a vector of
-    nearly constant length, the balance n² = η_t C/(2λ_t) stays likewise. Other weights keep their decay.
+    n² ← (1 − η_t λ_t)² n² + η_t² ‖g‖², g ⟂ w. The two balance at ‖g‖²/n² = 2λ_t/η_t. With a constant λ this ratio
+    rises as the rate falls, and the gradient with it, most of all at the end of a cosine. With λ_t proportional to η_t
+    it is 2λ/η_max throughout: the equilibrium does not move, and a step turns the weight by η_t ‖g‖/n = η_t
+    √(2λ/η_max), an angle that follows the schedule. For AdamW, whose step is η_t times a vector of nearly constant
+    length, the equilibrium n² = η_t C/(2λ_t) does not move either. Other weights keep their decay.
 
-    It is set by a hook of the optimizer: in front of each step, whoever changed the learning rate before. An optimizer
-    without such hooks needs `step` after each step of its scheduler. A deep copy of the optimizer has its groups but
-    no hooks, as in torch, and needs a CorrectedDecay of its own; one that is made for it goes on where this one is.
+    A hook of the optimizer sets the decay before each step, whatever changed the learning rate. An optimizer without
+    such hooks needs a call of `step` after each step of its scheduler. A deep copy of the optimizer has its groups but
+    no hooks, as in torch, and needs a CorrectedDecay of its own, which continues from the copied state.
 
     Args:
-        optimizer: ``torch.optim.SGD``, ``AdamW``, or another one whose decay is η λ w: over groups of
-            ``param_groups(model, report=…)``, also inside the wrapper of Accelerate or DeepSpeed.
-        max_lr: η_max. When left out, that of ``OneCycleLR`` or the rate that the scheduler started from. That is the
-            largest one of torch's schedulers whose factors stay at or below 1, warm-ups and cosines included. Pass it
-            for ``CyclicLR``, and for ``LambdaLR``, ``MultiplicativeLR`` and others whose factors go above 1: there a
-            rate above the present η_max becomes the new one, and until then the decay is too large.
+        optimizer: ``torch.optim.SGD``, ``AdamW``, or another one whose decay is η λ w, with groups of
+            ``param_groups(model, report=…)``; also inside the wrapper of Accelerate or DeepSpeed.
+        max_lr: η_max. The default is that of ``OneCycleLR``, or the rate that the scheduler started from, which is the
+            largest one for torch's schedulers with factors of at most 1, including warm-ups and cosines. Pass it for
+            ``CyclicLR``, and for ``LambdaLR``, ``MultiplicativeLR`` and others with factors above 1: without it, a rate
+            above the present η_max becomes the new one, and the decay is too large until then.
 
     Raises:
         ArgumentTypeError: the optimizer has no group of scale-invariant weights.
-        OptionError: ``max_lr`` is not positive, or Adam adds the decay to the gradient, where nothing of this holds.
+        OptionError: ``max_lr`` is not positive, or the optimizer is an Adam that adds the decay to the gradient, to
+            which none of this applies.
 
     References:
         Defazio, arXiv:2506.02285.
@@ -186,7 +187,7 @@ class CorrectedDecay:
         self._hook = self.optimizer.register_step_pre_hook(self._before_step) if hooked else None
 
     def step(self) -> None:
-        """Set the weight decay that belongs to the present learning rates."""
+        """Set the weight decay for the present learning rates."""
         for group in self._groups():
             rate = float(group["lr"])
             if "initial_weight_decay" not in group:
@@ -197,7 +198,7 @@ class CorrectedDecay:
             group["weight_decay"] = share * group["initial_weight_decay"]
 
     def remove(self) -> None:
-        """Take the hook away and give the groups their initial decay again."""
+        """Remove the hook and restore the initial decay of the groups."""
         if self._is_at_work():
             self._last_state = self.state_dict()
         if self._hook is not None:
@@ -208,24 +209,25 @@ class CorrectedDecay:
                 group.pop(name, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return λ and η_max of each group of scale-invariant weights; after `remove` those that it had."""
+        """Return λ and η_max of each group of scale-invariant weights; after `remove`, the last ones."""
         if not self._is_at_work():
             return copy.deepcopy(self._last_state)
         return {"groups": [{name: group[name] for name in _REMEMBERED} for group in self._groups()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over λ and η_max, and set the decay that belongs to the present learning rates.
+        """Load λ and η_max, and set the decay for the present learning rates.
 
         Raises:
-            OptimizerStateError: the state is of another number of groups, or this one was removed.
+            OptimizerStateError: the state has another number of groups, or this object was removed.
         """
         if not self._is_at_work():
-            remedy = "Make a CorrectedDecay of the optimizer anew, and load into that."
-            raise OptimizerStateError("CorrectedDecay", "an object that was removed", "one that is at work", remedy)
+            remedy = "Make a new CorrectedDecay of the optimizer, and load the state into that."
+            raise OptimizerStateError("CorrectedDecay", "an object after remove()", "an active one", remedy)
         groups, saved = list(self._groups()), state_dict["groups"]
         if len(groups) != len(saved):
             found = f"{len(saved)} groups of scale-invariant weights"
-            raise OptimizerStateError("CorrectedDecay", found, f"{len(groups)}", "Load that of the same groups.")
+            remedy = "Load the state of an optimizer with the same groups."
+            raise OptimizerStateError("CorrectedDecay", found, f"{len(groups)}", remedy)
         for group, values in zip(groups, saved, strict=True):
             group.update({name: values[name] for name in _REMEMBERED})
         self.step()

@@ -28,38 +28,37 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
     .. math:: b ← μ b + (1-τ) ξ, \quad d = b \text{ or, with Nesterov, } ξ + μ b, \quad
               w ← r (w - η d)/‖w - η d‖, \quad b ← b - ⟨w, b⟩ w/r^2 .
 
-    The momentum stays tangent, a learning rate η means the same at every radius, and the norms are measured in each
-    step, so that they do not drift. ``weight_decay`` acts on plain parameters only: on a sphere it would pull along the
-    radius, where nothing can move, and it costs nothing there. Half-precision weights are stepped in float32 and
-    rounded once. Gradients are never written to. A gradient that is not finite makes its group NaN, as in torch, and so
-    does one whose square is beyond the range of the dtype to compute in (in float32, a norm above about 1e19).
+    The momentum stays tangent, a learning rate η means the same at every radius, and every step measures the norms, so
+    they do not drift. ``weight_decay`` acts on plain parameters only: on a sphere it would pull along the radius, where
+    it has no effect. Half-precision weights are stepped in float32 and rounded once. Gradients are never overwritten. A
+    gradient with NaN or infinity makes its group NaN, as in torch, and so does one whose square overflows the compute
+    dtype (in float32, a norm above about 1e19).
 
-    By default weights on the CPU whose groups are runs of memory are stepped by a kernel in C, all in one call; it is
-    compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices kernels in Triton do the
-    same, where it is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all without a
-    compiler, are stepped by batches of torch's operations. All backends agree to rounding.
+    By default, weights on the CPU whose groups are contiguous in memory are stepped by a C kernel, all in one call; it
+    is compiled at first use (see `manifold_nets.optim.backends.native`). On CUDA and ROCm devices, Triton kernels do
+    the same if Triton is installed (``manifold_nets/optim/backends/triton_kernel.py``). Other weights, and all weights
+    without a kernel, are stepped by batched torch operations. All backends agree up to rounding.
 
     Args:
-        params: parameters, named parameters, or groups of them, best those of `manifold_nets.param_groups`.
+        params: parameters, named parameters, or parameter groups, preferably those of `manifold_nets.param_groups`.
         lr: learning rate η; on spheres, radians per unit of momentum.
         momentum: factor μ.
         dampening: τ, from the second step on, as in torch.
         weight_decay: L2 penalty of the plain parameters.
         nesterov: whether to use Nesterov's momentum.
         maximize: whether to ascend.
-        foreach: True takes steps by batches of torch's operations, False by one weight after the other; for the plain
-            parameters torch's choice.
+        foreach: True steps by batched torch operations, False one weight at a time; for plain parameters, torch's
+            option.
         differentiable: torch's option; only for plain parameters.
-        fused: True asks for the compiled kernels: in C for weights on the CPU, an error where there is no compiler, in
-            Triton on CUDA and ROCm devices, an error where it is not installed; False does without; for the plain
-            parameters torch's choice.
-        compile: True lets `torch.compile` make the steps on spheres, one kernel for all sizes, on the CPU or a GPU.
+        fused: True requires a compiled kernel (C for weights on the CPU, Triton on CUDA and ROCm devices) and raises an
+            error if there is none; False disables it; for plain parameters, torch's option.
+        compile: True compiles the steps on spheres with `torch.compile`, one kernel for all sizes, on the CPU or a GPU.
         master_weights: whether half-precision weights on spheres keep a float32 copy in the state (``"master_weight"``)
-            that takes the steps, with moments in float32: steps below the weights' last digit then add up.
+            that takes the steps, with moments in float32, so that steps below the weights' precision add up.
 
     Raises:
-        NativeKernelError: in a step with ``fused=True``, there is no kernel for a weight's device.
-        ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained off them; see
+        NativeKernelError: in a step with ``fused=True``, if there is no kernel for a weight's device.
+        ManifoldNetsError: a weight cannot be trained on its spheres, or would be trained as a Euclidean one; see
             `manifold_nets.optim.param_groups.resolve_manifolds`.
 
     References:
@@ -156,7 +155,7 @@ class RiemannianSGD(SphereOptimizer, torch.optim.SGD):
 
 
 def _multi_tensor(group: Group, params: list[Tensor]) -> bool:
-    """Whether torch may take its multi-tensor implementation: on request, and by default off the CPU."""
+    """Whether torch may use its multi-tensor implementation: on request, and by default unless on the CPU."""
     if group["foreach"] is None:
         return not group["fused"] and any(not parameter.is_cpu for parameter in params)
     return bool(group["foreach"])

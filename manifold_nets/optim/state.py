@@ -1,4 +1,4 @@
-"""States of the optimizers: on disk and back with every digit, and float32 copies of half-precision weights."""
+"""Optimizer states: exact saving and loading, and float32 copies of half-precision weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BY_ENTRIES = {"exp_avg_sq": "entry_sq"}
 
 
 def describe_manifolds(_: torch.optim.Optimizer, state_dict: StateDict) -> None:
-    """Replace the manifolds in a state dict by what `SphereProduct.to_dict` says, which every tool can store."""
+    """Replace the manifolds in a state dict by their `SphereProduct.to_dict`, which every tool can store."""
     for group in state_dict["param_groups"]:
         group["manifolds"] = [manifold and manifold.to_dict() for manifold in group["manifolds"]]
 
@@ -44,14 +44,14 @@ _WRAPPERS = re.compile(r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoin
 
 
 def without_wrappers(name: str) -> str:
-    """The name of a parameter inside of the wrappers of its modules."""
+    """The name of a parameter without the parts that wrappers of its modules add."""
     return _WRAPPERS.sub("", name)
 
 
 def _names(group: dict[str, Any]) -> list[str] | None:
-    """The names of a group's parameters, None where they are not known.
+    """The names of a group's parameters; None if they are not known.
 
-    Tools that reshard a state put names in the place of parameters, perhaps in another order than ``"param_names"``.
+    Tools that reshard a state replace parameters by names, perhaps in another order than ``"param_names"``.
     """
     params = group["params"]
     names = params if params and all(isinstance(p, str) for p in params) else group.get("param_names")
@@ -59,12 +59,12 @@ def _names(group: dict[str, Any]) -> list[str] | None:
 
 
 def ordered_by_name(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> StateDict:
-    """Return a state with groups and parameters in the order of the optimizer's, where both sides have all names.
+    """Return a state with groups and parameters in the optimizer's order, if both sides have all names.
 
-    torch goes by the order alone, and gives each weight the state of another one where it differs.
+    torch matches by order alone; if the orders differ, each weight gets the state of another one.
 
     Raises:
-        OptimizerStateError: the names differ, or stand in other groups.
+        OptimizerStateError: the names differ, or are in other groups.
     """
     groups = state_dict["param_groups"]
     live, saved = [_names(g) for g in optimizer.param_groups], [_names(g) for g in groups]
@@ -90,7 +90,7 @@ def ordered_by_name(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> 
 
 
 def _reordered(group: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A saved group with its parameters in the order of some names."""
+    """A saved group with its parameters in the order of the given names."""
     new, places = dict(group), {name: place for place, name in enumerate(_names(group) or ())}
     new["params"] = [group["params"][places[name]] for name in names]
     own = [_WRAPPERS.sub("", str(name)) for name in group.get("param_names", ())]
@@ -101,12 +101,12 @@ def _reordered(group: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moments: Collection[str]) -> None:
-    """Raise `OptimizerStateError` where a state was saved for other spheres, or by another kind of optimizer.
+    """Raise `OptimizerStateError` if a state was saved for other spheres, or by another kind of optimizer.
 
     Args:
         optimizer: the live optimizer.
-        state_dict: what is to be loaded.
-        moments: what the state of every constrained weight holds, once it has one.
+        state_dict: the state to load.
+        moments: the keys in the state of every constrained weight that has one.
     """
     saved_groups = state_dict["param_groups"]
     _check_sizes(optimizer, saved_groups)
@@ -124,22 +124,22 @@ def check_loaded(optimizer: torch.optim.Optimizer, state_dict: StateDict, moment
 
 
 def _check_sizes(optimizer: torch.optim.Optimizer, saved_groups: list[dict[str, Any]]) -> None:
-    """Raise where the groups of a state are others, as those of a plain optimizer are."""
+    """Raise an error if the groups of a state have other sizes, like those of a plain optimizer."""
     live, saved = ([len(g["params"]) for g in groups] for groups in (optimizer.param_groups, saved_groups))
     if live == saved:
         return
     remedy = ""
     if not any("manifolds" in group for group in saved_groups):
         remedy = (
-            "This is the state of a plain optimizer: load it into one, for the plain network, and carry its moments "
-            "over with manifold_nets.optim.carry_momentum(plain, its_optimizer, model, optimizer)."
+            "This is the state of a plain optimizer. Load it into an optimizer of the plain network, then transfer its "
+            "moments with manifold_nets.optim.carry_momentum(plain, its_optimizer, model, optimizer)."
         )
     found, expected = (f"{len(n)} group{'s' * (len(n) != 1)} of {listed(n)} parameters" for n in (saved, live))
     raise OptimizerStateError("the parameter groups", found, expected, remedy)
 
 
 def _check_group(optimizer: torch.optim.Optimizer, number: int, saved: dict[str, Any]) -> None:
-    """Raise where a saved group lacks options of this kind, or was saved for other spheres."""
+    """Raise an error if a saved group lacks options of this optimizer, or was saved for other spheres."""
     group = optimizer.param_groups[number]
     missing = [name for name in ("momentum", "betas") if name in group and name not in saved]
     if missing:
@@ -153,9 +153,9 @@ def _check_group(optimizer: torch.optim.Optimizer, number: int, saved: dict[str,
 
 
 def keep_precision(optimizer: torch.optim.Optimizer, state_dict: StateDict) -> None:
-    """Take the states of constrained weights from the state dict again: torch has cast them to the weights' dtype.
+    """Copy the states of constrained weights from the state dict again, because torch casts them to the weights' dtype.
 
-    Second moments stay in float32 or better, and step counts on the CPU, where a rule on spheres reads them.
+    Second moments stay in float32 or better, and step counts on the CPU, where steps on spheres read them.
     """
     for _, weight, _, state in _constrained_states(optimizer, state_dict):
         live = optimizer.state[weight]
@@ -204,16 +204,16 @@ def _constrained_states(
 
 
 def master_weight_of(weight: Tensor, state: dict[str, Any]) -> Tensor:
-    """Return the copy of a weight that an optimizer steps, kept in its state as ``"master_weight"``.
+    """Return the float32 copy of a weight that the optimizer steps, stored in its state as ``"master_weight"``.
 
-    It is taken anew where somebody else has changed the weight, such as by loading a checkpoint into the model. Values
-    are compared in every step: what is written through ``.data`` leaves no other trace.
+    It is made anew if other code has changed the weight, for instance by loading a checkpoint into the model. Values
+    are compared in every step, because writes through ``.data`` leave no other trace.
     """
     master: Tensor | None = state.get("master_weight")
     if master is None:
         master = state["master_weight"] = weight.detach().to(accumulation_dtype(weight.dtype))
         return master
-    # Sharded ones part by part: what another process holds, it looks at itself.
+    # Each process compares its own part of a sharded weight.
     copy, held = local_part(master), local_part(weight.detach())
     rounded = copy.to(held.dtype)
     if not held.is_cpu:  # without waiting for the answer
@@ -224,7 +224,7 @@ def master_weight_of(weight: Tensor, state: dict[str, Any]) -> Tensor:
 
 
 def write_master_weights(master_weights: Mapping[Tensor, Tensor]) -> None:
-    """Round copies into their weights."""
+    """Round the float32 copies into their weights."""
     if master_weights:
         held = [local_part(weight.detach()) for weight in master_weights]
         torch._foreach_copy_(held, [local_part(master) for master in master_weights.values()])

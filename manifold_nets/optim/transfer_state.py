@@ -1,4 +1,4 @@
-"""From the optimizer of a plain model to that of the converted one, in mid-training: the moments go along."""
+"""Transfer the moments of a plain model's optimizer to that of the converted model, in mid-training."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ _MOMENTS = {"momentum_buffer": RiemannianSGD, "exp_avg": RiemannianAdam}
 def carry_momentum(
     plain: nn.Module, optimizer: torch.optim.Optimizer, converted: nn.Module, target: torch.optim.Optimizer
 ) -> None:
-    r"""Give the optimizer of a converted model the moments of the running one.
+    r"""Transfer the moments of a running optimizer to the optimizer of the converted model.
 
-    With a filter w = n u and its place W = r u on a sphere of radius r, ∂L/∂u = n ∂L/∂w, and the Riemannian gradient at
-    W is ξ = r² P ∂L/∂W = r P ∂L/∂u = n r P ∂L/∂w, P the projection onto the tangent space. Moments are sums of
+    For a filter w = n u and its point W = r u on a sphere of radius r, ∂L/∂u = n ∂L/∂w, and the Riemannian gradient at
+    W is ξ = r² P ∂L/∂W = r P ∂L/∂u = n r P ∂L/∂w, with P the projection onto the tangent space. Moments are sums of
     gradients, and n hardly changes over the steps that they remember, so
 
     .. math:: b_{sphere} = n r P b, \qquad m_{sphere} = n r P m, \qquad v_{sphere} = n^2 \sum_i v_i ,
 
-    with one second moment per sphere, the mean of ‖ξ‖²/r². P takes off what weight decay left along w. With the
+    with one second moment per sphere, the mean of ‖ξ‖²/r². P removes the part along w that weight decay left. With the
     learning rate η/n² the next step of SGD turns u as the plain step does, to first order in its length; that of Adam
-    has the direction of its first moment. Moments of plain parameters are copied; those on a joint sphere start anew.
+    has the direction of its first moment. Moments of plain parameters are copied; those of weights on a joint sphere
+    start from zero.
 
     Args:
-        plain: the model as it was trained; its weights are those before the conversion.
+        plain: the model before the conversion.
         optimizer: its `torch.optim.SGD`, `Adam` or `AdamW`.
         converted: the model that `manifold_nets.convert` made of it.
         target: a `RiemannianSGD` or `RiemannianAdam` of the converted model, changed in place.
 
     Raises:
-        OptionError: the optimizers are not of one kind, or the converted model has a parameter that the plain one has
-            not, in another shape.
+        OptionError: the optimizers are of different kinds, or a parameter of the converted model is missing or has
+            another shape in the plain one.
 
     References:
         Derived above; the metric ⟨ξ, η⟩/r² is that of `manifold_nets.SphereProduct`.

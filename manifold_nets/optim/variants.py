@@ -1,4 +1,4 @@
-"""Variants of Riemannian SGD and Adam: other published ways to step on spheres, and the table of all optimizers."""
+"""Variants of Riemannian SGD and Adam from the literature, and the table of all optimizers."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ __all__ = [
 
 
 class _Variant(SphereOptimizer):
-    """A method with options beside those of torch, of which plain parameters know none."""
+    """A method with options that torch's optimizer, and thus plain parameters, do not have."""
 
-    # What `__init__` was given; `defaults` keep it, also in a copy.
+    # The option as passed to `__init__`; `defaults` keep it, also in a copy.
     _added: Mapping[str, Any] = {}
 
     def add_param_group(self, param_group: Group) -> None:
@@ -53,18 +53,18 @@ class _Variant(SphereOptimizer):
 
 
 class SGDG(_Variant, RiemannianSGD):
-    r"""SGD-G: clipped gradients, geodesics, and momentum carried along them in parallel.
+    r"""SGD-G: clipped gradients, steps along geodesics, and parallel transport of the momentum.
 
     With the Riemannian gradient ξ of a filter, clipped to the length ν, momentum μ and learning rate η,
 
     .. math:: \hat ξ = ξ \min(1, ν/‖ξ‖), \quad b ← μ b + (1-τ) \hat ξ, \quad w ← \exp_w(-η b),
 
-    and b is transported in parallel. The original keeps ``-η b``, which is the same at a constant learning rate; here,
+    and b is transported in parallel. The paper stores ``-η b``, which is equivalent at a constant learning rate; here,
     as in torch, a schedule acts on the whole step. On the Grassmann manifold of lines the formulas are those of the
     sphere. Plain parameters take the steps of `torch.optim.SGD`.
 
     Args:
-        params: best the groups of `manifold_nets.param_groups`.
+        params: preferably the groups of `manifold_nets.param_groups`.
         lr: learning rate η; on spheres, radians per unit of momentum.
         clip: ν, the largest length of a filter's Riemannian gradient; infinity for none.
         options: the other options of `RiemannianSGD`.
@@ -91,23 +91,23 @@ class SGDG(_Variant, RiemannianSGD):
 
 
 class AngularSGD(_Variant, RiemannianSGD):
-    r"""Steps measured as angles: in every step each filter turns by the learning rate, in radians.
+    r"""Steps of fixed angle: in every step each filter turns by the learning rate, in radians.
 
-    With the momentum b of Riemannian SGD and its direction ``e = d/‖d‖``, ``w ← exp_w(−η e)``: the length of a gradient
-    decides nothing. With ``per="weight"`` the filters of one weight keep their proportions, and it is the root mean
-    square of their angles that is η. A filter whose direction is zero, or nothing but rounding, stays where it is.
-    Under a constant rate such steps never become small: use a schedule. Plain parameters take the steps of
-    `torch.optim.SGD`, for which this learning rate is seldom right: give them their own with
+    With the momentum b of Riemannian SGD and its direction ``e = d/‖d‖``, ``w ← exp_w(−η e)``: the length of the
+    gradient has no effect. With ``per="weight"`` the filters of one weight keep their relative step lengths, and η is
+    the root mean square of their angles. A filter whose direction is zero or only rounding error does not move. At a
+    constant rate the steps never become small, so use a schedule. Plain parameters take the steps of `torch.optim.SGD`;
+    this learning rate is seldom right for them, so give the spheres their own with
     ``manifold_nets.param_groups(model, sphere_lr=…)``.
 
     Args:
-        params: best the groups of `manifold_nets.param_groups`.
+        params: preferably the groups of `manifold_nets.param_groups`.
         lr: η, the angle in radians.
         per: ``"sphere"`` or ``"weight"``.
         options: the other options of `RiemannianSGD`.
 
     References:
-        The angle per step as what matters: Wan et al., *Spherical motion dynamics*, NeurIPS 2021, arXiv:2006.08419;
+        The importance of the angle per step: Wan et al., *Spherical motion dynamics*, NeurIPS 2021, arXiv:2006.08419;
         Kosson, Messmer, Jaggi, *Rotational equilibrium*, ICML 2024, arXiv:2305.17212.
 
     Example:
@@ -129,17 +129,17 @@ class AngularSGD(_Variant, RiemannianSGD):
 
 
 class ProjectedSGD(_Variant, RiemannianSGD):
-    r"""Projection-based weight normalization: a plain step, then each filter back to its norm.
+    r"""Projection-based weight normalization: a plain step, then each filter is scaled back to its norm.
 
-    With the Euclidean gradient g and momentum b, of which nothing is projected,
+    With the Euclidean gradient g and momentum b, neither of them projected,
 
     .. math:: b ← μ b + (1-τ) r^2 g, \quad w ← r (w - η b)/‖w - η b‖ ,
 
-    at radius r the path of the unit sphere. Behind a normalization g is orthogonal to w, and the first step is that of
-    `RiemannianSGD`; b does not stay tangent as w moves on.
+    which at radius r is the path of the unit sphere. In front of a normalization g is orthogonal to w, and the first
+    step is that of `RiemannianSGD`; b does not stay tangent as w moves.
 
     Args:
-        params: best the groups of `manifold_nets.param_groups`.
+        params: preferably the groups of `manifold_nets.param_groups`.
         lr: learning rate η.
         options: the other options of `RiemannianSGD`.
 
@@ -161,7 +161,7 @@ class ProjectedSGD(_Variant, RiemannianSGD):
 
 
 class AdamG(_Variant, RiemannianAdam):
-    r"""Adam-G: Adam with clipped gradients, one second moment per filter, and geodesics.
+    r"""Adam-G: Adam with clipped gradients, one second moment per filter, and steps along geodesics.
 
     With the Riemannian gradient ξ of a filter, clipped to the length ν, in step t,
 
@@ -171,10 +171,10 @@ class AdamG(_Variant, RiemannianAdam):
     and m is transported in parallel. Plain parameters take the steps of `torch.optim.Adam`.
 
     Args:
-        params: best the groups of `manifold_nets.param_groups`.
+        params: preferably the groups of `manifold_nets.param_groups`.
         lr: learning rate η; on spheres, radians.
         clip: ν, the largest length of a filter's Riemannian gradient; infinity for none.
-        options: the other options of `RiemannianAdam`; AMSGrad is not defined.
+        options: the other options of `RiemannianAdam`, except AMSGrad.
 
     References:
         Cho, Lee, *Riemannian approach to batch normalization*, NeurIPS 2017, arXiv:1709.09603, algorithm 3.
@@ -195,7 +195,7 @@ class AdamG(_Variant, RiemannianAdam):
     def __init__(self, params: Any, lr: float = 0.05, *, clip: float = 0.1, **options: Any) -> None:
         for name in ("amsgrad", "per"):
             if options.get(name):
-                raise OptionError(name, options[name], "left out, as Adam-G has no such variant")
+                raise OptionError(name, options[name], "no such option, as Adam-G has no such variant")
         self._added = {"clip": clip}
         super().__init__(params, lr=lr, **options)
 
@@ -203,16 +203,16 @@ class AdamG(_Variant, RiemannianAdam):
 def scaled_metric_groups(
     model: nn.Module, partitions: Mapping[str, Partition | None], *, weight_decay: float = 0.0
 ) -> list[Group]:
-    """Return parameter groups for `ScaledMetricSGD`: weights whose groups of entries are scaled, and the rest.
+    """Return parameter groups for `ScaledMetricSGD`: the weights with scaled steps, and the rest.
 
     Args:
         model: a plain model.
-        partitions: for the name of each weight that is to be scaled its groups, as `manifold_nets.diagnose` finds them;
-            the paper scales the rows of the softmax layer too: `Partition.filters` of its shape.
+        partitions: the groups of each weight with scaled steps, by name, as `manifold_nets.diagnose` finds them. The
+            paper also scales the rows of the softmax layer: `Partition.filters` of its shape.
         weight_decay: weight decay of the other weights, as in `manifold_nets.param_groups`.
 
     Raises:
-        OptionError: a name is none of the model's weights of at least two dimensions.
+        OptionError: a name is not that of a weight of at least two dimensions.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -243,21 +243,21 @@ class ScaledMetricSGD(_Variant, RiemannianSGD):
     .. math:: b ← μ b + (1-τ) ‖w‖ g, \quad w ← w - η ‖w‖ b ,
 
     without momentum the paper's ``W ← W − λ Diag(W Wᵀ) ∇W``. For a scale-invariant filter ``‖w‖ g`` is the gradient of
-    the direction, which its scale does not change; two networks that differ in their scales take the same path of
-    functions. Nothing holds the norms: as the gradient is orthogonal to the filter, they grow with every step, and the
-    scale of the next step with them. Parameters without a partition take the steps of `torch.optim.SGD`.
+    its direction, which does not depend on its scale, so two networks that differ only in these scales take the same
+    path of functions. Nothing fixes the norms: as the gradient is orthogonal to the filter, they grow with every step,
+    and the scale of the next step with them. Parameters without a partition take the steps of `torch.optim.SGD`.
 
     Args:
-        params: the groups of `scaled_metric_groups`; ``"partitions"`` holds what `Partition.to_dict` gives, or None,
-            for each parameter.
-        lr: learning rate η: on scaled weights relative to their norm.
+        params: the groups of `scaled_metric_groups`; ``"partitions"`` has the `Partition.to_dict` of each parameter, or
+            None.
+        lr: learning rate η; on scaled weights, relative to their norm.
         options: the other options of `RiemannianSGD`; weight decay acts on the other parameters only.
 
     Raises:
         ParameterGroupError: a weight lies on spheres.
-        DegenerateGroupError: a filter is zero or not finite: it could not move.
+        DegenerateGroupError: a filter is zero or not finite, so it could not move.
         ParameterGroupError: partitions do not fit the parameters.
-        OptionError: ``differentiable`` beside a partition.
+        OptionError: ``differentiable`` together with a partition.
 
     References:
         Badrinarayanan, Mishra, Cipolla, *Symmetry-invariant optimization in deep networks*, arXiv:1511.01754.
@@ -301,7 +301,7 @@ def _groups(shape: tuple[int, ...], view: tuple[int, ...], kept: tuple[int, ...]
 
 def _require_scalable(group: Group, number: int) -> None:
     for index, _, _ in constrained_of(group):
-        found = "ScaledMetricSGD, which would move it off them"
+        found = "ScaledMetricSGD, which would move it off its spheres"
         expected = "an optimizer that steps on spheres, such as manifold_nets.optim.RiemannianSGD"
         raise ParameterGroupError.on_spheres(name_of(group, number, index), found, expected)
     partitions = group.get("partitions")
@@ -322,15 +322,15 @@ def _require_scalable(group: Group, number: int) -> None:
 
 @dataclass(frozen=True)
 class ListedOptimizer:
-    """One row of the table.
+    """One row of the table of optimizers.
 
     Args:
         kind: the class.
-        weights: whether it steps on ``"spheres"``, in the groups of `manifold_nets.param_groups`, or on ``"plain"``
-            weights, in those of `manifold_nets.optim.scaled_metric_groups`.
-        adaptive: whether it is a relative of Adam; of SGD otherwise.
-        source: where it comes from.
-        options: what to pass beside parameters, learning rate and, for a relative of SGD, momentum.
+        weights: the weights that it steps: ``"spheres"``, in the groups of `manifold_nets.param_groups`, or ``"plain"``
+            ones, in those of `manifold_nets.optim.scaled_metric_groups`.
+        adaptive: whether it is a variant of Adam; otherwise of SGD.
+        source: its source in the literature.
+        options: options to pass in addition to parameters, learning rate and, for variants of SGD, momentum.
 
     Example:
         >>> row = OPTIMIZERS["rsgd"]

@@ -1,4 +1,4 @@
-"""The small pieces that every page is made of: escaped text, numbers, lists and tables."""
+"""Building blocks of pages: escaped text, numbers, lists and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["dotted", "escape", "facts", "listed", "number", "plural", "table"]
 
 
 def escape(text: object) -> str:
-    """Text that is safe in an element and in a quoted attribute."""
+    """Escape text for use in an element or a quoted attribute."""
     return html.escape(str(text), quote=True)
 
 
@@ -49,12 +49,12 @@ def plural(count: int, noun: str) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Names and what is to be said of them; the latter is markup."""
+    """A list of names and descriptions; the latter are markup."""
     return "<dl>" + "".join(f"<div><dt>{name}</dt><dd>{text}</dd></div>" for name, text in pairs) + "</dl>"
 
 
 def listed(items: Iterable[str]) -> str:
-    """Markup of distinct items: a list, or the only one by itself."""
+    """Markup of distinct items: a list, or a single item without one."""
     texts = list(dict.fromkeys(items))
     if len(texts) == 1:
         return texts[0]
@@ -62,7 +62,7 @@ def listed(items: Iterable[str]) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells hold markup. The roles keep it one for screen readers where narrow pages stack its cells."""
+    """A table whose cells hold markup. Its roles keep it a table for screen readers on narrow pages."""
     columns = "".join(f'<th scope="col" role="columnheader">{text}</th>' for text in head)
     lines = "".join(
         f'<tr role="row"><th scope="row" role="rowheader">{first}</th>'

@@ -1,4 +1,4 @@
-"""Figures of matplotlib as files, and as drawings in a page that take their colours and letters from it."""
+"""Figures of matplotlib as files, and as SVG in a page with the page's colours and fonts."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def series_style_sheet() -> str:
 
 @contextmanager
 def plot_settings(font: float) -> Iterator[None]:
-    """Settings of matplotlib under which figures are drawn and written; the reader's own are set aside.
+    """Matplotlib settings for drawing and writing figures; the user's own settings are ignored.
 
     Args:
-        font: size of the letters, in points.
+        font: font size, in points.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -91,7 +91,7 @@ def plot_settings(font: float) -> Iterator[None]:
 
 
 def settled(figure: Figure) -> Figure:
-    """The same figure with its layout worked out once and for all, instead of each time that it is written."""
+    """The same figure with its layout computed once, instead of each time it is written."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     return figure
@@ -102,9 +102,9 @@ def save_figure(figure: Figure, path: Path, kind: str, *, dots: int = 200) -> No
 
     Args:
         figure: the figure, drawn under `plot_settings`.
-        path: where to; its folder must exist.
+        path: the file; its folder must exist.
         kind: ``"png"`` or ``"svg"``.
-        dots: of a PNG, per inch.
+        dots: resolution of a PNG, per inch.
     """
     buffer = io.BytesIO()
     metadata: dict[str, Any] = {"Date": None} if kind == "svg" else {"Software": None}
@@ -113,13 +113,13 @@ def save_figure(figure: Figure, path: Path, kind: str, *, dots: int = 200) -> No
 
 
 def figure_svg(figure: Figure, *, label: str, prefix: str, titles: Mapping[str, str], css: str = "") -> str:
-    """A figure as an element of a page: no size of its own, the page's colours and letters, a text for everyone.
+    """A figure as an element of a page, without a fixed size, with the page's colours and fonts and a text alternative.
 
     Args:
         figure: the figure, drawn under `plot_settings`.
-        label: what it shows, for those who do not see it.
-        prefix: what its ids begin with; each figure of a page needs one of its own.
-        titles: what to say where the pointer rests on an artist, by the artist's ``gid``.
+        label: text alternative for readers who do not see the figure.
+        prefix: prefix of its ids; different for each figure of a page.
+        titles: tooltips of artists, by the artist's ``gid``.
         css: style classes of the element.
     """
     buffer = io.BytesIO()
@@ -152,7 +152,7 @@ def _title(root: ET.Element, titles: Mapping[str, str]) -> None:
 
 
 def _rename(root: ET.Element, prefix: str) -> None:
-    """Drop the ids that nothing refers to and prefix the others."""
+    """Remove unreferenced ids and prefix the others."""
     text = ET.tostring(root, encoding="unicode")
     used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
     for element in root.iter():
@@ -175,7 +175,7 @@ def _prune(parent: ET.Element) -> None:
 
 
 def _clean(root: ET.Element) -> None:
-    """Take out white space between elements; colours become those of the page."""
+    """Remove white space between elements, and replace colours by those of the page."""
     for element in root.iter():
         if "style" in element.attrib:
             element.set("style", _recoloured(element.attrib["style"]))

@@ -1,12 +1,12 @@
-"""Training a network with pymanopt: its parameters as one point, its loss as a cost with gradient and Hessian.
+"""Train a network with pymanopt: its parameters as one point, its loss as a cost with gradient and Hessian.
 
 A *point* is a list of float64 NumPy arrays, one for each parameter that requires a gradient, in the order of
 ``model.named_parameters()``, which is also their order in ``state_dict``. Weights on a `manifold_nets.SphereProduct`
 are points of `SphereProductManifold`, all others of `pymanopt.manifolds.Euclidean`. Frozen parameters and buffers are
-not part of a point: the cost never changes them. A float32 network runs in float32; its points keep all digits.
+not part of a point: the cost never changes them. A float32 network runs in float32, but its points are float64.
 
-The cost is deterministic and is meant for the whole training set (a "full batch"): line searches, conjugate gradients
-and trust regions compare values of one and the same function.
+The cost is deterministic and should cover the whole training set (a "full batch"): line searches, conjugate gradients
+and trust regions must compare values of the same function.
 
 Needs the extra ``pymanopt``: ``pip install 'manifold_nets[pymanopt]'``.
 

@@ -30,7 +30,7 @@ _DECIMALS_LEFT = 1e-3  # a weight farther off its spheres than this was not left
 
 
 class SphereProductManifold(Manifold):  # type: ignore[misc]
-    """A `manifold_nets.SphereProduct` as a manifold of pymanopt, with all methods that pymanopt's optimizers ask for.
+    """A `manifold_nets.SphereProduct` as a manifold of pymanopt, with all methods that pymanopt's optimizers use.
 
     Points and tangent vectors are NumPy arrays in the natural shape of the weight; results have the dtype of the
     point. The metric is ``⟨ξ, η⟩ = Σ_G ⟨ξ_G, η_G⟩/r_G²``, so that gradient and Hessian of a cost with Euclidean
@@ -38,8 +38,8 @@ class SphereProductManifold(Manifold):  # type: ignore[misc]
 
         grad = r² (g − ⟨w, g⟩ w/r²),    Hess[u] = r² (H u − ⟨w, H u⟩ w/r²) − ⟨w, g⟩ u.
 
-    `random_point` and `random_tangent_vector` draw from NumPy's global generator, as pymanopt's own manifolds do, so
-    that one ``numpy.random.seed`` holds for a whole product.
+    `random_point` and `random_tangent_vector` use NumPy's global generator, like pymanopt's own manifolds, so that one
+    ``numpy.random.seed`` seeds the whole product.
 
     Args:
         sphere: partition and radii.
@@ -168,7 +168,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in named.items():
         if parameter.dtype not in _DTYPES or parameter.is_meta:
             found = "no values" if parameter.is_meta else f"dtype {parameter.dtype}"
-            remedy = "Call model.double(); second-order methods need its digits."
+            remedy = "Call model.double(); second-order methods need float64."
             raise PointError(name, found, "values in float32 or float64", remedy)
     return named
 
@@ -184,15 +184,15 @@ def parameter_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def product_manifold(model: nn.Module) -> Product:
-    """Return the manifold on which the parameters of a model live, as a `pymanopt.manifolds.Product`.
+    """Return the manifold of a model's parameters, as a `pymanopt.manifolds.Product`.
 
     Args:
-        model: any module with real parameters; weights on a `manifold_nets.SphereProduct` are found through it.
+        model: any module with real parameters; its weights on a `manifold_nets.SphereProduct` are found.
 
     Raises:
-        PointError: no parameter requires a gradient, one is neither float32 nor float64, or one lies on a sphere
-            together with others.
-        ParameterGroupError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
+        PointError: no parameter requires a gradient, one is neither float32 nor float64, or one shares its sphere with
+            others.
+        ParameterGroupError: a parameter lies on a manifold other than a `manifold_nets.SphereProduct`.
 
     Example:
         >>> import manifold_nets as mn
@@ -210,8 +210,8 @@ def product_manifold(model: nn.Module) -> Product:
 def point_of(model: nn.Module) -> Point:
     """Return the parameters of a model as a point: float64 copies, one array per parameter, in its shape.
 
-    A weight on spheres is put on them once more, which removes what rounding left; a parameter without axes becomes
-    an array of shape (1,). The network runs in its own dtype all the same.
+    Weights on spheres are projected once more in float64, which removes their rounding error; a parameter without axes
+    becomes an array of shape (1,). The network still runs in its own dtype.
 
     Raises:
         PointError: as `product_manifold`.
@@ -236,10 +236,10 @@ def point_of(model: nn.Module) -> Point:
 
 
 def write_back(model: nn.Module, point: Sequence[NDArray[Any]]) -> None:
-    """Write a point into the parameters of a model, in place: parameter objects, manifolds and dtypes stay.
+    """Write a point into the parameters of a model, in place; parameter objects, manifolds and dtypes stay the same.
 
-    Buffers, the running statistics of batch normalization among them, are left as they are;
-    `NetworkProblem.write_back` also takes those anew.
+    Buffers, including the running statistics of batch normalization, are not changed; `NetworkProblem.write_back` also
+    updates those.
 
     Args:
         model: the model, or another one of the same structure.
@@ -247,7 +247,7 @@ def write_back(model: nn.Module, point: Sequence[NDArray[Any]]) -> None:
 
     Raises:
         PointError: number or shape of the arrays is not that of the parameters, or an entry is not finite; the model
-            is left as it was.
+            is unchanged.
 
     Example:
         >>> first, second = nn.Linear(4, 3), nn.Linear(4, 3)
@@ -283,7 +283,7 @@ def _spheres(model: nn.Module) -> dict[str, SphereProduct]:
     spheres = {weight.name: weight.manifold for weight in constrained_weights(model)}
     for name, manifold in spheres.items():
         if isinstance(manifold, JointSphereMember):
-            found = f"a sphere together with {', '.join(manifold.others)}"
-            remedy = "Convert without the remedy joint-spheres, or train with the optimizers of manifold_nets.optim."
+            found = f"a sphere that it shares with {', '.join(manifold.others)}"
+            remedy = "Convert without the remedy 'joint-spheres', or train with manifold_nets.optim."
             raise PointError(name, found, "spheres of its own", remedy)
     return spheres

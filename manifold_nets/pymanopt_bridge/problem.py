@@ -36,7 +36,7 @@ OnCost = Callable[[Point, float], None]
 class Evaluations:
     """How often the network was run: values, gradients, and Hessians along a vector.
 
-    A value or gradient that is asked for twice in a row at the same point is computed, and counted, once.
+    A value or gradient that is requested twice in a row at the same point is computed, and counted, once.
 
     Args:
         cost: forward passes for a value.
@@ -79,12 +79,11 @@ class NetworkCost:
     """The loss of a network as a function of a point, by torch's automatic differentiation.
 
     The model is never changed: every evaluation runs it with other parameters in place of its own and with copies of
-    its buffers. The last point is remembered with its value, gradient and graph, since optimizers ask for them one
-    after the other.
+    its buffers. The last point is cached with its value, gradient and graph, because optimizers request them in turn.
 
     Args:
         model: the network.
-        objective: function of the model whose result is the loss.
+        objective: function of the model that returns the loss.
         on_cost: called with point and value whenever a value was computed on its own.
     """
 
@@ -99,7 +98,7 @@ class NetworkCost:
         self._graph: tuple[list[Tensor], tuple[Tensor, ...]] | None = None
 
     def value(self, *point: NDArray[Any]) -> float:
-        """Loss at a point; infinite where it is not a number, so that line searches step back."""
+        """Loss at a point; infinite instead of NaN, so that line searches step back."""
         self._go_to(point)
         if self._value is None:
             self.evaluations.cost += 1
@@ -143,9 +142,9 @@ class NetworkCost:
         tensors = self._tensors(point, differentiable=True)
         loss = self._loss(tensors)
         if not loss.requires_grad:
-            remedy = "Compute it from the outputs of the model that is handed over, with gradients enabled."
+            remedy = "Compute it from the outputs of the model that was passed, with gradients enabled."
             found = "a number that does not depend on the parameters"
-            raise CostError(found, "a differentiable function of them", remedy)
+            raise CostError(found, "a differentiable function of the parameters", remedy)
         each = torch.autograd.grad(loss, tensors, create_graph=create_graph, allow_unused=True, materialize_grads=True)
         gradients = tuple(gradient.to_dense() for gradient in each)  # those of embeddings may be sparse
         self._value, self._gradient = _number(loss), _arrays(gradients, point)
@@ -160,8 +159,8 @@ class NetworkCost:
             raise CostError(
                 f"{first!r} and {second!r} for the same parameters",
                 "the same value at every evaluation",
-                "Take out what is random (dropout: set p to 0, or model.eval(); shuffled data; kernels that add in a "
-                "random order: torch.use_deterministic_algorithms).",
+                "Remove randomness: set the p of dropout to 0 or call model.eval(), do not shuffle the data, and call "
+                "torch.use_deterministic_algorithms if kernels add in random order.",
             )
 
     def _fresh_value(self, point: Point) -> float:
@@ -188,7 +187,7 @@ class NetworkCost:
         loss = torch.func.functional_call(self._whole, {f"model.{name}": value for name, value in values.items()}, ())
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise CostError(found, "a tensor with one real number", "Reduce it, for instance by loss.mean().")
+            raise CostError(found, "a tensor with one real number", "Reduce it, for instance with loss.mean().")
         return loss.reshape(())
 
 
@@ -207,21 +206,21 @@ def _arrays(tensors: Sequence[Tensor], point: Sequence[NDArray[Any]]) -> Point:
 class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
     """The full-batch loss of a network on the manifold of its parameters, for the optimizers of pymanopt.
 
-    Steepest descent, conjugate gradient, trust regions and particle swarms run; ``NelderMead`` of pymanopt 2.2 runs on
-    no product of manifolds.
+    Steepest descent, conjugate gradient, trust regions and particle swarms work; ``NelderMead`` of pymanopt 2.2 does
+    not support products of manifolds.
 
-    Made by `problem`. The model itself is untouched until `write_back`. Structure, mode (training or evaluation),
-    buffers and frozen parameters are those that the model has when the cost is evaluated.
+    Made by `problem`. The model is not changed until `write_back`. Structure, mode (training or evaluation), buffers
+    and frozen parameters are those of the model when the cost is evaluated.
 
     Args:
         model: the network.
-        objective: function of a model whose result is the loss.
-        on_cost: called with point and cost after every forward pass for a cost, to record them; what it raises ends
-            the optimizer and reaches the caller.
+        objective: function of a model that returns the loss.
+        on_cost: called with point and cost after every forward pass for a cost, to record them; an error that it raises
+            ends the optimizer and reaches the caller.
 
     Raises:
         PointError: no parameter requires a gradient, or one is neither float32 nor float64.
-        ParameterGroupError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
+        ParameterGroupError: a parameter lies on a manifold other than a `manifold_nets.SphereProduct`.
         OffManifoldError: a weight is not on its spheres.
         CostError: the loss is not one finite number, or differs from one evaluation to the next.
 
@@ -259,22 +258,22 @@ class NetworkProblem(pymanopt.Problem):  # type: ignore[misc]
         return self._network_cost.evaluations
 
     def initial_point(self) -> Point:
-        """Return the parameters that the model has now, as a point to start from."""
+        """Return the present parameters of the model as a starting point."""
         return point_of(self.model)
 
     def write_back(self, point: Sequence[NDArray[Any]], *, refresh_statistics: bool = True) -> None:
-        """Write a point into the model, and take the running statistics of its batch normalizations at that point.
+        """Write a point into the model, and update the running statistics of its batch normalizations for that point.
 
-        The cost never touches buffers, so that running statistics would still be those of the start: each batch
-        normalization that is in training mode gets the statistics of the data that the loss runs through it. What
-        else the loss may write is left as it was only in its own evaluations; here the model runs once as it is.
+        The cost never changes buffers, so running statistics would otherwise be those of the start. Each batch
+        normalization in training mode gets the statistics of the data that the loss runs through it. The model itself
+        is run once for this, so other side effects of the loss happen here, unlike in evaluations of the cost.
 
         Args:
             point: one array per parameter.
-            refresh_statistics: whether to run the loss once to renew the running statistics.
+            refresh_statistics: whether to run the loss once to update the running statistics.
 
         Raises:
-            PointError: the point does not fit; the model is left as it was.
+            PointError: the point does not fit; the model is unchanged.
         """
         write_back(self.model, point)
         if refresh_statistics:
@@ -293,27 +292,27 @@ def problem(
 ) -> NetworkProblem:
     """Return the training of a network as a `pymanopt.Problem`: cost, gradient and Hessian by torch.
 
-    Training data are handed over as tensors, ``f(w) = loss(model(inputs), targets)``, or, without ``inputs``, the loss
-    is a function of the model, ``f(w) = loss(model)``, that runs it as it likes.
+    Training data are passed as tensors, ``f(w) = loss(model(inputs), targets)``. Without ``inputs``, the loss is a
+    function of the model, ``f(w) = loss(model)``, which runs it in any way.
 
     Args:
-        model: the network, in the mode in which it is to be run; float64 (``model.double()``) for second-order
-            methods that are to converge to more than a few digits.
-        loss: function of outputs and targets, or of the model; one number.
+        model: the network, in the mode in which it should run; use float64 (``model.double()``) for second-order
+            methods that must converge to more than a few digits.
+        loss: function of outputs and targets, or of the model, that returns one number.
         inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or both in a tuple; on the device
             of the model.
-        targets: what the loss compares the outputs with.
-        on_cost: called with point and cost after every forward pass for a cost, to record them; what it raises ends
-            the optimizer and reaches the caller.
+        targets: second argument of the loss.
+        on_cost: called with point and cost after every forward pass for a cost, to record them; an error that it raises
+            ends the optimizer and reaches the caller.
 
     Returns:
         A `NetworkProblem`, with ``initial_point()`` and ``write_back(point)``.
 
     Raises:
         PointError: no parameter requires a gradient, or one is neither float32 nor float64.
-        ParameterGroupError: a parameter lies on a manifold that is no `manifold_nets.SphereProduct`.
+        ParameterGroupError: a parameter lies on a manifold other than a `manifold_nets.SphereProduct`.
         OffManifoldError: a weight is not on its spheres.
-        ExampleInputsError: the inputs are none of the above.
+        ExampleInputsError: the inputs have another form.
         CostError: the loss is not one finite number, or differs from one evaluation to the next.
 
     Example:

@@ -1,6 +1,6 @@
 """The numerical checks of `pymanopt.tools.diagnostics` as functions that return numbers instead of plotting.
 
-Slopes are those of log error against log step, over the stretch of steps where they lie closest to a line.
+Slopes are those of log error against log step, over the range of steps where they are closest to a line.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _WINDOW = 10  # neighbouring step sizes to which a line is fitted, as in pymanop
 
 
 def gradient_slope(problem: pymanopt.Problem, point: Any = None, tangent_vector: Any = None) -> float:
-    """Return the order in t at which ``f(Exp(t u))`` leaves ``f(x) + t ⟨grad f, u⟩``: 2 for the true gradient.
+    """Return the order in t of ``f(Exp(t u)) − f(x) − t ⟨grad f, u⟩``: 2 for the true gradient.
 
-    An error that is zero throughout has the slope infinity.
+    If the error is zero throughout, the slope is infinity.
 
     Args:
         problem: any problem of pymanopt.
-        point: where; drawn at random when left out.
-        tangent_vector: along what; drawn at random when left out.
+        point: the point (default: random).
+        tangent_vector: the direction (default: random).
 
     Example:
         >>> import numpy as np, pymanopt
@@ -41,9 +41,9 @@ def gradient_slope(problem: pymanopt.Problem, point: Any = None, tangent_vector:
 
 
 def hessian_slope(problem: pymanopt.Problem, point: Any = None, tangent_vector: Any = None) -> float:
-    """Return the order in t at which ``f(Exp(t u))`` leaves its quadratic model: 3 for the true Hessian.
+    """Return the order in t of the difference between ``f(Exp(t u))`` and its quadratic model: 3 for the true Hessian.
 
-    A loss whose third derivative along ``u`` is zero gives 4. Args as in `gradient_slope`.
+    A loss whose third derivative along ``u`` is zero gives 4. Arguments as in `gradient_slope`.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ def hessian_slope(problem: pymanopt.Problem, point: Any = None, tangent_vector: 
 
 
 def hessian_asymmetry(problem: pymanopt.Problem, point: Any = None) -> float:
-    """Return ``|⟨u, H v⟩ − ⟨H u, v⟩| / (|⟨u, H v⟩| + |⟨H u, v⟩|)`` for random tangent vectors: 0 but for rounding.
+    """Return ``|⟨u, H v⟩ − ⟨H u, v⟩| / (|⟨u, H v⟩| + |⟨H u, v⟩|)`` for random tangent vectors: 0 up to rounding.
 
     Example:
         >>> import torch
@@ -77,12 +77,12 @@ def hessian_asymmetry(problem: pymanopt.Problem, point: Any = None) -> float:
 
 
 def retraction_slope(manifold: Manifold, point: Any = None, tangent_vector: Any = None) -> float:
-    """Return the order in t at which ``retraction(x, t u)`` leaves the geodesic; 3 for one of second order.
+    """Return the order in t of the difference between ``retraction(x, t u)`` and the geodesic; 3 for second order.
 
     Args:
         manifold: a manifold with `exp`, `retraction` and `dist`.
-        point: where; drawn at random when left out.
-        tangent_vector: along what; drawn at random when left out.
+        point: the point (default: random).
+        tangent_vector: the direction (default: random).
 
     Example:
         >>> from manifold_nets import Partition, SphereProduct, pymanopt_bridge as bridge

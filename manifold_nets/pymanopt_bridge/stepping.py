@@ -19,12 +19,12 @@ __all__ = ["Iteration", "iterations"]
 
 @dataclass(frozen=True)
 class Iteration:
-    """What an optimizer has reached after one of its iterations.
+    """The result of an optimizer after one of its iterations.
 
     Args:
         number: counted from 1.
-        cost: the lowest cost that it has computed so far.
-        point: where that was.
+        cost: the lowest cost so far.
+        point: the point with that cost.
 
     Example:
         >>> import pymanopt, torch
@@ -44,23 +44,22 @@ class Iteration:
 def iterations(
     optimizer: Any, problem: NetworkProblem, *, initial_point: Point | None = None, **options: Any
 ) -> Iterator[Iteration]:
-    """Run an optimizer of pymanopt and stop after every iteration, so that a training loop can do things in between.
+    """Run an optimizer of pymanopt one iteration at a time, so that a training loop can act in between.
 
-    The optimizer keeps all it knows (conjugate directions, radii, step sizes) from one iteration to the next: it runs
-    in a thread of its own, which only ever works while the caller waits for the next iteration. Closing or dropping
-    the iterator ends it.
+    The optimizer keeps its state (conjugate directions, radii, step sizes) between iterations: it runs in a thread of
+    its own, which works only while the caller waits for the next iteration. Closing or deleting the iterator ends it.
 
     Args:
         optimizer: steepest descent, conjugate gradient or trust regions; ``verbosity=0`` keeps it from printing.
-        problem: what to minimize.
-        initial_point: where to start; the model's parameters when left out.
+        problem: the problem to minimize.
+        initial_point: starting point (default: the model's parameters).
         options: further arguments of the optimizer's ``run``.
 
     Yields:
         An `Iteration` after each iteration, until the optimizer stops by its own criteria.
 
     Raises:
-        Exception: whatever the optimizer or the loss raises.
+        Exception: any error of the optimizer or the loss.
 
     Example:
         >>> import pymanopt, torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ from manifold_nets.errors import ModelSpecError
 from manifold_nets.sources.finding import ModelCandidate, find_model, find_models
 from manifold_nets.sources.inputs import guess_inputs, read_inputs
 from manifold_nets.sources.libraries import (
-    import_torchvision,
+    load_pretrained,
+    pretrained_model,
+    save_pretrained,
     timm_model,
     torchvision_model,
-    torchvision_repaired,
 )
-from manifold_nets.sources.pretrained import load_pretrained, pretrained_model, save_pretrained
 from manifold_nets.sources.python import load_attribute, load_object, python_model
 from manifold_nets.sources.spec import ModelSpec
+from manifold_nets.sources.torchvision_import import import_torchvision
 from manifold_nets.weights import load_weights
 
 __all__ = [
@@ -46,31 +47,31 @@ def load_model(
     weights: str | Path | None = None,
     class_name: str | None = None,
 ) -> nn.Module:
-    """Build the model that a specification names, and load its weights from a file.
+    """Build the model that a specification names, and optionally load its weights from a file.
 
-    Architectures of torchvision and timm start from fresh weights, also their backbones; only ``hf:`` with a name and
-    ``timm:hf-hub:`` use the network. Where torchvision was built for another torch, it is imported as
-    `import_torchvision` does, whoever imports it.
+    Architectures of torchvision and timm, including their backbones, start from fresh weights; only ``hf:NAME`` and
+    ``timm:hf-hub:`` access the network. If torchvision was built for another torch, it is imported as by
+    `import_torchvision`, whatever code imports it.
 
     Args:
         spec: one of
 
             - ``package.module:callable`` or ``file.py:callable``. The folder of the file, or the working directory for
               a module, is importable while the model is built. An attribute that is itself a `torch.nn.Module` object
-              is taken as it is.
-            - ``file.py``, where `find_model` finds one model in it.
+              is returned unchanged.
+            - ``file.py``, if `find_model` finds exactly one model in it.
             - ``torchvision:NAME`` or ``timm:NAME``; ``timm:FOLDER`` and ``timm:hf-hub:NAME`` have weights of their own.
-            - ``hf:FOLDER``, which ``save_pretrained`` wrote, or ``hf:NAME``, a model of the hub. The folder of a
-              converted model gives the converted model.
+            - ``hf:FOLDER``, a folder written by ``save_pretrained``, or ``hf:NAME``, a model on the hub. The folder of
+              a converted model gives the converted model.
         kwargs: keyword arguments of the callable; with ``hf:`` those of ``from_pretrained``.
         weights: a file for `load_weights`: safetensors, a torch file, or a converted model written by `save`.
-        class_name: a class of transformers, such as ``"AutoModelForCausalLM"``, instead of the one that the
-            configuration names; only with ``hf:``.
+        class_name: a class of transformers, such as ``"AutoModelForCausalLM"``, instead of the one in the
+            configuration; only with ``hf:``.
 
     Raises:
         ModelSpecError: the specification has none of the forms, or takes no class.
         ModelNotFoundError: a module, a file, an attribute or an architecture does not exist.
-        ModelBuildError: the callable or the import raised, SystemExit included, or returned something that is no model.
+        ModelBuildError: the callable or the import raised an error or SystemExit, or did not return a model.
         CheckpointFormatError: the file cannot be read.
         CheckpointMismatchError: its names or shapes are not the model's.
 
@@ -84,11 +85,10 @@ def load_model(
         raise ModelSpecError(str(spec), "hf:FOLDER or hf:NAME with a class of transformers", "Leave out the class.")
     if not spec.name:
         spec = find_model(spec, arguments)
-    build = {
+    builders: dict[str, Callable[[ModelSpec, dict[str, Any]], nn.Module]] = {
         "torchvision": torchvision_model,
         "timm": timm_model,
         "hf": functools.partial(pretrained_model, class_name=class_name),
-    }.get(spec.kind, python_model)
-    with torchvision_repaired():
-        model = build(spec, arguments)
+    }
+    model = builders.get(spec.kind, python_model)(spec, arguments)
     return model if weights is None else load_weights(model, weights)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError, described, listed
 from manifold_nets.sources.spec import ModelSpec
@@ -18,9 +21,12 @@ __all__ = ["ModelCandidate", "code_run_by_import", "find_model", "find_models"]
 _NO_MODULES = ("Function", "InplaceFunction", "Protocol", "ABC", "object")
 # What other libraries make models with.
 _MAKERS = re.compile(r"torchvision\.models\..*|timm\.create_model|transformers\..*\.from_(pretrained|config)")
+_REST = inspect.Parameter
 _TRAINING = ("backward", "step", "fit")
 _MOVES = ("to", "cpu", "cuda", "float", "double", "half", "bfloat16", "eval", "train", "requires_grad_")
 _DEFINITIONS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Pass)
+
+Arguments = tuple[tuple[str, ...], tuple[str, ...]]  # those that are required, and the others
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class ModelCandidate:
         required: arguments that it cannot do without.
         optional: its other arguments by name.
         uses: names of other candidates that occur in it.
+
+    Example:
+        >>> str(ModelCandidate("Net", "class", required=("width",)))
+        'Net (class, needs width)'
     """
 
     name: str
@@ -53,7 +63,8 @@ def find_models(path: str | Path) -> tuple[ModelCandidate, ...]:
 
     These are subclasses of `torch.nn.Module` (also by way of other classes of the file, and classes with a method
     ``forward`` whose bases come from elsewhere), functions that return one by their annotation or their code, and
-    objects made of one. Functions that train, and what stands under ``if __name__ == "__main__"``, do not count.
+    objects made of one. Functions that train or that take a model, and what stands under
+    ``if __name__ == "__main__"``, do not count.
 
     Raises:
         ModelNotFoundError: there is no such file.
@@ -71,7 +82,7 @@ def find_models(path: str | Path) -> tuple[ModelCandidate, ...]:
 
 
 def find_model(spec: ModelSpec, kwargs: Mapping[str, Any]) -> ModelSpec:
-    """Name the one model of a file that can be built with these arguments.
+    r"""Name the one model of a file that can be built with these arguments.
 
     Candidates that another one uses are its parts and do not count.
 
@@ -79,6 +90,14 @@ def find_model(spec: ModelSpec, kwargs: Mapping[str, Any]) -> ModelSpec:
         ModelNotFoundError: there is no such file, it has no model or several, or the one needs other arguments. The
             message lists what was found.
         ModelBuildError: it is no Python code.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "train.py"
+        ...     _ = path.write_text("from torch import nn\ndef net(width):\n    return nn.Linear(width, 2)\n")
+        ...     find_model(ModelSpec.parse(str(path)), {"width": 3}).name
+        'net'
     """
     candidates = find_models(spec.place)
     used = {name for candidate in candidates for name in candidate.uses - {candidate.name}}
@@ -117,7 +136,7 @@ def _parsed(path: Path) -> ast.Module:
         found = f"{path} cannot be read ({error.strerror})"
         raise ModelNotFoundError(spec, found, "Write the path from the working directory.") from error
     except (SyntaxError, ValueError) as error:
-        raise ModelBuildError(spec, f"it is no Python code ({described(error)})") from error
+        raise ModelBuildError(spec, f"it is not valid Python code ({described(error)})") from error
 
 
 def _is_guard(statement: ast.stmt) -> bool:
@@ -137,13 +156,13 @@ class _Reader:
             if isinstance(statement, (ast.Import, ast.ImportFrom)):
                 self._note_imports(statement)
             elif isinstance(statement, ast.ClassDef) and self._is_module(statement):
-                self._add(statement, "class", _constructor(statement))
+                self._add(statement, "class", self._constructor(statement))
             elif isinstance(statement, ast.FunctionDef) and self._returns_module(statement):
-                self._add(statement, "function", statement.args)
+                self._add(statement, "function", _arguments(statement.args))
             elif isinstance(statement, ast.Assign) and self._makes_module(statement.value):
                 for target in statement.targets:
                     if isinstance(target, ast.Name):
-                        self._add(statement, "object", None, target.id)
+                        self._add(statement, "object", ((), ()), target.id)
 
     def _note_imports(self, statement: ast.Import | ast.ImportFrom) -> None:
         module = f"{statement.module or ''}." if isinstance(statement, ast.ImportFrom) else ""
@@ -151,12 +170,26 @@ class _Reader:
             full = alias.name if alias.asname or module else alias.name.partition(".")[0]
             self._imported[alias.asname or (alias.name if module else full)] = f"{module}{full}"
 
-    def _add(self, node: ast.stmt, kind: str, arguments: ast.arguments | None, name: str = "") -> None:
+    def _add(self, node: ast.stmt, kind: str, arguments: Arguments, name: str = "") -> None:
         name = name or node.name  # type: ignore[attr-defined]
-        required, optional = _arguments(arguments, bound=kind == "class")
         names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
         uses = frozenset(names & self.candidates.keys())
-        self.candidates[name] = ModelCandidate(name, kind, required, optional, uses)
+        self.candidates[name] = ModelCandidate(name, kind, *arguments, uses)
+
+    def _constructor(self, node: ast.ClassDef) -> Arguments:
+        """What the constructor of a class takes, its own or an inherited one."""
+        for part in node.body:
+            if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                return _arguments(part.args, bound=1)
+        for name in map(self._full_name, node.bases):
+            if base := self.candidates.get(name):
+                return base.required, base.optional
+            if hasattr(nn, name.removeprefix("torch.nn.")):
+                taken = inspect.signature(getattr(nn, name.removeprefix("torch.nn."))).parameters.values()
+                named = {p.name: p.default for p in taken if p.kind not in (_REST.VAR_POSITIONAL, _REST.VAR_KEYWORD)}
+                required = tuple(name for name, default in named.items() if default is _REST.empty)
+                return required, tuple(name for name in named if name not in required)
+        return (), ()
 
     def _full_name(self, node: ast.expr | None) -> str:
         """The dotted name of an expression with what its first part was imported as; empty where it is no name."""
@@ -190,7 +223,9 @@ class _Reader:
 
     def _returns_module(self, node: ast.FunctionDef) -> bool:
         own = list(_own_nodes(node))
-        if node.name.startswith("_") or any(isinstance(n, ast.Attribute) and n.attr in _TRAINING for n in own):
+        trains = any(isinstance(part, ast.Attribute) and part.attr in _TRAINING for part in own)
+        changes = any(argument.arg in ("model", "module", "net", "network") for argument in node.args.args)
+        if trains or changes or node.name.startswith("_"):
             return False
         if self._names_module(node.returns):
             return True
@@ -223,18 +258,11 @@ def _own_nodes(node: ast.AST) -> Iterator[ast.AST]:
             yield from _own_nodes(part)
 
 
-def _constructor(node: ast.ClassDef) -> ast.arguments | None:
-    found = (part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__")
-    return next((part.args for part in found), None)
-
-
-def _arguments(arguments: ast.arguments | None, *, bound: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the arguments that must be given, and of those that may."""
-    if arguments is None:
-        return (), ()
+def _arguments(arguments: ast.arguments, bound: int = 0) -> Arguments:
+    """Names of the arguments that must be given, and of those that may; the first of a method is bound."""
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     count = len(names) - len(arguments.defaults)
-    required, optional = names[int(bound) : count], names[max(count, int(bound)) :]
+    required, optional = names[bound:count], names[max(count, bound) :]
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         (required if default is None else optional).append(argument.arg)
     return tuple(required), tuple(optional)

@@ -80,7 +80,7 @@ def _content(path: Path) -> Any:
         return safetensors.torch.load_file(path)
     if ending in (".pt", ".pth"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"{ending or 'no ending'} is none of .npz, .npy, .pt, .pth and .safetensors")
+    raise ValueError(f"{ending or 'no ending'} is not one of .npz, .npy, .pt, .pth and .safetensors")
 
 
 def _sorted_out(path: Path, content: Any) -> Inputs:
@@ -128,10 +128,10 @@ def guess_inputs(
         torch.Size([2, 3, 32, 32])
     """
     wanted = _shapes(model)
+    if not wanted:
+        raise ExampleInputsError(f"none, and nothing in {type(model).__name__} tells what it takes")
     if len(shapes) > len(wanted):
-        given = f"{len(shapes)} shapes" if wanted else "no shape"
-        names = f"; the model takes {', '.join(wanted)}" if wanted else ", and nothing in the model tells which"
-        raise ExampleInputsError(f"{given}{names}")
+        raise ExampleInputsError(f"{len(shapes)} shapes; the model takes {', '.join(wanted)}")
     wanted |= dict(zip(wanted, map(tuple, shapes), strict=False))
     config = getattr(model, "config", None)
     inputs: dict[str, Tensor] = {}
@@ -160,7 +160,8 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     has_placeholders = any(hasattr(config, name) for name in _PLACEHOLDERS)
     if "input_ids" in taken and _value(text, "vocab_size") and main in ("input_ids", "pixel_values"):
         found["input_ids"] = (_text_length(text),)
-    if "pixel_values" in taken and (main == "pixel_values" or (vision is not config and not has_placeholders)):
+    has_images = vision is not config or _value(config, "image_size")
+    if "pixel_values" in taken and (main == "pixel_values" or (has_images and not has_placeholders)):
         found["pixel_values"] = _image(vision)
     if "input_features" in taken and (main == "input_features" or (audio is not config and not has_placeholders)):
         found["input_features"] = _features(audio)
@@ -189,7 +190,7 @@ def _value(config: Any, *names: str) -> Any:
 
 def _text_length(config: Any) -> int:
     longest = _value(config, "max_position_embeddings", "max_target_positions", "n_positions")
-    return min(_TEXT_LENGTH, longest if isinstance(longest, int) else _TEXT_LENGTH)
+    return min(_TEXT_LENGTH, longest if isinstance(longest, int) and longest > 0 else _TEXT_LENGTH)
 
 
 def _image(config: Any) -> tuple[int, ...]:
@@ -210,9 +211,11 @@ def _features(config: Any) -> tuple[int, ...]:
 
 
 def _sound(config: Any) -> tuple[int, ...]:
-    """Samples, or the spectra that some models call so too."""
-    bands = _value(config, "num_mel_bins")
-    return (_value(config, "max_length") or _FRAMES, bands) if bands else (_SAMPLES,)
+    """Samples, with channels where there may be several, or the spectra that some models call so too."""
+    if hasattr(config, "frequency_stride"):
+        return (_value(config, "max_length") or _FRAMES, _value(config, "num_mel_bins"))
+    channels = _value(config, "audio_channels")
+    return (channels, _SAMPLES) if channels else (_SAMPLES,)
 
 
 def _texts(config: Any, shape: tuple[int, ...], token_ids: int | None, generator: torch.Generator | None) -> Tensor:

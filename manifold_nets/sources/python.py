@@ -17,6 +17,7 @@ from torch import nn
 from manifold_nets.errors import ModelBuildError, ModelNotFoundError, ModelSpecError, described, near_matches
 from manifold_nets.files import is_link_loop
 from manifold_nets.sources.spec import LIBRARIES, ModelSpec
+from manifold_nets.sources.torchvision_import import torchvision_repaired
 
 __all__ = ["load_attribute", "load_object"]
 
@@ -79,9 +80,9 @@ def attribute(spec: ModelSpec) -> Iterator[Any]:
     if spec.kind not in ("file", "module") or not spec.name:
         raise ModelSpecError(str(spec))
     if spec.kind == "file" and not path.is_file():
-        why = "its symbolic links lead back to themselves" if is_link_loop(path) else f"there is no file {path}"
+        why = "its path is a loop of symbolic links" if is_link_loop(path) else f"there is no file {path}"
         raise ModelNotFoundError(spec, why, "Write the path from the working directory.")
-    with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()):
+    with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()), torchvision_repaired():
         with _importing(spec):
             found: Any = _import_file(path) if spec.kind == "file" else importlib.import_module(spec.place)
         for part in spec.name.split("."):

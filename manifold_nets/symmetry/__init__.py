@@ -1,4 +1,4 @@
-"""Which weight-space symmetries a network has: structure from its graph, proof from the Euler certificate."""
+"""Find the weight-space symmetries of a network: derived from its graph, certified by its gradients."""
 
 from manifold_nets.symmetry.diagnose import diagnose
 from manifold_nets.symmetry.learning_rates import LearningRates, matched_learning_rates

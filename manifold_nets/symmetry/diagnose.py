@@ -1,4 +1,4 @@
-"""`diagnose`: structure from the graph, the Euler certificate, and finite moves, and what they say together."""
+"""`diagnose`: derive symmetries from the graph, test them by gradients and finite moves, and report the findings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _OBJECTS_BETWEEN_COLLECTIONS = 50_000
 
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Collect garbage less often: a graph is many objects that stay, and every full collection visits all of them."""
+    """Collect garbage less often: a graph is many long-lived objects, and every full collection visits all of them."""
     before = gc.get_threshold()
     gc.set_threshold(max(before[0], _OBJECTS_BETWEEN_COLLECTIONS) if before[0] else 0, *before[1:])
     try:
@@ -91,52 +91,60 @@ def diagnose(
     loss: Loss | None = None,
     memory: Literal["full", "small"] = "full",
 ) -> SymmetryReport:
-    """Find the scale symmetries of a network's weights: which groups of entries, why, how sure, and the remedy.
+    """Find the scale symmetries of a network's weights: which groups are scale-invariant, why, and what to do.
 
-    Structure comes from the aten graph of the model in training mode: the scale of each group is followed until a
-    normalization absorbs it or an operation refuses it. Each claim is then checked by the Euler certificate in
-    float64: ``Σ_G w ⊙ ∂L/∂w = 0`` (see `manifold_nets.symmetry.invariance`). What both confirm is carried out by
-    finite amounts, all at once, on the inputs and on ten times these, and the outputs must not change (see
-    `manifold_nets.symmetry.finite_move`). A contradiction is reported as a disagreement. Of a weight that
-    provably no output depends on, the certificate is taken at the output of the normalization that absorbs it, and its
-    ``taken_at`` says so (with full memory only). Entries that are not finite are drawn anew for the certificate, and
-    the groups that they are in are named. The model, its mode, buffers, gradients and the random state are left as they
-    were.
+    Three independent methods are compared:
 
-    Where `torch.export` refuses the model, as it does where control flow depends on the data, the structure is unknown:
-    every weight has the status ``"unknown"``, the reason, and the certificate of its finest natural partition (filters,
-    blocks of filters, columns, the whole tensor) that it calls invariant. That takes one pass, and ``not_searched``
-    names what is left out. A model on the meta device has a structure but no values: the certificate has no evidence,
-    and says so. A module that is in evaluation mode inside a model in training mode is analysed as it stands, frozen;
-    a model in evaluation mode is analysed as if it were in training mode.
+    - *Structure.* In the aten graph of the model in training mode, the scale of each group of entries is followed to
+      the normalization that absorbs it, or to the operation that makes it matter.
+    - *Certificate.* A float64 gradient tests each claim: ``Σ_G w ⊙ ∂L/∂w = 0`` by Euler's theorem (see
+      `manifold_nets.symmetry.invariance`).
+    - *Finite moves.* Everything that both confirm is rescaled at once by random factors, on the inputs and on ten times
+      the inputs. The outputs must not change (see `manifold_nets.symmetry.finite_move`).
 
-    Tensors that forward makes in torch's default dtype, casts, or keeps as attributes or inside objects follow the
-    analysis in float64.
+    Contradictions are reported with the status ``"disagreement"``. The model, its mode, buffers, gradients and the
+    random state are not changed.
+
+    Special cases:
+
+    - `torch.export` fails, for instance on data-dependent control flow: every weight has the status ``"unknown"``,
+      with the reason and the finest natural partition (filters, blocks of filters, columns, the whole tensor) that
+      passes the gradient test. ``not_searched`` lists what is left out.
+    - The output provably does not depend on a weight: its gradient is taken at the output of the normalization that
+      absorbs it (``taken_at``), with full memory only.
+    - Weights with NaN or infinity: these entries are replaced by random ones for the test, and the report names their
+      groups.
+    - The meta device: there are no values, so certificates have the verdict ``"no evidence"``.
+    - Modes: a module in evaluation mode inside a model in training mode counts as frozen. A model in evaluation mode is
+      analysed in training mode.
+
+    Tensors that forward creates in torch's default dtype, casts, or keeps in attributes or objects are converted to
+    float64 as well.
 
     Args:
         model: the network, in any mode, dtype and device.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or ``((…), {…})``; at least
             two examples, as batch normalization needs them.
-        tolerance: largest certificate value of an invariant group, relative.
-        seed: seed of the random cotangent.
-        loss: ``"cross_entropy"`` or ``"softmax"`` where the outputs are logits along axis 1, or the loss itself as a
-            function of the outputs: constants added to all logits of an example then are symmetries as well.
-        memory: ``"full"``: a float64 copy of the model and its gradients at two points; ``"small"``: beside the model
-            no more than its gradients in float32 and float64 copies of one weight at a time. The tolerance then is at
-            least the machine epsilon of float32, and nothing is searched beyond what the structure explains.
+        tolerance: largest relative certificate value of an invariant group.
+        seed: random seed.
+        loss: ``"cross_entropy"`` or ``"softmax"`` if the outputs are logits along axis 1, or the loss as a function of
+            the outputs. Constants added to all logits of an example then count as symmetries too.
+        memory: ``"full"`` makes a float64 copy of the model and takes its gradients at two points. ``"small"`` needs
+            only float32 gradients and a float64 copy of one weight at a time; the tolerance is then at least the
+            machine epsilon of float32, and there is no search for symmetries that the structure does not explain.
 
     Returns:
-        A `SymmetryReport`; every parameter with at least two dimensions has its finding.
+        A `SymmetryReport` with one finding for every parameter with at least two dimensions.
 
     Raises:
-        ExampleInputsError: the model refuses the inputs.
-        DoublePrecisionError: the model cannot compute in float64.
-        AnalysisError: the model cannot be copied, or its gradients cannot be taken.
-        UnsupportedModelError: the model is a script or quantized, or has parameters without a shape.
-        OptionError: ``tolerance`` is no finite number above 0, ``seed`` no whole number from 0 to 2³² − 3, or
-            ``memory`` is neither ``"full"`` nor ``"small"``.
-        OptionError: the loss is no function and no name of one, or does not accept the outputs.
-        ArgumentTypeError: ``model`` is no `torch.nn.Module`.
+        ExampleInputsError: the model does not accept the inputs.
+        DoublePrecisionError: the model does not run in float64.
+        AnalysisError: the model cannot be copied, or backward() fails.
+        UnsupportedModelError: the model is scripted or quantized, or has parameters without a shape.
+        OptionError: ``tolerance`` is not a finite number above 0, ``seed`` is not an integer from 0 to 2³² − 3,
+            ``memory`` is neither ``"full"`` nor ``"small"``, or ``loss`` is not a known name or does not accept the
+            outputs.
+        ArgumentTypeError: ``model`` is not a `torch.nn.Module`.
 
     References:
         Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, for the symmetries; Euler's theorem on homogeneous functions
@@ -154,7 +162,7 @@ def diagnose(
         _log.info("tracing")
         network = _network(model, example_inputs, loss, seed, memory)
         graph, copy = network.graph, network.copy
-        _log.info("following scales and computing gradients")
+        _log.info("propagating scales and computing gradients")
         if isinstance(graph, AnalysisError):
             gradients = _gradients(network, _natural_partitions(copy))
             test = InvarianceTest(gradients, tolerance, None, network.not_finite)
@@ -163,7 +171,7 @@ def diagnose(
         gradients = _gradients(network, required_partitions(joint, structure))
     low_variance = None if network.meta else LowVariance(graph, copy, network.inputs, seed, gradients, tolerance)
     test = InvarianceTest(gradients, tolerance, low_variance, network.not_finite)
-    _log.info("testing what the rules found")
+    _log.info("testing the symmetries of the graph")
     weights, local = WeightFindings(copy, graph, test, network.variances), _local_certificates(network, gradients)
     findings = _tested_weights(weights, local, {weight.name for weight in constrained_weights(model)})
     families = certified_families(joint, test)
@@ -182,18 +190,18 @@ def diagnose(
 
 @dataclass(frozen=True)
 class _Network:
-    """What is analysed: a copy of the model, which the gradients and the finite move change, and its graph.
+    """The model under analysis: a copy, which gradients and finite moves may change, and its graph.
 
     Args:
-        model: the model as the user has it.
-        copy: a copy of it.
-        inputs: its inputs, in float64 with full memory.
-        graph: the graph, or why there is none.
-        seed: seed of all that is random.
+        model: the user's model.
+        copy: the copy.
+        inputs: the inputs, in float64 with full memory.
+        graph: the graph, or the error that prevented it.
+        seed: random seed.
         memory: ``"full"`` or ``"small"``.
-        not_finite: for some parameters which of their entries are not finite in the model.
-        logits: whether the loss does not see what is added to all outputs along axis 1.
-        variances: for each batch normalization the variance of its channels.
+        not_finite: a mask of the entries that are not finite, for the parameters that have any.
+        logits: whether the loss ignores constants added to all outputs along axis 1.
+        variances: the channel variances of each batch normalization.
     """
 
     model: nn.Module
@@ -208,12 +216,12 @@ class _Network:
 
     @property
     def meta(self) -> bool:
-        """Whether it has no values."""
+        """Whether the model is on the meta device."""
         return is_meta(self.copy)
 
     @property
     def is_searched(self) -> bool:
-        """Whether symmetries are searched that the structure does not explain."""
+        """Whether to search for symmetries that the structure does not explain."""
         return self.memory == "full" and not self.meta and isinstance(self.graph, TracedGraph)
 
 
@@ -227,7 +235,7 @@ def _network(
     if memory == "full" or meta:
         inputs = to_float64(inputs, torch.device("meta") if meta else None)
     graph = _trace(copy, inputs, meta)
-    # Before the gradients are taken, which moves parameters of the copy.
+    # Now, because computing gradients changes parameters of the copy.
     variances = _batch_variances(graph, copy, inputs, seed) if isinstance(graph, TracedGraph) and not meta else {}
     logits = not meta and sees_no_shift(loss, copy, inputs)
     return _Network(model, copy, inputs, graph, seed, memory, not_finite, logits, variances)
@@ -236,14 +244,14 @@ def _network(
 def _not_empty(inputs: Inputs) -> Inputs:
     shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
     if shapes and all(0 in shape for shape in shapes):
-        raise ExampleInputsError(f"nothing but empty tensors, of shapes {shapes}")
+        raise ExampleInputsError(f"only empty tensors, of shapes {shapes}")
     return inputs
 
 
 def _require_arguments(model: object, tolerance: object, seed: object, memory: object) -> None:
     """Raise an error where an argument has no meaning."""
     if not isinstance(model, nn.Module):
-        raise ArgumentTypeError("model", model, "a torch.nn.Module object", "Make the network first.")
+        raise ArgumentTypeError("model", model, "a torch.nn.Module object", "Build the network first.")
     if not (isinstance(tolerance, numbers.Real) and 0 < float(tolerance) < math.inf):
         raise OptionError("tolerance", tolerance, "a finite number above 0")
     if not (isinstance(seed, int) and 0 <= seed <= LARGEST_SEED):

@@ -1,10 +1,10 @@
-"""How unknown scales run through a network: labels on tensors, and what the scales have to satisfy.
+"""Unknown scales in a network: labels on tensors, and the linear equations between the scales.
 
-Give parts of the weights unknown positive scales α_1 … α_n and follow them through the graph. An entry of a tensor is
-then multiplied by a product ``Π α_k ** c_k``: a *form*, linear in the logarithms. A `Label` says which form each entry
-of a tensor has. Operations put conditions on the forms: a sum of two entries needs both scaled alike (`Scales.join`),
-an entry that a non-homogeneous operation reads must not be scaled at all (`Scales.pin`). The conditions are
-homogeneous linear equations, solved as they come; what they leave free are the symmetries.
+Parts of the weights get unknown positive scales α_1 … α_n, which are followed through the graph. An entry of a tensor
+is then multiplied by a product ``Π α_k ** c_k``: a *form*, linear in the logarithms. A `Label` holds the form of each
+entry of a tensor. Operations put conditions on the forms: the terms of a sum must be scaled alike (`Scales.join`), and
+an entry that a non-homogeneous operation reads must not be scaled at all (`Scales.pin`). These conditions are
+homogeneous linear equations, solved as they arrive; the scales that stay free are the symmetries.
 """
 
 from __future__ import annotations

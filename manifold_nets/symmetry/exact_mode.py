@@ -1,8 +1,8 @@
-"""The conditions under which the certificate is sharp: float64, negligible eps, no dropout, whoever asks for it.
+"""The conditions of the gradient test: float64, negligible eps, no dropout, wherever they are set in the model.
 
-They hold for the backward pass as well: a model that checkpoints its activations runs forward once more in it, and
-what is computed then has to be what was computed before. A function mode does not see what runs inside
-`torch.autograd.grad` where that is given tensors, which it intercepts; it does where that is given gradient edges.
+They must also hold in the backward pass: a model that checkpoints its activations runs forward again there, and must
+compute the same values. A function mode is not active inside `torch.autograd.grad` if that is called with tensors,
+which it intercepts; it is active if that is called with gradient edges.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _LOWER_BOUNDS = (torch.clamp_min, Tensor.clamp_min, torch.clamp, Tensor.clamp)
 
 
 class _ExactMode(TorchFunctionMode):
-    """Makes every eps negligible and dropout inactive, also where no module attribute says so."""
+    """Makes every eps negligible and dropout inactive, even if no module attribute holds them."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def _replaced(args: Any, kwargs: dict[str, Any], position: int, name: str, value
 def exact_mode(
     model_copy: nn.Module, mode: TorchFunctionMode | None = None, *, eps: float | None = None
 ) -> Iterator[None]:
-    """Run a copy, forward and backward, so that the certificate is sharp, and under a further mode if given."""
+    """Run a copy, forward and backward, under the conditions of the gradient test and a further mode if given."""
     eps = NEGLIGIBLE_EPS if eps is None else eps
     with _negligible_eps(model_copy, eps), in_float64(), _ExactMode(eps), mode or contextlib.nullcontext():
         yield

@@ -1,10 +1,10 @@
-"""Which directions follow from those that the structure knows, by linear algebra on arrays.
+"""Which directions are linear combinations of the symmetries that the structure explains.
 
 The slices of every parameter are coordinates, and a symmetry is a direction: its exponent at each slice that it moves.
-One random vector that is orthogonal to all known directions stands for their span: a group of slices follows from them
-exactly where its sum vanishes. The vector is found by elimination, whole rounds at once: a direction with one
-coordinate left makes it zero, and one with a coordinate that no other direction has is solved for it at the end. What
-then is left is small, and solved row by row.
+One random vector orthogonal to all known directions represents their span: a group of slices is explained exactly if
+its sum over this vector vanishes. The vector is found by elimination, in whole rounds: a direction with one remaining
+coordinate sets it to zero, and a direction with a coordinate that no other one has is solved for it at the end. The
+rest is small and solved row by row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Families: the symmetries of the solved equations of a network by what they move, each with its certificate."""
+"""Families: the symmetries of a network's solved equations, sorted by the parameters they change and certified."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from manifold_nets.symmetry.report import Certificate, FamilyMember, SymmetryFam
 __all__ = ["certified_families", "joint_generators", "with_mixed_weights"]
 
 _LEAVE = "leave it: a manifold holds a whole weight, and its other filters are not invariant"
-_SPLIT = f"{_LEAVE}; with its invariant filters as a parameter of their own they can go on spheres"
-_TOGETHER = "leave it: biases that are put together from parts would have to follow"
+_SPLIT = f"{_LEAVE}; as a parameter of their own, the invariant filters could go on spheres"
+_TOGETHER = "leave it: biases concatenated from parts would have to be rescaled with it"
 
 # The number of a part, the exponent that its indices share, and how many of them one symmetry moves.
 _Member = tuple[int, float | None, int]
@@ -62,11 +62,11 @@ def joint_generators(joint: JointStructure) -> tuple[Generators, NDArray[np.int6
 
 
 def certified_families(joint: JointStructure, test: InvarianceTest) -> tuple[SymmetryFamily, ...]:
-    """Sort the symmetries of a network into families of the same make-up, each with the certificate of its members.
+    """Sort the symmetries of a network into families with the same members, and certify each family.
 
     Args:
-        joint: what `solve_jointly` found.
-        test: tests them.
+        joint: the result of `solve_jointly`.
+        test: the gradient test.
     """
     generators, scales, kinds = joint_generators(joint)
     families: dict[tuple[_Member, ...], list[int]] = {}
@@ -151,14 +151,14 @@ class _LowVariance:
 
 def _remedy(kind: str, members: tuple[FamilyMember, ...], certificate: Certificate, *, absorbed: bool) -> str:
     if certificate.verdict == "not invariant":
-        return "leave it and report it: structure and certificate contradict each other"
+        return "leave it and report a bug: structure and certificate contradict each other"
     if kind == "scale":
         return (
             "keep each group on a sphere" if len(members) == 1 else "keep each group on one sphere across its tensors"
         )
     if absorbed:
-        return "leave it: stored statistics and eps would have to follow"
-    return "balance: move to the point of the orbit with the smallest norm; the function stays"
+        return "leave it: running statistics and eps would have to be rescaled with it"
+    return "balance: rescale to the smallest norm; the function stays the same"
 
 
 # ---- weights of which only some filters are scale-invariant, as the queries and keys of a fused projection -----------
@@ -169,10 +169,10 @@ def _remedy(kind: str, members: tuple[FamilyMember, ...], certificate: Certifica
 def with_mixed_weights(
     findings: Sequence[WeightFinding], families: Sequence[SymmetryFamily]
 ) -> tuple[tuple[WeightFinding, ...], tuple[SymmetryFamily, ...]]:
-    """Say of weights, and of the families that explain it, that only some of their filters are invariant.
+    """Mark the weights of which only some filters are invariant, and the families that explain this.
 
     Args:
-        findings: what structure and certificate say of each weight.
+        findings: the finding of each weight.
         families: the certified symmetries of the network.
     """
     split = {w.name for w in findings if w.partition is None and w.status == "not invariant"}
@@ -200,7 +200,7 @@ def _with_count(finding: WeightFinding, groups: int, filters: int) -> WeightFind
     count = finding.shape[0]
     each = f"{groups} group{'s' if groups > 1 else ''} of its filters"
     if filters == count:
-        reason, remedy = f"{each} are invariant, all {count} of them, with biases that are put together", _TOGETHER
+        reason, remedy = f"{each} are invariant, all {count} of them, with concatenated biases", _TOGETHER
     else:
         reason, remedy = f"{each}, {filters} of {count}, are invariant by themselves, the others are not", _SPLIT
     # Where structure alone found free filters, it says why the others are not.

@@ -1,20 +1,19 @@
-"""The third witness: what is called a symmetry is carried out, by finite amounts, and the outputs are compared.
+"""The finite move: apply all claimed symmetries by finite amounts, and check that the outputs do not change.
 
-A derivative does not see jumps: ``h · (|h| < 4)`` has that of ``h`` almost everywhere, and a rule of the structure may
-be wrong in the same place. So all claims are moved at once, on the example inputs and on ten times these: every group
-by a random factor between 10⁻² and 10², with the biases that follow it, and every shift by a random amount of either
-sign between 10⁻² and 10². In training mode the outputs must stay what they were.
+A derivative does not see jumps: ``h · (|h| < 4)`` has the derivative of ``h`` almost everywhere, and a rule of the
+structure may be wrong in the same place. So all claims are applied at once, on the example inputs and on ten times
+these: every group is multiplied by a random factor between 10⁻² and 10², together with its biases, and every shift is a
+random amount of either sign between 10⁻² and 10². In training mode the outputs must not change.
 
-Factors are powers of two, by which nothing is rounded: a symmetry leaves the outputs alone bit for bit, in any dtype,
-up to the eps of the normalizations (1e-30 here, and 1e-60 where that may matter) and to kernels that add in another
-order. Shifts are added before the
-factors and do round, and so may a network amplify what is left. So a change counts only where it exceeds the
-tolerance of the certificate, and also ten times what a relative change of 2⁻⁴² of every parameter and input does,
-before or after the move: some thousand roundings, more than those of a product of matrices. A network whose outputs
-that changes in the first digit, as one that remembers its last call, is no witness.
+The factors are powers of two, which round nothing. A symmetry therefore keeps the outputs bit for bit, in any dtype, up
+to the eps of the normalizations (1e-30 here, and 1e-60 where that may matter) and to kernels that sum in another order.
+Shifts are added before the factors and do round, and a network may amplify this. So a change counts only if it exceeds
+the tolerance of the certificate and also ten times the effect of a relative change of 2⁻⁴² in every parameter and
+input, before or after the move: about a thousand roundings, more than in a matrix product. If that effect reaches the
+first digit of the outputs, as in a network that remembers its last call, there is no verdict.
 
-Where the outputs change, claims are added one after the other, by bisection: the first whose addition changes them
-contradicts itself, as it left them alone in the claims before it.
+If the outputs change, the claims at fault are found by bisection: claims are added one at a time, and the first one
+whose addition changes the outputs is refuted.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ from manifold_nets.symmetry.trace import TracedGraph
 
 __all__ = ["MOST_RUNS", "FiniteMove", "Outcome", "has_written_eps", "moved_claims", "moved_numbers"]
 
-# Decades by which groups are multiplied and shifts differ from 1, up and down.
+# Largest move in decades, up and down: of the factors of groups, and of the size of shifts.
 _DECADES = 2.0
-# Everything is moved twice, by other factors: on the inputs as they are, and on real inputs this much larger.
+# There are two moves with different factors: on the inputs, and on real-valued inputs multiplied by this.
 _INPUT_FACTOR = 10.0
 # The relative change of all parameters and inputs by which the conditioning is measured, and how far above counts.
 _JITTER = 2.0**-42
@@ -62,10 +61,10 @@ _MARGIN = 10.0
 # The eps for groups that are so small already that smaller ones would come near to the usual one. It is not taken at
 # once: of a channel that is constant it makes large numbers, beside which nothing else is seen.
 _SMALLER_EPS = NEGLIGIBLE_EPS**2
-# Forward passes after which a search for the claims that fail ends, and takes all that are not cleared to fail; where
-# none does it takes four.
+# The search for failing claims ends after this many forward passes, and then all uncleared claims count as failed. Four
+# passes suffice if none fails.
 MOST_RUNS = 40
-_REMEDY = "leave it and report it: structure and certificate call it invariant, and moving it changes the outputs"
+_REMEDY = "leave it and report a bug: structure and certificate call it invariant, but moving it changes the outputs"
 _NOT_INVARIANT = "leave it: its scale matters to the function"
 # Their eps is made negligible, wherever it comes from.
 _NORMALIZATIONS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")

@@ -1,9 +1,9 @@
 """Generators: what one symmetry moves, as a vector field on the weights.
 
-A symmetry is a one-parameter group of changes of the parameters that leaves the function alone. It is given by its
+A symmetry is a one-parameter group of changes of the parameters that does not change the function. It is given by its
 generator ξ(w): ``c ⊙ w`` for scales, joint scales and rescalings (``exp(t) ↦ α``, each group is multiplied by
-``α ** c``), and a constant ``d`` for shifts. Symmetries of the same make-up, as those of the filters of one weight, are
-kept together in arrays.
+``α ** c``), and a constant ``d`` for shifts. Symmetries of the same form, such as those of the filters of one weight,
+are stored together in arrays.
 """
 
 from __future__ import annotations
@@ -48,14 +48,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Generators:
-    """Independent symmetries of the same make-up.
+    """Independent symmetries of the same form.
 
     Args:
-        parts: what moves.
+        parts: the parts of parameters that move.
         count: how many there are.
         adds: whether they are shifts, ``ξ = d``; otherwise ``ξ = c ⊙ w``.
-        far: whether the finite move makes only its largest moves, in both directions: for what the numbers alone
-            suggest.
+        far: whether the finite move uses only its largest moves, in both directions: for claims by gradients alone.
     """
 
     parts: tuple[Part, ...]

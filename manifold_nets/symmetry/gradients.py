@@ -1,4 +1,4 @@
-"""Gradients in float64, at the weights as they are and at a second point, and the sums that the tests read of them.
+"""Float64 gradients at the given weights and at a second point, and their sums over groups.
 
 One forward and backward pass with a random cotangent on all outputs, in training mode, with the eps of every
 normalization made negligible and with dropout off.
@@ -59,6 +59,7 @@ class GradientPass:
         gradients: ∂L/∂w for a random cotangent; zero where the output does not depend on it, and for integers.
         without_values: whether there are none, as on the meta device.
         passes: how many passes forward and backward it took to get there.
+        loss: what was differentiated: the sum of the outputs with random weights.
         required: for some weights the partitions whose sums the certificates read, so that one reading takes them all.
         searched: likewise those that the numerical search reads.
     """
@@ -67,6 +68,7 @@ class GradientPass:
     gradients: Mapping[str, Tensor]
     without_values: bool = False
     passes: int = 1
+    loss: float = 0.0
     required: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     searched: Mapping[str, Sequence[Partition]] = field(default_factory=dict, repr=False, compare=False)
     _sums: dict[str, dict[Partition, GroupSums]] = field(default_factory=dict, repr=False, compare=False)
@@ -160,7 +162,7 @@ def gradient_pass(model_copy: nn.Module, inputs: Inputs, seed: int, *, logits: b
             )
     zeros = _zeros(model_copy)
     weights, slopes = real_fields(parameters, gradients)
-    return GradientPass({**zeros, **weights}, {**zeros, **slopes})
+    return GradientPass({**zeros, **weights}, {**zeros, **slopes}, loss=float(loss.detach().real))
 
 
 @contextmanager
@@ -206,9 +208,7 @@ def differentiable_outputs(model_copy: nn.Module, inputs: Inputs) -> list[Tensor
     """
     outputs = [leaf for leaf in run(model_copy, inputs) if leaf.requires_grad]
     if not outputs and any(True for _ in nn.Module.parameters(model_copy)):
-        raise ExampleInputsError(
-            f"inputs for which {type(model_copy).__name__} returns no tensor that depends on a weight"
-        )
+        raise ExampleInputsError(f"inputs for which no output of {type(model_copy).__name__} depends on a weight")
     return outputs
 
 

@@ -1,7 +1,7 @@
-"""The operations of an aten graph: their names, exact overloads and arguments, and what depends on what.
+"""The operations of an aten graph: their names, exact overloads and arguments, and their dependencies.
 
-An operation that writes into a tensor changes what every view of it shows. So each node has a *root*, the tensor that
-it looks at through any number of views, and whoever needs a node needs all that is written into its root.
+An operation that writes into a tensor changes all views of it. So each node has a *root*, the tensor whose memory it
+shows through any number of views; a node depends on everything that is written into its root.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def overload_key(overload: torch._ops.OpOverload) -> str:
         ['max', 'max.other', 'pow.Tensor_Scalar', 'div.Tensor']
     """
     namespace, _, name = overload._schema.name.partition("::")
-    writes = [argument for argument in overload._schema.arguments if argument.alias_info is not None]
-    plain = name[:-1] if name.endswith("_") and writes[:1] == overload._schema.arguments[:1] else name
+    in_place = any(argument.alias_info is not None for argument in overload._schema.arguments[:1])
+    plain = name[:-1] if name.endswith("_") and in_place else name
     suffix = overload._schema.overload_name
     if plain != name or _has_out(overload):
         packet = getattr(getattr(torch.ops, namespace), plain, None)

@@ -1,7 +1,7 @@
-"""Sums over groups of weights and gradients, block by block: no product of a whole weight takes memory.
+"""Sums over groups of weights and gradients, block by block, so that no product of a whole weight needs memory.
 
-The certificates read ``Σ_G w ⊙ g``, ``‖w_G‖²`` and ``‖g_G‖²`` of several partitions of one weight. All are taken in one
-pass over slices that fit the cache, in float64; the sums of a coarser partition come from those of a finer one.
+The certificates use ``Σ_G w ⊙ g``, ``‖w_G‖²`` and ``‖g_G‖²`` of several partitions of one weight. All are computed in
+one pass over slices that fit the cache, in float64; the sums of a coarser partition come from those of a finer one.
 """
 
 from __future__ import annotations

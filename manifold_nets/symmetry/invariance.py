@@ -1,4 +1,4 @@
-"""The gradient test: which symmetries the gradients of one float64 pass confirm, refute, or say nothing of.
+"""The gradient test: which symmetries one float64 gradient confirms, refutes, or gives no evidence about.
 
 If the output does not change along a vector field ξ on the weights then ``⟨∂L/∂w, ξ⟩ = 0``, for every cotangent of the
 output: for scales, joint scales and rescalings ``ξ = c ⊙ w`` (Euler), for shifts ``ξ = d``. So one forward and one
@@ -6,9 +6,9 @@ backward pass with a random cotangent test all generators at once, each by
 
     value = |Σ c_i Σ_i w ⊙ g| / Σ |c_i| ‖w_i‖ ‖g_i‖    or    |Σ d_i Σ_i g| / Σ |d_i| √n_i ‖g_i‖ ,
 
-with sums over the groups i that it moves and g = ∂L/∂w. That is rounding where it is a symmetry and of order one where
-it is not. The gradient has to be taken in float64, in training mode, with the eps of every normalization made
-negligible and with dropout off. Where it vanishes there is no evidence.
+with sums over the groups i that the generator moves and g = ∂L/∂w. For a symmetry this value is a rounding error;
+otherwise it is of order one. The gradient is computed in float64, in training mode, with the eps of every normalization
+made negligible and with dropout off. Where it vanishes there is no evidence.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ __all__ = ["EVIDENCE_FLOOR", "ROUNDED", "Excuse", "InvarianceTest"]
 
 # A gradient this much smaller than the largest one of the network is rounding and proves nothing.
 EVIDENCE_FLOOR = 1e-11
+# So is one that is smaller than the rounding of the loss, as the gradients of attention with one key are.
+_LOSS_ROUNDING = 64 * float(np.finfo(np.float64).eps)
 # A sum this small against the evidence floor, some 45 roundings of the largest product of the network, refutes nothing:
 # where gradients nearly cancel, as those of a channel with one active entry do, it is what rounding leaves.
 ROUNDED = 1e-3
@@ -70,7 +72,9 @@ class InvarianceTest:
 
     def floor(self, *, adds: bool = False) -> float:
         """The size up to which a generator has no evidence."""
-        return EVIDENCE_FLOOR * (self.gradients.largest_slope if adds else self.largest)
+        largest = self.gradients.largest_slope if adds else self.largest
+        loss = abs(self.gradients.loss)
+        return max(EVIDENCE_FLOOR * largest, _LOSS_ROUNDING * loss if math.isfinite(loss) else 0.0)
 
     def values(self, totals: Floats, sizes: Floats, *, adds: bool) -> Floats:
         """|⟨g, ξ⟩| over its size, for sums that only the numbers know; infinite where there is no evidence."""

@@ -1,9 +1,9 @@
-"""All continuous scale symmetries at once: groups that span several tensors, and rescalings from one layer to the next.
+"""All continuous scale symmetries at once: groups that span several tensors, and rescalings between layers.
 
-Every row of every weight, every bias and every affine parameter gets a scale of its own, and the columns of a weight
-may undo the scales of its input. What the equations of the network leave free are its symmetries: multiply each member
-by ``α ** exponent`` and the function stays. Where all exponents are positive a normalization absorbs the scale; where
-columns shrink as rows grow it is a rescaling through positively homogeneous functions.
+Every row of every weight, every bias and every affine parameter gets its own scale, and the columns of a weight may
+compensate for the scales of its input. The solutions of the network's equations are its symmetries: multiplying each
+member by ``α ** exponent`` does not change the function. If all exponents are positive, a normalization absorbs the
+scale; if columns shrink as rows grow, it is a rescaling through positively homogeneous functions.
 
 Source: the symmetries of Badrinarayanan, Mishra, Cipolla, arXiv:1511.01029, section 2, for arbitrary graphs.
 """

@@ -61,7 +61,7 @@ class WeightRates(JsonForm):
         groups: the number of its invariant groups.
         norms: Euclidean norms ‖w_G‖.
         next_step: sphere learning rates that match the next step.
-        equilibrium: sphere learning rates that match the rotation in the long run; None where unknown.
+        equilibrium: sphere learning rates that match the equilibrium rotation of a long run; None if unknown.
         gradients: root mean squares of ‖w_G‖·‖∂L/∂w_G‖, which do not depend on the scale; None without gradients.
     """
 
@@ -81,9 +81,9 @@ class LearningRates(JsonForm):
         model: class of the model.
         settings: the optimizer of the plain network.
         weights: one entry for each scale-invariant weight.
-        next_step: spread over all groups of all weights; None where there are none.
-        equilibrium: likewise; None unless known for all weights.
-        held: whether the weights lie on spheres already, so that no norm approaches anything.
+        next_step: spread over all groups of all weights; None without weights.
+        equilibrium: the same for the long run; None unless known for all weights.
+        held: whether the weights are already on spheres, so that norms are fixed and there is no long run to match.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -111,7 +111,7 @@ class LearningRates(JsonForm):
         """The median rate of each weight by name, for ``param_groups(model, sphere_lr=…)``.
 
         Args:
-            long_run: take the rates of the long run, where known, instead of those of the next step.
+            long_run: return the rates of the long run, where known, instead of those of the next step.
         """
         rates = ((weight.name, weight.equilibrium if long_run else weight.next_step) for weight in self.weights)
         return {name: rate.median for name, rate in rates if rate is not None}
@@ -130,9 +130,9 @@ class LearningRates(JsonForm):
         """A sentence about the long run."""
         rotation, factor = self.settings.equilibrium_rotation, self.settings.equilibrium_factor
         if rotation is None or factor is None:
-            return "without weight decay no rotation is approached in the long run"
+            return "without weight decay there is no equilibrium rotation"
         if self.held:
-            return "weight decay does nothing to weights whose norms are held"
+            return "weight decay has no effect on weights whose norms are held fixed"
         if self.settings.optimizer != "sgd":
             rate = f"{factor if self.equilibrium is None else self.equilibrium.median:.3g}"
         elif self.equilibrium is None:
@@ -144,7 +144,7 @@ class LearningRates(JsonForm):
 
     def __str__(self) -> str:
         if not self.weights:
-            return f"{self.model}: no scale-invariant weights, and none on spheres: no learning rates to match"
+            return f"{self.model}: no learning rates to match, as no weight is scale-invariant or on spheres"
         width = max(len(weight.name) for weight in self.weights)
         lines = [f"{self.model}: learning rates on spheres that match the next step of {self.settings}"]
         lines += [f"  {weight.name:<{width}}  {weight.next_step}" for weight in self.weights]
@@ -166,52 +166,52 @@ def matched_learning_rates(
     r"""Find the learning rates of `RiemannianSGD` or `RiemannianAdam` that match an optimizer of the plain network.
 
     For a scale-invariant group w of d entries and norm n = ‖w‖, write u = w/n; then ∂L/∂w = ∂L/∂u / n, tangent to the
-    sphere. The radius r that the group gets on its sphere (1, √k for k filters, or n) plays no part: the metric
-    ⟨ξ, η⟩/r² makes the steps of w/r those of the unit sphere.
+    sphere. The radius r of its sphere (1, √k for k filters, or n) does not matter: with the metric ⟨ξ, η⟩/r², w/r takes
+    the steps of the unit sphere.
 
     **Next step.** With the learning rate η_s and empty moments a step turns u by arctan(η_s ‖∂L/∂u‖) with
     `RiemannianSGD` and by arctan(η_s) with `RiemannianAdam`, which has one second moment per sphere.
 
-    - ``"sgd"`` moves w to n((1−ηλ)u − (η/n²) ∂L/∂u), the same direction as on the sphere with **η_s = η/(n²(1−ηλ))**;
-      exact. Momentum changes nothing: the buffers are those of the sphere divided by n, while n is nearly constant.
-    - ``"adam"`` and ``"adamw"`` add a vector s of d entries ±η, of length η√d, so that the angle is the sphere's with
-      **η_s = η√d/(n(1−ηλ))**. The angle is exact where s is orthogonal to w, and off by a relative error of the order
-      of 1/d + η/n where it is not; the directions differ, as s is the sign of the gradient. Entries whose gradient
-      vanishes (dead inputs) do not move in Adam, and should not be counted in d, but are. In the long run both m/√v
-      shrink by the same √((1−β1)/(1+β1)) where gradients are noise.
+    - ``"sgd"`` moves w to n((1−ηλ)u − (η/n²) ∂L/∂u). This is exactly the direction of a sphere step with
+      **η_s = η/(n²(1−ηλ))**. The same holds with momentum: while n is nearly constant, the momentum buffer is that of
+      the sphere divided by n.
+    - ``"adam"`` and ``"adamw"`` add a vector s of d entries ±η, of length η√d. The angle is that of a sphere step with
+      **η_s = η√d/(n(1−ηλ))**. It is exact if s is orthogonal to w, and otherwise has a relative error of the order of
+      1/d + η/n; the directions differ, as s is the sign of the gradient. Entries without a gradient (dead inputs) do
+      not move in Adam; they are counted in d although they should not be. In the long run both m/√v shrink by the same
+      √((1−β1)/(1+β1)) if gradients are noise.
 
-    **Long run.** Where gradients are mostly noise and the rates constant, weight decay λ and the growth of n by the
-    steps balance at √(2ηλ/(1+μ)) radians per step for SGD and √(2ηλ(1−β1)/(1+β1)) for AdamW. On the sphere a step is
+    **Long run.** If gradients are mostly noise and the rates constant, weight decay λ and the growth of n reach a
+    balance at √(2ηλ/(1+μ)) radians per step for SGD and √(2ηλ(1−β1)/(1+β1)) for AdamW. On the sphere a step is
     η_s G/√(1−μ²) or η_s √((1−β1)/(1+β1)) radians, with G² the mean of ‖∂L/∂u‖² = (‖w‖·‖∂L/∂w‖)², so
 
-    - ``"sgd"``: **η_s = √(2ηλ(1−μ))/G**, the rate η/n² at the equilibrium norm n⁴ = ηG²/(2λ(1−μ)). It needs gradients,
-      which no report has: pass those of some mini-batches.
+    - ``"sgd"``: **η_s = √(2ηλ(1−μ))/G**, the rate η/n² at the equilibrium norm n⁴ = ηG²/(2λ(1−μ)). This needs the
+      gradients of some mini-batches, which a report does not contain.
     - ``"adamw"``: **η_s = √(2ηλ)**, the rate η√d/n at the equilibrium norm n² = ηd/(2λ); the same for all groups.
 
     **One second moment per entry.** ``RiemannianAdam(per="entry")`` moves u by a vector of entries ±η_s, as Adam moves
     w by one of entries ±η: its rate is **η/n**, without the √d, and √(2ηλ/d) in the long run.
 
-    **Weights on spheres**, without a report: the optimizer is the one of the usual recipe, which steps w as a plain
-    weight and puts it back on its sphere of radius r. Where w is tangent to its gradient, or the recipe projects the
-    gradient, its steps turn u by the angles above with n = r, whether or not the scale matters to the function; there
-    is no long run to match, as the norm is held. This is for weights that were put on spheres by
-    `manifold_nets.constrain` or are defined there, and for converted ones that a plain optimizer should be matched to
-    as they are now.
+    **Weights on spheres**, without a report: the optimizer to match is the usual recipe, which updates w as a plain
+    weight and then projects it to its sphere of radius r. If the gradient is tangent, or the recipe projects it, the
+    steps turn u by the angles above with n = r, whether or not the scale matters to the function. There is no long run
+    to match, as the norm is fixed. Use this for weights constrained by `manifold_nets.constrain` or defined on spheres,
+    and to match a plain optimizer on converted weights in their present state.
 
-    Biases that are scaled with a group of unit radius (`WeightFinding.moves_along`) change their rate with it: by 1/n²
-    for SGD, by 1/n for Adam.
+    Biases that are scaled with a group of unit radius (`WeightFinding.moves_along`) need other rates too: times 1/n²
+    for SGD, 1/n for Adam.
 
     Args:
-        model: the network as it is trained with the plain optimizer; only read.
-        report: what `manifold_nets.diagnose` found for it; without one, the rates are those of the weights that lie on
-            spheres.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, of torch.
+        model: the network as trained by the plain optimizer; not changed.
+        report: the report of `manifold_nets.diagnose` for this model; without one, the rates are for the weights that
+            are already on spheres.
+        optimizer: the torch optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``.
         lr: its learning rate η.
         momentum: μ, without dampening, also Nesterov's (``"sgd"``).
         betas: β1 and β2 (``"adam"``, ``"adamw"``).
         weight_decay: λ (``"sgd"``, ``"adamw"``).
-        gradients: gradients ∂L/∂w of mini-batches by names of weights, in the weights' shapes, at the weights as they
-            are; for the long run of SGD.
+        gradients: for each mini-batch the gradients ∂L/∂w by weight name, at the current weights; for the long run of
+            SGD.
         per: ``"sphere"``, or ``"entry"`` for a `RiemannianAdam` with this option.
 
     Returns:
@@ -220,8 +220,8 @@ def matched_learning_rates(
     Raises:
         OptionError: an option is out of range or belongs to another optimizer; gradients do not fit the weights; or a
             weight has no values.
-        ArgumentTypeError: `report` is not what `diagnose` returns.
-        ReportMismatchError: the report is of another model.
+        ArgumentTypeError: ``report`` is not a `SymmetryReport`.
+        ReportMismatchError: the report belongs to another model.
         DegenerateGroupError: a group is zero or not finite.
 
     References:
@@ -238,7 +238,7 @@ def matched_learning_rates(
     """
     if not isinstance(report, SymmetryReport | None):
         raise ArgumentTypeError(
-            "report", report, "what manifold_nets.diagnose returned for this model", "Pass diagnose(model, inputs)."
+            "report", report, "the report of manifold_nets.diagnose for this model", "Pass diagnose(model, inputs)."
         )
     if per not in ("sphere", "entry") or (per == "entry" and optimizer == "sgd"):
         raise OptionError("per", per, "'sphere', or with optimizers 'adam' and 'adamw' 'entry'")

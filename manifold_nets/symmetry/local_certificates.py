@@ -1,20 +1,19 @@
-"""A certificate inside the network, for weights that its output does not depend on.
+"""Certificates inside the network, for weights that its output does not depend on.
 
-Where a token that the output is read from bypasses a branch, as the class token bypasses the last pooling of the
-queries in MViT, the weights of that branch have no gradient at all: the Euler certificate at the output has no
-evidence. The normalization by which the structure proves their invariance still sees them. There the certificate is
-taken instead,
+If the output is read from a token that bypasses a branch, as the class token bypasses the last pooling of the queries
+in MViT, the weights of that branch have no gradient, and the certificate at the output has no evidence. The
+normalization that absorbs their scale still depends on them. So the certificate is computed there,
 
     value_G = |Σ_G w ⊙ ∂ℓ/∂w| / (‖w_G‖ ‖∂ℓ/∂w_G‖) ,   ℓ = ⟨v, y⟩ ,
 
-with y the output of the normalization, its eps negligible, and v random. One pass asks all such normalizations: ℓ then
-is the sum over them, of which none sees the scale, as what lies behind one of them does not see it either.
+with y the output of the normalization, its eps negligible, and v random. One pass covers all such normalizations: ℓ is
+then the sum over them, and no term depends on the scale, as nothing behind one of them does.
 
-That is done only where the output provably does not depend on the weight. A gradient that vanishes is no proof: behind
-an inactive ReLU it vanishes as well. So the weight is replaced by NaN. Whatever operation reads a NaN returns one, a
-product with zero and a saturated function included, except those that compare, sort or replace it: these, and those
-that no rule describes, must not occur behind the weight. Where all outputs then are what they were, bit for bit,
-nothing but selections of entries lies between them and the weight, and they are functions of other entries.
+This requires that the output provably does not depend on the weight. A vanishing gradient is no proof: it also vanishes
+behind an inactive ReLU. So the weight is replaced by NaN. Every operation on a NaN returns NaN, including a product
+with zero and a saturated function, except operations that compare, sort or replace it; these, and operations without a
+rule, must not occur behind the weight. If all outputs are then the same, bit for bit, only selections of entries lie
+between them and the weight, and they are functions of other entries.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""The certificate in little memory: float64 for one weight at a time, and no gradient is kept.
+"""The certificate with little memory: float64 for one weight at a time, without storing gradients.
 
-The copy that is analysed shares its weights with the model, in the model's precision. Each operation gets the weight
-that it reads cast to float64, and so does its backward pass, which casts once more what autograd would have kept. As
-soon as the gradient of a weight is there, its sums over the groups that will be asked for are taken, and it is freed.
-Where a weight is used several times its gradient waits for all of them, rounded to float32: by the inequality of
-Cauchy and Schwarz that moves a certificate by at most half a machine epsilon of float32, so that its tolerance must not
-be below `ROUNDING`. Beside the model that takes some float64 copies of the largest weight, and what the forward pass of
-the example inputs keeps.
+The copy under analysis shares its weights with the model, in the model's precision. Each operation gets its weight cast
+to float64, and so does its backward pass, which casts again instead of letting autograd keep the cast. As soon as the
+gradient of a weight is complete, its sums over the required groups are computed, and it is freed. If a weight is used
+several times, its gradient is accumulated in float32: by the Cauchy-Schwarz inequality this changes a certificate by at
+most half a machine epsilon of float32, so the tolerance must be at least `ROUNDING`. In addition to the model this
+needs some float64 copies of the largest weight, and the memory of the forward pass on the example inputs.
 """
 
 from __future__ import annotations
@@ -270,4 +269,5 @@ def low_memory_pass(
         _sums=passes.sums,
         again=functools.partial(low_memory_pass, model_copy, inputs, seed, logits=logits, state=state),
         largest=passes.largest,
+        loss=float(loss.detach().real),
     )

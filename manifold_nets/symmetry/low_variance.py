@@ -1,10 +1,10 @@
 """Channels with near-zero variance, where the gradient test sees only rounding error.
 
-``(x − mean) / √(var + eps)`` does not see the scale of x where eps is lost in the variance. A channel that is constant,
-as one is behind a ReLU that is never active or on inputs that are all alike, has a variance of zero but for rounding,
-however negligible eps is: its gradient is rounding over √eps, and tells nothing. The variance of an extremely small
-filter may be below eps as well. Where a certificate refutes what structure claims, one forward pass says of every
-normalization whether that is why; it is not taken otherwise.
+``(x − mean) / √(var + eps)`` does not depend on the scale of x if eps is negligible compared with the variance. A
+constant channel, behind a ReLU that is never active or on identical inputs, has zero variance up to rounding, so even
+the smallest eps is not negligible: its gradient is rounding error over √eps and gives no evidence. The variance of an
+extremely small filter may also be below eps. If a certificate refutes the structure, one forward pass checks every
+normalization for this; otherwise that pass is not run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NORMALIZATIONS = (*_CHANNELS, "group_norm", "layer_norm", "rms_norm")
 
 
 class LowVariance:
-    """Finds the scales that are absorbed by a statistic which is not far above rounding and eps.
+    """Finds the scales that are absorbed by a statistic close to rounding error or eps.
 
     Args:
         graph: the network.

@@ -1,4 +1,4 @@
-"""The network as a reader knows it: calls of modules and the operations that join their results."""
+"""The network as shown in the report: calls of modules, and the operations that join their results."""
 
 from __future__ import annotations
 

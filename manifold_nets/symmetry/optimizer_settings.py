@@ -1,4 +1,4 @@
-"""The settings of a torch optimizer, validated, and the rotation per step that they lead to in the long run."""
+"""Validated settings of a torch optimizer, and the equilibrium rotation per step that they lead to."""
 
 from __future__ import annotations
 

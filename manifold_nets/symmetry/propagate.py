@@ -1,4 +1,4 @@
-"""The one walk over a graph: labels of scales, or of shifts, on their way from parameters to what absorbs them."""
+"""The single walk over a graph: labels of scales or shifts, from the parameters to the operations that absorb them."""
 
 from __future__ import annotations
 

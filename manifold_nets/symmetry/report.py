@@ -1,4 +1,4 @@
-"""What `diagnose` found: frozen data with a readable text and a JSON form."""
+"""The report of `diagnose`: frozen data with a readable text and a JSON form."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from manifold_nets.documents import JsonForm
 from manifold_nets.errors import ParameterNameError
 from manifold_nets.groups import Partition
+from manifold_nets.page import fragment
 from manifold_nets.symmetry.generators import Direction, Generators
 from manifold_nets.symmetry.module_graph import GraphNode
 
@@ -33,19 +34,19 @@ _NO_INFLUENCE = "the network's output does not depend on this weight"
 
 @dataclass(frozen=True)
 class Certificate(JsonForm):
-    """What the Euler certificate says of one weight.
+    """The result of the gradient test of one weight.
 
     Args:
-        value: largest |Σ_G w ⊙ ∂L/∂w| / (‖w_G‖ ‖∂L/∂w_G‖) over the groups with evidence; None where none has any.
+        value: largest |Σ_G w ⊙ ∂L/∂w| / (‖w_G‖ ‖∂L/∂w_G‖) over the groups with evidence; None if no group has any.
         verdict: ``"invariant"``, ``"not invariant"`` or ``"no evidence"``.
-        groups_certified: groups whose value is below the tolerance.
-        groups_refuted: groups whose value is above it.
-        groups_without_evidence: groups whose weight or gradient is (nearly) zero.
-        taken_at: the normalization at whose output it was taken, as the network's output provably does not depend on
-            the weight; empty where it was taken at the network's output.
-        because: why groups are without evidence, where it is not only that their gradient vanishes; else empty.
-        moved: the largest relative change of an output, in training mode, when all that is claimed of the network is
-            moved by finite amounts at once; of what that refutes, when it is moved. None where nothing was moved.
+        groups_certified: number of groups whose value is below the tolerance.
+        groups_refuted: number of groups whose value is above the tolerance.
+        groups_without_evidence: number of groups whose weight or gradient is (nearly) zero.
+        taken_at: the normalization at whose output the gradient was taken because the network's output provably does
+            not depend on the weight; empty if the gradient was taken at the network's output.
+        because: why groups have no evidence, if there is another reason than a vanishing gradient; else empty.
+        moved: the largest relative change of an output in training mode under the finite move of all claims, or, for a
+            claim that the move refutes, of that claim; None without a finite move.
         no_evidence: the numbers of the groups without evidence; not part of the JSON form.
     """
 
@@ -65,30 +66,30 @@ class Certificate(JsonForm):
 
     @property
     def contradiction(self) -> str:
-        """By how much the outputs change when it is moved, where that refutes it; else empty."""
+        """How much a finite move changes the outputs, if that refutes the claim; else empty."""
         if self.verdict != "not invariant" or self.moved is None:
             return ""
-        return f", moving it by finite amounts changes the outputs by {self.moved:.2g}"
+        return f", a finite move changes the outputs by {self.moved:.2g}"
 
     @property
     def place(self) -> str:
-        """Where it was taken and why, where that is not the network's output; else empty."""
+        """Where the gradient was taken and why, if not at the network's output; else empty."""
         return f", taken at {self.taken_at}: {_NO_INFLUENCE}" if self.taken_at else ""
 
     @property
     def reason(self) -> str:
-        """How many groups are without evidence and why, where that is known; else empty."""
+        """How many groups have no evidence and why, if known; else empty."""
         count = f", {self.groups_without_evidence} without evidence" if self.verdict != "no evidence" else ""
         return f"{count}: {self.because}" if self.because else ""
 
 
 @dataclass(frozen=True)
 class ScaledAlong:
-    """A bias that must be multiplied by the scale of the groups that its entries belong to.
+    """A bias whose entries must be multiplied by the scales of their groups.
 
     Args:
         name: the parameter.
-        groups: for each entry the number of its group, or −1.
+        groups: for each entry the number of its group, or −1 if it has none.
     """
 
     name: str
@@ -103,12 +104,13 @@ class Absorber(JsonForm):
         op: the aten operation.
         module: qualified name of the module that runs it.
         kind: ``"batch"``, ``"instance"``, ``"group"``, ``"layer"``, ``"rms"``, ``"weight"``, ``"quotient"``, or
-            ``"buffer"``: statistics kept by hand for evaluation, which follow the scale only as training goes on.
-        eps: the eps of the operation, None where it has none of its own.
+            ``"buffer"``: statistics that the model's own code keeps for evaluation, and that follow a new scale only
+            in further training.
+        eps: the eps of the operation; None if it has none.
         weight: the parameter that holds its affine scale, if any.
         bias: the parameter that holds its affine shift, if any.
-        running_mean: the buffer with the running mean, which is scaled along.
-        running_var: the buffer with the running variance, which is scaled along quadratically.
+        running_mean: the buffer with the running mean, which must be scaled with the weight.
+        running_var: the buffer with the running variance, which must be scaled by the square.
         calls: how many operations of the network use these running statistics.
         groups: for each channel the number of the weight's group that scales it, −1 for none, −2 for a product of
             several (batch and instance only).
@@ -134,27 +136,27 @@ class Absorber(JsonForm):
 
 @dataclass(frozen=True)
 class WeightFinding(JsonForm):
-    """What is known of one weight.
+    """The finding of `diagnose` about one weight.
 
     Args:
-        name: the parameter; tied ones go by their first name.
+        name: the parameter; tied ones have the first of their names.
         shape: its shape.
         layer: class of the module that owns it.
-        status: ``"invariant"`` (structure found and certified), ``"not invariant"``, ``"unknown"`` (an operation has
-            no rule, or one that covers sufficient conditions only), ``"no evidence"`` (the gradient vanishes),
-            ``"disagreement"`` (structure and certificate contradict each other, or moving it contradicts both) or
+        status: ``"invariant"`` (explained by the structure and certified), ``"not invariant"``, ``"unknown"`` (an
+            operation has no rule, or its rule covers only sufficient conditions), ``"no evidence"`` (the gradient
+            vanishes), ``"disagreement"`` (structure, certificate and finite move contradict each other) or
             ``"constrained"`` (invariant and already on spheres).
-        partition: the finest partition into invariant groups; None where there is none.
-        filters_per_group: how many filters one group joins.
+        partition: the finest partition into invariant groups; None if there is none.
+        filters_per_group: number of filters in one group.
         absorbers: the normalizations that remove the scale.
         scaled_along: the biases that must be scaled with the weight.
-        certificate: what the numbers say.
-        broken_by: why a weight has no such groups: operation, module, reason.
+        certificate: the result of the gradient test.
+        broken_by: why the weight has no invariant groups: operation, module, reason.
         remedy: what to do about it.
-        free_filters: how many filters are free by themselves in a weight of which others are not.
-        free_groups: how many groups of filters these are, each explained and certified by a family of the report.
-        finer_groups: how many invariant groups the weight has where no view of its shape expresses them, so that
-            ``partition`` joins some; 0 where ``partition`` is the finest one.
+        free_filters: number of invariant filters in a weight with other filters that are not invariant.
+        free_groups: number of groups that these filters form, each explained and certified by a family of the report.
+        finer_groups: number of invariant groups if they are finer than any view of the shape can express, so that
+            ``partition`` joins some; 0 if ``partition`` is the finest one.
         generators: the scales of the groups of ``partition``, with the biases; not part of the JSON form.
     """
 
@@ -177,15 +179,15 @@ class WeightFinding(JsonForm):
 
     @property
     def groups(self) -> int | None:
-        """How many groups ``partition`` has; None where there is none."""
+        """Number of groups of ``partition``; None without a partition."""
         return None if self.partition is None else self.partition.n_groups
 
     @property
     def groups_in_words(self) -> str:
-        """The partition, and how many groups it has in truth where no view expresses them; empty where none."""
+        """The partition, with the number of finer groups that no view can express; empty without a partition."""
         if self.partition is None:
             return ""
-        finer = f", which joins {self.finer_groups} finer groups that no view expresses" if self.finer_groups else ""
+        finer = f", joined from {self.finer_groups} finer groups that no view can express" if self.finer_groups else ""
         return f"{self.partition}{finer}"
 
     @property
@@ -209,13 +211,13 @@ def joined(names: Sequence[str], limit: int = 2) -> str:
 
 @dataclass(frozen=True)
 class FamilyMember(JsonForm):
-    """A part of a parameter that takes part in a family of symmetries.
+    """The part of a parameter that a family of symmetries rescales.
 
     Args:
-        parameter: its name.
+        parameter: the name of the parameter.
         part: ``"rows"`` (filters), ``"columns"`` (input channels) or ``"entries"``.
-        exponent: the part is multiplied by α to this power; None where its indices have different ones.
-        size: how many rows, columns or entries one symmetry of the family moves.
+        exponent: the part is multiplied by α to this power; None if its indices have different powers.
+        size: number of rows, columns or entries that one symmetry rescales.
     """
 
     parameter: str
@@ -230,18 +232,18 @@ class FamilyMember(JsonForm):
 
 @dataclass(frozen=True)
 class SymmetryFamily(JsonForm):
-    """Symmetries of the same make-up: one for each channel, head or matrix.
+    """Symmetries with the same members: one for each channel, head or matrix.
 
     Args:
-        kind: ``"scale"``: all members grow together and a normalization absorbs it; ``"rescaling"``: some shrink as
-            others grow.
-        members: what one symmetry moves.
-        count: how many independent symmetries the family has.
-        certificate: what the numbers say of them.
+        kind: ``"scale"``: all members grow together, and a normalization absorbs this; ``"rescaling"``: some members
+            shrink as others grow.
+        members: the parts of parameters that one symmetry rescales.
+        count: number of independent symmetries.
+        certificate: the result of the gradient test.
         remedy: what to do about it.
-        absorbed: whether a normalization absorbs some of it, so that its statistics would have to follow.
-        generators: the symmetries, with a part for each member; not part of the JSON form.
-        partial: whether it moves filters of a weight of which other filters are not invariant.
+        absorbed: whether a normalization absorbs part of it, so that its statistics would have to be rescaled too.
+        generators: the symmetries, with one part for each member; not part of the JSON form.
+        partial: whether it rescales filters of a weight with other filters that are not invariant.
     """
 
     kind: str
@@ -256,7 +258,7 @@ class SymmetryFamily(JsonForm):
 
     @cached_property
     def symmetries(self) -> tuple[dict[tuple[str, str], dict[int, float]], ...]:
-        """For each symmetry and each member the exponents by index."""
+        """The exponents by index, for each symmetry and each member."""
         found: list[dict[tuple[str, str], dict[int, float]]] = [{} for _ in range(self.count)]
         for place, part in zip(self.partitions, self.generators.parts, strict=True):
             columns = (values.tolist() for values in (part.numbers, part.groups, part.coefficients))
@@ -266,13 +268,13 @@ class SymmetryFamily(JsonForm):
 
     @property
     def partitions(self) -> dict[tuple[str, str], Partition]:
-        """For each member the partition of its parameter into rows, columns or entries."""
+        """The partition of each member's parameter into rows, columns or entries."""
         pairs = zip(self.members, self.generators.parts, strict=True)
         return {(member.parameter, member.part): part.partition for member, part in pairs}
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that take part."""
+        """Names of the parameters of the members."""
         return tuple(dict.fromkeys(member.parameter for member in self.members))
 
     @property
@@ -291,20 +293,21 @@ class SymmetryFamily(JsonForm):
 
 @dataclass(frozen=True)
 class ShiftSymmetry(JsonForm):
-    """Constants that can be added to parameters without a change in what the network computes in training mode.
+    """Constants that can be added to parameters without changing the network's output in training mode.
 
     Args:
-        kind: ``"dead bias"``: each entry by itself; ``"bias shift"``: entries together; ``"redundant biases"``: one
-            parameter takes up what another loses; ``"row shift"``: ``W → W + 1vᵀ``, one row added to all filters of a
-            block, or one constant to all entries of a looked-up row; ``"filter shift"``: a constant added to all
-            entries of a filter; ``"logit shift"``: a constant added to everything that a softmax or a loss compares.
-        parameters: what is shifted.
-        count: how many independent shifts there are.
-        absorbers: the operations that do not see them; empty where the parameters cancel each other.
-        certificate: what the numbers say: ``|⟨∂L/∂w, d⟩| / (‖∂L/∂w‖ ‖d‖)`` for a direction d, and the gradient over
-            the largest one of the network for single entries.
+        kind: ``"dead bias"``: each entry separately; ``"bias shift"``: several entries together;
+            ``"redundant biases"``: an amount moves from one parameter to another; ``"row shift"``: ``W → W + 1vᵀ``, one
+            row added to all filters of a block, or one constant to all entries of a looked-up row;
+            ``"filter shift"``: a constant
+            added to all entries of a filter; ``"logit shift"``: a constant added to all logits of a softmax or loss.
+        parameters: the parameters that are shifted.
+        count: number of independent shifts.
+        absorbers: the operations that remove the shift; empty if the parameters cancel each other.
+        certificate: the result of the gradient test: ``|⟨∂L/∂w, d⟩| / (‖∂L/∂w‖ ‖d‖)`` for a direction d; for single
+            entries, the gradient relative to the largest one of the network.
         remedy: what to do about it.
-        condition: when it holds, where that is not always.
+        condition: when the symmetry holds; None if always.
         generators: the shifts; not part of the JSON form.
     """
 
@@ -330,7 +333,7 @@ class ShiftSymmetry(JsonForm):
 
     @cached_property
     def directions(self) -> tuple[Direction, ...]:
-        """For the other kinds, the coefficient of each entry that moves, by parameter and flat index."""
+        """For the other kinds, the coefficient of each shifted entry, by parameter and flat index."""
         if self.kind == "row shift":
             return ()
         found: list[Direction] = [{} for _ in range(self.count)]
@@ -359,14 +362,14 @@ class ShiftSymmetry(JsonForm):
 
 @dataclass(frozen=True)
 class UnexplainedSymmetry(JsonForm):
-    """Groups of entries of a parameter that the numbers call invariant without a reason in the graph.
+    """Groups of entries of a parameter that are invariant by the gradient test, without an explanation in the graph.
 
     Args:
         kind: ``"scale"``: each group can be multiplied; ``"shift"``: a constant can be added to each group.
-        parameters: the parameter that ``partition`` partitions, and a vector whose entries move with its groups.
+        parameters: the partitioned parameter, and a vector whose entries change with its groups, if any.
         partition: the groups.
-        groups: the numbers of the groups that are invariant, each independent of the others and of what is explained.
-        value: the largest certificate value among them.
+        groups: the numbers of the invariant groups, independent of each other and of the explained symmetries.
+        value: the largest certificate value among these groups.
     """
 
     kind: str
@@ -379,7 +382,7 @@ class UnexplainedSymmetry(JsonForm):
 
     @property
     def count(self) -> int:
-        """How many groups there are."""
+        """Number of groups."""
         return len(self.groups)
 
     def __str__(self) -> str:
@@ -389,19 +392,19 @@ class UnexplainedSymmetry(JsonForm):
 
 @dataclass(frozen=True)
 class SymmetryReport(JsonForm):
-    """The scale symmetries of a network's weights, each explained by structure and proven by a number.
+    """The scale symmetries of a network's weights, each explained by the graph and certified by a gradient.
 
     Args:
         model: class of the model.
         weights: one finding for each parameter with at least two dimensions, in the order of the model.
-        tolerance: the certificate's value below which a group counts as invariant.
-        families: all scale symmetries of all parameters, also those that span several tensors: joint groups, and
-            rescalings from one layer to the next.
+        tolerance: the certificate value below which a group counts as invariant.
+        families: all scale symmetries of all parameters, including those of several tensors at once: joint groups, and
+            rescalings between layers.
         example_inputs: the inputs of the analysis, kept for conversion; not part of the JSON form.
-        graph: the network, module by module in the order of execution; empty where it could not be traced.
+        graph: the network, module by module in execution order; empty if it could not be traced.
         shifts: constants that can be added to biases and rows: dead biases, ``W + 1vᵀ``, shifts of logits.
-        unexplained: what the certificate, searching the other way, finds invariant beyond all of these.
-        not_searched: what was left out of a model that could not be traced, in words; empty otherwise.
+        unexplained: further invariant groups, found by a numerical search of the gradients.
+        not_searched: a description of what was left out if the model could not be traced; else empty.
 
     Example:
         >>> import torch, manifold_nets as mn
@@ -447,12 +450,12 @@ class SymmetryReport(JsonForm):
 
     @property
     def unexplained_groups(self) -> int:
-        """How many independent groups the certificate calls scale-invariant without an explanation by structure."""
+        """Number of independent scale-invariant groups that the structure does not explain."""
         return sum(found.count for found in self.unexplained if found.kind == "scale")
 
     @property
     def unexplained_shifts(self) -> int:
-        """How many shifts the certificate finds without an explanation by structure."""
+        """Number of shifts that the structure does not explain."""
         return sum(found.count for found in self.unexplained if found.kind == "shift")
 
     def __getitem__(self, name: str) -> WeightFinding:
@@ -472,9 +475,26 @@ class SymmetryReport(JsonForm):
             found[weight.status] = found.get(weight.status, 0) + 1
         return found
 
-    def __str__(self) -> str:
+    def _summary(self) -> str:
         summary = ", ".join(f"{n} {status}" for status, n in self.counts().items())
-        lines = [f"{self.model}: {len(self.weights)} weights: {summary or 'none'}"]
+        return f"{len(self.weights)} weights: {summary or 'none'}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a row for each weight."""
+        rows = [
+            (
+                w.name,
+                w.status,
+                w.groups_in_words,
+                w.certificate,
+                joined([str(a) for a in w.absorbers]) if w.partition is not None else w.broken_by or w.remedy,
+            )
+            for w in self.weights
+        ]
+        return fragment(self.model, self._summary(), ("Weight", "Status", "Groups", "Certificate", "Why"), rows)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self._summary()}"]
         width = max((len(w.name) for w in self.weights), default=0)
         for w in self.weights:
             what = w.groups_in_words if w.partition is not None else (w.broken_by or "")
@@ -482,10 +502,10 @@ class SymmetryReport(JsonForm):
             lines.append(f"  {w.name:<{width}}  {w.status:<13}  {what}{absorbed} · certificate {w.certificate}")
         spanning = [family for family in self.families if len(family.parameters) > 1 or family.partial]
         if spanning:
-            lines.append("Symmetries that move several parameters at once, or some filters of a weight:")
+            lines.append("Symmetries of several parameters at once, or of some filters of a weight:")
             lines.extend(f"  {family}" for family in spanning)
         if self.shifts:
-            lines.append("Shifts that the function does not see:")
+            lines.append("Shifts without effect on the function:")
             lines.extend(f"  {shift}" for shift in self.shifts)
         if self.unexplained:
             lines.append("Invariant groups that the structure does not explain:")

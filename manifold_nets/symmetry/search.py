@@ -1,12 +1,12 @@
-"""The numerical search: symmetries that the gradients show and that the structure does not explain.
+"""The numerical search: symmetries that show in the gradients but are not explained by the structure.
 
 At two independent points (weights, inputs and cotangents) ``w ⊙ ∂L/∂w`` is summed, for every parameter, over the slices
-along each axis, over blocks of them and interleaved ones for every divisor (heads, groups of a normalization), and over
-the whole, each alone and with the entries of a vector of the same module. The same is done with the gradient itself for
-shifts. A group whose sum vanishes at both points is invariant. What follows from the symmetries that the structure
-knows, or has no gradient that could tell, is subtracted; the second pass is run only where something then is left. What
-remains holds near both points and may not hold far from them, as that of a ReLU6 whose bound no activation reaches;
-`diagnose` puts it to the finite move.
+along each axis, over blocks and interleaved sets of slices for every divisor (heads, groups of a normalization), and
+over the whole tensor, each alone and together with the entries of a vector of the same module. For shifts, the gradient
+itself is summed. A group whose sum vanishes at both points is invariant. Symmetries that follow from the structure, and
+groups without a gradient, are subtracted; the second pass runs only if something is left. What remains holds near both
+points, but may not hold far away, as for a ReLU6 whose bound no activation reaches; `diagnose` tests it by a finite
+move.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def _blocks_of_rows(shape: tuple[int, ...]) -> list[Partition]:
 
 
 class NumericalSearch:
-    """Searches for invariant groups that structure does not explain.
+    """Searches for invariant groups that the structure does not explain.
 
     Args:
         graph: the network.
-        test: tests at the first point.
-        second: runs the pass at the second point; it is called once at most.
+        test: the gradient test at the first point.
+        second: computes the gradients at the second point; called at most once.
     """
 
     def __init__(self, graph: TracedGraph, test: InvarianceTest, second: Callable[[], GradientPass]) -> None:

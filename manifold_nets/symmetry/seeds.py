@@ -1,4 +1,4 @@
-"""Which parts of a weight get scales of their own, and how groups that share one are written as a `Partition`."""
+"""Which parts of a weight get scales of their own, and how groups with one scale are expressed as a `Partition`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Shifts that the structure allows, each with its certificate; and whether a loss sees a shift of the logits.
+"""Shifts that the structure allows, each certified; and whether a loss depends on a shift of the logits.
 
-The structure follows the shifts of all biases at once, and those of rows for the blocks that normalizations suggest. It
-misses some: the sum of two shifts that a linear map refuses is refused together with both, and a softmax may compare
-blocks of any size. The numerical search finds the groups of these, and `recheck_shifts` asks the structure about each;
-where it disagrees, once more with dropout off, as in the gradient test, and the finding names that condition.
+The structure analysis follows the shifts of all biases at once, and of rows in the blocks that normalizations suggest.
+It misses some: two shifts that a linear map adds are refused together, and a softmax may compare blocks of any size.
+The numerical search finds the groups of these, and `recheck_shifts` solves the structure for them. If it does not
+confirm them, it is solved again with dropout off, as for the certificate; shifts that hold only then carry this
+condition.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ _LOSS_ROUNDING = 1e-9
 # The name of a loss of logits, or the loss as a function of what the model returns.
 Loss = str | Callable[[Any], Tensor]
 LOSSES = ("cross_entropy", "softmax")
-_EXPECTED = "'cross_entropy', 'softmax', or a function of what the model returns whose result is one number"
-_REFUTED = "leave it and report it: structure and certificate contradict each other"
+_EXPECTED = "'cross_entropy', 'softmax', or a function of the model's output that returns one number"
+_REFUTED = "leave it and report a bug: structure and certificate contradict each other"
 _REMEDIES = {
-    "dead bias": "remove it: it does nothing",
-    "bias shift": "leave it, or subtract its mean: the function stays",
-    "logit shift": "leave it, or subtract its mean: the function stays",
-    "filter shift": "leave it, or subtract the mean of each filter: the function stays",
-    "row shift": "leave it, or subtract the mean over the filters: the function stays",
+    "dead bias": "remove it: it has no effect",
+    "bias shift": "leave it, or subtract its mean: the function stays the same",
+    "logit shift": "leave it, or subtract its mean: the function stays the same",
+    "filter shift": "leave it, or subtract the mean of each filter: the function stays the same",
+    "row shift": "leave it, or subtract the mean over the filters: the function stays the same",
     "redundant biases": "keep one of them and add the others to it",
 }
 
@@ -82,10 +83,10 @@ def sees_no_shift(loss: Loss | None, model: nn.Module, inputs: Inputs) -> bool:
 
 
 class ShiftFindings:
-    """Puts the certificate beside what the structure claims of shifts.
+    """Certifies the shifts that the structure claims.
 
     Args:
-        test: tests them.
+        test: the gradient test.
         drops_samples: whether the network drops branches at random, which leaves no trace in its graph.
     """
 
@@ -120,7 +121,7 @@ class ShiftFindings:
         remedy = _REMEDIES[kind] if certificate.verdict != "not invariant" else _REFUTED
         means = [a.running_mean for a in absorbers if a.running_mean is not None]
         if remedy == _REMEDIES["dead bias"] and means:
-            remedy += f" ({means[0]} takes it up)"
+            remedy += f" ({means[0]} is adjusted for it)"
         return ShiftSymmetry(
             kind,
             tuple(dict.fromkeys(part.parameter for part in generators.parts)),
@@ -162,7 +163,7 @@ def shift_symmetries(structure: ShiftStructure, test: InvarianceTest) -> tuple[S
 def recheck_shifts(
     structure: ShiftStructure, shown: Iterable[UnexplainedSymmetry], test: InvarianceTest
 ) -> tuple[ShiftSymmetry, ...]:
-    """What the structure says of shifts that the numbers show, each with its certificate, parameter by parameter.
+    """Check numerically found shifts against the structure, and certify them, parameter by parameter.
 
     Args:
         structure: what may be added to the parameters of the network.

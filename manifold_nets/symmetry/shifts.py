@@ -1,8 +1,8 @@
-"""Shift symmetries: constants that can be added to biases, rows and logits without a change of the function.
+"""Shift symmetries: constants that can be added to biases, rows and logits without changing the function.
 
-Every entry of every added parameter gets an unknown shift, and so does every block of filters (``W → W + 1vᵀ``). They
-are followed through the graph by the rules of `manifold_nets.symmetry.rules`; what its equations
-leave free are symmetries. A direction d is one exactly where ``⟨∂L/∂w, d⟩ = 0`` on the whole orbit: the certificate.
+Every entry of every added parameter gets an unknown shift, and so does every block of filters (``W → W + 1vᵀ``). The
+rules of `manifold_nets.symmetry.rules` follow them through the graph; the solutions of its equations are symmetries. A
+direction d is a symmetry exactly if ``⟨∂L/∂w, d⟩ = 0`` on the whole orbit, which the certificate tests.
 """
 
 from __future__ import annotations

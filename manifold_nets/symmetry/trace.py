@@ -1,4 +1,4 @@
-"""From a model to its aten graph, with the names that a user knows: parameters, buffers, modules."""
+"""Trace a model to its aten graph, with the user's names of parameters, buffers and modules."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from manifold_nets._torch import nothing_left_behind
 from manifold_nets.errors import AnalysisError
 from manifold_nets.float64 import following, holds_objects, map_tensors, tensors_in
 from manifold_nets.models import one_module_per_name
@@ -227,7 +228,13 @@ def _export(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
             logger.setLevel(logging.CRITICAL)
         # torch.export prints the graph that it has so far where it meets control flow that depends on the data.
         quiet = contextlib.redirect_stderr(io.StringIO())
-        with warnings.catch_warnings(), quiet, one_module_per_name(model), _tensors_only(model, inputs):
+        with (
+            warnings.catch_warnings(),
+            quiet,
+            nothing_left_behind(model),
+            one_module_per_name(model),
+            _tensors_only(model, inputs),
+        ):
             warnings.simplefilter("ignore")
             try:
                 program = torch.export.export(model, args, kwargs, strict=False)

@@ -1,4 +1,4 @@
-"""What the structure and the certificate say together of one weight, with a graph and without."""
+"""Combine structure and certificate to the finding of one weight, with a graph and without."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ __all__ = [
 ]
 
 NOT_SEARCHED = (
-    "the model could not be traced, so each weight was tested at one point only, by its filters, blocks of filters, "
-    "columns, and as a whole. Single groups of these partitions, weights together with their biases, biases and scales "
-    "of normalizations, rescalings between layers, and shifts were not searched"
+    "the model could not be traced, so each weight was tested at one point only: its filters, blocks of filters, "
+    "columns, and the whole tensor. Not searched were single groups of these partitions, weights together with their "
+    "biases, affine parameters of normalizations, rescalings between layers, and shifts"
 )
-# What no structure supports has to vanish to rounding, not only to the tolerance: blocks behind a layer scale of 1e-6
-# are nearly invariant.
+# Without support from the structure, values must vanish to rounding and not only to the tolerance: blocks behind a
+# layer scale of 1e-6 are nearly invariant.
 UNSUPPORTED = 1e-2
 
-_UNTRACED = "leave it: without its graph nothing says what would have to change along with it"
+_UNTRACED = "leave it: without a graph it is unknown what must change with it"
 _COMPLEX = "it is invariant, but its entries are complex: spheres hold real weights"
 _META = "no evidence: it is on the meta device and has no values"
-_LOAD = "give the model its values and analyse it again"
+_LOAD = "load the weights and analyse the model again"
 _DISCRETE = "leave it: integers are not trained by gradients"
 _REMEDIES = {
     "invariant": "keep each group on a sphere and train with a Riemannian optimizer (manifold_nets.convert)",
     "constrained": "none needed: each group is on its sphere",
     "not invariant": "leave it: its scale matters to the function",
-    "unknown": "leave it, or report the operation: nothing is known about its scale",
+    "unknown": "leave it, or report the operation: it has no rule, so the effect of the scale is unknown",
     "no evidence": "leave it: its gradient vanishes on these inputs; try other inputs",
-    "disagreement": "leave it and report it: structure and certificate contradict each other",
+    "disagreement": "leave it and report a bug: structure and certificate contradict each other",
 }
 
-# What a weight is that the certificate calls invariant, by the strongest of the reasons against it.
+# The status of a weight that is invariant by its certificate, by the strongest reason against it.
 _CONTRADICTED: dict[str, str] = {"smooth": "disagreement", "cautious": "unknown", "jump": "not invariant"}
-_NOT_FINITE = "re-initialize or prune what is not finite: it has no direction, and the network computes NaN"
-_WITHOUT_INFLUENCE = "; no output depends on it: training does not move it"
+_NOT_FINITE = "re-initialize or prune the entries that are not finite: they make the outputs NaN"
+_WITHOUT_INFLUENCE = "; no output depends on it, so training does not change it"
 
 
 def owner_of(model: nn.Module, name: str) -> nn.Module:
@@ -67,12 +67,12 @@ def owner_of(model: nn.Module, name: str) -> nn.Module:
 
 
 class WeightFindings:
-    """Puts structure and certificate of one weight side by side.
+    """Combines structure and certificate of each weight.
 
     Args:
         model_copy: the copy that is analysed.
         graph: its graph.
-        test: tests what the structure claims.
+        test: the gradient test.
         variances: the batch variances in front of each batch normalization.
     """
 
@@ -262,7 +262,7 @@ def natural_partitions(module: nn.Module, shape: Sequence[int]) -> Iterator[Part
 def finding_without_graph(
     name: str, parameter: Tensor, module: nn.Module, test: InvarianceTest, why: str
 ) -> tuple[WeightFinding, UnexplainedSymmetry | None]:
-    """Judge a weight by its certificate alone, and return the groups that it calls invariant as well.
+    """Judge a weight by its certificate alone; also return the groups that are invariant by it.
 
     Args:
         name: the parameter.
@@ -288,13 +288,13 @@ def finding_without_graph(
 
 
 def integer_finding(name: str, parameter: Tensor, module: nn.Module) -> WeightFinding:
-    """Say of an integer parameter that it has no continuous symmetry."""
+    """The finding of an integer parameter, which has no continuous symmetry."""
     dtype = str(parameter.dtype).removeprefix("torch.")
-    return _left(name, parameter, module, f"its entries are of type {dtype}: no scale acts on them", _DISCRETE, None)
+    return _left(name, parameter, module, f"its entries are {dtype}: they have no continuous scale", _DISCRETE, None)
 
 
 def qualified(finding: WeightFinding, parameter: Tensor) -> WeightFinding:
-    """Say of a complex parameter that no sphere holds it, and of one on the meta device why there is no evidence."""
+    """Explain in the finding that spheres cannot hold complex weights, and that meta tensors give no evidence."""
     if parameter.is_complex() and finding.partition is not None:
         return replace(finding, status="unknown", broken_by=_COMPLEX, remedy="leave it: it is complex")
     if parameter.is_meta:

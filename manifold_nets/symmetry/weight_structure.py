@@ -1,4 +1,4 @@
-"""Structure: follow the scales of each weight through the graph and read off which are free."""
+"""Structure: follow the scales of each weight through the graph and determine which are free."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_a_comparison_its_report_and_a_refusal(tmp_path):
     ("arguments", "said"),
     [
         (["--optimizers", "sdg", "--output", "x"], "optimizers: found 'sdg'"),
-        (["--lr", "1:2", "--output", "x"], "names no learning rates"),
+        (["--lr", "1:2", "--output", "x"], "is no list of learning rates"),
         (["--lr", "-1", "--output", "x"], "learning_rates: found"),
         (["--task", "digitz", "--output", "x"], "digitz"),
         (["--model", "mpl:8", "--output", "x"], "Near matches: mlp"),
@@ -48,8 +48,8 @@ def test_a_comparison_its_report_and_a_refusal(tmp_path):
         (["--device", "meta", "--output", "x"], "device: found 'meta'"),
         (["--subset", "100000,10", "--output", "x"], "subset: found (100000, 10); expected at most"),
         (["--tune-on", "10,100000,1", "--output", "x"], "tune_on: found (10, 100000); expected at most"),
-        ([], "without --output"),
-        (["--worker", "study"], "--worker without --storage"),
+        ([], "--output is missing"),
+        (["--worker", "study"], "--worker needs --storage"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_writes_nothing(arguments, said, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_an_optimizer_that_cannot_be_made_is_named_and_nothing_written(workers, 
     assert (done.exit_code, list(tmp_path.iterdir())) == (1, [])
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: run rsgd, learning rate 0.1, seed 0: found NothingToConvertError: ")
-    assert line.endswith("no run was carried out. Correct the cause, or leave rsgd out of the optimizers.")
+    assert line.endswith("no run was started. Fix the cause, or leave rsgd out of the optimizers.")
 
 
 def test_a_folder_without_a_comparison_exits_with_1(tmp_path):

@@ -107,7 +107,7 @@ class Full(io.RawIOBase):
         raise OSError(28, "No space left on device")
 
 
-SAID = "error: standard output: No space left on device; the result is not complete. Make room, or redirect it.\n"
+SAID = "error: standard output: No space left on device; the result is not complete. Free disk space, or redirect it.\n"
 
 
 def test_a_full_disk_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,11 @@ import contextlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from torch import nn
 
 from manifold_nets.cli import main, output
 from manifold_nets.sources import load_model, load_object
@@ -144,3 +147,83 @@ def test_what_the_model_prints_is_no_result_of_a_comparison(folder: Path, monkey
     monkeypatch.setattr(contextlib, "redirect_stdout", contextlib.nullcontext)
     with pytest.raises(json.JSONDecodeError):
         json.loads(run(*arguments).stdout)
+
+
+# ---- a file without a callable ---------------------------------------------------------------------------------------
+
+TRAIN = """
+import torch
+from torch import nn
+
+print("reading data")
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, width), nn.BatchNorm1d(width)
+
+    def forward(self, x, scale=1.0):
+        return self.norm(self.layer(x)) * scale
+
+class Net(Block):
+    def __init__(self{argument}):
+        super().__init__(5)
+        self.block = Block(2)
+
+if __name__ == "__main__":
+    raise RuntimeError("training")
+"""
+
+
+def test_the_one_model_of_a_file_is_taken_and_that_is_said(folder: Path) -> None:
+    (folder / "train.py").write_text(TRAIN.format(argument=""))
+    result = run("diagnose", "train.py", *SHAPE, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["model"] == "train.py:Net"
+    assert [weight["name"] for weight in document["report"]["weights"]] == ["layer.weight", "block.layer.weight"]
+    assert "train.py: taking Net" in result.stderr
+    assert "importing it runs line 5: print('reading data')" in result.stderr
+    named = run("diagnose", "train.py:Net", *SHAPE, "--json")
+    assert named.stdout == result.stdout
+    assert "taking" not in named.stderr
+
+
+def test_the_models_of_a_file_are_listed_where_none_can_be_taken(folder: Path) -> None:
+    (folder / "train.py").write_text(TRAIN.format(argument=", depth"))
+    result = run("diagnose", "train.py", *SHAPE)
+    assert result.exit_code == 2
+    text = " ".join(result.stderr.replace("│", " ").split())
+    assert "it defines Block (class, needs width), Net (class, needs depth)" in text
+    assert "train.py:Net, and give depth as keyword arguments (--kwargs" in text
+    assert "reading data" not in result.stderr
+    assert run("diagnose", "train.py", *SHAPE, "--kwargs", '{"depth": 1}').exit_code == 0
+
+
+def test_inputs_from_a_file(folder: Path) -> None:
+    (folder / "train.py").write_text(TRAIN.format(argument=""))
+    np.savez(folder / "inputs.npz", np.random.default_rng(0).normal(size=(6, 4)), scale=np.full((6, 1), 2.0))
+    for command in ("diagnose", "convert"):
+        assert run(command, "train.py:Net", "--inputs", "inputs.npz").exit_code == 0
+    np.savez(folder / "inputs.npz", np.ones((6, 3)))
+    check_an_error(run("diagnose", "train.py:Net", "--inputs", "inputs.npz"), "[(6, 3)]")
+    for option in (SHAPE, ("--token-ids", "5")):
+        refused = run("diagnose", "train.py:Net", "--inputs", "inputs.npz", *option)
+        assert refused.exit_code == 2
+        assert f"--inputs and {option[0]}" in refused.stderr
+    missing = run("diagnose", "train.py:Net")
+    assert missing.exit_code == 2
+    assert "Missing option '--input-shape'" in missing.stderr
+
+
+def test_the_weights_of_a_checkpoint_are_chosen_by_name(folder: Path) -> None:
+    states = [{f"module.{k}": v for k, v in nn.Sequential(nn.Linear(4, 5)).state_dict().items()} for _ in "ab"]
+    torch.save({"state_dict": states[0], "state_dict_ema": states[1]}, folder / "net.pth")
+    (folder / "small.py").write_text("from torch import nn\nNet = lambda: nn.Sequential(nn.Linear(4, 5))\n")
+    arguments = ("diagnose", "small.py:Net", *SHAPE, "--weights", "net.pth")
+    check_an_error(run(*arguments), "several keys, state_dict, state_dict_ema", "--key")
+    check_an_error(run(*arguments, "--key", "state_dict_ema"), "--prefix module.")
+    assert run(*arguments, "--key", "state_dict_ema", "--prefix", "module.").exit_code == 0
+    refused = run("diagnose", "small.py:Net", *SHAPE, "--key", "state_dict")
+    assert refused.exit_code == 2
+    assert "--key can be used only with --weights" in refused.stderr

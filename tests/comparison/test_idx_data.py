@@ -65,7 +65,7 @@ def test_sabotage_a_header_one_byte_too_long_is_noticed() -> None:
         (bytes([0, 0, 7, 1, 0, 0, 0, 0]), "first bytes 00 00 07 01"),
         (bytes([0, 0, 8, 2, 0, 0]), "6 bytes; expected a header of 12 bytes for 2 axes"),
         (idx_bytes(np.zeros((4, 3), "u1"))[:-1], r"23 bytes \(truncated\); expected 24 bytes for shape \(4, 3\)"),
-        (idx_bytes(np.zeros(2, "i4")) + b"\0", r"17 bytes \(more than its header says\)"),
+        (idx_bytes(np.zeros(2, "i4")) + b"\0", r"17 bytes \(longer than its header states\)"),
         (gzip.compress(idx_bytes(np.zeros(9, "u1")), mtime=0)[:-6], "damaged or truncated gzip data"),
         (b"\x1f\x8bnothing", "damaged or truncated gzip data"),
     ],
@@ -81,7 +81,7 @@ def peak_of_reading(path: Path) -> int:
     """Bytes that are allocated at once while a file is read that is refused."""
     tracemalloc.start()
     try:
-        with pytest.raises(DataFileError, match=r"more than its header says|at most 100 times"):
+        with pytest.raises(DataFileError, match=r"longer than its header states|at most 100 times"):
             read_idx(path)
         return tracemalloc.get_traced_memory()[1]
     finally:

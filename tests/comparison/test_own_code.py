@@ -197,7 +197,7 @@ def test_what_cannot_be_sent_is_named_and_nothing_is_written(part, tmp_path):
         "task": locked if part == "task" else task,
         "optimizers": ["sgd", own] if part == "optimizer mine" else ["sgd"],
     }
-    with pytest.raises(SettingsError, match=rf"workers: found .2, with {part}, which cannot be sent.*lock"):
+    with pytest.raises(SettingsError, match=rf"workers: found .2, with {part}, which cannot be pickled.*lock"):
         mn.compare(**options, learning_rates=[0.05], seeds=1, epochs=1, workers=2, output=tmp_path / "x")
     assert not (tmp_path / "x").exists()
     # In one process it takes part; this is the remedy that the message gives.
@@ -214,14 +214,14 @@ class Unmade:
 def test_what_cannot_be_made_again_in_a_worker_is_named():
     import pickle
 
-    with pytest.raises(RuntimeError, match=r"^optimizer mine cannot be made again in a worker \(ValueError"):
+    with pytest.raises(RuntimeError, match=r"^optimizer mine cannot be unpickled in a worker \(ValueError"):
         unpacked({"task": pickle.dumps(1), "optimizer mine": pickle.dumps(Unmade())})
 
 
 @pytest.mark.slow
 def test_a_worker_names_the_optimizer_that_it_cannot_make(tmp_path):
     own = replace(spec_of(torch.optim.Rprop, "mine"), description=Unmade())
-    with pytest.raises(RunFailedError, match="optimizer mine cannot be made again in a worker"):
+    with pytest.raises(RunFailedError, match="optimizer mine cannot be unpickled in a worker"):
         tiny(optimizers=["sgd", own], workers=2)
 
 

@@ -278,7 +278,10 @@ def test_an_optimizer_that_always_diverges_keeps_the_smallest_rate():
         ({"tune_on": (10, 10, 1), "storage": "sqlite://"}, "tune_on.*shared database"),
         ({"weight_decays": (0.1, -1.0)}, "weight_decays: found"),
         ({"weight_decays": (0.1, 0.1)}, "weight_decays: found"),
-        ({"weight_decays": (0.1, 0.2), "weight_decay": 0.1}, r"weight_decay: found 0\.1; expected 0 beside"),
+        (
+            {"weight_decays": (0.1, 0.2), "weight_decay": 0.1},
+            r"weight_decay: found 0\.1; expected 0 when weight_decays",
+        ),
         ({"initialization": "zero"}, "initialization: found 'zero'"),
         ({"schedule": "steps"}, "schedule: found 'steps'"),
     ],
@@ -469,4 +472,4 @@ def test_the_command_line_refuses_options_that_do_not_fit(tmp_path):
     wrong = CliRunner().invoke(main, ["compare", "--tune-on", "100,50", "--output", str(tmp_path)])
     assert (wrong.exit_code, "TRAIN,VALIDATION,EPOCHS" in wrong.stderr) == (2, True)
     wrong = CliRunner().invoke(main, ["compare", "--weight-decay", "much", "--output", str(tmp_path)])
-    assert (wrong.exit_code, "names no weight decays" in wrong.stderr) == (2, True)
+    assert (wrong.exit_code, "is no list of weight decays" in wrong.stderr) == (2, True)

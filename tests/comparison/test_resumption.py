@@ -27,6 +27,7 @@ from helpers.comparison_runs import reproducible, small_settings, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import event, make_url
+from sqlalchemy.exc import OperationalError
 
 from manifold_nets.cli import main
 from manifold_nets.cli.compare import compare as command_line
@@ -189,6 +190,7 @@ def test_an_extension_that_was_interrupted_goes_on(tmp_path):
     assert seen[0].done == 11
 
 
+@pytest.mark.slow
 def test_a_tuned_study_is_extended_too(tmp_path):
     tuned = {"tune_on": (30, 15, 1), "output": tmp_path}
     tiny(**tuned)
@@ -449,6 +451,27 @@ def test_a_result_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
         check_what_reaches_the_disk(tmp_path / "other.db")
 
 
+def test_a_server_that_is_away_is_waited_for(monkeypatch):
+    queue, away = RunStore("sqlite://", "test"), [OperationalError(None, None, Exception("gone"))] * 3
+    reach = queue._engine.begin
+
+    def begin():
+        if away:
+            raise away.pop()
+        return reach()
+
+    monkeypatch.setattr(queue._engine, "begin", begin)
+    monkeypatch.setattr(store, "RETRY_SECONDS", 0.0)
+    queue.create(small_settings(), environment())
+    assert (queue.settings(), away) == (small_settings(), [])
+    # Sabotage: nobody waits.
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.0)
+    away.append(OperationalError(None, None, Exception("gone")))
+    with pytest.raises(StorageError, match=r"gone.*Start its server"):
+        queue.settings()
+    queue.close()
+
+
 @pytest.mark.slow
 def test_a_worker_joins_through_a_shared_database(tmp_path):
     settings, url = small_settings(), f"sqlite:///{tmp_path / 'shared.db'}"
@@ -510,7 +533,7 @@ def test_no_password_of_a_url_is_shown(url, tmp_path, monkeypatch):
     assert str(caught.value).endswith("Correct the URL (--storage).")
     done = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", url, "--output", str(tmp_path / "x")])
     assert done.exit_code == 1
-    assert "One more worker" in done.output
+    assert "To add a worker" in done.output
     check_hidden(done.output)
     with pytest.raises(AssertionError):  # Sabotage: the URL as it is.
         check_hidden(url)
@@ -548,7 +571,7 @@ def test_the_command_for_other_workers_is_one_that_works(tmp_path, monkeypatch):
     """Without the password of the URL, and with what it takes to open the same database."""
     given = "postgresql+psycopg://me:secret@127.0.0.1:9/a b?connect_timeout=9"
     said = CliRunner().invoke(main, ["compare", *COMMAND, "--storage", given, "--output", str(tmp_path)]).stderr
-    line = next(line for line in said.splitlines() if "One more worker" in line)
+    line = next(line for line in said.splitlines() if "To add a worker" in line)
     assert f"and the password in {PASSWORD_VARIABLE}: " in line
     words = shlex.split(line.partition(": manifold-nets ")[2])
     monkeypatch.setenv(PASSWORD_VARIABLE, "secret")

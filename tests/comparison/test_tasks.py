@@ -224,7 +224,7 @@ def test_tasks_and_networks_from_a_file(tmp_path: Path) -> None:
         ("digits:3", "digits without settings"),
         ("mnist:1,2,3", "mnist:TRAIN,VALIDATION"),
         ("mnist:0", "positive whole numbers"),
-        ("camvid:120x90", "no longer built in; .* --task examples/paper/camvid.py:camvid"),
+        ("camvid:120x90", r"no longer built in\. .* --task examples/paper/camvid.py:camvid"),
     ],
 )
 def test_names_that_name_no_task_are_refused(spec: str, message: str, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_names_that_name_no_task_are_refused(spec: str, message: str, tmp_path: 
 
 def test_absent_data_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MANIFOLD_NETS_DATA", raising=False)
-    with pytest.raises(DataFolderError, match=r"task mnist: found no folder of data.*--data.*MANIFOLD_NETS_DATA"):
+    with pytest.raises(DataFolderError, match=r"task mnist: found no data folder.*--data.*MANIFOLD_NETS_DATA"):
         load_task("mnist")
     with pytest.raises(DataFolderError, match="absent: found no such folder"):
         load_task("mnist", data=tmp_path / "absent")

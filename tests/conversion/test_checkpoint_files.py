@@ -190,7 +190,7 @@ MEMBER = {"name": "weight", "shape": [2, 3], "view": [2, 3], "kept": [0]}
         ({"manifolds": {"weight": {**SPHERES, "view": [7]}}}, r"view \(7,\) of shape \(2, 3\)"),
         ({"manifolds": {"weight": {**SPHERES, "shape": [2, 3.0]}}}, "3.0 is not of type 'integer'"),
         ({"manifolds": {"weight": {**SPHERES, "radius": [math.inf]}}}, "unreadable"),
-        ({"manifolds": {"weight": {**SPHERES, "radius": [1, 1]}}}, "contradicts itself"),
+        ({"manifolds": {"weight": {**SPHERES, "radius": [1, 1]}}}, "with contradicting partitions"),
         ({"manifolds": {"nowhere": {**SPHERES, "shape": [2], "view": [2]}}}, "fits no tensor"),
         ({"manifolds": {"bias": SPHERES}}, "fits no tensor"),
         ({"manifolds": {"weight": {**SPHERES, "radius": [1.5]}}}, "off its sphere"),
@@ -221,7 +221,7 @@ def test_removed_biases_that_the_model_does_not_have(tmp_path, names):
     rewrite(path, small(), removed_biases=names)
     fresh = nn.Linear(3, 2)
     before = snapshot(fresh)
-    with pytest.raises(CheckpointMismatchError, match=f"'{names[0]}' is a removed bias in the file, but no bias"):
+    with pytest.raises(CheckpointMismatchError, match=f"'{names[0]}' is a removed bias in the file, but not a bias"):
         load(fresh, path)
     check_untouched(fresh, before)
 
@@ -278,9 +278,9 @@ def test_files_of_other_kinds_are_refused_and_nothing_is_unpickled(tmp_path):
     (tmp_path / "folder").mkdir()
     safetensors.torch.save_file({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, tmp_path / "plain.safetensors")
     for name, message in {
-        "torch.pt": "another kind",
-        "raw.pkl": "another kind",
-        "empty": "another kind",
+        "torch.pt": "It has another format",
+        "raw.pkl": "It has another format",
+        "empty": "It has another format",
         "folder": "found a folder",
         "plain.safetensors": "without the metadata.*load_file",
     }.items():
@@ -419,7 +419,7 @@ def test_expanded_buffers_and_constrained_buffers_are_refused(tmp_path):
     plain.register_buffer("weight", torch.zeros(2, 3))
     plain.register_buffer("bias", torch.zeros(2))
     save(small(), tmp_path / "layer.safetensors")
-    with pytest.raises(CheckpointMismatchError, match="weight: constrained in the file, but no parameter"):
+    with pytest.raises(CheckpointMismatchError, match="weight: constrained in the file, not a parameter"):
         load(plain, tmp_path / "layer.safetensors")
 
 

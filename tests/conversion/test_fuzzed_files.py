@@ -339,7 +339,7 @@ def test_a_result_without_its_name_or_value_is_an_error_of_ours(tmp_path: Path, 
 def test_rows_of_a_study_that_is_lost_are_an_error_of_ours(tmp_path: Path) -> None:
     tiny(output=tmp_path, seeds=1, epochs=1)
     changed_study(tmp_path, "DELETE FROM manifold_nets_studies")
-    with pytest.raises(StorageError, match=r"study comparison in sqlite.*runs without the study"):
+    with pytest.raises(StorageError, match=r"study comparison in sqlite.*runs without their study"):
         tiny(output=tmp_path, seeds=1, epochs=1)
 
 

@@ -413,7 +413,7 @@ def test_without_the_hook_the_first_step_would_change_the_function(monkeypatch: 
     optimizer = optimizer_of(model)
     model.load_state_dict(plain.state_dict())
     assert mn.verify(plain, model, x).eval_difference <= LIMIT
-    with pytest.warns(UserWarning, match="other code has moved it off its spheres"):
+    with pytest.warns(UserWarning, match="other code, such as weight averaging, moved it off its spheres"):
         step_that_moves_nothing(model, optimizer, x)
     assert mn.verify(plain, model, x).eval_difference > 0.01
 

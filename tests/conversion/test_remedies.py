@@ -237,7 +237,7 @@ def test_a_bias_behind_a_spectral_norm_is_a_constant(norm: Callable[[nn.Module],
     """Its power iteration gives another weight at every pass in training mode."""
     net = nn.Sequential(norm(nn.Linear(4, 6)), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).double()
     x = torch.randn(16, 4, dtype=torch.float64)
-    assert mn.plan(net, x, remedies="dead-biases")["0.bias"].reason.endswith("1.running_mean takes it up")
+    assert mn.plan(net, x, remedies="dead-biases")["0.bias"].reason.endswith("1.running_mean is adjusted for it")
     before, mean = copy.deepcopy(net), net[1].running_mean - net[0].bias
     converted = mn.convert(net, x, remedies="dead-biases")
     assert converted[0].bias is None

@@ -100,4 +100,4 @@ def test_a_bias_that_the_code_of_the_model_reads_stays() -> None:
     assert any(shift.kind == "dead bias" and shift.parameters == ("k.bias",) for shift in report.shifts)
     planned = {action.name: action for action in mn.plan(model, report, remedies="dead-biases").actions}
     assert planned["k.bias"].action == "leave"
-    assert "the code of the model reads it" in planned["k.bias"].reason
+    assert "the model reads it outside of its layer" in planned["k.bias"].reason

@@ -105,7 +105,7 @@ def test_a_fault_in_the_lower_precision_is_refused(
     near_ties: tuple[nn.Module, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant_in_float32(monkeypatch)
-    refused(*near_ties, "norm.running_mean is not what it is in a float64 copy")
+    refused(*near_ties, "norm.running_mean differs from its value in a float64 copy")
 
 
 def test_a_fault_in_the_formula_is_refused(
@@ -190,11 +190,11 @@ def test_a_difference_that_skips_what_is_no_number_hides_a_change(monkeypatch: p
         test_places_without_a_number([1.0, 0.0], [1.0, NAN], INF)
 
 
-@pytest.mark.parametrize(("fault", "told"), [(None, None), ("bias", "bias is not what it is in a float64 copy")])
+@pytest.mark.parametrize(("fault", "told"), [(None, None), ("bias", "bias differs from its value in a float64 copy")])
 def test_buffers_that_hold_infinities_are_their_own_rounding(fault: str | None, told: str | None) -> None:
     model, x = Masked(-INF), torch.randn(8, 6)
     values = {name: value.clone() for name, value in model.state_dict().items()}
     if fault is not None:
         values[fault][2] = 0.0
     found = verify_module.compare_in_float64(copy.deepcopy(model), values, x, lambda twin: None)
-    assert found == (0.0, told and f"{told}, rounded")
+    assert found == (0.0, told and f"{told} by more than rounding")

@@ -1,5 +1,6 @@
 """Every example runs as it stands, from another folder, without a warning, and shows what it promises."""
 
+import difflib
 import importlib.util
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 
 EPS = 2**-23  # of float32
@@ -16,7 +18,7 @@ PROMISES = {
     "compare_own_network": [r"surfaces, .*network: 2 seeds", r"\nrsgd +plain +[\d.]+ +\d", r"\nsgd +.* of 8"],
     "define_model": [r"accuracy on new images: (9\d\.\d|100\.0)%", r"0\.weight: .*16 filters of 9.* norms off by"],
     "convert_and_give_back": [
-        r"2 of 3 weights go on spheres",
+        r"2 of 3 weights will be put on spheres",
         r"loaded from its file: SphereProduct\(16 filters",
         r"given back: <class 'torch\.nn\.parameter\.Parameter'>",
         r"the same function: largest relative difference 0\.0e\+00 in evaluation mode, 0\.0e\+00 in training mode",
@@ -59,7 +61,10 @@ SLOW_PROMISES = {
     "train_with_transformers": (
         "transformers",
         [
+            r"4 weights are scale-invariant",
             r"transformers' Trainer and the plain loop, the weights are the same bit for bit: True",
+            r"reloaded, plain and on spheres, bit for bit: True",
+            r"of the reloaded weights 4 are on spheres",
             r"made by the Trainer: norms off by",
             r"the Trainer's AdamW is stopped before its first step: .*RiemannianSGD",
         ],
@@ -113,6 +118,29 @@ def test_trainers_of_other_libraries_follow_the_plain_loop(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_own_script_is_converted_in_mid_run_by_six_lines_and_resumes(tmp_path):
+    pytest.importorskip("sklearn")
+    texts = [(EXAMPLES / f"mid_run_{name}.py").read_text().splitlines() for name in ("plain", "converted")]
+    changed = [line for line in difflib.ndiff(*texts) if line[0] in "+-" and line[1:].strip()]
+    assert all(0 < sum(line[0] == sign for line in changed) <= 6 for sign in "+-")
+
+    def losses(name, *until):
+        options = ["--checkpoint", "run.pt", "--until", *until] if until else []
+        return [float(loss) for loss in re.findall(r"(?:loss|average) (\d\.\d+)", run(name, tmp_path, *options))]
+
+    expected = losses("mid_run_plain")[6:]
+    assert len(losses("mid_run_plain", "3")) == 6
+    without = torch.load(tmp_path / "run.pt")
+    found = losses("mid_run_converted", "5") + losses("mid_run_converted", "8")
+    # Without the state of the plain run the path is another one.
+    torch.save({**without, "optimizer": {**without["optimizer"], "state": {}}}, tmp_path / "run.pt")
+    other = losses("mid_run_converted", "8")
+    off = [[abs(a / b - 1) for a, b in zip(run, expected, strict=True)] for run in (found, other)]
+    assert max(off[0]) < 0.05  # bfloat16, whose rounding depends on norms
+    assert max(off[1]) > 2 * max(off[0])
+
+
+@pytest.mark.slow
 def test_models_with_unit_norms_run_in_small(tmp_path):
     pytest.importorskip("sklearn")
     small = ("--steps", "30", "--seeds", "1", "--turns", "1", "--rates", "0.01", "--features", "64")
@@ -150,6 +178,7 @@ def check_demo(printed, folder):
     return errors
 
 
+@pytest.mark.slow
 def test_demo_runs_in_small(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("matplotlib")

@@ -482,6 +482,6 @@ def test_a_step_says_where_other_code_has_moved_weights_off_a_joint_sphere() -> 
     with torch.no_grad():
         mn.joint_spheres(converted)[0][1][0].parameter.mul_(3.0)
     converted(images()).square().mean().backward()
-    with pytest.warns(UserWarning, match="other code has moved it off its spheres"):
+    with pytest.warns(UserWarning, match="other code, such as weight averaging, moved it off its spheres"):
         optimizer.step()
     optimizer.step()

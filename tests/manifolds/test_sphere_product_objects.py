@@ -122,7 +122,7 @@ def test_a_point_that_has_left_is_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("radius", "words"),
     [
-        ([1.0, 2.0], "found 2 radii; expected one, or one for each of 3 groups"),
+        ([1.0, 2.0], "found 2 radii; expected one radius, or one for each of 3 groups"),
         (0.0, "radius 0.0 for group 0"),
         ([1.0, -1.0, 1.0], "radius -1.0 for group 1"),
         ([1.0, 1.0, math.nan], "radius nan for group 2"),
@@ -136,7 +136,7 @@ def test_radii_that_are_none_are_refused(radius: float | list[float], words: str
 
 
 def test_a_partition_says_all_about_the_view() -> None:
-    with pytest.raises(errors.PartitionError, match="one or the other"):
+    with pytest.raises(errors.PartitionError, match="expected only one of them"):
         SphereProduct(Partition.filters((3, 4)), view=(4, 3))
     assert SphereProduct((4, 6), view=(2, 2, 6), kept=(0,)).partition == Partition.blocks((4, 6), 2)
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,11 @@ from helpers.example_modules import example
 from helpers.page_cases import Page, check_accessible, check_contrast, check_picture, check_self_contained
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
 
 import manifold_nets as mn
 from manifold_nets import monitor as module
+from manifold_nets import monitor_page
 from manifold_nets.cli import main
 from manifold_nets.errors import ArgumentTypeError, OptionError, ReportMismatchError
 from manifold_nets.monitor import Finding, History, MonitorWarning, outlook
@@ -304,7 +307,7 @@ def test_a_parameter_that_was_replaced_is_named_once(report):
     monitor = mn.Monitor(model, optimizer, report, every=1)
     train(model, optimizer, range(1))
     model.conv.weight = nn.Parameter(model.conv.weight.detach().clone())
-    with pytest.warns(MonitorWarning, match=r"^conv\.weight: the model has another parameter"):
+    with pytest.warns(MonitorWarning, match=r"^conv\.weight: the parameter was replaced in the model"):
         train(model, optimizer, range(1))
     train(model, optimizer, range(1))
     assert monitor.step == 3
@@ -454,6 +457,40 @@ def test_steps_to_equilibrium_are_those_that_it_takes(kind, start):
     assert predicted[60] + 60 == pytest.approx(taken, rel=0.15), (predicted[::20], taken)
 
 
+def test_the_first_examples_of_a_batch_are_diagnosed(monkeypatch):
+    """Forty images are more than the diagnosis needs; arguments of different lengths belong together as they are."""
+    seen = []
+    monkeypatch.setattr(module, "diagnose", lambda model, inputs: seen.append(inputs) or mn.diagnose(model, inputs))
+
+    class Scaled(Network):
+        def forward(self, x, scale=1.0):
+            return super().forward(x if isinstance(scale, float) else x * scale)
+
+    for scale, sizes in ((), [32]), ((torch.ones((), dtype=torch.float64),), [32]), ((torch.ones(2, 1, 1),), [40, 2]):
+        model = Scaled().double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        mn.Monitor(model, optimizer)
+        model(torch.randn(40, 2, 6, 6, dtype=torch.float64), *scale).sum().backward()
+        optimizer.step()
+        assert [len(leaf) for leaf in tree_leaves(seen[-1]) if leaf.ndim] == sizes
+
+
+def test_sparse_gradients_are_measured_as_dense_ones():
+    rows = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table = nn.Embedding(5, 4, sparse=sparse)
+        model = nn.Sequential(table, nn.LayerNorm(4, elementwise_affine=False), nn.Linear(4, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = mn.Monitor(model, optimizer, inputs=torch.arange(5), every=1)
+        model(torch.tensor([0, 2, 2])).square().sum().backward()
+        optimizer.step()
+        rows.append(monitor.history.rows()[0])
+    assert rows[0]["weight"] == "0.weight"
+    for key in QUANTITIES:
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-6, nan_ok=True)
+
+
 # ---- other models and optimizers -------------------------------------------------------------------------------------
 
 
@@ -498,6 +535,21 @@ def test_a_run_that_goes_on_on_spheres_is_measured_as_the_plain_one(report, make
     np.testing.assert_array_equal(norms[0], norms[1])
     np.testing.assert_allclose(held.history.of("effective_lr"), held.history.of("lr") / norms**power, rtol=1e-12)
     assert np.isnan(held.history.of("equilibrium_rotation")).all()
+
+
+def test_weights_of_both_kinds_are_measured_together(report):
+    """One that is on spheres has the norm of the plain run, beside one that stayed in it."""
+    plain = network()
+    optimizer = sgd(plain)
+    train(plain, optimizer, range(1))
+    converted = mn.convert(plain, report, include="conv.weight")
+    follow = mn.optim.from_torch(optimizer, plain, converted)
+    monitors = [mn.Monitor(net, o, report, every=1) for net, o in ((plain, optimizer), (converted, follow))]
+    train(plain, optimizer, range(1))
+    train(converted, follow, range(1))
+    before, after = (monitor.history.of("norm") for monitor in monitors)
+    np.testing.assert_allclose(after, before, rtol=1e-4)
+    assert float(converted.conv.weight.manifold.radii.max()) == 1.0
 
 
 def test_wrapped_models_and_optimizers(report):
@@ -561,7 +613,7 @@ def test_what_cannot_be_watched_is_refused(report):
     optimizer = sgd(model)
     with pytest.raises(ReportMismatchError):
         mn.Monitor(Noisy(), optimizer, report)
-    with pytest.raises(ArgumentTypeError, match=r"conv\.weight, up\.weight.*Build it from"):
+    with pytest.raises(ArgumentTypeError, match=r"conv\.weight, up\.weight.*Build the optimizer from"):
         mn.Monitor(model, sgd(network()), report)
     with pytest.raises(ArgumentTypeError, match="hooks"):
         mn.Monitor(model, object(), report)
@@ -582,6 +634,7 @@ def test_csv_files_hold_what_was_measured(report, tmp_path):
     model = network()
     optimizer = sgd(model)
     path = tmp_path / "run.csv"
+    path.write_text("what an earlier run wrote is replaced")
     with mn.Monitor(model, optimizer, report, every=2, writer=path) as monitor:
         train(model, optimizer, range(6))
     with path.open() as file:
@@ -601,6 +654,7 @@ def test_csv_files_hold_what_was_measured(report, tmp_path):
         ("", "found"),
         ("a,b\n1,2\n", "columns step"),
         (",".join(COLUMNS) + "\n0,w,x\n", "line 2"),
+        (",".join(COLUMNS) + "\n0,w,1" + ",1" * (len(QUANTITIES) + 1), "line 2"),
         (",".join(COLUMNS), "at least one"),
     ],
 )
@@ -733,7 +787,7 @@ def test_an_equilibrium_that_the_run_does_not_reach_is_named_with_its_numbers():
 
 def test_other_findings():
     assert said([row_of(rotation=1.2, norm=0.01)]) == [
-        "layer3.0.conv1 turns 1.2 radians a step: the learning rate 0.1 is large for its norm 0.01."
+        "layer3.0.conv1 turns 1.2 radians per step: the learning rate 0.1 is large for its norm 0.01."
     ]
     assert said([row_of(radial_gradient=0.3)])[0].startswith(
         "30% of the gradient of layer3.0.conv1 is along the weight"
@@ -880,7 +934,8 @@ def test_the_page_fits_every_screen(page, tmp_path):
         check_picture(photograph(page, tmp_path / "a.png", 1000, 1200, scheme), (1000, 1200), scheme)
 
 
-def test_a_page_after_a_schedule_tells_the_expected_step_from_the_steps_that_remain():
+def test_a_page_after_a_schedule_tells_the_expected_step_from_the_steps_that_remain(monkeypatch):
+    monkeypatch.setattr(monitor_page, "_PLOTS", ())
     history = History(["w", "unknown"], [2, 2])
     for step, remaining, rate in ((0, 900.0, 0.1), (10, 860.0, 0.1), (20, 830.0, 0.1), (1000, 73_000.0, 1e-4)):
         history.append(step, [row_of(steps_to_equilibrium=left, lr=rate) for left in (remaining, math.nan)])
@@ -904,8 +959,9 @@ def test_a_page_of_one_sample_and_one_of_none(tmp_path, report):
     check_self_contained((tmp_path / "one.html").read_text())
 
 
-def test_many_layers_are_drawn_as_a_few(tmp_path):
+def test_many_layers_are_drawn_as_a_few(monkeypatch):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(monitor_page, "_PLOTS", monitor_page._PLOTS[:1])  # each drawing shows the same layers
     deep = [f"model.layers.{layer}.{part}.weight" for layer in range(30) for part in ("q", "k")]
     flat = [f"layer{n}.{m}.weight" for n in range(4) for m in range(9)]
     for names, shown, note in ((deep, "model.layers.29", "7 of 30 layers"), (flat, "layer3", ""), (["w"], "w", "")):
@@ -946,7 +1002,7 @@ def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
         trainer = run.lightning.Trainer(
             max_epochs=epochs, callbacks=[callback] if callbacks else [], enable_checkpointing=False, **options
         )
-        trainer.fit(Plain(net), run.loader(), ckpt_path=resume, weights_only=resume and True)
+        trainer.fit(Plain(net, None, None), run.loader(), ckpt_path=resume, weights_only=resume and True)
         if save is not None:
             trainer.save_checkpoint(save)
         return net, callback
@@ -966,6 +1022,19 @@ def test_lightning_trains_alike_with_the_callback_logs_and_resumes(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(parameters(plain), parameters(resumed), strict=True))
     assert callback.monitor.history.steps == [25, 30, 35]
     np.testing.assert_array_equal(callback.monitor.history.of("rotation"), history.of("rotation")[-3:])
+
+
+@pytest.mark.slow
+@of_libraries
+def test_a_run_of_lightning_without_an_end_has_no_number_of_steps():
+    example("train_with_lightning", "lightning", "sklearn")
+    model = network()
+    for steps, known in ((40, 40), (math.inf, None), (-1, None)):
+        callback = module.lightning_callback(inputs=batch()[0])
+        trainer = SimpleNamespace(estimated_stepping_batches=steps, loggers=[], optimizers=[sgd(model)])
+        callback.on_train_start(trainer, model)
+        assert callback.monitor.total_steps == known
+        callback.on_train_end(trainer, model)
 
 
 @pytest.mark.slow

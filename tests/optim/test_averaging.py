@@ -26,7 +26,7 @@ KINDS = {
     "moving, one by one": {"avg_fn": get_ema_avg_fn(0.8)},
     "moving, with buffers": {"multi_avg_fn": get_ema_multi_avg_fn(0.8), "use_buffers": True},
 }
-warned = pytest.mark.filterwarnings("ignore:.*AveragedModel takes its average off them:UserWarning")
+warned = pytest.mark.filterwarnings("ignore:.*averages by .*AveragedModel are not on them:UserWarning")
 
 
 def two_shapes(dtype=torch.float32):
@@ -267,7 +267,7 @@ def test_timms_average_is_noticed(monkeypatch):
         warnings.simplefilter("error")
         ModelEmaV3(two_shapes())  # by another module
     monkeypatch.setattr(ModelEmaV3, "__module__", "timm.utils.model_ema")
-    with pytest.warns(UserWarning, match=r"0\.weight: .*model_ema\.ModelEmaV3 takes its average off them.*project"):
+    with pytest.warns(UserWarning, match=r"0\.weight: .*averages by .*model_ema\.ModelEmaV3 are not on them.*project"):
         ModelEmaV3(two_shapes())
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -156,8 +158,12 @@ def test_sabotage_another_radial_part_is_noticed(monkeypatch: pytest.MonkeyPatch
         check_formula("nesterov", "row", 1.5, "project")
 
 
-def test_a_step_far_beyond_the_sphere_is_put_back_exactly() -> None:
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_step_far_beyond_the_sphere_is_put_back_exactly(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the radial part is a million times the weight, what remains after it is measured, not predicted."""
+    if not kernel:
+        monkeypatch.setattr(native, "available", lambda: "no compiler")
+        monkeypatch.setattr("manifold_nets.optim.backends.dispatch._has_warned", True)
     for radial in ("project", "brake"):
         torch.manual_seed(0)
         layer = nn.Linear(40, 3, bias=False)
@@ -382,16 +388,16 @@ def test_called_twice_is_called_once(name: str) -> None:
 
 def test_what_cannot_be_wrapped_is_refused() -> None:
     net = network()
-    with pytest.raises(ArgumentTypeError, match="knows nothing of spheres"):
+    with pytest.raises(ArgumentTypeError, match="without support for spheres"):
         on_spheres(mn.optim.RiemannianSGD(mn.param_groups(net), lr=0.1), net)
     with pytest.raises(ArgumentTypeError, match="optimizer: found"):
         on_spheres(net, net)  # type: ignore[type-var]
-    with pytest.raises(OptionError, match="optimizer: found 'LBFGS'; expected an optimizer of single steps"):
+    with pytest.raises(OptionError, match="optimizer: found 'LBFGS'; expected an optimizer without line searches"):
         on_spheres(torch.optim.LBFGS(network().parameters()), network())
     with pytest.raises(OptionError, match="radial: found 'keep'"):
         on_spheres(torch.optim.SGD(net.parameters(), lr=0.1), net, radial="keep")  # type: ignore[arg-type]
     plain = nn.Linear(3, 2)
-    with pytest.raises(OptionError, match="an optimizer of weights of the model that lie on spheres"):
+    with pytest.raises(OptionError, match="an optimizer with weights of the model on spheres"):
         on_spheres(torch.optim.SGD(plain.parameters(), lr=0.1), plain)
     with pytest.raises(EuclideanStepError):
         train(net, torch.optim.SGD(net.parameters(), lr=0.1))
@@ -428,3 +434,95 @@ def test_comparisons_know_it_by_name() -> None:
     for name in ("on-spheres:adma", "on-spheres:rsgd", "on-spheres:pymanopt-sd"):
         with pytest.raises((OptimizerNameError, SettingsError)):
             optimizer_spec(name)
+
+
+# ---- the optimizers of timm ------------------------------------------------------------------------------------------
+
+# Second derivatives, and what asks for CUDA, cannot be tried here.
+_NOT_HERE = re.compile(r"CUDA required|does not have a grad_fn")
+
+
+def radial_momenta(net: nn.Module, optimizer: Any) -> list[str]:
+    found = []
+    for p in net.parameters():
+        manifold = getattr(p, "manifold", None)
+        for name in ("exp_avg", "momentum_buffer") if isinstance(manifold, mn.SphereProduct) else ():
+            held = optimizer.state[p].get(name)
+            if isinstance(held, Tensor) and held.shape == p.shape and held.norm() > 0:
+                radial = float(manifold.partition.inner(p.detach(), held.to(p.dtype)).abs().max() / held.norm())
+                if radial > 16 * torch.finfo(held.dtype).eps:
+                    found.append(f"{name} that is not tangent, by {radial:.1e}")
+    return found
+
+
+def faults_of(make: Callable[[list[Tensor]], Any], start: nn.Module, x: Tensor, y: Tensor) -> list[str]:
+    """What an optimizer does otherwise than promised: direction, spheres, momenta, saved state."""
+    eps = torch.finfo(torch.float64).eps
+
+    def go(net: nn.Module, optimizer: Any, *numbers: int) -> list[Tensor]:
+        for number in numbers:
+            torch.manual_seed(number)  # some draw random numbers in their steps
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        return [p.detach().clone() for p in net.parameters()]
+
+    def made(net: nn.Module, *, wrap: bool) -> Any:
+        torch.manual_seed(0)
+        optimizer = make(list(net.parameters()))
+        if wrap:
+            return on_spheres(optimizer, net)
+        mn.optim.allow_euclidean(optimizer)
+        return optimizer
+
+    net, twin, again = (copy.deepcopy(start) for _ in range(3))
+    optimizer = made(net, wrap=True)
+    steps = zip(go(net, optimizer, 1), go(twin, made(twin, wrap=False), 1), start.parameters(), strict=True)
+    off = []
+    for new, raw, old in steps:
+        manifold = getattr(old, "manifold", None)
+        if isinstance(manifold, mn.SphereProduct):
+            raw = manifold.projx(old + manifold.proju(old, raw - old)).detach()
+        off.append(float((new - raw).abs().max()))
+    found = [f"another direction, by {max(off):.1e}"] if max(off) > 64 * eps else []
+    go(net, optimizer, *range(2, 6))
+    if max(mn.project(copy.deepcopy(net)).values()) > 4 * eps:
+        found.append("off the spheres")
+    found += radial_momenta(net, optimizer)
+    again.load_state_dict(net.state_dict())
+    resumed = made(again, wrap=True)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    if not all(map(torch.equal, go(net, optimizer, 7, 8), go(again, resumed, 7, 8))):
+        found.append("a state that does not go on")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_optimizers_of_timm_step_on_spheres(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    # NAdam of torch keeps a number in the default dtype, and loads it in that of the weights.
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
+    torch.set_default_dtype(torch.float64)
+    if importlib.util.find_spec("torchvision") is not None:
+        mn.sources.import_torchvision()
+    timm = pytest.importorskip("timm.optim")
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh()),
+        *(nn.Linear(8, 5, bias=False), nn.BatchNorm1d(5), nn.Linear(5, 3)),
+    ).double()
+    x, y = torch.randn(32, 6, dtype=torch.float64), torch.randint(3, (32,))
+    start, found = mn.convert(net, x).train(), {}
+    for name in timm.list_optimizers():
+        try:
+            found[name] = faults_of(lambda ps, name=name: timm.create_optimizer_v2(ps, opt=name, lr=1e-2), start, x, y)
+        except (AssertionError, RuntimeError) as error:
+            if not _NOT_HERE.search(str(error)):
+                raise
+    assert len(found) > 60
+    assert {name: faults for name, faults in found.items() if faults} == {}
+    # A step without its tangent part is noticed.
+    monkeypatch.setattr(mn.optim.on_spheres.__globals__["_Hooks"], "after_step", lambda *_: None)
+    assert faults_of(lambda ps: timm.create_optimizer_v2(ps, opt="lion", lr=1e-2), start, x, y)

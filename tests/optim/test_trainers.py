@@ -28,17 +28,22 @@ def digits():
     return mn.convert(module.network(), images.x[:50]).train(), images
 
 
+def made(run, model):
+    """Lightning's module of a converted model, with an optimizer and a scheduler."""
+    return run.Digits(model, *run.make(mn.revert(model), model))
+
+
 def test_lightning_resumes(tmp_path):
     run = example("train_with_lightning", "lightning", "sklearn")
     options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     options |= {"enable_checkpointing": False, "default_root_dir": tmp_path}
     whole, parts, other = (digits()[0] for _ in range(3))
-    run.lightning.Trainer(max_epochs=run.EPOCHS, **options).fit(run.Digits(whole), run.loader())
+    run.lightning.Trainer(max_epochs=run.EPOCHS, **options).fit(made(run, whole), run.loader())
     first = run.lightning.Trainer(max_epochs=1, **options)
-    first.fit(run.Digits(parts), run.loader())
+    first.fit(made(run, parts), run.loader())
     first.save_checkpoint(tmp_path / "one.ckpt")
     second = run.lightning.Trainer(max_epochs=run.EPOCHS, **options)
-    second.fit(run.Digits(other), run.loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    second.fit(made(run, other), run.loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     check_same_path([weights(other)], [weights(whole)])
     with pytest.raises(AssertionError, match="off by"):
         check_same_path([weights(parts)], [weights(whole)])
@@ -59,7 +64,7 @@ def test_accelerate_resumes(tmp_path):
     def start():
         model, images = digits()
         accelerator = accelerate.Accelerator(cpu=True)
-        return accelerator, *accelerator.prepare(model, *accelerate.make(model)), images
+        return accelerator, *accelerator.prepare(model, *accelerate.make(mn.revert(model), model)), images
 
     expected = go_on(*start(), range(10))
     begun = start()
@@ -81,7 +86,12 @@ def test_transformers_trainer_resumes(tmp_path):
             train_sampling_strategy="sequential", use_cpu=True, report_to=[], logging_strategy="no",
             disable_tqdm=True, **changes,
         )  # fmt: skip
-        return run.Trainer(model=model, args=arguments, train_dataset=run.Source(), optimizers=(run.make(model), None))
+        return run.Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=run.Source(),
+            optimizers=(run.make(mn.revert(model), model), None),
+        )
 
     whole, other = (run.convert(run.language_model()) for _ in range(2))
     trainer(whole, save_strategy="steps", save_steps=5).train()
@@ -103,9 +113,9 @@ def test_lightnings_average_warns_and_is_ours_once_it_is_projected(tmp_path):
         default_root_dir=tmp_path, **options,
     )  # fmt: skip
     with pytest.warns(UserWarning, match=r"model\.0\.weight.*manifold_nets\.project"):
-        trainer.fit(run.Digits(model), run.loader())
+        trainer.fit(made(run, model), run.loader())
     assert max(mn.project(model).values()) > 1e-4
-    optimizer, _ = run.make(plain)
+    optimizer, _ = run.make(mn.revert(plain), plain)
     for x, y in run.loader():
         optimizer.zero_grad()
         cross_entropy(plain(x), y).backward()
@@ -135,7 +145,7 @@ def test_lightnings_stochastic_average_warns_where_a_step_would_change_the_funct
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             # In the pass that is to find running statistics only, Lightning takes a step at the end.
-            trainer.fit(run.Digits(model), run.loader())
+            trainer.fit(made(run, model), run.loader())
         found = [w for w in caught if "moved it off its spheres" in str(w.message)]
         assert bool(found) != project
     assert max(projected[0].values()) > 0.01
@@ -194,22 +204,14 @@ def test_a_plain_checkpoint_of_lightning_goes_on_converted(tmp_path):
         sgd = torch.optim.SGD(mn.param_groups(model, weight_decay=5e-4), lr=0.05, momentum=0.9)
         return model, sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, run.EPOCHS)
 
-    class Digits(run.Digits):
-        def __init__(self, model, optimizer, schedule):
-            super().__init__(model)
-            self.pair = [optimizer], [schedule]
-
-        def configure_optimizers(self):
-            return self.pair
-
     def logits(model):
         return model.train()(digits()[1].x[:200]).detach()
 
     plain = plain_run()
-    run.lightning.Trainer(max_epochs=run.EPOCHS, **options).fit(Digits(*plain), run.loader())
+    run.lightning.Trainer(max_epochs=run.EPOCHS, **options).fit(run.Digits(*plain), run.loader())
     begun = plain_run()
     first = run.lightning.Trainer(max_epochs=1, **options)
-    first.fit(Digits(*begun), run.loader())
+    first.fit(run.Digits(*begun), run.loader())
     first.save_checkpoint(tmp_path / "one.ckpt")
 
     checkpoint, results = torch.load(tmp_path / "one.ckpt", weights_only=False), []
@@ -222,7 +224,7 @@ def test_a_plain_checkpoint_of_lightning_goes_on_converted(tmp_path):
         converted = mn.convert(model, digits()[1].x[:50])
         optimizer = mn.optim.from_torch(sgd, model, converted, scheduler=schedule)
         rest = run.lightning.Trainer(max_epochs=run.EPOCHS - 1, **options)
-        rest.fit(Digits(converted, optimizer, schedule), run.loader())
+        rest.fit(run.Digits(converted, optimizer, schedule), run.loader())
         results.append(logits(converted))
     check_goes_on(results[0], logits(plain[0]), results[1])
 

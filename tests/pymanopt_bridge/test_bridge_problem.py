@@ -246,5 +246,5 @@ def test_spheres_across_weights_are_refused() -> None:
     points = joint.projx([model[0].weight.detach(), model[1].weight.detach()])
     for layer, manifold, point in zip(model, joint.manifolds, points, strict=True):
         mn.constraints.attach(layer, "weight", manifold, point)
-    with pytest.raises(PointError, match=r"0\.weight: found a sphere together with 1\.weight; .*joint-spheres"):
+    with pytest.raises(PointError, match=r"0\.weight: found a sphere that it shares with 1\.weight; .*joint-spheres"):
         bridge.product_manifold(model)

@@ -86,10 +86,10 @@ def test_a_wrong_rule_is_contradicted_and_nothing_is_converted(
     assert finding.status == "disagreement", str(report)
     assert finding.certificate.moved is not None
     assert finding.certificate.moved > 1e-3
-    assert f"moving it by finite amounts changes the outputs by {finding.certificate.moved:.2g}" in str(report)
+    assert f"a finite move changes the outputs by {finding.certificate.moved:.2g}" in str(report)
     assert finding.certificate.verdict == "not invariant"
     assert json.loads(json.dumps(report.to_dict()))["weights"][0]["certificate"]["moved"] == finding.certificate.moved
-    with pytest.raises(NothingToConvertError, match="moving it by finite amounts"):
+    with pytest.raises(NothingToConvertError, match="a finite move changes the outputs"):
         mn.convert(model, report)
 
 
@@ -129,7 +129,7 @@ def test_structure_that_refuses_a_jump_is_right_against_the_derivative(monkeypat
     finding = mn.diagnose(behind(CUTS["entries above a constant are cut off"]), torch.randn(32, 6))["fc.weight"]
     assert finding.partition is None
     assert finding.status == "not invariant"
-    assert "moving it by finite amounts" in str(finding.certificate)
+    assert "a finite move changes the outputs" in str(finding.certificate)
 
 
 def test_a_wrong_rule_for_shifts_is_contradicted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_wrong_rule_for_shifts_is_contradicted(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         model[0].bias.fill_(9.0)
     (shift,) = mn.diagnose(model, torch.randn(12, 5)).refuted_shifts
-    assert "moving it by finite amounts" in str(shift)
+    assert "a finite move changes the outputs" in str(shift)
     assert shift.convert_remedy is None
     monkeypatch.setattr(finite_move, "_draws", lambda claim, seed, number: np.zeros(claim.count))
     assert not mn.diagnose(model, torch.randn(12, 5)).refuted_shifts

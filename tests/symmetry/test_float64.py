@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from helpers import one_needs_newer_torch
 from helpers.toy_networks import Lambda
 from torch import Tensor, nn
 
@@ -165,7 +166,9 @@ def check_it_is_analysed(
 
 
 @pytest.mark.parametrize("memory", ["full", "small"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", one_needs_newer_torch(KINDS, "point cloud", "2.13", "torch.export cannot index by what the data say")
+)
 def test_what_forward_makes_casts_and_keeps_follows_the_analysis(name: str, memory: Any) -> None:
     model, x = network_of_kind(name), torch.randn(N, D)
     before = {key: value.clone() for key, value in model.state_dict().items()}

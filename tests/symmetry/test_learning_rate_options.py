@@ -142,10 +142,10 @@ def test_converted_models_and_models_without_symmetries():
     plain = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     none = mn.matched_learning_rates(plain, mn.diagnose(plain, torch.randn(4, 4)), lr=0.1)
     assert (none.weights, none.next_step) == ((), None)
-    assert "no scale-invariant weights" in str(none)
-    with pytest.raises(errors.ArgumentTypeError, match=r"^report: found an object of type Tensor; expected what"):
+    assert "no weight is scale-invariant" in str(none)
+    with pytest.raises(errors.ArgumentTypeError, match=r"^report: found an object of type Tensor; expected the report"):
         mn.matched_learning_rates(plain, torch.randn(4, 4), lr=0.1)
-    with pytest.raises(KeyError, match="expected no name, as there is none"):
+    with pytest.raises(KeyError, match="expected nothing, because there are no entries"):
         none["0.weight"]
 
 
@@ -256,14 +256,14 @@ def test_diagnose_takes_betas_and_says_nothing_unasked(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lr", "0.1"], "--lr without --optimizer"),
-        (["--momentum", "0.9", "--weight-decay", "0"], "--momentum, --weight-decay without --optimizer"),
-        (["--optimizer", "sgd"], "--optimizer without --lr"),
+        (["--lr", "0.1"], "--lr can be used only with --optimizer"),
+        (["--momentum", "0.9", "--weight-decay", "0"], "--momentum, --weight-decay can be used only with --optimizer"),
+        (["--optimizer", "sgd"], "--optimizer needs --lr"),
         (["--optimizer", "lion", "--lr", "0.1"], "lion"),
         (["--optimizer", "sgd", "--lr", "nan"], "lr: found nan"),
         (["--optimizer", "sgd", "--lr", "0.1", "--momentum", "1"], "momentum: found 1.0"),
-        (["--optimizer", "sgd", "--lr", "0.1", "--betas", "0.9", "0.999"], "--betas with --optimizer sgd"),
-        (["--optimizer", "adamw", "--lr", "0.1", "--momentum", "0"], "--momentum with --optimizer adamw"),
+        (["--optimizer", "sgd", "--lr", "0.1", "--betas", "0.9", "0.999"], "--optimizer sgd has no --betas"),
+        (["--optimizer", "adamw", "--lr", "0.1", "--momentum", "0"], "--optimizer adamw has no --momentum"),
         (["--optimizer", "adam", "--lr", "0.1", "--weight-decay", "0.1"], "or optimizer 'adamw'"),
     ],
 )

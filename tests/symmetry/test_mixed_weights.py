@@ -125,5 +125,5 @@ def test_they_are_left_with_the_reason_and_printed() -> None:
     data: Any = report.to_dict()
     assert [w["free_groups"] for w in data["weights"] if w["name"] == "qkv.weight"] == [4]
     assert [f["convert_remedy"] for f in data["families"] if f["partial"]] == [None, None]
-    assert "or some filters of a weight" in str(report)
+    assert "or of some filters of a weight" in str(report)
     assert "12 of 18, are invariant by themselves" in page_html(report, model)

@@ -307,8 +307,15 @@ def test_colours_have_contrast() -> None:
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [(1200, 700), (390, 700)])
+@pytest.mark.parametrize(
+    ("size", "scheme"),
+    [
+        ((1200, 700), "light"),
+        ((390, 700), "dark"),
+        pytest.param((1200, 700), "dark", marks=pytest.mark.slow),
+        pytest.param((390, 700), "light", marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_is_drawn(size: tuple[int, int], scheme: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     write_page(*dense(), page)
@@ -366,3 +373,53 @@ def test_pages_of_real_networks(name: str, tmp_path: Path) -> None:
         check_picture(photograph(page, tmp_path / "report.png", *size, scheme), size, scheme)
     for opened in (False, True):
         check_widths(text, tmp_path, opened=opened)
+
+
+# ---- in a notebook ---------------------------------------------------------------------------------------------------
+
+
+def check_fragment(text: str, cells: list[str]) -> None:
+    """Well-formed and escaped, with rules for its own elements alone and no colours but those around it."""
+    page = Page(text)
+    assert not {"script", "link", "img", "h1", "h2"} & {tag for tag, _ in page.tags}
+    assert not [attributes for _, attributes in page.tags if "id" in attributes]
+    assert all(cell in page.text for cell in cells)
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    selectors = [part.strip() for rule in style.split("}")[:-1] for part in rule.partition("{")[0].split(",")]
+    assert all(selector.startswith(".manifold-nets") for selector in selectors)
+    assert not re.search("#|rgb|white|black", style)
+
+
+def test_what_a_notebook_shows() -> None:
+    name = "<script>alert(1)</script>"
+    block = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU())
+    net = nn.Sequential(block, nn.Linear(8, 2))
+    report = mn.diagnose(net, torch.randn(16, 4))
+    record = mn.conversion_record(mn.convert(net, report))
+    assert record is not None
+    renamed = dataclasses.replace(report, model=name)
+    check_fragment(renamed._repr_html_(), [name, "0.0.weight", "8 filters of 4", "0.1 (batch_norm)", "not invariant"])
+    check_fragment(record._repr_html_(), ["Sequential", str(record.verification), "0.0.weight", "sphere", "unit"])
+    # Sabotage: unescaped, and a rule for the whole notebook.
+    for broken in (name, "<p>", "<style>td{margin:0}</style>"):
+        with pytest.raises(AssertionError):
+            check_fragment(report._repr_html_().replace("<div ", f"{broken}<div ", 1), [])
+
+
+def test_a_long_table_is_folded_in_a_notebook() -> None:
+    layers = [layer for _ in range(13) for layer in (nn.Linear(4, 4), nn.BatchNorm1d(4))]
+    report = mn.diagnose(nn.Sequential(*layers), torch.randn(8, 4))
+    assert "<details><summary>13 weights</summary>" in report._repr_html_()
+
+
+@pytest.mark.parametrize("colours", ["background:#111;color:#eee", "background:#fff;color:#111"])
+def test_a_notebook_may_be_dark_or_light(colours: str, tmp_path: Path) -> None:
+    toy = TOYS[min(TOYS)]
+    report = mn.diagnose(toy.build(), toy.inputs())
+    page = tmp_path / "notebook.html"
+    pictures = []
+    for text in (report._repr_html_(), ""):
+        page.write_text(f'<body style="margin:0;{colours}">{text}</body>', encoding="utf-8")
+        pictures.append(photograph(page, tmp_path / "notebook.png", 800, 400, "light"))
+    assert pictures[0].corner == pictures[1].corner
+    assert pictures[0].rows > 20 > pictures[1].rows

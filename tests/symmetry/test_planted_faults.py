@@ -125,6 +125,14 @@ def test_a_cautious_rule_leaves_a_weight_unknown_and_says_why() -> None:
     assert found.certificate.verdict == "invariant"
     assert found.status == "unknown"
     assert "chooses between it and something that is not scaled with it" in str(found.broken_by)
+    for undone, why in (
+        (lambda h: h.abs().log(), "turns its scale into a shift"),
+        (lambda h: h.abs() ** (p := torch.full((), 1.5)) ** (1 / p), "has exponents that are not constant numbers"),
+    ):
+        found = mn.diagnose(before_normalization(undone), torch.randn(32, 6))["fc.weight"]
+        assert found.certificate.verdict == "invariant"
+        assert found.status == "unknown"
+        assert why in str(found.broken_by)
     smooth = before_normalization(lambda h: torch.where(torch.zeros_like(h) > 0, torch.sigmoid(h), h))
     assert mn.diagnose(smooth, torch.randn(32, 6))["fc.weight"].status == "disagreement"
 

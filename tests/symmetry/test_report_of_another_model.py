@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import newer_torch
 from helpers.toy_networks import TOYS, Lambda
 from torch import Tensor, nn
 
@@ -207,6 +208,7 @@ class Encoded(nn.Module):
         return self.out(self.encode(x))
 
 
+@newer_torch("2.10", "Dynamo cannot trace the functions around the forward method")
 def test_modules_are_named_from_the_model_on_where_dynamo_traces_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo names modules from the function around their forward method."""
     export = torch.export.export

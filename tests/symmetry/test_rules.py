@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from helpers import one_needs_newer_torch
 from torch import Tensor, nn
 
 import manifold_nets as mn
@@ -36,7 +37,8 @@ class AfterConvolution(nn.Module):
 
 
 def _w(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape)))
+    # torch 2.8 cannot trace a generator.
+    return torch.from_numpy(np.random.default_rng(len(shape)).standard_normal(shape))
 
 
 def _with_ones(values: Tensor) -> Tensor:
@@ -305,7 +307,7 @@ def label_error(operation: Callable[[Tensor], Tensor], monkeypatch: pytest.Monke
 TOLERANCE = 1e4 * torch.finfo(torch.float64).eps
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", one_needs_newer_torch(PASSES, "vmap", "2.10", "torch.export refuses torch.vmap"))
 def test_a_rule_that_passes_scales(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     error, free = label_error(PASSES[name], monkeypatch)
     assert error <= TOLERANCE
@@ -347,7 +349,7 @@ def pads_with_zeros(use: Any) -> Any:
         ("compared with a constant", "lt.Scalar", elementwise.sign),
         ("smaller of two", "min.other", elementwise.passes),
         ("integers", "to.dtype", lambda use: None),
-        ("entries below zero are set to one", "index_put", lambda use: use.label("self")),
+        ("entries below zero are set to one", "index_put masked_fill.Scalar", lambda use: use.label("self")),
         ("added through a view", "add.Tensor", elementwise.passes),
         ("product over channels", "prod.dim_int", elementwise.passes),
         ("grid", "grid_sampler", elementwise.shape_only),
@@ -372,7 +374,8 @@ def pads_with_zeros(use: Any) -> Any:
 )
 def test_a_wrong_rule_is_noticed(name: str, op: str, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sabotage twin: the same check with a planted rule."""
-    monkeypatch.setitem(RULES, op, wrong)
+    for form in op.split():  # of which a release of torch takes one
+        monkeypatch.setitem(RULES, form, wrong)
     operation = {**PASSES, **JOINS, **REFUSES}[name]
     with pytest.raises((AssertionError, ValueError)):
         assert label_error(operation, monkeypatch)[0] <= TOLERANCE
@@ -433,6 +436,9 @@ LEFT_UNKNOWN = {
     "scatter.reduce scatter.value_reduce": "adds to, or multiplies, entries; deprecated",
 }
 
+# What older releases of torch do not have.
+NEWER = {"rand_like.generator", "randn_like.generator"}
+
 
 def overloads(name: str) -> list[torch._ops.OpOverload]:
     """The overloads of an operation, in place or not, that take a tensor and return a new one or write into it."""
@@ -443,6 +449,7 @@ def overloads(name: str) -> list[torch._ops.OpOverload]:
         for overload in found
         if any("Tensor" in str(argument.type) for argument in overload._schema.arguments)
         and not any(argument.is_out for argument in overload._schema.arguments)
+        and "name" not in overload._schema.overload_name  # named tensors, which torch gave up
     ]
 
 
@@ -451,7 +458,7 @@ def undecided(table: dict[str, Any]) -> tuple[set[str], set[str]]:
     keys = {key for key in table if not key.startswith(("operator.", "torch."))}
     left = {key for keys in LEFT_UNKNOWN for key in keys.split()}
     known = {overload_key(o) for name in {key.partition(".")[0] for key in keys} for o in overloads(name)}
-    return known - keys - left, keys - known
+    return known - keys - left, keys - known - NEWER
 
 
 def test_every_overload_of_an_operation_with_a_rule_is_decided() -> None:

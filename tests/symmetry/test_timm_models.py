@@ -21,7 +21,7 @@ FAMILIES = (
     "efficientnet|rexnet|tinynet|hgnet|lcnet|mixnet|poolformer|gernet|regnet|eca|botnet|halonet|lambda|sequencer|"
     "mlp-mixer|gmixer|resmlp|inception_next|starnet|rdnet|mambaout|convmixer"
 ).split("|")
-QUICK = ("mobilenetv3", "lcnet", "vit with qk_norm")
+QUICK = ("lcnet", "vit with qk_norm")
 EVAL_LIMIT = 1e-4  # float32
 LEAST_EXPLAINED = 0.99
 

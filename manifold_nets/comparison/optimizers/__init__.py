@@ -33,7 +33,7 @@ __all__ = [
 
 # Before the name of an optimizer for plain networks.
 _WRAPPED = "on-spheres:"
-# Optimizers that train something else in the place of the weights, or move them by themselves.
+# Optimizers that train other parameters instead of the weights, or move the weights themselves.
 _OTHER_WEIGHTS = ("sgd-wn", "adam-wn", "sm")
 
 OptimizerSource = Callable[..., torch.optim.Optimizer]
@@ -41,18 +41,18 @@ AnyOptimizer = str | OptimizerSpec | OptimizerSource
 
 
 def optimizer_spec(name: AnyOptimizer) -> OptimizerSpec:
-    """Return the built-in optimizer of a name, or one from a Python file or module.
+    """Return the built-in optimizer with a name, or one from a Python file or module.
 
     Args:
-        name: that of a built-in optimizer, or ``file.py:NAME`` or ``package.module:NAME`` of what `spec_of`
-            takes, or of an `OptimizerSpec`; or one of these itself. ``on-spheres:NAME`` is the optimizer of a name for
-            plain networks that trains the converted one; see `manifold_nets.optim.on_spheres`.
+        name: name of a built-in optimizer; ``file.py:NAME`` or ``package.module:NAME`` of an `OptimizerSpec` or of
+            anything that `spec_of` accepts; or one of these objects. ``on-spheres:NAME`` trains the converted network
+            with an optimizer for plain networks; see `manifold_nets.optim.on_spheres`.
 
     Raises:
-        OptimizerNameError: the name is neither.
-        SettingsError: it names no optimizer.
+        OptimizerNameError: the name is unknown.
+        SettingsError: the object is not an optimizer.
         ModelNotFoundError: the file, the module or the attribute does not exist.
-        ModelBuildError: importing it raised.
+        ModelBuildError: importing the module raised an error.
 
     Example:
         >>> optimizer_spec("rsgd").form, optimizer_spec("torch.optim:SGD").library
@@ -79,11 +79,12 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
 
     Args:
         source: a `torch.optim.Optimizer` class, or a function that returns an optimizer. It is called with parameter
-            groups, which have the weight decay of the comparison, and the keyword ``lr``; the rest has its defaults.
-        name: its name in tables; that of the class or function when left out.
+            groups, which have the weight decay of the comparison, and the keyword ``lr``; other options have their
+            defaults.
+        name: its name in tables (default: that of the class or function).
 
     Raises:
-        SettingsError: it is neither.
+        SettingsError: the source is neither.
 
     Example:
         >>> spec_of(torch.optim.Rprop).name
@@ -91,7 +92,8 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
     """
     name = getattr(source, "__name__", type(source).__name__) if name is None else name
     if not _takes_rate(source):
-        raise SettingsError("optimizers", name, "an optimizer class, or a function of params and lr that returns one")
+        expected = "an optimizer class, or a function of params and lr that returns an optimizer"
+        raise SettingsError("optimizers", name, expected)
 
     def checked(*args: Any, **options: Any) -> torch.optim.Optimizer:
         made: object = source(*args, **options)
@@ -103,16 +105,16 @@ def spec_of(source: OptimizerSource, name: str | None = None) -> OptimizerSpec:
 
 
 def _on_spheres(plain: OptimizerSpec, name: str) -> OptimizerSpec:
-    """An optimizer of torch's kind whose steps are made tangent."""
+    """A `torch.optim.Optimizer` whose steps are projected to the tangent space."""
     if plain.form != "plain" or plain.full_batch or plain.name in _OTHER_WEIGHTS:
         raise SettingsError(
-            "optimizers", name, f"{_WRAPPED} before an optimizer that trains the plain network's weights"
+            "optimizers", name, f"{_WRAPPED} in front of an optimizer that trains the plain network's weights"
         )
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         stepper = plain.make(model, rate, settings)
         if not isinstance(stepper, TorchStepper):
-            raise SettingsError("optimizers", name, f"{_WRAPPED} before an optimizer of torch's kind")
+            raise SettingsError("optimizers", name, f"{_WRAPPED} in front of a torch.optim.Optimizer")
         on_spheres(stepper.optimizer, model)
         return stepper
 

@@ -32,13 +32,13 @@ def from_torch(kind: Callable[..., torch.optim.Optimizer], *, momentum: bool = F
 
     Args:
         kind: its class, or a function that returns one.
-        momentum: whether it takes the momentum of the settings.
+        momentum: whether to pass the momentum of the settings.
         options: further options.
     """
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         groups = param_groups(model, weight_decay=settings.weight_decay)
-        # Only what every optimizer knows.
+        # Only the options that every optimizer has.
         known = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
         extra = {"momentum": settings.momentum} if momentum else {}
         return TorchStepper(kind(known, lr=rate, **extra, **options))
@@ -47,9 +47,9 @@ def from_torch(kind: Callable[..., torch.optim.Optimizer], *, momentum: bool = F
 
 
 def with_weight_norm(make: Make) -> Make:
-    """Put `torch.nn.utils.parametrizations.weight_norm` on every linear and convolution layer first.
+    """Apply `torch.nn.utils.parametrizations.weight_norm` to every linear and convolution layer first.
 
-    Each output channel keeps a direction and a length, also in transposed convolutions; the lengths are trained too.
+    Each output channel has a direction and a length, also in transposed convolutions; the lengths are trained too.
     """
 
     def parametrized(model: nn.Module, rate: float, settings: Settings) -> Stepper:
@@ -65,13 +65,14 @@ def with_weight_norm(make: Make) -> Make:
 def from_table(name: str) -> Make:
     """Make an optimizer of `manifold_nets.optim.OPTIMIZERS`.
 
-    The scaled metric is that of the paper: every linear and convolution weight, the classifier's too, by its filters.
+    The scaled metric is that of the paper: the filters of every linear and convolution weight, including the
+    classifier's.
     """
     row = OWN[name]
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:
         if row.weights == "spheres":
-            # The learning rate that is tuned is that of spheres and all else.
+            # The tuned learning rate is used for spheres and all other parameters.
             groups = param_groups(model, weight_decay=settings.weight_decay, sphere_lr=rate)
         else:
             layers = {f"{n}.weight" if n else "weight": m for n, m in model.named_modules() if isinstance(m, _LAYERS)}
@@ -90,7 +91,7 @@ def _timm(name: str) -> Callable[..., torch.optim.Optimizer]:
             import_torchvision()  # timm imports it, and it may need help
             from timm import optim
         except ModuleNotFoundError as error:
-            raise MissingExtraError("timm", f"{name} and others", "compare") from error
+            raise MissingExtraError("timm", f"{name} and other optimizers", "compare") from error
         made: torch.optim.Optimizer = getattr(optim, name)(*args, **options)
         return made
 
@@ -134,9 +135,9 @@ def _own(name: str) -> OptimizerSpec:
 class PymanoptStepper:
     """A `Stepper` around an optimizer of pymanopt: one iteration per step, on the full batch.
 
-    The optimizer keeps its state from one step to the next. After a step the model holds the point of the lowest
-    loss so far, and its batch normalizations the statistics at that point. Where the optimizer has stopped by its own
-    criteria, further steps change nothing.
+    The optimizer keeps its state between steps. After a step the model holds the point with the lowest loss so far, and
+    its batch normalizations the statistics at that point. Once the optimizer has stopped by its own criteria, further
+    steps change nothing.
 
     Args:
         model: the network.
@@ -176,13 +177,14 @@ class PymanoptStepper:
         return before
 
     def set_learning_rate(self, factor: float) -> None:
-        """Do nothing: after the first iteration these optimizers choose their steps themselves."""
+        """Do nothing: after the first iteration these optimizers choose their own step lengths."""
 
 
 class _PenalizedLoss:
     """The loss of the present objective plus the penalty of weight decay.
 
-    An object of its own: the thread of an optimizer holds it, and must not hold the stepper, with which it ends.
+    It is a separate object because the thread of an optimizer holds it and must not hold the stepper, which ends the
+    thread when it is deleted.
     """
 
     def __init__(self, model: nn.Module, weight_decay: float) -> None:
@@ -193,7 +195,7 @@ class _PenalizedLoss:
 
     def __call__(self, model: nn.Module) -> Tensor:
         if self.objective is None:
-            raise RuntimeError("no objective: the loss was evaluated between two steps")
+            raise RuntimeError("the loss was evaluated between two steps, when there is no objective")
         loss = self.objective.loss()
         for name in self._decayed:
             loss = loss + 0.5 * self._weight_decay * _tensor(model, name).square().sum()
@@ -215,10 +217,10 @@ def _from_pymanopt(name: str) -> Make:
     """Make an optimizer of `pymanopt.optimizers` for the full batch.
 
     The learning rate is the length of the first step that a line search tries, or the first radius of a trust region;
-    the optimizer chooses what follows itself.
+    later ones are chosen by the optimizer.
 
     Raises:
-        MissingExtraError: when it is made and pymanopt is not installed.
+        MissingExtraError: when the optimizer is made, if pymanopt is not installed.
     """
 
     def make(model: nn.Module, rate: float, settings: Settings) -> Stepper:

@@ -1,4 +1,4 @@
-"""What a comparison needs of an optimizer: how it is made for a model, and how it steps."""
+"""The interface between a comparison and an optimizer: how it is made for a model, and how it steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Form = Literal["plain", "converted"]
 
 
 class Objective(Protocol):
-    """The loss on the current batch as a function of the model's weights, to be evaluated any number of times.
+    """The loss on the current batch as a function of the model's weights, which can be evaluated any number of times.
 
     Example:
         >>> class Sum:
@@ -74,16 +74,16 @@ Make = Callable[[nn.Module, float, Settings], Stepper]
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer that takes part in a comparison.
+    """An optimizer in a comparison.
 
     Args:
         name: its name on the command line and in tables.
         form: the model that it trains: the plain one or the converted one.
-        family: optimizers that differ in one thing share a family; for colors and groups in reports.
+        family: variants of one optimizer share a family; used for colors and groups in reports.
         library: the package that it is from, for the record.
-        make: gives a `Stepper` for a model in that form, a learning rate and the settings. It may change the model,
-            but not the function that it computes.
-        full_batch: whether a step sees all training examples; it then takes one step per epoch.
+        make: makes a `Stepper` for a model in that form, a learning rate and the settings. It may change the model, but
+            not its function.
+        full_batch: whether a step uses all training examples; it then takes one step per epoch.
         description: one sentence.
 
     Raises:
@@ -114,7 +114,7 @@ class TorchStepper:
     """A `Stepper` around any `torch.optim.Optimizer`.
 
     Args:
-        optimizer: one whose groups have a learning rate ``"lr"``.
+        optimizer: an optimizer whose groups have a learning rate ``"lr"``.
 
     Example:
         >>> stepper = TorchStepper(torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1))

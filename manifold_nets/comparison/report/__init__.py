@@ -1,4 +1,4 @@
-"""The report of a comparison: a page that needs nothing else, plots, tables and data files."""
+"""The report of a comparison: a self-contained page, plots, tables and data files."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ Figures = Mapping[str, tuple["Figure", "Figure"]]
 def write_report(comparison: Comparison, folder: str | os.PathLike[str]) -> Path:
     """Write the page, the plots, the tables and the data of a comparison into a folder; return the page.
 
-    ``report.html`` needs no other file. ``plots/`` has each figure as PNG and SVG, ``tables.md`` and
-    ``tables.tex`` the tables in Markdown and in LaTeX, ``summary.json`` the numbers behind tables and figures,
-    ``runs.csv`` and ``epochs.csv`` one row per run and one per run and epoch, ``times.csv`` what was measured on the
-    machine. Each file is replaced as a whole.
+    ``report.html`` needs no other file. ``plots/`` has each figure as PNG and SVG, ``tables.md`` and ``tables.tex`` the
+    tables in Markdown and in LaTeX, ``summary.json`` the numbers behind tables and figures, ``runs.csv`` and
+    ``epochs.csv`` one row per run and one per run and epoch, ``times.csv`` the times measured on the machine. Each file
+    is replaced atomically.
 
     Args:
         comparison: a finished comparison, of any number of optimizers, learning rates and seeds.
-        folder: where to; it and its parents are made.
+        folder: the folder; it and its parents are created if needed.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written.
     """
     place = Path(folder)
     plots = place / "plots"
@@ -112,7 +112,7 @@ def latex_report(summary: Summary) -> str:
 
 
 def _draw_figures(summary: Summary) -> Figures:
-    """Draw every figure that there is something to show for, wide and narrow, by its name."""
+    """Draw every figure that has data, wide and narrow, by its name."""
 
     def draw(drawing: Drawing, size: Size) -> Figure:
         with plot_settings(size.font):
@@ -126,7 +126,7 @@ def page_html(summary: Summary, figures: Figures | None = None) -> str:
 
     Args:
         summary: what to show.
-        figures: those to show, wide and narrow; drawn where left out.
+        figures: the figures to show, wide and narrow (default: drawn here).
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""The figures of a report, one entry each: its title, its caption, and when there is something to show."""
+"""The figures of a report, each with its title, its caption, and a condition for being shown."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Drawing:
     """One figure.
 
     Args:
-        name: of its files and its anchor.
+        name: name of its files and its anchor.
         title: its heading.
-        draw: makes it.
+        draw: draws it.
         caption: its caption, as plain text.
-        has_data: whether a summary has what it shows.
+        has_data: whether a summary has data for it.
     """
 
     name: str
@@ -59,7 +59,7 @@ def _draw_test_errors(summary: Summary, size: Size) -> Figure:
     for i, o in enumerate(summary.optimizers):
         style.strokes(axes, o.test_errors, i)
         if o.test.count > 1:
-            # No error is negative, whatever the interval says.
+            # Errors are not negative, even if the interval is.
             low = max(o.test.low, 0.0 if axes.get_xscale() == "linear" else min(every) / 3)
             axes.plot([low, o.test.high], [i - 0.1, i - 0.1], color=look(i)["color"], linewidth=2)
         mark(axes, o.test.value, i - 0.1, i, markersize=8).set_gid(f"series-{i}")
@@ -93,7 +93,7 @@ def _draw_target(summary: Summary, size: Size) -> Figure:
 
 
 def _draw_rescaled(summary: Summary, size: Size) -> Figure:
-    """Mean validation error from the initial filters as they are, and from rescaled ones at the same learning rate."""
+    """Mean validation error from plain initial filters, and from rescaled ones at the same learning rate."""
     label = f"{summary.unit.label('mean validation error')}; hollow: rescaled start"
     figure, axes = _rows(summary, size, label, more=0.3)
     both = [(i, o.rescaled) for i, o in enumerate(summary.optimizers) if o.rescaled is not None]
@@ -179,7 +179,7 @@ def _draw_sensitivity(summary: Summary, size: Size) -> Figure:
 
 
 def _shown_layers(summary: Summary) -> list[str]:
-    """The layers that there is room for: all, or some from the first to the last."""
+    """The layers that fit in the figure: all, or a selection from first to last."""
     names = list(dict.fromkeys(layer.name for o in summary.optimizers for layer in o.layers))
     if len(names) <= MOST_LAYERS:
         return names
@@ -195,7 +195,7 @@ def _draw_layers(summary: Summary, size: Size) -> Figure:
     else:
         grid = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
-        for row, (which, what) in enumerate((("rotation", "rotation a step (rad)"), ("norm", "norm of filters"))):
+        for row, (which, what) in enumerate((("rotation", "rotation per step (rad)"), ("norm", "norm of filters"))):
             axes = grid[row, column]
             _layer(axes, summary, name, which)
             above = f"{short_name(name)}: " if size.narrow else "" if row else f"{short_name(name)}\n"
@@ -215,14 +215,14 @@ def _layer(axes: Any, summary: Summary, name: str, which: str) -> None:
 
 
 def _draw_ranks(summary: Summary, size: Size) -> Figure:
-    """Mean ranks on a line, the best at the left; bars join optimizers that the test cannot distinguish."""
+    """Mean ranks on a line, best at the left; bars join optimizers that the test cannot distinguish."""
     ranks = summary.friedman.mean_ranks if summary.friedman is not None else ()
     order = sorted(range(len(ranks)), key=lambda i: (ranks[i], i))
     return _rank_rows(summary, size, ranks, order) if size.narrow else _rank_line(summary, size, ranks, order)
 
 
 def _rank_line(summary: Summary, size: Size, ranks: Sequence[float], order: Sequence[int]) -> Figure:
-    """The diagram of Demšar: names at both sides, lines to their ranks on a scale."""
+    """Demšar's diagram: names at both sides, with lines to their ranks on a scale."""
     count, names = len(ranks), [short_name(o.name) for o in summary.optimizers]
     half, first = (count + 1) // 2, 0.28 + _CLIQUE_STEP * len(summary.cliques)
     # One unit of the vertical axis is an inch, so that lines of text keep their distance.
@@ -257,7 +257,7 @@ def _rank_line(summary: Summary, size: Size, ranks: Sequence[float], order: Sequ
 
 
 def _rank_rows(summary: Summary, size: Size, ranks: Sequence[float], order: Sequence[int]) -> Figure:
-    """The same for a narrow page: one row per optimizer, and upright bars beside those that belong together."""
+    """The same for a narrow page: one row per optimizer, and vertical bars beside optimizers that do not differ."""
     from matplotlib import ticker
 
     figure = style.new_figure(size, 0.42 * len(ranks) + 1.3)
@@ -280,8 +280,8 @@ def _layers_caption(summary: Summary) -> str:
     names, shown = {layer.name for o in summary.optimizers for layer in o.layers}, _shown_layers(summary)
     some = f" {len(shown)} of {len(names)} layers are drawn; epochs.csv has all." if len(shown) < len(names) else ""
     return (
-        "How far a filter turns in one step, and how long the filters of a layer are: medians over the seeds. "
-        f"On spheres the length stays.{some}"
+        "Rotation per step and norm of the filters of each layer: medians over the seeds. "
+        f"On spheres the norm is constant.{some}"
     )
 
 
@@ -289,37 +289,37 @@ def _ranks_caption(summary: Summary) -> str:
     if summary.friedman is None:
         return ""
     return (
-        f"Mean ranks of the test errors over {summary.friedman.blocks} seeds, the best at the left; diverged runs rank "
-        "last. The ranks of optimizers joined by a bar do not differ at the 5 % level (Nemenyi). Friedman's test of "
-        f"any difference: p = {summary.friedman.p_value:.2g}. Ranks over seeds of one task say nothing of other tasks."
+        f"Mean ranks of the test errors over {summary.friedman.blocks} seeds, best at the left; diverged runs rank "
+        "last. The ranks of optimizers joined by a bar do not differ at the 5 % level (Nemenyi test). Friedman test: "
+        f"p = {summary.friedman.p_value:.2g}. Ranks over the seeds of one task do not carry over to other tasks."
     )
 
 
 _TEST_ERRORS = (
-    "Each stroke is a seed. The mark is the mean, its line Student's 95 % interval. Where runs diverged, the mean is "
-    "over the other runs, and the row shows how many are missing."
+    "Each stroke is a seed. The mark is the mean, and its line Student's 95 % interval. Diverged runs are left out of "
+    "the mean, and the row shows how many there are."
 )
 _CURVES = (
-    "Lines are medians over the seeds, in which diverged runs count as infinite; bands reach from the best to the "
-    "worst seed that has not diverged. ✕ in the legend counts those that have. A cross ends a line where half of the "
-    "runs are lost."
+    "Lines are medians over the seeds, with diverged runs counted as infinite; bands reach from the best to the worst "
+    "seed that has not diverged. ✕ in the legend counts diverged runs. A cross ends a line where half of the runs "
+    "have diverged."
 )
 _SENSITIVITY = (
-    "Means over the seeds at the end of training. A hollow mark is a mean over survivors, on no line; a cross below is "
-    "a rate at which runs diverged. The bars are the learning rates whose error, interpolated between those tried, is "
-    "within 10 % of the best."
+    "Means over the seeds at the end of training. A hollow mark, off the line, is a mean over the runs that did not "
+    "diverge; a cross below marks a rate at which runs diverged. The bars show the learning rates whose error, "
+    "interpolated between those tried, is within 10 % of the best."
 )
 _RESCALED = (
-    "The hollow mark is the mean validation error when every initial filter that a normalization absorbs is multiplied "
-    "by its own power of ten between 10⁻² and 10², which leaves the initial function as it was; the learning rate is "
-    "the one chosen for the plain start."
+    "The hollow mark is the mean validation error after every scale-invariant filter was multiplied at the start by a "
+    "random power of ten between 10⁻² and 10². This does not change the initial function. The learning rate is the one "
+    "chosen without rescaling."
 )
 
 
 def _target_caption(summary: Summary) -> str:
     return (
-        f"When the validation error is first at most {summary.unit.short(summary.target)}. Each stroke is a seed, the "
-        "mark their median, in which runs that never come there count as infinite."
+        f"When the validation error first reaches {summary.unit.short(summary.target)}. Each stroke is a seed, the "
+        "mark their median, with runs that never reach it counted as infinite."
     )
 
 

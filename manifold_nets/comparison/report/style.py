@@ -1,4 +1,4 @@
-"""How figures look: sizes, a color, marker and line for each optimizer, and axes of errors, rates and passes."""
+"""The look of figures: sizes, a color, marker and line for each optimizer, and axes of errors, rates and passes."""
 
 from __future__ import annotations
 
@@ -91,13 +91,13 @@ def note_beside(axes: Any, place: int, text: str) -> None:
 
 
 def passes_axis(axes: Any, passes: Sequence[Sequence[float]]) -> None:
-    """A horizontal axis of epochs, or of passes over the data where some optimizers make several per epoch.
+    """A horizontal axis of epochs, or of passes over the data if some optimizers make several per epoch.
 
-    It is logarithmic where some make many more than others.
+    It is logarithmic if some make many more than others.
 
     Args:
-        axes: of matplotlib.
-        passes: of each optimizer, to the end of each epoch.
+        axes: matplotlib axes.
+        passes: for each optimizer, passes to the end of each epoch.
     """
     last = [each[-1] for each in passes if each] or [1.0]
     count = max(last)
@@ -117,28 +117,28 @@ def passes_axis(axes: Any, passes: Sequence[Sequence[float]]) -> None:
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """Those that are finite."""
+    """The finite values."""
     return [value for value in values if math.isfinite(value)]
 
 
 def with_gaps(values: Iterable[float]) -> list[float]:
-    """The values, NaN for those that are not finite, where lines have gaps."""
+    """The values, with NaN for those that are not finite, so that lines have gaps there."""
     return [value if math.isfinite(value) else math.nan for value in values]
 
 
 def strict_median(values: Sequence[float]) -> float:
-    """The median of runs in which those that diverged count as infinite: finite while most runs are."""
+    """The median of runs with diverged ones counted as infinite: finite if most runs are."""
     return median(math.inf if math.isnan(value) else value for value in values) if values else math.nan
 
 
 def error_axis(axes: Any, which: str, values: Iterable[float], *, scale: float = 1.0) -> None:
-    """Linear, or logarithmic where the values are positive and of a wide range; ticks in plain numbers.
+    """A linear axis, or a logarithmic one if the values are positive with a wide range; ticks are plain numbers.
 
     Args:
-        axes: of matplotlib.
+        axes: matplotlib axes.
         which: ``"x"`` or ``"y"``.
-        values: all that will be drawn.
-        scale: ticks show the values times this: 100 for percent.
+        values: all values that will be drawn.
+        scale: factor of the values at the ticks: 100 for percent.
     """
     from matplotlib import ticker
 
@@ -175,7 +175,7 @@ def rate_axis(axes: Any, rates: Iterable[float]) -> None:
 
 
 def short_name(name: str) -> str:
-    """A name that leaves room for the figure: of a long one, such as a path, the end.
+    """A name that fits in the figure: the end of a long one, such as a path.
 
     Example:
         >>> short_name("sgd"), short_name("../optimizers/of/mine/lion.py:Lion")

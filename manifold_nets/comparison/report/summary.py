@@ -1,4 +1,4 @@
-"""What a report shows of each optimizer and of their differences: the data of tables and figures."""
+"""The content of a report about each optimizer and their differences: the data of tables and figures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Unit:
     """A unit of errors.
 
     Args:
-        scale: what an error is multiplied by.
-        sign: written behind it; empty for none.
+        scale: factor of errors.
+        sign: written after the number; empty for none.
     """
 
     scale: float
@@ -71,7 +71,7 @@ PERCENT, PLAIN = Unit(100.0, "%"), Unit(1.0, "")
 
 
 def unit_of(errors: Iterable[float]) -> Unit:
-    """Percent where no error exceeds 1, as those that are shares; what is not finite is no error.
+    """Percent if no error exceeds 1, as for shares of wrong answers; values that are not finite are ignored.
 
     Example:
         >>> unit_of([0.1, 1.0, float("inf")]).sign, unit_of([0.1, 1.5]).sign
@@ -97,12 +97,12 @@ class LayerTrace:
 
 @dataclass(frozen=True)
 class RescaledStart:
-    """What happens when every initial filter is multiplied by its own power of ten between 10⁻² and 10².
+    """The effect of multiplying every initial filter by its own power of ten between 10⁻² and 10².
 
     Args:
         plain: mean validation error of the runs from plain initial filters, at the learning rate chosen for them.
         same_rate: the same from rescaled ones, at that learning rate.
-        learning_rate: the one that validation data chose for the rescaled start.
+        learning_rate: the rate chosen by validation for the rescaled start.
         test: test error from the rescaled start at its own learning rate.
     """
 
@@ -114,29 +114,29 @@ class RescaledStart:
 
 @dataclass(frozen=True)
 class OptimizerSummary:
-    """One optimizer: its runs at the learning rate that validation data chose, and its grid.
+    """One optimizer: its runs at the learning rate chosen by validation, and its grid.
 
     Args:
         name: its name.
         sensitivity: validation error over the grid of learning rates.
-        learning_rate: the one chosen.
-        seeds: of its runs.
+        learning_rate: the chosen rate.
+        seeds: seeds of its runs.
         test_errors: one per seed; infinite for a run that diverged.
         test: their mean.
-        not_finite: how many runs have not diverged but have a test error that is NaN or infinite.
+        not_finite: number of runs that have not diverged but have a NaN or infinite test error.
         at_edge: whether the chosen rate is the smallest or the largest of several.
-        losses: training loss, runs × epochs, infinite from where a run diverged.
-        errors: validation error, likewise.
+        losses: training loss, runs × epochs, infinite after divergence.
+        errors: the same for the validation error.
         passes: passes over the training data to the end of each epoch.
-        seconds: training time to the end of each epoch, likewise.
+        seconds: the same for training time.
         reach: how soon it reaches the target.
-        step_seconds: median seconds per step; NaN where not measured.
+        step_seconds: median seconds per step; NaN if not measured.
         step_ratio: the same relative to the reference.
         memory_ratio: peak memory relative to the reference.
         layers: rotation and norms.
-        rescaled: what rescaled initial filters do to it; None where they were not run.
-        failed: how many of all its runs, at all learning rates, diverged.
-        runs: how many there were.
+        rescaled: the effect of rescaled initial filters; None if they were not run.
+        failed: number of diverged runs over all learning rates.
+        runs: number of runs over all learning rates.
     """
 
     name: str
@@ -168,15 +168,15 @@ class Summary:
     Args:
         title: the task and the model.
         optimizers: in the order of the settings.
-        reference: the name of the one that costs and differences are relative to.
-        differences: all pairs of test errors, seed by seed.
-        friedman: the test on ranks of test errors; none with fewer than two seeds or optimizers.
-        critical_difference: of mean ranks; NaN where there is no test.
-        cliques: optimizers that it cannot distinguish, as indices into `optimizers`.
-        unit: the unit that errors are shown in; they are stored as they are.
+        reference: name of the optimizer to which costs and differences are relative.
+        differences: all pairs of test errors, paired by seed.
+        friedman: the test on ranks of test errors; None with fewer than two seeds or optimizers.
+        critical_difference: of mean ranks; NaN if there is no test.
+        cliques: sets of optimizers that it cannot distinguish, as indices into `optimizers`.
+        unit: the unit in which errors are shown; they are stored without it.
         target: the validation error of the time-to-target table.
-        choices: how each learning rate was chosen, optimizer and reason.
-        settings: what was run, name and value.
+        choices: how each learning rate was chosen: optimizer and reason.
+        settings: the settings, name and value.
         notes: further remarks, in sentences; see `Comparison.notes`.
     """
 
@@ -195,11 +195,11 @@ class Summary:
 
 
 def summarise(comparison: Comparison) -> Summary:
-    """Work out means, intervals, differences, ranks, robustness and cost of every optimizer.
+    """Compute means, intervals, differences, ranks, robustness and cost of every optimizer.
 
-    The runs of an optimizer are those at the learning rate that validation data chose for it. An optimizer whose runs
-    diverged at every rate is shown as one that diverged on every seed. Test errors are compared; grids and learning
-    curves are those of the validation data.
+    The runs of an optimizer are those at the learning rate chosen by validation. An optimizer whose runs diverged at
+    every rate counts as diverged on every seed. Test errors are compared; grids and learning curves use the validation
+    data.
 
     Args:
         comparison: a finished comparison.
@@ -271,7 +271,7 @@ def _optimizer(
 
 
 def _passes(runs: Sequence[RunResult], settings: Settings) -> tuple[float, ...]:
-    """Passes over the training data to the end of each epoch: those of the run that needed most."""
+    """Passes over the training data to the end of each epoch, of the run with the most."""
     passes = np.arange(1.0, settings.epochs + 1)
     for run in runs:
         made = [round(epoch.evaluations, 6) for epoch in run.epochs]
@@ -284,7 +284,7 @@ def _number(value: float | None, missing: float = math.inf) -> float:
 
 
 def _median(values: Iterable[float]) -> float:
-    """The median of the finite values; NaN where there is none."""
+    """The median of the finite values; NaN if there is none."""
     known = [value for value in values if math.isfinite(value)]
     return float(np.median(known)) if known else math.nan
 
@@ -292,7 +292,7 @@ def _median(values: Iterable[float]) -> float:
 def _grid(comparison: Comparison, name: str, scale: InitialScale) -> tuple[list[float], list[list[float]]]:
     """Learning rates and validation errors at the end of training: a row per learning rate, a column per seed.
 
-    Where weight decay is tuned, those at the chosen one; at the first where every run diverged.
+    If weight decay is tuned, at the chosen one, or at the first one if every run diverged.
     """
     trials, chosen = comparison.settings.trials(name, scale), comparison.choice(name, scale)
     decay = trials[0][1] if chosen.trial is None else chosen.weight_decay
@@ -320,7 +320,7 @@ def _layers(runs: Sequence[RunResult], settings: Settings) -> tuple[LayerTrace, 
 
 
 def _rescaled(comparison: Comparison, name: str) -> RescaledStart | None:
-    """The rescaled start at the plain start's learning rate and at its own, where both starts were run."""
+    """The rescaled start at the plain start's learning rate and at its own, if both starts were run."""
     if set(comparison.settings.initial_scales) != {"plain", "rescaled"}:
         return None
     lost = [math.inf] * len(comparison.settings.seeds)

@@ -27,7 +27,7 @@ class Table:
     Args:
         caption: what it shows.
         head: names of the columns.
-        rows: as many cells each.
+        rows: the rows, with the same number of cells.
     """
 
     caption: str
@@ -51,7 +51,7 @@ def result_table(summary: Summary) -> Table:
         rank = "–" if summary.friedman is None else f"{summary.friedman.mean_ranks[place]:.2f}"
         rows.append((o.name, rate, mean_text(o.test, unit, o.not_finite), diverged, difference, p_value, rank))
     head = ("optimizer", "learning rate", unit.label("test error"), "diverged", f"difference from {reference}")
-    caption = "Test error at the learning rate that validation data chose"
+    caption = "Test error at the learning rate with the lowest validation error"
     return Table(caption, (*head, "p (Holm)", "mean rank"), tuple(rows))
 
 
@@ -65,22 +65,22 @@ def robustness_table(summary: Summary) -> Table:
         rows.append((o.name, deviation, str(o.sensitivity), f"{o.failed} of {o.runs}", str(o.reach), *costs))
     head = ("optimizer", unit.label("deviation"), "good learning rates", "diverged, all rates", f"until {target}")
     caption = (
-        f"Robustness and cost: standard deviation of the test error over seeds, width of the learning rates within "
-        f"10 % of the best, diverged runs at all rates, time until the validation error is at most {target}, time and "
-        f"peak memory of a step relative to {summary.reference} (quartiles)"
+        f"Robustness and cost: standard deviation of the test error over seeds, width of the range of learning rates "
+        f"within 10 % of the best, diverged runs over all rates, time until the validation error is at most {target}, "
+        f"time and peak memory of a step relative to {summary.reference} (quartiles)"
     )
     return Table(caption, (*head, "time a step", "memory"), tuple(rows))
 
 
 def rescaled_table(summary: Summary) -> Table:
-    """What a rescaled start does, at the same learning rate and at one chosen anew; no rows where it was not run."""
+    """The effect of a rescaled start, at the same learning rate and at a newly chosen one; empty if not run."""
     unit, rows = summary.unit, []
     for o in summary.optimizers:
         if o.rescaled is not None:
             plain, same, test = (mean_text(m, unit) for m in (o.rescaled.plain, o.rescaled.same_rate, o.rescaled.test))
             rows.append((o.name, _rate(o.learning_rate), plain, same, _rate(o.rescaled.learning_rate), test))
     head = ("optimizer", "learning rate", unit.label("validation error"), "rescaled, same rate", "rate chosen anew")
-    caption = "Rescaled initial filters, at the learning rate of the plain start and at one chosen anew"
+    caption = "Rescaled initial filters, at the learning rate of the plain start and at a newly chosen one"
     return Table(caption, (*head, unit.label("test error")), tuple(rows))
 
 
@@ -99,22 +99,22 @@ def difference_table(summary: Summary) -> Table:
 
 
 def explanation(summary: Summary) -> str:
-    """How the means, intervals and p-values of `result_table` are to be read."""
+    """How to read the means, intervals and p-values of `result_table`."""
     seeds = len(summary.optimizers[0].seeds)
     if seeds == 1:
         return "One seed: there are no confidence intervals and no tests."
     said = f"Means over {seeds} seeds ± half of Student's 95 % interval."
     if len(summary.optimizers) > 1:
         said += (
-            " Differences are taken seed by seed, with 95 % bootstrap intervals, which are too narrow for few seeds; "
-            "p-values are of the paired t-test, corrected for all pairs by Holm's method. Where all differences of a "
-            "pair are equal there is no interval, and the p-value is of the sign test."
+            " Differences are paired by seed, with 95 % bootstrap intervals, which are too narrow for few seeds; "
+            "p-values are from the paired t-test with Holm's correction for all pairs. Where all differences of a "
+            "pair are equal there is no interval, and the p-value is from the sign test."
         )
     return said
 
 
 def conclusions(summary: Summary) -> list[str]:
-    """What the numbers say, in sentences: who is best, what differs from it, what diverged, and notes on choices."""
+    """The conclusions in sentences: the best optimizer, what differs from it, what diverged, and notes."""
     every = summary.optimizers
     sentences = _best(summary)
     lost, runs = sum(o.failed for o in every), sum(o.runs for o in every)
@@ -123,16 +123,16 @@ def conclusions(summary: Summary) -> list[str]:
         sentences.append(f"All {runs} runs diverged." if all_lost else f"{lost} of {plural(runs, 'run')} diverged.")
     hopeless = [o.name for o in every if o.failed and not o.test.count and not o.not_finite]
     if hopeless and len(hopeless) < len(every):
-        sentences.append(f"Runs of {_and(hopeless)} diverged at every learning rate, so that there is no test error.")
+        sentences.append(f"Runs of {_and(hopeless)} diverged at every learning rate, so there is no test error.")
     partial = [o.name for o in every if o.test.lost > o.not_finite and o.test.count]
     if partial:
-        rest = "diverged even at the chosen learning rate: a mean is over the runs that did not."
+        rest = "diverged even at the chosen learning rate: means are over the runs that did not."
         sentences.append(f"Runs of {_and(partial)} {rest}")
     return [*sentences, *summary.notes]
 
 
 def _best(summary: Summary) -> list[str]:
-    """Which optimizers have the lowest test error, among those that have one on every seed, and what differs."""
+    """Sentences on the optimizers with the lowest test error, among those with one on every seed."""
     whole = [o for o in summary.optimizers if o.test.count and not o.test.lost]
     if not whole:
         return []
@@ -175,7 +175,7 @@ def _compared(summary: Summary, best: OptimizerSummary, tied: Sequence[str]) -> 
             f"{subject} {'does' if single else 'do'} not differ significantly from {_and(rest, 'or')} {level}."
         )
     if unknown:
-        sentences.append(f"Too few runs of {_and(unknown)} have a test error for a test of the difference.")
+        sentences.append(f"Too few runs of {_and(unknown)} have a test error to test the difference.")
     return sentences
 
 
@@ -187,9 +187,9 @@ def mean_text(found: MeanInterval, unit: Unit, not_finite: int = 0, *, sign: boo
 
     Args:
         found: the mean.
-        unit: of the errors.
-        not_finite: how many of the runs that are lost to it have not diverged.
-        sign: whether the unit stands behind it.
+        unit: unit of the errors.
+        not_finite: how many of the runs missing from the mean have not diverged.
+        sign: whether to write the unit.
     """
     if not found.count:
         return "not finite" if not_finite else "all diverged"
@@ -251,7 +251,7 @@ def markdown(table: Table) -> str:
 
 
 def markdown_text(text: str) -> str:
-    r"""A text that Markdown shows as it is: no HTML, no links, no code.
+    r"""A text escaped so that Markdown shows it unchanged: no HTML, no links, no code.
 
     Example:
         >>> print(markdown_text("<b>[a](b)`"))
@@ -281,11 +281,11 @@ _LATEX = str.maketrans(
 
 
 def latex(table: Table, label: str) -> str:
-    r"""The table in LaTeX, for the packages ``booktabs`` and, as rows may be wide, ``graphicx``.
+    r"""The table in LaTeX, for the packages ``booktabs`` and, for wide rows, ``graphicx``.
 
     Args:
         table: the table.
-        label: what ``\ref`` finds it by, behind ``tab:``.
+        label: its label for ``\ref``, after ``tab:``.
 
     Example:
         >>> print(latex(Table("Errors", ("optimizer", "error"), (("sgd_1", "2 %"),)), "errors"))
@@ -327,10 +327,10 @@ def latex(table: Table, label: str) -> str:
 
 
 def runs_csv(comparison: Comparison) -> str:
-    """One row per run, without anything that is measured on a machine: the same command gives the same text.
+    """One row per run, without values measured on a machine: the same command gives the same text.
 
-    Empty cells are values that a run does not have: it diverged, or the test data were not read for it. Texts that a
-    spreadsheet would take for a formula begin with an apostrophe.
+    Cells are empty for values that a run does not have: it diverged, or was not tested. Texts that a spreadsheet would
+    take for a formula begin with an apostrophe.
     """
 
     def row(run: RunResult) -> dict[str, Any]:
@@ -348,7 +348,7 @@ def runs_csv(comparison: Comparison) -> str:
 
 
 def epochs_csv(comparison: Comparison) -> str:
-    """One row per run and epoch, without anything that is measured on a machine; norm and rotation of every layer."""
+    """One row per run and epoch, with norm and rotation of every layer, without values measured on a machine."""
 
     def rows(run: RunResult) -> Iterable[dict[str, Any]]:
         for epoch in run.epochs:
@@ -365,7 +365,7 @@ def epochs_csv(comparison: Comparison) -> str:
 
 
 def times_csv(comparison: Comparison) -> str:
-    """What was measured on the machine: one row per run, with the training time to the end of each epoch."""
+    """The times measured on the machine: one row per run, with the training time to the end of each epoch."""
     measured = ("seconds_per_step", "peak_memory_bytes", "harness_seconds", "validation_seconds", "machine")
     ends = [f"seconds_to_epoch_{i}" for i in range(1, comparison.settings.epochs + 1)]
     return _csv(
@@ -396,7 +396,7 @@ def _cell(value: object) -> object:
 
 
 def summary_json(summary: Summary) -> str:
-    """Everything that the tables and figures show as one JSON document; null for what is not finite."""
+    """The content of all tables and figures as one JSON document; null for values that are not finite."""
     # Where files of earlier versions have their optimizers.
     data = {"contestants" if name == "optimizers" else name: value for name, value in asdict(summary).items()}
     return json.dumps(without_infinities(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""What optimizers are compared on: data in three parts, a loss and an error. Built-in tasks, and those of a file."""
+"""The tasks of a comparison: data in three parts, a loss and an error; built in or from a file."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ _KNOWN = f"{', '.join(TASK_NAMES)}, file.py:callable or package.module:callable"
 
 
 def load_task(spec: str, *, data: str | Path | None = None) -> Task:
-    """Return the built-in task of a name, or the task that a callable returns.
+    """Return the built-in task with a name, or the task that a callable returns.
 
     ======================  ==========================================================================================
     ``digits``              scikit-learn's bundled 8×8 digits
     ``mnist``               MNIST; ``mnist:1000,500`` for 1,000 training and 500 validation images
-    ``fashion-mnist``       Fashion-MNIST, likewise
-    ``idx``                 any data set in the layout of MNIST, likewise
-    ``file.py:callable``    what a callable returns, which may take ``data``; also ``package.module:callable``
+    ``fashion-mnist``       Fashion-MNIST, with the same options
+    ``idx``                 any data set in the layout of MNIST, with the same options
+    ``file.py:callable``    the task that a callable returns; it may take ``data``; also ``package.module:callable``
     ======================  ==========================================================================================
 
     Args:
         spec: one of these.
-        data: the folder with the files, or a folder in which one of that name is; that of the environment variable
-            ``MANIFOLD_NETS_DATA`` when left out.
+        data: the folder with the files, or a folder that contains one of that name (default: the environment variable
+            ``MANIFOLD_NETS_DATA``).
 
     Raises:
-        TaskNameError: the text names no task, or its settings are invalid.
-        DataFolderError: the data are not there.
+        TaskNameError: the name is unknown, or its settings are invalid.
+        DataFolderError: the data are missing.
         DataFileError: a file is damaged or does not fit.
         ModelNotFoundError: the file, the module or the callable does not exist.
-        TaskSourceError: the callable raised, or returned something else than a `Task`.
+        TaskSourceError: the callable raised an error, or did not return a `Task`.
         MissingExtraError: a package that the task needs is not installed.
 
     Example:
@@ -79,16 +79,16 @@ def load_task(spec: str, *, data: str | Path | None = None) -> Task:
     words = numbers.split(",") if colon else []
     if len(words) > 2 or not all(re.fullmatch(r"[1-9]\d*", word) for word in words):
         expected = f"{name}:TRAIN or {name}:TRAIN,VALIDATION with positive whole numbers"
-        raise TaskNameError("task", repr(spec), expected, "Write the numbers like this.")
+        raise TaskNameError("task", repr(spec), expected, "Write the numbers in this form.")
     return idx_images(data_folder(name, data), name=name, sizes=tuple(int(word) for word in words))
 
 
 def data_folder(name: str, data: str | Path | None) -> Path:
-    """The folder of a data set: the given one or the one of the environment, or one of that name in it.
+    """The folder of a data set: the given one or that of the environment variable, or one of that name inside.
 
     Args:
-        name: of the data set; its folder may have a longer name, such as camvid-240x180.
-        data: a folder; that of the environment variable ``MANIFOLD_NETS_DATA`` when left out.
+        name: name of the data set; its folder may have a longer name, such as camvid-240x180.
+        data: a folder (default: the environment variable ``MANIFOLD_NETS_DATA``).
 
     Raises:
         DataFolderError: neither is given.
@@ -96,7 +96,7 @@ def data_folder(name: str, data: str | Path | None) -> Path:
     root = data if data is not None else os.environ.get(DATA_VARIABLE)
     if not root:
         remedy = f"Pass data=… (--data on the command line), or set the variable {DATA_VARIABLE}."
-        raise DataFolderError(f"task {name}", "no folder of data", ["a folder with its files"], remedy)
+        raise DataFolderError(f"task {name}", "no data folder", ["a folder with its files"], remedy)
     root = Path(root)
     below = sorted(path for path in root.glob(f"{name}*") if path.is_dir()) if root.is_dir() else []
     return below[0] if below else root
@@ -108,7 +108,7 @@ def _from_python(spec: str, data: str | Path | None) -> Task:
     except ModelSpecError as error:
         raise TaskNameError("task", repr(spec), _KNOWN, what_to_write("--task", spec, TASK_NAMES)) from error
     except ModelBuildError as error:
-        # Errors about data say themselves what to do.
+        # Errors about data already state what to do.
         if isinstance(error.__cause__, ManifoldNetsError):
             raise error.__cause__ from None
         raise
@@ -134,15 +134,15 @@ def task_from_data(
     """Return a task from the user's own data.
 
     Args:
-        train: examples to train on: a tuple of inputs and targets, a map-style data set, or a data loader of one. Of a
-            data loader the data set, the collation and the batch size are taken; the order is the comparison's.
-        validation: examples to choose learning rates by.
-        test: examples to judge by.
+        train: training examples: a tuple of inputs and targets, a map-style data set, or a data loader of one. Data
+            set, collation and batch size of a data loader are used; the comparison determines the order.
+        validation: examples for choosing learning rates.
+        test: examples for the test error.
         name: name of the task.
         loss: mean loss of outputs and targets.
-        error: error of each example of a batch, of shape (n,), to judge by; the share of wrong classes when left out.
-        outputs: number of outputs of a network; of classes, the largest one that occurs in tensors of targets plus 1.
-        batch_size: examples per training step; 100 unless a data loader says otherwise.
+        error: error of each example of a batch, of shape (n,) (default: whether the class is wrong).
+        outputs: number of outputs of a network (default for classes: the largest one in tensors of targets plus 1).
+        batch_size: examples per training step (default: the data loader's, or 100).
 
     Raises:
         TaskSourceError: the data have another form, or the number of classes is not given and cannot be inferred.
@@ -167,7 +167,7 @@ def task_from_data(
     if outputs is None:
         held = [part.targets for part in parts.values() if isinstance(part, TensorPart)]
         if len(held) < len(parts) or targets.is_floating_point():
-            raise TaskSourceError(f"task {name}", "no number of outputs", "outputs=…, for data that are not classes")
+            raise TaskSourceError(f"task {name}", "no number of outputs", "outputs=… for targets that are not classes")
         outputs = int(max(target.max() for target in held)) + 1
     if batch_size is None:
         batch_size = (train.batch_size or 100) if isinstance(train, DataLoader) else 100

@@ -40,7 +40,7 @@ _PARTS = {
 
 
 def read_idx(path: str | Path) -> NDArray[Any]:
-    """Read an idx file, compressed with gzip or not (detected by its first bytes), as an array of native byte order.
+    """Read an idx file, compressed with gzip or not (detected by its first bytes), as an array in native byte order.
 
     Args:
         path: the file.
@@ -49,8 +49,8 @@ def read_idx(path: str | Path) -> NDArray[Any]:
         An array of the file's shape and type.
 
     Raises:
-        DataFileError: the file is compressed badly, has another magic number, or is shorter or longer than its
-            header says.
+        DataFileError: the compression is damaged, the magic number is wrong, or the file is shorter or longer than its
+            header states.
 
     Example:
         >>> import tempfile
@@ -71,12 +71,12 @@ def read_idx(path: str | Path) -> NDArray[Any]:
 
 
 def _read(path: Path, stream: BinaryIO | gzip.GzipFile, packed: bool) -> NDArray[Any]:
-    """Read an array from a stream, of which no more is unpacked than its header declares."""
+    """Read an array from a stream; no more is decompressed than the header declares."""
     start = stream.read(4)
     if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _TYPES or start[3] == 0:
         found = f"first bytes {start.hex(' ') or 'nothing'}"
         expected = "an idx file, which starts with 00 00, a type (08, 09, 0b … 0e) and a number of axes"
-        raise DataFileError(path, found, expected, "Name an idx file, plain or compressed with gzip.")
+        raise DataFileError(path, found, expected, "Pass an idx file, plain or compressed with gzip.")
     kind, axes = np.dtype(_TYPES[start[2]]), start[3]
     sizes, header = stream.read(4 * axes), 4 + 4 * axes
     if len(sizes) < 4 * axes:
@@ -92,7 +92,7 @@ def _read(path: Path, stream: BinaryIO | gzip.GzipFile, packed: bool) -> NDArray
     if len(content) != size:
         few = len(content) < size
         found = f"{'' if few else 'at least '}{header + len(content)} bytes"
-        how = "truncated" if few else "more than its header says"
+        how = "truncated" if few else "longer than its header states"
         raise DataFileError(path, f"{found} ({how})", f"{header + size} bytes for shape {shape}")
     return np.frombuffer(content, kind).reshape(shape).astype(kind.newbyteorder("="), copy=False)
 
@@ -100,11 +100,11 @@ def _read(path: Path, stream: BinaryIO | gzip.GzipFile, packed: bool) -> NDArray
 def find_idx_files(folder: str | Path) -> dict[str, tuple[Path, Path]]:
     """Find the four files of a data set in the layout of MNIST: images and labels for training and for testing.
 
-    Names are those of MNIST, ``train-images-idx3-ubyte`` and so on, also with a dot before ``idx``, each with or
-    without ``.gz``.
+    Names are those of MNIST, such as ``train-images-idx3-ubyte``, also with a dot before ``idx``, each with or without
+    ``.gz``.
 
     Args:
-        folder: where they are.
+        folder: the folder of the files.
 
     Returns:
         ``{"train": (images, labels), "test": (images, labels)}``.
@@ -114,7 +114,7 @@ def find_idx_files(folder: str | Path) -> dict[str, tuple[Path, Path]]:
     """
     folder = Path(folder)
     wanted = [name for pair in _PARTS.values() for name in pair]
-    remedy = "Name the folder that holds the four idx files of MNIST or of a data set in its layout (--data)."
+    remedy = "Pass the folder with the four idx files of MNIST, or of a data set in the same layout (--data)."
     if not folder.is_dir():
         raise DataFolderError(folder, "no such folder", wanted, remedy)
     spellings = {name: (name, f"{name}.gz", dotted := name.replace("-idx", ".idx"), f"{dotted}.gz") for name in wanted}
@@ -131,13 +131,13 @@ def read_images_and_labels(images: Path, labels: Path) -> tuple[NDArray[Any], ND
     """Read images ``(n, height, width)`` and their labels ``(n,)``, both unsigned bytes.
 
     Raises:
-        DataFileError: a file is damaged, of another shape or type, or they do not fit together.
+        DataFileError: a file is damaged, of another shape or type, or images and labels do not match.
     """
     x, y = read_idx(images), read_idx(labels)
     for path, array, ndim in ((images, x, 3), (labels, y, 1)):
         if array.ndim != ndim or array.dtype != np.uint8:
             found = f"{array.dtype} of shape {array.shape}"
-            raise DataFileError(path, found, f"unsigned bytes with {ndim} axes", "Check which file is which.")
+            raise DataFileError(path, found, f"unsigned bytes with {ndim} axes", "Check that no files are swapped.")
     if len(x) != len(y) or len(x) == 0:
         raise DataFileError(labels, f"{len(y)} labels", f"one for each of the {len(x)} images, at least one")
     return x, y
@@ -172,7 +172,7 @@ class Standardize:
 def digits() -> Task:
     """Return scikit-learn's bundled digits, 8×8 pixels in 10 classes: 1,000 / 297 / 500 images.
 
-    The split is a fixed permutation; pixels are standardized by one mean and one spread of the training part.
+    The split is a fixed permutation; pixels are standardized by the mean and standard deviation of the training part.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
@@ -184,7 +184,7 @@ def digits() -> Task:
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
-        raise MissingExtraError("scikit-learn", "the digits to compare on", "compare") from error
+        raise MissingExtraError("scikit-learn", "comparisons on the digits", "compare") from error
     data = load_digits()
     x, y = torch.tensor(data.images, dtype=torch.float32)[:, None], torch.tensor(data.target)
     order = torch.split(_permutation(len(y)), [1000, 297, 500])
@@ -193,15 +193,15 @@ def digits() -> Task:
 
 
 def idx_images(folder: str | Path, *, name: str = "idx", sizes: tuple[int, ...] = ()) -> Task:
-    """Return a data set in the layout of MNIST: a sixth of its training files for validation, its test files for tests.
+    """Return a data set in the layout of MNIST, with a sixth of its training files for validation.
 
-    The split of the training files is a fixed permutation; pixels are standardized by one mean and one spread of the
-    training part.
+    The split of the training files is a fixed permutation; pixels are standardized by the mean and standard deviation
+    of the training part. The test files are used for testing.
 
     Args:
-        folder: where its four files are.
+        folder: the folder of its four files.
         name: name of the task.
-        sizes: number of training images, and of validation images, where fewer are wanted.
+        sizes: numbers of training and validation images (default: all).
 
     Raises:
         DataFolderError: the folder does not exist or lacks a file.

@@ -21,7 +21,7 @@ _EXAMPLE_NUMBERS = 50_000
 
 
 class Part(Protocol):
-    """One part of the data of a task: examples by number."""
+    """One part of the data of a task: examples by index."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -44,7 +44,7 @@ class TensorPart:
     Args:
         inputs: of shape (n, …).
         targets: of shape (n, …).
-        prepare: applied to the inputs of each batch; none when left out.
+        prepare: applied to the inputs of each batch (default: nothing).
 
     Example:
         >>> part = TensorPart(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 1]))
@@ -73,15 +73,14 @@ class TensorPart:
 
 @dataclass(frozen=True)
 class DatasetPart:
-    """Examples of a `torch.utils.data.Dataset`, read when they are asked for.
+    """Examples of a `torch.utils.data.Dataset`, read on demand.
 
-    What a dataset draws at random (augmentation) it should draw from torch's global generator, which a comparison
-    seeds alike for every optimizer.
+    Random augmentation should use torch's global generator, which a comparison seeds equally for every optimizer.
 
     Args:
         dataset: a map-style dataset of inputs and targets.
         collate: makes a batch of a list of examples.
-        device: where batches are put.
+        device: the device of batches.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -115,7 +114,7 @@ class Subset:
 
     Args:
         part: the part.
-        rows: numbers of the examples, int64, of shape (n,).
+        rows: indices of the examples, int64, of shape (n,).
 
     Example:
         >>> part = TensorPart(torch.arange(6.0).view(3, 2), torch.tensor([0, 1, 1]))
@@ -139,10 +138,10 @@ class Subset:
 
 
 def hits(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Return how many classes were predicted rightly, and how many there were.
+    """Return the number of correctly predicted classes and the number of all.
 
     Args:
-        outputs: scores, of shape (n, classes, …); the class of the largest is predicted, none where one is NaN.
+        outputs: scores, of shape (n, classes, …); the class with the largest score is predicted, none if one is NaN.
         targets: true classes, of shape (n, …).
 
     Returns:
@@ -170,20 +169,20 @@ def classification_scores(counts: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Task:
-    """What optimizers are compared on.
+    """A task to compare optimizers on.
 
     Args:
         name: name in tables and files.
-        parts: ``"train"``, ``"validation"`` and ``"test"``: examples to train on, to choose learning rates by, and to
-            judge by, read once.
-        input_shape: shape of one example, without the axis of the batch.
-        outputs: number of outputs of a network for it: the classes.
-        loss: mean loss of outputs and targets, to train with.
-        measure: what one batch adds to the counts from which scores are made: of outputs and targets, one tensor; of
-            classes when left out, how many were right, and how many there were.
-        summarize: scores from the sum of the counts; ``"error"``, which is minimized, is one of them.
-        batch_size: examples per training step by default.
-        description: where the data come from, how they were split and prepared.
+        parts: ``"train"``, ``"validation"`` and ``"test"``: examples for training, for choosing learning rates, and for
+            the test error.
+        input_shape: shape of one example, without the batch axis.
+        outputs: number of outputs of a network: the classes.
+        loss: mean training loss of outputs and targets.
+        measure: counts that one batch contributes to the scores, one tensor from outputs and targets (default, for
+            classes: the number of correct ones and of all).
+        summarize: scores from the sum of the counts; must include ``"error"``, which is minimized.
+        batch_size: default number of examples per training step.
+        description: source, split and preprocessing of the data.
 
     Example:
         >>> import torch
@@ -217,7 +216,7 @@ class Task:
         """Return the first training inputs, for `manifold_nets.diagnose` and `manifold_nets.convert`.
 
         Args:
-            count: how many; 16 when left out, fewer of large inputs, whose analysis would take memory and time.
+            count: number of examples (default: 16, fewer for large inputs, whose analysis would take memory and time).
         """
         part = self.parts["train"]
         if count is None:
@@ -229,7 +228,7 @@ class Task:
         return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is to be recorded of a task, as plain data for JSON."""
+        """Return the description of a task as plain data for JSON."""
         return {
             "name": self.name,
             "sizes": self.sizes(),
@@ -243,14 +242,14 @@ class Task:
 def evaluate(
     model: nn.Module, task: Task, part: str, *, batch_size: int = 1000, rows: Sequence[int] | None = None
 ) -> dict[str, float]:
-    """Return mean loss and scores of a model on one part of the data, in evaluation mode; its modes are put back.
+    """Return mean loss and scores of a model on one part of the data, in evaluation mode; its modes are restored.
 
     Args:
         model: the network.
-        task: what it is judged on.
+        task: the task.
         part: ``"train"``, ``"validation"`` or ``"test"``.
         batch_size: examples per forward pass.
-        rows: examples to take; all when left out.
+        rows: examples to use (default: all).
 
     Returns:
         ``"loss"``, the mean over the examples, and the scores of `Task.summarize`.
@@ -262,7 +261,7 @@ def evaluate(
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Put every module into evaluation mode, and afterwards back into the mode that it was in."""
+    """Put every module into evaluation mode, and restore its mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         yield model.eval()
@@ -273,13 +272,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def scores_of(model: nn.Module, task: Task, part: str, batches: Sequence[Tensor]) -> dict[str, float]:
-    """Return what `evaluate` does, of a model in the mode that it is in.
+    """Return what `evaluate` does, for a model in its present mode.
 
     Args:
         model: the network.
-        task: what it is judged on.
+        task: the task.
         part: ``"train"``, ``"validation"`` or ``"test"``.
-        batches: numbers of the examples of each forward pass.
+        batches: indices of the examples of each forward pass.
     """
     total, counts = 0.0, []
     for rows in batches:
@@ -300,7 +299,7 @@ def classification(
         parts: inputs and classes of ``"train"``, ``"validation"`` and ``"test"``.
         outputs: number of classes.
         batch_size: examples per training step.
-        description: where the data come from, how they were split and prepared.
+        description: source, split and preprocessing of the data.
     """
     return Task(
         name=name,

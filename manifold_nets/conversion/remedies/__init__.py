@@ -1,1 +1,1 @@
-"""The remedies: what each does about a symmetry, decided from a report without changing the model."""
+"""The remedies: decide from a report what to do about each symmetry, without changing the model."""

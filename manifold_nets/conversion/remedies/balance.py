@@ -1,12 +1,12 @@
-"""Balancing: the point of smallest norm on the orbit of the rescaling symmetries.
+"""Balancing: find the smallest norm that the rescaling symmetries allow.
 
-A rescaling multiplies some parts of the parameters by α and divides others by it; the function stays. With
+A rescaling multiplies some parts of the parameters by α and divides others by it, without changing the function. With
 ``α_s = exp(t_s)`` the squared norm is ``F(t) = Σ_b E_b exp(2 Σ_s c_bs t_s)`` over blocks b of the weights: a sum of
-exponentials of linear functions, convex in all t together. One symmetry has its minimum where what grows with it weighs
-as much as what shrinks: ``G_s = Σ_{c > 0} c e`` and ``S_s = Σ_{c < 0} |c| e`` over the energies e that it moves.
+exponentials of linear functions, convex in all t together. A symmetry is at its minimum if ``G_s = Σ_{c > 0} c e``
+equals ``S_s = Σ_{c < 0} |c| e``, over the energies e of the blocks that it rescales.
 
-A sweep first moves every symmetry towards its own minimum, by a share of the way that cannot raise F, and then takes a
-Newton step in all of them together, which also moves whole layers against each other: what single symmetries do only
+A sweep first moves every symmetry towards its own minimum, by a fraction that cannot increase F. It then takes a
+Newton step in all symmetries together, which also moves whole layers against each other: single moves do this only
 slowly along a chain of layers. The linear system is solved by conjugate gradients.
 """
 
@@ -30,13 +30,13 @@ LARGEST_IMBALANCE = 1e-9
 _SWEEPS = 100
 _SOLVER_STEPS = 200
 _HALVINGS = 10
-# An energy that is higher by no more than this is the same up to rounding.
+# Energies that differ by at most this are equal up to rounding.
 _RISE = 1 + 16 * torch.finfo(torch.float64).eps
 _log = logging.getLogger(__name__)
 
 
 def rescaling_families(model: nn.Module, report: SymmetryReport) -> list[tuple[SymmetryFamily, str | None]]:
-    """Return every family of rescalings with the reason why it cannot be balanced, or None where it can."""
+    """Return every family of rescalings with the reason why it cannot be balanced, or None if it can."""
     constrained = {weight.name for weight in constrained_weights(model)}
     return [(family, _why_left(family, constrained)) for family in report.families if family.kind == "rescaling"]
 
@@ -80,9 +80,9 @@ def smallest_norm(
 
     Args:
         families: rescalings that can be balanced.
-        state: the tensors that take part, and perhaps others, by name.
-        start: where to start: a rescaling that was found for this state, or for another one. It comes back where it is
-            the one to the smallest norm, and is improved where it is not, so that it is never out of date.
+        state: at least the tensors to rescale, by name.
+        start: a rescaling that was found before, for this state or another one. It is returned if it already gives the
+            smallest norm, and improved otherwise, so an outdated one does no harm.
     """
     weights = [Energies.of(state[name], exponents) for name, exponents in _exponents(families).items()]
     steps = torch.zeros(sum(family.count for family in families), dtype=torch.float64, device="cpu")
@@ -112,7 +112,7 @@ def _why_left(family: SymmetryFamily, constrained: set[str]) -> str | None:
     if family.certificate.verdict != "invariant":
         return f"certificate {family.certificate}"
     if family.absorbed:
-        return "stored statistics would have to follow"
+        return "running statistics would have to be rescaled with it"
     if len(family.parameters) < len(family.partitions):
         return "it moves rows and columns of one weight at once"
     on_spheres = [name for name in family.parameters if name in constrained]
@@ -241,7 +241,7 @@ class Descent:
 def descend(weights: Sequence[Energies], start: Tensor) -> Descent:
     """Minimize the squared norm over all symmetries, starting from logarithms of their factors.
 
-    Symmetries without a minimum, as those of a unit without outputs, stay where they are.
+    Symmetries without a minimum, such as those of a unit without outputs, are not moved.
 
     Args:
         weights: the energies of each weight.

@@ -1,12 +1,12 @@
-"""Dead biases: constants that a normalization or a softmax takes away again, and what has to follow their removal.
+"""Dead biases: constants that a normalization or a softmax removes, and what must change when they are deleted.
 
-In training mode a batch normalization subtracts the mean of the batch, and with it any bias in front. In evaluation
-mode it subtracts the running mean, which contains the bias: without the bias, ``running_mean − shift`` leaves the
-output as it was. The shift is the bias itself where nothing but the layer stands in front of the normalization; in
-general it is measured, as the difference of the normalization's input with and without the bias.
+In training mode a batch normalization subtracts the batch mean, and with it any bias in front. In evaluation mode it
+subtracts the running mean, which contains the bias: without the bias, ``running_mean − shift`` gives the same output.
+The shift is the bias itself if the layer is directly in front of the normalization. Otherwise it is measured, as the
+difference of the normalization's input with and without the bias.
 
-A removed bias is recorded on its layer, so that it can be put back as zeros. The layer has ``bias = None``, as if it
-had been built with ``bias=False``, and its key leaves the `state_dict`. The record follows deep copies and pickles.
+A removed bias is recorded on its layer, so that it can be put back as zeros. The layer has ``bias = None``, as if built
+with ``bias=False``, and the key is removed from the `state_dict`. The record survives deep copies and pickling.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _CONSTANT = 1e-9
 
 
 def remove_bias(module: nn.Module, leaf: str) -> None:
-    """Replace a bias by None, and keep what is needed to make it anew: shape, dtype and whether it was trained.
+    """Replace a bias by None, and keep what is needed to make it again: shape, dtype and ``requires_grad``.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -54,9 +54,9 @@ def remove_bias(module: nn.Module, leaf: str) -> None:
 
 
 def put_back_bias(module: nn.Module, leaf: str) -> None:
-    """Make a removed bias again, of zeros, on the device and in the dtype of the layer's weight.
+    """Make a removed bias again, as zeros with the device and dtype of the layer's weight.
 
-    A bias that is there again, as that of a module with two names after the first of them, is left as it is.
+    An existing bias is not changed, as when a module with two names is visited twice.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -74,7 +74,7 @@ def put_back_bias(module: nn.Module, leaf: str) -> None:
 
 
 def absent_bias(module: nn.Module, leaf: str) -> nn.Parameter:
-    """Return what `put_back_bias` would set; the module is not changed."""
+    """Return the tensor that `put_back_bias` would set; the module is not changed."""
     removed: Tensor = module.__dict__[_RECORD][leaf]
     weight = module._parameters.get("weight")
     device, dtype = (None, removed.dtype) if weight is None else (weight.device, weight.dtype)
@@ -82,9 +82,9 @@ def absent_bias(module: nn.Module, leaf: str) -> nn.Parameter:
 
 
 def removed_biases(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Return the modules and attributes of all removed biases, by the names that they had.
+    """Return the modules and attributes of all removed biases, by their former names.
 
-    A module that stands in several places had its bias under as many names, and all of them left the `state_dict`.
+    A module with several names had its bias under as many keys, all of which are missing from the `state_dict`.
     """
     return {
         f"{prefix}.{leaf}" if prefix else leaf: (module, leaf)
@@ -108,23 +108,23 @@ def dead_bias_actions(model: nn.Module, report: SymmetryReport) -> list[Action]:
         name = shift.parameters[0]
         found = measured[name] if why is None else why
         move = found if isinstance(found, RemovedBias) else RemovedBias(name)
-        follows = f"; {', '.join(move.means)} takes it up" if move.means else ""
-        reason = f"it does nothing: its key leaves the state_dict{follows}"
+        follows = f"; {', '.join(move.means)} is adjusted for it" if move.means else ""
+        reason = f"it has no effect: its key is removed from the state_dict{follows}"
         action = Action(name, "remove", reason, remedy="dead-biases", move=move)
         actions.append(action.left(found) if isinstance(found, str) else action)
     return actions
 
 
 def _why_left(model: nn.Module, shift: ShiftSymmetry, dead: Sequence[ShiftSymmetry]) -> str | None:
-    """Why a bias is not removed, as far as its structure tells."""
+    """Return why a bias is not removed, as far as the structure shows."""
     if shift.certificate.verdict != "invariant":
         return f"certificate {shift.certificate}"
     if shift.condition is not None:
-        return f"it does nothing only {shift.condition}"
+        return f"it has no effect only {shift.condition}"
     bias = dict(model.named_parameters(remove_duplicate=False))[shift.parameters[0]]
     counts = [other.count for other in dead if other.parameters == shift.parameters]
     if sum(counts) < bias.numel():
-        return f"{sum(counts)} of its {bias.numel()} entries do nothing, the others do"
+        return f"only {sum(counts)} of its {bias.numel()} entries have no effect"
     if len(counts) > 1:
         return "its entries are absorbed by different operations"
     for prefix, module in model.named_modules():
@@ -151,7 +151,7 @@ class _Measurement:
         found: dict[str, RemovedBias | str] = {s.parameters[0]: RemovedBias(s.parameters[0]) for s in shifts}
         means = {shift.parameters[0]: _means(shift) for shift in shifts if _means(shift)}
         reference = self._inputs_of(set().union(*means.values())) if means else {}
-        # A change that is like no other shows what arrives as it is, also where the bias itself is zero.
+        # A distinctive change shows what arrives unchanged, even if the bias itself is zero.
         generator = torch.Generator().manual_seed(0)
         probes = {name: self._probe(self.parameters[name].detach(), generator) for name in means}
         for name, measured in self._measured(means, reference, probes).items():
@@ -162,7 +162,7 @@ class _Measurement:
             else:
                 continue
             del means[name]
-        # What arrives as something else is measured with the bias.
+        # Changes that arrive modified are measured with the bias.
         changes = {name: -self.parameters[name].detach() for name in means}
         for name, measured in self._measured(means, reference, changes).items():
             if isinstance(measured, str):
@@ -227,11 +227,7 @@ class _Measurement:
         """Why biases stay without which the model's code fails, as where it joins the biases of several layers."""
         if not names or self._runs_without(names) or not self._runs_without([]):
             return {}
-        return {
-            name: "the code of the model reads it outside of its layer"
-            for name in names
-            if not self._runs_without([name])
-        }
+        return {name: "the model reads it outside of its layer" for name in names if not self._runs_without([name])}
 
     def _runs_without(self, names: Sequence[str]) -> bool:
         places = [(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
@@ -255,10 +251,10 @@ def _shifts_of(
     moved: Mapping[str, list[Tensor]],
     change: Tensor,
 ) -> dict[str, Tensor] | str:
-    """What a change of a bias adds to each running mean, or why there is no such constant.
+    """Return how a change of a bias shifts each running mean, or why there is no such constant.
 
     Args:
-        channels: how many channels each running mean has.
+        channels: number of channels of each running mean.
         reference: inputs of its normalization without the change.
         moved: the same with it.
         change: the change.
@@ -272,7 +268,7 @@ def _shifts_of(
         limit = _CONSTANT * max(float(change.abs().max()), float(by_channel.abs().max()))
         if not float((difference - by_channel[:, None]).abs().max()) <= limit:
             return f"it is not a constant in front of {mean}"
-        # Where the bias itself arrives, no rounding need come in between.
+        # If the bias itself arrives, it is used without rounding.
         same = by_channel.shape == change.shape and float((by_channel - change).abs().max()) <= limit
         found[mean] = change if same else by_channel
     return found

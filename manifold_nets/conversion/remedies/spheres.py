@@ -1,4 +1,4 @@
-"""Spheres: which weights go on spheres of their own or on joint ones, at which radius, and why not."""
+"""Spheres: which weights go on spheres of their own or on joint ones, with which radius, and why not."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ __all__ = ["joint_actions", "joint_biases", "joint_sphere_of", "sphere_action", 
 def sphere_action(
     finding: WeightFinding, state: Mapping[str, Tensor], radius: Literal["unit", "keep"], tolerance: float
 ) -> Action:
-    """Decide how a weight goes on spheres, if it does.
+    """Decide whether and how a weight goes on spheres.
 
     Args:
-        finding: what `diagnose` says of the weight.
-        state: parameters and buffers by name, as they are when the weight goes on spheres.
-        radius: which radius is asked for.
+        finding: the finding of `diagnose` for the weight.
+        state: parameters and buffers by name, at the time when the weight goes on spheres.
+        radius: the requested radius.
         tolerance: largest relative change of a layer's normalized training output.
 
     Raises:
@@ -43,7 +43,7 @@ def sphere_action(
     name, partition = finding.name, finding.partition
     weight, move = state[name].detach(), ScaledWeight.of(finding, math.sqrt(finding.filters_per_group))
     if finding.status == "constrained":
-        return Action(name, "already", "it is on its spheres", partition, move=move)
+        return Action(name, "already", "it is on its spheres already", partition, move=move)
     if finding.status == "no evidence" and partition is not None and not (weight.is_meta or weight.is_complex()):
         norms = partition.norms(weight).flatten()
         if not bool(norms.isfinite().all()):  # no direction, and no evidence for that reason
@@ -69,12 +69,12 @@ def sphere_action(
 def joint_actions(
     model: nn.Module, report: SymmetryReport, state: Mapping[str, Tensor], on_spheres: set[str]
 ) -> list[Action]:
-    """Decide which scales that several weights share go on joint spheres; nothing is changed.
+    """Decide which shared scales of several weights go on joint spheres; nothing is changed.
 
     Args:
         model: the network.
-        report: what `diagnose` returned for it.
-        state: parameters and buffers by name, as they are when weights go on spheres.
+        report: the report of `diagnose` for this model.
+        state: parameters and buffers by name, at the time when weights go on spheres.
         on_spheres: names of the weights that go on spheres of their own.
     """
     weights = {weight.name for weight in report.weights}
@@ -94,7 +94,7 @@ def joint_actions(
             move=family,
         )
         if all(present.get(weight, False) for weight in shared):
-            action = replace(action, action="already", reason="they are on it")
+            action = replace(action, action="already", reason="they are on it already")
         elif why := _why_left(family, shared, state, on_spheres | present.keys()):
             action = action.left(why)
         actions.append(action)
@@ -102,7 +102,7 @@ def joint_actions(
 
 
 def joint_sphere_of(family: SymmetryFamily, state: Mapping[str, Tensor]) -> JointSphere:
-    """Return the sphere of the weights of a family, whose radii are the norms that they have together.
+    """Return the joint sphere of the weights of a family; its radii are their joint norms.
 
     Raises:
         DegenerateGroupError: a joint group is zero or not finite.
@@ -117,11 +117,11 @@ def joint_sphere_of(family: SymmetryFamily, state: Mapping[str, Tensor]) -> Join
 
 
 def joint_biases(family: SymmetryFamily, first: str) -> tuple[ScaledAlong, ...]:
-    """The biases that grow with the weights of a joint sphere, with the group of each entry.
+    """The biases that scale with the weights of a joint sphere, with the group of each entry.
 
     Args:
         family: the scale that the weights share.
-        first: the weight in whose groups the groups are counted.
+        first: the weight whose group numbers are used.
     """
     partition = _partitions(family, [first])
     lead = next(part for part in family.generators.parts if part.parameter == first)
@@ -170,13 +170,13 @@ def _fresh_norms(model: nn.Module) -> dict[str, _NormBase]:
 def statistics_behind(
     model: nn.Module, move: ScaledWeight, members: Sequence[str], inputs: Any
 ) -> tuple[Absorber, ...]:
-    """The batch normalizations whose running statistics follow the scale of a joint sphere, measured.
+    """Measure which batch normalizations' running statistics depend on the scale of a joint sphere.
 
-    Each group gets a factor of its own; the variance of a batch says which group scales which channel. Channels whose
+    Each group gets a different factor, and the batch variance shows which group scales which channel. Channels whose
     variance fits no group get −2.
 
     Args:
-        model: the converted model; left as it is.
+        model: the converted model; not changed.
         move: the first weight of the sphere with its biases.
         members: the names of the weights of the sphere.
         inputs: example inputs.
@@ -228,7 +228,7 @@ def _why_left(
         return "its weights differ in dtype or device"
     exponents = {member.exponent for member in family.members if member.parameter in shared}
     if len(exponents) > 1 or None in exponents:
-        return "its weights are scaled by different powers, so that no sphere holds them"
+        return "its weights are scaled by different powers, so they do not lie on a common sphere"
     partitions = _partitions(family, shared)
     return partitions if isinstance(partitions, str) else None
 

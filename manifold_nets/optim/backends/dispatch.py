@@ -124,8 +124,8 @@ def _warn_of_slow_steps(problem: str) -> None:
         _has_warned = True
         warnings.warn(
             f"The compiled kernel for steps on spheres is not available ({problem}). Optimizer steps on the CPU use "
-            f"torch's operations instead and take several times longer. {build.PLATFORM.remedy}; with foreach=True the "
-            "optimizer uses torch's operations without this warning.",
+            f"torch's operations instead, which take several times longer. {build.PLATFORM.remedy}; foreach=True uses "
+            "torch's operations without this warning.",
             stacklevel=_depth(),
         )
 

@@ -36,12 +36,9 @@ _COUNTS = (torch.float32, torch.float64)
 
 _DENSE = "Build its layer with sparse=False, or pass a dense gradient: weight.grad = weight.grad.to_dense()."
 _RENEW = "Compute the gradient again with backward(), or set it to None."
-_REFILL = "Give the parameter memory again, for instance with `parameter.data = values.clone()`, before the step."
-_RESTART = "Load a state that fits, or drop it with `optimizer.state.pop(parameter)` and start without it."
-_RESHAPED = (
-    "A weight of another shape lies on other spheres: make it a geoopt.ManifoldParameter on a SphereProduct of its "
-    "shape, and build a new optimizer."
-)
+_REFILL = "Allocate it again before the step, for instance with `parameter.data = values.clone()`."
+_RESTART = "Load a state that fits, or reset it with `optimizer.state.pop(parameter)`."
+_RESHAPED = "Make the weight a geoopt.ManifoldParameter on a SphereProduct of its new shape, and build a new optimizer."
 
 
 def check(

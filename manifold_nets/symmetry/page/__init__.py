@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing else: no network, no scripts, light or dark, of any width."""
+"""The report as one self-contained HTML page: no network access, no scripts, light or dark, of any width."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ __all__ = ["page_html", "write_page"]
 
 
 def write_page(report: SymmetryReport, model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the page of `page_html` to a file, atomically: a reader finds the old file or the whole new one.
+    """Write the page of `page_html` to a file, atomically: a reader finds either the old file or the complete new one.
 
     Args:
-        report: what `diagnose` found.
-        model: the model that it was found in.
+        report: the report of `diagnose`.
+        model: its model.
         path: the file; its folder must exist.
 
     Raises:
@@ -62,11 +62,11 @@ def page_html(report: SymmetryReport, model: nn.Module) -> str:
     """Return the report as a self-contained HTML page.
 
     It holds a summary in words, the network's graph, the certificate values, the remedies, and for each weight its
-    groups, a histogram of their norms, what absorbs them and what moves along, or why it has none.
+    groups, a histogram of their norms, what absorbs them and what must change with them, or why it has none.
 
     Args:
-        report: what `diagnose` found.
-        model: the model that it was found in; the norms are those of its weights.
+        report: the report of `diagnose`.
+        model: its model, whose weights give the norms.
 
     Raises:
         ReportMismatchError: the model lacks a weight of the report, or has it in another shape.
@@ -81,10 +81,10 @@ def page_html(report: SymmetryReport, model: nn.Module) -> str:
         Section("summary", "Summary", _summary(report)),
         Section("network", "The network", _network(report, anchors)),
         Section("certificates", "Certificates", _certificates(report)),
-        Section("families", "Symmetries that join several weights", _families(report)),
+        Section("families", "Symmetries of several weights", _families(report)),
         Section("shifts", "Shifts", _shifts(report)),
         Section("remedies", "Remedies", _remedies(report, anchors)),
-        Section("weights", "The weights one by one", _weights(report, weights, anchors)),
+        Section("weights", "All weights", _weights(report, weights, anchors)),
     ]
     return document(report.model, "weight symmetries", sections, style=style, before=symbols())
 
@@ -107,14 +107,14 @@ def _sentences(report: SymmetryReport) -> Iterator[str]:
     on_spheres, free = counts.get("constrained", 0), counts.get("invariant", 0)
     groups = sum(w.partition.n_groups for w in report.invariant if w.partition is not None)
     found = f"{free + on_spheres or 'none'} {'is' if free + on_spheres < 2 else 'are'}"
-    seen = f": {plural(groups, 'group')} of entries whose length the network does not see." if groups else "."
+    seen = f": {plural(groups, 'group')} of entries whose norm has no effect on the output." if groups else "."
     yield f"Of {plural(total, 'weight')} with at least two dimensions, {found} scale-invariant{seen}"
     if free:
         what = "It" if free == 1 else f"All {free} of them" if not on_spheres else f"{free} of them"
-        yield f"{what} can be put on spheres with <code>manifold_nets.convert</code>: the function stays."
+        yield f"{what} can be put on spheres with <code>manifold_nets.convert</code>, which keeps the function."
     if on_spheres:
         yield f"{on_spheres} {'is' if on_spheres == 1 else 'are'} on spheres already."
-    joint = ("families", joint_families(report), "join several weights"), ("shifts", report.shifts, "are shifts")
+    joint = ("families", joint_families(report), "of several weights"), ("shifts", report.shifts, "by shifts")
     for place, symmetries, what in joint:
         if count := sum(one.count for one in symmetries if one.certificate.verdict == "invariant"):
             yield f'<a href="#{place}">{plural(count, "further symmetry")} {what}</a>.'
@@ -122,7 +122,7 @@ def _sentences(report: SymmetryReport) -> Iterator[str]:
         further = plural(report.unexplained_groups + report.unexplained_shifts, "further group")
         named = "; ".join(escape(str(found)) for found in report.unexplained[:5])
         more = f" and {len(report.unexplained) - 5} more" if report.unexplained[5:] else ""
-        yield f"The certificate calls {further} invariant that structure does not explain: {named}{more}."
+        yield f"By the certificate, {further} that the structure does not explain are invariant: {named}{more}."
     if report.not_searched:
         yield f"Left out: {escape(report.not_searched)}."
     if total and not groups:
@@ -167,8 +167,8 @@ def _certificates(report: SymmetryReport) -> str:
         return ""
     return (
         "<p>For each weight, in the order of the model, the largest value over its groups of "
-        "|⟨w, ∂L/∂w⟩| / (‖w‖ ‖∂L/∂w‖), in float64. An invariant group has none but rounding; the values of the others "
-        f"are of order one.</p>{certificate_chart(report)}"
+        "|⟨w, ∂L/∂w⟩| / (‖w‖ ‖∂L/∂w‖), in float64. For an invariant group this is rounding error; for other groups it "
+        f"is of order one.</p>{certificate_chart(report)}"
     )
 
 
@@ -191,14 +191,14 @@ def joint_families(report: SymmetryReport) -> list[SymmetryFamily]:
 def _families(report: SymmetryReport) -> str:
     joint = joint_families(report)
     kinds = {
-        "scale": "in a <em>scale</em> family all members grow together and a normalization removes it",
+        "scale": "in a <em>scale</em> family all members grow together, and a normalization absorbs this",
         "rescaling": "in a <em>rescaling</em> family some members shrink as others grow",
     }
     meant = "; ".join(kinds[kind] for kind in kinds if any(family.kind == kind for family in joint))
     cards = [_symmetry(family, family.kind, [("Members", listed(map(_member, family.members)))]) for family in joint]
     return _cards(
-        "Each symmetry of a family multiplies parts of several parameters by powers of one factor α, and the "
-        f"function stays: {meant}.", cards,
+        "Each symmetry of a family multiplies parts of several parameters by powers of one factor α without changing "
+        f"the function: {meant}.", cards,
     )  # fmt: skip
 
 
@@ -211,8 +211,8 @@ def _shifts(report: SymmetryReport) -> str:
         if shift.condition:
             pairs.append(("Holds", escape(shift.condition)))
         cards.append(_symmetry(shift, "shift", pairs))
-    text = "Constants that can be added to these parameters without a change in what the network computes in "
-    return _cards(f"{text}training mode.", cards)
+    text = "Constants can be added to these parameters without changing the network's output in training mode."
+    return _cards(text, cards)
 
 
 def _cards(introduction: str, cards: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What the sections of the page are made of: marks of the statuses, findings in words, cards, and charts."""
+"""Elements of the page: marks of the statuses, findings in words, cards, and charts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from manifold_nets.symmetry.report import Certificate, ShiftSymmetry, SymmetryFa
 
 @dataclass(frozen=True)
 class Status:
-    """How a status looks and what it means.
+    """The look and meaning of a status.
 
     Args:
         css: name of its style class and of its mark.
-        shape: its mark, drawn in a square from −5 to 5; no two are told apart by colour alone.
-        meaning: what a reader should know.
+        shape: its mark, drawn in a square from −5 to 5; no two differ by colour alone.
+        meaning: a sentence for the reader.
     """
 
     css: str
@@ -32,19 +32,15 @@ class Status:
 
 STATUSES = {
     "invariant": Status(
-        "invariant", '<circle r="4.5"/>', "The network does not see the scale of its groups: explained and certified."
+        "invariant", '<circle r="4.5"/>', "The scale of its groups has no effect: explained and certified."
     ),
     "constrained": Status(
         "constrained",
         '<path d="M0-5.2 5.2 0 0 5.2-5.2 0z"/>',
         "Invariant, and its groups are on their spheres already.",
     ),
-    "not invariant": Status(
-        "fixed", '<circle r="3.8" class="hollow"/>', "Its scale matters to what the network computes."
-    ),
-    "unknown": Status(
-        "unknown", '<path d="M0-5 5 4.2h-10z" class="hollow"/>', "An operation without a rule lies on its way."
-    ),
+    "not invariant": Status("fixed", '<circle r="3.8" class="hollow"/>', "Its scale matters to the function."),
+    "unknown": Status("unknown", '<path d="M0-5 5 4.2h-10z" class="hollow"/>', "An operation behind it has no rule."),
     "no evidence": Status(
         "silent", '<path d="M-4.5 0h9" class="hollow"/>', "Its gradient vanishes on the example inputs."
     ),
@@ -81,12 +77,12 @@ def mark(status: str, title: str = "") -> str:
 
 
 def groups_text(finding: WeightFinding) -> str:
-    """What the invariant groups of a weight are, in words."""
+    """The invariant groups of a weight, in words."""
     partition, joined, finer = finding.partition, finding.filters_per_group, finding.finer_groups
     if partition is None:
         return ""
     if not partition.kept:
-        more = f" (no view expresses its {finer} finer groups)" if finer else ""
+        more = f" (joined from {finer} finer groups that no view can express)" if finer else ""
         return f"the whole tensor of {partition.group_size} entries{more}"
     count = plural(partition.n_groups, "filter" if joined == 1 else "group")
     return f"{count} of {partition.group_size}" + (f", {joined} filters each" if joined != 1 else "")
@@ -99,7 +95,7 @@ def remedy_text(found: WeightFinding | SymmetryFamily | ShiftSymmetry) -> str:
 
 
 def certificate_text(certificate: Certificate) -> str:
-    """What a certificate says, and of how many groups."""
+    """The certificate in words, with its number of groups."""
     counts = {
         "certified": certificate.groups_certified,
         "refuted": certificate.groups_refuted,
@@ -119,7 +115,7 @@ def card(
     small: str = "",
     large: str = "",
 ) -> str:
-    """One finding: a line of a mark, a name, a few words and a small chart, which opens on facts and a large chart."""
+    """One finding: a mark, a name, a few words and a small chart, which open to facts and a large chart."""
     place = f'id="{anchor}" ' if anchor else ""
     return (
         f'<li><details class="card"><summary>{picture}<span class="who"><span class="name">{name}</span>'
@@ -190,10 +186,10 @@ class Norms:
     """Norms of the groups of one weight.
 
     Args:
-        unit: what a group is: ``"group"`` (invariant), ``"filter"`` or ``"entry of axis 0"``.
-        values: the finite ones, increasing.
-        zero: how many are zero.
-        lost: how many are not finite.
+        unit: the kind of group: ``"group"`` (invariant), ``"filter"`` or ``"entry of axis 0"``.
+        values: the finite norms, increasing.
+        zero: number of zero norms.
+        lost: number of norms that are not finite.
     """
 
     unit: str
@@ -211,7 +207,7 @@ class Norms:
 
 
 def group_norms(finding: WeightFinding, weight: Tensor) -> Norms | None:
-    """Norms of the invariant groups of a weight, or of its filters (axis 0) where it has none; None without values."""
+    """Norms of the invariant groups of a weight, or else of its filters (axis 0); None without values."""
     if weight.device.type == "meta" or not weight.numel():
         return None
     partition = finding.partition or Partition.filters(finding.shape)
@@ -223,7 +219,7 @@ def group_norms(finding: WeightFinding, weight: Tensor) -> Norms | None:
 
 
 def histogram(norms: Norms, width: int, height: int, *, labelled: bool = False) -> str:
-    """Draw how the norms are spread, in equal bins between the smallest and the largest."""
+    """Draw the distribution of the norms, in equal bins between the smallest and the largest."""
     counts, logarithmic = _counts(norms.values)
     step, tallest = width / len(counts), max(counts)
     bars = "".join(
@@ -250,7 +246,7 @@ def histogram(norms: Norms, width: int, height: int, *, labelled: bool = False) 
 
 
 def _counts(norms: Sequence[float]) -> tuple[list[int], bool]:
-    """How many values fall into each bin, and whether the bins are those of their logarithms."""
+    """The number of values in each bin, and whether the bins are logarithmic."""
     logarithmic = norms[0] > 0 and norms[-1] / norms[0] > WIDE_RANGE
     values = np.log(norms) if logarithmic else np.asarray(norms)
     if values[-1] - values[0] <= 1e-6 * np.abs(values).max():

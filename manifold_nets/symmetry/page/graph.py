@@ -1,4 +1,4 @@
-"""The network's graph: a strip of steps for each part of it, with its edges drawn beside the names."""
+"""The network's graph: a strip of steps for each part of it, with edges drawn beside the names."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Part:
     """Consecutive steps of one branch of the module tree.
 
     Args:
-        title: what they have in common.
-        prefix: start of their names that the title says already.
+        title: the common part of their names.
+        prefix: the beginning of their names that the title already contains.
         nodes: the steps.
     """
 

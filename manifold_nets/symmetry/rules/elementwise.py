@@ -21,9 +21,12 @@ def table() -> Table:
         "dropout native_dropout feature_dropout": (passes, dropout),
         "alpha_dropout": (jumps, dropout),
         # Smooth functions, whose derivative shows that they are not homogeneous.
-        "sigmoid tanh gelu silu mish softplus log_sigmoid exp log log1p expm1 sin cos erf lstm.input lstm.data "
-        "gru.input gru.data rnn_tanh.input rnn_tanh.data glu nll_loss nll_loss_nd atan asin pow.Scalar "
-        "pow.Tensor_Tensor": (not_homogeneous, None),
+        "sigmoid tanh gelu silu mish softplus log_sigmoid exp log1p expm1 sin cos erf lstm.input lstm.data "
+        "gru.input gru.data rnn_tanh.input rnn_tanh.data glu nll_loss nll_loss_nd atan asin pow.Scalar": (
+            not_homogeneous, None),
+        # What follows may undo them: a mean that is subtracted, or the inverse power.
+        "log log2 log10": (logarithm, None),
+        "pow.Tensor_Tensor": (power_of_tensors, None),
         # Functions made of pieces, and jumps: between them the derivative may be that of a homogeneous function.
         "hardswish hardsigmoid hardtanh relu6 elu selu celu hardshrink softshrink round round.decimals floor ceil "
         "trunc fix frac bernoulli bernoulli.p bernoulli.Tensor feature_alpha_dropout floor_divide floor_divide.Scalar "
@@ -75,6 +78,16 @@ def dropout(use: Use) -> Result:
 def not_homogeneous(use: Use) -> Result:
     """Refuse every scale."""
     return use.refuse("is not positively homogeneous", certainty="smooth")
+
+
+def logarithm(use: Use) -> Result:
+    """A scale becomes a shift, which is not followed."""
+    return use.refuse("turns its scale into a shift")
+
+
+def power_of_tensors(use: Use) -> Result:
+    """The exponents are not known here."""
+    return use.refuse("has exponents that are not constant numbers")
 
 
 def jumps(use: Use) -> Result:
