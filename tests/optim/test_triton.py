@@ -152,6 +152,21 @@ def test_sabotage_without_their_strides_filters_of_transposed_convolutions_are_o
         check_layout(name, PARTITIONS["transposed"])
 
 
+@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.weights == "spheres"])
+def test_a_gradient_along_the_radius_moves_no_more_than_in_the_reference(kernel, name):
+    sphere = mn.SphereProduct((6, 40), radius=1.5)
+    found = []
+    for how in ({}, {"foreach": False}):
+        weight = weight_on(sphere)
+        optimizer = OPTIMIZERS[name].kind([weight], lr=0.1, **how)
+        for number in range(3):
+            weight.grad = 100 * weight.detach() if number else torch.ones(6, 40)
+            optimizer.step()
+        found.append(weight.detach())
+    # What is left of such a gradient is its rounding, which SGD and its relatives take as it is.
+    torch.testing.assert_close(*found, rtol=0, atol=1000 * EPS)
+
+
 @pytest.mark.parametrize("partition", [PARTITIONS["filters"], PARTITIONS["transposed"]], ids=["filters", "transposed"])
 def test_runs_of_plain_sgd_and_steps_of_other_optimizers_are_taken_in_passes(kernel, partition):
     sphere, found = mn.SphereProduct(partition, radius=1.5), []

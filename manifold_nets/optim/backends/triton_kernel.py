@@ -698,15 +698,7 @@ def _step_in_passes(rule: Rule, table: _Table, tiles: Sequence[_Tiles], chosen: 
         table.radius = table.upload(
             np.concatenate([np.broadcast_to(m.manifold.radii, m.manifold.partition.n_groups) for m in chosen])[:, None]
         )
-    dots = list(_sums(table, tiles, _measure, None, REST=False, **options))[: 6 if options["MOMENT"] else 3]
-    taken, is_noise = None, None
-    if rule.needs_lengths:
-        taken = radial_share(dots)
-        rest = list(_sums(table, tiles, _measure, taken, REST=True, **options))
-        ww, wg, gg = rest[:3]
-        is_noise = (taken != 0) & (gg - wg / ww * wg <= table.rounding**2 * dots[2])
-        rest = [x.masked_fill(is_noise, 0.0) if k in (1, 2, 4) else x for k, x in enumerate(rest)]
-        dots = [torch.where(taken != 0, new, old) for new, old in zip(rest, dots, strict=False)]
+    dots, taken, is_noise = _measured(rule, table, tiles, options)
     eps = torch.finfo(accumulation_dtype(first.weight.dtype)).eps
     found = tangential_of(dots, table.radius, maximize=rule.maximize, taken=taken, eps=eps)
     state: list[tuple[Any, ...]] = [(m.second, m.largest, m.norms) for m in chosen]
@@ -724,20 +716,29 @@ def _step_in_passes(rule: Rule, table: _Table, tiles: Sequence[_Tiles], chosen: 
     if is_noise is not None:
         to_g = to_g.masked_fill(is_noise, 0.0)
     numbers = found.ww.new_zeros(len(found.ww), _NUMBERS.value)
-    columns = (
-        *move._replace(wg=move.wg * to_g, bg=move.bg * to_g)[:6],
-        0.0 if taken is None else taken,
-        1.0,
-        0.0,
-        move.far,
-    )
-    for k, x in enumerate(columns):
+    six = move._replace(wg=move.wg * to_g, bg=move.bg * to_g)[:6]
+    for k, x in enumerate((*six, 0.0 if taken is None else taken, 1.0, 0.0, move.far)):
         numbers[:, k : k + 1] = x
     norm, overlap = _sums(table, tiles, _write, numbers, OUTCOME=True, **options)
     numbers[:, 7:8] = torch.where(move.far, (1.0 + 0.0 * norm) / (norm / square).sqrt(), 1.0)
     if move.carried:
         numbers[:, 8:9] = torch.where(move.far, overlap / norm, 0.0)
     _sums(table, tiles, _write, numbers, OUTCOME=False, **options)
+
+
+def _measured(
+    rule: Rule, table: _Table, tiles: Sequence[_Tiles], options: dict[str, bool]
+) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Return the inner products of all rows, what is taken off their gradients, and where nothing remains of one."""
+    dots = list(_sums(table, tiles, _measure, None, REST=False, **options))[: 6 if options["MOMENT"] else 3]
+    if not rule.needs_lengths:
+        return dots, None, None
+    taken = radial_share(dots)
+    rest = list(_sums(table, tiles, _measure, taken, REST=True, **options))
+    ww, wg, gg = rest[:3]
+    is_noise = (taken != 0) & (gg - wg / ww * wg <= table.rounding**2 * dots[2])
+    rest = [x.masked_fill(is_noise, 0.0) if k in (1, 2, 4) else x for k, x in enumerate(rest)]
+    return [torch.where(taken != 0, new, old) for new, old in zip(rest, dots, strict=False)], taken, is_noise
 
 
 def _column(members: Sequence[StepInput], values: Sequence[Any]) -> Tensor:
