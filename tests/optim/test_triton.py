@@ -147,7 +147,7 @@ def test_every_rule_on_every_layout_agrees_with_float64(kernel, name, partition)
 @pytest.mark.parametrize("name", ["rsgd", "angular", "angular-adam"])
 def test_sabotage_without_their_strides_filters_of_transposed_convolutions_are_others(kernel, monkeypatch, name):
     shape_of = kernel._shape_of
-    monkeypatch.setattr(kernel, "_shape_of", lambda *given: (*shape_of(*given)[:-1], False))
+    monkeypatch.setattr(kernel, "_shape_of", lambda *given: (*shape_of(*given)[:4], False, False))
     with pytest.raises(AssertionError, match="off by"):
         check_layout(name, PARTITIONS["transposed"])
 
@@ -382,3 +382,18 @@ def test_every_kernel_compiles_for_devices_that_are_not_here(device, tmp_path):
     pytest.importorskip("triton", reason="needs Triton")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", COMPILING, device], check=True, env=environment, timeout=900)
+
+
+@pytest.mark.parametrize(("size", "offset", "aligned"), [(8, 0, True), (8, 1, False), (9, 0, False)])
+def test_many_entries_are_read_at_once_only_where_all_rows_begin_at_such_an_address(kernel, size, offset, aligned):
+    """On a device a load of 16 bytes from any other address is a fault, which the interpreter does not show."""
+    weight = weight_on(mn.SphereProduct((4, size)))
+    weight.grad = torch.randn(4 * size + offset)[offset:].view(4, size)
+    optimizer = RiemannianSGD([weight], lr=0.1, momentum=0.9)
+    optimizer.step()
+    (tiles,) = optimizer._plans[0].batches[0][1].jobs[0].tiles
+    assert tiles.options["ALIGNED"] == aligned
+    # Gradients that come to lie elsewhere are looked at again.
+    weight.grad = torch.randn(4 * size + 1)[1:].view(4, size)
+    optimizer.step()
+    assert not tiles.options["ALIGNED"]

@@ -485,6 +485,7 @@ class _Tiles:
         members: numbers of their weights.
         rows: how many there are.
         pieces: into how many tiles a row is cut at most.
+        even: whether rows begin in runs of eight entries.
         blocks: for each tile the number of the weight, the first row and the first entry.
         options: what the kernels are compiled for.
     """
@@ -492,19 +493,27 @@ class _Tiles:
     members: list[int]
     rows: int
     pieces: int
+    even: bool
     blocks: Tensor
     options: dict[str, Any]
 
 
-def _shape_of(partition: Partition, runs: _Runs) -> tuple[int, int, int, int, bool]:
-    """Return rows and columns of the tiles of a weight, pieces of a row, axis of its entries, and if it is strided."""
+_Shape = tuple[int, int, int, int, bool, bool]
+
+
+def _shape_of(partition: Partition, runs: _Runs) -> _Shape:
+    """Return rows and columns of the tiles of a weight, pieces of a row, and the axis of its entries.
+
+    Then whether it is strided; and whether its rows begin in runs of eight entries, so that many are read at once.
+    """
     size, aside = partition.group_size, _is_side_by_side(runs)
     rows, columns = 32, 64
     if size <= _SIDE_BY_SIDE or not aside:
         columns = next(width for width in (32, 128, 512, 2048, _LONGEST) if width >= min(size, _LONGEST))
         rows = max(8 if aside else 1, 2048 // columns)
     strided = runs[1][1] != size or runs[3] != (size, 1)
-    return rows, columns, triton.next_power_of_2(-(-size // columns)), 1 - aside, strided
+    pieces = triton.next_power_of_2(-(-size // columns))
+    return rows, columns, pieces, 1 - aside, strided, not strided and size % 8 == 0
 
 
 class _Table:
@@ -542,7 +551,7 @@ class _Table:
         self.gradients = torch.zeros(len(members), dtype=torch.int64, device=self.device)
         # Read when a graph is replayed; such memory cannot be had while one is recorded.
         self.host = torch.zeros(len(members), dtype=torch.int64, pin_memory=self.device.type == "cuda")
-        self.aligned, self.are_apart = True, np.ones(len(members), dtype=bool)
+        self.are_apart = np.ones(len(members), dtype=bool)
         self.radius: Any = None
 
     def upload(self, values: np.ndarray) -> Tensor:
@@ -550,11 +559,11 @@ class _Table:
         # Out of pinned memory, so that nothing waits for it.
         return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
 
-    def _cut(self, shapes: Sequence[tuple[int, int, int, int, bool]]) -> list[_Tiles]:
+    def _cut(self, shapes: Sequence[_Shape]) -> list[_Tiles]:
         """Cut all rows into tiles, and number the rows of each launch."""
         found = []
         for shape in sorted(set(shapes)):
-            rows, columns, pieces, axis, strided = shape
+            rows, columns, pieces, axis, strided, even = shape
             chosen, total, blocks = [k for k, other in enumerate(shapes) if other == shape], 0, []
             for k in chosen:
                 self.fields["place"][k] = total
@@ -563,7 +572,7 @@ class _Table:
                 corner = np.stack(np.meshgrid([k], *corners, indexing="ij"), axis=-1)
                 blocks.append(corner.reshape(-1, 3).astype(np.int64))
             options = {"ROWS": rows, "COLS": columns, "AXIS": axis, "STRIDED": strided}
-            found.append(_Tiles(chosen, total, pieces, self.upload(np.concatenate(blocks)), options))
+            found.append(_Tiles(chosen, total, pieces, even, self.upload(np.concatenate(blocks)), options))
         return found
 
     def take_up(self, gradients: Sequence[Tensor]) -> np.ndarray:
@@ -580,9 +589,9 @@ class _Table:
             _recorded.append(self)
         else:
             self.gradients.copy_(self.upload(pointers), non_blocking=True)
-        addresses = np.concatenate([self.fields[name] for name in ("w", "b", "v", "v_max", "g")])
-        sizes = [self.fields["size"][k] for tiles in self.tiles for k in tiles.members if not tiles.options["STRIDED"]]
-        self.aligned = not (addresses % 16).any() and not (np.array(sizes) % 8).any()
+        addresses = np.stack([self.fields[name] for name in ("w", "b", "v", "v_max", "g")])
+        for tiles in self.tiles:
+            tiles.options["ALIGNED"] = tiles.even and not (addresses[:, tiles.members] % 16).any()
         self.are_apart = apart(self.fields, self.members[0], self.read.itemsize)
         return self.are_apart
 
@@ -592,7 +601,7 @@ class _Table:
         grid = (len(tiles.blocks),)
         kernel[grid](
             self.jobs, self.gradients, tiles.blocks, *args, **options, **self.types, **tiles.options,
-            ALIGNED=self.aligned, num_warps=warps,
+            num_warps=warps,
         )  # fmt: skip
 
 
