@@ -120,6 +120,15 @@ class TracedGraph:
         source = self.flow.source(node) or node.all_input_nodes[0]
         return self.is_zero(source, node)
 
+    def whole_numbers(self, node: object) -> Tensor | None:
+        """The values of a buffer or constant of whole numbers that nothing writes into, such as a permutation."""
+        if not isinstance(node, Node) or node.op != "placeholder" or self.flow.writers(node):
+            return None
+        signature = self.program.graph_signature
+        name = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}.get(node.name, "")
+        value = {**self.program.constants, **self.program.state_dict}.get(name)
+        return value if _has_values(value) and value.dtype in (torch.int32, torch.int64) else None
+
     def uses_of_buffer(self, buffer: str | None) -> int:
         """How many operations read a buffer; 1 where there is none."""
         return sum(len(node.users) for node, name in self.buffers.items() if name == buffer) or 1

@@ -25,7 +25,7 @@ from manifold_nets.errors import (
     UnsupportedModelError,
 )
 from manifold_nets.models import analysis_copy, random_numbers
-from manifold_nets.symmetry.rules import RULES, guarded
+from manifold_nets.symmetry.rules import RULES, guarded, movement
 from manifold_nets.symmetry.weight_findings import natural_partitions
 
 ROWS, IMAGES = (6, 5), (4, 3, 8, 8)
@@ -511,3 +511,49 @@ def test_parameters_and_statistics_are_known_inside_of_regions(region: str, memo
     model, x = InARegion(REGIONS[region]), torch.randn(ROWS)
     finding = mn.diagnose(model, x, memory=memory)["fc.weight"]
     assert (finding.status, finding.moves_along) == ("invariant", ("fc.bias", "norm.running_mean", "norm.running_var"))
+
+
+class Shuffled(nn.Module):
+    """Channels in the order of a buffer, in front of a normalization and between two layers around a ReLU."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.norm, self.hidden, self.out = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 6), nn.Linear(6, 3)
+        self.register_buffer("channels", torch.tensor([3, 1, 0, 7, 6, 2, 5, 4]))
+        self.register_buffer("units", torch.tensor([4, 0, 5, 1, 3, 2]))
+        self.how = how
+
+    def taken(self, h: Tensor, index: Tensor) -> Tensor:
+        return h.index_select(1, index) if self.how == "index_select" else h[:, index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "drawn":
+            self.channels.copy_(self.channels.roll(1))
+        h = torch.relu(self.norm(self.taken(self.fc(x), self.channels)))
+        return self.out(self.taken(torch.relu(self.hidden(h)), self.units))
+
+
+def rescalings(report: mn.SymmetryReport) -> list[tuple[str, int]]:
+    found = [f.certificate for f in report.families if f.parameters[:2] == ("hidden.weight", "hidden.bias")]
+    return [(certificate.verdict, certificate.groups_certified) for certificate in found]
+
+
+@pytest.mark.parametrize("how", ["index_select", "index"])
+def test_channels_keep_their_scales_in_the_order_of_a_buffer(how: str) -> None:
+    report = mn.diagnose(Shuffled(how), torch.randn(ROWS))
+    finding = report["fc.weight"]
+    assert (finding.status, finding.partition.n_groups) == ("invariant", 8)
+    assert rescalings(report) == [("invariant", 6)]
+    assert not report.unexplained
+
+
+def test_an_order_that_forward_changes_is_not_known() -> None:
+    finding = mn.diagnose(Shuffled("drawn"), torch.randn(ROWS))["fc.weight"]
+    assert finding.partition is None or finding.partition.n_groups == 1
+
+
+def test_sabotage_another_order_of_the_channels_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(movement, "_taken", lambda ids, index, axis: ids)
+    assert [verdict for verdict, _ in rescalings(mn.diagnose(Shuffled("index"), torch.randn(ROWS)))] == [
+        "not invariant"
+    ]

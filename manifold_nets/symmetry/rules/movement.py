@@ -229,7 +229,7 @@ def pad(use: Use, label: Label) -> Result:
     return Label.compressed(ids)
 
 
-# ---- entries that an index names: any of them may stand anywhere -----------------------------------------------------
+# ---- entries that an index names: any of them may stand anywhere, unless the index is known --------------------------
 
 
 def index(use: Use) -> Result:
@@ -249,6 +249,10 @@ def index(use: Use) -> Result:
             indexed += range(axis, axis + count)
             inserted = max(inserted, 1 if mask else i.meta["val"].ndim)
         axis += count
+    first = next(i for i in use.args["indices"] if i is not None)
+    known = use.graph.whole_numbers(first) if len(indexed) == 1 else None
+    if known is not None and known.ndim == 1:
+        return Label(_taken(label.ids, known, indexed[0]))
     ids = use.merge(label.ids, [axis for axis in indexed if label.ids.shape[axis] > 1], _PICKS)
     at = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
     return Label(np.expand_dims(np.squeeze(ids, tuple(indexed)), tuple(range(at, at + inserted))))
@@ -260,11 +264,19 @@ def gathered(use: Use, label: Label) -> Result:
     index, dim, rank = use.args["indices" if use.op == "take_along_dim" else "index"], use.args["dim"], label.ids.ndim
     if dim is None or rank == 0:
         return Label.compressed(use.merge(label.ids, range(rank), _MIXED).reshape((1,) * len(use.out_shape)))
+    known = use.graph.whole_numbers(index) if use.op == "index_select" else None
+    if known is not None:
+        return Label(_taken(label.ids, known.reshape(-1), dim))
     ids = use.merge(label.ids, [dim], _PICKS)
     if isinstance(index, Node) and use.op == "gather":
         sizes = zip(shape_of(index), ids.shape, strict=True)
         ids = ids[tuple(slice(n) if have > 1 else slice(None) for n, have in sizes)]
     return Label.compressed(ids)
+
+
+def _taken(ids: Ids, index: Tensor, axis: int) -> Ids:
+    """The labels of the entries that a known index takes along an axis."""
+    return ids if ids.shape[axis] == 1 else ids.take(index.cpu().numpy(), axis)
 
 
 # ---- windows, and axes that are mapped over --------------------------------------------------------------------------
