@@ -374,7 +374,10 @@ class Monitor:
         joint = {name for name, weight in on_spheres.items() if isinstance(weight.manifold, JointSphereMember)}
         names = [name for name, _ in self.model.named_parameters() if name in partitions and name not in joint]
         if not names:
-            raise OptionError("model", "no scale-invariant weight", "one in front of a normalization")
+            expected = (
+                "one in front of a normalization, scale-invariant by itself; weights that share one norm are left out"
+            )
+            raise OptionError("model", "no scale-invariant weight", expected)
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self._watched = [
             _Weight(name, *partitions[name], self._most, on_sphere=name in on_spheres)

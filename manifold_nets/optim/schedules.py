@@ -175,7 +175,8 @@ class CorrectedDecay:
             raise ArgumentTypeError(
                 "optimizer", optimizer, "an optimizer with a group of scale-invariant weights",
                 "Build it from manifold_nets.param_groups(model, report=manifold_nets.diagnose(model, inputs), "
-                "weight_decay=…).",
+                "weight_decay=…). Without such a group the report has no weight that is scale-invariant by itself, "
+                "and there is nothing to correct; weights that share one scale are not in it.",
             )  # fmt: skip
         for group in self._groups():
             # Adam, NAdam and RAdam say it; in others of torch the decay is always a penalty.

@@ -625,6 +625,10 @@ def test_what_cannot_be_watched_is_refused(report):
     plain = nn.Linear(3, 2)
     with pytest.raises(OptionError, match="no scale-invariant weight"):
         mn.Monitor(plain, sgd(plain), inputs=torch.randn(4, 3))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    stream = nn.Sequential(nn.Linear(4, 8), layer, nn.LayerNorm(8), nn.Linear(8, 3))
+    with pytest.raises(OptionError, match="weights that share one norm are left out"):
+        mn.Monitor(stream, sgd(stream), inputs=torch.randn(4, 5, 4))
 
 
 # ---- writers and states ----------------------------------------------------------------------------------------------

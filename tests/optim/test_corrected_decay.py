@@ -349,3 +349,10 @@ def test_what_cannot_be_corrected_is_refused():
     for largest in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(OptionError, match="max_lr"):
             CorrectedDecay(torch.optim.AdamW(groups), max_lr=largest)
+
+
+def test_a_model_without_a_weight_of_its_own_scale_is_named_as_the_cause():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).double()
+    groups = mn.param_groups(net, report=mn.diagnose(net, torch.randn(16, 4, dtype=torch.float64)), weight_decay=0.1)
+    with pytest.raises(ArgumentTypeError, match="the report has no weight that is scale-invariant by itself"):
+        CorrectedDecay(torch.optim.AdamW(groups))
