@@ -97,6 +97,19 @@ def test_a_callable_of_a_file_sees_its_neighbours(folder: Path) -> None:
     assert sys.path == before
 
 
+def test_a_script_does_not_parse_the_arguments_of_this_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse = "parser.parse_args().width"
+    (tmp_path / "script.py").write_text(
+        "import argparse\nfrom torch import nn\nparser = argparse.ArgumentParser()\n"
+        f"parser.add_argument('--width', type=int, default=3)\nWIDTH = {parse}\n"
+        f"def net():\n    return nn.Linear(WIDTH, {parse})\n"
+    )
+    arguments = ["manifold-nets", "diagnose", "script.py", "--width", "5"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert load_model(f"{tmp_path}/script.py:net").weight.shape == (3, 3)
+    assert sys.argv is arguments
+
+
 def test_a_callable_of_a_module_in_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert load_model("net:Net").layer.out_features == 7

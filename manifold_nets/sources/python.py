@@ -82,7 +82,8 @@ def attribute(spec: ModelSpec) -> Iterator[Any]:
     if spec.kind == "file" and not path.is_file():
         why = "its path is a loop of symbolic links" if is_link_loop(path) else f"there is no file {path}"
         raise ModelNotFoundError(spec, why, "Write the path from the working directory.")
-    with _importable(path.resolve().parent if spec.kind == "file" else Path.cwd()), torchvision_repaired():
+    folder = path.resolve().parent if spec.kind == "file" else Path.cwd()
+    with _importable(folder, spec.place), torchvision_repaired():
         with _importing(spec):
             found: Any = _import_file(path) if spec.kind == "file" else importlib.import_module(spec.place)
         for part in spec.name.split("."):
@@ -138,14 +139,16 @@ def built_model(spec: ModelSpec, build: Callable[..., Any], kwargs: dict[str, An
 
 
 @contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Put a folder first on the import path, as Python does for a script."""
-    entry = str(folder)
+def _importable(folder: Path, place: str) -> Iterator[None]:
+    """Put a folder first on the import path, as Python does for a script, which is started without arguments."""
+    entry, arguments = str(folder), sys.argv
     sys.path.insert(0, entry)
+    sys.argv = [place]  # a script that parses its arguments would else read those of this program
     importlib.invalidate_caches()
     try:
         yield
     finally:
+        sys.argv = arguments
         with contextlib.suppress(ValueError):
             sys.path.remove(entry)
 
