@@ -167,6 +167,27 @@ def test_a_gradient_along_the_radius_moves_no_more_than_in_the_reference(kernel,
     torch.testing.assert_close(*found, rtol=0, atol=1000 * EPS)
 
 
+@pytest.mark.parametrize("more", [{}, {"amsgrad": True, "maximize": True}, {"decoupled_weight_decay": True}])
+def test_runs_of_plain_adam_go_on_as_in_the_reference(kernel, more):
+    for partition in (PARTITIONS["filters"], PARTITIONS["transposed"]):
+        sphere, found = mn.SphereProduct(partition, radius=1.5), []
+        for how, dtype in (({}, torch.float64), ({}, torch.float32), ({"foreach": False}, torch.float64)):
+            weight = weight_on(sphere, dtype)
+            group = {"params": [weight], "transfer": "follow"}
+            optimizer = RiemannianAdam([group], lr=0.1, weight_decay=0.1, **more, **how)
+            found.append((path_of(optimizer, weight), optimizer.state[weight]["norm"].double(), by_triton(optimizer)))
+        assert [ran for *_, ran in found] == [["run_triton"], ["run_triton"], ["run_single"]]
+        for mine, eps in zip(found[:2], (torch.finfo(torch.float64).eps, EPS), strict=True):
+            for ours, exact in zip(mine[:2], found[2][:2], strict=True):
+                torch.testing.assert_close(ours, exact, rtol=64 * eps, atol=64 * eps)
+
+
+def test_sabotage_without_bias_corrections_runs_of_plain_adam_are_others(kernel, monkeypatch):
+    monkeypatch.setattr(kernel, "bias_corrections", lambda *_: (1.0, 1.0))
+    with pytest.raises(AssertionError, match="not close"):
+        test_runs_of_plain_adam_go_on_as_in_the_reference(kernel, {})
+
+
 @pytest.mark.parametrize("partition", [PARTITIONS["filters"], PARTITIONS["transposed"]], ids=["filters", "transposed"])
 def test_runs_of_plain_sgd_and_steps_of_other_optimizers_are_taken_in_passes(kernel, partition):
     sphere, found = mn.SphereProduct(partition, radius=1.5), []
@@ -354,6 +375,7 @@ POINTERS |= dict.fromkeys(("taken", "products", "numbers", "outcome"), "*fp64")
 STEP = {"ADAM": True, "MOMENT": True, "MOST": True, "NESTEROV": False, "LR": True, "STEP": tl.float32}
 KERNELS = {
     "_step": STEP,
+    "_follow": {"MOST": True, "FOLLOWS": True, "STEP": None},
     "_turn": {"BY_ANGLE": True, "LR": False, "STEP": None},
     "_measure": {"PIECES": 2, "REST": True, "MOMENT": True},
     "_write": {"PIECES": 2, "OUTCOME": True, "MOMENT": True},

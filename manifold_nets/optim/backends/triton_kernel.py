@@ -5,10 +5,11 @@ of one; so do filters, blocks, columns, heads and the filters of transposed conv
 table on the device, made once and kept with the plan of a step; gradients that have moved are the only upload.
 
 A row that fits into one tile is read once and written once: `_step` takes the whole step by the rules of SGD and Adam,
-`_turn` those with a second moment for every entry. Longer rows, and all other rules, take two passes, `_measure` and
-`_write`, between which torch computes the coefficients in float64. Nothing waits for the device: rows that step farther
-than a radian, or whose gradient is mostly radial, are found and treated by the kernels themselves; see products.py,
-rule.py and reference.py for the formulas. Rates and step counts may be tensors, so that a CUDA graph can hold a step.
+`_turn` and `_follow` those with a second moment for every entry. Longer rows, and all other rules, take two passes,
+`_measure` and `_write`, between which torch computes the coefficients in float64. Nothing waits for the device: rows
+that step farther than a radian, or whose gradient is mostly radial, are found and treated by the kernels themselves;
+see products.py, rule.py and reference.py for the formulas. Rates and step counts may be tensors, so that a CUDA graph
+can hold a step.
 
 This module imports Triton; `manifold_nets.optim.backends.dispatch` imports it where there is a weight for it.
 """
@@ -46,17 +47,17 @@ _TYPES = {
 }
 # The fields of a job in the table: addresses, sizes, and the strides of rows and of entries in a row.
 _FIELDS = (
-    *("w", "b", "v", "v_max", "square", "squares", "step", "place", "rows", "size"),
+    *("w", "b", "v", "v_max", "norms", "square", "squares", "step", "place", "rows", "size"),
     *("inner_rows", "outer_row", "inner_row", "inner_entries", "outer_entry", "inner_entry"),
 )
-_POINTERS = {"weight": "w", "moment": "b", "second": "v", "largest": "v_max"}
+_POINTERS = {"weight": "w", "moment": "b", "second": "v", "largest": "v_max", "norms": "norms"}
 _STRIDES = {
     "inner_rows": (1, 0), "outer_row": (0, 1), "inner_row": (1, 1),
     "inner_entries": (3, 0), "outer_entry": (2, 1), "inner_entry": (3, 1),
 }  # fmt: skip
 _WIDTH = tl.constexpr(len(_FIELDS))
-_W, _B, _V, _V_MAX, _SQUARE, _SQUARES, _STEP, _PLACE, _ROWS, _SIZE = (tl.constexpr(k) for k in range(10))
-_INNER_ROWS = tl.constexpr(10)
+_W, _B, _V, _V_MAX, _NORMS, _SQUARE, _SQUARES, _STEP, _PLACE, _ROWS, _SIZE = (tl.constexpr(k) for k in range(11))
+_INNER_ROWS = tl.constexpr(11)
 # Columns of the numbers that `_write` reads for each row: six coefficients, see rule.Coefficients; what is taken off
 # the gradient; factor of the new point, and of that in the new moment; whether the step is far.
 _NUMBERS = tl.constexpr(10)
@@ -315,6 +316,46 @@ def _turn(
 
 
 @triton.jit
+def _follow(
+    jobs, gradients, blocks, lr: tl.float64, beta: tl.float64, beta2: tl.float64, eps: tl.float64, first: tl.float64,
+    second: tl.float64, sign: tl.float64, decay: tl.float64, shrink: tl.float64,
+    MOST: tl.constexpr, FOLLOWS: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr, G: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, AXIS: tl.constexpr, STRIDED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Take plain Adam's step from a weight of another norm, and normalize: `reference.plain_adam_`."""
+    k, job, row, there, places, mask = _tile(jobs, blocks, ROWS, COLS, AXIS, STRIDED, ALIGNED)
+    w = _read(job + _W, places, mask, 0.0, TYPE, WIDE, ALIGNED)
+    g = _read(gradients + k, places, mask, 0.0, G, WIDE, ALIGNED)
+    m = _read(job + _B, places, mask, 0.0, TYPE, WIDE, ALIGNED)
+    v = _read(job + _V, places, mask, 1.0, WIDE, WIDE, ALIGNED)
+    eta, radius = tl.full((ROWS,), lr, tl.float64), tl.sqrt(_square_of(job, row, there))
+    at = _at(job + _NORMS, tl.float64, False) + row
+    norms = tl.load(at, mask=there, other=1.0)
+    down = tl.sqrt(tl.where(there, _dot(w, w, AXIS), 1.0)) / norms
+    plain = _spread(sign * down, WIDE, AXIS) * g + _spread(decay / down, WIDE, AXIS) * w
+    m = beta * m + _spread((1.0 - beta) * radius, WIDE, AXIS) * plain
+    v = beta2 * v + (1.0 - beta2) * plain * plain
+    _keep(job + _B, places, mask, m, TYPE, ALIGNED)
+    _keep(job + _V, places, mask, v, WIDE, ALIGNED)
+    if MOST:
+        most = _read(job + _V_MAX, places, mask, 1.0, WIDE, WIDE, ALIGNED)
+        v = tl.where((v > most) | (v != v), v, most)
+        _keep(job + _V_MAX, places, mask, v, WIDE, ALIGNED)
+    to_second = _spread(_correction(job, second, ROWS, STEP), WIDE, AXIS)
+    d = _spread(_correction(job, first, ROWS, STEP), WIDE, AXIS) * m / (tl.sqrt(v * to_second) + eps)
+    turn, of_w = eta / radius, shrink / down
+    # The norm of the plain run goes on from its own value: it never moves by the rounding of the weight's.
+    squared = shrink * norms * shrink * norms - 2.0 * turn * of_w * _dot(w, d, AXIS) + turn * turn * _dot(d, d, AXIS)
+    if FOLLOWS:
+        tl.store(at, tl.sqrt(squared), mask=there)
+    new = _spread(of_w, WIDE, AXIS) * w - _spread(turn, WIDE, AXIS) * d
+    norm = tl.where(there, _dot(new, new, AXIS), 1.0)
+    new *= _spread((1.0 + 0.0 * norm) / tl.sqrt(norm) * radius, WIDE, AXIS)
+    _keep(job + _W, places, mask & tl.expand_dims(eta != 0, AXIS), new, TYPE, ALIGNED)
+
+
+@triton.jit
 def _measure(
     jobs, gradients, blocks, taken, products, PIECES: tl.constexpr, REST: tl.constexpr, MOMENT: tl.constexpr,
     TYPE: tl.constexpr, G: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -418,7 +459,8 @@ def _fits(member: StepInput, rule: Rule) -> bool:
         return False
     if rule.by_entries:
         fits = manifold.partition.group_size <= (_SIDE_BY_SIDE if _is_side_by_side(runs) else _LONGEST)
-        return fits and not rule.is_plain and all(_lies(x, wide, stride) for x in more)
+        lie = all(_lies(x, wide, stride) for x in more)
+        return fits and lie and (member.norms is None or (_is_plain(member.norms) and member.norms.is_contiguous()))
     held = [*more, *(() if member.norms is None else (member.norms,))]
     return all(_is_plain(x) and x.is_contiguous() for x in held) and all(x.dtype == wide for x in more)
 
@@ -534,9 +576,9 @@ class _Table:
         squares = [m.manifold.squared_radii for m in members]
         self.squares = self.upload(np.concatenate(squares))
         self.fields = np.zeros(len(members), dtype=[(name, np.int64) for name in (*_FIELDS, "g")])
-        for name in ("weight", "moment", "second", "largest"):
+        for name, field in _POINTERS.items():
             held = [getattr(m, name) for m in members]
-            self.fields[_POINTERS[name]] = [0 if x is None else x.data_ptr() for x in held]
+            self.fields[field] = [0 if x is None else x.data_ptr() for x in held]
         self.fields["step"] = [m.step.data_ptr() if isinstance(m.step, Tensor) else 0 for m in members]
         self.fields["squares"] = [len(square) for square in squares]
         self.fields["square"] = self.squares.data_ptr() + 8 * (
@@ -675,6 +717,11 @@ def _step_rows(rule: Rule, table: _Table, tiles: _Tiles, first: StepInput) -> No
     elif first.second is not None:
         corrections = bias_corrections(rule.beta1, rule.beta2, first.step)
     sign, kinds = -1.0 if rule.maximize else 1.0, {"LR": in_tensor, "STEP": counts}
+    has_most = first.largest is not None
+    if rule.is_plain:
+        numbers = rule.beta1, rule.beta2, rule.eps, *corrections, sign, rule.decay, rule.shrink
+        table.launch(_follow, tiles, rule.lr, *numbers, MOST=has_most, FOLLOWS=rule.follows, STEP=counts)
+        return
     if rule.by_entries:
         least = _UNKNOWN * torch.finfo(accumulation_dtype(first.weight.dtype)).eps
         decays = rule.beta1, rule.beta2, rule.eps
@@ -695,7 +742,7 @@ def _step_rows(rule: Rule, table: _Table, tiles: _Tiles, first: StepInput) -> No
     beta = rule.beta1 if has_moment else 0.0
     take = 1.0 - rule.beta1 if adam else 1.0 - first.dampening if has_moment else 0.0
     numbers = beta, take, rule.beta2, rule.eps, *corrections, table.rounding, sign
-    kinds |= {"ADAM": adam, "MOMENT": has_moment, "MOST": first.largest is not None, "NESTEROV": rule.nesterov}
+    kinds |= {"ADAM": adam, "MOMENT": has_moment, "MOST": has_most, "NESTEROV": rule.nesterov}
     table.launch(_step, tiles, *lr, *numbers, **kinds)
 
 
