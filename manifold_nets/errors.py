@@ -350,10 +350,10 @@ class EuclideanStepError(ManifoldNetsError, RuntimeError):
         if optimizer is None:
             found += (
                 "its parameter was replaced by a plain one (by load_state_dict(assign=True), to_empty or sharding), "
-                "was there before the constraint and the optimizer still has it, or is part of another parameter, so it "
-                "would be trained as a Euclidean weight. Build the optimizer from manifold_nets.param_groups(model), "
-                "which finds the manifold through the model. With FullyShardedDataParallel pass use_orig_params=True. "
-                "Remove weight_norm and other parametrizations first, or the constraint (manifold_nets.revert)."
+                "is that from before the constraint, or is part of another parameter, so it would be trained as a "
+                "Euclidean weight. Build the optimizer from manifold_nets.param_groups(model), which finds the "
+                "manifold through the model. With FullyShardedDataParallel pass use_orig_params=True. Remove "
+                "weight_norm and other parametrizations first, or the constraint (manifold_nets.revert)."
             )
         else:
             found += (
