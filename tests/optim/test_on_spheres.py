@@ -407,7 +407,7 @@ def test_a_weight_that_was_constrained_after_the_optimizer_was_built_is_refused(
     net = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     mn.constrain(net, "weight")
-    with pytest.raises(EuclideanStepError, match="was there before the constraint and the optimizer still has it"):
+    with pytest.raises(EuclideanStepError, match="is that from before the constraint"):
         on_spheres(optimizer, net)
 
 
