@@ -137,7 +137,8 @@ def plain_norms(optimizer: torch.optim.Optimizer, converted: nn.Module) -> dict[
     r"""Return the norms at which plain weights would take the same steps as an optimizer takes on spheres.
 
     For an optimizer of `from_torch` these are the norms in its state. For another `RiemannianSGD` with learning rate η
-    they are 1, as its steps match η/n²; for `RiemannianAdam` √d for spheres of d entries, to match η√d/n.
+    they are 1, as its steps match η/n²; for `RiemannianAdam` √d for spheres of d entries, to match η√d/n. A weight that
+    the optimizer does not hold stays as it is.
 
     Args:
         optimizer: a `RiemannianSGD` or `RiemannianAdam` of the model.
@@ -154,8 +155,13 @@ def plain_norms(optimizer: torch.optim.Optimizer, converted: nn.Module) -> dict[
         >>> {name: norms.tolist() for name, norms in mn.optim.plain_norms(optimizer, layer).items()}
         {'weight': [2.0, 2.0, 2.0]}
     """
-    weights = list(constrained_weights(converted))
-    return {w.name: whole(_norms_in(optimizer, w.parameter, w.manifold)).flatten() for w in weights}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {
+        w.name: whole(_norms_in(optimizer, w.parameter, w.manifold)).flatten()
+        if id(w.parameter) in held
+        else w.manifold.radii.to(w.parameter.device, copy=True)
+        for w in constrained_weights(converted)
+    }
 
 
 def to_torch(

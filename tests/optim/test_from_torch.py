@@ -676,3 +676,24 @@ def test_a_checkpoint_of_the_converted_run_may_be_loaded_into_plain_objects(name
     logits = [torch.stack([step(*run, number) for number in range(30, 40)]) for run in runs]
     assert float((logits[1] - logits[0]).abs().max()) < 1e-11
     assert float((logits[2] - logits[0]).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_frozen_weight_that_the_optimizer_does_not_hold_comes_back_as_it_is(
+    kind: type[torch.optim.Optimizer],
+) -> None:
+    net = network()
+    net[3].weight.requires_grad_(False)
+    plain = kind([p for p in net.parameters() if p.requires_grad], lr=0.01)  # type: ignore[call-arg]
+    step(net, plain, 0)
+    converted = mn.convert(net, batch(0)[0])
+    optimizer = mn.optim.from_torch(plain, net, converted)
+    frozen = converted[3].weight.detach().clone()
+    step(net, plain, 1)
+    step(converted, optimizer, 1)
+    norms = mn.optim.plain_norms(optimizer, converted)
+    given_back = mn.revert(converted, norms=norms)
+    mn.optim.to_torch(optimizer, converted, given_back)
+    torch.testing.assert_close(norms["3.weight"], frozen.flatten(1).norm(dim=1), rtol=8 * EPS, atol=0)
+    torch.testing.assert_close(given_back[3].weight.detach(), frozen, rtol=8 * EPS, atol=0)
+    torch.testing.assert_close(given_back[0].weight, net[0].weight, rtol=1e-9, atol=1e-12)
