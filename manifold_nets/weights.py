@@ -179,16 +179,19 @@ def _check(model: nn.Module, path: Path, state: Mapping[str, Tensor]) -> None:
     if differences:
         missing, unexpected, _ = differing.values()
         remedy = "Build the model with the arguments that it was trained with (--kwargs on the command line)."
-        if prefix := _common_prefix(missing, unexpected):
-            remedy = f"The file's names begin with {prefix[:-1]!r} (a wrapped model): pass --prefix {prefix} on the "
-            remedy += f"command line, or load_weights(…, prefix={prefix!r})."
+        if prefixes := _common_prefixes(missing, unexpected):
+            prefix, names = prefixes[0], " or ".join(repr(prefix[:-1]) for prefix in prefixes)
+            several = "several models; choose one" if len(prefixes) > 1 else "a wrapped model"
+            remedy = f"The file's names begin with {names} ({several}): pass --prefix {prefix} on the command line, "
+            remedy += f"or load_weights(…, prefix={prefix!r})."
         found = f"weights do not fit {type(model).__name__}: {'; '.join(differences)}. {remedy}"
         raise CheckpointMismatchError(path, found, differences)
 
 
-def _common_prefix(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+def _common_prefixes(missing: Sequence[str], unexpected: Sequence[str]) -> list[str]:
     """What the names of a file have in front of those of the model; nothing where they differ in more than that."""
     if not missing:
-        return ""
-    prefixes = {name.removesuffix(missing[0]) for name in unexpected if name.endswith(f".{missing[0]}")}
-    return next((prefix for prefix in prefixes if {prefix + name for name in missing} <= set(unexpected)), "")
+        return []
+    # In the order of the file, and each once.
+    prefixes = dict.fromkeys(name.removesuffix(missing[0]) for name in unexpected if name.endswith(f".{missing[0]}"))
+    return [prefix for prefix in prefixes if {prefix + name for name in missing} <= set(unexpected)]

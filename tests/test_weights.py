@@ -297,3 +297,13 @@ def test_code_of_a_file_is_run_only_where_that_is_asked_for(tmp_path: Path) -> N
     assert not (tmp_path / "sprung").exists()
     check_same(load_weights(small(2), path, allow_pickle=True), small(1))
     assert (tmp_path / "sprung").exists()
+
+
+def test_several_models_in_one_dictionary_are_all_named(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    for first, second in (("net", "ema_net"), ("ema_net", "net")):
+        models = {first: nn.Linear(2, 3), second: nn.Linear(2, 3)}
+        torch.save({"state_dict": nn.ModuleDict(models).state_dict()}, path)
+        said = rf"begin with '{first}' or '{second}' \(several models; choose one\): pass --prefix {first}\. on"
+        with pytest.raises(errors.CheckpointMismatchError, match=said):
+            load_weights(nn.Linear(2, 3), path)
