@@ -292,7 +292,7 @@ def _require_consistent(request: Request) -> None:
         for flag in [flag for flag, value in drawn.items() if value]:
             raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
-        raise click.MissingParameter("or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
+        raise click.MissingParameter("Or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
 
 
 def _require_different_files(request: Request) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -108,6 +109,21 @@ def test_a_script_does_not_parse_the_arguments_of_this_program(tmp_path: Path, m
     monkeypatch.setattr("sys.argv", arguments)
     assert load_model(f"{tmp_path}/script.py:net").weight.shape == (3, 3)
     assert sys.argv is arguments
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("import no_such_package", "Install no_such_package, or run from the folder that holds it"),
+        ("from . import other", "Name a file of a package as package.module:callable"),
+        ("raise SystemExit(2)", "Move what parses arguments or trains under"),
+        ("1 / 0", "Check that the file can be imported"),
+    ],
+)
+def test_an_import_that_fails_says_what_to_do(text: str, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(text)
+    with pytest.raises(errors.ModelBuildError, match=re.escape(remedy)):
+        load_model(f"{tmp_path}/script.py:net")
 
 
 def test_a_callable_of_a_module_in_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def _parsed(path: Path) -> ast.Module:
         found = f"{path} cannot be read ({error.strerror})"
         raise ModelNotFoundError(spec, found, "Write the path from the working directory.") from error
     except (SyntaxError, ValueError) as error:
-        raise ModelBuildError(spec, f"it is not valid Python code ({described(error)})") from error
+        raise ModelBuildError(spec, f"it is not valid Python code ({described(error)})", "Correct it.") from error
 
 
 def _is_guard(statement: ast.stmt) -> bool:

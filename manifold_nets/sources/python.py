@@ -104,9 +104,20 @@ def _importing(spec: ModelSpec) -> Iterator[None]:
             remedy = "Install the package, run from the folder that holds it, or name a file: path/to/file.py:callable."
             remedy = f"{near_matches(spec.place, LIBRARIES)} {remedy}".strip()
             raise ModelNotFoundError(spec, f"there is no module {error.name!r}", remedy) from error
-        raise ModelBuildError(spec, f"importing {spec.place} raised {described(error)}") from error
+        raise ModelBuildError(spec, f"importing {spec.place} raised {described(error)}", _remedy(error)) from error
     except FAULTS as error:
-        raise ModelBuildError(spec, f"importing {spec.place} raised {described(error)}") from error
+        raise ModelBuildError(spec, f"importing {spec.place} raised {described(error)}", _remedy(error)) from error
+
+
+def _remedy(error: BaseException) -> str:
+    """What to do about an import that failed."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"Install {error.name}, or run from the folder that holds it."
+    if isinstance(error, ImportError) and "relative import" in str(error):
+        return "Name a file of a package as package.module:callable, from the folder that holds the package."
+    if isinstance(error, SystemExit):
+        return 'Move what parses arguments or trains under `if __name__ == "__main__":`.'
+    return "Check that the file can be imported in Python."
 
 
 def _import_file(path: Path) -> ModuleType:
