@@ -103,13 +103,15 @@ def convert(
 
 
 def _check_folder(output: Path | Folder | None, request: Request) -> None:
-    """Refuse a folder as the output where no folder is written, and the one that is read."""
+    """Refuse a folder as the output of a model that is not written as one, and the folder of MODEL itself."""
     if not isinstance(output, Folder):
         return
     if request.spec.kind != "hf":
-        raise click.UsageError(f"--output {output} names a folder; expected the name of a file, as MODEL is not hf:….")
+        raise click.UsageError(
+            f"--output {output} names a folder; expected the name of a file. Only hf: models are written as folders."
+        )
     if is_same_file(output.path, Path(request.spec.name)):
-        raise click.UsageError(f"--output {output} is the folder of MODEL too. Choose another name for it.")
+        raise click.UsageError(f"--output and MODEL name the same folder {output}. Choose another folder.")
 
 
 def _result_table(record: ConversionRecord, output: Path | Folder | None, plan_file: Path | None) -> Table:

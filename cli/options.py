@@ -236,7 +236,7 @@ _OPTIONS: tuple[Callable[[Callable[..., Any]], Callable[..., Any]], ...] = (
     click.option("--class", "class_name", metavar="NAME", help="Class of transformers, for an hf: model."),
     click.option("--weights", type=INPUT_FILE, help="safetensors, torch file (no code is run), or converted model."),
     click.option("--key", metavar="NAME", help="Where in the file the weights are, such as state_dict_ema."),
-    click.option("--prefix", metavar="TEXT", default="", help="What names in the file begin with, such as module."),
+    click.option("--prefix", metavar="TEXT", default="", help="Prefix of the names in the file, such as module."),
     click.option("--allow-pickle", is_flag=True, help="Run the code that a torch file names. Only if you trust it."),
     click.option("--inputs", "inputs_file", type=INPUT_FILE, help=_INPUTS_HELP),
     click.option("--input-shape", "input_shapes", type=_SHAPE, multiple=True, help=_SHAPE_HELP),
@@ -283,14 +283,14 @@ def _with_model(request: Request) -> Request:
 def _require_consistent(request: Request) -> None:
     """Refuse options without what they belong to, and a model without inputs."""
     if request.class_name is not None and request.spec.kind != "hf":
-        raise click.UsageError("--class names a class of transformers, and MODEL is none of hf:…. Leave it out.")
+        raise click.UsageError("--class works only with hf: models. Leave it out.")
     weights_options = {"key": request.key, "prefix": request.prefix, "allow-pickle": request.allow_pickle}
     for flag in [flag for flag, value in weights_options.items() if value and request.weights is None]:
         raise click.UsageError(f"--{flag} can be used only with --weights.")
     if request.inputs_file is not None:
         drawn = {"input-shape": request.input_shapes, "token-ids": request.token_ids}
         for flag in [flag for flag, value in drawn.items() if value]:
-            raise click.UsageError(f"--inputs and --{flag}: the file has inputs of its own. Leave one out.")
+            raise click.UsageError(f"--inputs cannot be used with --{flag}. Leave one out.")
     elif not request.input_shapes and not request.spec.knows_inputs:
         raise click.MissingParameter("Or name a file with --inputs.", param_type="option", param_hint="'--input-shape'")
 

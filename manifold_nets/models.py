@@ -190,7 +190,7 @@ def analysis_copy(model: nn.Module, shared: dict[int, nn.Parameter] | None = Non
 
 
 def disable_cache(model: nn.Module) -> None:
-    """Let a language model return nothing that it remembers for the next token, which is no output."""
+    """Turn off the key-value cache of a language model, which is no output of the network."""
     for module in model.modules():
         config = module.__dict__.get("config")
         if config is not None and getattr(config, "use_cache", None) is True:

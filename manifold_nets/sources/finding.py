@@ -1,4 +1,4 @@
-"""The models that a Python file defines, found in its text: nothing of the file is run."""
+"""Find the models that a Python file defines by parsing it; no code of the file is run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def find_models(path: str | Path) -> tuple[ModelCandidate, ...]:
 
     Raises:
         ModelNotFoundError: there is no such file.
-        ModelBuildError: it is no Python code.
+        ModelBuildError: it is not valid Python code.
 
     Example:
         >>> import tempfile
@@ -89,7 +89,7 @@ def find_model(spec: ModelSpec, kwargs: Mapping[str, Any]) -> ModelSpec:
     Raises:
         ModelNotFoundError: there is no such file, it has no model or several, or the one needs other arguments. The
             message lists what was found.
-        ModelBuildError: it is no Python code.
+        ModelBuildError: it is not valid Python code.
 
     Example:
         >>> import tempfile

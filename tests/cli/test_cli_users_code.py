@@ -210,7 +210,7 @@ def test_inputs_from_a_file(folder: Path) -> None:
     for option in (SHAPE, ("--token-ids", "5")):
         refused = run("diagnose", "train.py:Net", "--inputs", "inputs.npz", *option)
         assert refused.exit_code == 2
-        assert f"--inputs and {option[0]}" in refused.stderr
+        assert f"--inputs cannot be used with {option[0]}" in refused.stderr
     missing = run("diagnose", "train.py:Net")
     assert missing.exit_code == 2
     assert "Missing option '--input-shape'" in missing.stderr
